@@ -1,0 +1,112 @@
+// What a kernel's glue needs of tvm-ffi, on its C header alone: the C++ headers cost a second of every build.
+//
+// The glue decides and Python explains: an argument the kernel cannot take makes the call return 1, and the wrapper,
+// which holds every message, says what was wrong. Only what Python cannot know (a failed launch) is raised from here.
+#pragma once
+#include <tvm/ffi/c_api.h>
+
+#include "jitnorm/dtype.h"
+
+#define JITNORM_PUBLIC __attribute__((visibility("default")))
+
+// Exports FUNCTION, an `int(const TVMFFIAny* args, int num_args)`, under NAME.
+#define JITNORM_EXPORT(NAME, ...)                                                              \
+  extern "C" JITNORM_PUBLIC int __tvm_ffi_##NAME(void*, const TVMFFIAny* args, int32_t n_args, \
+                                                 TVMFFIAny* result) {                          \
+    jitnorm::Outcome outcome = __VA_ARGS__(args, n_args);                                      \
+    if (outcome == jitnorm::Outcome::kRaised) return -1;                                       \
+    result->type_index = kTVMFFIInt;                                                           \
+    result->v_int64 = static_cast<int64_t>(outcome);                                           \
+    return 0;                                                                                  \
+  }
+
+namespace jitnorm {
+
+enum class Outcome { kDone = 0, kRefused = 1, kRaised = -1 };
+
+template <typename T>
+struct DType;
+template <>
+struct DType<float> {
+  static constexpr unsigned code = kDLFloat, bits = 32;
+};
+template <>
+struct DType<fp16_t> {
+  static constexpr unsigned code = kDLFloat, bits = 16;
+};
+template <>
+struct DType<bf16_t> {
+  static constexpr unsigned code = kDLBfloat, bits = 16;
+};
+
+template <typename T>
+bool has_dtype(const DLTensor& tensor) {
+  return tensor.dtype.code == DType<T>::code && tensor.dtype.bits == DType<T>::bits && tensor.dtype.lanes == 1;
+}
+
+inline bool same_device(const DLTensor& a, const DLTensor& b) {
+  return a.device.device_type == b.device.device_type && a.device.device_id == b.device.device_id;
+}
+
+inline const DLTensor* as_tensor(const TVMFFIAny& arg) {
+  if (arg.type_index == kTVMFFITensor) return reinterpret_cast<const DLTensor*>(arg.v_obj + 1);
+  if (arg.type_index == kTVMFFIDLTensorPtr) return static_cast<const DLTensor*>(arg.v_ptr);
+  return nullptr;
+}
+
+inline bool as_float(const TVMFFIAny& arg, double* value) {
+  if (arg.type_index == kTVMFFIFloat) return *value = arg.v_float64, true;
+  if (arg.type_index == kTVMFFIInt) return *value = static_cast<double>(arg.v_int64), true;
+  return false;
+}
+
+// None stands for `otherwise`.
+inline bool as_optional_bool(const TVMFFIAny& arg, bool otherwise, bool* value) {
+  if (arg.type_index == kTVMFFINone) return *value = otherwise, true;
+  if (arg.type_index == kTVMFFIBool) return *value = arg.v_int64 != 0, true;
+  return false;
+}
+
+// A tensor [..., hidden_size] seen as rows one stride apart. `end` is one past the last byte.
+struct Rows {
+  char* data;
+  index_t count;
+  index_t stride;  // in elements
+  const char* end;
+};
+
+// False where `tensor` is no such thing: other sizes or dtype, elements not adjacent, leading dimensions that do not
+// collapse to one stride, storage that is absent (a FakeTensor's) or not aligned to `alignment` bytes, in every row.
+template <typename T>
+bool as_rows(const DLTensor& tensor, index_t hidden_size, unsigned alignment, Rows* rows) {
+  int last = tensor.ndim - 1;
+  if (last < 0 || !has_dtype<T>(tensor) || tensor.shape[last] != hidden_size || tensor.strides[last] != 1) return false;
+  index_t count = 1, stride = hidden_size;
+  bool collapses = true;
+  for (int i = last - 1; i >= 0; i--) {
+    index_t size = tensor.shape[i];
+    if (size == 1) continue;
+    if (count == 1) stride = tensor.strides[i];
+    else if (tensor.strides[i] != stride * count) collapses = false;
+    count *= size;
+  }
+  char* data = static_cast<char*>(tensor.data) + tensor.byte_offset;
+  *rows = {data, count, stride, data + ((count - 1) * stride + hidden_size) * static_cast<index_t>(sizeof(T))};
+  if (count == 0) return true;
+  return collapses && tensor.data && reinterpret_cast<uintptr_t>(data) % alignment == 0 &&
+         stride * sizeof(T) % alignment == 0;
+}
+
+// Rows that share memory. Exact where both have one stride (the column slices of one buffer lie between each other
+// without touching); where the strides differ, overlapping extents count as shared.
+template <typename T>
+bool overlap(const Rows& a, const Rows& b, index_t hidden_size) {
+  if (!a.count || !b.count || a.end <= b.data || b.end <= a.data) return false;
+  if (a.stride != b.stride) return true;
+  index_t offset = (b.data - a.data) % (a.stride * static_cast<index_t>(sizeof(T)));
+  if (offset < 0) offset += a.stride * sizeof(T);
+  index_t row = hidden_size * sizeof(T);
+  return offset < row || offset > a.stride * static_cast<index_t>(sizeof(T)) - row;
+}
+
+}  // namespace jitnorm

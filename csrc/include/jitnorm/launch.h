@@ -1,0 +1,214 @@
+// One kernel, from both sides: nvcc compiles it to a cubin, the host compiler everything that launches it.
+//
+// The library carries the cubin in its read-only data and gives it to the driver at the first call. That spares every
+// build nvcc's host pass and the CUDA runtime, and every call the runtime's share of a launch. The driver is looked up
+// by name, so that the library also loads where there is none.
+#pragma once
+
+#ifdef __CUDACC__
+
+#define JITNORM_CUDA_KERNEL(SYMBOL, KERNEL)                                                            \
+  extern "C" __global__ void __launch_bounds__(KERNEL::kThreadsPerRow* KERNEL::kRowsPerBlock)          \
+      SYMBOL(const __grid_constant__ KERNEL::params_t params) {                                        \
+    KERNEL::run(params);                                                                               \
+  }
+#define JITNORM_CUDA_MODULE(NAME, SYMBOL, KERNEL) JITNORM_CUDA_KERNEL(SYMBOL, KERNEL)
+
+namespace jitnorm {
+
+// Programmatic dependent launch: nothing that an earlier kernel may have written is read before wait_for_previous();
+// let_next_start() lets the blocks of the next kernel take their places while this one still computes.
+__device__ __forceinline__ void wait_for_previous() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+__device__ __forceinline__ void let_next_start() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
+}  // namespace jitnorm
+
+#else
+#include <cuda.h>
+#include <dlfcn.h>
+#include <tvm/ffi/extra/c_env_api.h>
+
+#include "jitnorm/ffi.h"
+
+extern "C" const char jitnorm_cubin[];  // put in by the linker step; see src/jitnorm/jit/spec.py
+
+#define JITNORM_CUDA_MODULE(NAME, SYMBOL, KERNEL)      \
+  const char* const jitnorm::kKernelSymbol = #SYMBOL;  \
+  JITNORM_EXPORT(NAME, jitnorm::NAME<KERNEL>)
+
+namespace jitnorm {
+
+extern const char* const kKernelSymbol;
+
+inline Outcome raise(const char* what, const char* why) {
+  char message[512];
+  __builtin_snprintf(message, sizeof message, "jitnorm: %s %s: %s", what, kKernelSymbol, why);
+  TVMFFIErrorSetRaisedFromCStr("RuntimeError", message);
+  return Outcome::kRaised;
+}
+
+// The few functions of the driver that a launch needs, found once.
+struct Driver {
+#define JITNORM_NAME(x) #x
+#define JITNORM_FIND(FIELD, FUNCTION)                                                       \
+  decltype(&::FUNCTION) FIELD = reinterpret_cast<decltype(&::FUNCTION)>(find(JITNORM_NAME(FUNCTION)));
+  void* handle = dlopen("libcuda.so.1", RTLD_NOW);
+  const char* missing = nullptr;
+  JITNORM_FIND(error_string, cuGetErrorString)
+  JITNORM_FIND(device_get, cuDeviceGet)
+  JITNORM_FIND(device_attribute, cuDeviceGetAttribute)
+  JITNORM_FIND(primary_retain, cuDevicePrimaryCtxRetain)
+  JITNORM_FIND(current_device, cuCtxGetDevice)
+  JITNORM_FIND(push, cuCtxPushCurrent)
+  JITNORM_FIND(pop, cuCtxPopCurrent)
+  JITNORM_FIND(capture_mode, cuThreadExchangeStreamCaptureMode)
+  JITNORM_FIND(library_load, cuLibraryLoadData)
+  JITNORM_FIND(library_kernel, cuLibraryGetKernel)
+  JITNORM_FIND(kernel_function, cuKernelGetFunction)
+  JITNORM_FIND(launch, cuLaunchKernelEx)
+#undef JITNORM_FIND
+#undef JITNORM_NAME
+
+  void* find(const char* name) {
+    void* symbol = handle ? dlsym(handle, name) : nullptr;
+    if (!symbol && !missing) missing = name;
+    return symbol;
+  }
+};
+
+inline const Driver& driver() {
+  static const Driver found;
+  return found;
+}
+
+// Makes a device current while this lives; costs one look where it is current already.
+class DeviceGuard {
+ public:
+  DeviceGuard(CUdevice device, CUcontext context) {
+    CUdevice current;
+    if (driver().current_device(&current) == CUDA_SUCCESS && current == device) return;
+    pushed_ = driver().push(context) == CUDA_SUCCESS;
+  }
+  ~DeviceGuard() {
+    CUcontext popped;
+    if (pushed_) driver().pop(&popped);
+  }
+  DeviceGuard(const DeviceGuard&) = delete;
+
+ private:
+  bool pushed_ = false;
+};
+
+// What this library knows of one GPU. Two threads may prepare it at once: both find the same, and leak nothing.
+struct Gpu {
+  enum State : int { kUnknown = 0, kReady, kOtherArch };
+  int state;
+  CUdevice device;
+  CUcontext context;
+  int multiprocessors;
+};
+
+constexpr int kMaxGpus = 64;
+inline Gpu gpus[kMaxGpus];
+
+// The kernel itself belongs to no device: the driver brings it to each context that launches it.
+inline CUresult kernel(CUkernel* found) {
+  struct Loaded {
+    CUlibrary library = nullptr;
+    CUkernel kernel = nullptr;
+    CUresult result;
+    Loaded() {
+      result = driver().library_load(&library, jitnorm_cubin, nullptr, nullptr, 0, nullptr, nullptr, 0);
+      if (result == CUDA_SUCCESS) result = driver().library_kernel(&kernel, library, kKernelSymbol);
+    }
+  };
+  static const Loaded loaded;
+  *found = loaded.kernel;
+  return loaded.result;
+}
+
+// First use of a GPU, possibly inside a graph capture: nothing here is an operation of the captured stream.
+[[gnu::cold, gnu::noinline]] inline const char* prepare(Gpu& gpu, int index) {
+  const Driver& d = driver();
+  if (!d.handle) return "there is no CUDA driver (libcuda.so.1)";
+  if (d.missing) return "the CUDA driver is older than 12.0";
+  int major = 0, minor = 0;
+  CUstreamCaptureMode mode = CU_STREAM_CAPTURE_MODE_RELAXED;
+  CUresult result = d.device_get(&gpu.device, index);
+  auto attribute = [&](int* value, CUdevice_attribute name) {
+    if (result == CUDA_SUCCESS) result = d.device_attribute(value, name, gpu.device);
+  };
+  attribute(&major, CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR);
+  attribute(&minor, CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR);
+  attribute(&gpu.multiprocessors, CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT);
+  if (result == CUDA_SUCCESS && major * 10 + minor != JITNORM_CUDA_ARCH) {
+    __atomic_store_n(&gpu.state, Gpu::kOtherArch, __ATOMIC_RELEASE);
+    return nullptr;
+  }
+  if (result == CUDA_SUCCESS) result = d.primary_retain(&gpu.context, gpu.device);
+  if (result == CUDA_SUCCESS) {
+    DeviceGuard guard(gpu.device, gpu.context);
+    d.capture_mode(&mode);
+    CUkernel loaded;
+    CUfunction function;
+    result = kernel(&loaded);
+    if (result == CUDA_SUCCESS) result = d.kernel_function(&function, loaded);
+    d.capture_mode(&mode);
+  }
+  if (result != CUDA_SUCCESS) {
+    const char* why = "unknown error";
+    d.error_string(result, &why);
+    return why;
+  }
+  __atomic_store_n(&gpu.state, Gpu::kReady, __ATOMIC_RELEASE);
+  return nullptr;
+}
+
+template <typename Kernel>
+bool runs_on(Kernel, DLDevice device) {
+  return device.device_type == kDLCUDA && device.device_id >= 0 && device.device_id < kMaxGpus &&
+         __atomic_load_n(&gpus[device.device_id].state, __ATOMIC_ACQUIRE) != Gpu::kOtherArch;
+}
+
+template <typename Kernel>
+Outcome launch(Kernel, const typename Kernel::params_t& params, DLDevice device, bool enable_pdl) {
+  Gpu& gpu = gpus[device.device_id];
+  if (__atomic_load_n(&gpu.state, __ATOMIC_ACQUIRE) != Gpu::kReady) {
+    if (const char* why = prepare(gpu, device.device_id)) return raise("cannot load", why);
+    if (gpu.state == Gpu::kOtherArch) return Outcome::kRefused;
+  }
+    index_t blocks = (params.num_tokens + Kernel::kRowsPerBlock - 1) / Kernel::kRowsPerBlock;
+    index_t most = Kernel::kBlocksPerSM ? index_t(gpu.multiprocessors) * Kernel::kBlocksPerSM : 0x7fffffff;
+    CUlaunchAttribute attribute;
+    attribute.id = CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION;
+    attribute.value.programmaticStreamSerializationAllowed = 1;
+    CUlaunchConfig config{};
+    config.gridDimX = static_cast<unsigned>(blocks < most ? blocks : most);
+    config.gridDimY = config.gridDimZ = 1;
+    config.blockDimX = Kernel::kThreadsPerRow * Kernel::kRowsPerBlock;
+    config.blockDimY = config.blockDimZ = 1;
+    config.hStream = static_cast<CUstream>(TVMFFIEnvGetStream(kDLCUDA, device.device_id));
+    config.attrs = &attribute;
+    config.numAttrs = enable_pdl && JITNORM_CUDA_ARCH >= 90;
+    void* arguments[] = {const_cast<typename Kernel::params_t*>(&params)};
+    CUkernel loaded;
+    kernel(&loaded);
+    DeviceGuard guard(gpu.device, gpu.context);
+    CUresult result = driver().launch(&config, reinterpret_cast<CUfunction>(loaded), arguments, nullptr);
+    if (result == CUDA_SUCCESS) return Outcome::kDone;
+    const char* why = "unknown error";
+    driver().error_string(result, &why);
+    return raise("cannot launch", why);
+}
+
+}  // namespace jitnorm
+#endif

@@ -1,0 +1,39 @@
+// Rows over the threads of OpenMP. torch brings its own libgomp and the linker finds that one loaded, so that
+// torch.set_num_threads counts here too.
+#pragma once
+#include "jitnorm/ffi.h"
+
+#define JITNORM_CPU_MODULE(NAME, KERNEL)          \
+  JITNORM_EXPORT(NAME, jitnorm::NAME<KERNEL>)     \
+  JITNORM_EXPORT(run_serially, jitnorm::run_serially)
+
+namespace jitnorm {
+
+// A forked child has none of its parent's threads, and libgomp waits for them for ever: jit/load.py calls this there.
+inline bool serial = false;
+
+inline Outcome run_serially(const TVMFFIAny*, int) {
+  serial = true;
+  return Outcome::kDone;
+}
+
+template <typename Kernel>
+bool runs_on(Kernel, DLDevice device) {
+  return device.device_type == kDLCPU;
+}
+
+constexpr index_t kParallelElements = 1 << 15;  // below, waking the threads takes longer than the work
+
+template <typename Kernel>
+Outcome launch(Kernel, const typename Kernel::params_t& params, DLDevice, bool) {
+  const index_t rows = params.num_tokens;
+  if (serial || rows == 1 || rows * Kernel::kHiddenSize < kParallelElements) {
+    for (index_t row = 0; row < rows; row++) Kernel::run(params, row);
+    return Outcome::kDone;
+  }
+#pragma omp parallel for schedule(static)
+  for (index_t row = 0; row < rows; row++) Kernel::run(params, row);
+  return Outcome::kDone;
+}
+
+}  // namespace jitnorm

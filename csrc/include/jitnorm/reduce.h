@@ -1,0 +1,28 @@
+// Sums over the threads that share a row, in an order that the template arguments fix. Device code, fit for NVRTC.
+#pragma once
+
+namespace jitnorm {
+
+constexpr int kWarpSize = 32;
+
+// Over groups of kThreads adjacent lanes; every lane of the warp must come here.
+template <int kThreads>
+__device__ __forceinline__ float warp_sum(float value) {
+#pragma unroll
+  for (int offset = kThreads / 2; offset > 0; offset /= 2) value += __shfl_xor_sync(0xffffffffu, value, offset);
+  return value;
+}
+
+// Over the kWarps warps of one row. `partial` is the row's own; the caller keeps the next call's from overlapping it.
+template <int kWarps>
+__device__ __forceinline__ float block_sum(float value, float (&partial)[kWarps], int warp) {
+  value = warp_sum<kWarpSize>(value);
+  if (threadIdx.x % kWarpSize == 0) partial[warp] = value;
+  __syncthreads();
+  float sums[4] = {};
+#pragma unroll
+  for (int i = 0; i < kWarps; i++) sums[i % 4] += partial[i];
+  return (sums[0] + sums[1]) + (sums[2] + sums[3]);
+}
+
+}  // namespace jitnorm

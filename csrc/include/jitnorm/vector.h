@@ -1,0 +1,92 @@
+// 16 bytes of a row in one thread's registers, and their way to float and back. Device code, fit for NVRTC.
+#pragma once
+#include "jitnorm/dtype.h"
+
+namespace jitnorm {
+
+// N elements that travel in 16-byte accesses.
+template <typename T, int N>
+struct alignas(16) Vector {
+  static_assert(N * sizeof(T) % 16 == 0, "a vector is made of 16-byte accesses");
+  uint4 words[N * sizeof(T) / 16];
+};
+
+template <typename T, int N>
+__device__ __forceinline__ Vector<T, N> load(const T* from) {
+  Vector<T, N> v;
+#pragma unroll
+  for (int i = 0; i < int(N * sizeof(T) / 16); i++) v.words[i] = reinterpret_cast<const uint4*>(from)[i];
+  return v;
+}
+
+template <typename T, int N>
+__device__ __forceinline__ void store(T* to, const Vector<T, N>& v) {
+#pragma unroll
+  for (int i = 0; i < int(N * sizeof(T) / 16); i++) reinterpret_cast<uint4*>(to)[i] = v.words[i];
+}
+
+// Two 16-bit elements share a word, the first in its low half.
+__device__ __forceinline__ void unpack(unsigned word, float* f, bf16_t) {
+  f[0] = __uint_as_float(word << 16);
+  f[1] = __uint_as_float(word & 0xffff0000u);
+}
+
+__device__ __forceinline__ void unpack(unsigned word, float* f, fp16_t) {
+  asm("{.reg .b16 lo, hi; mov.b32 {lo, hi}, %2; cvt.f32.f16 %0, lo; cvt.f32.f16 %1, hi;}"
+      : "=f"(f[0]), "=f"(f[1])
+      : "r"(word));
+}
+
+// Both round to nearest even.
+__device__ __forceinline__ unsigned pack(const float* f, bf16_t) {
+#if __CUDA_ARCH__ >= 800
+  unsigned word;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(f[1]), "f"(f[0]));
+  return word;
+#else
+  unsigned half[2];
+  for (int i = 0; i < 2; i++) {
+    unsigned u = __float_as_uint(f[i]);
+    half[i] = f[i] != f[i] ? 0x7fffu : (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
+  }
+  return half[0] | half[1] << 16;
+#endif
+}
+
+__device__ __forceinline__ unsigned pack(const float* f, fp16_t) {
+  unsigned word;
+  asm("{.reg .b16 lo, hi; cvt.rn.f16.f32 lo, %1; cvt.rn.f16.f32 hi, %2; mov.b32 %0, {lo, hi};}"
+      : "=r"(word)
+      : "f"(f[0]), "f"(f[1]));
+  return word;
+}
+
+template <typename T, int N>
+__device__ __forceinline__ void to_float(const Vector<T, N>& v, float (&f)[N]) {
+  const unsigned* words = reinterpret_cast<const unsigned*>(v.words);
+#pragma unroll
+  for (int i = 0; i < N / 2; i++) unpack(words[i], f + 2 * i, T{});
+}
+
+template <int N>
+__device__ __forceinline__ void to_float(const Vector<float, N>& v, float (&f)[N]) {
+  const float* words = reinterpret_cast<const float*>(v.words);
+#pragma unroll
+  for (int i = 0; i < N; i++) f[i] = words[i];
+}
+
+template <typename T, int N>
+__device__ __forceinline__ void from_float(const float (&f)[N], Vector<T, N>& v) {
+  unsigned* words = reinterpret_cast<unsigned*>(v.words);
+#pragma unroll
+  for (int i = 0; i < N / 2; i++) words[i] = pack(f + 2 * i, T{});
+}
+
+template <int N>
+__device__ __forceinline__ void from_float(const float (&f)[N], Vector<float, N>& v) {
+  float* words = reinterpret_cast<float*>(v.words);
+#pragma unroll
+  for (int i = 0; i < N; i++) words[i] = f[i];
+}
+
+}  // namespace jitnorm

@@ -1,0 +1,6 @@
+"""Just-in-time compiled CUDA and CPU kernels for the small, memory-bound operators of LLM inference."""
+
+from jitnorm._version import __version__
+from jitnorm.rmsnorm import rmsnorm
+
+__all__ = ["__version__", "rmsnorm"]

@@ -1,0 +1,121 @@
+"""What is wrong with an argument, in one line: its name, what it was, what is accepted.
+
+The glue in csrc decides in nanoseconds whether a kernel can take its arguments; these functions say why not, and stand
+guard before a kernel is built. Both sides hold the same conditions, and tests/test_checks.py that they agree.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+
+DTYPE_NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
+CUDA_ALIGNMENT = 16  # bytes in one access of a CUDA kernel
+
+
+def tensor(name: str, value: object) -> None:
+    if not isinstance(value, torch.Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
+
+
+def dtype(name: str, value: torch.Tensor, accepted: Sequence[torch.dtype]) -> None:
+    if value.dtype not in accepted:
+        names = " or ".join(str(d).removeprefix("torch.") for d in dict.fromkeys(accepted))
+        raise TypeError(f"{name} must be {names}, got {str(value.dtype).removeprefix('torch.')}")
+
+
+def device(name: str, value: torch.Tensor, like_name: str, like: torch.Tensor) -> None:
+    if value.device != like.device:
+        raise ValueError(f"{name} must be on {like.device} like {like_name}, got {value.device}")
+
+
+def supported_device(name: str, value: torch.Tensor) -> None:
+    if value.device.type not in ("cpu", "cuda"):
+        raise ValueError(f"{name} must be on the CPU or a CUDA device, got {value.device}")
+
+
+def shape(name: str, value: torch.Tensor, expected: Sequence[int], why: str) -> None:
+    if tuple(value.shape) != tuple(expected):
+        raise ValueError(f"{name} must have shape {list(expected)} ({why}), got {list(value.shape)}")
+
+
+def rows(name: str, value: torch.Tensor) -> None:
+    """`value` is [..., hidden_size]: elements adjacent, one stride from row to row, storage that a kernel can reach."""
+    layout = f"shape {list(value.shape)} and strides {list(value.stride())}"
+    if value.stride(-1) != 1:
+        raise ValueError(f"{name} must have a last stride of 1, got {layout}")
+    if value.numel() == 0:
+        return
+    if row_stride(value) is None:
+        raise ValueError(f"{name} must have leading dimensions that collapse to one row stride, got {layout}")
+    if value.data_ptr() == 0:
+        raise ValueError(f"{name} must have storage, got a tensor without any")
+    if value.is_cuda:
+        address, step = value.data_ptr(), (row_stride(value) or 0) * value.element_size()
+        if address % CUDA_ALIGNMENT or step % CUDA_ALIGNMENT:
+            raise ValueError(
+                f"{name} must be aligned to {CUDA_ALIGNMENT} bytes in every row, "
+                f"got an address of {address % CUDA_ALIGNMENT} modulo {CUDA_ALIGNMENT} and a row stride of {step} bytes"
+            )
+
+
+def row_stride(value: torch.Tensor) -> int | None:
+    """Elements from one row to the next, of a tensor with rows; None where there is no one stride."""
+    count, stride = 1, value.shape[-1]
+    for size, step in zip(reversed(value.shape[:-1]), reversed(value.stride()[:-1])):
+        if size == 1:
+            continue
+        if count == 1:
+            stride = step
+        elif step != stride * count:
+            return None
+        count *= size
+    return stride
+
+
+def written_rows(name: str, value: torch.Tensor) -> None:
+    hidden_size = value.shape[-1]
+    if value.numel() > hidden_size and (row_stride(value) or 0) < hidden_size:
+        raise ValueError(f"{name} must not overlap itself, got a row stride of {row_stride(value)} for {hidden_size} elements")
+
+
+def no_overlap(name: str, value: torch.Tensor, like_name: str, like: torch.Tensor) -> None:
+    """They share no memory, or are the same rows. Rows of different strides count as sharing where their extents meet."""
+    if not value.numel() or not like.numel():
+        return
+    size, hidden_size = value.element_size(), value.shape[-1]
+    stride, like_stride = row_stride(value) or 0, row_stride(like) or 0
+    offset = value.data_ptr() - like.data_ptr()
+    one_row = value.numel() == hidden_size
+    if offset == 0 and (stride == like_stride or one_row):
+        return
+    rows_ = value.numel() // hidden_size
+    if offset >= ((rows_ - 1) * like_stride + hidden_size) * size or -offset >= ((rows_ - 1) * stride + hidden_size) * size:
+        return
+    if stride == like_stride and hidden_size * size <= offset % (stride * size) <= (stride - hidden_size) * size:
+        return
+    raise ValueError(f"{name} must be {like_name} itself or share no memory with it, got a view that overlaps it")
+
+
+def no_shared_memory(name: str, value: torch.Tensor, like_name: str, like: torch.Tensor) -> None:
+    """For a written tensor of rows and a vector that is read for every row."""
+    if not value.numel():
+        return
+    hidden_size = value.shape[-1]
+    extent = ((value.numel() // hidden_size - 1) * (row_stride(value) or 0) + hidden_size) * value.element_size()
+    if like.data_ptr() < value.data_ptr() + extent and value.data_ptr() < like.data_ptr() + like.nbytes:
+        raise ValueError(f"{name} must share no memory with {like_name}, got a view that overlaps it")
+
+
+def eps(value: object) -> None:
+    if not isinstance(value, (int, float)):
+        raise TypeError(f"eps must be a float, got {type(value).__name__}")
+    if math.isnan(value) or value < 0:
+        raise ValueError(f"eps must be zero or more, got {value}")
+
+
+def enable_pdl(value: object) -> None:
+    if value is not None and not isinstance(value, bool):
+        raise TypeError(f"enable_pdl must be True, False or None, got {type(value).__name__}")

@@ -1,0 +1,321 @@
+"""Keeping what was built. A cache is a folder:
+
+    kernels/<name>.<sm>.<key>/<toolchain>/   an entry: sources, build files, manifest.json, the library
+    staging/                                 builds under way, each in a folder of its own
+    aside/                                   entries that were found damaged, and builds that failed
+    locks/                                   one file for each build that several processes wanted at once
+    toolchains/                              what compilers said of themselves
+
+An entry appears whole, by one rename, and is never changed afterwards. Nothing in it is trusted: the library's hash is
+compared before it is loaded, since loading a damaged one can kill the process.
+"""
+
+from __future__ import annotations
+
+import atexit
+import fcntl
+import functools
+import hashlib
+import json
+import os
+import secrets
+import shutil
+import socket
+import stat
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import platformdirs
+
+from jitnorm.jit.report import say
+from jitnorm.jit.spec import KernelSpec
+
+MANIFEST = "manifest.json"
+
+
+class BadEntry(Exception):
+    """Why an entry cannot be used."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One kernel on disk."""
+
+    path: Path
+
+    @property
+    def label(self) -> str:
+        return f"{self.path.parent.name}/{self.path.name}"
+
+    @functools.cached_property
+    def manifest(self) -> dict[str, Any]:
+        try:
+            manifest = json.loads((self.path / MANIFEST).read_bytes())
+            manifest["name"], manifest["library"], manifest["sha256"], manifest["size"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise BadEntry(f"its manifest cannot be read ({error})") from None
+        return manifest
+
+    @property
+    def library(self) -> Path:
+        return self.path / os.path.basename(self.manifest["library"])
+
+    @property
+    def size(self) -> int:
+        """Bytes on disk, of all its files."""
+        return sum(f.stat().st_size for f in self.path.iterdir() if f.is_file())
+
+    @property
+    def last_used(self) -> float:
+        """Seconds since the epoch: every process that loads the entry touches its manifest."""
+        return (self.path / MANIFEST).stat().st_mtime
+
+    def verify(self, any_owner: bool = False) -> None:
+        """Raises BadEntry unless the library is the one that was built and nobody else could have put it there."""
+        for place in (self.path, self.library):
+            if why := untrusted(place, any_owner):
+                raise BadEntry(why)
+        content = self.library.read_bytes()
+        if len(content) != self.manifest["size"] or hashlib.sha256(content).hexdigest() != self.manifest["sha256"]:
+            raise BadEntry("its library is not the one that was built: the hash differs")
+
+    def hold(self) -> None:
+        """Marks the entry as in use until this process ends, so that `clear` and `prune` leave it alone."""
+        try:
+            fd = os.open(self.path / MANIFEST, os.O_RDONLY | os.O_CLOEXEC)
+            fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            _held.append(fd)
+            os.utime(fd)
+        except OSError:
+            pass  # a file system without locks, or a read-only one: the entry is usable all the same
+
+    def in_use(self) -> bool:
+        try:
+            fd = os.open(self.path / MANIFEST, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError:
+            return False
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            return True
+        finally:
+            os.close(fd)
+        return False
+
+
+_held: list[int] = []
+
+
+def untrusted(place: Path, any_owner: bool = False) -> str | None:
+    """Why a file or folder may not be what this user put there; None where it is fine."""
+    try:
+        info = place.stat()
+    except OSError as error:
+        return f"{place} cannot be read ({error.strerror})"
+    if not any_owner and info.st_uid not in (os.geteuid(), 0):
+        return f"{place} belongs to user {info.st_uid}, and this is user {os.geteuid()}"
+    if info.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        return f"{place} can be written by other users (mode {stat.S_IMODE(info.st_mode):o})"
+    return None
+
+
+@dataclass(frozen=True)
+class Cache:
+    root: Path
+    prebuilt: bool = False  # read-only, put there on purpose: any owner, any compiler
+
+    def entries(self) -> Iterator[Entry]:
+        for folder in sorted((self.root / "kernels").glob("*/*")):
+            if folder.is_dir():
+                yield Entry(folder)
+
+    def _home(self, spec: KernelSpec) -> Path:
+        return self.root / "kernels" / f"{spec.name}.{spec.target.sm}.{spec.key}"
+
+    def entry(self, spec: KernelSpec, toolchain: str) -> Entry:
+        return Entry(self._home(spec) / toolchain)
+
+    def find(self, spec: KernelSpec, toolchain: str | None) -> Entry | None:
+        """The usable entry that was built by `toolchain`; by any where that is None. A bad one is set aside."""
+        if not toolchain:
+            try:
+                candidates = [Entry(path) for path in sorted(self._home(spec).iterdir())]
+            except OSError:
+                return None
+        else:
+            candidates = [self.entry(spec, toolchain)]
+        for entry in candidates:
+            if not os.path.isdir(entry.path):
+                continue
+            entry.hold()
+            try:
+                entry.verify(any_owner=self.prebuilt)
+                return entry
+            except (BadEntry, OSError) as error:
+                self.set_aside(entry, str(error))
+        return None
+
+    def set_aside(self, entry: Entry, why: str) -> None:
+        if self.prebuilt:
+            say(f"{entry.path} is not used: {why}")
+            return
+        try:
+            (self.root / "aside").mkdir(mode=0o700, exist_ok=True)
+            to = self.root / "aside" / f"{entry.path.parent.name}.{secrets.token_hex(4)}"
+            entry.path.rename(to)
+        except FileNotFoundError:
+            return  # another process was first, and said so
+        except OSError:
+            to = entry.path
+        say(f"{entry.path} is not used: {why}. It is built again; the old one is in {to}")
+
+    @contextmanager
+    def staging(self, spec: KernelSpec) -> Iterator[Path]:
+        """A private folder to build in, on the file system of the cache. Gone afterwards, unless it was renamed."""
+        holder = f"{spec.name}.{spec.target.sm}.{socket.gethostname()}.{os.getpid()}"
+        (self.root / "staging").mkdir(mode=0o700, exist_ok=True)
+        folder = Path(tempfile.mkdtemp(prefix=f"{holder}.", dir=self.root / "staging"))
+        try:
+            yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def builders(self, spec: KernelSpec) -> list[str]:
+        """Who is building this kernel, as "process 12 on host"."""
+        start = f"{spec.name}.{spec.target.sm}."
+        try:
+            names = [n for n in os.listdir(self.root / "staging") if n.startswith(start)]
+        except OSError:
+            return []
+        parts = [name[len(start) :].rsplit(".", 2) for name in names]
+        return [f"process {pid} on {host}" for host, pid, _ in parts]
+
+    def publish(self, staging: Path, spec: KernelSpec, toolchain: str) -> Entry:
+        """Makes a finished build an entry, whole or not at all. Who comes second uses the first one's."""
+        entry = self.entry(spec, toolchain)
+        entry.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        for _ in range(8):
+            try:
+                os.rename(staging, entry.path)
+                _fsync(entry.path.parent)
+                entry.hold()
+                return entry
+            except OSError:
+                winner = self.find(spec, toolchain)
+                if winner:
+                    return winner
+        raise RuntimeError(f"jitnorm: cannot publish {spec} as {entry.path}: the folder is in the way and cannot be used")
+
+    def remove(self, entry: Entry) -> bool:
+        """False where it is in use. It disappears by one rename, so that nobody sees half of it."""
+        if entry.in_use():
+            return False
+        (self.root / "staging").mkdir(mode=0o700, exist_ok=True)
+        doomed = self.root / "staging" / f"removed.{secrets.token_hex(8)}"
+        entry.path.rename(doomed)
+        shutil.rmtree(doomed)
+        try:
+            entry.path.parent.rmdir()
+        except OSError:
+            pass  # it holds another toolchain's
+        return True
+
+    def leftovers(self, older_than_s: float = 86400) -> list[Path]:
+        """What is in staging and aside and no longer of use: other processes' unfinished builds count after a day."""
+        now = time.time()
+        found = []
+        for folder in ("staging", "aside"):
+            for path in sorted((self.root / folder).glob("*")):
+                try:
+                    if folder == "aside" or now - path.stat().st_mtime > older_than_s:
+                        found.append(path)
+                except OSError:
+                    continue
+        return found
+
+
+def _fsync(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def seal(staging: Path, library: str, manifest: dict[str, Any]) -> None:
+    """Names the library by its hash, writes the manifest, and sees both to the disk.
+
+    The hash is part of the path because dlopen gives back the old library for a path it has seen, even if the file
+    there is another by now.
+    """
+    content = (staging / library).read_bytes()
+    digest = hashlib.sha256(content).hexdigest()
+    final = staging / f"{manifest['name']}-{digest[:16]}.so"
+    (staging / library).rename(final)
+    manifest = {**manifest, "library": final.name, "sha256": digest, "size": len(content)}
+    (staging / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
+    final.chmod(0o600)
+    staging.chmod(0o700)
+    for path in (final, staging / MANIFEST, staging):
+        _fsync(path)
+
+
+def prebuilt() -> Cache | None:
+    """The read-only layer that JITNORM_PREBUILT_DIR names."""
+    folder = os.environ.get("JITNORM_PREBUILT_DIR")
+    return Cache(Path(folder).absolute(), prebuilt=True) if folder else None
+
+
+def default_root() -> Path:
+    """JITNORM_CACHE_DIR, or the platform's cache folder. Nothing is created."""
+    folder = os.environ.get("JITNORM_CACHE_DIR") or platformdirs.user_cache_dir("jitnorm", appauthor=False)
+    return Path(folder).absolute() if not folder.startswith("~") else Path(folder)
+
+
+def readable() -> Cache:
+    """The cache to look in; it need not exist."""
+    return _replacement or Cache(default_root())
+
+
+def writable() -> Cache:
+    """The cache to build into: created if need be; where that cannot be, or would be unsafe, a folder of this process."""
+    global _replacement
+    if _replacement:
+        return _replacement
+    root = default_root()
+    why = _unusable(root)
+    if why is None:
+        return Cache(root)
+    temporary = Path(tempfile.mkdtemp(prefix="jitnorm-"))
+    say(f"cannot keep kernels in {root}: {why}. This process keeps its own in {temporary}; set JITNORM_CACHE_DIR")
+    _replacement = Cache(temporary)
+    atexit.register(_forget, temporary, os.getpid())
+    return _replacement
+
+
+_replacement: Cache | None = None
+
+
+def _unusable(root: Path) -> str | None:
+    if not root.is_absolute():
+        return "there is no home folder"
+    try:
+        root.mkdir(mode=0o700, parents=True, exist_ok=True)
+        tag = root / "CACHEDIR.TAG"
+        if not tag.exists():
+            tag.write_text("Signature: 8a477f597d28d172789f06886806bc55\n# Compiled kernels of jitnorm; safe to delete.\n")
+    except OSError as error:
+        return error.strerror or str(error)
+    if not os.access(root, os.W_OK | os.X_OK):
+        return "it is read-only"
+    return untrusted(root)
+
+
+def _forget(folder: Path, pid: int) -> None:
+    if os.getpid() == pid:
+        shutil.rmtree(folder, ignore_errors=True)

@@ -1,0 +1,93 @@
+"""From a kernel's description to a function that can be called: memory, disk, then the compiler."""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+from collections import defaultdict
+
+import torch
+import tvm_ffi
+
+from jitnorm.jit import cache, toolchain
+from jitnorm.jit.spec import KernelSpec
+
+_loaded: dict[KernelSpec, tvm_ffi.Module] = {}
+_failed: dict[KernelSpec, str] = {}  # so that a size that failed does not start the compiler at every call
+_locks: defaultdict[KernelSpec, threading.RLock] = defaultdict(threading.RLock)
+_forked = False
+
+
+def load(spec: KernelSpec) -> tvm_ffi.Module:
+    """The loaded module of `spec`, built if this is the first time anywhere.
+
+    RuntimeError where it cannot be: no compiler, a failed build, JITNORM_DISABLE_JIT, or a CUDA graph being captured.
+    """
+    if module := _loaded.get(spec):
+        return module
+    with _locks[spec]:
+        if spec not in _loaded:
+            _loaded[spec] = _open(spec, find(spec) or _build(spec))
+        return _loaded[spec]
+
+
+def find(spec: KernelSpec) -> cache.Entry | None:
+    """The entry that serves `spec`, without building anything."""
+    prebuilt = cache.prebuilt()
+    if prebuilt and (entry := prebuilt.find(spec, None)):
+        return entry
+    place = cache.readable()
+    if not place.root.is_dir() or cache.untrusted(place.root):
+        return None
+    tools = toolchain.identify(spec.target.device, place.root / "toolchains")
+    # Where nothing can be built there is nothing to be newer than: what is there is good.
+    return place.find(spec, tools.key if tools else None)
+
+
+def _build(spec: KernelSpec) -> cache.Entry:
+    if spec in _failed:
+        raise RuntimeError(f"{_failed[spec]}\n(It failed earlier in this process, and is not tried again.)")
+    if os.environ.get("JITNORM_DISABLE_JIT", "0") not in ("", "0"):
+        raise RuntimeError(
+            f"{spec} is not in the cache ({_folders()}), and JITNORM_DISABLE_JIT forbids building it. "
+            f"Build it ahead of time: {spec.warmup_command}"
+        )
+    if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            f"{spec} is not built yet, and a CUDA graph is being captured. "
+            f"Build it before: {spec.warmup_command}, or call it once outside the graph"
+        )
+    from jitnorm.jit.build import BuildError, build
+
+    try:
+        return build(spec)
+    except BuildError as error:
+        _failed[spec] = str(error)
+        raise
+
+
+def _open(spec: KernelSpec, entry: cache.Entry) -> tvm_ffi.Module:
+    module = tvm_ffi.load_module(str(entry.library))
+    if spec.target.device == "cpu" and _forked:
+        module.run_serially()
+    return module
+
+
+def _folders() -> str:
+    places = [p for p in (cache.prebuilt(), cache.readable()) if p]
+    return " and ".join(str(p.root) for p in places)
+
+
+def _after_fork() -> None:
+    """OpenMP's threads stayed in the parent, and a lock may have been held there."""
+    global _forked
+    _forked = True
+    _locks.clear()
+    for spec, module in _loaded.items():
+        if spec.target.device == "cpu":
+            module.run_serially()
+
+
+if sys.platform != "win32":
+    os.register_at_fork(after_in_child=_after_fork)

@@ -1,0 +1,177 @@
+"""What to build: one kernel instance, as a generated source, a ninja file and the key of both."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import platform
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import tvm_ffi
+
+_FORMAT = 1  # of a cache entry; raise it when what an entry holds changes its meaning
+
+_PACKAGE = Path(__file__).resolve().parents[1]
+# In a wheel the sources lie inside the package, in a checkout beside src.
+CSRC = next((d for d in (_PACKAGE / "csrc", _PACKAGE.parents[1] / "csrc") if d.is_dir()), _PACKAGE / "csrc")
+
+_ARCH = re.compile(r"(?:sm_?)?(\d{1,2})\.?(\d)([af]?)")
+
+
+@dataclass(frozen=True)
+class Target:
+    """What the code is to run on: the machine's own processor, or one CUDA architecture."""
+
+    device: str  # "cpu" or "cuda"
+    arch: str = "native"  # for CUDA "9.0a" and the like
+
+    @classmethod
+    def cuda(cls, arch: str) -> Target:
+        """From "9.0a", "90a" or "sm_90a"."""
+        match = _ARCH.fullmatch(str(arch))
+        if not match:
+            raise ValueError(f"arch must be a CUDA architecture such as '9.0a' or 'sm_90a', got {arch!r}")
+        return cls("cuda", f"{match[1]}.{match[2]}{match[3]}")
+
+    @property
+    def sm(self) -> str:
+        """As nvcc and file names spell it: sm_90a; the processor's family on the host."""
+        return "sm_" + self.arch.replace(".", "") if self.device == "cuda" else f"cpu_{platform.machine()}"
+
+
+@dataclass(frozen=True)
+class KernelSpec:
+    """One instance of one kernel class.
+
+    `op` names the exported function, and the files csrc/elementwise/<op>.cuh and <op>_cpu.h;
+    `name` is what profilers, errors and the cache call this instance; `warmup` are the words after
+    `jitnorm warmup` that build it ahead of time.
+    """
+
+    op: str
+    name: str
+    kernel: str  # "RMSNormKernel<4096, bf16_t, bf16_t>"
+    target: Target
+    warmup: str
+
+    def __str__(self) -> str:
+        return f"{self.kernel} for {self.target.sm}"
+
+    @property
+    def warmup_command(self) -> str:
+        where = f" --arch {self.target.arch}" if self.target.device == "cuda" else ""
+        return f"jitnorm warmup {self.warmup} --device {self.target.device}{where}"
+
+    @property
+    def source_name(self) -> str:
+        return "module.cu" if self.target.device == "cuda" else "module.cc"
+
+    @property
+    def source(self) -> str:
+        kernel = f"// {self}\n"
+        if self.target.device == "cuda":
+            return (
+                f'{kernel}#include "elementwise/{self.op}.cuh"\n\nnamespace jitnorm {{\nusing Kernel = {self.kernel};\n}}\n\n'
+                f"JITNORM_CUDA_MODULE({self.op}, {self.name}, jitnorm::Kernel)\n"
+            )
+        return (
+            f'{kernel}#include "elementwise/{self.op}_cpu.h"\n\nnamespace jitnorm {{\nusing Kernel = {self.kernel};\n}}\n\n'
+            f"JITNORM_CPU_MODULE({self.op}, jitnorm::Kernel)\n"
+        )
+
+    @property
+    def ninja(self) -> str:
+        """The build, free of any machine's paths: those are in paths.ninja beside it."""
+        return _CUDA_NINJA.format(**_arch_flags(self.target)) if self.target.device == "cuda" else _CPU_NINJA
+
+    @property
+    def includes(self) -> tuple[str, ...]:
+        """The files under csrc that the source can include, in a fixed order."""
+        return tuple(sorted(_included(self.source)))
+
+    @functools.cached_property
+    def key(self) -> str:
+        """Of everything that the library is made from, the compilers apart. Contents only: pip and network file systems
+        invent modification times, and two virtual environments should share an entry."""
+        digest = hashlib.sha256()
+        parts = {"format": _FORMAT, "source": self.source, "ninja": self.ninja, "machine": platform.machine()}
+        parts["tvm_ffi"] = tvm_ffi.__version__
+        if self.target.device == "cpu":
+            parts["cpu"] = cpu_features()
+        digest.update(json.dumps(parts, sort_keys=True).encode())
+        for name in self.includes:
+            digest.update(f"\0{name}\0".encode() + _read(name))
+        return digest.hexdigest()[:16]
+
+
+# The cubin becomes read-only data of the library; see csrc/include/jitnorm/launch.h.
+_CUDA_NINJA = """\
+include paths.ninja
+rule cubin
+  command = $nvcc -cubin -std=c++17 -O3 -arch={sm} -ccbin $cxx -allow-unsupported-compiler -I$csrc -I$csrc/include $in -o $out
+rule host
+  command = $cxx -x c++ -std=c++17 -O2 -fPIC -fvisibility=hidden -fno-exceptions -DJITNORM_CUDA_ARCH={number} $
+    -I$csrc -I$csrc/include -I$tvm_ffi_include -I$cuda_include -c $in -o $out
+rule link
+  command = $cxx -shared -Wl,-z,now host.o cubin.s -L$tvm_ffi_lib -ltvm_ffi -ldl -o $out
+build kernel.cubin: cubin module.cu
+build host.o: host module.cu
+build library.so: link host.o kernel.cubin | cubin.s
+"""
+_CPU_NINJA = """\
+include paths.ninja
+rule library
+  command = $cxx -std=c++17 -O3 -march=native -fopenmp -fPIC -fvisibility=hidden -fno-exceptions -Wno-psabi -shared $
+    -Wl,-z,now -I$csrc -I$csrc/include -I$tvm_ffi_include $in -L$tvm_ffi_lib -ltvm_ffi -o $out
+build library.so: library module.cc
+"""
+CUBIN_ASSEMBLY = """\
+.section .rodata
+.balign 64
+.hidden jitnorm_cubin
+.globl jitnorm_cubin
+jitnorm_cubin:
+.incbin "kernel.cubin"
+.section .note.GNU-stack,"",%progbits
+"""
+
+
+def _arch_flags(target: Target) -> dict[str, str]:
+    return {"sm": target.sm, "number": target.arch.replace(".", "").rstrip("af")}
+
+
+@functools.cache
+def _read(name: str) -> bytes:
+    return (CSRC / name).read_bytes()
+
+
+def _included(source: str) -> set[str]:
+    """What `#include "..."` reaches under csrc, recursively."""
+    found: set[str] = set()
+    pending = [source]
+    while pending:
+        for include in re.findall(r'^\s*#\s*include\s+"([^"]+)"', pending.pop(), re.MULTILINE):
+            name = next((n for n in (include, f"include/{include}") if (CSRC / n).is_file()), None)
+            if name and name not in found:
+                found.add(name)
+                pending.append(_read(name).decode())
+    return found
+
+
+@functools.cache
+def cpu_features() -> str:
+    """What -march=native depends on: the first processor's description, less what changes from moment to moment."""
+    try:
+        lines = []
+        with open("/proc/cpuinfo") as cpuinfo:
+            for line in cpuinfo:
+                if not line.strip():
+                    break  # one processor is enough, and the file grows slowly on large machines
+                if re.match(r"(vendor_id|cpu family|model|flags|Features|CPU (implementer|part|variant))\s*:", line):
+                    lines.append(" ".join(line.split()))
+        return "\n".join(lines)
+    except OSError:
+        return platform.processor()

@@ -1,0 +1,179 @@
+"""With what to build: the host compiler, nvcc and ninja; who they are, and where they were looked for.
+
+A compiler is known by its version, and recognised by real path, size and modification time, so that only the first
+process that meets it has to start it: what it said is remembered in the cache's folder.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+_HOST_COMPILERS = ("c++", "g++", "clang++")
+# Where a search for compilers looks; a change of one of these makes it look again.
+_ENVIRONMENT = ("PATH", "CXX", "CUDA_HOME", "CUDA_PATH", "CONDA_PREFIX")
+
+
+@dataclass(frozen=True)
+class Compiler:
+    path: str
+    version: str
+    size: int
+    mtime_ns: int
+    top: str = ""  # nvcc: the toolkit's folder
+
+    def unchanged(self) -> bool:
+        try:
+            stat = os.stat(self.path)
+        except OSError:
+            return False
+        return (stat.st_size, stat.st_mtime_ns) == (self.size, self.mtime_ns)
+
+
+@dataclass(frozen=True)
+class Toolchain:
+    cxx: Compiler
+    nvcc: Compiler | None = None
+
+    @property
+    def key(self) -> str:
+        versions = [c.version for c in (self.cxx, self.nvcc) if c]
+        return hashlib.sha256("\0".join(versions).encode()).hexdigest()[:12]
+
+    def compilers(self) -> dict[str, str]:
+        return {name: c.version for name, c in (("c++", self.cxx), ("nvcc", self.nvcc)) if c}
+
+
+def find_cxx() -> str | None:
+    """The host compiler's path: $CXX, or the first of the usual names on the PATH."""
+    names = (os.environ["CXX"],) if os.environ.get("CXX") else _HOST_COMPILERS
+    return next((path for name in names if (path := shutil.which(name, path=os.environ.get("PATH", "")))), None)
+
+
+def find_nvcc() -> str | None:
+    """nvcc's path, as cuda-pathfinder finds it: NVIDIA's wheels, conda, CUDA_HOME or CUDA_PATH, the PATH."""
+    from cuda import pathfinder
+
+    return pathfinder.find_nvidia_binary_utility("nvcc") or shutil.which("nvcc", path=os.environ.get("PATH", ""))
+
+
+def find_ninja() -> str | None:
+    """The ninja that was installed beside this package, or the one on the PATH."""
+    try:
+        import ninja
+
+        bundled = Path(ninja.BIN_DIR) / "ninja"
+        if bundled.is_file():
+            return str(bundled)
+    except ImportError:
+        pass
+    return shutil.which("ninja", path=os.environ.get("PATH", ""))
+
+
+def identify(device: str, memory: Path | None) -> Toolchain | None:
+    """The compilers that would build for `device` here, or None where something is missing.
+
+    `memory` is a folder that keeps what compilers said; where it holds nothing of this environment, they are started.
+    """
+    if not find_cxx():
+        return None  # without it nothing can be built, and nvcc need not be looked for
+    remembered = _recall(device, memory)
+    if remembered:
+        return remembered
+    found = _ask(device)
+    if found:
+        _remember(device, memory, found)
+    return found
+
+
+def require(device: str, memory: Path | None) -> Toolchain:
+    """`identify`, or a RuntimeError that says what is missing, where it was looked for and how to get it."""
+    toolchain = identify(device, memory)
+    if toolchain:
+        return toolchain
+    if not find_cxx():
+        looked = f"$CXX ({os.environ['CXX']})" if os.environ.get("CXX") else " and ".join(_HOST_COMPILERS)
+        raise RuntimeError(
+            f"jitnorm needs a C++ compiler and found none: looked for {looked} on PATH={os.environ.get('PATH', '')!r}. "
+            "Install one (Debian, Ubuntu: apt-get install g++; conda: conda install cxx-compiler) or set CXX."
+        )
+    places = ", ".join(f"{name}={os.environ.get(name, '')!r}" for name in ("CUDA_HOME", "CUDA_PATH", "CONDA_PREFIX", "PATH"))
+    raise RuntimeError(
+        f"jitnorm needs nvcc and found none that works: looked in NVIDIA's wheels under {sys.prefix}, {places}. "
+        "Install it with: pip install 'jitnorm[nvcc]'"
+    )
+
+
+def _ask(device: str) -> Toolchain | None:
+    cxx = _identify_cxx(find_cxx())
+    if device == "cpu" or not cxx:
+        return Toolchain(cxx) if cxx else None
+    nvcc = _identify_nvcc(find_nvcc())
+    return Toolchain(cxx, nvcc) if nvcc else None
+
+
+def _identify_cxx(path: str | None) -> Compiler | None:
+    output = _output(path, "--version")
+    return _compiler(path, output.splitlines()[0]) if path and output else None
+
+
+def _identify_nvcc(path: str | None) -> Compiler | None:
+    """nvcc may be a script far from its toolkit, so it is asked where that is: --dryrun prints TOP and the version."""
+    output = _output(path, "--dryrun", "-cubin", "x.cu")
+    top = re.search(r"^#\$ TOP=(.*)$", output, re.MULTILINE)
+    version = [re.search(rf"__CUDACC_VER_{part}__=(\d+)", output) for part in ("MAJOR", "MINOR", "BUILD")]
+    if not path or not top or not all(version):
+        return None
+    return _compiler(path, ".".join(v[1] for v in version if v), os.path.realpath(top[1].strip()))
+
+
+def _compiler(path: str, version: str, top: str = "") -> Compiler:
+    stat = os.stat(os.path.realpath(path))
+    # Some compilers look for their parts beside argv[0], so the path is kept as found; its target's size and time tell.
+    return Compiler(path, version, stat.st_size, stat.st_mtime_ns, top)
+
+
+def _output(path: str | None, *arguments: str) -> str:
+    if not path:
+        return ""
+    try:
+        done = subprocess.run([path, *arguments], capture_output=True, text=True, timeout=60)
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    return done.stdout + done.stderr if done.returncode == 0 else ""
+
+
+def _memory_file(device: str, memory: Path) -> Path:
+    environment = json.dumps([sys.prefix, device, *(os.environ.get(name) for name in _ENVIRONMENT)])
+    return memory / f"{device}-{hashlib.sha256(environment.encode()).hexdigest()[:16]}.json"
+
+
+def _recall(device: str, memory: Path | None) -> Toolchain | None:
+    if not memory:
+        return None
+    try:
+        said = json.loads(_memory_file(device, memory).read_text())
+        toolchain = Toolchain(Compiler(**said["cxx"]), Compiler(**said["nvcc"]) if said["nvcc"] else None)
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return toolchain if all(c.unchanged() for c in (toolchain.cxx, toolchain.nvcc) if c) else None
+
+
+def _remember(device: str, memory: Path | None, toolchain: Toolchain) -> None:
+    if not memory:
+        return
+    file = _memory_file(device, memory)
+    try:
+        file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        draft = file.with_suffix(f".{os.getpid()}.tmp")
+        draft.write_text(json.dumps(asdict(toolchain), indent=1))
+        draft.replace(file)
+    except OSError:
+        pass  # a read-only cache: the next process asks again

@@ -1,0 +1,40 @@
+"""Which code a tensor, or a caller without a GPU, asks for."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+
+from jitnorm.jit.spec import Target
+
+_CPU = Target("cpu")
+
+
+def target_of(tensor: torch.Tensor) -> Target:
+    """The tensor's own device: two GPUs of one machine may differ."""
+    return _CPU if tensor.device.type == "cpu" else cuda_target(tensor.device.index)
+
+
+@functools.cache
+def cuda_target(index: int | None) -> Target:
+    major, minor = torch.cuda.get_device_capability(index)
+    return Target.cuda(f"{major}.{minor}" + ("a" if major >= 9 else ""))
+
+
+def resolve_target(device: str | None = None, arch: str | None = None) -> Target:
+    """From words: `device` "cpu" or "cuda" (None: CUDA where torch sees a GPU), `arch` such as "9.0a" for a GPU that
+    is not here. ValueError for anything else, RuntimeError where the architecture cannot be known."""
+    if device is None:
+        device = "cuda" if arch or torch.cuda.is_available() else "cpu"
+    if device not in ("cpu", "cuda"):
+        raise ValueError(f"device must be 'cpu' or 'cuda', got {device!r}")
+    if device == "cpu":
+        if arch not in (None, "native"):
+            raise ValueError(f"arch is for CUDA: the CPU's code is built for the machine it runs on, got {arch!r}")
+        return _CPU
+    if arch:
+        return Target.cuda(arch)
+    if not torch.cuda.is_available():
+        raise RuntimeError("torch sees no GPU here, so its architecture must be given: arch='9.0a' for an H100 or H200")
+    return cuda_target(torch.cuda.current_device())
