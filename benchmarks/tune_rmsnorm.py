@@ -9,7 +9,6 @@ line that is good everywhere, and put it in csrc/elementwise/rmsnorm.cuh.
 from __future__ import annotations
 
 import argparse
-import itertools
 import statistics
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -76,9 +75,7 @@ def main() -> None:
     dtype = _DTYPES[options.dtype]
     for hidden_size in options.hidden_size:
         base = rmsnorm_spec(hidden_size, dtype, dtype, resolve_target("cuda"))
-        grids = (0, 4) if hidden_size >= 512 else (0, 16)
-        tries = [(t, r, g, w) for (t, r), g, w in itertools.product(schedules(hidden_size, dtype.itemsize), grids, (False, True))
-                 if not (g and w)]
+        tries = list(schedules(hidden_size, dtype.itemsize))
         with ThreadPoolExecutor(16) as pool:
             modules = list(pool.map(lambda s: load(variant(base, *s)), tries))
         tokens = [*options.tokens, (256 << 20) // (hidden_size * dtype.itemsize)]

@@ -1,7 +1,7 @@
-// RMSNorm on CUDA. A thread holds its part of a row in registers from the one read to the one write.
+// RMSNorm on CUDA: one read, one write. A thread holds its part of a row in registers in between.
 //
 // The schedule is fixed by hidden size and dtype, never by the number of rows: a row's bits are the same in any batch.
-// benchmarks/tune_rmsnorm.py tries every schedule; docs/architecture.md has what it found.
+// benchmarks/tune_rmsnorm.py compares schedules on a GPU; docs/architecture.md has what it found.
 #pragma once
 #include "elementwise/rmsnorm.h"
 #include "jitnorm/launch.h"
@@ -12,16 +12,47 @@
 
 namespace jitnorm {
 
-template <int kThreadsPerRow_, int kRowsPerBlock_, int kBlocksPerSM_ = 0, bool kWeightFirst_ = false>
+template <int kThreadsPerRow_, int kRowsPerBlock_>
 struct Schedule {
   static constexpr int kThreadsPerRow = kThreadsPerRow_;
   static constexpr int kRowsPerBlock = kRowsPerBlock_;
-  static constexpr bool kWeightFirst = kWeightFirst_;
-  static constexpr int kBlocksPerSM = kBlocksPerSM_;  // blocks launched at most; 0: one for every kRowsPerBlock rows
+};
+
+// A row of up to 256 elements: one 16-byte vector to a thread, 256 threads to a block.
+constexpr int warp_threads_per_row(int vectors) { return vectors < 32 ? vectors : 32; }
+
+// Longer rows: two vectors to a thread while that needs no more than 128 threads, then up to five, without a rest
+// where the size allows it. More threads answer a single row sooner, but keep fewer rows in flight.
+constexpr int block_threads_per_row(int vectors) {
+  if (vectors <= 256) return vectors <= 64 ? 32 : vectors <= 128 ? 64 : 128;
+  const int most = vectors <= 1280 ? 256 : 512;
+  for (int threads = 128; threads <= most; threads += 32)
+    if (vectors % threads == 0 && vectors / threads <= 5) return threads;
+  return (vectors + 5 * 128 - 1) / (5 * 128) * 128;
+}
+
+constexpr int at_least_one(int n) { return n > 0 ? n : 1; }
+
+// What the two kernels have in common with each other, and with the host, which launches them.
+template <int kHiddenSize_, typename T, typename W, typename S>
+struct RMSNormCuda : S {
+  using input_t = T;
+  using weight_t = W;
+  using params_t = RMSNormParams;
+  static constexpr int kHiddenSize = kHiddenSize_;
+  static constexpr unsigned kAlignment = 16;
+  // Memory is kept busy by 48 KiB of rows in flight on a multiprocessor: registers are rationed for that where blocks
+  // are large, and left to the compiler where many small ones fit anyway.
+  static constexpr int kBlockBytes = kHiddenSize * sizeof(T) * S::kRowsPerBlock;
+  static constexpr int kBlocksInFlight = (48 * 1024 + kBlockBytes - 1) / kBlockBytes;
+  static constexpr int kMostBlocks = 1024 / (S::kThreadsPerRow * S::kRowsPerBlock);  // on the smallest multiprocessors
+  static constexpr int kMinBlocks = kBlockBytes < 8192              ? 1
+                                    : kBlocksInFlight < kMostBlocks ? kBlocksInFlight
+                                                                    : kMostBlocks;
 };
 
 #ifdef __CUDACC__
-// The vectors of a row that one of its kThreads threads holds: every kThreads-th, starting at its own lane.
+// The vectors of a row that one of its kThreads threads holds: every kThreads-th, from its own lane on.
 template <int kHiddenSize, int kThreads, typename T, typename W>
 struct RowPart {
   static constexpr int kElements = 16 / sizeof(T);
@@ -29,23 +60,34 @@ struct RowPart {
   static constexpr int kCount = (kVectors + kThreads - 1) / kThreads;
   static_assert(kHiddenSize % kElements == 0, "a row is made of 16-byte vectors");
 
+  const int lane;
   Vector<T, kElements> x[kCount];
+  Vector<W, kElements> weight[kCount];
 
-  static __device__ __forceinline__ bool has(int lane, int i) {
+  explicit __device__ RowPart(int lane) : lane(lane) {}
+
+  __device__ __forceinline__ bool has(int i) const {
     return kVectors % kThreads == 0 || lane + i * kThreads < kVectors;
   }
+  __device__ __forceinline__ int offset(int i) const { return (lane + i * kThreads) * kElements; }
 
-  __device__ __forceinline__ void read(const T* row, int lane) {
+  __device__ __forceinline__ void read(const T* row) {
 #pragma unroll
     for (int i = 0; i < kCount; i++)
-      if (has(lane, i)) x[i] = load<T, kElements>(row + (lane + i * kThreads) * kElements);
+      if (has(i)) x[i] = load<T, kElements>(row + offset(i));
   }
 
-  __device__ __forceinline__ float sum_of_squares(int lane) const {
+  __device__ __forceinline__ void read_weight(const W* from) {
+#pragma unroll
+    for (int i = 0; i < kCount; i++)
+      if (has(i)) weight[i] = load<W, kElements>(from + offset(i));
+  }
+
+  __device__ __forceinline__ float sum_of_squares() const {
     float sum = 0;
 #pragma unroll
     for (int i = 0; i < kCount; i++) {
-      if (!has(lane, i)) continue;
+      if (!has(i)) continue;
       float f[kElements];
       to_float(x[i], f);
 #pragma unroll
@@ -54,11 +96,10 @@ struct RowPart {
     return sum;
   }
 
-  __device__ __forceinline__ void write(T* row, int lane, float scale,
-                                        const Vector<W, kElements> (&weight)[kCount]) const {
+  __device__ __forceinline__ void write(T* row, float scale) const {
 #pragma unroll
     for (int i = 0; i < kCount; i++) {
-      if (!has(lane, i)) continue;
+      if (!has(i)) continue;
       float f[kElements], w[kElements];
       to_float(x[i], f);
       to_float(weight[i], w);
@@ -66,82 +107,57 @@ struct RowPart {
       for (int j = 0; j < kElements; j++) f[j] = f[j] * scale * w[j];
       Vector<T, kElements> y;
       from_float(f, y);
-      store(row + (lane + i * kThreads) * kElements, y);
+      store(row + offset(i), y);
     }
   }
 };
 
-// The whole life of one block, for both kernels. `Sum` adds up one float over the threads of a row.
+// The whole life of a block, for both kernels. `sum` adds up one float over the threads of a row.
 template <typename Kernel, typename Sum>
-__device__ __forceinline__ void rmsnorm_rows(const RMSNormParams& p, Sum sum) {
+__device__ __forceinline__ void rmsnorm_block(const RMSNormParams& p, Sum sum) {
   using T = typename Kernel::input_t;
   using W = typename Kernel::weight_t;
-  using Part = RowPart<Kernel::kHiddenSize, Kernel::kThreadsPerRow, T, W>;
-  const int lane = threadIdx.x % Kernel::kThreadsPerRow;
-  const index_t step = index_t(gridDim.x) * Kernel::kRowsPerBlock;
-  const W* scales = static_cast<const W*>(p.weight);
-  Vector<W, Part::kElements> weight[Part::kCount];
-  auto load_weight = [&] {
-#pragma unroll
-    for (int i = 0; i < Part::kCount; i++)
-      if (Part::has(lane, i))
-        weight[i] = load<W, Part::kElements>(scales + (lane + i * Kernel::kThreadsPerRow) * Part::kElements);
-  };
-  if (Kernel::kWeightFirst) load_weight();
-  else {
-#pragma unroll
-  for (int i = 0; i < Part::kCount; i++)
-    if (Part::has(lane, i))
-      asm volatile("prefetch.global.L2 [%0];" ::"l"(scales + (lane + i * Kernel::kThreadsPerRow) * Part::kElements));
-  }
+  RowPart<Kernel::kHiddenSize, Kernel::kThreadsPerRow, T, W> part(threadIdx.x % Kernel::kThreadsPerRow);
+  const index_t token = index_t(blockIdx.x) * Kernel::kRowsPerBlock + threadIdx.x / Kernel::kThreadsPerRow;
+  const T* row = static_cast<const T*>(p.input) + token * p.input_stride;
+  const W* weight = static_cast<const W*>(p.weight);
+  T* out = static_cast<T*>(p.out) + token * p.out_stride;
+  // Before the wait, the misses that no earlier kernel can affect: parameters, and addresses' translations.
+  before_wait(row, out, weight, p.eps);
   wait_for_previous();
-  if (!Kernel::kWeightFirst) load_weight();
-  // The threads of a block stay together to the last row: they meet in `sum`.
-  for (index_t first = index_t(blockIdx.x) * Kernel::kRowsPerBlock; first < p.num_tokens; first += step) {
-    const index_t row = first + threadIdx.x / Kernel::kThreadsPerRow;
-    const bool mine = Kernel::kRowsPerBlock == 1 || row < p.num_tokens;
-    Part part;
-    if (mine) part.read(static_cast<const T*>(p.input) + row * p.input_stride, lane);
-    let_next_start();
-    const float mean = sum(mine ? part.sum_of_squares(lane) : 0.f) * (1.f / Kernel::kHiddenSize);
-    if (mine) part.write(static_cast<T*>(p.out) + row * p.out_stride, lane, __frsqrt_rn(mean + p.eps), weight);
-  }
+  const bool exists = Kernel::kRowsPerBlock == 1 || token < p.num_tokens;  // threads without a row still join the sum
+  if (exists) part.read(row);
+  part.read_weight(weight);
+  let_next_start();
+  const float mean = sum(exists ? part.sum_of_squares() : 0.f) * (1.f / Kernel::kHiddenSize);
+  if (exists) part.write(out, __frsqrt_rn(mean + p.eps));
 }
 #endif
 
-// What the two kernels have in common with each other and with the host, which launches them.
-template <int kHiddenSize_, typename T, typename W, typename S>
-struct RMSNormCuda : S {
-  using input_t = T;
-  using weight_t = W;
-  using params_t = RMSNormParams;
-  static constexpr int kHiddenSize = kHiddenSize_;
-  static constexpr unsigned kAlignment = 16;
-};
-
 // hidden_size up to 256: the threads of one warp, or some of them, share a row, and several rows share a block.
 template <int kHiddenSize, typename T, typename W = T,
-          typename S = Schedule<kHiddenSize / (16 / sizeof(T)) < 32 ? kHiddenSize / (16 / sizeof(T)) : 32, 8>>
+          typename S = Schedule<warp_threads_per_row(kHiddenSize * sizeof(T) / 16),
+                                256 / warp_threads_per_row(kHiddenSize * sizeof(T) / 16)>>
 struct RMSNormWarpKernel : RMSNormCuda<kHiddenSize, T, W, S> {
 #ifdef __CUDACC__
   static __device__ __forceinline__ void run(const RMSNormParams& params) {
-    rmsnorm_rows<RMSNormWarpKernel>(params, [](float part) { return warp_sum<S::kThreadsPerRow>(part); });
+    rmsnorm_block<RMSNormWarpKernel>(params, [](float part) { return warp_sum<S::kThreadsPerRow>(part); });
   }
 #endif
 };
 
-// hidden_size from 512: the warps of a block share a row, or those of half a block.
-template <int kHiddenSize, typename T, typename W = T, typename S = Schedule<128, 1>>
+// hidden_size from 512: whole warps share a row. A block has one row, or as many as make 128 threads.
+template <int kHiddenSize, typename T, typename W = T,
+          typename S = Schedule<block_threads_per_row(kHiddenSize * sizeof(T) / 16),
+                                at_least_one(128 / block_threads_per_row(kHiddenSize * sizeof(T) / 16))>>
 struct RMSNormKernel : RMSNormCuda<kHiddenSize, T, W, S> {
 #ifdef __CUDACC__
   static __device__ __forceinline__ void run(const RMSNormParams& params) {
     constexpr int kWarps = S::kThreadsPerRow / kWarpSize;
-    __shared__ float partial[2][S::kRowsPerBlock][kWarps];  // two, so that a row need not wait for the last one's readers
-    int turn = 0;
-    rmsnorm_rows<RMSNormKernel>(params, [&](float part) {
+    __shared__ float partial[S::kRowsPerBlock][kWarps];
+    rmsnorm_block<RMSNormKernel>(params, [&](float part) {
       const int warp = threadIdx.x / kWarpSize;
-      turn ^= 1;
-      return block_sum<kWarps>(part, partial[turn][warp / kWarps], warp % kWarps);
+      return block_sum<kWarps>(part, partial[warp / kWarps], warp % kWarps);
     });
   }
 #endif

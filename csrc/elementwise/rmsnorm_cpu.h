@@ -18,10 +18,11 @@ struct RMSNormKernel {
     const T* x = static_cast<const T*>(p.input) + row * p.input_stride;
     const W* w = static_cast<const W*>(p.weight);
     T* y = static_cast<T*>(p.out) + row * p.out_stride;
-    constexpr int kSums = kHiddenSize / kLanes < 8 ? kHiddenSize / kLanes : 8;  // enough to hide the latency of an addition
+    constexpr int kSums = 4;  // into a single one, each addition would wait for the one before it
+    static_assert(kHiddenSize % (kSums * kLanes) == 0, "a row is whole vectors");
     floats sums[kSums] = {};
     for (int i = 0; i < kHiddenSize; i += kSums * kLanes)
-#pragma GCC unroll 8
+#pragma GCC unroll 4
       for (int j = 0; j < kSums; j++) {
         floats f = load(x + i + j * kLanes);
         sums[j] += f * f;

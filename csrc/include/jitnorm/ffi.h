@@ -10,14 +10,13 @@
 #define JITNORM_PUBLIC __attribute__((visibility("default")))
 
 // Exports FUNCTION, an `int(const TVMFFIAny* args, int num_args)`, under NAME.
-#define JITNORM_EXPORT(NAME, ...)                                                              \
-  extern "C" JITNORM_PUBLIC int __tvm_ffi_##NAME(void*, const TVMFFIAny* args, int32_t n_args, \
-                                                 TVMFFIAny* result) {                          \
-    jitnorm::Outcome outcome = __VA_ARGS__(args, n_args);                                      \
-    if (outcome == jitnorm::Outcome::kRaised) return -1;                                       \
-    result->type_index = kTVMFFIInt;                                                           \
-    result->v_int64 = static_cast<int64_t>(outcome);                                           \
-    return 0;                                                                                  \
+#define JITNORM_EXPORT(NAME, ...)                                                                                   \
+  extern "C" JITNORM_PUBLIC int __tvm_ffi_##NAME(void*, const TVMFFIAny* args, int32_t n_args, TVMFFIAny* result) { \
+    jitnorm::Outcome outcome = __VA_ARGS__(args, n_args);                                                           \
+    if (outcome == jitnorm::Outcome::kRaised) return -1;                                                            \
+    result->type_index = kTVMFFIInt;                                                                                \
+    result->v_int64 = static_cast<int64_t>(outcome);                                                                \
+    return 0;                                                                                                       \
   }
 
 namespace jitnorm {

@@ -23,16 +23,25 @@ bool runs_on(Kernel, DLDevice device) {
 }
 
 constexpr index_t kParallelElements = 1 << 15;  // below, waking the threads takes longer than the work
+constexpr index_t kChunkElements = 1 << 11;     // a call of run_rows is nothing beside them
+
+// Out of line, so that the rows are compiled once for both callers below.
+template <typename Kernel>
+__attribute__((noinline)) void run_rows(const typename Kernel::params_t& params, index_t first, index_t last) {
+  for (index_t row = first; row < last; row++) Kernel::run(params, row);
+}
 
 template <typename Kernel>
 Outcome launch(Kernel, const typename Kernel::params_t& params, DLDevice, bool) {
+  constexpr index_t kChunk = Kernel::kHiddenSize < kChunkElements ? kChunkElements / Kernel::kHiddenSize : 1;
   const index_t rows = params.num_tokens;
   if (serial || rows == 1 || rows * Kernel::kHiddenSize < kParallelElements) {
-    for (index_t row = 0; row < rows; row++) Kernel::run(params, row);
+    run_rows<Kernel>(params, 0, rows);
     return Outcome::kDone;
   }
 #pragma omp parallel for schedule(static)
-  for (index_t row = 0; row < rows; row++) Kernel::run(params, row);
+  for (index_t row = 0; row < rows; row += kChunk)
+    run_rows<Kernel>(params, row, row + kChunk < rows ? row + kChunk : rows);
   return Outcome::kDone;
 }
 

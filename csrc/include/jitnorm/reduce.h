@@ -13,10 +13,11 @@ __device__ __forceinline__ float warp_sum(float value) {
   return value;
 }
 
-// Over the kWarps warps of one row. `partial` is the row's own; the caller keeps the next call's from overlapping it.
+// Over the kWarps warps of one row; `partial` is the row's own. Every thread of the block must come here, once.
 template <int kWarps>
 __device__ __forceinline__ float block_sum(float value, float (&partial)[kWarps], int warp) {
   value = warp_sum<kWarpSize>(value);
+  if (kWarps == 1) return value;
   if (threadIdx.x % kWarpSize == 0) partial[warp] = value;
   __syncthreads();
   float sums[4] = {};

@@ -1,23 +1,23 @@
-// Sixteen floats at a time on the host, in the vector extensions of GCC and Clang: the compiler splits them into whatever
-// registers the machine has. The half-precision conversions are written out because compilers leave them scalar, and
-// because immintrin.h alone would double the time of a build.
+// A register of floats at a time on the host, in the vector extensions of GCC and Clang. The half-precision conversions
+// are builtins, or written out where the machine has none: left to themselves, compilers make scalar code of them, and
+// immintrin.h alone would double the time of a build.
 #pragma once
 #include "jitnorm/dtype.h"
 
 namespace jitnorm {
 
+// Never more than one register holds: GCC makes scalar code of longer vectors.
+#if defined(__AVX512F__)
 constexpr int kLanes = 16;
+#elif defined(__AVX2__)
+constexpr int kLanes = 8;
+#else
+constexpr int kLanes = 4;
+#endif
 typedef float floats __attribute__((vector_size(4 * kLanes)));
+typedef int ints __attribute__((vector_size(4 * kLanes)));
 typedef unsigned words __attribute__((vector_size(4 * kLanes)));
-typedef unsigned short halves __attribute__((vector_size(2 * kLanes)));
-
-template <typename To, typename From>
-inline To bit_cast(From from) {
-  static_assert(sizeof(To) == sizeof(From), "the same bits");
-  To to;
-  __builtin_memcpy(&to, &from, sizeof to);
-  return to;
-}
+typedef short halves __attribute__((vector_size(2 * kLanes)));  // bits; signed because the builtins want it so
 
 template <typename V, typename T>
 inline V read(const T* from) {
@@ -26,70 +26,70 @@ inline V read(const T* from) {
   return v;
 }
 
-inline words choose(words mask, words yes, words no) { return (mask & yes) | (~mask & no); }
-
-inline floats load(const float* from) { return read<floats>(from); }
-inline void store(float* to, floats f) { __builtin_memcpy(to, &f, sizeof f); }
-
-inline floats load(const bf16_t* from) {
-  return bit_cast<floats>(__builtin_convertvector(read<halves>(from), words) << 16);
+template <typename V, typename T>
+inline void write(T* to, V v) {
+  __builtin_memcpy(to, &v, sizeof v);
 }
 
-inline void store(bf16_t* to, floats f) {
-  words u = bit_cast<words>(f);
-  words rounded = (u + 0x7fff + ((u >> 16) & 1)) >> 16;  // to nearest even
-  words nan = bit_cast<words>(f != f);
-  halves h = __builtin_convertvector(choose(nan, (u >> 16) | 0x40, rounded), halves);
-  __builtin_memcpy(to, &h, sizeof h);
+// Sign-extended, as the bits are signed; no conversion looks at what that leaves in the upper half.
+inline words widen(halves h) {
+#if defined(__clang__) || !defined(__AVX2__)
+  return __builtin_convertvector(h, words);
+#elif defined(__AVX512F__)  // one instruction, where GCC 12 makes four of __builtin_convertvector
+  return (words)__builtin_ia32_pmovsxwd512_mask(h, ints{}, -1);
+#else
+  return (words)__builtin_ia32_pmovsxwd256(h);
+#endif
 }
 
-#ifdef __F16C__
-typedef short shorts8 __attribute__((vector_size(16)));
-typedef float floats8 __attribute__((vector_size(32)));
+inline halves narrow(words u) { return __builtin_convertvector(u, halves); }
 
-inline floats load(const fp16_t* from) {
-  struct {
-    floats8 half[2];
-  } f = {{__builtin_ia32_vcvtph2ps256(read<shorts8>(from)), __builtin_ia32_vcvtph2ps256(read<shorts8>(from + 8))}};
-  return bit_cast<floats>(f);
+inline floats from_bf16(halves h) { return (floats)(widen(h) << 16); }
+
+inline halves to_bf16(floats f) {
+  words u = (words)f;
+  words rounded = u + 0x7fff + ((u >> 16) & 1);  // to nearest even
+  return narrow((f == f ? rounded : u | 0x400000) >> 16);
 }
 
-inline void store(fp16_t* to, floats f) {
-  struct Halves {
-    floats8 half[2];
-  } halves = bit_cast<Halves>(f);
-  for (int i = 0; i < 2; i++) {
-    shorts8 h = __builtin_ia32_vcvtps2ph256(halves.half[i], 0);  // to nearest even
-    __builtin_memcpy(to + 8 * i, &h, sizeof h);
-  }
-}
+#if defined(__AVX512F__)
+inline floats from_fp16(halves h) { return __builtin_ia32_vcvtph2ps512_mask(h, floats{}, -1, 4); }
+inline halves to_fp16(floats f) { return __builtin_ia32_vcvtps2ph512_mask(f, 0, halves{}, -1); }  // to nearest even
+#elif defined(__AVX2__) && defined(__F16C__)
+inline floats from_fp16(halves h) { return __builtin_ia32_vcvtph2ps256(h); }
+inline halves to_fp16(floats f) { return __builtin_ia32_vcvtps2ph256(f, 0); }  // to nearest even
 #else
 // The exponent moves by a multiplication, which is exact and takes care of subnormals.
-inline floats load(const fp16_t* from) {
-  words h = __builtin_convertvector(read<halves>(from), words);
-  words magnitude = (h & 0x7fff) << 13;
-  words scaled = bit_cast<words>(bit_cast<floats>(magnitude) * 0x1p112f);
-  words special = bit_cast<words>(magnitude >= (0x7c00u << 13));  // infinities and NaNs
-  return bit_cast<floats>(((h & 0x8000) << 16) | scaled | (special & 0x7f800000u));
+inline floats from_fp16(halves h) {
+  words u = widen(h), magnitude = (u & 0x7fff) << 13;
+  words scaled = (words)((floats)magnitude * 0x1p112f);
+  words special = (words)(magnitude >= 0x7c00u << 13) & 0x7f800000;  // infinities and NaNs
+  return (floats)((u & 0x80000000) | scaled | special);
 }
 
-inline void store(fp16_t* to, floats f) {
-  words u = bit_cast<words>(f), sign = (u >> 16) & 0x8000, magnitude = u & 0x7fffffff;
+inline halves to_fp16(floats f) {
+  words u = (words)f, sign = (u >> 16) & 0x8000, magnitude = u & 0x7fffffff;
   // Below 2^-14 the float adder rounds: 0.5 has its last bit where a subnormal half has its own.
-  words small = bit_cast<words>(bit_cast<floats>(magnitude) + 0.5f) - 0x3f000000u;
-  words normal = (magnitude - (112u << 23) + 0xfff + ((magnitude >> 13) & 1)) >> 13;  // to nearest even
-  words h = choose(bit_cast<words>(magnitude < (113u << 23)), small, normal);
-  h = choose(bit_cast<words>(magnitude >= 0x477ff000u), words{} + 0x7c00, h);  // 65520 and above
-  h = choose(bit_cast<words>(magnitude > 0x7f800000u), words{} + 0x7e00, h);   // NaN
-  halves narrow = __builtin_convertvector(h | sign, halves);
-  __builtin_memcpy(to, &narrow, sizeof narrow);
+  words subnormal = (words)((floats)magnitude + 0.5f) - 0x3f000000;
+  words normal = (magnitude - (112 << 23) + 0xfff + ((magnitude >> 13) & 1)) >> 13;  // to nearest even
+  words rounded = magnitude < 113u << 23 ? subnormal : normal;
+  words special = magnitude > 0x7f800000u ? words{} + 0x7e00 : words{} + 0x7c00;  // NaN, infinity
+  return narrow(sign | (magnitude < 0x477ff000u ? rounded : special));            // infinity from 65520 on
 }
 #endif
 
-inline float sum(floats f) {
-  for (int width = kLanes / 2; width > 0; width /= 2)
-    for (int i = 0; i < width; i++) f[i] += f[i + width];
-  return f[0];
+inline floats load(const float* from) { return read<floats>(from); }
+inline floats load(const bf16_t* from) { return from_bf16(read<halves>(from)); }
+inline floats load(const fp16_t* from) { return from_fp16(read<halves>(from)); }
+inline void store(float* to, floats f) { write(to, f); }
+inline void store(bf16_t* to, floats f) { write(to, to_bf16(f)); }
+inline void store(fp16_t* to, floats f) { write(to, to_fp16(f)); }
+
+// A recursion because GCC would take a loop over the lanes through memory.
+template <int kCount = kLanes>
+inline float sum(const floats& f, int first = 0) {
+  if constexpr (kCount == 1) return f[first];
+  else return sum<kCount / 2>(f, first) + sum<kCount / 2>(f, first + kCount / 2);
 }
 
 }  // namespace jitnorm

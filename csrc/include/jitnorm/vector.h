@@ -11,11 +11,18 @@ struct alignas(16) Vector {
   uint4 words[N * sizeof(T) / 16];
 };
 
+// volatile: the compiler would move a load to its first use to save registers, and the loads of a row would queue up.
 template <typename T, int N>
 __device__ __forceinline__ Vector<T, N> load(const T* from) {
   Vector<T, N> v;
 #pragma unroll
-  for (int i = 0; i < int(N * sizeof(T) / 16); i++) v.words[i] = reinterpret_cast<const uint4*>(from)[i];
+  for (int i = 0; i < int(N * sizeof(T) / 16); i++) {
+    uint4& w = v.words[i];
+    asm volatile("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(w.x), "=r"(w.y), "=r"(w.z), "=r"(w.w)
+                 : "l"(reinterpret_cast<const uint4*>(from) + i)
+                 : "memory");
+  }
   return v;
 }
 

@@ -124,7 +124,7 @@ build library.so: link host.o kernel.cubin | cubin.s
 _CPU_NINJA = """\
 include paths.ninja
 rule library
-  command = $cxx -std=c++17 -O3 -march=native -fopenmp -fPIC -fvisibility=hidden -fno-exceptions -Wno-psabi -shared $
+  command = $cxx -std=c++17 -O2 -march=native -fopenmp -fPIC -fvisibility=hidden -fno-exceptions -shared $
     -Wl,-z,now -I$csrc -I$csrc/include -I$tvm_ffi_include $in -L$tvm_ffi_lib -ltvm_ffi -o $out
 build library.so: library module.cc
 """
