@@ -2,5 +2,6 @@
 
 from jitnorm._version import __version__
 from jitnorm.rmsnorm import rmsnorm
+from jitnorm.warmup import warmup
 
-__all__ = ["__version__", "rmsnorm"]
+__all__ = ["__version__", "rmsnorm", "warmup"]

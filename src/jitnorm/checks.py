@@ -18,6 +18,8 @@ CUDA_ALIGNMENT = 16  # bytes in one access of a CUDA kernel
 def tensor(name: str, value: object) -> None:
     if not isinstance(value, torch.Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
+    if value.layout != torch.strided:
+        raise TypeError(f"{name} must be a dense tensor, got one with layout {value.layout}")
 
 
 def dtype(name: str, value: torch.Tensor, accepted: Sequence[torch.dtype]) -> None:
@@ -64,7 +66,7 @@ def rows(name: str, value: torch.Tensor) -> None:
 def row_stride(value: torch.Tensor) -> int | None:
     """Elements from one row to the next, of a tensor with rows; None where there is no one stride."""
     count, stride = 1, value.shape[-1]
-    for size, step in zip(reversed(value.shape[:-1]), reversed(value.stride()[:-1])):
+    for size, step in zip(reversed(value.shape[:-1]), reversed(value.stride()[:-1]), strict=True):
         if size == 1:
             continue
         if count == 1:
@@ -76,25 +78,23 @@ def row_stride(value: torch.Tensor) -> int | None:
 
 
 def written_rows(name: str, value: torch.Tensor) -> None:
-    hidden_size = value.shape[-1]
-    if value.numel() > hidden_size and (row_stride(value) or 0) < hidden_size:
-        raise ValueError(f"{name} must not overlap itself, got a row stride of {row_stride(value)} for {hidden_size} elements")
+    hidden_size, stride = value.shape[-1], row_stride(value) or 0
+    if value.numel() > hidden_size and stride < hidden_size:
+        raise ValueError(f"{name} must not overlap itself, got a row stride of {stride} for {hidden_size} elements")
 
 
 def no_overlap(name: str, value: torch.Tensor, like_name: str, like: torch.Tensor) -> None:
-    """They share no memory, or are the same rows. Rows of different strides count as sharing where their extents meet."""
-    if not value.numel() or not like.numel():
+    """They share no memory, or are the same rows. Where their strides differ, extents that meet count as sharing."""
+    if not value.numel():
         return
-    size, hidden_size = value.element_size(), value.shape[-1]
-    stride, like_stride = row_stride(value) or 0, row_stride(like) or 0
+    stride, like_stride = _bytes(value, row_stride(value)), _bytes(like, row_stride(like))
+    row = _bytes(value, value.shape[-1])
     offset = value.data_ptr() - like.data_ptr()
-    one_row = value.numel() == hidden_size
-    if offset == 0 and (stride == like_stride or one_row):
+    if offset == 0 and (stride == like_stride or value.nbytes == row):
         return
-    rows_ = value.numel() // hidden_size
-    if offset >= ((rows_ - 1) * like_stride + hidden_size) * size or -offset >= ((rows_ - 1) * stride + hidden_size) * size:
+    if offset >= _extent(like) or -offset >= _extent(value):
         return
-    if stride == like_stride and hidden_size * size <= offset % (stride * size) <= (stride - hidden_size) * size:
+    if stride == like_stride and row <= offset % stride <= stride - row:
         return
     raise ValueError(f"{name} must be {like_name} itself or share no memory with it, got a view that overlaps it")
 
@@ -103,10 +103,18 @@ def no_shared_memory(name: str, value: torch.Tensor, like_name: str, like: torch
     """For a written tensor of rows and a vector that is read for every row."""
     if not value.numel():
         return
-    hidden_size = value.shape[-1]
-    extent = ((value.numel() // hidden_size - 1) * (row_stride(value) or 0) + hidden_size) * value.element_size()
-    if like.data_ptr() < value.data_ptr() + extent and value.data_ptr() < like.data_ptr() + like.nbytes:
+    if like.data_ptr() < value.data_ptr() + _extent(value) and value.data_ptr() < like.data_ptr() + like.nbytes:
         raise ValueError(f"{name} must share no memory with {like_name}, got a view that overlaps it")
+
+
+def _bytes(value: torch.Tensor, elements: int | None) -> int:
+    return (elements or 0) * value.element_size()
+
+
+def _extent(value: torch.Tensor) -> int:
+    """Bytes from the first element of the first row to the end of the last row."""
+    rows_before_last = value.numel() // value.shape[-1] - 1
+    return _bytes(value, rows_before_last * (row_stride(value) or 0) + value.shape[-1])
 
 
 def eps(value: object) -> None:

@@ -59,7 +59,7 @@ def rmsnorm(
         to = torch.empty_like(input) if out is None else out
         if not _kernels[weight.numel(), input.dtype, weight.dtype](input, weight, to, eps, enable_pdl):
             return to
-    except (KeyError, TypeError, AttributeError):
+    except Exception:  # no kernel yet, or arguments that have no such attributes: the way below says what it was
         pass
     return _first_call(input, weight, eps, out, enable_pdl)
 
@@ -67,7 +67,7 @@ def rmsnorm(
 def _first_call(
     input: torch.Tensor, weight: torch.Tensor, eps: float, out: torch.Tensor | None, enable_pdl: bool | None
 ) -> torch.Tensor:
-    """The way of a call that finds no kernel, or whose kernel refused it: says what is wrong, or gets the right kernel."""
+    """The way of a call that finds no kernel or is refused by it: says what is wrong, or gets the right kernel."""
     if torch_ops.is_traced(input, weight, out):
         return _traced(input, weight, eps, out, enable_pdl)
     _check(input, weight, eps, out, enable_pdl)
@@ -141,7 +141,10 @@ def rmsnorm_spec(hidden_size: int, dtype: torch.dtype, weight_dtype: torch.dtype
     """What to build for one size. RuntimeError for a size that is not supported, TypeError for such a dtype."""
     kernel_class = _rmsnorm_kernel_class(hidden_size)
     if dtype not in _DTYPES or weight_dtype not in (dtype, torch.float32):
-        raise TypeError(f"rmsnorm takes float16, bfloat16 and float32, with weights of that dtype or float32, not {dtype}, {weight_dtype}")
+        raise TypeError(
+            "rmsnorm takes float16, bfloat16 and float32, with weights of the same dtype or float32, "
+            f"got {dtype} with weights of {weight_dtype}"
+        )
     name, weight_name = checks.DTYPE_NAMES[dtype], checks.DTYPE_NAMES[weight_dtype]
     cpp = {"fp16": "fp16_t", "bf16": "bf16_t", "fp32": "float"}
     warmup = f"--op rmsnorm --hidden-size {hidden_size} --dtype {name}"
@@ -165,29 +168,44 @@ def _traced(
     input: torch.Tensor, weight: torch.Tensor, eps: float, out: torch.Tensor | None, enable_pdl: bool | None
 ) -> torch.Tensor:
     if out is None:
-        return torch.ops.jitnorm.rmsnorm(input, weight, eps, enable_pdl)
+        result: torch.Tensor = torch.ops.jitnorm.rmsnorm(input, weight, eps, enable_pdl)
+        return result
     torch.ops.jitnorm.rmsnorm_out(input, weight, out, eps, enable_pdl)
     return out
 
 
-def _fake(input: torch.Tensor, weight: torch.Tensor, eps: float, enable_pdl: bool | None) -> torch.Tensor:
-    _fake_out(input, weight, input, eps, enable_pdl)
+def _op(input: torch.Tensor, weight: torch.Tensor, eps: float = 1e-6, enable_pdl: bool | None = None) -> torch.Tensor:
+    return rmsnorm(input, weight, eps, None, enable_pdl)
+
+
+def _op_out(
+    input: torch.Tensor, weight: torch.Tensor, out: torch.Tensor, eps: float = 1e-6, enable_pdl: bool | None = None
+) -> None:
+    rmsnorm(input, weight, eps, out, enable_pdl)
+
+
+def _fake(input: torch.Tensor, weight: torch.Tensor, eps: float = 1e-6, enable_pdl: bool | None = None) -> torch.Tensor:
+    _build_while_tracing(input, weight)
     return torch.empty_like(input)
 
 
-def _fake_out(input: torch.Tensor, weight: torch.Tensor, out: torch.Tensor, eps: float, enable_pdl: bool | None) -> None:
-    """Builds the kernel while the graph is traced, or says that there is none for this size."""
-    spec = rmsnorm_spec(int(input.shape[-1]), input.dtype, weight.dtype, target_of(input))
-    load(spec)
+def _fake_out(
+    input: torch.Tensor, weight: torch.Tensor, out: torch.Tensor, eps: float = 1e-6, enable_pdl: bool | None = None
+) -> None:
+    _build_while_tracing(input, weight)
 
 
-torch_ops.register(
-    "rmsnorm(Tensor input, Tensor weight, float eps=1e-6, bool? enable_pdl=None) -> Tensor",
-    lambda input, weight, eps, enable_pdl: rmsnorm(input, weight, eps, None, enable_pdl),
-    _fake,
-)
+def _build_while_tracing(input: torch.Tensor, weight: torch.Tensor) -> None:
+    """Not in the middle of the compiled graph's first run; RuntimeError for a size that no kernel serves."""
+    hidden_size = int(input.shape[-1])
+    _rmsnorm_kernel_class(hidden_size)
+    if not input.is_meta:
+        load(rmsnorm_spec(hidden_size, input.dtype, weight.dtype, target_of(input)))
+
+
+torch_ops.register("rmsnorm(Tensor input, Tensor weight, float eps=1e-6, bool? enable_pdl=None) -> Tensor", _op, _fake)
 torch_ops.register(
     "rmsnorm_out(Tensor input, Tensor weight, Tensor(a!) out, float eps=1e-6, bool? enable_pdl=None) -> ()",
-    lambda input, weight, out, eps, enable_pdl: rmsnorm(input, weight, eps, out, enable_pdl) and None,
+    _op_out,
     _fake_out,
 )

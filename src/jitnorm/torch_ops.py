@@ -24,11 +24,9 @@ def register(schema: str, implementation: Callable[..., Any], fake: Callable[...
 
 def is_traced(*tensors: object) -> bool:
     """Whether one of these has no storage of its own, so that only torch's dispatcher can tell what a call means."""
-    return torch.compiler.is_compiling() or any(
-        isinstance(t, torch.Tensor) and (t.device.type == "meta" or hasattr(type(t), "__torch_dispatch__") and not _plain(t))
-        for t in tensors
-    )
+    return torch.compiler.is_compiling() or any(isinstance(t, torch.Tensor) and _is_stand_in(t) for t in tensors)
 
 
-def _plain(tensor: torch.Tensor) -> bool:
-    return type(tensor).__torch_dispatch__ is torch.Tensor.__torch_dispatch__
+def _is_stand_in(tensor: torch.Tensor) -> bool:
+    """A FakeTensor, a meta tensor, or another subclass that interprets operators itself."""
+    return tensor.is_meta or type(tensor).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__

@@ -3,8 +3,8 @@
 #pragma once
 #include "jitnorm/ffi.h"
 
-#define JITNORM_CPU_MODULE(NAME, KERNEL)          \
-  JITNORM_EXPORT(NAME, jitnorm::NAME<KERNEL>)     \
+#define JITNORM_CPU_MODULE(NAME, KERNEL)      \
+  JITNORM_EXPORT(NAME, jitnorm::NAME<KERNEL>) \
   JITNORM_EXPORT(run_serially, jitnorm::run_serially)
 
 namespace jitnorm {

@@ -27,21 +27,24 @@ _QUIET_S = 1.0  # a build that lasts longer says what it is
 _LOCK_S = 120.0  # a lock saves work; after this long, doing the work is the better way
 
 
-def build(spec: KernelSpec) -> cache.Entry:
-    """Builds `spec` into the cache unless another process does first. RuntimeError if it cannot be built."""
+def build(spec: KernelSpec, announce: bool = True) -> cache.Entry:
+    """Builds `spec` into the cache unless another process does first. RuntimeError if it cannot be built.
+
+    A build that lasts says so on stderr, unless `announce` is false: the caller shows its own progress.
+    """
     place = cache.writable()
     tools = toolchain.require(spec.target.device, place.root / "toolchains")
     if entry := place.find(spec, tools.key):
         return entry
     with _lock(place, spec, tools.key):
-        return place.find(spec, tools.key) or _build(spec, place, tools)
+        return place.find(spec, tools.key) or _build(spec, place, tools, announce)
 
 
-def _build(spec: KernelSpec, place: cache.Cache, tools: toolchain.Toolchain) -> cache.Entry:
+def _build(spec: KernelSpec, place: cache.Cache, tools: toolchain.Toolchain, announce: bool) -> cache.Entry:
     started = time.monotonic()
     with place.staging(spec) as staging:
         write_sources(spec, staging, tools)
-        _run_ninja(spec, place, staging)
+        _run_ninja(spec, place, staging, announce)
         for scrap in (".ninja_log", ".ninja_deps", "host.o", "kernel.cubin"):
             (staging / scrap).unlink(missing_ok=True)
         cache.seal(staging, "library.so", manifest(spec, tools, time.monotonic() - started))
@@ -89,7 +92,7 @@ def manifest(spec: KernelSpec, tools: toolchain.Toolchain, seconds: float) -> di
     }
 
 
-def _run_ninja(spec: KernelSpec, place: cache.Cache, staging: Path) -> None:
+def _run_ninja(spec: KernelSpec, place: cache.Cache, staging: Path, announce: bool) -> None:
     ninja = toolchain.find_ninja()
     if not ninja:
         raise RuntimeError("jitnorm needs ninja and found none, beside this Python or on the PATH: pip install ninja")
@@ -97,7 +100,7 @@ def _run_ninja(spec: KernelSpec, place: cache.Cache, staging: Path) -> None:
         [ninja, "-C", str(staging)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
     )
     try:
-        output, _ = run.communicate(timeout=_QUIET_S)
+        output, _ = run.communicate(timeout=_QUIET_S if announce else None)
     except subprocess.TimeoutExpired:
         say(f"building {spec} in {place.root} (once; kept for the next time)")
         output, _ = run.communicate()
@@ -115,7 +118,7 @@ def _run_ninja(spec: KernelSpec, place: cache.Cache, staging: Path) -> None:
 def first_error(log: str) -> str:
     """The compiler's first real error line, without ninja's and the build folder's noise."""
     lines = [line.strip() for line in log.splitlines() if line.strip()]
-    for pattern in (r"\b(fatal )?error\b.*:|\bfatal\s*:", r"undefined reference|cannot find|not found|No space|denied"):
+    for pattern in (r"(^|[:)] )(fatal )?error\b.*:|^\S+ fatal\s*:", r"undefined reference|cannot find|not found|No space|denied"):
         for line in lines:
             if re.search(pattern, line) and not line.startswith("ninja:"):
                 return line

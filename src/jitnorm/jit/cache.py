@@ -25,7 +25,7 @@ import stat
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,7 @@ from jitnorm.jit.report import say
 from jitnorm.jit.spec import KernelSpec
 
 MANIFEST = "manifest.json"
+_CACHEDIR_TAG = "Signature: 8a477f597d28d172789f06886806bc55\n# Compiled kernels of jitnorm; safe to delete.\n"
 
 
 class BadEntry(Exception):
@@ -55,7 +56,7 @@ class Entry:
     @functools.cached_property
     def manifest(self) -> dict[str, Any]:
         try:
-            manifest = json.loads((self.path / MANIFEST).read_bytes())
+            manifest: dict[str, Any] = json.loads((self.path / MANIFEST).read_bytes())
             manifest["name"], manifest["library"], manifest["sha256"], manifest["size"]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise BadEntry(f"its manifest cannot be read ({error})") from None
@@ -63,7 +64,7 @@ class Entry:
 
     @property
     def library(self) -> Path:
-        return self.path / os.path.basename(self.manifest["library"])
+        return self.path / Path(self.manifest["library"]).name
 
     @property
     def size(self) -> int:
@@ -86,13 +87,11 @@ class Entry:
 
     def hold(self) -> None:
         """Marks the entry as in use until this process ends, so that `clear` and `prune` leave it alone."""
-        try:
+        with suppress(OSError):  # a file system without locks, or a read-only one: the entry is usable all the same
             fd = os.open(self.path / MANIFEST, os.O_RDONLY | os.O_CLOEXEC)
-            fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
             _held.append(fd)
+            fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
             os.utime(fd)
-        except OSError:
-            pass  # a file system without locks, or a read-only one: the entry is usable all the same
 
     def in_use(self) -> bool:
         try:
@@ -209,7 +208,7 @@ class Cache:
                 winner = self.find(spec, toolchain)
                 if winner:
                     return winner
-        raise RuntimeError(f"jitnorm: cannot publish {spec} as {entry.path}: the folder is in the way and cannot be used")
+        raise RuntimeError(f"jitnorm: cannot publish {spec}: {entry.path} is in the way and cannot be used")
 
     def remove(self, entry: Entry) -> bool:
         """False where it is in use. It disappears by one rename, so that nobody sees half of it."""
@@ -219,10 +218,8 @@ class Cache:
         doomed = self.root / "staging" / f"removed.{secrets.token_hex(8)}"
         entry.path.rename(doomed)
         shutil.rmtree(doomed)
-        try:
+        with suppress(OSError):  # it may hold another toolchain's
             entry.path.parent.rmdir()
-        except OSError:
-            pass  # it holds another toolchain's
         return True
 
     def leftovers(self, older_than_s: float = 86400) -> list[Path]:
@@ -283,12 +280,12 @@ def readable() -> Cache:
 
 
 def writable() -> Cache:
-    """The cache to build into: created if need be; where that cannot be, or would be unsafe, a folder of this process."""
+    """The cache to build into, created if need be; where that cannot be, or is unsafe, a folder of this process."""
     global _replacement
     if _replacement:
         return _replacement
     root = default_root()
-    why = _unusable(root)
+    why = _create(root) or unusable(root)
     if why is None:
         return Cache(root)
     temporary = Path(tempfile.mkdtemp(prefix="jitnorm-"))
@@ -301,9 +298,22 @@ def writable() -> Cache:
 _replacement: Cache | None = None
 
 
-def _unusable(root: Path) -> str | None:
+def unusable(root: Path) -> str | None:
+    """Why kernels cannot be kept in `root`, which need not exist; None where they can. Nothing is created."""
     if not root.is_absolute():
         return "there is no home folder"
+    place = next(p for p in (root, *root.parents) if os.path.lexists(p))
+    if not os.path.isdir(place):
+        return f"{place} is not a folder"
+    if not os.access(place, os.W_OK | os.X_OK):
+        return "it is read-only"
+    return untrusted(root) if place == root else None
+
+
+def _create(root: Path) -> str | None:
+    """Why it could not be created; None where it is there."""
+    if not root.is_absolute():
+        return unusable(root)
     try:
         root.mkdir(mode=0o700, parents=True, exist_ok=True)
         tag = root / "CACHEDIR.TAG"
@@ -311,9 +321,7 @@ def _unusable(root: Path) -> str | None:
             tag.write_text("Signature: 8a477f597d28d172789f06886806bc55\n# Compiled kernels of jitnorm; safe to delete.\n")
     except OSError as error:
         return error.strerror or str(error)
-    if not os.access(root, os.W_OK | os.X_OK):
-        return "it is read-only"
-    return untrusted(root)
+    return None
 
 
 def _forget(folder: Path, pid: int) -> None:

@@ -71,15 +71,14 @@ class KernelSpec:
 
     @property
     def source(self) -> str:
-        kernel = f"// {self}\n"
+        """Compiled by nvcc for the device and by the host compiler for the rest; on the CPU by the latter alone."""
         if self.target.device == "cuda":
-            return (
-                f'{kernel}#include "elementwise/{self.op}.cuh"\n\nnamespace jitnorm {{\nusing Kernel = {self.kernel};\n}}\n\n'
-                f"JITNORM_CUDA_MODULE({self.op}, {self.name}, jitnorm::Kernel)\n"
-            )
+            header, export = f"{self.op}.cuh", f"JITNORM_CUDA_MODULE({self.op}, {self.name}, jitnorm::Kernel)"
+        else:
+            header, export = f"{self.op}_cpu.h", f"JITNORM_CPU_MODULE({self.op}, jitnorm::Kernel)"
         return (
-            f'{kernel}#include "elementwise/{self.op}_cpu.h"\n\nnamespace jitnorm {{\nusing Kernel = {self.kernel};\n}}\n\n'
-            f"JITNORM_CPU_MODULE({self.op}, jitnorm::Kernel)\n"
+            f'// {self}\n#include "elementwise/{header}"\n\n'
+            f"namespace jitnorm {{\nusing Kernel = {self.kernel};\n}}\n\n{export}\n"
         )
 
     @property
@@ -111,7 +110,8 @@ class KernelSpec:
 _CUDA_NINJA = """\
 include paths.ninja
 rule cubin
-  command = $nvcc -cubin -std=c++17 -O3 -arch={sm} -ccbin $cxx -allow-unsupported-compiler -I$csrc -I$csrc/include $in -o $out
+  command = $nvcc -cubin -std=c++17 -O3 -arch={sm} -ccbin $cxx -allow-unsupported-compiler $
+    -I$csrc -I$csrc/include $in -o $out
 rule host
   command = $cxx -x c++ -std=c++17 -O2 -fPIC -fvisibility=hidden -fno-exceptions -DJITNORM_CUDA_ARCH={number} $
     -I$csrc -I$csrc/include -I$tvm_ffi_include -I$cuda_include -c $in -o $out

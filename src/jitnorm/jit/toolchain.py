@@ -104,7 +104,8 @@ def require(device: str, memory: Path | None) -> Toolchain:
             f"jitnorm needs a C++ compiler and found none: looked for {looked} on PATH={os.environ.get('PATH', '')!r}. "
             "Install one (Debian, Ubuntu: apt-get install g++; conda: conda install cxx-compiler) or set CXX."
         )
-    places = ", ".join(f"{name}={os.environ.get(name, '')!r}" for name in ("CUDA_HOME", "CUDA_PATH", "CONDA_PREFIX", "PATH"))
+    variables = ("CUDA_HOME", "CUDA_PATH", "CONDA_PREFIX", "PATH")
+    places = ", ".join(f"{name}={os.environ.get(name, '')!r}" for name in variables)
     raise RuntimeError(
         f"jitnorm needs nvcc and found none that works: looked in NVIDIA's wheels under {sys.prefix}, {places}. "
         "Install it with: pip install 'jitnorm[nvcc]'"

@@ -1,0 +1,22 @@
+"""The command `jitnorm`: looks after the cache, warms it up, and says what this machine can build."""
+
+from __future__ import annotations
+
+import click
+
+from jitnorm._version import __version__
+from jitnorm.cli.base import Group
+from jitnorm.cli.cache import cache
+from jitnorm.cli.demo import demo
+from jitnorm.cli.doctor import doctor
+from jitnorm.cli.warmup import warmup
+
+
+@click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="jitnorm")
+def main() -> None:
+    """Just-in-time compiled CUDA and CPU kernels: their cache, their warm-up, and this machine."""
+
+
+for command in (cache, demo, doctor, warmup):
+    main.add_command(command)

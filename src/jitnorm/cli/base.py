@@ -1,0 +1,36 @@
+"""What every command shares: an error that was expected is one line on stderr and a non-zero exit, not a traceback."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+
+class Command(click.Command):
+    """A command whose expected errors, those that jitnorm raises on purpose, are for people to read."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except (click.exceptions.Exit, click.Abort, BrokenPipeError):
+            raise  # click's own signals are RuntimeErrors; a reader such as head(1) that went away is no error
+        except (RuntimeError, ValueError, TypeError, OSError) as error:
+            raise click.ClickException(str(error)) from error
+
+
+class Group(click.Group):
+    """A group of such commands."""
+
+    command_class = Command
+    group_class = type
+
+
+json_option = click.option(
+    "--format",
+    "form",
+    type=click.Choice(["table", "json"]),
+    default="table",
+    show_default=True,
+    help="For people or programs.",
+)

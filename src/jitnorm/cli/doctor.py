@@ -1,0 +1,53 @@
+"""`jitnorm doctor`: what this machine can build, and what to do about the rest."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import click
+
+from jitnorm.cli import output
+from jitnorm.cli.base import Command, json_option
+from jitnorm.cli.diagnosis import diagnose
+
+
+@click.command(cls=Command)
+@json_option
+def doctor(form: str) -> None:
+    """Say what this machine can build, with what, and what is missing. Creates no file.
+
+    Exits 1 if nothing can be built, neither for the CPU nor for CUDA.
+    """
+    facts = diagnose()
+    if form == "json":
+        output.as_json(facts)
+    else:
+        _print(facts)
+    if not any(facts["can_build"].values()):
+        raise click.exceptions.Exit(1)
+
+
+def _print(facts: dict[str, Any]) -> None:
+    _section("versions", facts["versions"].items())
+    _section("devices", ((d["device"], f"{d['arch']}  {d['name']}") for d in facts["devices"]))
+    found = ((name, f"{c['version']}  {c['path']}" if c else "not found") for name, c in facts["compilers"].items())
+    _section("compilers", found)
+    _section("can build for", ((name, "yes" if ok else "no") for name, ok in facts["can_build"].items()))
+    _section("caches", (("prebuilt" if c["prebuilt"] else "own", _cache(c)) for c in facts["caches"]))
+    _section("environment", facts["environment"].items())
+    click.echo("\n".join(f"advice: {line}" for line in facts["advice"]) or "nothing is missing")
+
+
+def _section(title: str, lines: Iterable[tuple[str, str]]) -> None:
+    click.echo(title)
+    for name, value in lines:
+        click.echo(f"  {name:20} {value}")
+    click.echo()
+
+
+def _cache(place: dict[str, Any]) -> str:
+    state = place["problem"] or ("usable" if place["exists"] else "usable; created when the first kernel is built")
+    if place["problem"] and not place["prebuilt"]:
+        state += "; each process would use a temporary folder of its own instead"
+    return f"{place['root']}  {output.plural(place['kernels'], 'kernel')}, {output.size(place['size'])}; {state}"

@@ -1,0 +1,107 @@
+"""What a cache holds, as the commands show it: one row for each kernel, of the cache and of the prebuilt layer."""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from jitnorm.jit import cache
+
+
+@dataclass(frozen=True)
+class Row:
+    """One kernel on disk."""
+
+    entry: cache.Entry
+    name: str
+    op: str
+    kernel: str
+    device: str
+    arch: str
+    size: int  # bytes, of all its files
+    built: str  # ISO 8601
+    last_used: float  # seconds since the epoch
+    in_use: bool
+    prebuilt: bool
+
+    @property
+    def status(self) -> str:
+        """What sets it apart, if anything."""
+        return "in use" if self.in_use else "prebuilt" if self.prebuilt else "unreadable" if not self.kernel else ""
+
+    def as_json(self) -> dict[str, Any]:
+        """For programs: sizes in bytes, times in ISO 8601."""
+        row = {k: v for k, v in vars(self).items() if k != "entry"}
+        used = datetime.datetime.fromtimestamp(self.last_used, datetime.timezone.utc)
+        return {
+            **row,
+            "last_used": used.isoformat(timespec="seconds"),
+            "id": self.entry.label,
+            "path": str(self.entry.path),
+        }
+
+
+def places() -> list[cache.Cache]:
+    """The cache and the prebuilt layer; where they are one folder, it counts as prebuilt and is never written."""
+    prebuilt, own = cache.prebuilt(), cache.readable()
+    if prebuilt and prebuilt.root.resolve() == own.root.resolve():
+        return [prebuilt]
+    return [own, prebuilt] if prebuilt else [own]
+
+
+def rows_of(place: cache.Cache) -> Iterator[Row]:
+    """The kernels of one cache, those with damaged manifests among them."""
+    for entry in place.entries():
+        try:
+            yield _row(entry, place.prebuilt)
+        except FileNotFoundError:
+            continue  # removed meanwhile, by another process
+
+
+def all_rows() -> list[Row]:
+    """The kernels of all caches that this process would look in."""
+    return [row for place in places() for row in rows_of(place)]
+
+
+def find_rows(name: str) -> list[Row]:
+    """By path (of the entry or a file in it), or by name: rmsnorm_4096_bf16, and more of the entry's id if need be."""
+    from pathlib import Path
+
+    path = Path(name).absolute()
+    return [
+        row
+        for row in all_rows()
+        if row.entry.label == name
+        or row.entry.label.startswith((f"{name}.", f"{name}/"))
+        or row.entry.path in (path, path.parent)
+    ]
+
+
+def _row(entry: cache.Entry, prebuilt: bool) -> Row:
+    try:
+        manifest = entry.manifest
+    except cache.BadEntry:
+        manifest = {}
+    try:
+        last_used = entry.last_used
+    except FileNotFoundError:
+        last_used = entry.path.stat().st_mtime  # it has no manifest
+
+    def said(field: str) -> str:
+        return str(manifest.get(field, ""))
+
+    return Row(
+        entry=entry,
+        name=said("name") or entry.path.parent.name,
+        op=said("op"),
+        kernel=said("kernel"),
+        device=said("device"),
+        arch=said("arch"),
+        size=entry.size,
+        built=said("built"),
+        last_used=last_used,
+        in_use=not prebuilt and entry.in_use(),
+        prebuilt=prebuilt,
+    )

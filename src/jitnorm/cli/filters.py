@@ -1,0 +1,98 @@
+"""Words on the command line to conditions on entries: `size>1MB`, `arch=sm_90a`, `30d`."""
+
+from __future__ import annotations
+
+import fnmatch
+import operator
+import re
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from jitnorm.cli.entries import Row
+
+Filter = Callable[["Row"], bool]
+
+_SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
+_POWERS = "bkmgt"
+_COMPARISONS = {
+    ">": operator.gt,
+    "<": operator.lt,
+    ">=": operator.ge,
+    "<=": operator.le,
+    "=": operator.eq,
+    "!=": operator.ne,
+}
+_WORDS = ("name", "op", "arch", "device")
+
+
+def parse_size(text: str) -> int:
+    """Bytes, from "500MB" (powers of 1000), "1.5GiB" (of 1024) or "300". ValueError for anything else."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?", text.strip().lower())
+    if not match or (match[3] and not match[2]):
+        raise ValueError(f"{text!r} is not a size such as 10KB, 500MB or 1GiB")
+    return int(float(match[1]) * (1024 if match[3] else 1000) ** _POWERS.index(match[2] or "b"))
+
+
+def parse_age(text: str) -> float:
+    """Seconds, from "45m", "12h", "30d" or "2w". ValueError for anything else."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([smhdw])", text.strip().lower())
+    if not match:
+        raise ValueError(f"{text!r} is not an age such as 45m, 12h, 30d or 2w")
+    return float(match[1]) * _SECONDS[match[2]]
+
+
+def parse_filter(text: str) -> Filter:
+    """A condition such as "size>1MB", "name=rmsnorm_*" or "device!=cpu". ValueError for anything else."""
+    match = re.fullmatch(r"\s*(\w+)\s*([<>]=?|!=|=)\s*(\S.*?)\s*", text)
+    field, sign, value = match.groups() if match else ("", "", "")
+    if field == "size":
+        bound, compare = parse_size(value), _COMPARISONS[sign]
+        return lambda row: compare(row.size, bound)
+    if field in _WORDS and sign in ("=", "!="):
+        return lambda row: fnmatch.fnmatchcase(getattr(row, field), value) == (sign == "=")
+    raise ValueError(f"{text!r} is not a filter: use size with > < >= <= = !=, or {', '.join(_WORDS)} with = and !=")
+
+
+def _parsed(parse: Callable[[str], Any]) -> Callable[[click.Context, click.Parameter, Any], Any]:
+    """For an option's callback: what `parse` refuses is a mistake of usage."""
+
+    def callback(ctx: click.Context, param: click.Parameter, value: Any) -> Any:
+        try:
+            if isinstance(value, tuple):
+                return tuple(parse(v) for v in value)
+            return None if value is None else parse(value)
+        except ValueError as error:
+            raise click.BadParameter(str(error), ctx, param) from None
+
+    return callback
+
+
+filter_option = click.option(
+    "--filter",
+    "filters",
+    metavar="CONDITION",
+    multiple=True,
+    callback=_parsed(parse_filter),
+    help="Only kernels with size, name, op, arch or device so: 'size>1MB', 'name=rmsnorm_*'. Repeatable; all must hold.",
+)
+older_than_option = click.option(
+    "--older-than",
+    metavar="AGE",
+    callback=_parsed(parse_age),
+    help="Only kernels that nobody has loaded for so long: 12h, 30d, 2w.",
+)
+max_size_option = click.option(
+    "--max-size",
+    metavar="SIZE",
+    callback=_parsed(parse_size),
+    help="Remove the least recently used kernels until the rest fit: 500MB, 1GiB.",
+)
+
+
+def select(rows: Sequence[Row], filters: Sequence[Filter], older_than: float | None, now: float) -> list[Row]:
+    """The rows that meet every condition."""
+    old = [row for row in rows if older_than is None or now - row.last_used > older_than]
+    return [row for row in old if all(condition(row) for condition in filters)]

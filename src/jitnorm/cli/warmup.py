@@ -1,0 +1,95 @@
+"""`jitnorm warmup`: kernels built ahead of their first call."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+from tqdm import tqdm
+
+from jitnorm.checks import DTYPE_NAMES
+from jitnorm.cli.base import Command
+from jitnorm.jit import cache
+from jitnorm.jit.spec import KernelSpec
+from jitnorm.warmup import OPS, make_plan
+from jitnorm.warmup.run import Result, build_all, default_jobs, prepare, survey
+
+_DTYPE = click.Choice(list(DTYPE_NAMES.values()))
+
+
+@click.command(cls=Command, context_settings={"help_option_names": ["-h", "--help"]})
+@click.option(
+    "--op", type=click.Choice(list(OPS)), multiple=True, default=["rmsnorm"], show_default=True, help="Repeatable."
+)
+@click.option("--hidden-size", type=int, multiple=True, help="The size of the normalised dimension. Repeatable.")
+@click.option(
+    "--dtype", type=_DTYPE, multiple=True, help="The input's; by default the config's own, or bf16. Repeatable."
+)
+@click.option("--weight-dtype", type=_DTYPE, multiple=True, help="The weight's; by default the input's. Repeatable.")
+@click.option(
+    "--config", type=click.Path(path_type=Path), help="A Hugging Face config.json, or the folder that holds one."
+)
+@click.option(
+    "--device", type=click.Choice(["cuda", "cpu"]), help="By default CUDA where torch sees a GPU, else the CPU."
+)
+@click.option("--arch", multiple=True, help="A CUDA architecture such as 9.0a, with no GPU of it here. Repeatable.")
+@click.option("--jobs", type=click.IntRange(min=1), help="Builds at a time; by default one for each CPU.")
+@click.option("--skip-unsupported", is_flag=True, help="A size that is not supported is reported, and is no failure.")
+def warmup(
+    op: tuple[str, ...],
+    hidden_size: tuple[int, ...],
+    dtype: tuple[str, ...],
+    weight_dtype: tuple[str, ...],
+    config: Path | None,
+    device: str | None,
+    arch: tuple[str, ...],
+    jobs: int | None,
+    skip_unsupported: bool,
+) -> None:
+    """Build kernels ahead of their first call, for this machine or another.
+
+    Every combination of the given sizes, dtypes and architectures is built, several at a time. Sizes that are not
+    supported are listed first. One given as --hidden-size then stops everything; with one from a config the rest is
+    built. Either way the exit status is 1 unless all that was asked for is in the cache (see --skip-unsupported).
+
+    \b
+    jitnorm warmup --hidden-size 4096 --dtype bf16 --arch 9.0a
+    jitnorm warmup --config Qwen3-32B/config.json
+    """
+    if (config is None) == (not hidden_size):
+        raise click.UsageError("give either --hidden-size or --config")
+    plan = make_plan(op, hidden_size, dtype, weight_dtype, device, arch, config, skip_unsupported)
+    for why in plan.refused:
+        click.echo(f"refused  {why}", err=True)
+    cached, missing = survey(plan.specs)
+    for spec in cached:
+        click.echo(f"cached   {_row(spec)}")
+    result = Result(cached=cached, refused=plan.refused)
+    if missing:
+        _build(missing, jobs or default_jobs(), result)
+    click.echo(f"{result}; the cache is {cache.readable().root}")
+    if result.failed or (result.refused and not skip_unsupported):
+        raise click.exceptions.Exit(1)
+
+
+def _build(specs: list[KernelSpec], jobs: int, result: Result) -> None:
+    root = cache.readable().root
+    if why := cache.unusable(root):
+        # A process may keep kernels for itself then, but this one is about to end.
+        raise RuntimeError(f"cannot keep kernels in {root}: {why}. Set JITNORM_CACHE_DIR")
+    prepare(specs)
+    click.echo(f"{len(specs)} to build, {min(jobs, len(specs))} at a time")
+    # disable=None: a bar on a terminal, and elsewhere the lines alone.
+    with tqdm(total=len(specs), unit="kernel", disable=None, leave=False) as bar:
+        for outcome in build_all(specs, jobs):
+            result.add(outcome)
+            with tqdm.external_write_mode():
+                if outcome.error is None:
+                    click.echo(f"built    {_row(outcome.spec)}  {outcome.seconds:.2f} s")
+                else:
+                    click.echo(f"failed   {_row(outcome.spec)}: {outcome.error}", err=True)
+            bar.update()
+
+
+def _row(spec: KernelSpec) -> str:
+    return f"{spec.name}  {spec.target.sm}"

@@ -1,0 +1,140 @@
+"""Building kernels ahead of time, for any device, with or without a GPU.
+
+    jitnorm.warmup(op="rmsnorm", hidden_size=4096, dtype="bf16", device="cuda", arch="9.0a")
+    jitnorm.warmup(config="Qwen3-32B/config.json")
+
+`jitnorm warmup` and `python -m jitnorm.warmup` are the same for a shell.
+"""
+
+from __future__ import annotations
+
+import itertools
+import operator
+import os
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, TypeAlias, TypeVar
+
+import torch
+
+from jitnorm.checks import DTYPE_NAMES
+from jitnorm.jit.spec import KernelSpec, Target
+from jitnorm.rmsnorm import rmsnorm_spec
+from jitnorm.targets import resolve_target
+from jitnorm.warmup.config import read_config
+from jitnorm.warmup.run import Result, build_all, prepare, survey
+
+__all__ = ["OPS", "Plan", "Result", "make_plan", "warmup"]
+
+# The operators that can be built ahead of time: (hidden size, input's dtype, weight's dtype, target) -> what to build.
+OPS: dict[str, Callable[[int, torch.dtype, torch.dtype, Target], KernelSpec]] = {"rmsnorm": rmsnorm_spec}
+
+_DTYPES = {name: d for d, short in DTYPE_NAMES.items() for name in (short, str(d).removeprefix("torch."))}
+
+T = TypeVar("T")
+OneOrMore: TypeAlias = T | Iterable[T]
+DType: TypeAlias = str | torch.dtype
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a warm-up comes to, before anything is built."""
+
+    specs: list[KernelSpec]
+    refused: list[str]  # a line for each size that no kernel serves, as the operator itself says it
+
+
+def warmup(
+    op: OneOrMore[str] = "rmsnorm",
+    hidden_size: OneOrMore[int] | None = None,
+    dtype: OneOrMore[DType] | None = None,
+    weight_dtype: OneOrMore[DType] | None = None,
+    device: str | None = None,
+    arch: OneOrMore[str] | None = None,
+    *,
+    config: str | os.PathLike[str] | None = None,
+    jobs: int | None = None,
+    skip_unsupported: bool = False,
+) -> Result:
+    """Builds kernels into the cache ahead of their first call, several at a time; none is loaded.
+
+    `op`, `hidden_size`, `dtype`, `weight_dtype` and `arch` are one value or several; every combination is built.
+    JITNORM_DISABLE_JIT does not matter here: it forbids builds that nobody asked for.
+
+    Args:
+        op: the operator's name.
+        hidden_size: the size of the normalised dimension.
+        dtype: the input's, such as "bf16", "bfloat16" or torch.bfloat16. None for the config's own, or else "bf16".
+        weight_dtype: the weight's; None for the input's.
+        device: "cuda" or "cpu"; None for CUDA where torch sees a GPU or `arch` is given, else the CPU.
+        arch: CUDA architectures, such as "9.0a" for an H100 or H200. None for this machine's GPU.
+        config: a Hugging Face config.json, or the folder that holds one, instead of `hidden_size`.
+        jobs: how many to build at a time; None for as many as there are CPUs.
+        skip_unsupported: for a `hidden_size` that is not supported, build the rest instead of raising.
+
+    Returns:
+        The kernels that were built, those that the cache had, the sizes that were refused, and the builds that failed.
+        With `config`, sizes that are not supported are among the refused; look at `Result.failed` as well.
+
+    Raises:
+        RuntimeError: a `hidden_size` is not supported (nothing is built then), or nothing can be built here.
+        ValueError, TypeError: an argument that is not accepted.
+    """
+    if jobs is not None and operator.index(jobs) < 1:
+        raise ValueError(f"jobs must be 1 or more, got {jobs}")
+    plan = make_plan(op, hidden_size, dtype, weight_dtype, device, arch, config, skip_unsupported)
+    cached, missing = survey(plan.specs)
+    result = Result(cached=cached, refused=plan.refused)
+    prepare(missing)
+    for outcome in build_all(missing, jobs):
+        result.add(outcome)
+    return result
+
+
+def make_plan(
+    op: OneOrMore[str] = "rmsnorm",
+    hidden_size: OneOrMore[int] | None = None,
+    dtype: OneOrMore[DType] | None = None,
+    weight_dtype: OneOrMore[DType] | None = None,
+    device: str | None = None,
+    arch: OneOrMore[str] | None = None,
+    config: str | os.PathLike[str] | None = None,
+    skip_unsupported: bool = False,
+) -> Plan:
+    """From `warmup`'s words to kernels. Nothing is built, created or started."""
+    sizes, own_dtype = _several(hidden_size), "bf16"
+    if (config is None) == (not sizes):
+        raise ValueError("warm-up needs either hidden_size or config")
+    if config is not None:
+        norms = read_config(config)
+        sizes, own_dtype = norms.hidden_sizes, norms.dtype or own_dtype
+    specs: dict[KernelSpec, None] = {}
+    refused: dict[str, None] = {}
+    targets = [resolve_target(device, a) for a in _several(arch) or [None]]
+    kinds = [
+        (d, w or d) for d, w in itertools.product(_several(dtype) or [own_dtype], _several(weight_dtype) or [None])
+    ]
+    for name, size, (d, w), target in itertools.product(_several(op), sizes, kinds, targets):
+        if name not in OPS:
+            raise ValueError(f"op must be one of {', '.join(OPS)}, got {name!r}")
+        try:
+            specs[OPS[name](operator.index(size), _dtype(d), _dtype(w), target)] = None
+        except RuntimeError as error:
+            refused[str(error)] = None
+    if refused and config is None and not skip_unsupported:
+        raise RuntimeError("\n".join(refused))
+    return Plan(list(specs), list(refused))
+
+
+def _several(values: Any) -> list[Any]:
+    """Of one value, of several, or of None."""
+    if values is None:
+        return []
+    return list(values) if isinstance(values, Iterable) and not isinstance(values, str) else [values]
+
+
+def _dtype(value: DType) -> torch.dtype:
+    dtype = _DTYPES.get(value.removeprefix("torch.")) if isinstance(value, str) else value
+    if dtype not in DTYPE_NAMES:
+        raise TypeError(f"dtype must be {', '.join(DTYPE_NAMES.values())}, got {value}")
+    return dtype

@@ -1,0 +1,90 @@
+"""Building many kernels at a time: one thread each, which waits for its compiler."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass, field
+
+from jitnorm.jit.load import find
+from jitnorm.jit.spec import KernelSpec
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came of one build."""
+
+    spec: KernelSpec
+    seconds: float
+    error: str | None = None
+
+
+@dataclass
+class Result:
+    """What came of a warm-up."""
+
+    built: list[KernelSpec] = field(default_factory=list)
+    cached: list[KernelSpec] = field(default_factory=list)
+    refused: list[str] = field(default_factory=list)  # why, a line for each size that is not supported
+    failed: list[tuple[KernelSpec, str]] = field(default_factory=list)  # and why
+
+    def add(self, outcome: Outcome) -> None:
+        """Counts one build."""
+        if outcome.error is None:
+            self.built.append(outcome.spec)
+        else:
+            self.failed.append((outcome.spec, outcome.error))
+
+    def __str__(self) -> str:
+        return ", ".join(f"{len(listed)} {name}" for name, listed in vars(self).items())
+
+
+def survey(specs: Sequence[KernelSpec]) -> tuple[list[KernelSpec], list[KernelSpec]]:
+    """What the cache has, intact, and what is to be built."""
+    cached: list[KernelSpec] = []
+    missing: list[KernelSpec] = []
+    for spec in specs:
+        (cached if find(spec) else missing).append(spec)
+    return cached, missing
+
+
+def prepare(specs: Sequence[KernelSpec]) -> None:
+    """Creates the cache and identifies the compilers, once for all threads. RuntimeError where one is missing."""
+    from jitnorm.jit import cache, toolchain
+
+    for device in dict.fromkeys(spec.target.device for spec in specs):
+        toolchain.require(device, cache.writable().root / "toolchains")
+
+
+def build_all(specs: Sequence[KernelSpec], jobs: int | None = None) -> Iterator[Outcome]:
+    """Builds `specs`, and yields each as it is done; one that fails does not stop the others."""
+    if not specs:
+        return
+    with ThreadPoolExecutor(max_workers=jobs or default_jobs(), thread_name_prefix="jitnorm-warmup") as pool:
+        pending = [pool.submit(_build, spec) for spec in specs]
+        try:
+            for done in as_completed(pending):
+                yield done.result()
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)  # after Ctrl-C nothing more is started
+
+
+def default_jobs() -> int:
+    """The CPUs that this process may use: in a container often fewer than the machine has."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _build(spec: KernelSpec) -> Outcome:
+    from jitnorm.jit.build import build
+
+    started = time.monotonic()
+    error = None
+    try:
+        build(spec, announce=False)
+        if not find(spec):
+            error = f"{spec} was built, but the cache does not give it back"
+    except (RuntimeError, OSError) as problem:
+        error = str(problem)
+    return Outcome(spec, time.monotonic() - started, error)

@@ -1,0 +1,76 @@
+"""What all tests share: one cache of built kernels for the session, and the skips of gpu and nvcc."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+
+import pytest
+import torch
+
+# Before anything is built. Tests that are about the cache itself take a folder of their own.
+_CACHE = tempfile.mkdtemp(prefix="jitnorm-tests-")
+os.environ["JITNORM_CACHE_DIR"] = _CACHE
+for name in ("JITNORM_PREBUILT_DIR", "JITNORM_DISABLE_JIT"):
+    os.environ.pop(name, None)
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+def pytest_unconfigure() -> None:
+    shutil.rmtree(_CACHE, ignore_errors=True)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    from jitnorm.jit.toolchain import find_nvcc
+
+    lacking = {}
+    if not torch.cuda.is_available():
+        lacking["gpu"] = "no CUDA device"
+    if not find_nvcc():
+        lacking["nvcc"] = "no nvcc"
+    for item in items:
+        for marker, why in lacking.items():
+            if item.get_closest_marker(marker):
+                item.add_marker(pytest.mark.skip(reason=why))
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture
+def cache_dir(tmp_path, monkeypatch):
+    """An empty cache of the test's own, and an engine that remembers nothing of the session's."""
+    import jitnorm.rmsnorm  # noqa: F401
+    from jitnorm.jit import load
+    from jitnorm.rmsnorm import _jit_rmsnorm_module, _kernels
+
+    folder = tmp_path / "cache"
+    monkeypatch.setenv("JITNORM_CACHE_DIR", str(folder))
+    monkeypatch.setattr(load, "_loaded", {})
+    monkeypatch.setattr(load, "_failed", {})
+    kernels = dict(_kernels)
+    _kernels.clear()
+    _jit_rmsnorm_module.cache_clear()
+    yield folder
+    _kernels.clear()
+    _kernels.update(kernels)
+    _jit_rmsnorm_module.cache_clear()
+
+
+def rmsnorm_reference(input: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """In float64, from the definition."""
+    x = input.double()
+    return x / torch.sqrt((x * x).mean(dim=-1, keepdim=True) + eps) * weight.double()
+
+
+def relative_error(out: torch.Tensor, reference: torch.Tensor) -> float:
+    """Norm of the difference over norm of the reference; NaN where a NaN is in either."""
+    return float((out.double() - reference).norm() / reference.norm())
+
+
+def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))

@@ -1,0 +1,103 @@
+"""Publishing, locking and tidying up."""
+
+from __future__ import annotations
+
+import os
+import time
+
+import pytest
+import torch
+
+from jitnorm.jit import build as builder
+from jitnorm.jit.build import build, first_error
+from jitnorm.jit.cache import BadEntry, Cache, Entry
+from jitnorm.jit.spec import Target
+from jitnorm.rmsnorm import rmsnorm_spec
+
+from .conftest import entries
+
+SPEC = rmsnorm_spec(64, torch.float32, torch.float32, Target("cpu"))
+
+
+def test_who_comes_second_uses_the_first_ones(cache_dir):
+    first = build(SPEC)
+    place = Cache(cache_dir)
+    with place.staging(SPEC) as staging:
+        (staging / "manifest.json").write_text("{}")
+        assert place.publish(staging, SPEC, first.path.name).path == first.path
+    assert entries(cache_dir) == [first.path] and not list((cache_dir / "staging").iterdir())
+    first.verify()
+
+
+def test_publishing_over_a_damaged_entry(cache_dir, capfd):
+    first = build(SPEC)
+    content = first.library.read_bytes()
+    first.library.write_bytes(b"")
+    place = Cache(cache_dir)
+    with place.staging(SPEC) as staging:
+        (staging / first.library.name).write_bytes(content)
+        (staging / "manifest.json").write_text((first.path / "manifest.json").read_text())
+        os.chmod(staging / first.library.name, 0o600)
+        place.publish(staging, SPEC, first.path.name).verify()
+    assert capfd.readouterr().err.count("is not used") == 1
+
+
+def test_a_lock_that_is_never_released_delays_a_build_and_no_more(cache_dir, monkeypatch, capfd):
+    from filelock import FileLock
+
+    build(SPEC)
+    (lock,) = (cache_dir / "locks").iterdir()
+    monkeypatch.setattr(builder, "_QUIET_S", 0.05)
+    monkeypatch.setattr(builder, "_LOCK_S", 0.2)
+    other = rmsnorm_spec(128, torch.float32, torch.float32, Target("cpu"))
+    held = FileLock(
+        str(lock).replace(f"{SPEC.name}.{SPEC.target.sm}.{SPEC.key}", f"{other.name}.{other.target.sm}.{other.key}")
+    )
+    (cache_dir / "staging" / f"{other.name}.{other.target.sm}.some.host.4711.abc").mkdir()
+    with held:
+        started = time.monotonic()
+        build(other).verify()
+        assert time.monotonic() - started < 10
+    said = capfd.readouterr().err
+    assert "waiting for process 4711 on some.host" in said and "no longer waiting" in said
+
+
+def test_a_bad_manifest_is_said(tmp_path):
+    entry = Entry(tmp_path)
+    with pytest.raises(BadEntry, match="manifest"):
+        entry.verify()
+    (tmp_path / "manifest.json").write_text('{"name": "x", "library": "../../etc/passwd", "sha256": "", "size": 0}')
+    assert Entry(tmp_path).library.parent == tmp_path
+
+
+def test_leftovers(cache_dir):
+    build(SPEC)
+    for name, age in (("staging/young", 60), ("staging/old", 2 * 86400), ("aside/bad", 60)):
+        (cache_dir / name).mkdir(parents=True)
+        os.utime(cache_dir / name, (time.time() - age,) * 2)
+    assert {p.name for p in Cache(cache_dir).leftovers()} == {"old", "bad"}
+
+
+@pytest.mark.parametrize(
+    ("log", "expected"),
+    [
+        (
+            "ninja: Entering directory `x'\n[1/2] nvcc ...\nFAILED: kernel.cubin\nnvcc -I/error: ...\n"
+            'a.cuh(12): error: identifier "foo" is undefined\n\n1 error detected\nninja: build stopped\n',
+            'a.cuh(12): error: identifier "foo" is undefined',
+        ),
+        (
+            "warning: x\nmodule.cc:3:10: fatal error: a.h: No such file\n",
+            "module.cc:3:10: fatal error: a.h: No such file",
+        ),
+        (
+            "nvcc fatal   : Unsupported gpu architecture 'compute_999'\n",
+            "nvcc fatal   : Unsupported gpu architecture 'compute_999'",
+        ),
+        ("ld: cannot find -ltvm_ffi\nninja: build stopped\n", "ld: cannot find -ltvm_ffi"),
+        ("Killed\n", "Killed"),
+        ("", "the compiler said nothing"),
+    ],
+)
+def test_the_first_real_error(log, expected):
+    assert first_error(log) == expected

@@ -1,0 +1,61 @@
+"""The operators as torch.compile sees them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import same_bits
+
+from jitnorm import rmsnorm
+
+
+def compiled(function):
+    torch._dynamo.reset()
+    return torch.compile(function, fullgraph=True, backend="aot_eager", dynamic=True)
+
+
+def test_compiles_without_a_graph_break(device):
+    w = torch.randn(256, device=device)
+
+    def block(x):
+        y = rmsnorm(x + 1, w)
+        return rmsnorm(y, w, eps=1e-5) * 2
+
+    run = compiled(block)
+    for rows in (3, 5, 64):
+        x = torch.randn(rows, 256, device=device)
+        assert same_bits(run(x), block(x))
+
+
+def test_written_outputs_are_seen_by_the_compiler(device):
+    w = torch.randn(256, device=device)
+
+    def block(x, out):
+        rmsnorm(x, w, out=out)
+        x = x + out
+        rmsnorm(x, w, out=x)
+        return x, out + 1
+
+    x, out, expected_out = (torch.randn(7, 256, device=device) for _ in range(3))
+    expected = block(x, expected_out)
+    result = compiled(block)(x, out)
+    for got, want in zip((*result, out), (*expected, expected_out), strict=True):
+        assert same_bits(got, want)
+
+
+def test_a_size_that_is_not_supported_fails_while_tracing(cache_dir):
+    with pytest.raises(RuntimeError, match="hidden_size 300: supported are 64, 128, 256 and the multiples"):
+        compiled(rmsnorm)(torch.randn(2, 300), torch.ones(300))
+    assert not cache_dir.exists()
+
+
+def test_kernels_are_built_while_tracing(cache_dir):
+    with torch._subclasses.FakeTensorMode() as mode:
+        torch.ops.jitnorm.rmsnorm(mode.from_tensor(torch.randn(2, 512)), mode.from_tensor(torch.ones(512)))
+    assert len(list(cache_dir.glob("kernels/*/*/*.so"))) == 1
+
+
+def test_opcheck(device):
+    x, w = torch.randn(3, 256, device=device), torch.randn(256, device=device)
+    torch.library.opcheck(torch.ops.jitnorm.rmsnorm.default, (x, w))
+    torch.library.opcheck(torch.ops.jitnorm.rmsnorm_out.default, (x, w, torch.empty_like(x), 1e-5, False))
