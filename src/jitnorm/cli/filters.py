@@ -76,7 +76,7 @@ filter_option = click.option(
     metavar="CONDITION",
     multiple=True,
     callback=_parsed(parse_filter),
-    help="Only kernels with size, name, op, arch or device so: 'size>1MB', 'name=rmsnorm_*'. Repeatable; all must hold.",
+    help="Only kernels whose size, name, op, arch or device is so: 'size>1MB', 'name=rmsnorm_*'. Repeatable.",
 )
 older_than_option = click.option(
     "--older-than",

@@ -88,10 +88,15 @@ class Entry:
     def hold(self) -> None:
         """Marks the entry as in use until this process ends, so that `clear` and `prune` leave it alone."""
         with suppress(OSError):  # a file system without locks, or a read-only one: the entry is usable all the same
-            fd = os.open(self.path / MANIFEST, os.O_RDONLY | os.O_CLOEXEC)
-            _held.append(fd)
+            self.release()  # what this path was when it was held before may be gone
+            fd = _held[self.path] = os.open(self.path / MANIFEST, os.O_RDONLY | os.O_CLOEXEC)
             fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
             os.utime(fd)
+
+    def release(self) -> None:
+        """Takes the mark away again, for a caller that does not load the entry."""
+        if (fd := _held.pop(self.path, None)) is not None:
+            os.close(fd)
 
     def in_use(self) -> bool:
         try:
@@ -107,7 +112,7 @@ class Entry:
         return False
 
 
-_held: list[int] = []
+_held: dict[Path, int] = {}
 
 
 def untrusted(place: Path, any_owner: bool = False) -> str | None:
@@ -139,7 +144,7 @@ class Cache:
     def entry(self, spec: KernelSpec, toolchain: str) -> Entry:
         return Entry(self._home(spec) / toolchain)
 
-    def find(self, spec: KernelSpec, toolchain: str | None) -> Entry | None:
+    def find(self, spec: KernelSpec, toolchain: str | None, hold: bool = True) -> Entry | None:
         """The usable entry that was built by `toolchain`; by any where that is None. A bad one is set aside."""
         if not toolchain:
             try:
@@ -151,7 +156,8 @@ class Cache:
         for entry in candidates:
             if not os.path.isdir(entry.path):
                 continue
-            entry.hold()
+            if hold:
+                entry.hold()
             try:
                 entry.verify(any_owner=self.prebuilt)
                 return entry

@@ -32,17 +32,17 @@ def load(spec: KernelSpec) -> tvm_ffi.Module:
         return _loaded[spec]
 
 
-def find(spec: KernelSpec) -> cache.Entry | None:
-    """The entry that serves `spec`, without building anything."""
+def find(spec: KernelSpec, hold: bool = True) -> cache.Entry | None:
+    """The entry that serves `spec`, without building anything. It is in use from now on, unless `hold` is false."""
     prebuilt = cache.prebuilt()
-    if prebuilt and (entry := prebuilt.find(spec, None)):
+    if prebuilt and (entry := prebuilt.find(spec, None, hold)):
         return entry
     place = cache.readable()
     if not place.root.is_dir() or cache.untrusted(place.root):
         return None
     tools = toolchain.identify(spec.target.device, place.root / "toolchains")
     # Where nothing can be built there is nothing to be newer than: what is there is good.
-    return place.find(spec, tools.key if tools else None)
+    return place.find(spec, tools.key if tools else None, hold)
 
 
 def _build(spec: KernelSpec) -> cache.Entry:

@@ -111,14 +111,12 @@ def make_plan(
     specs: dict[KernelSpec, None] = {}
     refused: dict[str, None] = {}
     targets = [resolve_target(device, a) for a in _several(arch) or [None]]
-    kinds = [
-        (d, w or d) for d, w in itertools.product(_several(dtype) or [own_dtype], _several(weight_dtype) or [None])
-    ]
-    for name, size, (d, w), target in itertools.product(_several(op), sizes, kinds, targets):
+    inputs, weights = _several(dtype) or [own_dtype], _several(weight_dtype) or [None]
+    for name, size, d, w, target in itertools.product(_several(op), sizes, inputs, weights, targets):
         if name not in OPS:
             raise ValueError(f"op must be one of {', '.join(OPS)}, got {name!r}")
         try:
-            specs[OPS[name](operator.index(size), _dtype(d), _dtype(w), target)] = None
+            specs[OPS[name](operator.index(size), _dtype(d), _dtype(w or d), target)] = None
         except RuntimeError as error:
             refused[str(error)] = None
     if refused and config is None and not skip_unsupported:

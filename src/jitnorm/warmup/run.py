@@ -46,7 +46,7 @@ def survey(specs: Sequence[KernelSpec]) -> tuple[list[KernelSpec], list[KernelSp
     cached: list[KernelSpec] = []
     missing: list[KernelSpec] = []
     for spec in specs:
-        (cached if find(spec) else missing).append(spec)
+        (cached if find(spec, hold=False) else missing).append(spec)
     return cached, missing
 
 
@@ -82,8 +82,8 @@ def _build(spec: KernelSpec) -> Outcome:
     started = time.monotonic()
     error = None
     try:
-        build(spec, announce=False)
-        if not find(spec):
+        build(spec, announce=False).release()  # nothing is loaded, so nothing is in use: a file less to hold open
+        if not find(spec, hold=False):
             error = f"{spec} was built, but the cache does not give it back"
     except (RuntimeError, OSError) as problem:
         error = str(problem)
