@@ -18,20 +18,25 @@ struct Schedule {
   static constexpr int kRowsPerBlock = kRowsPerBlock_;
 };
 
-// A row of up to 256 elements: one 16-byte vector to a thread, 256 threads to a block.
-constexpr int warp_threads_per_row(int vectors) { return vectors < 32 ? vectors : 32; }
+constexpr int at_least_one(int n) { return n > 0 ? n : 1; }
+constexpr int least(int a, int b) { return a < b ? a : b; }
+
+// Short rows share a block of 4 KiB: in smaller ones the launch of blocks costs more than their memory traffic.
+constexpr int rows_per_block(int row_bytes) { return at_least_one(4096 / row_bytes); }
+
+// A row of up to 256 elements: a 16-byte vector to a thread, as far as a warp goes.
+constexpr int warp_threads_per_row(int row_bytes) { return least(row_bytes / 16, 32); }
 
 // Longer rows: two vectors to a thread while that needs no more than 128 threads, then up to five, without a rest
 // where the size allows it. More threads answer a single row sooner, but keep fewer rows in flight.
-constexpr int block_threads_per_row(int vectors) {
+constexpr int block_threads_per_row(int row_bytes) {
+  const int vectors = row_bytes / 16;
   if (vectors <= 256) return vectors <= 64 ? 32 : vectors <= 128 ? 64 : 128;
   const int most = vectors <= 1280 ? 256 : 512;
   for (int threads = 128; threads <= most; threads += 32)
     if (vectors % threads == 0 && vectors / threads <= 5) return threads;
   return (vectors + 5 * 128 - 1) / (5 * 128) * 128;
 }
-
-constexpr int at_least_one(int n) { return n > 0 ? n : 1; }
 
 // What the two kernels have in common with each other, and with the host, which launches them.
 template <int kHiddenSize_, typename T, typename W, typename S>
@@ -46,9 +51,7 @@ struct RMSNormCuda : S {
   static constexpr int kBlockBytes = kHiddenSize * sizeof(T) * S::kRowsPerBlock;
   static constexpr int kBlocksInFlight = (48 * 1024 + kBlockBytes - 1) / kBlockBytes;
   static constexpr int kMostBlocks = 1024 / (S::kThreadsPerRow * S::kRowsPerBlock);  // on the smallest multiprocessors
-  static constexpr int kMinBlocks = kBlockBytes < 8192              ? 1
-                                    : kBlocksInFlight < kMostBlocks ? kBlocksInFlight
-                                                                    : kMostBlocks;
+  static constexpr int kMinBlocks = kBlockBytes < 8192 ? 1 : least(kBlocksInFlight, kMostBlocks);
 };
 
 #ifdef __CUDACC__
@@ -136,8 +139,7 @@ __device__ __forceinline__ void rmsnorm_block(const RMSNormParams& p, Sum sum) {
 
 // hidden_size up to 256: the threads of one warp, or some of them, share a row, and several rows share a block.
 template <int kHiddenSize, typename T, typename W = T,
-          typename S = Schedule<warp_threads_per_row(kHiddenSize * sizeof(T) / 16),
-                                256 / warp_threads_per_row(kHiddenSize * sizeof(T) / 16)>>
+          typename S = Schedule<warp_threads_per_row(kHiddenSize * sizeof(T)), rows_per_block(kHiddenSize * sizeof(T))>>
 struct RMSNormWarpKernel : RMSNormCuda<kHiddenSize, T, W, S> {
 #ifdef __CUDACC__
   static __device__ __forceinline__ void run(const RMSNormParams& params) {
@@ -146,10 +148,10 @@ struct RMSNormWarpKernel : RMSNormCuda<kHiddenSize, T, W, S> {
 #endif
 };
 
-// hidden_size from 512: whole warps share a row. A block has one row, or as many as make 128 threads.
+// hidden_size from 512: whole warps share a row, and a block has one row or, up to 1024, a few.
 template <int kHiddenSize, typename T, typename W = T,
-          typename S = Schedule<block_threads_per_row(kHiddenSize * sizeof(T) / 16),
-                                at_least_one(128 / block_threads_per_row(kHiddenSize * sizeof(T) / 16))>>
+          typename S =
+              Schedule<block_threads_per_row(kHiddenSize * sizeof(T)), rows_per_block(kHiddenSize * sizeof(T))>>
 struct RMSNormKernel : RMSNormCuda<kHiddenSize, T, W, S> {
 #ifdef __CUDACC__
   static __device__ __forceinline__ void run(const RMSNormParams& params) {

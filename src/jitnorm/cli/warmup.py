@@ -83,12 +83,12 @@ def _build(specs: list[KernelSpec], jobs: int, result: Result) -> None:
     with tqdm(total=len(specs), unit="kernel", disable=None, leave=False) as bar:
         for outcome in build_all(specs, jobs):
             result.add(outcome)
+            bar.update()
             with tqdm.external_write_mode():
                 if outcome.error is None:
                     click.echo(f"built    {_row(outcome.spec)}  {outcome.seconds:.2f} s")
                 else:
                     click.echo(f"failed   {_row(outcome.spec)}: {outcome.error}", err=True)
-            bar.update()
 
 
 def _row(spec: KernelSpec) -> str:

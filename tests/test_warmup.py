@@ -1,0 +1,261 @@
+"""Building ahead of time: what is planned from sizes and configs, and what comes of it."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner, Result
+
+import jitnorm
+from jitnorm.cli import main
+from jitnorm.jit import cache, load
+from jitnorm.rmsnorm import _rmsnorm_kernel_class
+from jitnorm.warmup import make_plan
+from jitnorm.warmup.config import read_config
+
+CONFIGS = Path(__file__).parent / "configs"
+DEEPSEEK = {"model_type": "deepseek_v3", "hidden_size": 7168, "q_lora_rank": 1536, "kv_lora_rank": 512}
+OLMO2 = {"model_type": "olmo2", "hidden_size": 5120, "num_attention_heads": 40, "num_key_value_heads": 8}
+
+
+def command(*words: object, exit_code: int = 0) -> Result:
+    """`jitnorm warmup ...`, in this process; an exit code is one that was meant, never a traceback's."""
+    result = CliRunner().invoke(main, ["warmup", *map(str, words)])
+    assert isinstance(result.exception, (SystemExit, type(None))), result.exception
+    assert result.exit_code == exit_code, result.output
+    return result
+
+
+def config_file(tmp_path: Path, **config: object) -> Path:
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(config))
+    return file
+
+
+def refusal(hidden_size: int) -> str:
+    with pytest.raises(RuntimeError) as raised:
+        _rmsnorm_kernel_class(hidden_size)
+    return str(raised.value)
+
+
+def compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str) -> None:
+    """A host compiler that runs `script` before each build."""
+    real = shutil.which("c++")
+    wrapper = tmp_path / "compiler"
+    wrapper.write_text(f'#!/bin/sh\ncase "$*" in *--version*) ;; *)\n{script}\n;; esac\nexec {real} "$@"\n')
+    wrapper.chmod(0o755)
+    monkeypatch.setenv("CXX", str(wrapper))
+
+
+# Which sizes a model has
+
+
+@pytest.mark.parametrize(
+    ("name", "sizes", "dtype"),
+    [
+        ("llama.json", [4096], "bfloat16"),
+        ("qwen3.json", [5120, 128], "bfloat16"),  # q and k norms over head_dim
+        ("gemma.json", [3584], "float32"),  # Gemma 2 has a head_dim, and no q and k norms
+        ("gemma3.json", [2560, 256], "bfloat16"),  # text_config, its head_dim left out; the dtype is outside
+    ],
+)
+def test_configs(name, sizes, dtype):
+    norms = read_config(CONFIGS / name)
+    assert (norms.hidden_sizes, norms.dtype) == (sizes, dtype)
+
+
+@pytest.mark.parametrize(
+    ("config", "sizes"),
+    [
+        (OLMO2, [5120, 1024]),  # over all heads at once
+        (DEEPSEEK, [7168, 1536, 512]),
+        ({**DEEPSEEK, "q_lora_rank": None}, [7168, 512]),
+        ({"model_type": "glm4_moe", "hidden_size": 5120, "head_dim": 128, "use_qk_norm": True}, [5120, 128]),
+        ({"model_type": "glm4_moe", "hidden_size": 4096, "head_dim": 128, "use_qk_norm": False}, [4096]),
+        ({"architectures": ["Qwen3MoeForCausalLM"], "hidden_size": 2048, "num_attention_heads": 32}, [2048, 64]),
+        ({"model_type": "llama", "hidden_size": 128, "head_dim": 128}, [128]),
+    ],
+)
+def test_sizes_of_other_families(tmp_path, config, sizes):
+    assert read_config(config_file(tmp_path, **config).parent).hidden_sizes == sizes
+
+
+@pytest.mark.parametrize("content", ["", "[1]", "{}", '{"hidden_size": "4096"}'])
+def test_bad_configs_are_one_clear_line(tmp_path, content):
+    file = tmp_path / "config.json"
+    file.write_text(content)
+    with pytest.raises(ValueError, match=str(file)) as raised:
+        read_config(file)
+    assert "\n" not in str(raised.value)
+    with pytest.raises(ValueError, match=r"elsewhere.*No such file"):
+        read_config(tmp_path / "elsewhere")
+
+
+# What is planned
+
+
+def test_plan_is_the_product():
+    plan = make_plan(
+        hidden_size=[64, 4096], dtype=["bf16", torch.float16], weight_dtype=["fp32"], arch=["9.0a", "sm_80"]
+    )
+    assert len(plan.specs) == 8 and not plan.refused
+    assert {s.target.sm for s in plan.specs} == {"sm_90a", "sm_80"}
+    assert {s.name for s in plan.specs} == {
+        f"rmsnorm_{h}_{d}_fp32_weight" for h in (64, 4096) for d in ("bf16", "fp16")
+    }
+
+
+def test_plan_of_one_kernel_asked_for_twice():
+    plan = make_plan(hidden_size=[64, 64], dtype=["bf16", "bfloat16", "torch.bfloat16"], device="cpu")
+    assert [s.name for s in plan.specs] == ["rmsnorm_64_bf16"]
+
+
+def test_config_brings_its_dtype():
+    assert [s.name for s in make_plan(config=CONFIGS / "gemma.json", device="cpu").specs] == ["rmsnorm_3584_fp32"]
+    plan = make_plan(config=CONFIGS / "gemma.json", dtype="bf16", device="cpu")
+    assert [s.name for s in plan.specs] == ["rmsnorm_3584_bf16"]
+
+
+@pytest.mark.parametrize(
+    ("words", "error", "says"),
+    [
+        ({}, ValueError, "hidden_size or config"),
+        ({"hidden_size": 64, "config": "x"}, ValueError, "hidden_size or config"),
+        ({"hidden_size": 64, "op": "softmax"}, ValueError, "rmsnorm"),
+        ({"hidden_size": 64, "dtype": "int8"}, TypeError, "fp16, bf16, fp32"),
+        ({"hidden_size": 64, "dtype": "bf16", "weight_dtype": "fp16"}, TypeError, "weights"),
+        ({"hidden_size": 64.0}, TypeError, "float"),
+        ({"hidden_size": 64, "device": "cpu", "arch": "9.0a"}, ValueError, "arch"),
+        ({"hidden_size": 64, "arch": "hopper"}, ValueError, "9.0a"),
+        ({"hidden_size": 64, "jobs": 0}, ValueError, "jobs"),
+    ],
+)
+def test_wrong_words(cache_dir, words, error, says):
+    with pytest.raises(error, match=says):
+        jitnorm.warmup(**words)
+    assert not cache_dir.exists()
+
+
+@pytest.mark.parametrize("hidden_size", [0, -256, 300, 16384])
+def test_unsupported_size_builds_nothing(cache_dir, hidden_size):
+    with pytest.raises(RuntimeError) as raised:
+        jitnorm.warmup(hidden_size=[64, hidden_size], device="cpu")
+    assert str(raised.value) == refusal(hidden_size)
+    said = command("--hidden-size", 64, "--hidden-size", hidden_size, "--device", "cpu", exit_code=1)
+    assert said.stderr == f"Error: {refusal(hidden_size)}\n" and not said.stdout
+    assert not cache_dir.exists()
+
+
+# What comes of it
+
+
+def test_builds_what_a_call_then_finds(cache_dir, monkeypatch):
+    first = jitnorm.warmup(op="rmsnorm", hidden_size=[64, 512], dtype="bf16", device="cpu")
+    assert [s.name for s in sorted(first.built, key=str)] == ["rmsnorm_512_bf16", "rmsnorm_64_bf16"]
+    assert not (first.cached or first.refused or first.failed)
+    again = jitnorm.warmup(hidden_size=[64, 512, 768], dtype="bf16", device="cpu")
+    assert [s.name for s in again.cached] == ["rmsnorm_64_bf16", "rmsnorm_512_bf16"]
+    assert [s.name for s in again.built] == ["rmsnorm_768_bf16"]
+    assert str(again) == "1 built, 2 cached, 0 refused, 0 failed"
+    monkeypatch.setenv("JITNORM_DISABLE_JIT", "1")
+    x, weight = torch.randn(3, 512).bfloat16(), torch.ones(512).bfloat16()
+    assert jitnorm.rmsnorm(x, weight).isfinite().all()
+
+
+def test_disable_jit_does_not_forbid_it(cache_dir, monkeypatch):
+    monkeypatch.setenv("JITNORM_DISABLE_JIT", "1")
+    assert len(jitnorm.warmup(hidden_size=64, device="cpu").built) == 1
+
+
+def test_damaged_entry_is_built_again(cache_dir):
+    spec = jitnorm.warmup(hidden_size=64, device="cpu").built[0]
+    load.find(spec, hold=False).library.write_bytes(b"not a library")
+    again = jitnorm.warmup(hidden_size=64, device="cpu")
+    assert again.built == [spec] and load.find(spec, hold=False)
+
+
+def test_loads_nothing_and_keeps_nothing_open(cache_dir, monkeypatch):
+    monkeypatch.setattr(load, "_open", lambda *_: pytest.fail("a library was loaded"))
+    jitnorm.warmup(hidden_size=64, device="cpu")  # what opens files once, such as the clock's zone
+    before = len(os.listdir("/proc/self/fd"))
+    jitnorm.warmup(hidden_size=[64, 128, 256, 512], device="cpu")
+    assert len(os.listdir("/proc/self/fd")) == before
+    assert not any(entry.in_use() for entry in cache.readable().entries())
+
+
+@pytest.mark.parametrize(("jobs", "built"), [(2, 2), (1, 0)])
+def test_jobs_run_together(cache_dir, tmp_path, monkeypatch, jobs, built):
+    # Each build waits for another one, and fails where none starts.
+    rendezvous = f'touch {tmp_path}/$$.started; for i in $(seq 50); do set -- "$@"; '
+    rendezvous += f"[ $(ls {tmp_path} | grep -c started) -ge 2 ] && break; sleep 0.02; done; "
+    rendezvous += f"[ $(ls {tmp_path} | grep -c started) -ge 2 ] || {{ rm {tmp_path}/$$.started; exit 1; }}"
+    compiler(tmp_path, monkeypatch, rendezvous)
+    result = jitnorm.warmup(hidden_size=[64, 128], device="cpu", jobs=jobs)
+    assert len(result.built) == built and len(result.failed) == 2 - built
+
+
+def test_one_failure_does_not_stop_the_others(cache_dir, tmp_path, monkeypatch):
+    compiler(tmp_path, monkeypatch, 'grep -q "<128," module.cc && { echo "x.h:1:2: error: boom"; exit 1; }')
+    said = command("--hidden-size", 64, "--hidden-size", 128, "--device", "cpu", exit_code=1)
+    assert "built    rmsnorm_64_bf16" in said.stdout and "1 built, 0 cached, 0 refused, 1 failed" in said.stdout
+    assert "failed   rmsnorm_128_bf16" in said.stderr and "boom" in said.stderr
+
+
+def test_no_compiler_is_said_once(cache_dir, monkeypatch):
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setenv("PATH", "/nonexistent")
+    said = command("--hidden-size", 64, "--hidden-size", 128, "--device", "cpu", exit_code=1)
+    assert said.stderr.count("C++ compiler") == 1 and "failed" not in said.output
+
+
+def test_cache_that_cannot_be_kept_is_an_error(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("JITNORM_CACHE_DIR", str(tmp_path / "file" / "cache"))
+    said = command("--hidden-size", 64, "--device", "cpu", exit_code=1)
+    assert "is not a folder" in said.stderr and "JITNORM_CACHE_DIR" in said.stderr
+
+
+def test_config_with_an_unsupported_size(cache_dir, tmp_path):
+    config = config_file(tmp_path, model_type="qwen3", hidden_size=512, head_dim=96, dtype="float16")
+    said = command("--config", config, "--device", "cpu", exit_code=1)
+    assert said.output.index(f"refused  {refusal(96)}") < said.output.index("built    rmsnorm_512_fp16")
+    assert "1 built, 0 cached, 1 refused, 0 failed" in said.stdout
+    said = command("--config", config.parent, "--device", "cpu", "--skip-unsupported")
+    assert "cached   rmsnorm_512_fp16" in said.stdout and refusal(96) in said.stderr
+    result = jitnorm.warmup(config=config, device="cpu")
+    assert result.refused == [refusal(96)] and len(result.cached) == 1
+
+
+def test_skip_unsupported_sizes(cache_dir):
+    said = command("--hidden-size", 64, "--hidden-size", 96, "--device", "cpu", "--skip-unsupported")
+    assert "1 built, 0 cached, 1 refused, 0 failed" in said.stdout
+
+
+def test_usage_errors(cache_dir):
+    for words in ([], ["--hidden-size", 64, "--config", "x"], ["--hidden-size", 64, "--jobs", 0], ["--op", "softmax"]):
+        assert "Usage:" in command(*words, exit_code=2).stderr
+    said = command("--config", "nowhere", exit_code=1)
+    assert said.stderr.startswith("Error: cannot read nowhere") and said.stderr.count("\n") == 1
+    assert not cache_dir.exists()
+
+
+def test_as_a_module(cache_dir):
+    words = [sys.executable, "-W", "error", "-m", "jitnorm.warmup", "--hidden-size", "64", "--device", "cpu"]
+    done = subprocess.run(words, capture_output=True, text=True)
+    assert done.returncode == 0 and "1 built" in done.stdout, done
+    assert not done.stderr  # no warning of runpy's, and no bar where there is no terminal
+
+
+@pytest.mark.nvcc
+def test_cuda_without_a_gpu(cache_dir):
+    result = jitnorm.warmup(op="rmsnorm", hidden_size=4096, dtype="bf16", device="cuda", arch="9.0a")
+    assert [s.target.sm for s in result.built] == ["sm_90a"] and not result.failed
+    said = command("--hidden-size", 4096, "--dtype", "bf16", "--arch", "9.0a", "--arch", "9.9", exit_code=1)
+    assert "cached   rmsnorm_4096_bf16  sm_90a" in said.stdout and "failed   rmsnorm_4096_bf16  sm_99" in said.stderr
