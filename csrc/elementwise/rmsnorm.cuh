@@ -24,19 +24,25 @@ constexpr int least(int a, int b) { return a < b ? a : b; }
 // Short rows share a block of 4 KiB: in smaller ones the launch of blocks costs more than their memory traffic.
 constexpr int rows_per_block(int row_bytes) { return at_least_one(4096 / row_bytes); }
 
-// A row of up to 256 elements: a 16-byte vector to a thread, as far as a warp goes.
-constexpr int warp_threads_per_row(int row_bytes) { return least(row_bytes / 16, 32); }
+// A row of up to 256 elements: two 16-byte vectors to a thread.
+constexpr int warp_threads_per_row(int row_bytes) { return row_bytes / 32; }
 
-// Longer rows: two vectors to a thread while that needs no more than 128 threads, then up to five, without a rest
+// Longer rows: two vectors to a thread while that needs no more than 256 threads, then up to five, without a rest
 // where the size allows it. More threads answer a single row sooner, but keep fewer rows in flight.
 constexpr int block_threads_per_row(int row_bytes) {
   const int vectors = row_bytes / 16;
   if (vectors <= 256) return vectors <= 64 ? 32 : vectors <= 128 ? 64 : 128;
-  const int most = vectors <= 1280 ? 256 : 512;
-  for (int threads = 128; threads <= most; threads += 32)
-    if (vectors % threads == 0 && vectors / threads <= 5) return threads;
+  const int most_vectors = vectors <= 512 ? 2 : 5, most_threads = vectors <= 1280 ? 256 : 512;
+  for (int threads = 128; threads <= most_threads; threads += 32)
+    if (vectors % threads == 0 && vectors / threads <= most_vectors) return threads;
   return (vectors + 5 * 128 - 1) / (5 * 128) * 128;
 }
+
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
+constexpr int kMostThreads = 1024;  // that a multiprocessor holds
+#else
+constexpr int kMostThreads = 1536;
+#endif
 
 // What the two kernels have in common with each other, and with the host, which launches them.
 template <int kHiddenSize_, typename T, typename W, typename S>
@@ -46,12 +52,14 @@ struct RMSNormCuda : S {
   using params_t = RMSNormParams;
   static constexpr int kHiddenSize = kHiddenSize_;
   static constexpr unsigned kAlignment = 16;
-  // Memory is kept busy by 48 KiB of rows in flight on a multiprocessor: registers are rationed for that where blocks
-  // are large, and left to the compiler where many small ones fit anyway.
+  // Memory is kept busy by 64 KiB of rows in flight on a multiprocessor. Where blocks are large, registers are rationed
+  // for that, as far as a thread's vectors of row and weight allow; many small blocks fit anyway.
   static constexpr int kBlockBytes = kHiddenSize * sizeof(T) * S::kRowsPerBlock;
-  static constexpr int kBlocksInFlight = (48 * 1024 + kBlockBytes - 1) / kBlockBytes;
-  static constexpr int kMostBlocks = 1024 / (S::kThreadsPerRow * S::kRowsPerBlock);  // on the smallest multiprocessors
-  static constexpr int kMinBlocks = kBlockBytes < 8192 ? 1 : least(kBlocksInFlight, kMostBlocks);
+  static constexpr int kThreads = S::kThreadsPerRow * S::kRowsPerBlock;
+  static constexpr int kVectorsPerThread = (kBlockBytes / 16 + kThreads - 1) / kThreads;
+  static constexpr int kRegisters = (4 * kVectorsPerThread + 12) * (1 + sizeof(W) / sizeof(T));
+  static constexpr int kMostBlocks = least(65536 / (kRegisters * kThreads), kMostThreads / kThreads);
+  static constexpr int kMinBlocks = kBlockBytes < 8192 ? 1 : least(64 * 1024 / kBlockBytes, kMostBlocks);
 };
 
 #ifdef __CUDACC__
@@ -91,10 +99,11 @@ struct RowPart {
 #pragma unroll
     for (int i = 0; i < kCount; i++) {
       if (!has(i)) continue;
-      float f[kElements];
+      float f[kElements], squares = 0;  // a chain of its own for each vector: one over all would be waited for
       to_float(x[i], f);
 #pragma unroll
-      for (int j = 0; j < kElements; j++) sum = fmaf(f[j], f[j], sum);
+      for (int j = 0; j < kElements; j++) squares = fmaf(f[j], f[j], squares);
+      sum += squares;
     }
     return sum;
   }
@@ -156,7 +165,7 @@ struct RMSNormKernel : RMSNormCuda<kHiddenSize, T, W, S> {
 #ifdef __CUDACC__
   static __device__ __forceinline__ void run(const RMSNormParams& params) {
     constexpr int kWarps = S::kThreadsPerRow / kWarpSize;
-    __shared__ float partial[S::kRowsPerBlock][kWarps];
+    __shared__ alignas(16) float partial[S::kRowsPerBlock][kWarps];
     rmsnorm_block<RMSNormKernel>(params, [&](float part) {
       const int warp = threadIdx.x / kWarpSize;
       return block_sum<kWarps>(part, partial[warp / kWarps], warp % kWarps);

@@ -73,6 +73,8 @@ def _first_call(
     _check(input, weight, eps, out, enable_pdl)
     target = target_of(input)
     kernel = _jit_rmsnorm_module(input.shape[-1], input.dtype, weight.dtype, target.device, target.arch).rmsnorm
+    # A launch takes microseconds: to hand the interpreter to another thread meanwhile is to wait for it afterwards.
+    kernel.release_gil = target.device == "cpu"
     to = torch.empty_like(input) if out is None else out
     if kernel(input, weight, to, eps, enable_pdl):
         raise RuntimeError("jitnorm: rmsnorm's kernel refused arguments that its checks accept; please report this")

@@ -7,10 +7,10 @@
 
 #ifdef __CUDACC__
 
-#define JITNORM_CUDA_MODULE(NAME, SYMBOL, KERNEL)                                                                 \
-  extern "C" __global__ void __launch_bounds__(KERNEL::kThreadsPerRow* KERNEL::kRowsPerBlock, KERNEL::kMinBlocks) \
-      SYMBOL(const __grid_constant__ KERNEL::params_t params) {                                                   \
-    KERNEL::run(params);                                                                                          \
+#define JITNORM_CUDA_MODULE(NAME, SYMBOL, KERNEL)                                    \
+  extern "C" __global__ void __launch_bounds__(KERNEL::kThreads, KERNEL::kMinBlocks) \
+      SYMBOL(const __grid_constant__ KERNEL::params_t params) {                      \
+    KERNEL::run(params);                                                             \
   }
 
 namespace jitnorm {
@@ -202,7 +202,7 @@ Outcome launch(Kernel, const typename Kernel::params_t& params, DLDevice device,
   CUlaunchConfig config{};
   config.gridDimX = static_cast<unsigned>(blocks);
   config.gridDimY = config.gridDimZ = 1;
-  config.blockDimX = Kernel::kThreadsPerRow * Kernel::kRowsPerBlock;
+  config.blockDimX = Kernel::kThreads;
   config.blockDimY = config.blockDimZ = 1;
   config.hStream = static_cast<CUstream>(TVMFFIEnvGetStream(kDLCUDA, device.device_id));
   config.attrs = &attribute;
