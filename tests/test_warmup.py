@@ -193,9 +193,9 @@ def test_loads_nothing_and_keeps_nothing_open(cache_dir, monkeypatch):
 @pytest.mark.parametrize(("jobs", "built"), [(2, 2), (1, 0)])
 def test_jobs_run_together(cache_dir, tmp_path, monkeypatch, jobs, built):
     # Each build waits for another one, and fails where none starts.
-    rendezvous = f'touch {tmp_path}/$$.started; for i in $(seq 50); do set -- "$@"; '
-    rendezvous += f"[ $(ls {tmp_path} | grep -c started) -ge 2 ] && break; sleep 0.02; done; "
-    rendezvous += f"[ $(ls {tmp_path} | grep -c started) -ge 2 ] || {{ rm {tmp_path}/$$.started; exit 1; }}"
+    both = f"[ $(ls {tmp_path} | grep -c started) -ge 2 ]"
+    wait = f"for i in $(seq 40); do {both} && break; sleep 0.02; done"
+    rendezvous = f"touch {tmp_path}/$$.started; {wait}; {both} || {{ rm {tmp_path}/$$.started; exit 1; }}"
     compiler(tmp_path, monkeypatch, rendezvous)
     result = jitnorm.warmup(hidden_size=[64, 128], device="cpu", jobs=jobs)
     assert len(result.built) == built and len(result.failed) == 2 - built

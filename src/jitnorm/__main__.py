@@ -2,4 +2,5 @@
 
 from jitnorm.cli import main
 
-main(prog_name="python -m jitnorm")
+if __name__ == "__main__":
+    main(prog_name="python -m jitnorm")

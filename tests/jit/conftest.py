@@ -60,7 +60,7 @@ def watched_cxx(tmp_path: Path) -> Watched:
 
 @pytest.fixture
 def watched_nvcc(tmp_path: Path) -> Watched:
-    """In a CUDA_HOME of its own, far from its toolkit."""
+    """A script, far from its toolkit."""
     from jitnorm.jit.toolchain import find_nvcc
 
     return Watched(tmp_path / "cuda", find_nvcc(), " -cubin -std")

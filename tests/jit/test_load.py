@@ -152,8 +152,7 @@ def test_eight_processes_build_once(cache_dir, tmp_path, watched_cxx):
 
 @pytest.mark.nvcc
 def test_eight_processes_build_once_for_cuda(cache_dir, tmp_path, watched_nvcc):
-    environment = {"CUDA_HOME": str(tmp_path / "cuda"), "CUDA_PATH": None}
-    processes = start_together(tmp_path / "gate", 8, BUILD_CUDA, SLOW="0.5", **environment)
+    processes = start_together(tmp_path / "gate", 8, BUILD_CUDA, SLOW="0.5", NVCC=str(watched_nvcc.path))
     assert [finish(p)[:2] for p in processes] == [(0, "right")] * 8
     assert watched_nvcc.compilations == 1
     assert len(entries(cache_dir)) == 1
@@ -165,7 +164,7 @@ def test_a_builder_killed_in_mid_build(cache_dir, tmp_path, device, watched_cxx,
     if device == "cuda":
         watched = request.getfixturevalue("watched_nvcc")
         script = BUILD_CUDA
-        environment = {"CUDA_HOME": str(tmp_path / "cuda"), "CUDA_PATH": None}
+        environment = {"NVCC": str(watched.path)}
     processes = start_together(tmp_path / "gate", 4, script, SLOW="1", **environment)
     while watched.compilations == 0:
         time.sleep(0.01)

@@ -5,11 +5,8 @@ from __future__ import annotations
 import click
 
 from jitnorm._version import __version__
+from jitnorm.cli import cache, demo, doctor, warmup
 from jitnorm.cli.base import Group
-from jitnorm.cli.cache import cache
-from jitnorm.cli.demo import demo
-from jitnorm.cli.doctor import doctor
-from jitnorm.cli.warmup import warmup
 
 
 @click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"]})
@@ -18,5 +15,5 @@ def main() -> None:
     """Just-in-time compiled CUDA and CPU kernels: their cache, their warm-up, and this machine."""
 
 
-for command in (cache, demo, doctor, warmup):
+for command in (cache.cache, demo.demo, doctor.doctor, warmup.warmup):
     main.add_command(command)

@@ -79,7 +79,7 @@ def _first_call_elsewhere(hidden_size: int, device: str) -> float:
     if done.returncode:
         said = done.stderr.strip().splitlines() or [f"it ended with status {done.returncode}"]
         raise RuntimeError(f"a new process does not find the kernel in the cache: {said[-1]}")
-    return float(done.stdout)
+    return float(done.stdout.split()[-1])
 
 
 def _times(device: str) -> None:

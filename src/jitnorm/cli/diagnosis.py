@@ -20,18 +20,25 @@ from jitnorm.targets import cuda_target
 
 _PACKAGES = ("torch", "apache-tvm-ffi", "torch-c-dlpack-ext", "ninja", "cuda-pathfinder")
 _VARIABLES = ("CXX", "CUDA_HOME", "CUDA_PATH", "CONDA_PREFIX", "OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES")
+# What each tool is called, what cannot be built without it, and how to get it.
+_REMEDIES = {
+    "c++": ("C++ compiler", "nothing", "apt-get install g++, or conda install cxx-compiler"),
+    "ninja": ("ninja", "nothing", "pip install ninja"),
+    "nvcc": ("nvcc", "no CUDA kernel", "pip install 'jitnorm[nvcc]'"),
+}
 
 
 def diagnose() -> dict[str, Any]:
     """All that `jitnorm doctor` says, as plain data."""
     compilers = _compilers()
-    ready = compilers["c++"] is not None and compilers["ninja"] is not None
+    works = {name: _says_version(found) for name, found in compilers.items()}
+    ready = works["c++"] and works["ninja"]
     facts: dict[str, Any] = {
         "versions": {"jitnorm": __version__, "python": platform.python_version(), **_packages()},
         "python": sys.executable,
         "devices": _devices(),
         "compilers": compilers,
-        "can_build": {"cpu": ready, "cuda": ready and compilers["nvcc"] is not None},
+        "can_build": {"cpu": ready, "cuda": ready and works["nvcc"]},
         "caches": [_cache(place) for place in places()],
         "environment": {k: v for k, v in sorted(os.environ.items()) if k.startswith("JITNORM_") or k in _VARIABLES},
     }
@@ -62,24 +69,24 @@ def _devices() -> list[dict[str, str]]:
     ]
 
 
-def _compilers() -> dict[str, dict[str, str] | None]:
+def _compilers() -> dict[str, dict[str, str | None] | None]:
+    """Where each was found, if anywhere, and its version: None for one that did not say it, and so cannot be used."""
     # memory=None: what the compilers say is not remembered, so that nothing is written.
     host, both = toolchain.identify("cpu", memory=None), toolchain.identify("cuda", memory=None)
-    ninja = toolchain.find_ninja()
+    cxx, nvcc, ninja = toolchain.find_cxx(), toolchain.find_nvcc(), toolchain.find_ninja()
     return {
-        "c++": {"path": host.cxx.path, "version": host.cxx.version} if host else None,
-        "nvcc": {"path": both.nvcc.path, "version": both.nvcc.version, "toolkit": both.nvcc.top}
-        if both and both.nvcc
-        else None,
+        "c++": {"path": cxx, "version": host.cxx.version if host else None} if cxx else None,
+        "nvcc": {"path": nvcc, "version": both.nvcc.version if both and both.nvcc else None} if nvcc else None,
         "ninja": {"path": ninja, "version": _ninja_version(ninja)} if ninja else None,
     }
 
 
-def _ninja_version(path: str) -> str:
+def _ninja_version(path: str) -> str | None:
     try:
-        return subprocess.run([path, "--version"], capture_output=True, text=True, timeout=60).stdout.strip()
-    except (OSError, subprocess.SubprocessError) as error:
-        return f"does not start: {error}"
+        done = subprocess.run([path, "--version"], capture_output=True, text=True, timeout=60)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip() or None
 
 
 def _cache(place: cache.Cache) -> dict[str, Any]:
@@ -100,18 +107,7 @@ def _prebuilt_problem(root: Path) -> str | None:
 
 def _advice(facts: dict[str, Any]) -> list[str]:
     """One line for each thing that is missing: what, what it costs, and how to get it."""
-    compilers, advice = facts["compilers"], []
-    if not compilers["c++"]:
-        asked = f" ($CXX is {os.environ['CXX']})" if os.environ.get("CXX") else ""
-        advice.append(
-            f"no C++ compiler{asked}, so nothing can be built: apt-get install g++, or conda install cxx-compiler"
-        )
-    if not compilers["ninja"]:
-        advice.append("no ninja, so nothing can be built: pip install ninja")
-    if compilers["c++"] and not compilers["nvcc"]:
-        found = toolchain.find_nvcc()
-        what = f"{found} does not work" if found else "no nvcc"
-        advice.append(f"{what}, so no CUDA kernel can be built: pip install 'jitnorm[nvcc]'")
+    advice = [line for name in _REMEDIES if (line := _remedy(name, facts["compilers"]))]
     if not torch.cuda.is_available() and Path("/dev/nvidiactl").exists():
         why = (
             "this torch is built without CUDA"
@@ -133,3 +129,18 @@ def _advice(facts: dict[str, Any]) -> list[str]:
             "JITNORM_DISABLE_JIT is set: a kernel that is not in the cache is an error; jitnorm warmup still builds"
         )
     return advice
+
+
+def _remedy(name: str, compilers: dict[str, Any]) -> str | None:
+    what, unbuilt, remedy = _REMEDIES[name]
+    found = compilers[name]
+    if not found:
+        asked = f" ($CXX is {os.environ['CXX']})" if name == "c++" and os.environ.get("CXX") else ""
+        return f"no {what}{asked}, so {unbuilt} can be built: {remedy}"
+    if not found["version"] and (name != "nvcc" or _says_version(compilers["c++"])):  # else nvcc was not asked
+        return f"{found['path']} does not work, so {unbuilt} can be built: {remedy}"
+    return None
+
+
+def _says_version(found: dict[str, str | None] | None) -> bool:
+    return found is not None and found["version"] is not None

@@ -31,8 +31,10 @@ def doctor(form: str) -> None:
 def _print(facts: dict[str, Any]) -> None:
     _section("versions", facts["versions"].items())
     _section("devices", ((d["device"], f"{d['arch']}  {d['name']}") for d in facts["devices"]))
-    found = ((name, f"{c['version']}  {c['path']}" if c else "not found") for name, c in facts["compilers"].items())
-    _section("compilers", found)
+    compilers = facts["compilers"].items()
+    _section(
+        "compilers", ((n, f"{c['version'] or 'unknown'}  {c['path']}" if c else "not found") for n, c in compilers)
+    )
     _section("can build for", ((name, "yes" if ok else "no") for name, ok in facts["can_build"].items()))
     _section("caches", (("prebuilt" if c["prebuilt"] else "own", _cache(c)) for c in facts["caches"]))
     _section("environment", facts["environment"].items())
@@ -41,8 +43,8 @@ def _print(facts: dict[str, Any]) -> None:
 
 def _section(title: str, lines: Iterable[tuple[str, str]]) -> None:
     click.echo(title)
-    for name, value in lines:
-        click.echo(f"  {name:20} {value}")
+    for name, value in list(lines) or [("none", "")]:
+        click.echo(f"  {name:20} {value}".rstrip())
     click.echo()
 
 

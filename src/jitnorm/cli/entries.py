@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from jitnorm.jit import cache
@@ -67,8 +68,6 @@ def all_rows() -> list[Row]:
 
 def find_rows(name: str) -> list[Row]:
     """By path (of the entry or a file in it), or by name: rmsnorm_4096_bf16, and more of the entry's id if need be."""
-    from pathlib import Path
-
     path = Path(name).absolute()
     return [
         row

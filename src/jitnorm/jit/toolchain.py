@@ -18,7 +18,7 @@ from pathlib import Path
 
 _HOST_COMPILERS = ("c++", "g++", "clang++")
 # Where a search for compilers looks; a change of one of these makes it look again.
-_ENVIRONMENT = ("PATH", "CXX", "CUDA_HOME", "CUDA_PATH", "CONDA_PREFIX")
+_ENVIRONMENT = ("PATH", "CXX", "NVCC", "CUDA_HOME", "CUDA_PATH", "CONDA_PREFIX")
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,9 @@ def find_cxx() -> str | None:
 
 
 def find_nvcc() -> str | None:
-    """nvcc's path, as cuda-pathfinder finds it: NVIDIA's wheels, conda, CUDA_HOME or CUDA_PATH, the PATH."""
+    """nvcc's path: $NVCC, or as cuda-pathfinder finds it: NVIDIA's wheels, conda, CUDA_HOME or CUDA_PATH, the PATH."""
+    if os.environ.get("NVCC"):
+        return shutil.which(os.environ["NVCC"], path=os.environ.get("PATH", ""))
     from cuda import pathfinder
 
     return pathfinder.find_nvidia_binary_utility("nvcc") or shutil.which("nvcc", path=os.environ.get("PATH", ""))
@@ -104,7 +106,7 @@ def require(device: str, memory: Path | None) -> Toolchain:
             f"jitnorm needs a C++ compiler and found none: looked for {looked} on PATH={os.environ.get('PATH', '')!r}. "
             "Install one (Debian, Ubuntu: apt-get install g++; conda: conda install cxx-compiler) or set CXX."
         )
-    variables = ("CUDA_HOME", "CUDA_PATH", "CONDA_PREFIX", "PATH")
+    variables = ("NVCC", "CUDA_HOME", "CUDA_PATH", "CONDA_PREFIX", "PATH")
     places = ", ".join(f"{name}={os.environ.get(name, '')!r}" for name in variables)
     raise RuntimeError(
         f"jitnorm needs nvcc and found none that works: looked in NVIDIA's wheels under {sys.prefix}, {places}. "

@@ -2,4 +2,5 @@
 
 from jitnorm.cli.warmup import warmup
 
-warmup(prog_name="python -m jitnorm.warmup")
+if __name__ == "__main__":
+    warmup(prog_name="python -m jitnorm.warmup")

@@ -1,0 +1,48 @@
+# Everything runs in a virtual environment of its own, which each target makes as far as it needs.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+
+.PHONY: demo test test-gpu lint format wheel clean
+
+demo: $(VENV)/installed  ## build a kernel on demand, check it against PyTorch, load it again from the cache
+	$(BIN)/jitnorm demo
+
+test: $(VENV)/installed-dev  ## all tests that this machine can run
+	$(BIN)/python -m pytest
+
+test-gpu: $(VENV)/installed-dev
+	$(BIN)/python -m pytest -m gpu
+
+lint: $(VENV)/installed-dev  ## ruff, mypy and clang-format; changes nothing
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run -Werror $(CXX_SOURCES)
+
+format: $(VENV)/installed-dev
+	$(BIN)/ruff check --fix-only .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CXX_SOURCES)
+
+wheel: $(VENV)/installed-dev  ## dist/jitnorm-*.whl
+	rm -rf dist
+	$(BIN)/python -m build --wheel --outdir dist .
+
+clean:
+	rm -rf $(VENV) dist .pytest_cache .mypy_cache .ruff_cache
+
+CXX_SOURCES := $(wildcard csrc/include/jitnorm/*.h csrc/elementwise/*.h csrc/elementwise/*.cuh)
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/installed: $(BIN)/python pyproject.toml constraints.txt
+	$(PIP) -e .
+	touch $@
+
+# nvcc comes with it, so that the CUDA sources are compiled, and tested as far as that goes, without a GPU.
+$(VENV)/installed-dev: $(BIN)/python pyproject.toml constraints.txt
+	$(PIP) -e '.[dev,nvcc]'
+	touch $@ $(VENV)/installed

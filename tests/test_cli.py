@@ -1,0 +1,456 @@
+"""The command `jitnorm`: the cache's care, the doctor, the demo, and how all of them fail."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import pty
+import re
+import select
+import shutil
+import struct
+import subprocess
+import sys
+import termios
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner, Result
+
+import jitnorm
+from jitnorm.cli import demo, filters, main, output
+from jitnorm.jit import toolchain
+from jitnorm.jit.cache import MANIFEST, Cache, Entry
+
+SIZES = (64, 512, 768)
+DAY = 86400
+
+
+def command(*words: object, exit_code: int = 0) -> Result:
+    """`jitnorm ...`, in this process; an exit code is one that was meant, never a traceback's."""
+    result = CliRunner().invoke(main, [*map(str, words)])
+    assert isinstance(result.exception, (SystemExit, type(None))), result.exception
+    assert result.exit_code == exit_code, result.output
+    return result
+
+
+def listed(*words: object) -> list[dict]:
+    return json.loads(command("cache", "ls", "--format", "json", *words).stdout)
+
+
+def names(*words: object) -> list[str]:
+    return [row["name"] for row in listed(*words)]
+
+
+@pytest.fixture(scope="module")
+def stock(tmp_path_factory) -> Path:
+    """A cache of three kernels."""
+    folder = tmp_path_factory.mktemp("stock") / "cache"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("JITNORM_CACHE_DIR", str(folder))
+        assert not jitnorm.warmup(hidden_size=SIZES, dtype="bf16", device="cpu").failed
+    return folder
+
+
+@pytest.fixture
+def kernels(stock, cache_dir) -> list[Entry]:
+    """A copy of it as this test's cache; the entries in the order of their names: 512, 64, 768."""
+    shutil.copytree(stock, cache_dir)
+    return list(Cache(cache_dir).entries())
+
+
+@pytest.fixture
+def held(kernels) -> Iterator[Entry]:
+    """One of the kernels, in use by some process."""
+    fd = os.open(kernels[0].path / MANIFEST, os.O_RDONLY)
+    fcntl.flock(fd, fcntl.LOCK_SH)
+    yield kernels[0]
+    os.close(fd)
+
+
+def used_days_ago(entries: list[Entry], days: tuple[float, ...]) -> None:
+    for entry, ago in zip(entries, days, strict=True):
+        os.utime(entry.path / MANIFEST, (time.time() - ago * DAY,) * 2)
+
+
+def leave_behind(cache: Path) -> tuple[Path, Path, Path]:
+    """What an old unfinished build, a running one and a failed one leave."""
+    old, running, failed = cache / "staging" / "old", cache / "staging" / "running", cache / "aside" / "failed"
+    for folder in (old, running, failed):
+        folder.mkdir(parents=True)
+        (folder / "library.so").write_bytes(bytes(1000))
+    os.utime(old, (time.time() - 2 * DAY,) * 2)
+    return old, running, failed
+
+
+# Where it is, what is in it
+
+
+def test_dir(cache_dir, monkeypatch, tmp_path):
+    assert command("cache", "dir").stdout == f"{cache_dir}\n" and not cache_dir.exists()
+    monkeypatch.delenv("JITNORM_CACHE_DIR")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    assert command("cache", "dir").stdout == f"{tmp_path / 'xdg' / 'jitnorm'}\n"
+
+
+def test_a_cache_that_does_not_exist(cache_dir):
+    assert command("cache", "ls").stdout == f"empty: no kernels in {cache_dir}\n"
+    assert listed() == []
+    assert "empty" in command("cache", "verify").stdout
+    for words in (["clear"], ["clear", "--yes"], ["prune"], ["prune", "--max-size", "0"]):
+        assert "nothing to remove" in command("cache", *words).stdout
+    assert not cache_dir.exists()
+
+
+def test_ls(kernels, cache_dir):
+    rows = listed()
+    assert [row["name"] for row in rows] == ["rmsnorm_512_bf16", "rmsnorm_64_bf16", "rmsnorm_768_bf16"]
+    row = rows[1]
+    assert (row["op"], row["device"], row["kernel"]) == ("rmsnorm", "cpu", "RMSNormWarpKernel<64, bf16_t, bf16_t>")
+    assert row["path"] == str(kernels[1].path) and not row["in_use"] and not row["prebuilt"]
+    assert row["size"] == sum(f.stat().st_size for f in kernels[1].path.iterdir())
+    table = command("cache", "ls").stdout
+    assert re.search(
+        r"^rmsnorm_64_bf16 +RMSNormWarpKernel<64, bf16_t, bf16_t> +cpu_\w+ +\d+\.\d KB +20.*just now$",
+        table,
+        re.MULTILINE,
+    )
+    assert f"3 kernels, {output.size(sum(r['size'] for r in rows))} in {cache_dir}" in table
+
+
+@pytest.mark.parametrize(
+    ("conditions", "sizes"),
+    [
+        (["name=rmsnorm_64_bf16"], {64}),
+        (["name=*_5*"], {512}),
+        (["name!=*_5*", "op=rmsnorm"], {64, 768}),
+        (["device=cuda"], set()),
+        (["arch=cpu_*"], set(SIZES)),
+        (["size>10KB"], set(SIZES)),
+        (["size>1MB"], set()),
+        (["size > 1KB", "size<1GB", "name=*_768_*"], {768}),
+    ],
+)
+def test_filters(kernels, conditions, sizes):
+    words = [word for condition in conditions for word in ("--filter", condition)]
+    assert set(names(*words)) == {f"rmsnorm_{size}_bf16" for size in sizes}
+
+
+def test_older_than(kernels):
+    used_days_ago(kernels[1:2], (40,))
+    assert names("--older-than", "30d") == ["rmsnorm_64_bf16"]
+    assert names("--older-than", "6w") == []
+    assert "40d ago" in command("cache", "ls").stdout
+
+
+@pytest.mark.parametrize("bad", ["size", "size>", "size>big", "size=1XB", "color=red", "name>a", "=x", ""])
+def test_bad_filters(bad):
+    said = command("cache", "ls", "--filter", bad, exit_code=2)
+    assert "Invalid value for '--filter'" in said.stderr
+
+
+@pytest.mark.parametrize(("option", "bad"), [("--older-than", "30"), ("--older-than", "soon"), ("--max-size", "-1")])
+def test_bad_ages_and_sizes(option, bad):
+    assert f"Invalid value for '{option}'" in command("cache", "prune", option, bad, exit_code=2).stderr
+
+
+def test_units():
+    assert [filters.parse_size(s) for s in ("300", "1KB", "1.5 MB", "2g", "1KiB")] == [
+        300,
+        1000,
+        1500000,
+        2 * 10**9,
+        1024,
+    ]
+    assert [filters.parse_age(s) for s in ("90s", "2m", "1h", "1.5d", "1w")] == [90, 120, 3600, 129600, 604800]
+    assert [output.size(n) for n in (0, 999, 1000, 999960, 2 * 10**12)] == [
+        "0 B",
+        "999 B",
+        "1.0 KB",
+        "1.0 MB",
+        "2000.0 GB",
+    ]
+
+
+def test_show(kernels):
+    entry = kernels[1]
+    paths = (entry.path, entry.library)
+    for name in ("rmsnorm_64_bf16", entry.label, entry.path.parent.name, *paths):
+        said = command("cache", "show", name).stdout
+        assert str(entry.path) in said and entry.manifest["sha256"] in said and entry.library.name in said
+        assert (entry.path / "module.cc").read_text().strip() in said
+
+
+def test_show_of_none_and_of_several(kernels, cache_dir):
+    said = command("cache", "show", "rmsnorm_6", exit_code=1)  # no prefix of a name is a name
+    assert said.stderr.count("\n") == 1 and "rmsnorm_6" in said.stderr and str(cache_dir) in said.stderr
+    other = kernels[1].path.with_name("another-toolchain")
+    shutil.copytree(kernels[1].path, other)
+    said = command("cache", "show", "rmsnorm_64_bf16", exit_code=1)
+    assert kernels[1].label in said.stderr and Entry(other).label in said.stderr
+    assert str(other) in command("cache", "show", Entry(other).label).stdout
+
+
+def test_entry_in_use(held):
+    assert [row["in_use"] for row in listed()] == [True, False, False]
+    assert command("cache", "ls").stdout.count("in use") == 1
+
+
+def test_damaged_manifest(kernels):
+    (kernels[0].path / MANIFEST).write_text("{")
+    (kernels[1].path / MANIFEST).unlink()
+    assert command("cache", "ls").stdout.count("unreadable") == 2
+    assert command("cache", "verify", exit_code=1).stdout.count("bad  ") == 2
+    assert "removed 3 kernels" in command("cache", "clear", "--yes").stdout
+
+
+# Whether it is sound
+
+
+def test_verify(kernels):
+    assert command("cache", "verify").stdout.splitlines()[-1] == "3 kernels, 0 bad"
+    content = bytearray(kernels[0].library.read_bytes())
+    content[len(content) // 2] ^= 1
+    kernels[0].library.write_bytes(content)
+    kernels[1].path.chmod(0o777)
+    said = command("cache", "verify", exit_code=1).stdout.splitlines()
+    assert said[0].startswith(f"bad  {kernels[0].label}: ") and "hash" in said[0]
+    assert said[1].startswith(f"bad  {kernels[1].label}: ") and "other users" in said[1]
+    assert said[2:] == [f"ok   {kernels[2].label}", "3 kernels, 2 bad"]
+    assert [r["ok"] for r in json.loads(command("cache", "verify", "--format", "json", exit_code=1).stdout)] == [
+        0,
+        0,
+        1,
+    ]
+    assert all(entry.library.exists() for entry in kernels)
+
+
+# Removing
+
+
+def test_clear_asks_first(kernels):
+    said = command("cache", "clear", exit_code=1)
+    assert "--yes" in said.stderr and len(names()) == 3
+    said = command("cache", "clear", "--dry-run")
+    assert said.stdout.count("would remove") == 3 and "nothing was removed" in said.stdout and len(names()) == 3
+
+
+def test_clear(kernels, cache_dir):
+    old, running, failed = leave_behind(cache_dir)
+    total = sum(row["size"] for row in listed()) + 2000
+    said = command("cache", "clear", "--yes").stdout
+    assert said.splitlines()[-1] == f"removed 3 kernels and 2 leftovers, freed {output.size(total)}"
+    assert listed() == [] and running.exists() and not old.exists() and not failed.exists()
+    assert not any((cache_dir / "kernels").iterdir())
+
+
+def test_clear_of_some(kernels, cache_dir):
+    _, _, failed = leave_behind(cache_dir)
+    used_days_ago(kernels[:1], (3,))
+    command("cache", "clear", "--filter", "name=*_64_*", "--yes")
+    assert names() == ["rmsnorm_512_bf16", "rmsnorm_768_bf16"]
+    command("cache", "clear", "--older-than", "2d", "--yes")
+    assert names() == ["rmsnorm_768_bf16"] and failed.exists()
+
+
+def test_clear_leaves_alone_what_is_in_use(held):
+    said = command("cache", "clear", "--yes").stdout
+    assert f"in use, left alone  {held.label}" in said and "removed 2 kernels" in said
+    assert said.count(held.label) == 1  # and is not listed as about to go
+    assert names() == ["rmsnorm_512_bf16"] and held.library.exists()
+
+
+def test_prune_by_size(kernels, cache_dir):
+    used_days_ago(kernels, (1, 3, 2))
+    room = kernels[0].size + kernels[2].size
+    assert "nothing to remove" in command("cache", "prune", "--max-size", "1GB", "--yes").stdout
+    command("cache", "prune", "--max-size", room, "--yes")
+    assert names() == ["rmsnorm_512_bf16", "rmsnorm_768_bf16"]
+    command("cache", "prune", "--max-size", room - 1, "--yes")
+    assert names() == ["rmsnorm_512_bf16"]
+
+
+def test_prune_by_size_passes_over_what_is_in_use(kernels, held):
+    used_days_ago([held], (9,))
+    command("cache", "prune", "--max-size", held.size, "--yes")
+    assert names() == ["rmsnorm_512_bf16"]
+
+
+def test_prune_by_age_and_size(kernels):
+    used_days_ago(kernels, (1, 40, 2))
+    command("cache", "prune", "--older-than", "30d", "--max-size", kernels[0].size + kernels[2].size, "--yes")
+    assert names() == ["rmsnorm_512_bf16", "rmsnorm_768_bf16"]  # what age removed counts for size
+
+
+def test_prune_of_other_versions_and_leftovers(kernels, cache_dir):
+    old, running, failed = leave_behind(cache_dir)
+    for entry, field in ((kernels[0], "jitnorm"), (kernels[1], "tvm_ffi")):
+        (entry.path / MANIFEST).write_text(json.dumps({**entry.manifest, field: "0.0.0"}))
+    command("cache", "prune", "--older-than", "30d", "--yes")
+    assert len(names()) == 3 and running.exists() and not old.exists() and not failed.exists()
+    command("cache", "prune", "--yes")
+    assert names() == ["rmsnorm_768_bf16"]
+
+
+# The prebuilt layer
+
+
+def test_prebuilt_layer_is_read_only(stock, kernels, tmp_path, monkeypatch):
+    layer = tmp_path / "layer"
+    shutil.copytree(stock, layer)
+    monkeypatch.setenv("JITNORM_PREBUILT_DIR", str(layer))
+    assert [row["prebuilt"] for row in listed()] == [False] * 3 + [True] * 3
+    assert command("cache", "verify").stdout.splitlines()[-1] == "6 kernels, 0 bad"
+    command("cache", "clear", "--yes")
+    assert [row["prebuilt"] for row in listed()] == [True] * 3
+    monkeypatch.setenv("JITNORM_CACHE_DIR", str(layer))
+    said = command("cache", "clear", "--yes", exit_code=1)
+    assert "prebuilt" in said.stderr and len(names()) == 3
+
+
+# The doctor
+
+
+def test_doctor(cache_dir, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    facts = json.loads(command("doctor", "--format", "json").stdout)
+    assert facts["versions"]["jitnorm"] == jitnorm.__version__ and facts["can_build"]["cpu"]
+    assert facts["compilers"]["c++"]["path"] == toolchain.find_cxx()
+    assert facts["caches"][0] == {
+        "root": str(cache_dir), "prebuilt": False, "exists": False, "problem": None, "kernels": 0, "size": 0,
+    }  # fmt: skip
+    assert facts["environment"]["JITNORM_CACHE_DIR"] == str(cache_dir)
+    said = command("doctor").stdout
+    assert str(cache_dir) in said and torch.__version__ in said
+    assert not list(tmp_path.iterdir())
+
+
+def test_doctor_without_compilers(cache_dir, monkeypatch):
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setenv("PATH", "/nonexistent")
+    said = command("doctor", exit_code=1).stdout
+    assert "advice: no C++ compiler" in said and re.search(r"cpu +no", said)
+
+
+def test_doctor_with_a_broken_compiler(cache_dir, monkeypatch):
+    monkeypatch.setenv("CXX", "false")
+    said = command("doctor", exit_code=1).stdout
+    assert "bin/false does not work, so nothing can be built" in said and re.search(r"c\+\+ +unknown .*bin/false", said)
+
+
+def test_doctor_without_nvcc(cache_dir, monkeypatch):
+    monkeypatch.setattr(toolchain, "find_nvcc", lambda: None)
+    said = command("doctor").stdout
+    assert "advice: no nvcc, so no CUDA kernel can be built: pip install 'jitnorm[nvcc]'" in said
+    assert re.search(r"cpu +yes\n +cuda +no", said)
+
+
+def test_doctor_advises(cache_dir, tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("JITNORM_CACHE_DIR", str(tmp_path / "file"))
+    monkeypatch.setenv("JITNORM_PREBUILT_DIR", str(tmp_path / "nothing"))
+    monkeypatch.setenv("JITNORM_DISABLE_JIT", "1")
+    monkeypatch.delattr(torch.Tensor, "__dlpack_c_exchange_api__", raising=False)
+    advice = "\n".join(json.loads(command("doctor", "--format", "json").stdout)["advice"])
+    for word in (
+        "is not a folder. Set JITNORM_CACHE_DIR",
+        "no such folder",
+        "JITNORM_DISABLE_JIT",
+        "torch-c-dlpack-ext",
+    ):
+        assert word in advice
+
+
+# The demo
+
+
+def test_demo(cache_dir, tmp_path, monkeypatch):
+    monkeypatch.setattr(demo, "_HIDDEN_SIZES", (128,))
+    monkeypatch.setattr(demo, "_SHAPES", ((1, 128), (4, 128)))
+    monkeypatch.setattr("jitnorm.cli.timing._BUDGET_S", 0.001)
+    (tmp_path / "torch.py").write_text("raise ImportError('not that one')")  # in the folder it is run from
+    monkeypatch.chdir(tmp_path)
+    said = command("demo").stdout
+    assert "not built yet, building" in said and "found hidden size 128 in the cache" in said
+    error = float(re.search(r"relative error .*: (\S+)", said)[1])
+    assert 1e-3 < error < 3e-3
+    assert "microseconds" in said and re.search(r"^ +4 x 128( +\d+\.\d){4}$", said, re.MULTILINE)
+    assert "already built" in command("demo").stdout
+
+
+def test_demo_of_a_wrong_kernel(cache_dir, monkeypatch):
+    monkeypatch.setattr(demo, "rmsnorm", lambda x, weight, eps: x * 1.01)
+    assert "is wrong: relative error" in command("demo", exit_code=1).stderr
+
+
+def test_demo_finds_that_nothing_was_kept(cache_dir, monkeypatch):
+    monkeypatch.setattr(
+        demo, "rmsnorm", lambda x, weight, eps: torch.nn.functional.rms_norm(x, x.shape[1:], weight, eps)
+    )
+    said = command("demo", exit_code=1).stderr
+    assert said.startswith("Error: a new process does not find the kernel in the cache") and said.count("\n") == 1
+
+
+# How it is run, and how it fails
+
+
+def test_errors_are_one_line(cache_dir, monkeypatch):
+    for kind in (RuntimeError, ValueError, TypeError, PermissionError):
+
+        def fail(kind=kind):
+            raise kind("what is wrong")
+
+        monkeypatch.setattr("jitnorm.cli.doctor.diagnose", fail)
+        assert command("doctor", exit_code=1).stderr == "Error: what is wrong\n"
+
+
+def test_every_command_has_help():
+    groups = [(main, [])]
+    for group, words in groups:
+        for name, one in group.commands.items():
+            said = command(*words, name, "--help").stdout
+            assert one.help.split("\n")[0].rstrip(".") in " ".join(said.split())
+            if hasattr(one, "commands"):
+                groups.append((one, [*words, name]))
+
+
+def test_as_a_module_and_light_to_import(cache_dir):
+    done = subprocess.run([sys.executable, "-m", "jitnorm", "cache", "dir"], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"{cache_dir}\n", "")
+    check = "import sys, torch; old = {*sys.modules}; import jitnorm; print(({*sys.modules} - old) & {'click', 'tqdm'})"
+    done = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True)
+    assert done.stdout == "set()\n", done
+
+
+def test_terminal(cache_dir):
+    """A bar while it builds, and a question before it removes."""
+    said, status = on_a_terminal("warmup", "--hidden-size", "64", "--device", "cpu")
+    assert status == 0 and "built    rmsnorm_64_bf16" in said and re.search(r"\r +\d+%\|", said), said
+    said, status = on_a_terminal("cache", "clear", answer="n\n")
+    assert status == 1 and "Aborted" in said and len(names()) == 1
+    said, status = on_a_terminal("cache", "clear", answer="y\n")
+    assert status == 0 and "removed 1 kernel" in said and not names()
+
+
+def on_a_terminal(*words: str, answer: str = "") -> tuple[str, int]:
+    """What `jitnorm ...` says on a terminal of its own, and its exit status. The answer is typed once it asks."""
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 100, 0, 0))
+    run = subprocess.Popen([sys.executable, "-m", "jitnorm", *words], stdin=theirs, stdout=theirs, stderr=theirs)
+    os.close(theirs)
+    said = b""
+    ends = time.monotonic() + 60
+    while select.select([ours], [], [], max(0, ends - time.monotonic()))[0]:
+        try:
+            said += os.read(ours, 4096)
+        except OSError:  # the other side is closed
+            break
+        if answer and said.endswith(b"[y/N]: "):
+            os.write(ours, answer.encode())
+            answer = ""
+    os.close(ours)
+    return said.decode(), run.wait(timeout=10)
