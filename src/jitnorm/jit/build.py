@@ -118,7 +118,10 @@ def _run_ninja(spec: KernelSpec, place: cache.Cache, staging: Path, announce: bo
 def first_error(log: str) -> str:
     """The compiler's first real error line, without ninja's and the build folder's noise."""
     lines = [line.strip() for line in log.splitlines() if line.strip()]
-    for pattern in (r"(^|[:)] )(fatal )?error\b.*:|^\S+ fatal\s*:", r"undefined reference|cannot find|not found|No space|denied"):
+    for pattern in (
+        r"(^|[:)] )(fatal )?error\b.*:|^\S+ fatal\s*:",
+        r"undefined reference|cannot find|not found|No space|denied",
+    ):
         for line in lines:
             if re.search(pattern, line) and not line.startswith("ninja:"):
                 return line

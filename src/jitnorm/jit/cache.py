@@ -324,7 +324,9 @@ def _create(root: Path) -> str | None:
         root.mkdir(mode=0o700, parents=True, exist_ok=True)
         tag = root / "CACHEDIR.TAG"
         if not tag.exists():
-            tag.write_text("Signature: 8a477f597d28d172789f06886806bc55\n# Compiled kernels of jitnorm; safe to delete.\n")
+            tag.write_text(
+                "Signature: 8a477f597d28d172789f06886806bc55\n# Compiled kernels of jitnorm; safe to delete.\n"
+            )
     except OSError as error:
         return error.strerror or str(error)
     return None
