@@ -92,9 +92,8 @@ def print_gpu(rows: list[dict], names: list[str]) -> None:
             copies.append(to_copy)
         cells = (f"{us[n]:8.2f}" if n in us else f"{'-':>8}" for n in names)
         print(f"{row['hidden_size']:>6} {row['num_tokens']:>8}", *cells, f"{to_best:7.3f} {to_copy:7.3f}")
-    print(
-        f"faster than every peer on {sum(b < 1 for b in behind)} of {len(behind)} rows; worst {max(behind):.3f} of the best"
-    )
+    won = sum(b < 1 for b in behind)
+    print(f"faster than every peer on {won} of {len(behind)} rows; at worst {max(behind):.3f} of the best")
     if copies:
         print(f"above 100 MB of traffic: at most {max(copies):.3f} of copy")
 

@@ -39,7 +39,7 @@ def schedules(hidden_size: int, element_size: int) -> Iterator[tuple[int, int]]:
 
 def with_schedule(spec: KernelSpec, threads: int, rows: int) -> KernelSpec:
     """The same kernel with a schedule of the caller's."""
-    kernel = spec.kernel.replace(">", f", Schedule<{threads}, {rows}>>")
+    kernel = spec.kernel.replace(">", f", Plain, Schedule<{threads}, {rows}>>")
     return replace(spec, name=f"{spec.name}_schedule_{threads}_{rows}", kernel=kernel)
 
 

@@ -46,18 +46,21 @@ def cache_dir(tmp_path, monkeypatch):
     """An empty cache of the test's own, and an engine that remembers nothing of the session's."""
     import jitnorm.rmsnorm  # noqa: F401
     from jitnorm.jit import load
-    from jitnorm.rmsnorm import _jit_rmsnorm_module, _kernels
+    from jitnorm.norms import NORMS
+    from jitnorm.rmsnorm import _jit_rmsnorm_module
 
     folder = tmp_path / "cache"
     monkeypatch.setenv("JITNORM_CACHE_DIR", str(folder))
     monkeypatch.setattr(load, "_loaded", {})
     monkeypatch.setattr(load, "_failed", {})
-    kernels = dict(_kernels)
-    _kernels.clear()
+    kernels = [dict(norm.kernels) for norm in NORMS]
+    for norm in NORMS:
+        norm.kernels.clear()
     _jit_rmsnorm_module.cache_clear()
     yield folder
-    _kernels.clear()
-    _kernels.update(kernels)
+    for norm, before in zip(NORMS, kernels, strict=True):
+        norm.kernels.clear()
+        norm.kernels.update(before)
     _jit_rmsnorm_module.cache_clear()
 
 

@@ -51,19 +51,19 @@ def bad_calls(device):
         (
             "out shifted by a row",
             ValueError,
-            "out must be input itself or share no memory",
+            "out must be input itself or share no memory with input",
             lambda: rmsnorm(flat[: 2 * H].view(2, H), w, 1e-6, flat[H : 3 * H].view(2, H)),
         ),
         (
             "out shifted by some columns",
             ValueError,
-            "out must be input itself or share no memory",
+            "out must be input itself or share no memory with input",
             lambda: rmsnorm(wide[:, :H], w, 1e-6, wide[:, 8 : H + 8]),
         ),
         (
             "out of another stride",
             ValueError,
-            "out must be input itself or share no memory",
+            "out must be input itself or share no memory with input",
             lambda: rmsnorm(wide[:, :H], w, 1e-6, wide.view(8, H)[:4]),
         ),
         (

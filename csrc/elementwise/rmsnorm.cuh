@@ -1,4 +1,4 @@
-// RMSNorm on CUDA: one read, one write. A thread holds its part of a row in registers in between.
+// The RMSNorm family on CUDA: one read, one write. A thread holds its part of a row in registers in between.
 //
 // The schedule is fixed by hidden size and dtype, never by the number of rows: a row's bits are the same in any batch.
 // benchmarks/tune_rmsnorm.py compares schedules on a GPU; docs/architecture.md has what it found.
@@ -45,34 +45,44 @@ constexpr int kMostThreads = 1536;
 #endif
 
 // What the two kernels have in common with each other, and with the host, which launches them.
-template <int kHiddenSize_, typename T, typename W, typename S>
+template <int kHiddenSize_, typename T, typename W, typename Policy, typename S>
 struct RMSNormCuda : S {
   using input_t = T;
   using weight_t = W;
+  using policy_t = Policy;
   using params_t = RMSNormParams;
   static constexpr int kHiddenSize = kHiddenSize_;
   static constexpr unsigned kAlignment = 16;
+  static constexpr float kInverse = 1. / kHiddenSize;
+  static constexpr float kInverseRest = 1. / kHiddenSize - kInverse;  // what float leaves of 1 / kHiddenSize
   // Memory is kept busy by 64 KiB of rows in flight on a multiprocessor. Where blocks are large, registers are rationed
-  // for that, as far as a thread's vectors of row and weight allow; many small blocks fit anyway.
-  static constexpr int kBlockBytes = kHiddenSize * sizeof(T) * S::kRowsPerBlock;
+  // for that, as far as a thread's vectors of row, residual and weight allow; many small blocks fit anyway.
+  static constexpr int kRowBytes = kHiddenSize * sizeof(T);
+  static constexpr int kReadBytes = (Policy::kAddResidual ? 2 : 1) * kRowBytes * S::kRowsPerBlock;
   static constexpr int kThreads = S::kThreadsPerRow * S::kRowsPerBlock;
-  static constexpr int kVectorsPerThread = (kBlockBytes / 16 + kThreads - 1) / kThreads;
-  static constexpr int kRegisters = (4 * kVectorsPerThread + 12) * (1 + sizeof(W) / sizeof(T));
+  static constexpr int kVectorsPerThread = (kRowBytes / 16 + S::kThreadsPerRow - 1) / S::kThreadsPerRow;
+  static constexpr int kRegisters =
+      (4 * kVectorsPerThread + 12) * (1 + sizeof(W) / sizeof(T) + (Policy::kAddResidual ? 1 : 0));
   static constexpr int kMostBlocks = least(65536 / (kRegisters * kThreads), kMostThreads / kThreads);
-  static constexpr int kMinBlocks = kBlockBytes < 8192 ? 1 : least(64 * 1024 / kBlockBytes, kMostBlocks);
+  static constexpr int kMinBlocks = kReadBytes < 8192 ? 1 : at_least_one(least(64 * 1024 / kReadBytes, kMostBlocks));
 };
 
 #ifdef __CUDACC__
-// The vectors of a row that one of its kThreads threads holds: every kThreads-th, from its own lane on.
-template <int kHiddenSize, int kThreads, typename T, typename W>
+// The vectors of a row that one of its threads holds: every kThreadsPerRow-th, from its own lane on.
+template <typename Kernel>
 struct RowPart {
+  using T = typename Kernel::input_t;
+  using W = typename Kernel::weight_t;
+  using Policy = typename Kernel::policy_t;
+  static constexpr int kThreads = Kernel::kThreadsPerRow;
   static constexpr int kElements = 16 / sizeof(T);
-  static constexpr int kVectors = kHiddenSize / kElements;
-  static constexpr int kCount = (kVectors + kThreads - 1) / kThreads;
-  static_assert(kHiddenSize % kElements == 0, "a row is made of 16-byte vectors");
+  static constexpr int kVectors = Kernel::kHiddenSize / kElements;
+  static constexpr int kCount = Kernel::kVectorsPerThread;
+  static_assert(Kernel::kHiddenSize % kElements == 0, "a row is made of 16-byte vectors");
 
   const int lane;
   Vector<T, kElements> x[kCount];
+  Vector<T, kElements> residual[Policy::kAddResidual ? kCount : 1];
   Vector<W, kElements> weight[kCount];
 
   explicit __device__ RowPart(int lane) : lane(lane) {}
@@ -82,16 +92,37 @@ struct RowPart {
   }
   __device__ __forceinline__ int offset(int i) const { return (lane + i * kThreads) * kElements; }
 
-  __device__ __forceinline__ void read(const T* row) {
+  template <typename E, int kMany>
+  __device__ __forceinline__ void read(Vector<E, kElements> (&to)[kMany], const E* from) {
 #pragma unroll
-    for (int i = 0; i < kCount; i++)
-      if (has(i)) x[i] = load<T, kElements>(row + offset(i));
+    for (int i = 0; i < kMany; i++)
+      if (has(i)) to[i] = load<E, kElements>(from + offset(i));
   }
 
-  __device__ __forceinline__ void read_weight(const W* from) {
+  // What is normalised: the sum is added up anew at each use, which is cheaper than registers to keep it in.
+  __device__ __forceinline__ void value(int i, float (&f)[kElements]) const {
+    to_float(x[i], f);
+    if (!Policy::kAddResidual || Policy::kRoundSum) return;
+    float r[kElements];
+    to_float(residual[i], r);
 #pragma unroll
-    for (int i = 0; i < kCount; i++)
-      if (has(i)) weight[i] = load<W, kElements>(from + offset(i));
+    for (int j = 0; j < kElements; j++) f[j] += r[j];
+  }
+
+  __device__ __forceinline__ void add_residual(T* to) {
+#pragma unroll
+    for (int i = 0; i < kCount; i++) {
+      if (!has(i)) continue;
+      float f[kElements], r[kElements];
+      to_float(x[i], f);
+      to_float(residual[i], r);
+#pragma unroll
+      for (int j = 0; j < kElements; j++) f[j] += r[j];
+      Vector<T, kElements> sum;
+      from_float(f, sum);
+      store(to + offset(i), sum);
+      if (Policy::kRoundSum) x[i] = sum;
+    }
   }
 
   __device__ __forceinline__ float sum_of_squares() const {
@@ -100,7 +131,7 @@ struct RowPart {
     for (int i = 0; i < kCount; i++) {
       if (!has(i)) continue;
       float f[kElements], squares = 0;  // a chain of its own for each vector: one over all would be waited for
-      to_float(x[i], f);
+      value(i, f);
 #pragma unroll
       for (int j = 0; j < kElements; j++) squares = fmaf(f[j], f[j], squares);
       sum += squares;
@@ -108,48 +139,60 @@ struct RowPart {
     return sum;
   }
 
-  __device__ __forceinline__ void write(T* row, float scale) const {
+  __device__ __forceinline__ void write(T* out, float scale) const {
 #pragma unroll
     for (int i = 0; i < kCount; i++) {
       if (!has(i)) continue;
       float f[kElements], w[kElements];
-      to_float(x[i], f);
+      value(i, f);
       to_float(weight[i], w);
 #pragma unroll
-      for (int j = 0; j < kElements; j++) f[j] = f[j] * scale * w[j];
+      for (int j = 0; j < kElements; j++) f[j] = f[j] * scale * (Policy::kWeightOffset + w[j]);
       Vector<T, kElements> y;
       from_float(f, y);
-      store(row + offset(i), y);
+      store(out + offset(i), y);
     }
   }
 };
+
+// The mean of squares plus eps, exact but for one rounding where float has no 1 / kHiddenSize. The infinite sum of a
+// row must not meet the rest, which may be negative.
+template <typename Kernel>
+__device__ __forceinline__ float mean_plus_eps(float sum, float eps) {
+  if (Kernel::kInverseRest == 0) return fmaf(sum, Kernel::kInverse, eps);
+  return fmaf(sum, Kernel::kInverse, fmaf(fminf(sum, 3.402823466e38f), Kernel::kInverseRest, eps));
+}
 
 // The whole life of a block, for both kernels. `sum` adds up one float over the threads of a row.
 template <typename Kernel, typename Sum>
 __device__ __forceinline__ void rmsnorm_block(const RMSNormParams& p, Sum sum) {
   using T = typename Kernel::input_t;
   using W = typename Kernel::weight_t;
-  RowPart<Kernel::kHiddenSize, Kernel::kThreadsPerRow, T, W> part(threadIdx.x % Kernel::kThreadsPerRow);
+  constexpr bool kAddResidual = Kernel::policy_t::kAddResidual;
+  RowPart<Kernel> part(threadIdx.x % Kernel::kThreadsPerRow);
   const index_t token = index_t(blockIdx.x) * Kernel::kRowsPerBlock + threadIdx.x / Kernel::kThreadsPerRow;
   const T* row = static_cast<const T*>(p.input) + token * p.input_stride;
+  T* residual = static_cast<T*>(p.residual) + token * p.residual_stride;
   const W* weight = static_cast<const W*>(p.weight);
   T* out = static_cast<T*>(p.out) + token * p.out_stride;
   // Before the wait, the misses that no earlier kernel can affect: parameters, and addresses' translations.
-  before_wait(row, out, weight, p.eps);
+  before_wait(row, weight, kAddResidual ? residual : out, p.eps);
   wait_for_previous();
   const bool exists = Kernel::kRowsPerBlock == 1 || token < p.num_tokens;  // threads without a row still join the sum
-  if (exists) part.read(row);
-  part.read_weight(weight);
+  if (exists) part.read(part.x, row);
+  if (kAddResidual && exists) part.read(part.residual, residual);
+  part.read(part.weight, weight);
   let_next_start();
-  const float mean = sum(exists ? part.sum_of_squares() : 0.f) * (1.f / Kernel::kHiddenSize);
-  if (exists) part.write(out, __frsqrt_rn(mean + p.eps));
+  if (kAddResidual && exists) part.add_residual(residual);
+  const float squares = sum(exists ? part.sum_of_squares() : 0.f);
+  if (exists) part.write(out, __frsqrt_rn(mean_plus_eps<Kernel>(squares, p.eps)));
 }
 #endif
 
 // hidden_size up to 256: the threads of one warp, or some of them, share a row, and several rows share a block.
-template <int kHiddenSize, typename T, typename W = T,
+template <int kHiddenSize, typename T, typename W = T, typename Policy = Plain,
           typename S = Schedule<warp_threads_per_row(kHiddenSize * sizeof(T)), rows_per_block(kHiddenSize * sizeof(T))>>
-struct RMSNormWarpKernel : RMSNormCuda<kHiddenSize, T, W, S> {
+struct RMSNormWarpKernel : RMSNormCuda<kHiddenSize, T, W, Policy, S> {
 #ifdef __CUDACC__
   static __device__ __forceinline__ void run(const RMSNormParams& params) {
     rmsnorm_block<RMSNormWarpKernel>(params, [](float part) { return warp_sum<S::kThreadsPerRow>(part); });
@@ -158,10 +201,10 @@ struct RMSNormWarpKernel : RMSNormCuda<kHiddenSize, T, W, S> {
 };
 
 // hidden_size from 512: whole warps share a row, and a block has one row or, up to 1024, a few.
-template <int kHiddenSize, typename T, typename W = T,
+template <int kHiddenSize, typename T, typename W = T, typename Policy = Plain,
           typename S =
               Schedule<block_threads_per_row(kHiddenSize * sizeof(T)), rows_per_block(kHiddenSize * sizeof(T))>>
-struct RMSNormKernel : RMSNormCuda<kHiddenSize, T, W, S> {
+struct RMSNormKernel : RMSNormCuda<kHiddenSize, T, W, Policy, S> {
 #ifdef __CUDACC__
   static __device__ __forceinline__ void run(const RMSNormParams& params) {
     constexpr int kWarps = S::kThreadsPerRow / kWarpSize;

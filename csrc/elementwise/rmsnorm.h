@@ -1,15 +1,41 @@
-// RMSNorm: the parameters that every kernel class takes and, for the host compiler, the glue that fills them in.
+// The RMSNorm family: what sets its operators apart, the parameters that every kernel class takes and, for the host
+// compiler, the glue that fills them in.
 #pragma once
 #include "jitnorm/dtype.h"
 
 namespace jitnorm {
 
+// rmsnorm: out = normalised input * weight. With a residual, input and residual are updated in place:
+// residual += input, then input = normalised residual * weight.
+struct Plain {
+  static constexpr bool kAddResidual = false;
+  static constexpr bool kRoundSum = false;     // normalise the sum as it is stored, not as it was computed
+  static constexpr float kWeightOffset = 0.f;  // added to the weight
+};
+struct Gemma : Plain {
+  static constexpr float kWeightOffset = 1.f;
+};
+struct FusedAdd : Plain {
+  static constexpr bool kAddResidual = true;
+};
+struct FusedAddRounded : FusedAdd {
+  static constexpr bool kRoundSum = true;
+};
+struct GemmaFusedAdd : Gemma {
+  static constexpr bool kAddResidual = true;
+};
+struct GemmaFusedAddRounded : GemmaFusedAdd {
+  static constexpr bool kRoundSum = true;
+};
+
 struct RMSNormParams {
   const void* input;
+  void* residual;  // only where the operator adds one
   const void* weight;
   void* out;  // may be `input`
   index_t num_tokens;
-  index_t input_stride;  // in elements, like out_stride
+  index_t input_stride;  // in elements, like the other strides
+  index_t residual_stride;
   index_t out_stride;
   float eps;
 };
@@ -21,33 +47,71 @@ struct RMSNormParams {
 
 namespace jitnorm {
 
-// rmsnorm(input, weight, out, eps, enable_pdl): see jitnorm.rmsnorm, whose _check says in words what is refused here.
+template <typename Kernel>
+bool as_weight(const DLTensor* tensor, Rows* rows) {
+  using W = typename Kernel::weight_t;
+  return tensor && tensor->ndim == 1 && as_rows<W>(*tensor, Kernel::kHiddenSize, Kernel::kAlignment, rows);
+}
+
+template <typename Kernel>
+bool as_tokens(const DLTensor* tensor, Rows* rows) {
+  using T = typename Kernel::input_t;
+  return tensor && as_rows<T>(*tensor, Kernel::kHiddenSize, Kernel::kAlignment, rows);
+}
+
+// Rows that a kernel may write while it reads `weight`.
+inline bool writable(const Rows& rows, index_t hidden_size, const Rows& weight) {
+  return (rows.count <= 1 || rows.stride >= hidden_size) && (rows.end <= weight.data || weight.end <= rows.data);
+}
+
+inline bool same_shape_and_device(const DLTensor& a, const DLTensor& b) {
+  if (a.ndim != b.ndim || !same_device(a, b)) return false;
+  for (int i = 0; i < a.ndim; i++)
+    if (a.shape[i] != b.shape[i]) return false;
+  return true;
+}
+
+// rmsnorm(input, weight, out, eps, enable_pdl): jitnorm.norms.check_rmsnorm says in words what is refused here.
 template <typename Kernel>
 Outcome rmsnorm(const TVMFFIAny* args, int num_args) {
   using T = typename Kernel::input_t;
-  using W = typename Kernel::weight_t;
   constexpr index_t hidden_size = Kernel::kHiddenSize;
   if (num_args != 5) return Outcome::kRefused;
   const DLTensor *input = as_tensor(args[0]), *weight = as_tensor(args[1]), *out = as_tensor(args[2]);
+  Rows in, scale, to;
   double eps;
   bool enable_pdl;
-  if (!input || !weight || !out || !as_float(args[3], &eps) || !as_optional_bool(args[4], true, &enable_pdl) ||
-      !(eps >= 0) || weight->ndim != 1 || input->ndim != out->ndim || !same_device(*input, *weight) ||
-      !same_device(*input, *out) || !runs_on(Kernel{}, input->device))
+  if (!as_tokens<Kernel>(input, &in) || !as_weight<Kernel>(weight, &scale) || !as_tokens<Kernel>(out, &to) ||
+      !as_float(args[3], &eps) || !(eps >= 0) || !as_optional_bool(args[4], true, &enable_pdl) ||
+      !same_shape_and_device(*input, *out) || !same_device(*input, *weight) || !runs_on(Kernel{}, input->device))
     return Outcome::kRefused;
-  Rows in, to, scale;
-  if (!as_rows<T>(*input, hidden_size, Kernel::kAlignment, &in) ||
-      !as_rows<T>(*out, hidden_size, Kernel::kAlignment, &to) ||
-      !as_rows<W>(*weight, hidden_size, Kernel::kAlignment, &scale))
-    return Outcome::kRefused;
-  for (int i = 0; i < input->ndim; i++)
-    if (input->shape[i] != out->shape[i]) return Outcome::kRefused;
   if (in.count == 0) return Outcome::kDone;
   bool in_place = in.data == to.data && (in.stride == to.stride || in.count == 1);
-  if ((to.count > 1 && to.stride < hidden_size) || (!in_place && overlap<T>(in, to, hidden_size)) ||
-      (to.data < scale.end && scale.data < to.end))
+  if (!writable(to, hidden_size, scale) || (!in_place && overlap<T>(in, to, hidden_size))) return Outcome::kRefused;
+  RMSNormParams params{
+      in.data, nullptr, scale.data, to.data, in.count, in.stride, 0, to.stride, static_cast<float>(eps)};
+  return launch(Kernel{}, params, input->device, enable_pdl);
+}
+
+// fused_add_rmsnorm(input, residual, weight, eps, enable_pdl): likewise, jitnorm.norms.check_fused_add_rmsnorm.
+template <typename Kernel>
+Outcome fused_add_rmsnorm(const TVMFFIAny* args, int num_args) {
+  using T = typename Kernel::input_t;
+  constexpr index_t hidden_size = Kernel::kHiddenSize;
+  if (num_args != 5) return Outcome::kRefused;
+  const DLTensor *input = as_tensor(args[0]), *residual = as_tensor(args[1]), *weight = as_tensor(args[2]);
+  Rows in, sum, scale;
+  double eps;
+  bool enable_pdl;
+  if (!as_tokens<Kernel>(input, &in) || !as_tokens<Kernel>(residual, &sum) || !as_weight<Kernel>(weight, &scale) ||
+      !as_float(args[3], &eps) || !(eps >= 0) || !as_optional_bool(args[4], true, &enable_pdl) ||
+      !same_shape_and_device(*input, *residual) || !same_device(*input, *weight) || !runs_on(Kernel{}, input->device))
     return Outcome::kRefused;
-  RMSNormParams params{in.data, scale.data, to.data, in.count, in.stride, to.stride, static_cast<float>(eps)};
+  if (in.count == 0) return Outcome::kDone;
+  if (!writable(in, hidden_size, scale) || !writable(sum, hidden_size, scale) || overlap<T>(in, sum, hidden_size))
+    return Outcome::kRefused;
+  RMSNormParams params{
+      in.data, sum.data, scale.data, in.data, in.count, in.stride, sum.stride, in.stride, static_cast<float>(eps)};
   return launch(Kernel{}, params, input->device, enable_pdl);
 }
 

@@ -1,4 +1,4 @@
-// RMSNorm on the host: one thread, one row; the row stays in the first-level cache between the two passes.
+// The RMSNorm family on the host: one thread, one row; the row stays in the first-level cache between the two passes.
 #pragma once
 #include "elementwise/rmsnorm.h"
 #include "jitnorm/parallel.h"
@@ -6,7 +6,7 @@
 
 namespace jitnorm {
 
-template <int kHiddenSize_, typename T, typename W = T>
+template <int kHiddenSize_, typename T, typename W = T, typename Policy = Plain>
 struct RMSNormKernel {
   using input_t = T;
   using weight_t = W;
@@ -18,24 +18,51 @@ struct RMSNormKernel {
     const T* x = static_cast<const T*>(p.input) + row * p.input_stride;
     const W* w = static_cast<const W*>(p.weight);
     T* y = static_cast<T*>(p.out) + row * p.out_stride;
+    if constexpr (!Policy::kAddResidual) {
+      write(y, x, w, scale_of(p.eps, [&](int i) { return load(x + i); }));
+      return;
+    }
+    T* residual = static_cast<T*>(p.residual) + row * p.residual_stride;
+    // The sum as it is normalised: the stored one, or in float while the residual already holds the rounded one.
+    float exact[Policy::kRoundSum ? 1 : kHiddenSize];
+    const float scale = scale_of(p.eps, [&](int i) {
+      floats f = load(x + i) + load(residual + i);
+      store(residual + i, f);
+      if constexpr (Policy::kRoundSum) return load(residual + i);
+      store(exact + i, f);
+      return f;
+    });
+    if constexpr (Policy::kRoundSum) write(y, residual, w, scale);
+    else write(y, exact, w, scale);
+  }
+
+ private:
+  // 1 / sqrt(mean of squares + eps), of the floats that `value` gives for the elements from i on.
+  template <typename Value>
+  static float scale_of(float eps, Value value) {
     constexpr int kSums = 4;  // into a single one, each addition would wait for the one before it
     static_assert(kHiddenSize % (kSums * kLanes) == 0, "a row is whole vectors");
     floats sums[kSums] = {};
     for (int i = 0; i < kHiddenSize; i += kSums * kLanes)
 #pragma GCC unroll 4
       for (int j = 0; j < kSums; j++) {
-        floats f = load(x + i + j * kLanes);
+        floats f = value(i + j * kLanes);
         sums[j] += f * f;
       }
     for (int j = 1; j < kSums; j++) sums[0] += sums[j];
-    const float scale = 1. / __builtin_sqrt(double(sum(sums[0])) / kHiddenSize + p.eps);
+    return 1. / __builtin_sqrt(double(sum(sums[0])) / kHiddenSize + eps);
+  }
+
+  template <typename V>
+  static void write(T* y, const V* value, const W* weight, float scale) {
 #pragma GCC unroll 4
-    for (int i = 0; i < kHiddenSize; i += kLanes) store(y + i, load(x + i) * scale * load(w + i));
+    for (int i = 0; i < kHiddenSize; i += kLanes)
+      store(y + i, load(value + i) * scale * (load(weight + i) + Policy::kWeightOffset));
   }
 };
 
 // The same code: the host has no warps, but it has the same sizes and the same names.
-template <int kHiddenSize, typename T, typename W = T>
-struct RMSNormWarpKernel : RMSNormKernel<kHiddenSize, T, W> {};
+template <int kHiddenSize, typename T, typename W = T, typename Policy = Plain>
+struct RMSNormWarpKernel : RMSNormKernel<kHiddenSize, T, W, Policy> {};
 
 }  // namespace jitnorm

@@ -1,7 +1,17 @@
 """Just-in-time compiled CUDA and CPU kernels for the small, memory-bound operators of LLM inference."""
 
 from jitnorm._version import __version__
+from jitnorm.fused_add_rmsnorm import fused_add_rmsnorm
+from jitnorm.gemma_fused_add_rmsnorm import gemma_fused_add_rmsnorm
+from jitnorm.gemma_rmsnorm import gemma_rmsnorm
 from jitnorm.rmsnorm import rmsnorm
 from jitnorm.warmup import warmup
 
-__all__ = ["__version__", "rmsnorm", "warmup"]
+__all__ = [
+    "__version__",
+    "fused_add_rmsnorm",
+    "gemma_fused_add_rmsnorm",
+    "gemma_rmsnorm",
+    "rmsnorm",
+    "warmup",
+]

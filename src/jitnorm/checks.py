@@ -83,20 +83,24 @@ def written_rows(name: str, value: torch.Tensor) -> None:
         raise ValueError(f"{name} must not overlap itself, got a row stride of {stride} for {hidden_size} elements")
 
 
-def no_overlap(name: str, value: torch.Tensor, like_name: str, like: torch.Tensor) -> None:
-    """They share no memory, or are the same rows. Where their strides differ, extents that meet count as sharing."""
+def no_overlap(name: str, value: torch.Tensor, like_name: str, like: torch.Tensor, even_exactly: bool = False) -> None:
+    """They share no memory or, unless `even_exactly`, are the same rows.
+
+    Where their strides differ, extents that meet count as sharing.
+    """
     if not value.numel():
         return
     stride, like_stride = _bytes(value, row_stride(value)), _bytes(like, row_stride(like))
     row = _bytes(value, value.shape[-1])
     offset = value.data_ptr() - like.data_ptr()
-    if offset == 0 and (stride == like_stride or value.nbytes == row):
+    if not even_exactly and offset == 0 and (stride == like_stride or value.nbytes == row):
         return
     if offset >= _extent(like) or -offset >= _extent(value):
         return
     if stride == like_stride and row <= offset % stride <= stride - row:
         return
-    raise ValueError(f"{name} must be {like_name} itself or share no memory with it, got a view that overlaps it")
+    itself = "" if even_exactly else f"be {like_name} itself or "
+    raise ValueError(f"{name} must {itself}share no memory with {like_name}, got a view that overlaps it")
 
 
 def no_shared_memory(name: str, value: torch.Tensor, like_name: str, like: torch.Tensor) -> None:

@@ -26,9 +26,9 @@ __device__ __forceinline__ void wait_for_previous() {
 // What a kernel can do while it waits. Its parameters are fetched, because the pointers are needed; the translations of
 // input and weight are, by a prefetch into the second-level cache, where no value can be out of date. Only the blocks
 // that can be waiting do so: in a large grid, one prefetch a block slows a small row's kernel by 7%.
-__device__ __forceinline__ void before_wait(const void* input, void* out, const void* weight, float eps) {
+__device__ __forceinline__ void before_wait(const void* input, const void* weight, const void* other, float eps) {
 #if __CUDA_ARCH__ >= 900
-  asm volatile("" ::"l"(input), "l"(out), "l"(weight), "f"(eps));
+  asm volatile("" ::"l"(input), "l"(weight), "l"(other), "f"(eps));
   if (threadIdx.x == 0 && blockIdx.x < 512)
     asm volatile("prefetch.global.L2 [%0]; prefetch.global.L2 [%1];" ::"l"(input), "l"(weight));
 #endif

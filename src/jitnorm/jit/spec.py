@@ -46,12 +46,14 @@ class Target:
 class KernelSpec:
     """One instance of one kernel class.
 
-    `op` names the exported function, and the files csrc/elementwise/<op>.cuh and <op>_cpu.h;
-    `name` is what profilers, errors and the cache call this instance; `warmup` are the words after
-    `jitnorm warmup` that build it ahead of time.
+    `family` names the files csrc/elementwise/<family>.cuh and <family>_cpu.h, `entry` the glue in <family>.h and the
+    function that the library exports; `name` is what profilers, errors and the cache call this instance; `warmup` are
+    the words after `jitnorm warmup` that build it ahead of time.
     """
 
     op: str
+    family: str
+    entry: str
     name: str
     kernel: str  # "RMSNormKernel<4096, bf16_t, bf16_t>"
     target: Target
@@ -73,9 +75,9 @@ class KernelSpec:
     def source(self) -> str:
         """Compiled by nvcc for the device and by the host compiler for the rest; on the CPU by the latter alone."""
         if self.target.device == "cuda":
-            header, export = f"{self.op}.cuh", f"JITNORM_CUDA_MODULE({self.op}, {self.name}, jitnorm::Kernel)"
+            header, export = f"{self.family}.cuh", f"JITNORM_CUDA_MODULE({self.entry}, {self.name}, jitnorm::Kernel)"
         else:
-            header, export = f"{self.op}_cpu.h", f"JITNORM_CPU_MODULE({self.op}, jitnorm::Kernel)"
+            header, export = f"{self.family}_cpu.h", f"JITNORM_CPU_MODULE({self.entry}, jitnorm::Kernel)"
         return (
             f'// {self}\n#include "elementwise/{header}"\n\n'
             f"namespace jitnorm {{\nusing Kernel = {self.kernel};\n}}\n\n{export}\n"

@@ -19,7 +19,7 @@ import torch
 
 from jitnorm.checks import DTYPE_NAMES
 from jitnorm.jit.spec import KernelSpec, Target
-from jitnorm.rmsnorm import rmsnorm_spec
+from jitnorm.norms import NORMS
 from jitnorm.targets import resolve_target
 from jitnorm.warmup.config import read_config
 from jitnorm.warmup.run import Result, build_all, prepare, survey
@@ -27,7 +27,7 @@ from jitnorm.warmup.run import Result, build_all, prepare, survey
 __all__ = ["OPS", "Plan", "Result", "make_plan", "warmup"]
 
 # The operators that can be built ahead of time: (hidden size, input's dtype, weight's dtype, target) -> what to build.
-OPS: dict[str, Callable[[int, torch.dtype, torch.dtype, Target], KernelSpec]] = {"rmsnorm": rmsnorm_spec}
+OPS: dict[str, Callable[[int, torch.dtype, torch.dtype, Target], KernelSpec]] = {norm.op: norm.spec for norm in NORMS}
 
 _DTYPES = {name: d for d, short in DTYPE_NAMES.items() for name in (short, str(d).removeprefix("torch."))}
 

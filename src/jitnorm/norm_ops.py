@@ -1,0 +1,195 @@
+"""torch.ops.jitnorm.*: the RMSNorm family for torch.compile, export, fake tensors and autograd.
+
+Eager calls without gradients do not pass here: a dispatched call costs three times what the kernel's own entry does.
+For every operator there is a functional form, which has a backward, and one that writes into its arguments.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from jitnorm.jit.load import load
+from jitnorm.norms import (
+    FUSED_ADD_RMSNORM,
+    FUSED_ADD_RMSNORM_ROUND_SUM,
+    GEMMA_FUSED_ADD_RMSNORM,
+    GEMMA_FUSED_ADD_RMSNORM_ROUND_SUM,
+    GEMMA_RMSNORM,
+    RMSNORM,
+    Norm,
+    check_fused_add_rmsnorm,
+    check_rmsnorm,
+    kernel_class,
+)
+from jitnorm.targets import target_of
+
+_library = torch.library.Library("jitnorm", "DEF")
+
+
+def is_traced(*tensors: object) -> bool:
+    """Whether one of these has no storage of its own, so that only torch's dispatcher can tell what a call means."""
+    return torch.compiler.is_compiling() or any(isinstance(t, torch.Tensor) and _is_stand_in(t) for t in tensors)
+
+
+def _is_stand_in(tensor: torch.Tensor) -> bool:
+    """A FakeTensor, a meta tensor, or another subclass that interprets operators itself."""
+    return tensor.is_meta or type(tensor).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__
+
+
+def needs_grad(*tensors: object) -> bool:
+    """Whether autograd has to know of a call on these."""
+    return torch.is_grad_enabled() and any(isinstance(t, torch.Tensor) and t.requires_grad for t in tensors)
+
+
+def dispatch_rmsnorm(
+    norm: Norm,
+    input: torch.Tensor,
+    weight: torch.Tensor,
+    eps: float,
+    out: torch.Tensor | None,
+    enable_pdl: bool | None,
+) -> torch.Tensor:
+    """A call by way of torch's dispatcher."""
+    if out is None:
+        result: torch.Tensor = getattr(torch.ops.jitnorm, norm.op)(input, weight, eps, enable_pdl)
+        return result
+    if needs_grad(input, weight, out):
+        raise RuntimeError(f"{norm.op} with out= has no gradient: call it without, or under torch.no_grad()")
+    getattr(torch.ops.jitnorm, f"{norm.op}_out")(input, weight, out, eps, enable_pdl)
+    return out
+
+
+def dispatch_fused_add_rmsnorm(
+    norm: Norm,
+    input: torch.Tensor,
+    residual: torch.Tensor,
+    weight: torch.Tensor,
+    eps: float,
+    enable_pdl: bool | None,
+) -> None:
+    """A call by way of torch's dispatcher; with gradients, what it writes is copied from the functional form."""
+    if needs_grad(input, residual, weight):
+        functional = getattr(torch.ops.jitnorm, f"{norm.op}_functional")
+        normalised, total = functional(input, residual, weight, eps, enable_pdl)
+        input.copy_(normalised)
+        residual.copy_(total)
+    else:
+        getattr(torch.ops.jitnorm, norm.op)(input, residual, weight, eps, enable_pdl)
+
+
+def _build_while_tracing(norm: Norm, input: torch.Tensor, weight: torch.Tensor) -> None:
+    """Not in the middle of the compiled graph's first run; RuntimeError for a size that no kernel serves."""
+    hidden_size = int(input.shape[-1])
+    kernel_class(hidden_size, norm.op)
+    if not input.is_meta:
+        load(norm.spec(hidden_size, input.dtype, weight.dtype, target_of(input)))
+
+
+def _gradients(
+    norm: Norm, x: torch.Tensor, weight: torch.Tensor, eps: float, grad: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of x and the weight, in float32, by the formula."""
+    x, g, w = x.float(), grad.float(), weight.float() + (1.0 if norm.policy.startswith("Gemma") else 0.0)
+    scale = torch.rsqrt((x * x).mean(dim=-1, keepdim=True) + eps)
+    normalised, gw = x * scale, g * w
+    of_x = scale * (gw - normalised * (gw * normalised).mean(dim=-1, keepdim=True))
+    of_weight = (g * normalised).reshape(-1, x.shape[-1]).sum(dim=0)
+    return of_x, of_weight
+
+
+def _register(schema: str, implementation: Any, fake: Any) -> str:
+    _library.define(schema)
+    name = schema.partition("(")[0]
+    for key in ("CPU", "CUDA"):
+        _library.impl(name, implementation, key)
+    torch.library.register_fake(f"jitnorm::{name}", fake, lib=_library)
+    return f"jitnorm::{name}"
+
+
+def _register_rmsnorm(norm: Norm) -> None:
+    def run(input: Any, weight: Any, eps: float = 1e-6, enable_pdl: bool | None = None) -> torch.Tensor:
+        check_rmsnorm(norm, input, weight, eps, None, enable_pdl)
+        out = torch.empty_like(input)
+        norm.call(input, weight, input, weight, out, eps, enable_pdl)
+        return out
+
+    def run_out(input: Any, weight: Any, out: Any, eps: float = 1e-6, enable_pdl: bool | None = None) -> None:
+        check_rmsnorm(norm, input, weight, eps, out, enable_pdl)
+        norm.call(input, weight, input, weight, out, eps, enable_pdl)
+
+    def fake(input: Any, weight: Any, eps: float = 1e-6, enable_pdl: bool | None = None) -> torch.Tensor:
+        _build_while_tracing(norm, input, weight)
+        return torch.empty_like(input)
+
+    def fake_out(input: Any, weight: Any, out: Any, eps: float = 1e-6, enable_pdl: bool | None = None) -> None:
+        _build_while_tracing(norm, input, weight)
+
+    def save(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+        ctx.save_for_backward(*inputs[:2])
+        ctx.eps = inputs[2]
+
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        of_x, of_weight = _gradients(norm, x, weight, ctx.eps, grad)
+        return of_x.to(x.dtype), of_weight.to(weight.dtype), None, None
+
+    rest = "float eps=1e-6, bool? enable_pdl=None"
+    name = _register(f"{norm.op}(Tensor input, Tensor weight, {rest}) -> Tensor", run, fake)
+    torch.library.register_autograd(name, backward, setup_context=save, lib=_library)
+    _register(f"{norm.op}_out(Tensor input, Tensor weight, Tensor(a!) out, {rest}) -> ()", run_out, fake_out)
+
+
+def _register_fused_add_rmsnorm(norm: Norm) -> None:
+    def run(input: Any, residual: Any, weight: Any, eps: float = 1e-6, enable_pdl: bool | None = None) -> None:
+        check_fused_add_rmsnorm(norm, input, residual, weight, eps, enable_pdl)
+        norm.call(input, weight, input, residual, weight, eps, enable_pdl)
+
+    def run_functional(
+        input: Any, residual: Any, weight: Any, eps: float = 1e-6, enable_pdl: bool | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        check_fused_add_rmsnorm(norm, input, residual, weight, eps, enable_pdl)
+        normalised, total = input.clone(), residual.clone()
+        norm.call(normalised, weight, normalised, total, weight, eps, enable_pdl)
+        return normalised, total
+
+    def fake(input: Any, residual: Any, weight: Any, eps: float = 1e-6, enable_pdl: bool | None = None) -> None:
+        _build_while_tracing(norm, input, weight)
+
+    def fake_functional(
+        input: Any, residual: Any, weight: Any, eps: float = 1e-6, enable_pdl: bool | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        _build_while_tracing(norm, input, weight)
+        return torch.empty_like(input), torch.empty_like(residual)
+
+    def save(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
+        ctx.save_for_backward(*inputs[:3])
+        ctx.eps = inputs[3]
+
+    def backward(ctx: Any, grad: torch.Tensor, grad_total: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        x, residual, weight = ctx.saved_tensors
+        total = x.float() + residual.float()
+        if norm.policy.endswith("Rounded"):
+            total = total.to(x.dtype)
+        of_x, of_weight = _gradients(norm, total, weight, ctx.eps, grad)
+        of_both = (of_x + grad_total.float()).to(x.dtype)
+        return of_both, of_both, of_weight.to(weight.dtype), None, None
+
+    tensors, rest = "Tensor{} input, Tensor{} residual, Tensor weight", "float eps=1e-6, bool? enable_pdl=None"
+    _register(f"{norm.op}({tensors.format('(a!)', '(b!)')}, {rest}) -> ()", run, fake)
+    name = _register(
+        f"{norm.op}_functional({tensors.format('', '')}, {rest}) -> (Tensor, Tensor)", run_functional, fake_functional
+    )
+    torch.library.register_autograd(name, backward, setup_context=save, lib=_library)
+
+
+for _norm in (RMSNORM, GEMMA_RMSNORM):
+    _register_rmsnorm(_norm)
+for _norm in (
+    FUSED_ADD_RMSNORM,
+    FUSED_ADD_RMSNORM_ROUND_SUM,
+    GEMMA_FUSED_ADD_RMSNORM,
+    GEMMA_FUSED_ADD_RMSNORM_ROUND_SUM,
+):
+    _register_fused_add_rmsnorm(_norm)

@@ -1,0 +1,156 @@
+"""The RMSNorm family: which sizes it serves, with which kernel, and what it refuses.
+
+Each operator has a file of its own for its signature and the fast way of a call. What they share is here: the slow way,
+which a call takes once for each size, or to be told what is wrong with it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from jitnorm import checks
+from jitnorm.jit.load import load
+from jitnorm.jit.spec import KernelSpec, Target
+from jitnorm.targets import target_of
+
+_WARP_SIZES = (64, 128, 256)
+_BLOCK_SIZES = range(512, 8192 + 1, 256)
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+_CPP = {"fp16": "fp16_t", "bf16": "bf16_t", "fp32": "float"}
+
+
+def is_supported_hidden_size(hidden_size: int) -> bool:
+    """Whether a kernel of the family serves `hidden_size`."""
+    return hidden_size in _WARP_SIZES or hidden_size in _BLOCK_SIZES
+
+
+def kernel_class(hidden_size: int, op: str = "rmsnorm") -> str:
+    """The class in csrc/elementwise that serves `hidden_size`; RuntimeError if none does."""
+    if hidden_size in _WARP_SIZES:
+        return "RMSNormWarpKernel"
+    if hidden_size in _BLOCK_SIZES:
+        return "RMSNormKernel"
+    raise RuntimeError(
+        f"{op} does not support hidden_size {hidden_size}: "
+        "supported are 64, 128, 256 and the multiples of 256 from 512 to 8192"
+    )
+
+
+@dataclass(frozen=True)
+class Norm:
+    """One operator of the family, or one of its variants."""
+
+    op: str
+    entry: str  # the glue in csrc/elementwise/rmsnorm.h: rmsnorm or fused_add_rmsnorm
+    policy: str  # what sets its kernels apart, in the same file
+    # The last kernel used for (hidden size, input's dtype, weight's dtype). Its device stays out of the key: a kernel
+    # refuses tensors that are elsewhere, and a process that mixes devices calls by a detour, not wrongly.
+    kernels: dict[tuple[int, torch.dtype, torch.dtype], Callable[..., int]] = field(default_factory=dict, compare=False)
+
+    def spec(self, hidden_size: int, dtype: torch.dtype, weight_dtype: torch.dtype, target: Target) -> KernelSpec:
+        """What to build for one size. RuntimeError for a size that is not supported, TypeError for such a dtype."""
+        cls = kernel_class(hidden_size, self.op)
+        if dtype not in _DTYPES or weight_dtype not in (dtype, torch.float32):
+            raise TypeError(
+                f"{self.op} takes float16, bfloat16 and float32, with weights of the same dtype or float32, "
+                f"got {dtype} with weights of {weight_dtype}"
+            )
+        name, weight_name = checks.DTYPE_NAMES[dtype], checks.DTYPE_NAMES[weight_dtype]
+        warmup, suffix = f"--op {self.op} --hidden-size {hidden_size} --dtype {name}", ""
+        if weight_name != name:
+            warmup += f" --weight-dtype {weight_name}"
+            suffix = f"_{weight_name}_weight"
+        policy = "" if self.policy == "Plain" else f", {self.policy}"
+        return KernelSpec(
+            op=self.op,
+            family="rmsnorm",
+            entry=self.entry,
+            name=f"{self.op}_{hidden_size}_{name}{suffix}",
+            kernel=f"{cls}<{hidden_size}, {_CPP[name]}, {_CPP[weight_name]}{policy}>",
+            target=target,
+            warmup=warmup,
+        )
+
+    def kernel(self, input: torch.Tensor, weight: torch.Tensor) -> Callable[..., int]:
+        """The function that serves these tensors, which have been checked; the next call finds it at once."""
+        target = target_of(input)
+        module = load(self.spec(input.shape[-1], input.dtype, weight.dtype, target))
+        function = getattr(module, self.entry)
+        # A launch takes microseconds: to hand the interpreter to another thread meanwhile is to wait for it afterwards.
+        function.release_gil = target.device == "cpu"
+        self.kernels[input.shape[-1], input.dtype, weight.dtype] = function
+        return function  # type: ignore[no-any-return]
+
+    def call(self, input: torch.Tensor, weight: torch.Tensor, *arguments: Any) -> None:
+        """Runs the kernel on `arguments`, which have been checked."""
+        if self.kernel(input, weight)(*arguments):
+            raise RuntimeError(f"jitnorm: {self.op} refused arguments that its checks accept; please report this")
+
+
+RMSNORM = Norm("rmsnorm", "rmsnorm", "Plain")
+GEMMA_RMSNORM = Norm("gemma_rmsnorm", "rmsnorm", "Gemma")
+FUSED_ADD_RMSNORM = Norm("fused_add_rmsnorm", "fused_add_rmsnorm", "FusedAdd")
+FUSED_ADD_RMSNORM_ROUND_SUM = Norm("fused_add_rmsnorm_round_sum", "fused_add_rmsnorm", "FusedAddRounded")
+GEMMA_FUSED_ADD_RMSNORM = Norm("gemma_fused_add_rmsnorm", "fused_add_rmsnorm", "GemmaFusedAdd")
+GEMMA_FUSED_ADD_RMSNORM_ROUND_SUM = Norm(
+    "gemma_fused_add_rmsnorm_round_sum", "fused_add_rmsnorm", "GemmaFusedAddRounded"
+)
+NORMS = (
+    RMSNORM,
+    GEMMA_RMSNORM,
+    FUSED_ADD_RMSNORM,
+    FUSED_ADD_RMSNORM_ROUND_SUM,
+    GEMMA_FUSED_ADD_RMSNORM,
+    GEMMA_FUSED_ADD_RMSNORM_ROUND_SUM,
+)
+
+
+def check_rmsnorm(norm: Norm, input: Any, weight: Any, eps: Any, out: Any, enable_pdl: Any) -> None:
+    """Raises for what the glue `rmsnorm` in csrc/elementwise/rmsnorm.h refuses."""
+    _check_input_and_weight(norm, input, weight, eps, enable_pdl)
+    if out is None:
+        return
+    _check_like_input("out", out, input)
+    checks.written_rows("out", out)
+    checks.no_overlap("out", out, "input", input)
+    checks.no_shared_memory("out", out, "weight", weight)
+
+
+def check_fused_add_rmsnorm(norm: Norm, input: Any, residual: Any, weight: Any, eps: Any, enable_pdl: Any) -> None:
+    """Raises for what the glue `fused_add_rmsnorm` in csrc/elementwise/rmsnorm.h refuses."""
+    _check_input_and_weight(norm, input, weight, eps, enable_pdl)
+    _check_like_input("residual", residual, input)
+    for name, written in (("input", input), ("residual", residual)):
+        checks.written_rows(name, written)
+        checks.no_shared_memory(name, written, "weight", weight)
+    checks.no_overlap("residual", residual, "input", input, even_exactly=True)
+
+
+def _check_input_and_weight(norm: Norm, input: Any, weight: Any, eps: Any, enable_pdl: Any) -> None:
+    checks.tensor("input", input)
+    checks.tensor("weight", weight)
+    if input.dim() == 0:
+        raise ValueError("input must have at least one dimension, got a scalar")
+    checks.dtype("input", input, _DTYPES)
+    checks.dtype("weight", weight, (input.dtype, torch.float32))
+    hidden_size = input.shape[-1]
+    kernel_class(hidden_size, norm.op)
+    checks.shape("weight", weight, [hidden_size], "one factor for each element of input's last dimension")
+    checks.supported_device("input", input)
+    checks.device("weight", weight, "input", input)
+    checks.eps(eps)
+    checks.enable_pdl(enable_pdl)
+    checks.rows("input", input)
+    checks.rows("weight", weight)
+
+
+def _check_like_input(name: str, value: Any, input: torch.Tensor) -> None:
+    checks.tensor(name, value)
+    checks.dtype(name, value, (input.dtype,))
+    checks.shape(name, value, input.shape, "like input")
+    checks.device(name, value, "input", input)
+    checks.rows(name, value)
