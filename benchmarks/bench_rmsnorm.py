@@ -36,11 +36,10 @@ GPU_SHAPES = [
     *((7168, n) for n in (64, 16384)),
     *((8192, n) for n in (1, 64, 1024, 16384)),
 ]
-_ROUNDS = 3
 
 
 def reference_error(call: Call, x: torch.Tensor, w: torch.Tensor) -> float:
-    """Relative error of a peer's result, so that nobody is fast by being wrong."""
+    """Relative error of a peer's result, which is in `out` or returned."""
     x = x[:1024]
     out = torch.full_like(x, float("nan"))
     result = call(x, w, out)
@@ -49,61 +48,39 @@ def reference_error(call: Call, x: torch.Tensor, w: torch.Tensor) -> float:
     return float((got - exact).norm() / exact.norm())
 
 
-def gpu_row(calls: dict[str, Call], hidden_size: int, num_tokens: int) -> dict[str, object]:
-    from gpu_timing import rotating_buffers, time_us
+def gpu_row(calls: dict[str, Call], op: str, hidden_size: int, num_tokens: int) -> dict[str, object]:
+    from gpu_timing import in_turn_us, rotating_buffers, usable
 
     inputs, outs = rotating_buffers(num_tokens, hidden_size, torch.bfloat16)
     weight = torch.randn(hidden_size, device="cuda").bfloat16()
-    row: dict[str, object] = {"hidden_size": hidden_size, "num_tokens": num_tokens}
-    usable = {}
-    for name, call in calls.items():
-        try:
-            error = reference_error(call, inputs[0], weight)
-            if name != "copy" and not error < 5e-3:
-                raise ValueError(f"wrong result, relative error {error:.1e}")
-            usable[name] = call
-        except Exception as error:
-            print(f"{hidden_size}x{num_tokens} {name}: {error}".splitlines()[0], file=sys.stderr)
-    rounds: dict[str, list[float]] = {name: [] for name in usable}
-    for _ in range(_ROUNDS):
-        for name, call in usable.items():
-
-            def one(i: int, call: Call = call) -> object:
-                return call(inputs[i], weight, outs[i])
-
-            rounds[name].append(time_us(one, len(inputs)))
-    row["us"] = {name: statistics.median(times) for name, times in rounds.items()}
-    row["rounds"] = rounds
-    return row
-
-
-def print_gpu(rows: list[dict], names: list[str]) -> None:
-    print(
-        f"{'hidden':>6} {'rows':>8}", *(f"{name:>8}" for name in names), f"{'/best':>7} {'/copy':>7}   (microseconds)"
+    factor = 1 + weight.float() if op == "gemma_rmsnorm" else weight
+    copy = {name: call for name, call in calls.items() if name == "copy"}
+    peers = {name: call for name, call in calls.items() if name != "copy"}
+    good = copy | usable(
+        peers,
+        lambda call: reference_error(lambda x, w, out: call(x, weight, out), inputs[0], factor),
+        f"{hidden_size}x{num_tokens}",
     )
-    behind, copies = [], []
-    for row in rows:
-        us = row["us"]
-        peers = [t for name, t in us.items() if name not in ("copy", "jitnorm")]
-        to_best = us["jitnorm"] / min(peers) if peers else float("nan")
-        to_copy = us["jitnorm"] / us["copy"]
-        behind.append(to_best)
-        if 4 * row["hidden_size"] * row["num_tokens"] > 100e6:
-            copies.append(to_copy)
-        cells = (f"{us[n]:8.2f}" if n in us else f"{'-':>8}" for n in names)
-        print(f"{row['hidden_size']:>6} {row['num_tokens']:>8}", *cells, f"{to_best:7.3f} {to_copy:7.3f}")
-    won = sum(b < 1 for b in behind)
-    print(f"faster than every peer on {won} of {len(behind)} rows; at worst {max(behind):.3f} of the best")
-    if copies:
-        print(f"above 100 MB of traffic: at most {max(copies):.3f} of copy")
+    bound = {name: (lambda i, call=call: call(inputs[i], weight, outs[i])) for name, call in good.items()}
+    rounds = in_turn_us(bound, len(inputs))
+    return {
+        "op": op,
+        "hidden_size": hidden_size,
+        "num_tokens": num_tokens,
+        "bytes": 4 * hidden_size * num_tokens,
+        "us": {name: statistics.median(times) for name, times in rounds.items()},
+        "rounds": rounds,
+    }
 
 
 def gpu(options: argparse.Namespace) -> list[dict]:
-    calls, absent = available(options.impl)
+    from gpu_timing import print_table
+
+    calls, absent = available(options.impl, options.op)
     for name, why in absent.items():
         print(f"{name} is absent: {why}", file=sys.stderr)
-    rows = [gpu_row(calls, *shape) for shape in GPU_SHAPES]
-    print_gpu(rows, [name for name in options.impl if name in calls])
+    rows = [gpu_row(calls, options.op, *shape) for shape in GPU_SHAPES]
+    print_table(rows, [name for name in options.impl if name in calls])
     return rows
 
 
@@ -159,6 +136,7 @@ def machine(device: str) -> dict[str, object]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--op", choices=("rmsnorm", "gemma_rmsnorm"), default="rmsnorm")
     parser.add_argument("--impl", nargs="+", choices=PEERS, default=[n for n in PEERS if n != "torch"])
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()

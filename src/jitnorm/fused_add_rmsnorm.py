@@ -45,7 +45,7 @@ def fused_add_rmsnorm(
     try:
         if (
             not (weight.requires_grad or input.requires_grad or residual.requires_grad) or not torch.is_grad_enabled()
-        ) and not norm.kernels[weight.numel(), input.dtype, weight.dtype](input, residual, weight, eps, enable_pdl):
+        ) and not norm.kernels[weight.nbytes, input.dtype](input, residual, weight, eps, enable_pdl):
             return None
     except Exception:  # no kernel yet, or arguments that have no such attributes: the way below says what it was
         pass

@@ -42,7 +42,7 @@ def gemma_fused_add_rmsnorm(
     try:
         if (
             not (weight.requires_grad or input.requires_grad or residual.requires_grad) or not torch.is_grad_enabled()
-        ) and not norm.kernels[weight.numel(), input.dtype, weight.dtype](input, residual, weight, eps, enable_pdl):
+        ) and not norm.kernels[weight.nbytes, input.dtype](input, residual, weight, eps, enable_pdl):
             return None
     except Exception:  # the way below says what it was
         pass

@@ -43,7 +43,7 @@ def gemma_rmsnorm(
     try:
         if not (weight.requires_grad or input.requires_grad) or not torch.is_grad_enabled():
             to = torch.empty_like(input) if out is None else out
-            if not _kernels[weight.numel(), input.dtype, weight.dtype](input, weight, to, eps, enable_pdl):
+            if not _kernels[weight.nbytes, input.dtype](input, weight, to, eps, enable_pdl):
                 return to
     except Exception:  # the way below says what it was
         pass

@@ -47,9 +47,9 @@ class Norm:
     op: str
     entry: str  # the glue in csrc/elementwise/rmsnorm.h: rmsnorm or fused_add_rmsnorm
     policy: str  # what sets its kernels apart, in the same file
-    # The last kernel used for (hidden size, input's dtype, weight's dtype). Its device stays out of the key: a kernel
-    # refuses tensors that are elsewhere, and a process that mixes devices calls by a detour, not wrongly.
-    kernels: dict[tuple[int, torch.dtype, torch.dtype], Callable[..., int]] = field(default_factory=dict, compare=False)
+    # The last kernel used for (weight's bytes, input's dtype): what is cheapest to ask of tensors. It may be for another
+    # device, or for weights of another size and dtype: then the kernel refuses, and a detour finds the right one.
+    kernels: dict[tuple[int, torch.dtype], Callable[..., int]] = field(default_factory=dict, compare=False)
 
     def spec(self, hidden_size: int, dtype: torch.dtype, weight_dtype: torch.dtype, target: Target) -> KernelSpec:
         """What to build for one size. RuntimeError for a size that is not supported, TypeError for such a dtype."""
@@ -81,8 +81,9 @@ class Norm:
         module = load(self.spec(input.shape[-1], input.dtype, weight.dtype, target))
         function = getattr(module, self.entry)
         # A launch takes microseconds: to hand the interpreter to another thread meanwhile is to wait for it afterwards.
-        function.release_gil = target.device == "cpu"
-        self.kernels[input.shape[-1], input.dtype, weight.dtype] = function
+        # On the CPU the library hands it over itself, where the work is long enough.
+        function.release_gil = False
+        self.kernels[weight.nbytes, input.dtype] = function
         return function  # type: ignore[no-any-return]
 
     def call(self, input: torch.Tensor, weight: torch.Tensor, *arguments: Any) -> None:

@@ -2,6 +2,7 @@
 // torch.set_num_threads counts here too.
 #pragma once
 #include "jitnorm/ffi.h"
+#include "jitnorm/interpreter.h"
 
 #define JITNORM_CPU_MODULE(NAME, KERNEL)      \
   JITNORM_EXPORT(NAME, jitnorm::NAME<KERNEL>) \
@@ -35,7 +36,12 @@ template <typename Kernel>
 Outcome launch(Kernel, const typename Kernel::params_t& params, DLDevice, bool) {
   constexpr index_t kChunk = Kernel::kHiddenSize < kChunkElements ? kChunkElements / Kernel::kHiddenSize : 1;
   const index_t rows = params.num_tokens;
-  if (serial || rows == 1 || rows * Kernel::kHiddenSize < kParallelElements) {
+  if (rows == 1 || rows * Kernel::kHiddenSize < kParallelElements) {
+    run_rows<Kernel>(params, 0, rows);
+    return Outcome::kDone;
+  }
+  InterpreterReleased released;
+  if (serial) {
     run_rows<Kernel>(params, 0, rows);
     return Outcome::kDone;
   }
