@@ -53,14 +53,15 @@ def cache_dir(tmp_path, monkeypatch):
     monkeypatch.setenv("JITNORM_CACHE_DIR", str(folder))
     monkeypatch.setattr(load, "_loaded", {})
     monkeypatch.setattr(load, "_failed", {})
-    kernels = [dict(norm.kernels) for norm in NORMS]
-    for norm in NORMS:
-        norm.kernels.clear()
+    known = [table for norm in NORMS for table in (norm.kernels, norm.exact)]
+    before = [dict(table) for table in known]
+    for table in known:
+        table.clear()
     _jit_rmsnorm_module.cache_clear()
     yield folder
-    for norm, before in zip(NORMS, kernels, strict=True):
-        norm.kernels.clear()
-        norm.kernels.update(before)
+    for table, content in zip(known, before, strict=True):
+        table.clear()
+        table.update(content)
     _jit_rmsnorm_module.cache_clear()
 
 

@@ -75,6 +75,8 @@ def bad_calls(device):
         ("eps negative", ValueError, "eps must be zero or more, got -1", lambda: rmsnorm(x, w, -1.0)),
         ("eps NaN", ValueError, "eps must be zero or more, got nan", lambda: rmsnorm(x, w, float("nan"))),
         ("eps is text", TypeError, "eps must be a float, got str", lambda: rmsnorm(x, w, "1e-6")),
+        ("eps is True", TypeError, "eps must be a float, got bool", lambda: rmsnorm(x, w, True)),
+        ("eps is huge", ValueError, "eps must be a float or a 64-bit", lambda: rmsnorm(x, w, 2**70)),
         ("eps is None", TypeError, "eps must be a float, got NoneType", lambda: rmsnorm(x, w, None)),
         ("enable_pdl is a number", TypeError, "enable_pdl must be", lambda: rmsnorm(x, w, 1e-6, None, 1)),
         ("size not supported", RuntimeError, "does not support hidden_size 500", lambda: rmsnorm(x[:, :500], w[:500])),

@@ -28,16 +28,17 @@ struct GemmaFusedAddRounded : GemmaFusedAdd {
   static constexpr bool kRoundSum = true;
 };
 
+// What every operator needs of them comes first: it shares one line of the GPU's constant cache.
 struct RMSNormParams {
   const void* input;
-  void* residual;  // only where the operator adds one
   const void* weight;
-  void* out;  // may be `input`
-  index_t num_tokens;
+  void* out;             // may be `input`
   index_t input_stride;  // in elements, like the other strides
-  index_t residual_stride;
   index_t out_stride;
   float eps;
+  index_t num_tokens;
+  void* residual;  // only where the operator adds one
+  index_t residual_stride;
 };
 
 }  // namespace jitnorm
@@ -88,8 +89,8 @@ Outcome rmsnorm(const TVMFFIAny* args, int num_args) {
   if (in.count == 0) return Outcome::kDone;
   bool in_place = in.data == to.data && (in.stride == to.stride || in.count == 1);
   if (!writable(to, hidden_size, scale) || (!in_place && overlap<T>(in, to, hidden_size))) return Outcome::kRefused;
-  RMSNormParams params{
-      in.data, nullptr, scale.data, to.data, in.count, in.stride, 0, to.stride, static_cast<float>(eps)};
+  RMSNormParams params{in.data,  scale.data, to.data, in.stride, to.stride, static_cast<float>(eps),
+                       in.count, nullptr,    0};
   return launch(Kernel{}, params, input->device, enable_pdl);
 }
 
@@ -110,8 +111,8 @@ Outcome fused_add_rmsnorm(const TVMFFIAny* args, int num_args) {
   if (in.count == 0) return Outcome::kDone;
   if (!writable(in, hidden_size, scale) || !writable(sum, hidden_size, scale) || overlap<T>(in, sum, hidden_size))
     return Outcome::kRefused;
-  RMSNormParams params{
-      in.data, sum.data, scale.data, in.data, in.count, in.stride, sum.stride, in.stride, static_cast<float>(eps)};
+  RMSNormParams params{in.data,  scale.data, in.data,   in.stride, in.stride, static_cast<float>(eps),
+                       in.count, sum.data,   sum.stride};
   return launch(Kernel{}, params, input->device, enable_pdl);
 }
 

@@ -40,11 +40,11 @@ struct RMSNormKernel {
   // 1 / sqrt(mean of squares + eps), of the floats that `value` gives for the elements from i on.
   template <typename Value>
   static float scale_of(float eps, Value value) {
-    constexpr int kSums = 4;  // into a single one, each addition would wait for the one before it
+    constexpr int kSums = 64 / kLanes;  // into a single one, each addition would wait for the one before it
     static_assert(kHiddenSize % (kSums * kLanes) == 0, "a row is whole vectors");
     floats sums[kSums] = {};
     for (int i = 0; i < kHiddenSize; i += kSums * kLanes)
-#pragma GCC unroll 4
+#pragma GCC unroll 16
       for (int j = 0; j < kSums; j++) {
         floats f = value(i + j * kLanes);
         sums[j] += f * f;

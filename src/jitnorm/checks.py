@@ -6,7 +6,6 @@ guard before a kernel is built. Both sides hold the same conditions, and tests/t
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -122,10 +121,12 @@ def _extent(value: torch.Tensor) -> int:
 
 
 def eps(value: object) -> None:
-    if not isinstance(value, (int, float)):
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"eps must be a float, got {type(value).__name__}")
-    if math.isnan(value) or value < 0:
+    if value != value or value < 0:
         raise ValueError(f"eps must be zero or more, got {value}")
+    if isinstance(value, int) and value.bit_length() > 63:
+        raise ValueError(f"eps must be a float or a 64-bit integer, got one of {value.bit_length()} bits")
 
 
 def enable_pdl(value: object) -> None:

@@ -41,10 +41,11 @@ def gemma_rmsnorm(
     if _is_dynamo_compiling():
         return dispatch_rmsnorm(_NORM, input, weight, eps, out, enable_pdl)
     try:
-        if not (weight.requires_grad or input.requires_grad) or not torch.is_grad_enabled():
-            to = torch.empty_like(input) if out is None else out
-            if not _kernels[weight.nbytes, input.dtype](input, weight, to, eps, enable_pdl):
-                return to
+        to = torch.empty_like(input) if out is None else out
+        if (not (weight.requires_grad or input.requires_grad) or not torch.is_grad_enabled()) and not _kernels[
+            weight.nbytes, input.dtype
+        ](input, weight, to, eps, enable_pdl):
+            return to
     except Exception:  # the way below says what it was
         pass
     return first_rmsnorm(_NORM, input, weight, eps, out, enable_pdl)

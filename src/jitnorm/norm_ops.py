@@ -6,6 +6,7 @@ For every operator there is a functional form, which has a backward, and one tha
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -34,8 +35,12 @@ def is_traced(*tensors: object) -> bool:
 
 
 def _is_stand_in(tensor: torch.Tensor) -> bool:
-    """A FakeTensor, a meta tensor, or another subclass that interprets operators itself."""
-    return tensor.is_meta or type(tensor).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__
+    """A FakeTensor, a meta tensor, another subclass that interprets operators itself, or torch.func's wrapper."""
+    return (
+        tensor.is_meta
+        or type(tensor).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__
+        or torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+    )
 
 
 def needs_grad(*tensors: object) -> bool:
@@ -71,6 +76,9 @@ def dispatch_fused_add_rmsnorm(
 ) -> None:
     """A call by way of torch's dispatcher; with gradients, what it writes is copied from the functional form."""
     if needs_grad(input, residual, weight):
+        for name, written in (("input", input), ("residual", residual)):
+            if written.requires_grad and written.is_leaf:
+                raise RuntimeError(f"{name} is a leaf that requires grad, which {norm.op} cannot overwrite")
         functional = getattr(torch.ops.jitnorm, f"{norm.op}_functional")
         normalised, total = functional(input, residual, weight, eps, enable_pdl)
         input.copy_(normalised)
@@ -110,14 +118,14 @@ def _register(schema: str, implementation: Any, fake: Any) -> str:
 
 def _register_rmsnorm(norm: Norm) -> None:
     def run(input: Any, weight: Any, eps: float = 1e-6, enable_pdl: bool | None = None) -> torch.Tensor:
-        check_rmsnorm(norm, input, weight, eps, None, enable_pdl)
         out = torch.empty_like(input)
-        norm.call(input, weight, input, weight, out, eps, enable_pdl)
+        check = functools.partial(check_rmsnorm, norm, input, weight, eps, None, enable_pdl)
+        norm.call(check, input, weight, input, weight, out, eps, enable_pdl)
         return out
 
     def run_out(input: Any, weight: Any, out: Any, eps: float = 1e-6, enable_pdl: bool | None = None) -> None:
-        check_rmsnorm(norm, input, weight, eps, out, enable_pdl)
-        norm.call(input, weight, input, weight, out, eps, enable_pdl)
+        check = functools.partial(check_rmsnorm, norm, input, weight, eps, out, enable_pdl)
+        norm.call(check, input, weight, input, weight, out, eps, enable_pdl)
 
     def fake(input: Any, weight: Any, eps: float = 1e-6, enable_pdl: bool | None = None) -> torch.Tensor:
         _build_while_tracing(norm, input, weight)
@@ -143,15 +151,15 @@ def _register_rmsnorm(norm: Norm) -> None:
 
 def _register_fused_add_rmsnorm(norm: Norm) -> None:
     def run(input: Any, residual: Any, weight: Any, eps: float = 1e-6, enable_pdl: bool | None = None) -> None:
-        check_fused_add_rmsnorm(norm, input, residual, weight, eps, enable_pdl)
-        norm.call(input, weight, input, residual, weight, eps, enable_pdl)
+        check = functools.partial(check_fused_add_rmsnorm, norm, input, residual, weight, eps, enable_pdl)
+        norm.call(check, input, weight, input, residual, weight, eps, enable_pdl)
 
     def run_functional(
         input: Any, residual: Any, weight: Any, eps: float = 1e-6, enable_pdl: bool | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         check_fused_add_rmsnorm(norm, input, residual, weight, eps, enable_pdl)
         normalised, total = input.clone(), residual.clone()
-        norm.call(normalised, weight, normalised, total, weight, eps, enable_pdl)
+        norm.call(lambda: None, normalised, weight, normalised, total, weight, eps, enable_pdl)
         return normalised, total
 
     def fake(input: Any, residual: Any, weight: Any, eps: float = 1e-6, enable_pdl: bool | None = None) -> None:
@@ -164,16 +172,14 @@ def _register_fused_add_rmsnorm(norm: Norm) -> None:
         return torch.empty_like(input), torch.empty_like(residual)
 
     def save(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
-        ctx.save_for_backward(*inputs[:3])
+        # The sum as it was rounded, not its terms: these are what the operator in place overwrites.
+        ctx.save_for_backward(output[1], inputs[2])
         ctx.eps = inputs[3]
 
     def backward(ctx: Any, grad: torch.Tensor, grad_total: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        x, residual, weight = ctx.saved_tensors
-        total = x.float() + residual.float()
-        if norm.policy.endswith("Rounded"):
-            total = total.to(x.dtype)
+        total, weight = ctx.saved_tensors
         of_x, of_weight = _gradients(norm, total, weight, ctx.eps, grad)
-        of_both = (of_x + grad_total.float()).to(x.dtype)
+        of_both = (of_x + grad_total.float()).to(total.dtype)
         return of_both, of_both, of_weight.to(weight.dtype), None, None
 
     tensors, rest = "Tensor{} input, Tensor{} residual, Tensor weight", "float eps=1e-6, bool? enable_pdl=None"

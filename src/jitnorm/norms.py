@@ -6,6 +6,7 @@ which a call takes once for each size, or to be told what is wrong with it.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -47,9 +48,10 @@ class Norm:
     op: str
     entry: str  # the glue in csrc/elementwise/rmsnorm.h: rmsnorm or fused_add_rmsnorm
     policy: str  # what sets its kernels apart, in the same file
-    # The last kernel used for (weight's bytes, input's dtype): what is cheapest to ask of tensors. It may be for another
-    # device, or for weights of another size and dtype: then the kernel refuses, and a detour finds the right one.
+    # The last kernel used for (weight's bytes, input's dtype): what is cheapest to ask of tensors. It may be for
+    # another device, or for weights of another size and dtype: then it refuses, and a detour finds the right one.
     kernels: dict[tuple[int, torch.dtype], Callable[..., int]] = field(default_factory=dict, compare=False)
+    exact: dict[tuple[int, torch.dtype, torch.dtype, Target], Any] = field(default_factory=dict, compare=False)
 
     def spec(self, hidden_size: int, dtype: torch.dtype, weight_dtype: torch.dtype, target: Target) -> KernelSpec:
         """What to build for one size. RuntimeError for a size that is not supported, TypeError for such a dtype."""
@@ -77,17 +79,22 @@ class Norm:
 
     def kernel(self, input: torch.Tensor, weight: torch.Tensor) -> Callable[..., int]:
         """The function that serves these tensors, which have been checked; the next call finds it at once."""
-        target = target_of(input)
-        module = load(self.spec(input.shape[-1], input.dtype, weight.dtype, target))
-        function = getattr(module, self.entry)
+        key = input.shape[-1], input.dtype, weight.dtype, target_of(input)
+        function = self.exact.get(key)
+        if function is None:
+            function = self.exact[key] = getattr(load(self.spec(*key)), self.entry)
         # A launch takes microseconds: to hand the interpreter to another thread meanwhile is to wait for it afterwards.
         # On the CPU the library hands it over itself, where the work is long enough.
         function.release_gil = False
         self.kernels[weight.nbytes, input.dtype] = function
         return function  # type: ignore[no-any-return]
 
-    def call(self, input: torch.Tensor, weight: torch.Tensor, *arguments: Any) -> None:
-        """Runs the kernel on `arguments`, which have been checked."""
+    def call(self, check: Callable[[], None], input: torch.Tensor, weight: torch.Tensor, *arguments: Any) -> None:
+        """Runs the kernel that served last on `arguments` or, once `check` has found nothing wrong, another."""
+        with contextlib.suppress(KeyError):
+            if not self.kernels[weight.nbytes, input.dtype](*arguments):
+                return
+        check()
         if self.kernel(input, weight)(*arguments):
             raise RuntimeError(f"jitnorm: {self.op} refused arguments that its checks accept; please report this")
 

@@ -51,10 +51,11 @@ def rmsnorm(
     if _is_dynamo_compiling():
         return dispatch_rmsnorm(_NORM, input, weight, eps, out, enable_pdl)
     try:
-        if not (weight.requires_grad or input.requires_grad) or not torch.is_grad_enabled():
-            to = torch.empty_like(input) if out is None else out
-            if not _kernels[weight.nbytes, input.dtype](input, weight, to, eps, enable_pdl):
-                return to
+        to = torch.empty_like(input) if out is None else out
+        if (not (weight.requires_grad or input.requires_grad) or not torch.is_grad_enabled()) and not _kernels[
+            weight.nbytes, input.dtype
+        ](input, weight, to, eps, enable_pdl):
+            return to
     except Exception:  # no kernel yet, or arguments that have no such attributes: the way below says what it was
         pass
     return first_rmsnorm(_NORM, input, weight, eps, out, enable_pdl)
@@ -75,7 +76,7 @@ def first_rmsnorm(
     if needs_grad(input, weight, out):
         return dispatch_rmsnorm(norm, input, weight, eps, out, enable_pdl)
     to = torch.empty_like(input) if out is None else out
-    norm.call(input, weight, input, weight, to, eps, enable_pdl)
+    norm.call(lambda: None, input, weight, input, weight, to, eps, enable_pdl)
     return to
 
 

@@ -18,8 +18,16 @@ def target_of(tensor: torch.Tensor) -> Target:
 
 @functools.cache
 def cuda_target(index: int | None) -> Target:
-    major, minor = torch.cuda.get_device_capability(index)
-    return Target.cuda(f"{major}.{minor}" + ("a" if major >= 9 else ""))
+    """What calls on this GPU are built for."""
+    return _as_called("{}.{}".format(*torch.cuda.get_device_capability(index)))
+
+
+def _as_called(arch: str) -> Target:
+    """With the suffix that calls ask for: 9.0 and later are built as 9.0a."""
+    target = Target.cuda(arch)
+    if float(target.arch.rstrip("af")) >= 9 and target.arch[-1].isdigit():
+        return Target.cuda(target.arch + "a")
+    return target
 
 
 def resolve_target(device: str | None = None, arch: str | None = None) -> Target:
@@ -34,7 +42,7 @@ def resolve_target(device: str | None = None, arch: str | None = None) -> Target
             raise ValueError(f"arch is for CUDA: the CPU's code is built for the machine it runs on, got {arch!r}")
         return _CPU
     if arch:
-        return Target.cuda(arch)
+        return _as_called(arch)
     if not torch.cuda.is_available():
         raise RuntimeError("torch sees no GPU here, so its architecture must be given: arch='9.0a' for an H100 or H200")
     return cuda_target(torch.cuda.current_device())

@@ -1,4 +1,5 @@
-"""What this machine has and what it lacks. Compilers are asked for their versions, and no file is created."""
+"""What this machine has and what it lacks. Compilers are asked for their versions, FlashInfer is imported if a GPU is
+here, and no file is created."""
 
 from __future__ import annotations
 
@@ -7,6 +8,7 @@ import os
 import platform
 import subprocess
 import sys
+import warnings
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -14,12 +16,17 @@ from typing import Any
 import torch
 
 from jitnorm._version import __version__
+from jitnorm.checks import DTYPE_NAMES
 from jitnorm.cli.entries import places, rows_of
+from jitnorm.dispatch import explain
+from jitnorm.dispatch.wanted import wanted
 from jitnorm.jit import cache, toolchain
 from jitnorm.targets import cuda_target
 
-_PACKAGES = ("torch", "apache-tvm-ffi", "torch-c-dlpack-ext", "ninja", "cuda-pathfinder")
-_VARIABLES = ("CXX", "CUDA_HOME", "CUDA_PATH", "CONDA_PREFIX", "OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES")
+_PACKAGES = ("torch", "apache-tvm-ffi", "torch-c-dlpack-ext", "ninja", "cuda-pathfinder", "flashinfer-python")
+_VARIABLES = ("CXX", "NVCC", "CUDA_HOME", "CUDA_PATH", "CONDA_PREFIX", "OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES")
+# Calls that jitnorm.dispatch may decide differently: (dtype, hidden size)
+_CALLS = ((torch.bfloat16, 4096), (torch.float32, 4096), (torch.bfloat16, 16384), (torch.bfloat16, 111))
 # What each tool is called, what cannot be built without it, and how to get it.
 _REMEDIES = {
     "c++": ("C++ compiler", "nothing", "apt-get install g++, or conda install cxx-compiler"),
@@ -40,6 +47,7 @@ def diagnose() -> dict[str, Any]:
         "compilers": compilers,
         "can_build": {"cpu": ready, "cuda": ready and works["nvcc"]},
         "caches": [_cache(place) for place in places()],
+        "dispatch": _dispatch(),
         "environment": {k: v for k, v in sorted(os.environ.items()) if k.startswith("JITNORM_") or k in _VARIABLES},
     }
     facts["advice"] = _advice(facts)
@@ -105,6 +113,32 @@ def _prebuilt_problem(root: Path) -> str | None:
     return None if root.is_dir() else "there is no such folder"
 
 
+def _dispatch() -> dict[str, Any]:
+    """Which backend was asked for, and which one serves some calls, with real tensors of this machine."""
+    try:
+        name = wanted()
+    except ValueError as error:
+        return {"backend": None, "problem": str(error), "calls": []}
+    devices = ("cuda", "cpu") if torch.cuda.is_available() else ("cpu",)
+    return {
+        "backend": name,
+        "problem": None,
+        "calls": [_choice(dtype, size, device) for device in devices for dtype, size in _CALLS],
+    }
+
+
+def _choice(dtype: torch.dtype, hidden_size: int, device: str) -> dict[str, str | None]:
+    call = f"rmsnorm {DTYPE_NAMES[dtype]} {hidden_size} {device}"
+    try:
+        x = torch.empty(1, hidden_size, dtype=dtype, device=device)
+        with warnings.catch_warnings():  # that FlashInfer does not work: the table says so
+            warnings.simplefilter("ignore")
+            backend, why = explain("rmsnorm", x, x[0])
+    except RuntimeError as error:  # a backend was asked for that cannot serve it
+        return {"call": call, "backend": None, "why": str(error)}
+    return {"call": call, "backend": backend, "why": why}
+
+
 def _advice(facts: dict[str, Any]) -> list[str]:
     """One line for each thing that is missing: what, what it costs, and how to get it."""
     advice = [line for name in _REMEDIES if (line := _remedy(name, facts["compilers"]))]
@@ -124,6 +158,8 @@ def _advice(facts: dict[str, Any]) -> list[str]:
             advice.append(f"JITNORM_PREBUILT_DIR is {place['root']}: {place['problem']}")
         elif place["problem"]:
             advice.append(f"kernels cannot be kept in {place['root']}: {place['problem']}. Set JITNORM_CACHE_DIR")
+    if facts["dispatch"]["problem"]:
+        advice.append(f"no call of jitnorm.dispatch is served: {facts['dispatch']['problem']}")
     if os.environ.get("JITNORM_DISABLE_JIT", "0") not in ("", "0"):
         advice.append(
             "JITNORM_DISABLE_JIT is set: a kernel that is not in the cache is an error; jitnorm warmup still builds"

@@ -37,6 +37,7 @@ def _print(facts: dict[str, Any]) -> None:
     )
     _section("can build for", ((name, "yes" if ok else "no") for name, ok in facts["can_build"].items()))
     _section("caches", (("prebuilt" if c["prebuilt"] else "own", _cache(c)) for c in facts["caches"]))
+    _dispatch(facts["dispatch"])
     _section("environment", facts["environment"].items())
     click.echo("\n".join(f"advice: {line}" for line in facts["advice"]) or "nothing is missing")
 
@@ -45,6 +46,16 @@ def _section(title: str, lines: Iterable[tuple[str, str]]) -> None:
     click.echo(title)
     for name, value in list(lines) or [("none", "")]:
         click.echo(f"  {name:20} {value}".rstrip())
+    click.echo()
+
+
+def _dispatch(dispatch: dict[str, Any]) -> None:
+    click.echo(f"jitnorm.dispatch, backend {dispatch['backend'] or 'unknown'}")
+    if dispatch["problem"]:
+        click.echo(f"  {dispatch['problem']}")
+    else:
+        calls = [(call["call"], call["backend"] or "none", call["why"]) for call in dispatch["calls"]]
+        output.table(("  CALL", "BACKEND", "WHY"), [("  " + call, *rest) for call, *rest in calls])
     click.echo()
 
 

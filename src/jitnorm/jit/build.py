@@ -6,6 +6,7 @@ import datetime
 import os
 import re
 import secrets
+import shlex
 import subprocess
 import time
 from pathlib import Path
@@ -72,7 +73,8 @@ def write_sources(spec: KernelSpec, folder: Path, tools: toolchain.Toolchain) ->
 
 
 def _ninja_path(path: str) -> str:
-    return path.replace("$", "$$").replace(" ", "\\ ")
+    """For a shell, by way of ninja."""
+    return shlex.quote(path).replace("$", "$$")
 
 
 def manifest(spec: KernelSpec, tools: toolchain.Toolchain, seconds: float) -> dict[str, object]:
@@ -123,7 +125,7 @@ def first_error(log: str) -> str:
         r"undefined reference|cannot find|not found|No space|denied",
     ):
         for line in lines:
-            if re.search(pattern, line) and not line.startswith("ninja:"):
+            if re.search(pattern, line) and not re.search(r"^ninja:|linker command failed|ld returned", line):
                 return line
     return lines[-1] if lines else "the compiler said nothing"
 

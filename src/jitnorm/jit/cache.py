@@ -275,9 +275,10 @@ def prebuilt() -> Cache | None:
 
 
 def default_root() -> Path:
-    """JITNORM_CACHE_DIR, or the platform's cache folder. Nothing is created."""
-    folder = os.environ.get("JITNORM_CACHE_DIR") or platformdirs.user_cache_dir("jitnorm", appauthor=False)
-    return Path(folder).absolute() if not folder.startswith("~") else Path(folder)
+    """JITNORM_CACHE_DIR, or the platform's cache folder. Nothing is created. Not absolute where there is no home."""
+    own = os.environ.get("JITNORM_CACHE_DIR")
+    root = Path(os.path.expanduser(own or platformdirs.user_cache_dir("jitnorm", appauthor=False)))
+    return root if str(root).startswith("~") else root.absolute()
 
 
 def readable() -> Cache:
@@ -324,9 +325,7 @@ def _create(root: Path) -> str | None:
         root.mkdir(mode=0o700, parents=True, exist_ok=True)
         tag = root / "CACHEDIR.TAG"
         if not tag.exists():
-            tag.write_text(
-                "Signature: 8a477f597d28d172789f06886806bc55\n# Compiled kernels of jitnorm; safe to delete.\n"
-            )
+            tag.write_text(_CACHEDIR_TAG)
     except OSError as error:
         return error.strerror or str(error)
     return None

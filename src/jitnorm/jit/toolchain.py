@@ -54,16 +54,17 @@ class Toolchain:
 def find_cxx() -> str | None:
     """The host compiler's path: $CXX, or the first of the usual names on the PATH."""
     names = (os.environ["CXX"],) if os.environ.get("CXX") else _HOST_COMPILERS
-    return next((path for name in names if (path := shutil.which(name, path=os.environ.get("PATH", "")))), None)
+    return next((os.path.abspath(path) for name in names if (path := _which(name))), None)
 
 
 def find_nvcc() -> str | None:
     """nvcc's path: $NVCC, or as cuda-pathfinder finds it: NVIDIA's wheels, conda, CUDA_HOME or CUDA_PATH, the PATH."""
     if os.environ.get("NVCC"):
-        return shutil.which(os.environ["NVCC"], path=os.environ.get("PATH", ""))
+        path = _which(os.environ["NVCC"])
+        return os.path.abspath(path) if path else None
     from cuda import pathfinder
 
-    return pathfinder.find_nvidia_binary_utility("nvcc") or shutil.which("nvcc", path=os.environ.get("PATH", ""))
+    return pathfinder.find_nvidia_binary_utility("nvcc") or _which("nvcc")
 
 
 def find_ninja() -> str | None:
@@ -76,7 +77,12 @@ def find_ninja() -> str | None:
             return str(bundled)
     except ImportError:
         pass
-    return shutil.which("ninja", path=os.environ.get("PATH", ""))
+    return _which("ninja")
+
+
+def _which(name: str) -> str | None:
+    """On the PATH that there is: shutil would look in its own idea of one where PATH is not set."""
+    return shutil.which(name, path=os.environ.get("PATH", ""))
 
 
 def identify(device: str, memory: Path | None) -> Toolchain | None:

@@ -1,0 +1,91 @@
+"""The four operators in PyTorch's own, for every hidden size: computed in float32, rounded once, differentiable."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from jitnorm import checks
+from jitnorm.norm_ops import is_traced, needs_grad
+
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+def rmsnorm(
+    op: str,
+    offset: float,
+    input: torch.Tensor,
+    weight: torch.Tensor,
+    eps: float,
+    out: torch.Tensor | None,
+    enable_pdl: bool | None,
+) -> torch.Tensor:
+    """`out = input / sqrt(mean(input^2) + eps) * (offset + weight)`."""
+    check_rmsnorm(input, weight, eps, out, enable_pdl)
+    result = _normalised(input, weight, eps, offset).to(input.dtype)
+    if out is None:
+        return result
+    if needs_grad(input, weight, out):
+        raise RuntimeError(f"{op} with out= has no gradient: call it without, or under torch.no_grad()")
+    return out.copy_(result)
+
+
+def fused_add_rmsnorm(
+    offset: float,
+    input: torch.Tensor,
+    residual: torch.Tensor,
+    weight: torch.Tensor,
+    eps: float,
+    enable_pdl: bool | None,
+) -> None:
+    """`residual += input; input = rmsnorm(residual) * (offset + weight)`, the float32 sum normalised."""
+    check_fused_add_rmsnorm(input, residual, weight, eps, enable_pdl)
+    total = input.float() + residual.float()
+    normalised = _normalised(total, weight, eps, offset)
+    residual.copy_(total)
+    input.copy_(normalised)
+
+
+def _normalised(x: torch.Tensor, weight: torch.Tensor, eps: float, offset: float) -> torch.Tensor:
+    factor = weight.float() + offset if offset else weight.float()
+    return F.rms_norm(x.float(), (x.shape[-1],), factor, eps)
+
+
+def check_rmsnorm(input: Any, weight: Any, eps: Any = 1e-6, out: Any = None, enable_pdl: bool | None = None) -> None:
+    """Raises for what is wrong for any backend; any size and any strides are right."""
+    _check_input_and_weight(input, weight, eps, enable_pdl)
+    if out is not None:
+        _check_like_input("out", out, input)
+
+
+def check_fused_add_rmsnorm(
+    input: Any, residual: Any, weight: Any, eps: Any = 1e-6, enable_pdl: bool | None = None
+) -> None:
+    """Raises for what is wrong for any backend."""
+    _check_input_and_weight(input, weight, eps, enable_pdl)
+    _check_like_input("residual", residual, input)
+    if not is_traced(input, residual):
+        checks.no_overlap("residual", residual, "input", input, even_exactly=True)
+
+
+def _check_input_and_weight(input: Any, weight: Any, eps: Any, enable_pdl: Any) -> None:
+    checks.tensor("input", input)
+    checks.tensor("weight", weight)
+    if input.dim() == 0:
+        raise ValueError("input must have at least one dimension, got a scalar")
+    checks.dtype("input", input, _DTYPES)
+    checks.dtype("weight", weight, _DTYPES)
+    checks.shape("weight", weight, [input.shape[-1]], "one factor for each element of input's last dimension")
+    checks.device("weight", weight, "input", input)
+    if not torch.compiler.is_dynamo_compiling():  # which cannot trace math.isnan
+        checks.eps(eps)
+    checks.enable_pdl(enable_pdl)
+
+
+def _check_like_input(name: str, value: Any, input: torch.Tensor) -> None:
+    checks.tensor(name, value)
+    checks.dtype(name, value, (input.dtype,))
+    checks.shape(name, value, input.shape, "like input")
+    checks.device(name, value, "input", input)

@@ -1,0 +1,262 @@
+"""The modules: torch.nn.RMSNorm's twin wherever that accepts a call, and what a residual means."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import torch
+from conftest import relative_error, rmsnorm_reference, same_bits
+
+import jitnorm
+from jitnorm import nn
+
+TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 4e-3, torch.float16: 5e-4, torch.float64: 1e-12}
+RESIDUAL_MODULES = [nn.RMSNorm, nn.GemmaRMSNorm]
+
+
+def twins(*args, **kwargs):
+    """This package's module and torch's, with the same random weight."""
+    ours, theirs = nn.RMSNorm(*args, **kwargs), torch.nn.RMSNorm(*args, **kwargs)
+    if theirs.weight is not None:
+        torch.nn.init.normal_(theirs.weight)
+        ours.load_state_dict(theirs.state_dict())
+    return ours, theirs
+
+
+def randomised(cls, size, **kwargs):
+    module = cls(size, **kwargs)
+    torch.nn.init.normal_(module.weight)
+    return module
+
+
+def reference(module, x):
+    offset = 1.0 if isinstance(module, nn.GemmaRMSNorm) else 0.0
+    return rmsnorm_reference(x, module.weight.detach().double() + offset, module.eps)
+
+
+@pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize("eps", [None, 1e-3])
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("shape", [256, [256], [300], [1], [3, 128]], ids=str)
+def test_the_values_of_torch(shape, dtype, eps, affine, device):
+    """Sizes with and without a kernel; the input is so small that eps shows."""
+    ours, theirs = twins(shape, eps, affine, device=device, dtype=dtype)
+    leading = (2, 5) if shape != [3, 128] else (5,)
+    x = (torch.randn(*leading, *ours.normalized_shape, device=device) * 1e-3).to(dtype)
+    out, expected = ours(x).detach(), theirs(x).detach()
+    assert out.dtype == expected.dtype and out.shape == expected.shape
+    assert relative_error(out, expected.double()) < TOLERANCE[dtype]
+
+
+def test_the_kernels_are_used(device, monkeypatch):
+    called = []
+    monkeypatch.setattr(nn, "rmsnorm", lambda *a: called.append(a) or jitnorm.rmsnorm(*a))
+    for affine in (True, False):
+        nn.RMSNorm(256, elementwise_affine=affine, device=device)(torch.randn(3, 256, device=device))
+    nn.RMSNorm(300, device=device)(torch.randn(3, 300, device=device))
+    assert len(called) == 2
+
+
+def test_the_constructor_state_and_text_of_torch():
+    for args in ((256,), ([4, 64], 1e-5), (256, None, False), (torch.Size([7]), 1e-4, True, "cpu", torch.float16)):
+        ours, theirs = twins(*args)
+        assert isinstance(ours, torch.nn.RMSNorm)
+        assert repr(ours) == repr(theirs)
+        assert [*ours.state_dict()] == [*theirs.state_dict()]
+        assert [n for n, _ in ours.named_parameters()] == [n for n, _ in theirs.named_parameters()]
+        theirs.load_state_dict(ours.state_dict())
+        assert ours.eps == theirs.eps and ours.normalized_shape == theirs.normalized_shape
+        for module in (copy.deepcopy(ours), pickle.loads(pickle.dumps(ours))):
+            x = torch.randn(3, *ours.normalized_shape).to(args[4] if len(args) > 4 else torch.float32)
+            assert same_bits(module(x), ours(x))
+    assert torch.equal(nn.RMSNorm(256).weight, torch.ones(256))
+
+
+def test_without_a_weight_after_every_conversion():
+    """The ones that stand for it are neither rounded with the module nor left unwritten."""
+    x = torch.randn(3, 256)
+    expected = torch.nn.RMSNorm(256, elementwise_affine=False)(x)
+    built_on_meta = nn.RMSNorm(256, elementwise_affine=False, device="meta")
+    for module in (
+        nn.RMSNorm(256, elementwise_affine=False).bfloat16(),
+        built_on_meta,  # no tensor to load: torch's module is complete here
+        copy.deepcopy(built_on_meta).to_empty(device="cpu"),
+    ):
+        assert relative_error(module(x), expected.double()) < 1e-6
+        assert relative_error(module.double()(x.double()), expected.double()) < 1e-6
+
+
+@pytest.mark.parametrize("cls", RESIDUAL_MODULES)
+def test_strides_that_no_kernel_takes(cls, device):
+    module = randomised(cls, 64, eps=1e-6, device=device)
+    heads = torch.randn(2, 5, 3 * 64, device=device).view(2, 5, 3, 64).transpose(1, 2)
+    fused_qkv = torch.randn(2, 5, 7 * 64, device=device)[..., 64:256].view(2, 5, 3, 64)
+    columns = torch.randn(64, 6, device=device).t()
+    expanded = torch.randn(1, 64, device=device).expand(5, 64)
+    unaligned = torch.randn(3 * 64 + 1, device=device)[1:].view(3, 64)
+    for x in (heads, heads[:, :, ::2], fused_qkv, columns, expanded, unaligned, heads[:0], x0 := heads[0, 0, 0]):
+        out = module(x).detach()
+        assert out.shape == x.shape
+        assert same_bits(out, module(x.contiguous().clone()).detach())
+        if x.numel():
+            assert relative_error(out, reference(module, x)) < 1e-6
+    assert module(heads).stride() == heads.stride()
+    assert module(x0).dim() == 1
+
+
+@pytest.mark.parametrize("cls", RESIDUAL_MODULES)
+def test_mixed_dtypes(cls, device):
+    """A float32 weight goes with bfloat16 inputs, no kernel takes the converse; the input's dtype results."""
+    for dtype, weight_dtype in ((torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16)):
+        module = randomised(cls, 256, eps=1e-6, device=device, dtype=weight_dtype)
+        x = torch.randn(5, 256, device=device).to(dtype)
+        out = module(x).detach()
+        assert out.dtype == dtype
+        assert relative_error(out, reference(module, x)) < TOLERANCE[dtype]
+
+
+def test_autocast_gives_what_torch_gives():
+    ours, theirs = twins(256)
+    for dtype in (torch.bfloat16, torch.float32):
+        x = torch.randn(5, 256).to(dtype)
+        with torch.autocast("cpu", torch.bfloat16):
+            out, expected = ours(x), theirs(x)
+        assert out.dtype == expected.dtype
+        assert relative_error(out, expected.double()) < TOLERANCE[dtype]
+
+
+def test_wrong_calls_fail_as_torch_fails(device):
+    ours, theirs = twins(256, device=device)
+    for x in (torch.randn(3, 128, device=device), torch.randn(3, 256, device=device).long(), torch.tensor(1.0)):
+        with pytest.raises((RuntimeError, ValueError)) as expected:
+            theirs(x)
+        with pytest.raises(expected.type) as raised:
+            ours(x)
+        assert str(raised.value) == str(expected.value)
+
+
+def test_gradients_are_those_of_torch(device):
+    for affine in (True, False):
+        ours, theirs = twins(256, 1e-5, affine, device=device)
+        x = torch.randn(5, 256, device=device)
+        inputs = x.clone().requires_grad_(), x.clone().requires_grad_()
+        grad = torch.randn(5, 256, device=device)
+        for module, leaf in zip((ours, theirs), inputs, strict=True):
+            module(leaf).backward(grad)
+        assert relative_error(inputs[0].grad, inputs[1].grad.double()) < 1e-6
+        if affine:
+            assert relative_error(ours.weight.grad, theirs.weight.grad.double()) < 1e-6
+
+
+def test_gemma_multiplies_by_one_plus_the_weight(device):
+    module = nn.GemmaRMSNorm(256, device=device)
+    assert module.eps == 1e-6 and not module.weight.any() and repr(module) == "GemmaRMSNorm((256,), eps=1e-06)"
+    for shape in (256, [300], [3, 64]):
+        module = randomised(nn.GemmaRMSNorm, shape, device=device, dtype=torch.bfloat16)
+        x = torch.randn(5, *module.normalized_shape, device=device).bfloat16()
+        flat, weight = x.flatten(1), module.weight.detach().double().flatten()
+        expected = rmsnorm_reference(flat, weight + 1, 1e-6).view_as(x)
+        out = module(x)
+        assert out.dtype == torch.bfloat16
+        assert relative_error(out, expected) < TOLERANCE[torch.bfloat16]
+
+
+@pytest.mark.parametrize("cls", RESIDUAL_MODULES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("size", [256, 300])
+def test_a_residual_is_added_first(cls, dtype, size, device):
+    module = randomised(cls, size, eps=1e-6, device=device, dtype=dtype)
+    x, r = (torch.randn(5, size, device=device).to(dtype) for _ in range(2))
+    total = x.double() + r.double()
+    expected = reference(module, total)
+    for grad in (True, False):
+        with torch.set_grad_enabled(grad):
+            out, residual = module(x.clone(), r.clone())
+        assert out.dtype == residual.dtype == dtype and out.requires_grad == grad
+        assert relative_error(out.detach(), expected) < TOLERANCE[dtype]
+        assert relative_error(residual.detach(), total) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("cls", RESIDUAL_MODULES)
+def test_a_residual_is_updated_in_place_where_no_gradient_is_needed(cls, device):
+    module = randomised(cls, 256, eps=1e-6, device=device)
+    x, r = torch.randn(5, 256, device=device), torch.randn(5, 256, device=device)
+    before = x.clone(), r.clone()
+    kept, kept_residual = module(x, r)  # the weight requires a gradient
+    assert same_bits(x, before[0]) and same_bits(r, before[1])
+    with torch.no_grad():
+        out, residual = module(x, r)
+    assert out is x and residual is r
+    assert same_bits(x, kept.detach()) and same_bits(r, kept_residual.detach())
+
+
+@pytest.mark.parametrize("cls", RESIDUAL_MODULES)
+def test_a_residual_without_an_affine_weight_or_in_odd_strides(cls, device):
+    module = randomised(cls, 64, eps=1e-6, device=device).requires_grad_(False)
+    plain = nn.RMSNorm(64, eps=1e-6, elementwise_affine=False, device=device)
+    for norm, weight in ((module, module.weight), (plain, torch.ones(64, device=device))):
+        for shape in ((5, 64), (3, 5, 64), (2, 3, 5, 64)):
+            x = torch.randn(*shape, device=device).transpose(0, -2)
+            same_layout = torch.randn_like(x)
+            expanded = torch.randn(64, device=device).expand(x.shape)
+            for residual in (same_layout, expanded):
+                total = x.double() + residual.double()
+                factor = weight.double() + (norm is module and cls is nn.GemmaRMSNorm)
+                out, new_residual = norm(x.clone(), residual)
+                assert relative_error(out, rmsnorm_reference(total, factor, 1e-6)) < 1e-6
+                assert relative_error(new_residual, total) < 1e-6
+
+
+@pytest.mark.parametrize("cls", RESIDUAL_MODULES)
+@pytest.mark.parametrize("size", [256, 300])
+def test_gradients_with_a_residual(cls, size, device):
+    module = randomised(cls, size, eps=1e-6, device=device)
+    x, r = (torch.randn(5, size, device=device).requires_grad_() for _ in range(2))
+    out, residual = module(x, r)
+    (out.square().sum() + residual.sin().sum()).backward()
+    x64, r64 = (t.detach().double().requires_grad_() for t in (x, r))
+    w64 = module.weight.detach().double().requires_grad_()
+    total = x64 + r64
+    out64 = rmsnorm_reference(total, w64 + (1 if cls is nn.GemmaRMSNorm else 0), 1e-6)
+    (out64.square().sum() + total.sin().sum()).backward()
+    for got, want in ((x, x64), (r, r64), (module.weight, w64)):
+        assert relative_error(got.grad, want.grad) < 2e-6
+
+
+@pytest.mark.parametrize("cls", RESIDUAL_MODULES)
+@pytest.mark.parametrize("size", [256, 300])
+def test_a_residual_that_is_not_like_the_input_is_refused(cls, size):
+    """At every size: PyTorch alone would broadcast or promote."""
+    module = cls(size).requires_grad_(False)
+    x = torch.randn(5, size)
+    for residual in (torch.randn(1, size), torch.randn(5, size).bfloat16(), torch.empty(5, size, device="meta")):
+        before = x.clone()
+        with pytest.raises(ValueError, match="residual must be like x"):
+            module(x, residual)
+        assert same_bits(x, before)
+
+
+@pytest.mark.parametrize("cls", RESIDUAL_MODULES)
+def test_the_modules_compile_whole(cls, device):
+    torch._dynamo.reset()
+    module = randomised(cls, 64, eps=1e-6, device=device).requires_grad_(False)
+
+    def block(x, residual):
+        out, residual = module(x * 2, residual + 1)
+        heads = module(out.view(-1, 3, 5, 64).transpose(1, 2))
+        return heads, residual
+
+    run = torch.compile(block, fullgraph=True, backend="aot_eager", dynamic=True)
+    for batch in (2, 7, 3):
+        x, residual = torch.randn(batch, 15, 64, device=device), torch.randn(batch, 15, 64, device=device)
+        before = x.clone(), residual.clone()
+        for got, want in zip(run(x, residual), block(x, residual), strict=True):
+            assert same_bits(got, want)
+        assert same_bits(x, before[0]) and same_bits(residual, before[1])
+
+
+def test_export_keeps_the_operator():
+    program = torch.export.export(nn.RMSNorm(256).requires_grad_(False), (torch.randn(3, 256),))
+    assert "jitnorm.rmsnorm" in program.graph_module.code
