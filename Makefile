@@ -39,7 +39,7 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/installed: $(BIN)/python pyproject.toml constraints.txt
-	$(PIP) -e .
+	$(PIP) -e . numpy  # torch warns without numpy
 	touch $@
 
 # nvcc comes with it, so that the CUDA sources are compiled, and tested as far as that goes, without a GPU.
