@@ -23,6 +23,7 @@ from click.testing import CliRunner, Result
 
 import jitnorm
 from jitnorm.cli import demo, filters, main, output
+from jitnorm.dispatch import wanted
 from jitnorm.jit import toolchain
 from jitnorm.jit.cache import MANIFEST, Cache, Entry
 
@@ -363,6 +364,37 @@ def test_doctor_advises(cache_dir, tmp_path, monkeypatch):
         "torch-c-dlpack-ext",
     ):
         assert word in advice
+
+
+def test_doctor_says_who_serves_which_call(cache_dir, monkeypatch):
+    def dispatch():
+        wanted._from_environment.cache_clear()
+        return json.loads(command("doctor", "--format", "json").stdout)["dispatch"]
+
+    monkeypatch.delenv("JITNORM_BACKEND", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    facts = dispatch()
+    assert (facts["backend"], facts["problem"]) == ("auto", None)
+    assert [(call["call"], call["backend"]) for call in facts["calls"]] == [
+        ("rmsnorm bf16 4096 cpu", "jit"),
+        ("rmsnorm fp32 4096 cpu", "jit"),
+        ("rmsnorm bf16 16384 cpu", "torch"),
+        ("rmsnorm bf16 111 cpu", "torch"),
+    ]
+    assert facts["calls"][3]["why"] == "the input is not on CUDA, and jitnorm has no kernel for hidden size 111"
+    said = command("doctor").stdout
+    assert "jitnorm.dispatch, backend auto\n" in said and re.search(
+        r"^rmsnorm bf16 4096 cpu +jit +the input", said, re.M
+    )
+    monkeypatch.setenv("JITNORM_BACKEND", "jit")
+    facts = dispatch()
+    assert [call["backend"] for call in facts["calls"]] == ["jit", "jit", None, None]
+    assert "jit was asked for and cannot serve" in facts["calls"][2]["why"]
+    assert re.search(r"^rmsnorm bf16 111 cpu +none +the backend jit", command("doctor").stdout, re.MULTILINE)
+    monkeypatch.setenv("JITNORM_BACKEND", "fast")
+    assert dispatch()["calls"] == []
+    assert command("doctor").stdout.count("JITNORM_BACKEND must be one of auto, auto-fast, jit") == 2
+    wanted._from_environment.cache_clear()
 
 
 # The demo

@@ -55,7 +55,7 @@ def _dispatch(dispatch: dict[str, Any]) -> None:
         click.echo(f"  {dispatch['problem']}")
     else:
         calls = [(call["call"], call["backend"] or "none", call["why"]) for call in dispatch["calls"]]
-        output.table(("  CALL", "BACKEND", "WHY"), [("  " + call, *rest) for call, *rest in calls])
+        output.table(("CALL", "BACKEND", "WHY"), calls)
     click.echo()
 
 

@@ -42,6 +42,7 @@ def absence() -> str:
 def _look() -> None:
     global _norm, _absence
     try:
+        importlib.import_module("flashinfer")  # by itself first, so that an error tells absent from broken
         _norm = importlib.import_module("flashinfer.norm")
         for name in RANKS:  # a version before 0.6 may lack one, or its enable_pdl
             inspect.signature(getattr(_norm, name)).bind_partial(enable_pdl=None)

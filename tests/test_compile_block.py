@@ -1,0 +1,238 @@
+"""torch.compile over a block that uses every operator: whole, for every batch, and with the eager result."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import relative_error, same_bits
+from torch._dynamo.testing import CompileCounterWithBackend
+
+import jitnorm
+from jitnorm import norms
+
+HEADS, HEAD_DIM, LENGTH = 2, 64, 5
+HIDDEN = HEADS * HEAD_DIM
+FUSED = ("fused_add_rmsnorm", "gemma_fused_add_rmsnorm")
+
+
+@pytest.fixture(autouse=True)
+def nothing_compiled_before():
+    torch._dynamo.reset()
+
+
+@pytest.fixture(params=["jitnorm", "jitnorm.dispatch"])
+def ops(request):
+    """The operators, and the dispatcher's of the same names."""
+    return pytest.importorskip(request.param)
+
+
+def parameters(device):
+    shapes = {"qkv": (3 * HIDDEN, HIDDEN), "o": (HIDDEN, HIDDEN), "up": (HIDDEN, HIDDEN), "down": (HIDDEN, HIDDEN)}
+    matrices = {name: torch.randn(shape, device=device) * HIDDEN**-0.5 for name, shape in shapes.items()}
+    sizes = dict.fromkeys(("first", "attention", "mlp", "next", "last"), HIDDEN) | {"q": HEAD_DIM, "k": HEAD_DIM}
+    return matrices | {name: torch.randn(size, device=device) for name, size in sizes.items()}
+
+
+def llama_like(ops, w, x, residual, scratch):
+    """x and residual, both [batch, length, hidden], are updated in place, and scratch is overwritten."""
+    h = ops.rmsnorm(x, w["first"])
+    q, k, v = F.linear(h, w["qkv"]).view(*x.shape[:-1], 3 * HEADS, HEAD_DIM).split(HEADS, dim=-2)
+    q = ops.rmsnorm(q.reshape(-1, HEAD_DIM), w["q"]).view_as(q)
+    k = ops.gemma_rmsnorm(k.contiguous(), w["k"])
+    h = F.scaled_dot_product_attention(*(t.transpose(1, 2) for t in (q, k, v))).transpose(1, 2)
+    h = F.linear(h.flatten(-2), w["o"])
+    ops.fused_add_rmsnorm(h, residual, w["attention"])
+    h = F.linear(F.silu(F.linear(h, w["up"])), w["down"])
+    x.add_(h)
+    ops.gemma_fused_add_rmsnorm(x, residual, w["mlp"])
+    ops.rmsnorm(x, w["next"], 1e-5, out=scratch)
+    y = x + scratch  # scratch is used after it was written
+    ops.gemma_rmsnorm(y, w["last"], out=y)  # and y in place
+    return y, q * 2
+
+
+def tensors(batch, device):
+    return [torch.randn(batch, LENGTH, HIDDEN, device=device) for _ in range(3)]
+
+
+def assert_eager(function, compiled, arguments, tolerance):
+    """The same results, and the same left in every argument."""
+    expected_arguments = [t.clone() for t in arguments]
+    expected = (*function(*expected_arguments), *expected_arguments)
+    for got, want in zip((*compiled(*arguments), *arguments), expected, strict=True):
+        if tolerance:
+            assert relative_error(got, want.double()) < tolerance
+        else:
+            assert same_bits(got, want)
+
+
+def test_a_block_compiles_whole(ops, device):
+    """At the second batch size torch makes the batch dynamic; the third finds what it needs."""
+    w, compiles = parameters(device), CompileCounterWithBackend("aot_eager")
+
+    def block(x, residual, scratch):
+        return llama_like(ops, w, x, residual, scratch)
+
+    compiled = torch.compile(block, fullgraph=True, backend=compiles)
+    with torch.no_grad():
+        for batch in (3, 4, 9, 3):
+            assert_eager(block, compiled, tensors(batch, device), 0)
+    assert compiles.frame_count == 2
+
+
+# What inductor makes of the operations around the operators rounds differently; aot_eager changes none of them.
+@pytest.mark.parametrize(
+    ("batch_alone", "backend", "tolerance"), [(False, "aot_eager", 0), (True, "aot_eager", 0), (True, "inductor", 1e-5)]
+)
+def test_dynamic_shapes_compile_once(ops, batch_alone, backend, tolerance, device):
+    w, compiles = parameters(device), CompileCounterWithBackend(backend)
+
+    def block(x, residual, scratch):
+        return llama_like(ops, w, x, residual, scratch)
+
+    compiled = torch.compile(block, fullgraph=True, backend=compiles, dynamic=None if batch_alone else True)
+    after_first = None
+    with torch.no_grad():
+        for batch in (3, 64, 2, 7):
+            arguments = tensors(batch, device)
+            for tensor in arguments if batch_alone else ():
+                torch._dynamo.mark_dynamic(tensor, 0)
+            assert_eager(block, compiled, arguments, tolerance)
+            after_first = after_first or compiles.frame_count
+    assert compiles.frame_count == after_first
+
+
+@pytest.mark.gpu
+def test_a_block_in_a_cuda_graph(ops):
+    w = parameters("cuda")
+
+    def block(x, residual):  # cudagraphs refuses graphs that write into their inputs
+        return llama_like(ops, w, x + 0, residual + 0, torch.empty_like(x))
+
+    compiled = torch.compile(block, fullgraph=True, mode="reduce-overhead")
+    with torch.no_grad():
+        for _ in range(4):  # warm-up, capture, replays
+            x, residual, _ = tensors(4, "cuda")
+            got = [t.clone() for t in compiled(x, residual)]
+            for result, want in zip(got, block(x, residual), strict=True):
+                assert relative_error(result, want.double()) < 1e-2  # matmuls in another order
+
+
+def test_gradients_of_a_compiled_block(ops, device):
+    """What is mutated is no leaf here, so that the operators in place have a backward."""
+
+    def block(x, residual, *weights):
+        named = dict(zip(names, weights, strict=True))
+        h, r = ops.rmsnorm(x, named["first"]), residual * 1
+        ops.fused_add_rmsnorm(h, r, named["attention"])
+        h = F.linear(h, named["up"])
+        ops.gemma_fused_add_rmsnorm(h, r, named["mlp"])
+        return ops.gemma_rmsnorm(h + r, named["last"]), r
+
+    w = parameters(device)
+    names = [*w]
+    x, residual, grad = tensors(3, device)
+    results = []
+    for function in (block, torch.compile(block, fullgraph=True, backend="aot_eager", dynamic=True)):
+        leaves = [t.clone().requires_grad_() for t in (x, residual, *w.values())]
+        out, r = function(*leaves)
+        torch.autograd.backward((out, r), (grad, grad))
+        results.append([out.detach(), r.detach(), *(t.grad for t in leaves if t.grad is not None)])
+    assert len(results[0]) == 2 + 2 + 5
+    for got, want in zip(*reversed(results), strict=True):
+        assert relative_error(got, want.double()) < 1e-5
+
+
+@pytest.mark.parametrize("op", FUSED)
+@pytest.mark.parametrize("round_sum", [False, True])
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_what_is_written_is_seen_through_every_view(op, round_sum, backend, device):
+    """Functionalisation replaces writes by new tensors: bases, views made before and after must all see them."""
+    w = torch.randn(64, device=device)
+
+    def function(base, residual):
+        left, row = base[:, :64], residual[1]
+        before = left + 0, residual + 0
+        getattr(jitnorm, op)(left, residual, w, round_sum=round_sum)
+        after = base * 2, row * 2, residual[:, ::2] + 1
+        getattr(jitnorm, op)(base[:, 64:], residual, w, round_sum=round_sum)
+        return *before, *after, base - left.repeat(1, 2), row
+
+    arguments = [torch.randn(5, 128, device=device), torch.randn(5, 64, device=device)]
+    # inductor may add and multiply in one instruction, but here has nothing of that kind
+    assert_eager(function, torch.compile(function, fullgraph=True, backend=backend), arguments, 0)
+
+
+@pytest.mark.parametrize("op", ["rmsnorm", "gemma_rmsnorm"])
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_out_is_seen_through_every_view(op, backend, device):
+    w = torch.randn(64, device=device)
+
+    def function(x, buffer):
+        before = buffer + 0
+        returned = getattr(jitnorm, op)(x, w, out=buffer[:, 64:])
+        again = getattr(jitnorm, op)(buffer[:, 64:], w, out=buffer[:, 64:])  # in place
+        buffer[:, :64].add_(returned)
+        return before, buffer * 2, again + 1
+
+    arguments = [torch.randn(5, 64, device=device), torch.randn(5, 128, device=device)]
+    assert_eager(function, torch.compile(function, fullgraph=True, backend=backend), arguments, 0)
+
+
+def test_views_of_one_buffer_as_input_and_residual(device):
+    """The columns of a buffer lie between each other and do not touch."""
+    w = torch.randn(64, device=device)
+
+    def function(buffer):
+        jitnorm.fused_add_rmsnorm(buffer[:, :64], buffer[:, 64:], w)
+        return (buffer + 1,)
+
+    assert_eager(
+        function,
+        torch.compile(function, fullgraph=True, backend="aot_eager"),
+        [torch.randn(5, 128, device=device)],
+        0,
+    )
+
+
+def test_a_gradient_that_out_would_lose_fails_while_tracing(device):
+    x, w = torch.randn(3, 64, device=device, requires_grad=True), torch.ones(64, device=device)
+    compiled = torch.compile(jitnorm.rmsnorm, fullgraph=True, backend="aot_eager")
+    with pytest.raises(RuntimeError, match="with out= has no gradient"):
+        compiled(x, w, out=torch.empty(3, 64, device=device))
+
+
+@pytest.mark.parametrize("norm", norms.NORMS, ids=lambda norm: norm.op)
+def test_opcheck(norm, device):
+    """The schema tells the truth, the fake agrees with the real one, and autograd and dynamic shapes are registered."""
+
+    def check(name, arguments):
+        torch.library.opcheck(getattr(torch.ops.jitnorm, name).default, arguments)
+
+    def rows(*shape):
+        return torch.randn(*shape, device=device).bfloat16()
+
+    x, w, strided = rows(3, 5, 64), rows(64), rows(5, 3 * 64)[:, 64:128]
+    if norm.entry == "rmsnorm":
+        check(norm.op, (x, w))
+        check(norm.op, (rows(0, 64), w))
+        check(norm.op, (strided, w.float(), 1e-5, False))
+        check(norm.op, (rows(3, 64).requires_grad_(), w.clone().requires_grad_()))
+        check(norm.op, (x, w.clone().requires_grad_()))
+        check(f"{norm.op}_out", (x, w, torch.empty_like(x)))
+        check(f"{norm.op}_out", (strided, w.float(), rows(5, 128)[:, :64], 1e-5, True))
+    else:
+        for arguments in ((x, rows(3, 5, 64), w), (strided, rows(5, 64), w.float(), 1e-5, False)):
+            check(norm.op, arguments)
+            check(f"{norm.op}_functional", arguments)
+        check(f"{norm.op}_functional", [t.requires_grad_() for t in (rows(3, 64), rows(3, 64), rows(64))])
+        check(f"{norm.op}_functional", (x, rows(3, 5, 64), w.clone().requires_grad_()))
+
+
+def test_every_registered_operator_is_checked():
+    """By the test above, which knows these forms."""
+    forms = {"rmsnorm": ("", "_out"), "fused_add_rmsnorm": ("", "_functional")}
+    expected = {f"jitnorm::{norm.op}{form}" for norm in norms.NORMS for form in forms[norm.entry]}
+    registered = {schema.name for schema in torch._C._jit_get_all_schemas() if schema.name.startswith("jitnorm::")}
+    assert registered == expected
