@@ -190,6 +190,7 @@ def not_for_flashinfer():
         ("weight fp32", "weights of the input's dtype", {"weight": w.float()}),
         ("weight fp16", "weights of the input's dtype", {"weight": w.half()}),
         ("weight of rows", "weights of one dimension", {"weight": w[None]}),
+        ("weight of a column", "weights of one dimension", {"weight": w[:, None]}),
         ("weight too short", "of the hidden size", {"weight": w[:128]}),
         ("weight strided", "contiguous", {"weight": on_cuda(torch.randn(512).bfloat16())[::2]}),
         ("weight misaligned", "weights that are aligned", {"weight": flat[1:257]}),
@@ -393,6 +394,26 @@ def test_broken_when_it_is_called(op, flashinfer, monkeypatch):
     assert len(said) == 1 and len(tried) == 1 and flashinfer == []
     with dispatch.backend("flashinfer"), pytest.raises(RuntimeError, match="cudaErrorInsufficientDriver"):
         run(op, *cuda_inputs())
+
+
+def test_two_calls_that_fail_at_once(flashinfer, monkeypatch):
+    both = threading.Barrier(2, timeout=30)
+
+    def fail(*arguments, **keywords):
+        both.wait()
+        raise RuntimeError("too old")
+
+    monkeypatch.setattr(sys.modules["flashinfer.norm"], "rmsnorm", fail)
+    x, _, w = cuda_inputs()
+    results = []
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        threads = [threading.Thread(target=lambda: results.append(dispatch.rmsnorm(x, w))) for _ in range(2)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert len(said) == 1 and len(results) == 2 and same_bits(*results)
 
 
 def test_asked_for_and_broken_when_it_is_called(flashinfer, monkeypatch):

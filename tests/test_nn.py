@@ -168,14 +168,15 @@ def test_gemma_multiplies_by_one_plus_the_weight(device):
 @pytest.mark.parametrize("size", [256, 300])
 def test_a_residual_is_added_first(cls, dtype, size, device):
     module = randomised(cls, size, eps=1e-6, device=device, dtype=dtype)
-    x, r = (torch.randn(5, size, device=device).to(dtype) for _ in range(2))
+    x, r = (torch.randn(35, size, device=device).to(dtype) for _ in range(2))
     total = x.double() + r.double()
     expected = reference(module, total)
     for grad in (True, False):
         with torch.set_grad_enabled(grad):
             out, residual = module(x.clone(), r.clone())
         assert out.dtype == residual.dtype == dtype and out.requires_grad == grad
-        assert relative_error(out.detach(), expected) < TOLERANCE[dtype]
+        # One rounding to bfloat16 is 1.7e-3, and a second, of the sum before it is normalised, would make it 2.3e-3.
+        assert relative_error(out.detach(), expected) < (2e-3 if dtype == torch.bfloat16 else 1e-6)
         assert relative_error(residual.detach(), total) < TOLERANCE[dtype]
 
 

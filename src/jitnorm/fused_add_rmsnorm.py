@@ -32,9 +32,9 @@ def fused_add_rmsnorm(
         weight: `[hidden_size]`, of the input's dtype or float32, on the same device.
         eps: added to the mean of the squares; zero or more.
         enable_pdl: programmatic dependent launch; None means on where the GPU has it.
-        round_sum: normalise the sum as the residual holds it, rounded. The result is then bit for bit what
-            `residual += input; rmsnorm(residual, weight)` gives, and what SGLang's kernel computes: for models whose
-            reference, or whose cached results, were made by separate operators.
+        round_sum: normalise the sum as the residual holds it, rounded, which is what `residual += input` followed by
+            `rmsnorm(residual, weight)` and SGLang's kernel compute: for models whose reference, or whose cached
+            results, were made so.
 
     Raises:
         TypeError, ValueError, RuntimeError: as `jitnorm.rmsnorm`; ValueError too where input and residual overlap.

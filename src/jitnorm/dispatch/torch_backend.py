@@ -79,8 +79,7 @@ def _check_input_and_weight(input: Any, weight: Any, eps: Any, enable_pdl: Any) 
     checks.dtype("weight", weight, _DTYPES)
     checks.shape("weight", weight, [input.shape[-1]], "one factor for each element of input's last dimension")
     checks.device("weight", weight, "input", input)
-    if not torch.compiler.is_dynamo_compiling():  # which cannot trace math.isnan
-        checks.eps(eps)
+    checks.eps(eps)
     checks.enable_pdl(enable_pdl)
 
 
