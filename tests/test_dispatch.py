@@ -234,6 +234,15 @@ def test_what_flashinfer_would_misread_goes_to_jitnorm(op, flashinfer):
         assert words in why, (name, why)
 
 
+@pytest.mark.parametrize("op", OPS)
+def test_what_is_written_is_looked_at_too(op, flashinfer):
+    x, residual, w = cuda_inputs()
+    arguments = (x, residual.float(), w) if "fused" in op else (x, w, 1e-6, x.float())
+    with pytest.raises(TypeError, match=r"(out|residual) must be bfloat16, got float32"):
+        getattr(dispatch, op)(*arguments)
+    assert flashinfer == []
+
+
 def test_more_elements_than_32_bits_count(flashinfer):
     huge = on_cuda(torch.zeros(1, 1).bfloat16()).expand(2**24, 256)
     assert "fewer than 2^31" in explained(input=huge)[1]
@@ -308,7 +317,7 @@ def test_importing_looks_for_nothing():
     script = """
         import sys, jitnorm, jitnorm.dispatch, torch
         jitnorm.dispatch.rmsnorm(torch.ones(1, 111), torch.ones(111))
-        print([name for name in sys.modules if name.startswith("flashinfer")])
+        print([name for name in sys.modules if name.startswith(("flashinfer", "torch._dynamo."))])
     """
     done = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True)
     assert done.stdout == "[]\n", done.stderr

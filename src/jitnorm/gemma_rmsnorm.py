@@ -42,10 +42,9 @@ def gemma_rmsnorm(
         return dispatch_rmsnorm(_NORM, input, weight, eps, out, enable_pdl)
     try:
         to = torch.empty_like(input) if out is None else out
-        differentiable = weight.requires_grad or input.requires_grad or (out is not None and out.requires_grad)
-        if (not differentiable or not torch.is_grad_enabled()) and not _kernels[weight.nbytes, input.dtype](
-            input, weight, to, eps, enable_pdl
-        ):
+        if (not (weight.requires_grad or input.requires_grad) or not torch.is_grad_enabled()) and not _kernels[
+            weight.nbytes, input.dtype
+        ](input, weight, to, eps, enable_pdl):
             return to
     except Exception:  # the way below says what it was
         pass

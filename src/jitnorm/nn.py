@@ -55,7 +55,8 @@ def normalise(norm: Callable[..., torch.Tensor], input: torch.Tensor, weight: to
 
 def _is_rows(tensor: torch.Tensor) -> bool:
     """Whether a kernel takes these strides."""
-    if tensor.is_cuda and tensor.storage_offset() * tensor.element_size() % checks.CUDA_ALIGNMENT:
+    # What a compiler traces has no address yet; it allocates aligned, and the kernel refuses what is not.
+    if tensor.is_cuda and not torch.compiler.is_compiling() and tensor.data_ptr() % checks.CUDA_ALIGNMENT:
         return False
     if tensor.is_contiguous():
         return True

@@ -36,7 +36,8 @@ def rmsnorm(
         weight: `[hidden_size]`, of the input's dtype or float32, on the same device.
         eps: added to the mean of the squares; zero or more.
         out: written; of the input's shape, dtype and device. The input itself for a call in place; otherwise it shares
-            no memory with the input. Allocated where None. Has no gradient.
+            no memory with the input. Allocated where None. A call
+            with it has no gradient, and whether it requires one itself is not asked: it is data, as under no_grad.
         enable_pdl: programmatic dependent launch. None means on where the GPU has it (sm_90 and later); on others, and
             on the CPU, it has no effect. The bits are the same.
 
@@ -52,10 +53,9 @@ def rmsnorm(
         return dispatch_rmsnorm(_NORM, input, weight, eps, out, enable_pdl)
     try:
         to = torch.empty_like(input) if out is None else out
-        differentiable = weight.requires_grad or input.requires_grad or (out is not None and out.requires_grad)
-        if (not differentiable or not torch.is_grad_enabled()) and not _kernels[weight.nbytes, input.dtype](
-            input, weight, to, eps, enable_pdl
-        ):
+        if (not (weight.requires_grad or input.requires_grad) or not torch.is_grad_enabled()) and not _kernels[
+            weight.nbytes, input.dtype
+        ](input, weight, to, eps, enable_pdl):
             return to
     except Exception:  # no kernel yet, or arguments that have no such attributes: the way below says what it was
         pass

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from jitnorm.norm_ops import is_traced, needs_grad
+from jitnorm.norm_ops import is_traced
 
 # The operators, and the ranks that both of FlashInfer's implementations take (its CUDA one is the stricter).
 RANKS = {
@@ -75,7 +75,9 @@ def refusal(op: str, input: torch.Tensor, weight: torch.Tensor, other: torch.Ten
     has to hold, so that a call of a kind that nobody thought of goes elsewhere: FlashInfer's kernels look at no dtype
     but the input's, and at no alignment (weights of another dtype gave NaN in silence: sgl-project/sglang#32807).
     """
-    if needs_grad(input, weight, other):
+    if torch.is_grad_enabled() and (
+        input.requires_grad or weight.requires_grad or (other is not None and other.requires_grad)
+    ):
         return "the call needs a gradient, and FlashInfer has none"
     if is_traced(input, weight, other):
         return "the tensors are traced, and FlashInfer takes only those with storage"

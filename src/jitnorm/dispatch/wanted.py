@@ -9,8 +9,6 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from contextvars import ContextVar
 
-import torch
-
 BACKENDS = ("auto", "auto-fast", "jit", "flashinfer", "torch")
 VARIABLE = "JITNORM_BACKEND"
 
@@ -41,10 +39,13 @@ def _overridden(name: str) -> Iterator[None]:
         _override.reset(token)
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def wanted() -> str:
     """The name that applies to a call made here and now. ValueError where JITNORM_BACKEND is none."""
     return _override.get() or _from_environment()
+
+
+# What torch.compiler.assume_constant_result sets. To call it would import torch._dynamo, which takes a second.
+wanted._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @functools.cache  # reading the environment costs more than all the rest of a choice
