@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import same_bits
 
-from jitnorm import rmsnorm
+from jitnorm import fused_add_rmsnorm, rmsnorm
 
 
 def compiled(function):
@@ -59,3 +59,34 @@ def test_opcheck(device):
     x, w = torch.randn(3, 256, device=device), torch.randn(256, device=device)
     torch.library.opcheck(torch.ops.jitnorm.rmsnorm.default, (x, w))
     torch.library.opcheck(torch.ops.jitnorm.rmsnorm_out.default, (x, w, torch.empty_like(x), 1e-5, False))
+
+
+def test_a_stand_in_is_no_way_around_the_checks():
+    """What torch's dispatcher would answer from a fake implementation is refused like any other call."""
+    x, w = torch.randn(4, 64), torch.randn(64)
+    for arguments in ((x, w.to("meta")), (x.to("meta"), w), (x.to("meta"), w[:7].to("meta"))):
+        with pytest.raises((ValueError, RuntimeError), match="weight must"):
+            rmsnorm(*arguments)
+    with pytest.raises((ValueError, RuntimeError), match="weight must"):
+        fused_add_rmsnorm(x, x.clone(), w.to("meta"))
+
+
+def test_forward_mode_is_refused_not_lost():
+    x, w = torch.randn(4, 64), torch.randn(64)
+    with pytest.raises(RuntimeError, match="rmsnorm has no forward-mode derivative"):
+        torch.func.jvp(lambda a: rmsnorm(a, w), (x,), (torch.ones_like(x),))
+
+
+def test_the_operators_count_versions():
+    x, w, out = torch.randn(4, 64), torch.randn(64), torch.randn(4, 64)
+    leaf = torch.randn(4, 64, requires_grad=True)
+    product = (leaf * out).sum()
+    torch.ops.jitnorm.rmsnorm_out(x, w, out)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        product.backward()
+
+
+def test_a_first_call_is_seen_by_tracers(cache_dir):
+    x, w = torch.randn(4, 64), torch.randn(64)
+    graph = torch.jit.trace(lambda a: rmsnorm(a, w), (x,), check_trace=False).graph
+    assert "jitnorm::rmsnorm" in str(graph)

@@ -21,8 +21,8 @@ from jitnorm.norms import (
     RMSNORM,
     Norm,
     check_fused_add_rmsnorm,
+    check_kinds,
     check_rmsnorm,
-    kernel_class,
 )
 from jitnorm.targets import target_of
 
@@ -31,7 +31,12 @@ _library = torch.library.Library("jitnorm", "DEF")
 
 def is_traced(*tensors: object) -> bool:
     """Whether one of these has no storage of its own, so that only torch's dispatcher can tell what a call means."""
-    return torch.compiler.is_compiling() or any(isinstance(t, torch.Tensor) and _is_stand_in(t) for t in tensors)
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._get_tracing_state() is not None
+        or torch._C._len_torch_dispatch_stack() > 0
+        or any(isinstance(t, torch.Tensor) and _is_stand_in(t) for t in tensors)
+    )
 
 
 def _is_stand_in(tensor: torch.Tensor) -> bool:
@@ -57,6 +62,7 @@ def dispatch_rmsnorm(
     enable_pdl: bool | None,
 ) -> torch.Tensor:
     """A call by way of torch's dispatcher."""
+    _refuse_tangents(norm)
     if out is None:
         result: torch.Tensor = getattr(torch.ops.jitnorm, norm.op)(input, weight, eps, enable_pdl)
         return result
@@ -75,6 +81,7 @@ def dispatch_fused_add_rmsnorm(
     enable_pdl: bool | None,
 ) -> None:
     """A call by way of torch's dispatcher; with gradients, what it writes is copied from the functional form."""
+    _refuse_tangents(norm)
     if needs_grad(input, residual, weight):
         for name, written in (("input", input), ("residual", residual)):
             if written.requires_grad and written.is_leaf:
@@ -87,12 +94,16 @@ def dispatch_fused_add_rmsnorm(
         getattr(torch.ops.jitnorm, norm.op)(input, residual, weight, eps, enable_pdl)
 
 
-def _build_while_tracing(norm: Norm, input: torch.Tensor, weight: torch.Tensor) -> None:
-    """Not in the middle of the compiled graph's first run; RuntimeError for a size that no kernel serves."""
-    hidden_size = int(input.shape[-1])
-    kernel_class(hidden_size, norm.op)
+def _build_while_tracing(norm: Norm, input: torch.Tensor, weight: torch.Tensor, **like_input: torch.Tensor) -> None:
+    """Refuses what a kernel would, as far as it shows, and builds now, not in the middle of the graph's first run."""
+    check_kinds(norm, input, weight, **like_input)
     if not input.is_meta:
-        load(norm.spec(hidden_size, input.dtype, weight.dtype, target_of(input)))
+        load(norm.spec(int(input.shape[-1]), input.dtype, weight.dtype, target_of(input)))
+
+
+def _refuse_tangents(norm: Norm) -> None:
+    if torch.autograd.forward_ad._current_level >= 0:
+        raise RuntimeError(f"{norm.op} has no forward-mode derivative")
 
 
 def _gradients(
@@ -105,6 +116,13 @@ def _gradients(
     of_x = scale * (gw - normalised * (gw * normalised).mean(dim=-1, keepdim=True))
     of_weight = (g * normalised).reshape(-1, x.shape[-1]).sum(dim=0)
     return of_x, of_weight
+
+
+def _count_version(*written: torch.Tensor) -> None:
+    """So that autograd notices if one of these was saved for a backward."""
+    for tensor in written:
+        if not tensor.is_inference():
+            torch.autograd.graph.increment_version(tensor)
 
 
 def _register(schema: str, implementation: Any, fake: Any) -> str:
@@ -126,13 +144,14 @@ def _register_rmsnorm(norm: Norm) -> None:
     def run_out(input: Any, weight: Any, out: Any, eps: float = 1e-6, enable_pdl: bool | None = None) -> None:
         check = functools.partial(check_rmsnorm, norm, input, weight, eps, out, enable_pdl)
         norm.call(check, input, weight, input, weight, out, eps, enable_pdl)
+        _count_version(out)
 
     def fake(input: Any, weight: Any, eps: float = 1e-6, enable_pdl: bool | None = None) -> torch.Tensor:
         _build_while_tracing(norm, input, weight)
         return torch.empty_like(input)
 
     def fake_out(input: Any, weight: Any, out: Any, eps: float = 1e-6, enable_pdl: bool | None = None) -> None:
-        _build_while_tracing(norm, input, weight)
+        _build_while_tracing(norm, input, weight, out=out)
 
     def save(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
         ctx.save_for_backward(*inputs[:2])
@@ -153,6 +172,7 @@ def _register_fused_add_rmsnorm(norm: Norm) -> None:
     def run(input: Any, residual: Any, weight: Any, eps: float = 1e-6, enable_pdl: bool | None = None) -> None:
         check = functools.partial(check_fused_add_rmsnorm, norm, input, residual, weight, eps, enable_pdl)
         norm.call(check, input, weight, input, residual, weight, eps, enable_pdl)
+        _count_version(input, residual)
 
     def run_functional(
         input: Any, residual: Any, weight: Any, eps: float = 1e-6, enable_pdl: bool | None = None
@@ -163,12 +183,12 @@ def _register_fused_add_rmsnorm(norm: Norm) -> None:
         return normalised, total
 
     def fake(input: Any, residual: Any, weight: Any, eps: float = 1e-6, enable_pdl: bool | None = None) -> None:
-        _build_while_tracing(norm, input, weight)
+        _build_while_tracing(norm, input, weight, residual=residual)
 
     def fake_functional(
         input: Any, residual: Any, weight: Any, eps: float = 1e-6, enable_pdl: bool | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        _build_while_tracing(norm, input, weight)
+        _build_while_tracing(norm, input, weight, residual=residual)
         return torch.empty_like(input), torch.empty_like(residual)
 
     def save(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:

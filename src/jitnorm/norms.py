@@ -138,18 +138,27 @@ def check_fused_add_rmsnorm(norm: Norm, input: Any, residual: Any, weight: Any, 
     checks.no_overlap("residual", residual, "input", input, even_exactly=True)
 
 
-def _check_input_and_weight(norm: Norm, input: Any, weight: Any, eps: Any, enable_pdl: Any) -> None:
-    checks.tensor("input", input)
-    checks.tensor("weight", weight)
+def check_kinds(norm: Norm, input: torch.Tensor, weight: torch.Tensor, **like_input: torch.Tensor) -> None:
+    """What can be said of tensors without storage: RuntimeError for a size, errors for dtypes, shapes and devices."""
     if input.dim() == 0:
         raise ValueError("input must have at least one dimension, got a scalar")
     checks.dtype("input", input, _DTYPES)
     checks.dtype("weight", weight, (input.dtype, torch.float32))
-    hidden_size = input.shape[-1]
+    hidden_size = int(input.shape[-1])
     kernel_class(hidden_size, norm.op)
     checks.shape("weight", weight, [hidden_size], "one factor for each element of input's last dimension")
-    checks.supported_device("input", input)
     checks.device("weight", weight, "input", input)
+    for name, value in like_input.items():
+        checks.dtype(name, value, (input.dtype,))
+        checks.shape(name, value, input.shape, "like input")
+        checks.device(name, value, "input", input)
+
+
+def _check_input_and_weight(norm: Norm, input: Any, weight: Any, eps: Any, enable_pdl: Any) -> None:
+    checks.tensor("input", input)
+    checks.tensor("weight", weight)
+    check_kinds(norm, input, weight)
+    checks.supported_device("input", input)
     checks.eps(eps)
     checks.enable_pdl(enable_pdl)
     checks.rows("input", input)

@@ -36,8 +36,8 @@ def rmsnorm(
         weight: `[hidden_size]`, of the input's dtype or float32, on the same device.
         eps: added to the mean of the squares; zero or more.
         out: written; of the input's shape, dtype and device. The input itself for a call in place; otherwise it shares
-            no memory with the input. Allocated where None. A call
-            with it has no gradient, and whether it requires one itself is not asked: it is data, as under no_grad.
+            no memory with the input. Allocated where None. A call with it has no gradient; whether it requires one
+            itself is not asked: it is data, as under no_grad.
         enable_pdl: programmatic dependent launch. None means on where the GPU has it (sm_90 and later); on others, and
             on the CPU, it has no effect. The bits are the same.
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+import shutil
 import time
 
 import pytest
 import torch
 
 from jitnorm.jit import build as builder
+from jitnorm.jit import cache
+from jitnorm.jit import spec as spec_module
 from jitnorm.jit.build import build, first_error
 from jitnorm.jit.cache import BadEntry, Cache, Entry
 from jitnorm.jit.spec import Target
@@ -68,6 +71,45 @@ def test_a_bad_manifest_is_said(tmp_path):
         entry.verify()
     (tmp_path / "manifest.json").write_text('{"name": "x", "library": "../../etc/passwd", "sha256": "", "size": 0}')
     assert Entry(tmp_path).library.parent == tmp_path
+
+
+def test_a_passing_trouble_is_no_damage(cache_dir, monkeypatch, capfd):
+    """Too many open files, say: the entry stays where it is, and serves again."""
+    entry = build(SPEC)
+    place = Cache(cache_dir)
+    monkeypatch.setattr(Entry, "verify", lambda *_, **__: (_ for _ in ()).throw(OSError(24, "Too many open files")))
+    assert place.find(SPEC, entry.path.name) is None
+    monkeypatch.undo()
+    assert "is not used this time" in capfd.readouterr().err
+    assert place.find(SPEC, entry.path.name).path == entry.path
+
+
+def test_an_entry_that_was_rebuilt_meanwhile_goes_back(cache_dir, capfd):
+    entry = build(SPEC)
+    Cache(cache_dir).set_aside(entry, "it was damaged a moment ago")
+    entry.verify()
+    assert capfd.readouterr().err == ""
+
+
+def test_a_bad_entry_is_held_by_nobody(cache_dir):
+    entry = build(SPEC)
+    entry.library.write_bytes(b"")
+    assert Cache(cache_dir).find(SPEC, entry.path.name) is None
+    assert entry.path not in cache._held
+
+
+def test_sources_that_change_under_a_process_are_not_published(cache_dir, tmp_path, monkeypatch):
+    own = shutil.copytree(spec_module.CSRC, tmp_path / "csrc")
+    for module in (spec_module, builder):
+        monkeypatch.setattr(module, "CSRC", own)
+    spec_module._read.cache_clear()
+    spec = rmsnorm_spec(256, torch.float32, torch.float32, Target("cpu"))
+    assert spec.key
+    (own / "elementwise" / "rmsnorm_cpu.h").open("a").write("// upgraded\n")
+    with pytest.raises(RuntimeError, match="sources changed"):
+        build(spec)
+    spec_module._read.cache_clear()
+    assert not entries(cache_dir)
 
 
 def test_leftovers(cache_dir):

@@ -37,8 +37,11 @@ def build(spec: KernelSpec, announce: bool = True) -> cache.Entry:
     tools = toolchain.require(spec.target.device, place.root / "toolchains")
     if entry := place.find(spec, tools.key):
         return entry
-    with _lock(place, spec, tools.key):
-        return place.find(spec, tools.key) or _build(spec, place, tools, announce)
+    try:
+        with _lock(place, spec, tools.key):
+            return place.find(spec, tools.key) or _build(spec, place, tools, announce)
+    except OSError as error:  # a full disk, say
+        raise RuntimeError(f"jitnorm cannot build {spec} in {place.root}: {error}") from error
 
 
 def _build(spec: KernelSpec, place: cache.Cache, tools: toolchain.Toolchain, announce: bool) -> cache.Entry:
@@ -46,6 +49,8 @@ def _build(spec: KernelSpec, place: cache.Cache, tools: toolchain.Toolchain, ann
     with place.staging(spec) as staging:
         write_sources(spec, staging, tools)
         _run_ninja(spec, place, staging, announce)
+        if spec.sources_changed:
+            raise RuntimeError("jitnorm's sources changed after this process read them: start it anew")
         for scrap in (".ninja_log", ".ninja_deps", "host.o", "kernel.cubin"):
             (staging / scrap).unlink(missing_ok=True)
         cache.seal(staging, "library.so", manifest(spec, tools, time.monotonic() - started))
@@ -59,11 +64,9 @@ def write_sources(spec: KernelSpec, folder: Path, tools: toolchain.Toolchain) ->
         "cxx": tools.cxx.path,
         "csrc": str(CSRC),
         "tvm_ffi_include": libinfo.find_include_path(),
+        "dlpack_include": libinfo.find_dlpack_include_path(),
         "tvm_ffi_lib": str(ffi_library.parent),
     }
-    dlpack = libinfo.find_dlpack_include_path()
-    if dlpack != paths["tvm_ffi_include"]:
-        paths["tvm_ffi_include"] += f" -I{_ninja_path(dlpack)}"
     if tools.nvcc:
         paths |= {"nvcc": tools.nvcc.path, "cuda_include": os.path.join(tools.nvcc.top, "include")}
         (folder / "cubin.s").write_text(CUBIN_ASSEMBLY)
@@ -98,8 +101,15 @@ def _run_ninja(spec: KernelSpec, place: cache.Cache, staging: Path, announce: bo
     ninja = toolchain.find_ninja()
     if not ninja:
         raise RuntimeError("jitnorm needs ninja and found none, beside this Python or on the PATH: pip install ninja")
+    # Flags that nobody sees are in no key.
+    environment = {k: v for k, v in os.environ.items() if k not in ("NVCC_APPEND_FLAGS", "NVCC_PREPEND_FLAGS")}
     run = subprocess.Popen(
-        [ninja, "-C", str(staging)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
+        [ninja, "-C", str(staging)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        env=environment,
     )
     try:
         output, _ = run.communicate(timeout=_QUIET_S if announce else None)

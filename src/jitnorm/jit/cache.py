@@ -58,7 +58,7 @@ class Entry:
         try:
             manifest: dict[str, Any] = json.loads((self.path / MANIFEST).read_bytes())
             manifest["name"], manifest["library"], manifest["sha256"], manifest["size"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError) as error:
             raise BadEntry(f"its manifest cannot be read ({error})") from None
         return manifest
 
@@ -105,8 +105,10 @@ class Entry:
             return False
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             return True
+        except OSError:  # a file system without such locks: nobody can hold one
+            return False
         finally:
             os.close(fd)
         return False
@@ -119,7 +121,7 @@ def untrusted(place: Path, any_owner: bool = False) -> str | None:
     """Why a file or folder may not be what this user put there; None where it is fine."""
     try:
         info = place.stat()
-    except OSError as error:
+    except (FileNotFoundError, NotADirectoryError, PermissionError) as error:
         return f"{place} cannot be read ({error.strerror})"
     if not any_owner and info.st_uid not in (os.geteuid(), 0):
         return f"{place} belongs to user {info.st_uid}, and this is user {os.geteuid()}"
@@ -161,22 +163,31 @@ class Cache:
             try:
                 entry.verify(any_owner=self.prebuilt)
                 return entry
-            except (BadEntry, OSError) as error:
+            except BadEntry as error:
+                entry.release()
                 self.set_aside(entry, str(error))
+            except OSError as error:  # too many open files, a server that does not answer: no fault of the entry's
+                entry.release()
+                say(f"{entry.path} is not used this time: {error}")
         return None
 
     def set_aside(self, entry: Entry, why: str) -> None:
         if self.prebuilt:
             say(f"{entry.path} is not used: {why}")
             return
+        to = self.root / "aside" / f"{entry.path.parent.name}.{secrets.token_hex(4)}"
         try:
-            (self.root / "aside").mkdir(mode=0o700, exist_ok=True)
-            to = self.root / "aside" / f"{entry.path.parent.name}.{secrets.token_hex(4)}"
+            to.parent.mkdir(mode=0o700, exist_ok=True)
             entry.path.rename(to)
         except FileNotFoundError:
             return  # another process was first, and said so
-        except OSError:
-            to = entry.path
+        except OSError as error:
+            say(f"{entry.path} is not used: {why}. It cannot be moved out of the way: {error.strerror}")
+            return
+        with suppress(BadEntry, OSError):
+            Entry(to).verify()  # somebody rebuilt it between the look and the move: it goes back
+            to.rename(entry.path)
+            return
         say(f"{entry.path} is not used: {why}. It is built again; the old one is in {to}")
 
     @contextmanager
@@ -204,17 +215,18 @@ class Cache:
         """Makes a finished build an entry, whole or not at all. Who comes second uses the first one's."""
         entry = self.entry(spec, toolchain)
         entry.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        for _ in range(8):
+        for last_try in (False, False, True):
             try:
                 os.rename(staging, entry.path)
-                _fsync(entry.path.parent)
-                entry.hold()
-                return entry
-            except OSError:
-                winner = self.find(spec, toolchain)
-                if winner:
+                break
+            except OSError as error:
+                if winner := self.find(spec, toolchain):
                     return winner
-        raise RuntimeError(f"jitnorm: cannot publish {spec}: {entry.path} is in the way and cannot be used")
+                if last_try:
+                    raise RuntimeError(f"jitnorm cannot publish {spec} as {entry.path}: {error.strerror}") from None
+        _fsync(entry.path.parent)
+        entry.hold()
+        return entry
 
     def remove(self, entry: Entry) -> bool:
         """False where it is in use. It disappears by one rename, so that nobody sees half of it."""
@@ -314,6 +326,9 @@ def unusable(root: Path) -> str | None:
         return f"{place} is not a folder"
     if not os.access(place, os.W_OK | os.X_OK):
         return "it is read-only"
+    for name in ("kernels", "staging"):  # somebody else may have made them, as with sudo
+        if os.path.isdir(root / name) and not os.access(root / name, os.W_OK | os.X_OK):
+            return f"{root / name} is read-only"
     return untrusted(root) if place == root else None
 
 

@@ -38,7 +38,7 @@ def find(spec: KernelSpec, hold: bool = True) -> cache.Entry | None:
     if prebuilt and (entry := prebuilt.find(spec, None, hold)):
         return entry
     place = cache.readable()
-    if not place.root.is_dir() or cache.untrusted(place.root):
+    if not os.path.isdir(place.root) or cache.untrusted(place.root):
         return None
     tools = toolchain.identify(spec.target.device, place.root / "toolchains")
     # Where nothing can be built there is nothing to be newer than: what is there is good.

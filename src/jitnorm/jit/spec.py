@@ -93,10 +93,18 @@ class KernelSpec:
         """The files under csrc that the source can include, in a fixed order."""
         return tuple(sorted(_included(self.source)))
 
+    @property
+    def sources_changed(self) -> bool:
+        """Whether csrc is no longer what this process took it for, as in the middle of an upgrade."""
+        return any((CSRC / name).read_bytes() != _read(name) for name in self.includes)
+
     @functools.cached_property
     def key(self) -> str:
-        """Of everything that the library is made from, the compilers apart. Contents only: pip and network file systems
-        invent modification times, and two virtual environments should share an entry."""
+        """Of the sources and all they are compiled with, the compilers apart.
+
+        Contents only: pip and network file systems invent modification times, and two virtual environments should
+        share an entry.
+        """
         digest = hashlib.sha256()
         parts = {"format": _FORMAT, "source": self.source, "ninja": self.ninja, "machine": platform.machine()}
         parts["tvm_ffi"] = tvm_ffi.__version__
@@ -116,7 +124,7 @@ rule cubin
     -I$csrc -I$csrc/include $in -o $out
 rule host
   command = $cxx -x c++ -std=c++17 -O2 -fPIC -fvisibility=hidden -fno-exceptions -DJITNORM_CUDA_ARCH={number} $
-    -I$csrc -I$csrc/include -I$tvm_ffi_include -I$cuda_include -c $in -o $out
+    -I$csrc -I$csrc/include -I$tvm_ffi_include -I$dlpack_include -I$cuda_include -c $in -o $out
 rule link
   command = $cxx -shared -Wl,-z,now host.o cubin.s -L$tvm_ffi_lib -ltvm_ffi -ldl -o $out
 build kernel.cubin: cubin module.cu
@@ -127,7 +135,7 @@ _CPU_NINJA = """\
 include paths.ninja
 rule library
   command = $cxx -std=c++17 -O2 -march=native -fopenmp -fPIC -fvisibility=hidden -fno-exceptions -shared $
-    -Wl,-z,now -I$csrc -I$csrc/include -I$tvm_ffi_include $in -L$tvm_ffi_lib -ltvm_ffi -o $out
+    -Wl,-z,now -I$csrc -I$csrc/include -I$tvm_ffi_include -I$dlpack_include $in -L$tvm_ffi_lib -ltvm_ffi -o $out
 build library.so: library module.cc
 """
 CUBIN_ASSEMBLY = """\

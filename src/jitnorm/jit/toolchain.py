@@ -102,9 +102,11 @@ def identify(device: str, memory: Path | None) -> Toolchain | None:
 
 
 def require(device: str, memory: Path | None) -> Toolchain:
-    """`identify`, or a RuntimeError that says what is missing, where it was looked for and how to get it."""
-    toolchain = identify(device, memory)
+    """The compilers for a build, or a RuntimeError that says what is missing, where it was looked for, what to do."""
+    # Asked anew: what stands for a compiler may be a script, which stays as it is when the compiler changes.
+    toolchain = _ask(device) if find_cxx() else None
     if toolchain:
+        _remember(device, memory, toolchain)
         return toolchain
     if not find_cxx():
         looked = f"$CXX ({os.environ['CXX']})" if os.environ.get("CXX") else " and ".join(_HOST_COMPILERS)
