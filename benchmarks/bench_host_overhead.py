@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 from bench_rmsnorm import machine
-from peers import PEERS, available
+from peers import EPS, PEERS, available
 
 
 def host_s(calls: dict[str, Callable[[], object]], count: int, sync: Callable[[], object]) -> dict[str, float]:
@@ -32,6 +32,28 @@ def host_s(calls: dict[str, Callable[[], object]], count: int, sync: Callable[[]
     return {name: statistics.median(times) for name, times in rounds.items()}
 
 
+def registrations(x: torch.Tensor, w: torch.Tensor, out: torch.Tensor) -> dict[str, Callable[[], object]]:
+    """The same kernel called by way of torch's dispatcher: as this package registers it, as others do, and compiled."""
+    import jitnorm
+
+    def run(x: torch.Tensor, w: torch.Tensor, out: torch.Tensor) -> None:
+        jitnorm.rmsnorm(x, w, EPS, out)
+
+    library = torch.library.Library("jitnorm_bench", "DEF")
+    library.define("defined(Tensor x, Tensor w, Tensor(a!) out) -> ()")
+    for key in ("CPU", "CUDA"):
+        library.impl("defined", run, key)
+    custom = torch.library.custom_op("jitnorm_bench::custom", run, mutates_args=("out",))
+    compiled = torch.compile(lambda x, w, out: jitnorm.rmsnorm(x, w, EPS, out), fullgraph=True)
+    return {
+        "torch.ops": lambda: torch.ops.jitnorm.rmsnorm_out(x, w, out, EPS, None),
+        "define+impl": lambda _alive=library: torch.ops.jitnorm_bench.defined(x, w, out),
+        "custom_op": lambda: custom(x, w, out),
+        "compiled": lambda: compiled(x, w, out),
+    }
+
+
+@torch.no_grad()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu")
@@ -44,6 +66,7 @@ def main() -> None:
     names = [n for n in PEERS if on_gpu or n in ("copy", "jitnorm", "torch")]
     found, absent = available(names, "rmsnorm")
     calls: dict[str, Callable[[], object]] = {name: (lambda call=call: call(x, w, out)) for name, call in found.items()}
+    calls |= registrations(x, w, out)
     calls["torch.add"] = lambda: torch.add(x, x, out=out)
     calls["empty_like"] = lambda: torch.empty_like(x)
     times = host_s(calls, 1000 if on_gpu else 20000, torch.cuda.synchronize if on_gpu else lambda: None)
