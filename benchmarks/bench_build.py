@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import shutil
 import statistics
 import subprocess
 import sys
@@ -87,7 +86,7 @@ def main() -> None:
         ratio = f"{seconds / unit:8.3f} of nvcc -c" if unit else ""
         print(f"{name:>40} {seconds * 1e3:9.2f} ms {ratio}")
     if options.json:
-        options.json.write_text(json.dumps({"nvcc": nvcc and shutil.which("nvcc"), "seconds": rounds}, indent=1) + "\n")
+        options.json.write_text(json.dumps({"seconds": rounds}, indent=1) + "\n")
 
 
 if __name__ == "__main__":
