@@ -66,4 +66,4 @@ def first_fused_add_rmsnorm(
     norms.check_fused_add_rmsnorm(norm, input, residual, weight, eps, enable_pdl)
     if needs_grad(input, residual, weight):
         return dispatch_fused_add_rmsnorm(norm, input, residual, weight, eps, enable_pdl)
-    return norm.call(lambda: None, input, weight, input, residual, weight, eps, enable_pdl)
+    return norm.call(input, weight, input, residual, weight, eps, enable_pdl)

@@ -6,7 +6,6 @@ For every operator there is a functional form, which has a backward, and one tha
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
@@ -137,13 +136,17 @@ def _register(schema: str, implementation: Any, fake: Any) -> str:
 def _register_rmsnorm(norm: Norm) -> None:
     def run(input: Any, weight: Any, eps: float = 1e-6, enable_pdl: bool | None = None) -> torch.Tensor:
         out = torch.empty_like(input)
-        check = functools.partial(check_rmsnorm, norm, input, weight, eps, None, enable_pdl)
-        norm.call(check, input, weight, input, weight, out, eps, enable_pdl)
+        arguments = input, weight, out, eps, enable_pdl
+        if not norm.call_last(input, weight, *arguments):
+            check_rmsnorm(norm, input, weight, eps, None, enable_pdl)
+            norm.call(input, weight, *arguments)
         return out
 
     def run_out(input: Any, weight: Any, out: Any, eps: float = 1e-6, enable_pdl: bool | None = None) -> None:
-        check = functools.partial(check_rmsnorm, norm, input, weight, eps, out, enable_pdl)
-        norm.call(check, input, weight, input, weight, out, eps, enable_pdl)
+        arguments = input, weight, out, eps, enable_pdl
+        if not norm.call_last(input, weight, *arguments):
+            check_rmsnorm(norm, input, weight, eps, out, enable_pdl)
+            norm.call(input, weight, *arguments)
         _count_version(out)
 
     def fake(input: Any, weight: Any, eps: float = 1e-6, enable_pdl: bool | None = None) -> torch.Tensor:
@@ -170,8 +173,10 @@ def _register_rmsnorm(norm: Norm) -> None:
 
 def _register_fused_add_rmsnorm(norm: Norm) -> None:
     def run(input: Any, residual: Any, weight: Any, eps: float = 1e-6, enable_pdl: bool | None = None) -> None:
-        check = functools.partial(check_fused_add_rmsnorm, norm, input, residual, weight, eps, enable_pdl)
-        norm.call(check, input, weight, input, residual, weight, eps, enable_pdl)
+        arguments = input, residual, weight, eps, enable_pdl
+        if not norm.call_last(input, weight, *arguments):
+            check_fused_add_rmsnorm(norm, input, residual, weight, eps, enable_pdl)
+            norm.call(input, weight, *arguments)
         _count_version(input, residual)
 
     def run_functional(
@@ -179,7 +184,7 @@ def _register_fused_add_rmsnorm(norm: Norm) -> None:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         check_fused_add_rmsnorm(norm, input, residual, weight, eps, enable_pdl)
         normalised, total = input.clone(), residual.clone()
-        norm.call(lambda: None, normalised, weight, normalised, total, weight, eps, enable_pdl)
+        norm.call(normalised, weight, normalised, total, weight, eps, enable_pdl)
         return normalised, total
 
     def fake(input: Any, residual: Any, weight: Any, eps: float = 1e-6, enable_pdl: bool | None = None) -> None:

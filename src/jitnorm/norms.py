@@ -6,7 +6,6 @@ which a call takes once for each size, or to be told what is wrong with it.
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -51,6 +50,7 @@ class Norm:
     # The last kernel used for (weight's bytes, input's dtype): what is cheapest to ask of tensors. It may be for
     # another device, or for weights of another size and dtype: then it refuses, and a detour finds the right one.
     kernels: dict[tuple[int, torch.dtype], Callable[..., int]] = field(default_factory=dict, compare=False)
+    # Every kernel used so far, by all that tells one from another.
     exact: dict[tuple[int, torch.dtype, torch.dtype, Target], Any] = field(default_factory=dict, compare=False)
 
     def spec(self, hidden_size: int, dtype: torch.dtype, weight_dtype: torch.dtype, target: Target) -> KernelSpec:
@@ -89,12 +89,13 @@ class Norm:
         self.kernels[weight.nbytes, input.dtype] = function
         return function  # type: ignore[no-any-return]
 
-    def call(self, check: Callable[[], None], input: torch.Tensor, weight: torch.Tensor, *arguments: Any) -> None:
-        """Runs the kernel that served last on `arguments` or, once `check` has found nothing wrong, another."""
-        with contextlib.suppress(KeyError):
-            if not self.kernels[weight.nbytes, input.dtype](*arguments):
-                return
-        check()
+    def call_last(self, input: torch.Tensor, weight: torch.Tensor, *arguments: Any) -> bool:
+        """Runs the kernel that served last on unchecked `arguments`; False if there is none or it refuses them."""
+        function = self.kernels.get((weight.nbytes, input.dtype))
+        return function is not None and not function(*arguments)
+
+    def call(self, input: torch.Tensor, weight: torch.Tensor, *arguments: Any) -> None:
+        """Runs the kernel on `arguments`, which have been checked."""
         if self.kernel(input, weight)(*arguments):
             raise RuntimeError(f"jitnorm: {self.op} refused arguments that its checks accept; please report this")
 

@@ -77,7 +77,7 @@ def first_rmsnorm(
     if needs_grad(input, weight, out):
         return dispatch_rmsnorm(norm, input, weight, eps, out, enable_pdl)
     to = torch.empty_like(input) if out is None else out
-    norm.call(lambda: None, input, weight, input, weight, to, eps, enable_pdl)
+    norm.call(input, weight, input, weight, to, eps, enable_pdl)
     return to
 
 
