@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import relative_error, rmsnorm_reference, same_bits
 
-from jitnorm import rmsnorm
+from jitnorm import fused_add_rmsnorm, rmsnorm
 
 pytestmark = pytest.mark.gpu
 
@@ -26,6 +26,24 @@ def captured(function):
     with torch.cuda.graph(graph):
         function()
     return graph
+
+
+@pytest.mark.parametrize(("hidden_size", "long"), [(128, 200_003), (1280, 20_483), (8192, 6147)])
+def test_every_length_of_grid(hidden_size, long):
+    """Short, common and long grids run different kernels of one library: right in each, and the same bits."""
+    x, w = inputs(long, hidden_size)
+    whole = rmsnorm(x, w, out=torch.full_like(x, float("nan")))
+    residual = torch.randn_like(x)
+    total, normalised = residual.clone(), x.clone()
+    fused_add_rmsnorm(normalised, total, w)
+    for part in (slice(0, 1), slice(long - 5, long), slice(0, 513), slice(long - 2049, long)):
+        assert relative_error(whole[part], rmsnorm_reference(x[part], w, 1e-6)) <= 3e-3
+        assert same_bits(rmsnorm(x[part], w), whole[part])
+        a, b = x[part].clone(), residual[part].clone()
+        exact = rmsnorm_reference(a.double() + b.double(), w, 1e-6)
+        fused_add_rmsnorm(a, b, w)
+        assert relative_error(normalised[part], exact) <= 3e-3
+        assert same_bits(a, normalised[part]) and same_bits(b, total[part])
 
 
 @pytest.mark.parametrize("hidden_size", [128, 4096])

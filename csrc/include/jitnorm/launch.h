@@ -5,15 +5,42 @@
 // by name, so that the library also loads where there is none.
 #pragma once
 
+namespace jitnorm {
+
+// What pays in a grid of thousands of blocks costs a single row, even where it is only asked for: a few instructions
+// more take 60 ns. So `run` is a template over Grid, and a kernel class may have code of its own for grids of up to
+// kShortGrid and from kLongGrid blocks. One that has the same code for all inherits from EveryGrid.
+enum class Grid { kShort, kAny, kLong };
+struct EveryGrid {
+  static constexpr unsigned kShortGrid = 0, kLongGrid = ~0u;
+};
+
+template <typename Kernel, Grid kGrid>
+constexpr bool kHasCodeFor = kGrid == Grid::kShort  ? Kernel::kShortGrid != EveryGrid::kShortGrid
+                             : kGrid == Grid::kLong ? Kernel::kLongGrid != EveryGrid::kLongGrid
+                                                    : true;
+
+}  // namespace jitnorm
+
 #ifdef __CUDACC__
 
-#define JITNORM_CUDA_MODULE(NAME, SYMBOL, KERNEL)                                    \
+#define JITNORM_CUDA_MODULE(NAME, SYMBOL, KERNEL)     \
+  JITNORM_CUDA_KERNEL(SYMBOL, KERNEL, kAny)           \
+  JITNORM_CUDA_KERNEL(SYMBOL##_short, KERNEL, kShort) \
+  JITNORM_CUDA_KERNEL(SYMBOL##_long, KERNEL, kLong)
+
+#define JITNORM_CUDA_KERNEL(SYMBOL, KERNEL, GRID)                                    \
   extern "C" __global__ void __launch_bounds__(KERNEL::kThreads, KERNEL::kMinBlocks) \
       SYMBOL(const __grid_constant__ KERNEL::params_t params) {                      \
-    KERNEL::run(params);                                                             \
+    jitnorm::run_in<KERNEL, jitnorm::Grid::GRID>(params);                            \
   }
 
 namespace jitnorm {
+
+template <typename Kernel, Grid kGrid>
+__device__ __forceinline__ void run_in(const typename Kernel::params_t& params) {
+  if constexpr (kHasCodeFor<Kernel, kGrid>) Kernel::template run<kGrid>(params);
+}
 
 // Programmatic dependent launch: nothing that an earlier kernel may have written is read before wait_for_previous();
 // let_next_start() lets the blocks of the next kernel take their places while this one still computes.
@@ -119,7 +146,7 @@ class DeviceGuard {
   bool pushed_ = false;
 };
 
-// What this library knows of one GPU. Two threads may prepare it at once: both find the same, and leak nothing.
+// What this library knows of one GPU. Two threads may prepare it at once: both find the same.
 struct Gpu {
   enum State : int { kUnknown = 0, kReady, kOtherArch };
   int state;
@@ -130,24 +157,34 @@ struct Gpu {
 constexpr int kMaxGpus = 64;
 inline Gpu gpus[kMaxGpus];
 
-// The kernel itself belongs to no device: the driver brings it to each context that launches it.
-inline CUresult kernel(CUkernel* found) {
-  struct Loaded {
-    CUlibrary library = nullptr;
-    CUkernel kernel = nullptr;
-    CUresult result;
-    Loaded() {
-      result = driver().library_load(&library, jitnorm_cubin, nullptr, nullptr, 0, nullptr, nullptr, 0);
-      if (result == CUDA_SUCCESS) result = driver().library_kernel(&kernel, library, kKernelSymbol);
-    }
-  };
-  static const Loaded loaded;
-  *found = loaded.kernel;
-  return loaded.result;
+// The kernels themselves belong to no device: the driver brings them to each context that launches them.
+struct Loaded {
+  CUlibrary library = nullptr;
+  CUkernel kernels[3] = {};  // by Grid
+  CUresult result = driver().library_load(&library, jitnorm_cubin, nullptr, nullptr, 0, nullptr, nullptr, 0);
+
+  void find(Grid grid, const char* suffix) {
+    char symbol[512];
+    __builtin_snprintf(symbol, sizeof symbol, "%s%s", kKernelSymbol, suffix);
+    if (result == CUDA_SUCCESS) result = driver().library_kernel(&kernels[int(grid)], library, symbol);
+  }
+};
+
+template <typename Kernel>
+const Loaded& loaded() {
+  static const Loaded found = [] {
+    Loaded l;
+    l.find(Grid::kAny, "");
+    if (kHasCodeFor<Kernel, Grid::kShort>) l.find(Grid::kShort, "_short");
+    if (kHasCodeFor<Kernel, Grid::kLong>) l.find(Grid::kLong, "_long");
+    return l;
+  }();
+  return found;
 }
 
 // First use of a GPU, possibly inside a graph capture: nothing here is an operation of the captured stream.
-[[gnu::cold, gnu::noinline]] inline const char* prepare(Gpu& gpu, int index) {
+template <typename Kernel>
+[[gnu::cold, gnu::noinline]] const char* prepare(Gpu& gpu, int index) {
   const Driver& d = driver();
   if (!d.handle) return "there is no CUDA driver (libcuda.so.1)";
   if (d.missing) return "the CUDA driver is older than 12.0";
@@ -167,10 +204,11 @@ inline CUresult kernel(CUkernel* found) {
   if (result == CUDA_SUCCESS) {
     DeviceGuard guard(gpu.device, gpu.context);
     d.capture_mode(&mode);
-    CUkernel loaded;
-    CUfunction function;
-    result = kernel(&loaded);
-    if (result == CUDA_SUCCESS) result = d.kernel_function(&function, loaded);
+    result = loaded<Kernel>().result;
+    for (CUkernel kernel : loaded<Kernel>().kernels) {
+      CUfunction function;
+      if (kernel && result == CUDA_SUCCESS) result = d.kernel_function(&function, kernel);
+    }
     d.capture_mode(&mode);
   }
   if (result != CUDA_SUCCESS) {
@@ -192,7 +230,7 @@ template <typename Kernel>
 Outcome launch(Kernel, const typename Kernel::params_t& params, DLDevice device, bool enable_pdl) {
   Gpu& gpu = gpus[device.device_id];
   if (__atomic_load_n(&gpu.state, __ATOMIC_ACQUIRE) != Gpu::kReady) {
-    if (const char* why = prepare(gpu, device.device_id)) return raise("cannot load", why);
+    if (const char* why = prepare<Kernel>(gpu, device.device_id)) return raise("cannot load", why);
     if (gpu.state == Gpu::kOtherArch) return Outcome::kRefused;
   }
   const index_t blocks = (params.num_tokens + Kernel::kRowsPerBlock - 1) / Kernel::kRowsPerBlock;
@@ -209,10 +247,12 @@ Outcome launch(Kernel, const typename Kernel::params_t& params, DLDevice device,
   config.attrs = &attribute;
   config.numAttrs = enable_pdl && JITNORM_CUDA_ARCH >= 90;
   void* arguments[] = {const_cast<typename Kernel::params_t*>(&params)};
-  CUkernel loaded;
-  kernel(&loaded);
+  const Grid grid = config.gridDimX <= Kernel::kShortGrid  ? Grid::kShort
+                    : config.gridDimX >= Kernel::kLongGrid ? Grid::kLong
+                                                           : Grid::kAny;
+  CUkernel kernel = loaded<Kernel>().kernels[int(grid)];
   DeviceGuard guard(gpu.device, gpu.context);
-  CUresult result = driver().launch(&config, reinterpret_cast<CUfunction>(loaded), arguments, nullptr);
+  CUresult result = driver().launch(&config, reinterpret_cast<CUfunction>(kernel), arguments, nullptr);
   if (result == CUDA_SUCCESS) return Outcome::kDone;
   const char* why = "unknown error";
   driver().error_string(result, &why);

@@ -32,6 +32,14 @@ __device__ __forceinline__ void store(T* to, const Vector<T, N>& v) {
   for (int i = 0; i < int(N * sizeof(T) / 16); i++) reinterpret_cast<uint4*>(to)[i] = v.words[i];
 }
 
+// Begins the way of so many bytes, a multiple of 16, into the second-level cache, where no value can be out of date.
+template <int kBytes>
+__device__ __forceinline__ void prefetch(const void* from) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "n"(kBytes));
+#endif
+}
+
 // Two 16-bit elements share a word, the first in its low half.
 __device__ __forceinline__ void unpack(unsigned word, float* f, bf16_t) {
   f[0] = __uint_as_float(word << 16);
