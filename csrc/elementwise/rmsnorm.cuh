@@ -193,7 +193,7 @@ __device__ __forceinline__ float mean_plus_eps(float sum, float eps) {
 }
 
 // The whole life of a block, for both kernels. `sum` adds up one float over the threads of a row.
-template <typename Kernel, Grid kGrid, typename Sum>
+template <typename Kernel, GridLength kGrid, typename Sum>
 __device__ __forceinline__ void rmsnorm_block(const RMSNormParams& p, Sum sum) {
   using T = typename Kernel::input_t;
   using W = typename Kernel::weight_t;
@@ -211,16 +211,16 @@ __device__ __forceinline__ void rmsnorm_block(const RMSNormParams& p, Sum sum) {
   if (exists) part.read(part.x, row);
   if (kAddResidual && exists) part.read(part.residual, residual);
   part.read(part.weight, weight);
-  if (kGrid != Grid::kShort) let_next_start();
+  if (kGrid != GridLength::kShort) let_next_start();
   // Of the last block some rows may not exist.
-  if (kGrid == Grid::kLong && part.lane == 0 && blockIdx.x + Kernel::kBlocksAhead < gridDim.x - 1) {
+  if (kGrid == GridLength::kLong && part.lane == 0 && blockIdx.x + Kernel::kBlocksAhead < gridDim.x - 1) {
     constexpr index_t kRowsAhead = index_t(Kernel::kBlocksAhead) * Kernel::kRowsPerBlock;
     prefetch<Kernel::kRowBytes>(row + kRowsAhead * p.input_stride);
     if (kAddResidual) prefetch<Kernel::kRowBytes>(residual + kRowsAhead * p.residual_stride);
   }
   if (kAddResidual && exists) part.add_residual(residual);
   const float squares = sum(exists ? part.sum_of_squares() : 0.f);
-  if (kGrid == Grid::kShort) let_next_start();
+  if (kGrid == GridLength::kShort) let_next_start();
   const float mean = mean_plus_eps<Kernel>(squares, p.eps);
   // The approximation is good to two bits of float32, which 16-bit outputs cannot show, and saves 40 ns of a row's way.
   const float scale = sizeof(T) == 4 ? __frsqrt_rn(mean) : rsqrtf(mean);
@@ -233,7 +233,7 @@ template <int kHiddenSize, typename T, typename W = T, typename Policy = Plain,
           typename S = typename DefaultSchedule<kHiddenSize, T, Policy>::type>
 struct RMSNormWarpKernel : RMSNormCuda<kHiddenSize, T, W, Policy, S> {
 #ifdef __CUDACC__
-  template <Grid kGrid>
+  template <GridLength kGrid>
   static __device__ __forceinline__ void run(const RMSNormParams& params) {
     rmsnorm_block<RMSNormWarpKernel, kGrid>(params, [](float part) { return warp_sum<S::kThreadsPerRow>(part); });
   }
@@ -245,7 +245,7 @@ template <int kHiddenSize, typename T, typename W = T, typename Policy = Plain,
           typename S = typename DefaultSchedule<kHiddenSize, T, Policy>::type>
 struct RMSNormKernel : RMSNormCuda<kHiddenSize, T, W, Policy, S> {
 #ifdef __CUDACC__
-  template <Grid kGrid>
+  template <GridLength kGrid>
   static __device__ __forceinline__ void run(const RMSNormParams& params) {
     constexpr int kWarps = S::kThreadsPerRow / kWarpSize;
     __shared__ alignas(16) float partial[S::kRowsPerBlock][kWarps];

@@ -8,17 +8,17 @@
 namespace jitnorm {
 
 // What pays in a grid of thousands of blocks costs a single row, even where it is only asked for: a few instructions
-// more take 60 ns. So `run` is a template over Grid, and a kernel class may have code of its own for grids of up to
-// kShortGrid and from kLongGrid blocks. One that has the same code for all inherits from EveryGrid.
-enum class Grid { kShort, kAny, kLong };
+// more take 60 ns. So `run` is a template over GridLength, and a kernel class may have code of its own for grids of up
+// to kShortGrid and from kLongGrid blocks. One that has the same code for all inherits from EveryGrid.
+enum class GridLength { kShort, kAny, kLong };
 struct EveryGrid {
   static constexpr unsigned kShortGrid = 0, kLongGrid = ~0u;
 };
 
-template <typename Kernel, Grid kGrid>
-constexpr bool kHasCodeFor = kGrid == Grid::kShort  ? Kernel::kShortGrid != EveryGrid::kShortGrid
-                             : kGrid == Grid::kLong ? Kernel::kLongGrid != EveryGrid::kLongGrid
-                                                    : true;
+template <typename Kernel, GridLength kGrid>
+constexpr bool kHasCodeFor = kGrid == GridLength::kShort  ? Kernel::kShortGrid != EveryGrid::kShortGrid
+                             : kGrid == GridLength::kLong ? Kernel::kLongGrid != EveryGrid::kLongGrid
+                                                          : true;
 
 }  // namespace jitnorm
 
@@ -32,12 +32,12 @@ constexpr bool kHasCodeFor = kGrid == Grid::kShort  ? Kernel::kShortGrid != Ever
 #define JITNORM_CUDA_KERNEL(SYMBOL, KERNEL, GRID)                                    \
   extern "C" __global__ void __launch_bounds__(KERNEL::kThreads, KERNEL::kMinBlocks) \
       SYMBOL(const __grid_constant__ KERNEL::params_t params) {                      \
-    jitnorm::run_in<KERNEL, jitnorm::Grid::GRID>(params);                            \
+    jitnorm::run_in<KERNEL, jitnorm::GridLength::GRID>(params);                      \
   }
 
 namespace jitnorm {
 
-template <typename Kernel, Grid kGrid>
+template <typename Kernel, GridLength kGrid>
 __device__ __forceinline__ void run_in(const typename Kernel::params_t& params) {
   if constexpr (kHasCodeFor<Kernel, kGrid>) Kernel::template run<kGrid>(params);
 }
@@ -160,13 +160,13 @@ inline Gpu gpus[kMaxGpus];
 // The kernels themselves belong to no device: the driver brings them to each context that launches them.
 struct Loaded {
   CUlibrary library = nullptr;
-  CUkernel kernels[3] = {};  // by Grid
+  CUkernel kernels[3] = {};  // by GridLength
   CUresult result = driver().library_load(&library, jitnorm_cubin, nullptr, nullptr, 0, nullptr, nullptr, 0);
 
-  void find(Grid grid, const char* suffix) {
+  void find(GridLength length, const char* suffix) {
     char symbol[512];
     __builtin_snprintf(symbol, sizeof symbol, "%s%s", kKernelSymbol, suffix);
-    if (result == CUDA_SUCCESS) result = driver().library_kernel(&kernels[int(grid)], library, symbol);
+    if (result == CUDA_SUCCESS) result = driver().library_kernel(&kernels[int(length)], library, symbol);
   }
 };
 
@@ -174,9 +174,9 @@ template <typename Kernel>
 const Loaded& loaded() {
   static const Loaded found = [] {
     Loaded l;
-    l.find(Grid::kAny, "");
-    if (kHasCodeFor<Kernel, Grid::kShort>) l.find(Grid::kShort, "_short");
-    if (kHasCodeFor<Kernel, Grid::kLong>) l.find(Grid::kLong, "_long");
+    l.find(GridLength::kAny, "");
+    if (kHasCodeFor<Kernel, GridLength::kShort>) l.find(GridLength::kShort, "_short");
+    if (kHasCodeFor<Kernel, GridLength::kLong>) l.find(GridLength::kLong, "_long");
     return l;
   }();
   return found;
@@ -247,10 +247,10 @@ Outcome launch(Kernel, const typename Kernel::params_t& params, DLDevice device,
   config.attrs = &attribute;
   config.numAttrs = enable_pdl && JITNORM_CUDA_ARCH >= 90;
   void* arguments[] = {const_cast<typename Kernel::params_t*>(&params)};
-  const Grid grid = config.gridDimX <= Kernel::kShortGrid  ? Grid::kShort
-                    : config.gridDimX >= Kernel::kLongGrid ? Grid::kLong
-                                                           : Grid::kAny;
-  CUkernel kernel = loaded<Kernel>().kernels[int(grid)];
+  const GridLength length = config.gridDimX <= Kernel::kShortGrid  ? GridLength::kShort
+                            : config.gridDimX >= Kernel::kLongGrid ? GridLength::kLong
+                                                                   : GridLength::kAny;
+  CUkernel kernel = loaded<Kernel>().kernels[int(length)];
   DeviceGuard guard(gpu.device, gpu.context);
   CUresult result = driver().launch(&config, reinterpret_cast<CUfunction>(kernel), arguments, nullptr);
   if (result == CUDA_SUCCESS) return Outcome::kDone;
