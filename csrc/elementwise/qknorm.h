@@ -118,9 +118,9 @@ Outcome fused_inplace_qknorm(const TVMFFIAny* args, int num_args) {
     return Outcome::kRefused;
   const index_t heads = q.heads + k.heads, rows = q.tokens * heads;
   if (rows == 0) return Outcome::kDone;
-  if (rows > kMostRows || overlap<T>(q, k)) return Outcome::kRefused;
-  for (const Heads* written : {&q, &k})
-    if (!writable(*written, q_weight) || !writable(*written, k_weight)) return Outcome::kRefused;
+  if (rows > kMostRows || overlap<T>(q, k) || !writable(q, q_weight) || !writable(q, k_weight) ||
+      !writable(k, q_weight) || !writable(k, k_weight))
+    return Outcome::kRefused;
   QKNormParams params{
       q.data,        k.data,        q_weight.data,     k_weight.data,   q.stride,          k.stride,
       q.head_stride, k.head_stride, divisor_of(heads), unsigned(heads), unsigned(q.heads), static_cast<float>(eps),
