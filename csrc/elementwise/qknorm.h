@@ -3,7 +3,6 @@
 #pragma once
 #include "jitnorm/divide.h"
 #include "jitnorm/dtype.h"
-#include "jitnorm/rms_policy.h"
 
 namespace jitnorm {
 

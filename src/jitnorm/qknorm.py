@@ -112,9 +112,10 @@ def _dispatch(
         torch.ops.jitnorm.fused_inplace_qknorm(q, k, q_weight, k_weight, eps, head_dim, enable_pdl)
         return
     check_kinds(q, k, q_weight, k_weight, head_dim)
-    for name, written, weight in (("q", q, q_weight), ("k", k, k_weight)):
+    for name, written in (("q", q), ("k", k)):
         if written.requires_grad and written.is_leaf:
             raise RuntimeError(f"{name} is a leaf that requires grad, which {QKNORM.op} cannot overwrite")
+    for written, weight in ((q, q_weight), (k, k_weight)):
         written.copy_(dispatch_rmsnorm(norms.RMSNORM, written.contiguous(), weight, eps, None, enable_pdl))
 
 
