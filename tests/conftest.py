@@ -46,14 +46,14 @@ def cache_dir(tmp_path, monkeypatch):
     """An empty cache of the test's own, and an engine that remembers nothing of the session's."""
     import jitnorm.rmsnorm  # noqa: F401
     from jitnorm.jit import load
-    from jitnorm.norms import NORMS
+    from jitnorm.operators import OPERATORS
     from jitnorm.rmsnorm import _jit_rmsnorm_module
 
     folder = tmp_path / "cache"
     monkeypatch.setenv("JITNORM_CACHE_DIR", str(folder))
     monkeypatch.setattr(load, "_loaded", {})
     monkeypatch.setattr(load, "_failed", {})
-    known = [table for norm in NORMS for table in (norm.kernels, norm.exact)]
+    known = [table for operator in OPERATORS for table in (operator.kernels, operator.exact)]
     before = [dict(table) for table in known]
     for table in known:
         table.clear()

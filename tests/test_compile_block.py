@@ -231,8 +231,11 @@ def test_opcheck(norm, device):
 
 
 def test_every_registered_operator_is_checked():
-    """By the test above, which knows these forms."""
+    """By the test above, which knows these forms, or by those of the operator's own file."""
+    elsewhere = {
+        "jitnorm::fused_inplace_qknorm",
+    }
     forms = {"rmsnorm": ("", "_out"), "fused_add_rmsnorm": ("", "_functional")}
     expected = {f"jitnorm::{norm.op}{form}" for norm in norms.NORMS for form in forms[norm.entry]}
     registered = {schema.name for schema in torch._C._jit_get_all_schemas() if schema.name.startswith("jitnorm::")}
-    assert registered == expected
+    assert registered - elsewhere == expected

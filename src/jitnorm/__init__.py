@@ -7,13 +7,16 @@ from jitnorm._version import __version__
 from jitnorm.fused_add_rmsnorm import fused_add_rmsnorm
 from jitnorm.gemma_fused_add_rmsnorm import gemma_fused_add_rmsnorm
 from jitnorm.gemma_rmsnorm import gemma_rmsnorm
+from jitnorm.qknorm import can_use_fused_inplace_qknorm, fused_inplace_qknorm
 from jitnorm.rmsnorm import rmsnorm
 from jitnorm.transformers_patch import patch_transformers
 from jitnorm.warmup import warmup
 
 __all__ = [
     "__version__",
+    "can_use_fused_inplace_qknorm",
     "fused_add_rmsnorm",
+    "fused_inplace_qknorm",
     "gemma_fused_add_rmsnorm",
     "gemma_rmsnorm",
     "nn",

@@ -53,13 +53,19 @@ def rows(name: str, value: torch.Tensor) -> None:
         raise ValueError(f"{name} must have leading dimensions that collapse to one row stride, got {layout}")
     if value.data_ptr() == 0:
         raise ValueError(f"{name} must have storage, got a tensor without any")
-    if value.is_cuda:
-        address, step = value.data_ptr(), (row_stride(value) or 0) * value.element_size()
-        if address % CUDA_ALIGNMENT or step % CUDA_ALIGNMENT:
-            raise ValueError(
-                f"{name} must be aligned to {CUDA_ALIGNMENT} bytes in every row, "
-                f"got an address of {address % CUDA_ALIGNMENT} modulo {CUDA_ALIGNMENT} and a row stride of {step} bytes"
-            )
+    aligned(name, value, row_stride(value) or 0)
+
+
+def aligned(name: str, value: torch.Tensor, *strides: int) -> None:
+    """On CUDA, every row is whole accesses of a kernel; rows are these numbers of elements apart."""
+    if not value.is_cuda:
+        return
+    address, steps = value.data_ptr() % CUDA_ALIGNMENT, [stride * value.element_size() for stride in strides]
+    if address or any(step % CUDA_ALIGNMENT for step in steps):
+        raise ValueError(
+            f"{name} must be aligned to {CUDA_ALIGNMENT} bytes in every row, got an address of {address} modulo "
+            f"{CUDA_ALIGNMENT} and strides of {' and '.join(map(str, steps))} bytes between rows"
+        )
 
 
 def row_stride(value: torch.Tensor) -> int | None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 
 from jitnorm import norms
-from jitnorm.norm_ops import dispatch_fused_add_rmsnorm, is_traced, needs_grad
+from jitnorm.norm_ops import dispatch_fused_add_rmsnorm
+from jitnorm.torch_library import is_traced, needs_grad
 
 _NORM, _ROUNDED = norms.FUSED_ADD_RMSNORM, norms.FUSED_ADD_RMSNORM_ROUND_SUM
 _is_dynamo_compiling = torch.compiler.is_dynamo_compiling
@@ -66,4 +67,4 @@ def first_fused_add_rmsnorm(
     norms.check_fused_add_rmsnorm(norm, input, residual, weight, eps, enable_pdl)
     if needs_grad(input, residual, weight):
         return dispatch_fused_add_rmsnorm(norm, input, residual, weight, eps, enable_pdl)
-    return norm.call(input, weight, input, residual, weight, eps, enable_pdl)
+    return norm.run(input, weight, input, residual, weight, eps, enable_pdl)

@@ -16,9 +16,9 @@ from jitnorm import checks
 from jitnorm.fused_add_rmsnorm import fused_add_rmsnorm
 from jitnorm.gemma_fused_add_rmsnorm import gemma_fused_add_rmsnorm
 from jitnorm.gemma_rmsnorm import gemma_rmsnorm
-from jitnorm.norm_ops import needs_grad
 from jitnorm.norms import is_supported_hidden_size
 from jitnorm.rmsnorm import rmsnorm
+from jitnorm.torch_library import needs_grad
 
 _HALF = (torch.float16, torch.bfloat16)
 _DTYPES = (*_HALF, torch.float32)

@@ -1,6 +1,5 @@
-"""torch.ops.jitnorm.*: the RMSNorm family for torch.compile, export, fake tensors and autograd.
+"""The RMSNorm family in torch.ops.jitnorm.
 
-Eager calls without gradients do not pass here: a dispatched call costs three times what the kernel's own entry does.
 For every operator there is a functional form, which has a backward, and one that writes into its arguments.
 """
 
@@ -10,7 +9,6 @@ from typing import Any
 
 import torch
 
-from jitnorm.jit.load import load
 from jitnorm.norms import (
     FUSED_ADD_RMSNORM,
     FUSED_ADD_RMSNORM_ROUND_SUM,
@@ -23,33 +21,14 @@ from jitnorm.norms import (
     check_kinds,
     check_rmsnorm,
 )
-from jitnorm.targets import target_of
-
-_library = torch.library.Library("jitnorm", "DEF")
-
-
-def is_traced(*tensors: object) -> bool:
-    """Whether one of these has no storage of its own, so that only torch's dispatcher can tell what a call means."""
-    return (
-        torch.compiler.is_compiling()
-        or torch._C._get_tracing_state() is not None
-        or torch._C._len_torch_dispatch_stack() > 0
-        or any(isinstance(t, torch.Tensor) and _is_stand_in(t) for t in tensors)
-    )
-
-
-def _is_stand_in(tensor: torch.Tensor) -> bool:
-    """A FakeTensor, a meta tensor, another subclass that interprets operators itself, or torch.func's wrapper."""
-    return (
-        tensor.is_meta
-        or type(tensor).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__
-        or torch._C._functorch.is_functorch_wrapped_tensor(tensor)
-    )
-
-
-def needs_grad(*tensors: object) -> bool:
-    """Whether autograd has to know of a call on these."""
-    return torch.is_grad_enabled() and any(isinstance(t, torch.Tensor) and t.requires_grad for t in tensors)
+from jitnorm.torch_library import (
+    build_while_tracing,
+    count_version,
+    needs_grad,
+    refuse_tangents,
+    register,
+    register_autograd,
+)
 
 
 def dispatch_rmsnorm(
@@ -61,7 +40,7 @@ def dispatch_rmsnorm(
     enable_pdl: bool | None,
 ) -> torch.Tensor:
     """A call by way of torch's dispatcher."""
-    _refuse_tangents(norm)
+    refuse_tangents(norm)
     if out is None:
         result: torch.Tensor = getattr(torch.ops.jitnorm, norm.op)(input, weight, eps, enable_pdl)
         return result
@@ -80,7 +59,7 @@ def dispatch_fused_add_rmsnorm(
     enable_pdl: bool | None,
 ) -> None:
     """A call by way of torch's dispatcher; with gradients, what it writes is copied from the functional form."""
-    _refuse_tangents(norm)
+    refuse_tangents(norm)
     if needs_grad(input, residual, weight):
         for name, written in (("input", input), ("residual", residual)):
             if written.requires_grad and written.is_leaf:
@@ -93,16 +72,10 @@ def dispatch_fused_add_rmsnorm(
         getattr(torch.ops.jitnorm, norm.op)(input, residual, weight, eps, enable_pdl)
 
 
-def _build_while_tracing(norm: Norm, input: torch.Tensor, weight: torch.Tensor, **like_input: torch.Tensor) -> None:
+def _trace(norm: Norm, input: torch.Tensor, weight: torch.Tensor, **like_input: torch.Tensor) -> None:
     """Refuses what a kernel would, as far as it shows, and builds now, not in the middle of the graph's first run."""
     check_kinds(norm, input, weight, **like_input)
-    if not input.is_meta:
-        load(norm.spec(int(input.shape[-1]), input.dtype, weight.dtype, target_of(input)))
-
-
-def _refuse_tangents(norm: Norm) -> None:
-    if torch.autograd.forward_ad._current_level >= 0:
-        raise RuntimeError(f"{norm.op} has no forward-mode derivative")
+    build_while_tracing(norm, input, int(input.shape[-1]), input.dtype, weight.dtype)
 
 
 def _gradients(
@@ -117,44 +90,28 @@ def _gradients(
     return of_x, of_weight
 
 
-def _count_version(*written: torch.Tensor) -> None:
-    """So that autograd notices if one of these was saved for a backward."""
-    for tensor in written:
-        if not tensor.is_inference():
-            torch.autograd.graph.increment_version(tensor)
-
-
-def _register(schema: str, implementation: Any, fake: Any) -> str:
-    _library.define(schema)
-    name = schema.partition("(")[0]
-    for key in ("CPU", "CUDA"):
-        _library.impl(name, implementation, key)
-    torch.library.register_fake(f"jitnorm::{name}", fake, lib=_library)
-    return f"jitnorm::{name}"
-
-
 def _register_rmsnorm(norm: Norm) -> None:
     def run(input: Any, weight: Any, eps: float = 1e-6, enable_pdl: bool | None = None) -> torch.Tensor:
         out = torch.empty_like(input)
         arguments = input, weight, out, eps, enable_pdl
-        if not norm.call_last(input, weight, *arguments):
+        if not norm.call_last((weight.nbytes, input.dtype), *arguments):
             check_rmsnorm(norm, input, weight, eps, None, enable_pdl)
-            norm.call(input, weight, *arguments)
+            norm.run(input, weight, *arguments)
         return out
 
     def run_out(input: Any, weight: Any, out: Any, eps: float = 1e-6, enable_pdl: bool | None = None) -> None:
         arguments = input, weight, out, eps, enable_pdl
-        if not norm.call_last(input, weight, *arguments):
+        if not norm.call_last((weight.nbytes, input.dtype), *arguments):
             check_rmsnorm(norm, input, weight, eps, out, enable_pdl)
-            norm.call(input, weight, *arguments)
-        _count_version(out)
+            norm.run(input, weight, *arguments)
+        count_version(out)
 
     def fake(input: Any, weight: Any, eps: float = 1e-6, enable_pdl: bool | None = None) -> torch.Tensor:
-        _build_while_tracing(norm, input, weight)
+        _trace(norm, input, weight)
         return torch.empty_like(input)
 
     def fake_out(input: Any, weight: Any, out: Any, eps: float = 1e-6, enable_pdl: bool | None = None) -> None:
-        _build_while_tracing(norm, input, weight, out=out)
+        _trace(norm, input, weight, out=out)
 
     def save(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
         ctx.save_for_backward(*inputs[:2])
@@ -166,34 +123,34 @@ def _register_rmsnorm(norm: Norm) -> None:
         return of_x.to(x.dtype), of_weight.to(weight.dtype), None, None
 
     rest = "float eps=1e-6, bool? enable_pdl=None"
-    name = _register(f"{norm.op}(Tensor input, Tensor weight, {rest}) -> Tensor", run, fake)
-    torch.library.register_autograd(name, backward, setup_context=save, lib=_library)
-    _register(f"{norm.op}_out(Tensor input, Tensor weight, Tensor(a!) out, {rest}) -> ()", run_out, fake_out)
+    name = register(f"{norm.op}(Tensor input, Tensor weight, {rest}) -> Tensor", run, fake)
+    register_autograd(name, backward, save)
+    register(f"{norm.op}_out(Tensor input, Tensor weight, Tensor(a!) out, {rest}) -> ()", run_out, fake_out)
 
 
 def _register_fused_add_rmsnorm(norm: Norm) -> None:
     def run(input: Any, residual: Any, weight: Any, eps: float = 1e-6, enable_pdl: bool | None = None) -> None:
         arguments = input, residual, weight, eps, enable_pdl
-        if not norm.call_last(input, weight, *arguments):
+        if not norm.call_last((weight.nbytes, input.dtype), *arguments):
             check_fused_add_rmsnorm(norm, input, residual, weight, eps, enable_pdl)
-            norm.call(input, weight, *arguments)
-        _count_version(input, residual)
+            norm.run(input, weight, *arguments)
+        count_version(input, residual)
 
     def run_functional(
         input: Any, residual: Any, weight: Any, eps: float = 1e-6, enable_pdl: bool | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         check_fused_add_rmsnorm(norm, input, residual, weight, eps, enable_pdl)
         normalised, total = input.clone(), residual.clone()
-        norm.call(normalised, weight, normalised, total, weight, eps, enable_pdl)
+        norm.run(normalised, weight, normalised, total, weight, eps, enable_pdl)
         return normalised, total
 
     def fake(input: Any, residual: Any, weight: Any, eps: float = 1e-6, enable_pdl: bool | None = None) -> None:
-        _build_while_tracing(norm, input, weight, residual=residual)
+        _trace(norm, input, weight, residual=residual)
 
     def fake_functional(
         input: Any, residual: Any, weight: Any, eps: float = 1e-6, enable_pdl: bool | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        _build_while_tracing(norm, input, weight, residual=residual)
+        _trace(norm, input, weight, residual=residual)
         return torch.empty_like(input), torch.empty_like(residual)
 
     def save(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
@@ -208,11 +165,11 @@ def _register_fused_add_rmsnorm(norm: Norm) -> None:
         return of_both, of_both, of_weight.to(weight.dtype), None, None
 
     tensors, rest = "Tensor{} input, Tensor{} residual, Tensor weight", "float eps=1e-6, bool? enable_pdl=None"
-    _register(f"{norm.op}({tensors.format('(a!)', '(b!)')}, {rest}) -> ()", run, fake)
-    name = _register(
+    register(f"{norm.op}({tensors.format('(a!)', '(b!)')}, {rest}) -> ()", run, fake)
+    name = register(
         f"{norm.op}_functional({tensors.format('', '')}, {rest}) -> (Tensor, Tensor)", run_functional, fake_functional
     )
-    torch.library.register_autograd(name, backward, setup_context=save, lib=_library)
+    register_autograd(name, backward, save)
 
 
 for _norm in (RMSNORM, GEMMA_RMSNORM):

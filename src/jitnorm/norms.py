@@ -6,15 +6,14 @@ which a call takes once for each size, or to be told what is wrong with it.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from jitnorm import checks
-from jitnorm.jit.load import load
 from jitnorm.jit.spec import KernelSpec, Target
+from jitnorm.operators import Operator
 from jitnorm.targets import target_of
 
 _WARP_SIZES = (64, 128, 256)
@@ -41,21 +40,19 @@ def kernel_class(hidden_size: int, op: str = "rmsnorm") -> str:
 
 
 @dataclass(frozen=True)
-class Norm:
+class Norm(Operator):
     """One operator of the family, or one of its variants."""
 
-    op: str
-    entry: str  # the glue in csrc/elementwise/rmsnorm.h: rmsnorm or fused_add_rmsnorm
-    policy: str  # what sets its kernels apart, in the same file
-    # The last kernel used for (weight's bytes, input's dtype): what is cheapest to ask of tensors. It may be for
-    # another device, or for weights of another size and dtype: then it refuses, and a detour finds the right one.
-    kernels: dict[tuple[int, torch.dtype], Callable[..., int]] = field(default_factory=dict, compare=False)
-    # Every kernel used so far, by all that tells one from another.
-    exact: dict[tuple[int, torch.dtype, torch.dtype, Target], Any] = field(default_factory=dict, compare=False)
+    policy: str  # what sets its kernels apart, in csrc/include/jitnorm/rms_policy.h
+    family: str = field(default="rmsnorm", kw_only=True)  # the files in csrc/elementwise that have its kernels
+
+    def kernel_class(self, hidden_size: int) -> str:
+        """The class in csrc/elementwise that serves `hidden_size`; RuntimeError if none does."""
+        return kernel_class(hidden_size, self.op)
 
     def spec(self, hidden_size: int, dtype: torch.dtype, weight_dtype: torch.dtype, target: Target) -> KernelSpec:
         """What to build for one size. RuntimeError for a size that is not supported, TypeError for such a dtype."""
-        cls = kernel_class(hidden_size, self.op)
+        cls = self.kernel_class(hidden_size)
         if dtype not in _DTYPES or weight_dtype not in (dtype, torch.float32):
             raise TypeError(
                 f"{self.op} takes float16, bfloat16 and float32, with weights of the same dtype or float32, "
@@ -69,7 +66,7 @@ class Norm:
         policy = "" if self.policy == "Plain" else f", {self.policy}"
         return KernelSpec(
             op=self.op,
-            family="rmsnorm",
+            family=self.family,
             entry=self.entry,
             name=f"{self.op}_{hidden_size}_{name}{suffix}",
             kernel=f"{cls}<{hidden_size}, {_CPP[name]}, {_CPP[weight_name]}{policy}>",
@@ -77,27 +74,10 @@ class Norm:
             warmup=warmup,
         )
 
-    def kernel(self, input: torch.Tensor, weight: torch.Tensor) -> Callable[..., int]:
-        """The function that serves these tensors, which have been checked; the next call finds it at once."""
+    def run(self, input: torch.Tensor, weight: torch.Tensor, *arguments: Any) -> None:
+        """Calls the kernel that serves `input` and `weight` on `arguments`, which have been checked."""
         key = input.shape[-1], input.dtype, weight.dtype, target_of(input)
-        function = self.exact.get(key)
-        if function is None:
-            function = self.exact[key] = getattr(load(self.spec(*key)), self.entry)
-        # A launch takes microseconds: to hand the interpreter to another thread meanwhile is to wait for it afterwards.
-        # On the CPU the library hands it over itself, where the work is long enough.
-        function.release_gil = False
-        self.kernels[weight.nbytes, input.dtype] = function
-        return function  # type: ignore[no-any-return]
-
-    def call_last(self, input: torch.Tensor, weight: torch.Tensor, *arguments: Any) -> bool:
-        """Runs the kernel that served last on unchecked `arguments`; False if there is none or it refuses them."""
-        function = self.kernels.get((weight.nbytes, input.dtype))
-        return function is not None and not function(*arguments)
-
-    def call(self, input: torch.Tensor, weight: torch.Tensor, *arguments: Any) -> None:
-        """Runs the kernel on `arguments`, which have been checked."""
-        if self.kernel(input, weight)(*arguments):
-            raise RuntimeError(f"jitnorm: {self.op} refused arguments that its checks accept; please report this")
+        self.call((weight.nbytes, input.dtype), key, *arguments)
 
 
 RMSNORM = Norm("rmsnorm", "rmsnorm", "Plain")

@@ -9,8 +9,9 @@ import torch
 
 from jitnorm import norms
 from jitnorm.jit.load import load
-from jitnorm.norm_ops import dispatch_rmsnorm, is_traced, needs_grad
+from jitnorm.norm_ops import dispatch_rmsnorm
 from jitnorm.targets import resolve_target
+from jitnorm.torch_library import is_traced, needs_grad
 
 _NORM = norms.RMSNORM
 _kernels = _NORM.kernels
@@ -77,7 +78,7 @@ def first_rmsnorm(
     if needs_grad(input, weight, out):
         return dispatch_rmsnorm(norm, input, weight, eps, out, enable_pdl)
     to = torch.empty_like(input) if out is None else out
-    norm.call(input, weight, input, weight, to, eps, enable_pdl)
+    norm.run(input, weight, input, weight, to, eps, enable_pdl)
     return to
 
 

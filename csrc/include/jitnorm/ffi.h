@@ -96,6 +96,13 @@ bool as_rows(const DLTensor& tensor, index_t hidden_size, unsigned alignment, Ro
          stride * sizeof(T) % alignment == 0;
 }
 
+// One factor for each element of a row.
+template <typename Kernel>
+bool as_weight(const DLTensor* tensor, Rows* rows) {
+  using W = typename Kernel::weight_t;
+  return tensor && tensor->ndim == 1 && as_rows<W>(*tensor, Kernel::kHiddenSize, Kernel::kAlignment, rows);
+}
+
 // Rows that share memory. Exact where both have one stride (the column slices of one buffer lie between each other
 // without touching); where the strides differ, overlapping extents count as shared.
 template <typename T>

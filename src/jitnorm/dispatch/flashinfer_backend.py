@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from jitnorm.norm_ops import is_traced
+from jitnorm.torch_library import is_traced
 
 # The operators, and the ranks that both of FlashInfer's implementations take (its CUDA one is the stricter).
 RANKS = {

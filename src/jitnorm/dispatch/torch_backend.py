@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from jitnorm import checks
-from jitnorm.norm_ops import is_traced, needs_grad
+from jitnorm.torch_library import is_traced, needs_grad
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 

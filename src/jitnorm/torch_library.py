@@ -1,0 +1,74 @@
+"""What operators need to be torch's as well, for torch.compile, export, fake tensors and autograd: torch.ops.jitnorm.*
+
+Eager calls without gradients do not pass there: a dispatched call costs three times what the kernel's own entry does.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from jitnorm.jit.load import load
+from jitnorm.operators import Operator
+from jitnorm.targets import target_of
+
+_library = torch.library.Library("jitnorm", "DEF")
+
+
+def is_traced(*tensors: object) -> bool:
+    """Whether one of these has no storage of its own, so that only torch's dispatcher can tell what a call means."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._get_tracing_state() is not None
+        or torch._C._len_torch_dispatch_stack() > 0
+        or any(isinstance(t, torch.Tensor) and _is_stand_in(t) for t in tensors)
+    )
+
+
+def _is_stand_in(tensor: torch.Tensor) -> bool:
+    """A FakeTensor, a meta tensor, another subclass that interprets operators itself, or torch.func's wrapper."""
+    return (
+        tensor.is_meta
+        or type(tensor).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__
+        or torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+    )
+
+
+def needs_grad(*tensors: object) -> bool:
+    """Whether autograd has to know of a call on these."""
+    return torch.is_grad_enabled() and any(isinstance(t, torch.Tensor) and t.requires_grad for t in tensors)
+
+
+def refuse_tangents(operator: Operator) -> None:
+    """RuntimeError inside forward-mode differentiation."""
+    if torch.autograd.forward_ad._current_level >= 0:
+        raise RuntimeError(f"{operator.op} has no forward-mode derivative")
+
+
+def count_version(*written: torch.Tensor) -> None:
+    """So that autograd notices if one of these was saved for a backward."""
+    for tensor in written:
+        if not tensor.is_inference():
+            torch.autograd.graph.increment_version(tensor)
+
+
+def build_while_tracing(operator: Operator, like: torch.Tensor, *sizes: Any) -> None:
+    """Builds `operator.spec(*sizes, target)` for the device of `like`: now, not in a graph's first run."""
+    if not like.is_meta:
+        load(operator.spec(*sizes, target_of(like)))
+
+
+def register(schema: str, implementation: Any, fake: Any) -> str:
+    """Makes torch.ops.jitnorm.<name> of a schema, what runs on either device, and what traces."""
+    _library.define(schema)
+    name = schema.partition("(")[0]
+    for key in ("CPU", "CUDA"):
+        _library.impl(name, implementation, key)
+    torch.library.register_fake(f"jitnorm::{name}", fake, lib=_library)
+    return f"jitnorm::{name}"
+
+
+def register_autograd(name: str, backward: Any, save: Any) -> None:
+    """Gives the operator that `register` named a backward; `save` keeps what that needs."""
+    torch.library.register_autograd(name, backward, setup_context=save, lib=_library)
