@@ -55,12 +55,7 @@ def apply_qk_norm(
         q_heads, k_heads = (x.view(-1, x.shape[-1] // head_dim, head_dim) for x in (q, k))
         fused_inplace_qknorm(q_heads, k_heads, _weight(q_norm), _weight(k_norm), _eps(q_norm), head_dim=head_dim)
         return q, k
-    if (
-        alt_stream is None
-        or not q.is_cuda
-        or torch.compiler.is_compiling()
-        or not torch.cuda.is_current_stream_capturing()
-    ):
+    if alt_stream is None or not _is_capturing(q):
         return _normalised(q, q_norm, head_dim, compiler), _normalised(k, k_norm, head_dim, compiler)
     current = torch.cuda.current_stream(q.device)
     alt_stream.wait_stream(current)
