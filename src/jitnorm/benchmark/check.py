@@ -40,7 +40,9 @@ def relative_error(
     for result, error in zip(results, errors, strict=True):
         allowed = _TOLERANCE.get(result.dtype, 0.0) if tolerance is None else tolerance
         if not error <= allowed:  # NaN is not
-            raise ValueError(f"wrong result, relative error {error:.1e}, at most {allowed:.0e} is due to {result.dtype}")
+            raise ValueError(
+                f"wrong result, relative error {error:.1e}, at most {allowed:.0e} is due to {result.dtype}"
+            )
     return max(errors)
 
 

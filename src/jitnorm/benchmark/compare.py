@@ -84,7 +84,9 @@ def rows_of(comparisons: list[Comparison], unit: str) -> list[list[str]]:
     """For a table: row, implementation, both figures, difference with noise, verdict."""
     rows = []
     for c in comparisons:
-        figures = [f"{r.seconds / UNITS[unit]:.4g}" if isinstance(r, BenchResult) else "error" for r in (c.before, c.after)]
+        figures = [
+            f"{r.seconds / UNITS[unit]:.4g}" if isinstance(r, BenchResult) else "error" for r in (c.before, c.after)
+        ]
         difference = "" if math.isnan(c.difference) else f"{c.difference:+.1%} +-{c.noise:.1%}"
         rows.append([str(c.row), c.line, *figures, difference, c.verdict.value])
     return rows

@@ -50,7 +50,9 @@ class BenchResult:
     more: Callable[[], tuple[list[float], str | None]] | None = field(default=None, repr=False, compare=False)
 
     @classmethod
-    def of(cls, rounds: Sequence[Sequence[float]], metrics: Sequence[stats.Metric] = (0.5, "avg"), **rest: Any) -> BenchResult:
+    def of(
+        cls, rounds: Sequence[Sequence[float]], metrics: Sequence[stats.Metric] = (0.5, "avg"), **rest: Any
+    ) -> BenchResult:
         """From samples in seconds, taken in any way, by rounds."""
         samples = [sample for one in rounds for sample in one]
         if not samples:
@@ -147,7 +149,9 @@ def do_bench(
     """
     call = Call(fn, tuple(input_args), dict(input_kwargs or {}))
     if replay_iters < 1 or warmup_iters < 0:
-        raise ValueError(f"replay_iters must be 1 or more and warmup_iters 0 or more, got {replay_iters}, {warmup_iters}")
+        raise ValueError(
+            f"replay_iters must be 1 or more and warmup_iters 0 or more, got {replay_iters}, {warmup_iters}"
+        )
     for metric in metrics:
         stats.measure([0.0], metric)  # before the work, not after it
     device = _device(call, stream)
@@ -260,7 +264,9 @@ def _rotation(
     reached = max(count * each, bytes_of(distinct(touched)))
     note = None
     if reached < needed:
-        note = f"not cold: calls touch {reached / 1e6:.1f} MB until one repeats; more than {needed / 1e6:.0f} MB would be"
+        note = (
+            f"not cold: calls touch {reached / 1e6:.1f} MB until one repeats; more than {needed / 1e6:.0f} MB would be"
+        )
     return rotate(call, cloned, count), note
 
 

@@ -42,7 +42,9 @@ def run(
     return report
 
 
-def _row(fn: Callable[..., BenchResult], point: dict[str, Any], line_axis: str, lines: Sequence[str], copy: bool) -> Row:
+def _row(
+    fn: Callable[..., BenchResult], point: dict[str, Any], line_axis: str, lines: Sequence[str], copy: bool
+) -> Row:
     with settings.using(rounds_by_runner=True) as run:
         cells: dict[str, Cell] = {
             line: _attempt(lambda line=line: _checked(fn(**point, **{line_axis: line}))) for line in lines
@@ -61,9 +63,7 @@ def copy_of(footprint: int) -> BenchResult:
         raise Skip("no result of this row says how many bytes a call moves")
     half = max(1, footprint // 2 // settings.current().dtype.itemsize)
     source, target = settings.create_random(half), settings.create_empty(half)
-    return do_bench(
-        torch.Tensor.copy_, input_args=(target, source), memory_args=(source,), memory_output=(target,)
-    )
+    return do_bench(torch.Tensor.copy_, input_args=(target, source), memory_args=(source,), memory_output=(target,))
 
 
 def _attempt(measure: Callable[[], BenchResult]) -> Cell:

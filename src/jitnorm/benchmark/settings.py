@@ -40,7 +40,9 @@ def using(**changes: Any) -> Iterator[Settings]:
         _current = before
 
 
-def create_empty(*shape: int, dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> torch.Tensor:
+def create_empty(
+    *shape: int, dtype: torch.dtype | None = None, device: torch.device | str | None = None
+) -> torch.Tensor:
     """A tensor that a call will fill, of the run's dtype on the run's device."""
     run = current()
     return torch.empty(*shape, dtype=dtype or run.dtype, device=device or run.device)

@@ -20,7 +20,10 @@ def as_table(report: Report) -> str:
     heads = [("", axis) for axis in report.axes]
     heads += [(line, name) for line in report.lines for name in _columns(report, line)]
     body = [
-        [*(str(value) for value in row.point.values()), *(c for line in report.lines for c in _cells(report, row, line))]
+        [
+            *(str(value) for value in row.point.values()),
+            *(c for line in report.lines for c in _cells(report, row, line)),
+        ]
         for row in report.rows
     ]
     lines = [f"{report.name}, {report.unit} a call", *_aligned(heads, body)]
@@ -68,8 +71,9 @@ def _metrics(report: Report) -> list[stats.Metric]:
 
 
 def _columns(report: Report, line: str) -> list[str]:
-    names = [stats.metric_name(metric) for metric in _metrics(report)] or [report.unit]
-    names.append("+-%")
+    if not any(line in row.results() for row in report.rows):
+        return [""]  # a word a row
+    names = [*(stats.metric_name(metric) for metric in _metrics(report)), "+-%"]
     if _has_bandwidth(report):
         names.append("GB/s")
         if COPY in report.lines and line != COPY:
@@ -131,12 +135,16 @@ def _footer(report: Report) -> list[str]:
     results = [cell for _, _, cell in cells if isinstance(cell, BenchResult)]
     lines = [""]
     if _has_bandwidth(report):
-        lines.append("GB/s: 1e9 bytes, read and written, a second" + ("; /copy: of the copy's" * (COPY in report.lines)))
+        lines.append(
+            "GB/s: 1e9 bytes, read and written, a second" + ("; /copy: of the copy's" * (COPY in report.lines))
+        )
     if any(result.noise > QUIET for result in results):
         lines.append(f"~ stayed noisy: the median may be off by more than {QUIET:.1%}")
-    lines += _grouped("*", ((row, line, note) for row, line, cell in cells for note in getattr(cell, "notes", ())))
-    lines += _grouped("N/A", ((row, line, cell.reason) for row, line, cell in cells if isinstance(cell, Skipped)))
-    lines += _grouped("error", ((row, line, cell.message) for row, line, cell in cells if isinstance(cell, Failed)))
+    notes = [(row, line, note) for row, line, cell in cells for note in getattr(cell, "notes", ())]
+    skipped = [(row, line, cell.reason) for row, line, cell in cells if isinstance(cell, Skipped)]
+    failed = [(row, line, cell.message) for row, line, cell in cells if isinstance(cell, Failed)]
+    for mark, remarks in (("*", notes), ("N/A", skipped), ("error", failed)):
+        lines += _grouped(mark, remarks, len(report.rows))
     errors: dict[str, float] = {}
     for _, line, cell in cells:
         if isinstance(cell, BenchResult) and cell.error is not None:
@@ -149,8 +157,8 @@ def _footer(report: Report) -> list[str]:
     return lines if len(lines) > 1 else []
 
 
-def _grouped(mark: str, remarks: Iterable[tuple[Row, str, str]]) -> list[str]:
-    """One line for each text: whose it is, and at which rows."""
+def _grouped(mark: str, remarks: Iterable[tuple[Row, str, str]], num_rows: int) -> list[str]:
+    """One line for each text: whose it is and, unless that is everywhere, at which rows."""
     groups: dict[str, list[tuple[Row, str]]] = {}
     for row, line, text in remarks:
         groups.setdefault(text, []).append((row, line))
@@ -158,9 +166,9 @@ def _grouped(mark: str, remarks: Iterable[tuple[Row, str, str]]) -> list[str]:
     for text, places in groups.items():
         names = ", ".join(dict.fromkeys(line for _, line in places))
         rows = list(dict.fromkeys(str(row) for row, _ in places))
-        more = f" and {len(rows) - 2} more" if len(rows) > 2 else ""
-        where = "; ".join(rows[:2]) + more
-        texts.append(f"{mark} {names} at {where}: {text}")
+        where = f" at {'; '.join(rows[:2])}" if len(rows) < num_rows else ""
+        more = f" and {len(rows) - 2} more rows" if where and len(rows) > 2 else ""
+        texts.append(f"{mark} {names}{where}{more}: {text}")
     return texts
 
 

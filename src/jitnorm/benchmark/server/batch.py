@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import http.client
 import json
 import random
 import statistics
@@ -182,12 +181,10 @@ def _send(url: str, api: _Api, prompts: list[list[int]], timeout: float) -> list
             with contextlib.closing(connection):
                 try:
                     _stream(connection, api, prompt, request, started[0])
-                except (OSError, http.client.HTTPException, ValueError) as error:
+                except Exception as error:  # whatever it is, the others' figures are worth having
                     request.error = str(error) or type(error).__name__
 
-    threads = [
-        threading.Thread(target=work, args=pair, daemon=True) for pair in zip(requests, prompts, strict=True)
-    ]
+    threads = [threading.Thread(target=work, args=pair, daemon=True) for pair in zip(requests, prompts, strict=True)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -199,7 +196,9 @@ def _stream(connection: Connection, api: _Api, prompt: list[int], request: Reque
     with connection.request("POST", api.path, json.dumps(api.body(prompt)).encode()) as response:
         kind = response.getheader("Content-Type", "")
         if response.status != 200:
-            raise ValueError(f"HTTP status {response.status}: {_beginning(response.read(1000).decode(errors='replace'))}")
+            raise ValueError(
+                f"HTTP status {response.status}: {_beginning(response.read(1000).decode(errors='replace'))}"
+            )
         if "text/event-stream" not in kind:
             raise ValueError(f"answered with {kind or 'no content type'} instead of a stream of events")
         for data in events(response):
