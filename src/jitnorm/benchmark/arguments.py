@@ -1,4 +1,4 @@
-"""The tensors of a call: how many bytes it reads and writes, and copies of them that take turns so that none is cached."""
+"""The tensors of a call: how many bytes it reads and writes, and copies of them for calls to take in turn."""
 
 from __future__ import annotations
 
@@ -25,8 +25,10 @@ class Call:
 
     def tensors(self) -> dict[int | str, torch.Tensor]:
         """By position or name."""
-        named = [*enumerate(self.args), *self.kwargs.items()]
-        return {key: value for key, value in named if isinstance(value, torch.Tensor)}
+        tensors: dict[int | str, torch.Tensor] = {
+            i: arg for i, arg in enumerate(self.args) if isinstance(arg, torch.Tensor)
+        }
+        return tensors | {name: arg for name, arg in self.kwargs.items() if isinstance(arg, torch.Tensor)}
 
     def replaced(self, new: dict[int | str, torch.Tensor]) -> Call:
         args = tuple(new.get(i, arg) for i, arg in enumerate(self.args))
@@ -100,8 +102,8 @@ def _spans(tensors: Iterable[torch.Tensor]) -> dict[int, tuple[torch.Tensor, int
     spans: dict[int, tuple[torch.Tensor, int, int]] = {}
     for tensor in tensors:
         size, pointer = tensor.element_size(), tensor.untyped_storage().data_ptr()
-        first = tensor.storage_offset() * size
-        reach = sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True))
+        first = int(tensor.storage_offset()) * size
+        reach = sum((n - 1) * int(stride) for n, stride in zip(tensor.shape, tensor.stride(), strict=True))
         last = first + (reach + 1) * size if tensor.numel() else first
         _, start, end = spans.get(pointer, (tensor, first, last))
         spans[pointer] = (tensor, min(start, first) // _PAGE * _PAGE, max(end, last))

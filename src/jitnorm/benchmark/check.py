@@ -41,7 +41,7 @@ def relative_error(
         allowed = _TOLERANCE.get(result.dtype, 0.0) if tolerance is None else tolerance
         if not error <= allowed:  # NaN is not
             raise ValueError(
-                f"wrong result, relative error {error:.1e}, at most {allowed:.0e} is due to {result.dtype}"
+                f"wrong result, relative error {error:.1e}, of which {result.dtype} explains {allowed:.0e}"
             )
     return max(errors)
 

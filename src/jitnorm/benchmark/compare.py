@@ -2,9 +2,9 @@
 
 A verdict comes from an interval: the relative difference of the two figures, widened on both sides by their noises,
 added in squares. A figure is the median of its rounds' medians; its noise is two standard errors of that, estimated
-from how the rounds differ, since samples within a round share clocks and placement and agree too well. Beyond the
-threshold as a whole, the interval means SLOWER or FASTER; within it as a whole, SAME. AMBIGUOUS is all else: an interval
-across the threshold, fewer than three rounds, or clocks that were throttled. The threshold, 2%, stands for what two runs
+from how the rounds differ, since samples within a round share clocks and placement and agree too well. An interval
+wholly beyond the threshold means SLOWER or FASTER, one wholly within it SAME. AMBIGUOUS is all else: an interval across
+the threshold, fewer than three rounds, or clocks that were throttled. The threshold, 2%, stands for what two runs
 differ by though each is quiet, such as where memory came to lie, which no number of rounds within one run can show.
 """
 

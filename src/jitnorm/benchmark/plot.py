@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from jitnorm.benchmark.report import COPY, Report
+
+
+_CEILING = {"color": "black", "linestyle": "--", "zorder": 1}
 
 
 def plot(report: Report, path: Path) -> None:
@@ -28,7 +32,7 @@ def plot(report: Report, path: Path) -> None:
         sizes = sorted(points[line])
         # Several shapes may move as many bytes: the slowest counts.
         rates = [min(points[line][size]) for size in sizes]
-        style = {"color": "black", "linestyle": "--", "zorder": 1} if line == COPY else {"marker": "o", "markersize": 4}
+        style: dict[str, Any] = _CEILING if line == COPY else {"marker": "o", "markersize": 4}
         axes.plot([size / 1e6 for size in sizes], rates, label=line, **style)
     axes.set(xscale="log", xlabel="MB read and written by a call", ylabel="GB/s", title=_title(report))
     axes.set_ylim(bottom=0)

@@ -71,8 +71,8 @@ class Report:
             for row in self.rows
         ]
         text = json.dumps({"format": FORMAT, **head, "rows": rows}, indent=1, default=str)
-        # Samples of a round on one line.
-        return re.sub(r"\[[^][{}\"]*\]", lambda found: re.sub(r"\s+", " ", found[0]), text) + "\n"
+        # A round's samples on one line. No string has a newline in it.
+        return re.sub(r"\[\n[\s\d.,e+-]*\]", lambda found: " ".join(found[0].split()), text) + "\n"
 
     @classmethod
     def read(cls, path: Path) -> Report:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -14,6 +15,7 @@ from jitnorm.benchmark import settings
 from jitnorm.benchmark.machine import describe
 from jitnorm.benchmark.measure import BenchResult, do_bench, settle
 from jitnorm.benchmark.report import COPY, Cell, Failed, Report, Row, Skipped
+from jitnorm.benchmark.stats import Metric
 
 
 class Skip(Exception):
@@ -47,23 +49,30 @@ def _row(
 ) -> Row:
     with settings.using(rounds_by_runner=True) as run:
         cells: dict[str, Cell] = {
-            line: _attempt(lambda line=line: _checked(fn(**point, **{line_axis: line}))) for line in lines
+            line: _attempt(functools.partial(_result_of, fn, point | {line_axis: line})) for line in lines
         }
         if copy:
             results = [cell for cell in cells.values() if isinstance(cell, BenchResult)]
             size = max((result.memory_footprint for result in results), default=0)
-            cells = {COPY: _attempt(lambda: copy_of(size)), **cells}
+            metrics = results[0].metrics if results else ()
+            cells = {COPY: _attempt(lambda: copy_of(size, metrics)), **cells}
         settle(cells, run.seconds * len(cells), _attempt)
     return Row(point, {line: c.finished() if isinstance(c, BenchResult) else c for line, c in cells.items()})
 
 
-def copy_of(footprint: int) -> BenchResult:
+def copy_of(footprint: int, metrics: Sequence[Metric] = (0.5,)) -> BenchResult:
     """`out.copy_(x)` that reads half of these bytes and writes the other half."""
     if not footprint:
         raise Skip("no result of this row says how many bytes a call moves")
     half = max(1, footprint // 2 // settings.current().dtype.itemsize)
     source, target = settings.create_random(half), settings.create_empty(half)
-    return do_bench(torch.Tensor.copy_, input_args=(target, source), memory_args=(source,), memory_output=(target,))
+    return do_bench(
+        torch.Tensor.copy_,
+        input_args=(target, source),
+        memory_args=(source,),
+        memory_output=(target,),
+        metrics=metrics,
+    )
 
 
 def _attempt(measure: Callable[[], BenchResult]) -> Cell:
@@ -76,7 +85,8 @@ def _attempt(measure: Callable[[], BenchResult]) -> Cell:
         return Failed(f"{type(error).__name__}: {message}" if message else type(error).__name__)
 
 
-def _checked(result: Any) -> BenchResult:
+def _result_of(fn: Callable[..., Any], arguments: dict[str, Any]) -> BenchResult:
+    result = fn(**arguments)
     if not isinstance(result, BenchResult):
         raise TypeError(f"a benchmark returns what do_bench returned, got {type(result).__name__}")
     return result

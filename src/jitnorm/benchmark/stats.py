@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 Metric = float | str  # a quantile between 0 and 1, or one of _NAMED
 
-_NAMED = {"avg": statistics.fmean, "min": min, "max": max}
+_NAMED: dict[str, Callable[[Sequence[float]], float]] = {"avg": statistics.fmean, "min": min, "max": max}
 _NORMAL = 1.4826  # from the median absolute deviation to the standard deviation, for normal values
 _OF_MEDIAN = 1.2533  # standard error of a median, relative to that of a mean
 
@@ -27,7 +27,7 @@ def measure(samples: Sequence[float], metric: Metric) -> float:
     if isinstance(metric, str):
         if metric not in _NAMED:
             raise ValueError(f"a metric is a quantile between 0 and 1, or one of {', '.join(_NAMED)}; got {metric!r}")
-        return float(_NAMED[metric](samples))
+        return _NAMED[metric](samples)
     if not 0 <= metric <= 1:
         raise ValueError(f"a metric that is a number is a quantile between 0 and 1, got {metric}")
     return quantile(samples, metric)
