@@ -180,14 +180,13 @@ def test_waits_for_the_stream_of_the_caller():
 
 
 def test_what_cannot_be_captured():
-    x = torch.randn(1 << 24, device="cuda")
-
-    def fn(x):
-        return x * (1 if torch.cuda.is_current_stream_capturing() else 2)
-
-    captured = marker.do_bench(fn, input_args=(x,))
-    launched = marker.do_bench(fn, input_args=(x,), use_cuda_graph=False)
-    assert launched.notes == () and 0.9 < launched.seconds / captured.seconds < 1.6
+    """Launched one by one, behind a cache that was overwritten and is written back meanwhile: a little slower."""
+    x = torch.randn(1 << 26, device="cuda")
+    captured = marker.do_bench(torch.neg, input_args=(x,))
+    launched = marker.do_bench(torch.neg, input_args=(x,), use_cuda_graph=False)
+    assert 0.95 < launched.seconds / captured.seconds < 1.4
+    synced = marker.do_bench(lambda x: x.sum().item(), input_args=(x,), use_cuda_graph=False)
+    assert synced.seconds > 0
 
 
 def test_a_capture_that_fails_stays_in_its_cell():

@@ -88,7 +88,7 @@ def test_axes_that_do_not_fit():
 
     with pytest.raises(ValueError, match=r"'n,m' takes 2 values together, got \(1, 2, 3\)"):
         marker.parametrize("n,m", [(1, 2, 3)])
-    with pytest.raises(TypeError, match="goes above @marker.benchmark, which is innermost"):
+    with pytest.raises(TypeError, match=r"goes above @marker\.benchmark, which is innermost"):
         marker.parametrize("n", [1])(lambda n: None)
     with pytest.raises(ValueError, match="unit must be one of ns, us, ms, s, got 'minutes'"):
         marker.benchmark("impl", ["a"], unit="minutes")
@@ -248,7 +248,7 @@ def command(*words, exit_code=0):
     return result
 
 
-CPU = "--warm --seconds 0 --device cpu".split()
+CPU = ["--warm", "--seconds", "0", "--device", "cpu"]
 
 
 def test_command_line(tmp_path):

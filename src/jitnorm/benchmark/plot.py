@@ -7,7 +7,6 @@ from typing import Any
 
 from jitnorm.benchmark.report import COPY, Report
 
-
 _CEILING = {"color": "black", "linestyle": "--", "zorder": 1}
 
 
