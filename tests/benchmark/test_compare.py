@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import random
 import statistics
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -155,3 +157,11 @@ def test_json_keeps_everything(tmp_path):
     assert replace(again, rounds=()) == replace(cell, rounds=())
     for one, other in zip(again.rounds, cell.rounds, strict=True):
         assert one == pytest.approx(other, rel=1e-4)
+
+
+def test_the_command_line_stays_quick():
+    """What benchmarks need is imported by those who run one."""
+    names = ("jitnorm.benchmark", "matplotlib", "prometheus_client")
+    check = f"import sys, jitnorm.cli; print([name for name in {names} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True)
+    assert done.stdout == "[]\n", done

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -64,15 +63,15 @@ class Report:
         return ((row, line, cell) for row in self.rows for line, cell in row.cells.items())
 
     def to_json(self) -> str:
-        """With every sample, in seconds."""
-        head = {k: v for k, v in vars(self).items() if k != "rows"}
-        rows = [
-            {"point": row.point, "cells": {line: _to_data(cell) for line, cell in row.cells.items()}}
-            for row in self.rows
-        ]
-        text = json.dumps({"format": FORMAT, **head, "rows": rows}, indent=1, default=str)
-        # A round's samples on one line. No string has a newline in it.
-        return re.sub(r"\[\n[\s\d.,e+-]*\]", lambda found: " ".join(found[0].split()), text) + "\n"
+        """With every sample, in seconds; a cell on a line."""
+        head = {"format": FORMAT, **{name: value for name, value in vars(self).items() if name != "rows"}}
+        rows = []
+        for row in self.rows:
+            cells = [f"    {json.dumps(line)}: {json.dumps(_to_data(cell))}" for line, cell in row.cells.items()]
+            point = json.dumps(row.point, default=str)
+            rows.append(f'  {{"point": {point}, "cells": {{\n' + ",\n".join(cells) + "\n  }}")
+        start = json.dumps(head, indent=1, default=str).removesuffix("\n}")
+        return f'{start},\n "rows": [\n' + ",\n".join(rows) + "\n ]\n}\n"
 
     @classmethod
     def read(cls, path: Path) -> Report:

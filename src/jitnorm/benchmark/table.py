@@ -53,7 +53,7 @@ def as_csv(report: Report) -> str:
             [
                 *start,
                 *(times[m] / UNITS[report.unit] if m in times else "" for m in metrics),
-                cell.noise,
+                cell.noise if cell.rounds else "",
                 cell.memory_footprint or "",
                 cell.bandwidth / 1e9 if cell.memory_footprint else "",
                 _of_copy(row, cell) or "",
@@ -89,7 +89,7 @@ def _cells(report: Report, row: Row, line: str) -> list[str]:
     times = dict(zip(cell.metrics, cell.times, strict=True))
     texts = [_number(times[m] / UNITS[report.unit]) if m in times else "" for m in _metrics(report)]
     texts[0] += "*" if cell.notes else ""
-    texts.append(f"{100 * cell.noise:.1f}" + ("~" if cell.noise > QUIET else ""))
+    texts.append(f"{100 * cell.noise:.1f}{'~' * (cell.noise > QUIET)}" if cell.rounds else "?")
     if _has_bandwidth(report):
         texts.append(_number(cell.bandwidth / 1e9, digits=3) if cell.memory_footprint else "")
         fraction = _of_copy(row, cell)
@@ -138,7 +138,7 @@ def _footer(report: Report) -> list[str]:
         lines.append(
             "GB/s: 1e9 bytes, read and written, a second" + ("; /copy: of the copy's" * (COPY in report.lines))
         )
-    if any(result.noise > QUIET for result in results):
+    if any(result.rounds and result.noise > QUIET for result in results):
         lines.append(f"~ stayed noisy: the median may be off by more than {QUIET:.1%}")
     notes = [(row, line, note) for row, line, cell in cells for note in getattr(cell, "notes", ())]
     skipped = [(row, line, cell.reason) for row, line, cell in cells if isinstance(cell, Skipped)]

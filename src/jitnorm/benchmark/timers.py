@@ -62,9 +62,17 @@ class GraphTimer:
         self.captured = passes * len(self._calls)  # whole passes: every copy is used, and as often as any other
         self._graph = torch.cuda.CUDAGraph()
         alive: collections.deque[object] = collections.deque(maxlen=len(self._calls))
-        with torch.cuda.graph(self._graph, stream=self._stream):
-            for _ in range(passes):
-                alive.extend(call() for call in self._calls)
+        failure: Exception | None = None
+        try:
+            with torch.cuda.graph(self._graph, stream=self._stream):
+                try:
+                    for _ in range(passes):
+                        alive.extend(call() for call in self._calls)
+                except Exception as error:
+                    failure = error
+                    raise
+        except Exception as error:  # a capture that is broken off raises again as it ends, and says less
+            raise failure or error from None
 
     def samples(self, count: int) -> list[float]:
         with torch.cuda.device(self._stream.device), torch.cuda.stream(self._stream):

@@ -10,7 +10,7 @@ import click
 from jitnorm.cli import output
 from jitnorm.cli.base import Group, json_option
 
-_JSON = click.Path(exists=True, dir_okay=False, path_type=Path)
+_JSON = click.Path(path_type=Path)
 
 
 @click.group(cls=Group)
