@@ -13,8 +13,8 @@ from click.testing import CliRunner
 
 from jitnorm.benchmark import stats
 from jitnorm.benchmark.compare import Verdict, compare, unlike, verdict
-from jitnorm.benchmark.measure import BenchResult
 from jitnorm.benchmark.report import Failed, Report, Row, Skipped
+from jitnorm.benchmark.result import BenchResult
 from jitnorm.cli import main
 
 

@@ -14,8 +14,8 @@ import enum
 import math
 from dataclasses import dataclass
 
-from jitnorm.benchmark.measure import BenchResult
 from jitnorm.benchmark.report import UNITS, Cell, Failed, Report, Row
+from jitnorm.benchmark.result import BenchResult
 
 THRESHOLD = 0.02
 _MIN_ROUNDS = 3

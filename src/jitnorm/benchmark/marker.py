@@ -24,8 +24,9 @@ from typing import Any, NoReturn
 import torch
 
 from jitnorm.benchmark import grid, runner, settings
-from jitnorm.benchmark.measure import BenchResult, do_bench
+from jitnorm.benchmark.measure import do_bench
 from jitnorm.benchmark.report import COPY, UNITS, Report
+from jitnorm.benchmark.result import BenchResult
 from jitnorm.benchmark.settings import create_empty, create_random
 from jitnorm.benchmark.table import as_table
 

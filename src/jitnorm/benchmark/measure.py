@@ -1,12 +1,8 @@
-"""`do_bench`: the time of one call, cold, with its noise. `settle`: rounds in turns until the figures are quiet."""
+"""`do_bench`: the time of one call, cold, with its noise."""
 
 from __future__ import annotations
 
-import itertools
-import math
-import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -24,76 +20,10 @@ from jitnorm.benchmark.arguments import (
     rotate,
 )
 from jitnorm.benchmark.check import relative_error
+from jitnorm.benchmark.result import BenchResult, settle
 from jitnorm.benchmark.timers import CpuTimer, GraphTimer, LaunchTimer, Timer, free_memory, working_set
 
-QUIET = 0.005  # noise of a figure that needs no more rounds
-MIN_ROUNDS = 5
 _MAX_COPIES = {"cuda": 32768, "cpu": 4096}  # of tiny arguments: a graph of more calls takes long to capture
-
-
-@dataclass(frozen=True)
-class BenchResult:
-    """Times of one call, in seconds: `times[i]` is `metrics[i]` of all samples.
-
-    memory_footprint: bytes that a call reads and writes; 0 where no bandwidth is to be shown.
-    rounds: every sample, by rounds.
-    error: the relative error against `check`, where one was given.
-    notes: what a reader of the figure should know: clocks throttled, arguments that stayed in the cache.
-    """
-
-    metrics: tuple[stats.Metric, ...]
-    times: tuple[float, ...]
-    memory_footprint: int
-    rounds: tuple[tuple[float, ...], ...] = ()
-    error: float | None = None
-    notes: tuple[str, ...] = ()
-    more: Callable[[], tuple[list[float], str | None]] | None = field(default=None, repr=False, compare=False)
-
-    @classmethod
-    def of(
-        cls, rounds: Sequence[Sequence[float]], metrics: Sequence[stats.Metric] = (0.5, "avg"), **rest: Any
-    ) -> BenchResult:
-        """From samples in seconds, taken in any way, by rounds."""
-        samples = [sample for one in rounds for sample in one]
-        if not samples:
-            raise ValueError("a result needs at least one sample")
-        times = tuple(stats.measure(samples, metric) for metric in metrics)
-        kept = tuple(tuple(one) for one in rounds)
-        return cls(tuple(metrics), times, rest.pop("memory_footprint", 0), kept, **rest)
-
-    @property
-    def seconds(self) -> float:
-        """The figure to compare by: the median of the rounds' medians."""
-        return stats.figure(self.rounds or [self.times[:1]])
-
-    @property
-    def noise(self) -> float:
-        """How far `seconds` may be off, relative to it."""
-        return stats.noise(self.rounds) if self.rounds else math.inf
-
-    @property
-    def bandwidth(self) -> float:
-        """Bytes a second."""
-        return self.memory_footprint / self.seconds
-
-    def another_round(self) -> BenchResult:
-        """With the samples of one more round."""
-        if not self.more:
-            return self
-        samples, note = self.more()
-        notes = self.notes if note is None or note in self.notes else (*self.notes, note)
-        return BenchResult.of(
-            (*self.rounds, samples),
-            self.metrics,
-            memory_footprint=self.memory_footprint,
-            error=self.error,
-            notes=notes,
-            more=self.more,
-        )
-
-    def finished(self) -> BenchResult:
-        """Without what it takes to measure again: copies, graphs."""
-        return replace(self, more=None)
 
 
 def do_bench(
@@ -194,22 +124,6 @@ def do_bench(
     cells = {"": result}
     settle(cells, settings.current().seconds)
     return cells[""].finished()
-
-
-def settle(cells: dict[str, Any], seconds: float, attempt: Callable[..., Any] = lambda measure: measure()) -> None:
-    """Further rounds, in which the results among `cells` take turns, so that a drift of the clocks meets them alike.
-
-    At least five in all; then until all are quiet or the time is over. `attempt` makes a round, and may give something
-    else than a result, which takes part no longer.
-    """
-    until = time.monotonic() + seconds
-    for rounds in itertools.count(1):
-        live = {name: cell for name, cell in cells.items() if isinstance(cell, BenchResult) and cell.more}
-        enough = time.monotonic() > until or all(result.noise <= QUIET for result in live.values())
-        if not live or (rounds >= MIN_ROUNDS and enough):
-            return
-        for name, result in live.items():
-            cells[name] = attempt(result.another_round)
 
 
 def _device(call: Call, stream: torch.cuda.Stream | None) -> torch.device:

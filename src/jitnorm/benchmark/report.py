@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from jitnorm.benchmark.measure import BenchResult
+from jitnorm.benchmark.result import BenchResult
 
 FORMAT = 1
 COPY = "copy"  # the line that the framework adds

@@ -13,8 +13,9 @@ from tqdm import tqdm
 
 from jitnorm.benchmark import settings
 from jitnorm.benchmark.machine import describe
-from jitnorm.benchmark.measure import BenchResult, do_bench, settle
+from jitnorm.benchmark.measure import do_bench
 from jitnorm.benchmark.report import COPY, Cell, Failed, Report, Row, Skipped
+from jitnorm.benchmark.result import BenchResult, settle
 from jitnorm.benchmark.stats import Metric
 
 
@@ -32,8 +33,6 @@ def run(
 ) -> Report:
     """Fills the report's rows. Exceptions of a cell stay in it."""
     run = settings.current()
-    source = Path(inspect.getsourcefile(fn) or "none")
-    report.machine = describe(run.device, source)
     report.settings = {"device": str(run.device), "dtype": str(run.dtype).removeprefix("torch."), "cold": run.cold}
     report.lines = [*([COPY] if copy else []), *lines]
     with tqdm(total=len(points), unit="row", disable=None, leave=False) as bar:
@@ -41,6 +40,8 @@ def run(
             bar.set_postfix_str(", ".join(map(str, point.values())))
             report.rows.append(_row(fn, point, line_axis, lines, copy))
             bar.update()
+    # At the end, when the clocks are those of the work.
+    report.machine = describe(run.device, Path(inspect.getsourcefile(fn) or "none"))
     return report
 
 

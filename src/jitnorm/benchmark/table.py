@@ -8,8 +8,8 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from jitnorm.benchmark import settings, stats
-from jitnorm.benchmark.measure import QUIET, BenchResult
 from jitnorm.benchmark.report import COPY, UNITS, Cell, Failed, Report, Row, Skipped
+from jitnorm.benchmark.result import QUIET, BenchResult
 from jitnorm.benchmark.standing import standing
 
 

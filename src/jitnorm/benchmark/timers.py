@@ -7,8 +7,10 @@ import functools
 import itertools
 import math
 import os
+import re
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Protocol
 
 import torch
@@ -39,9 +41,11 @@ def working_set(device: torch.device) -> int:
 
 
 def free_memory(device: torch.device) -> int:
+    """Bytes that can be had without taking them from anybody."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    available = re.search(r"MemAvailable: +(\d+) kB", Path("/proc/meminfo").read_text())
+    return int(available[1]) << 10 if available else 1 << 30
 
 
 class GraphTimer:
