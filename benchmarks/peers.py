@@ -23,16 +23,20 @@ EPS = 1e-6
 
 
 def find(op: str, impl: str) -> Call:
-    """A call, or N/A for the cell with the reason: a broken peer is an absent one."""
-    try:
-        return _find(op, impl)
-    except Exception as error:
-        marker.skip(f"{impl} has no {op} here: {type(error).__name__}: {error}".partition("\n")[0])
+    """A call, or N/A for the cell with the reason."""
+    found = _find(op, impl)
+    if isinstance(found, str):
+        marker.skip(found)
+    return found
 
 
 @functools.cache
-def _find(op: str, impl: str) -> Call:
-    return _PEERS[impl](op)
+def _find(op: str, impl: str) -> Call | str:
+    """Or why there is none: a broken peer is an absent one, and is not imported again for every row."""
+    try:
+        return _PEERS[impl](op)
+    except Exception as error:
+        return f"{impl} has no {op} here: {type(error).__name__}: {error}".partition("\n")[0]
 
 
 def exact_rmsnorm(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:

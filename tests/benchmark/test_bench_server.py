@@ -249,7 +249,7 @@ def test_a_batch(server, api, path):
     assert {request["path"] for request in server.seen} == {path}
     prompts = [request.get("prompt") or request["input_ids"] for request in server.seen]
     assert all(len(prompt) == 7 for prompt in prompts) and len({*map(tuple, prompts)}) == 3
-    assert "3 completed" in result.as_text() and "failed" not in result.as_text()
+    assert "3 completed\n" in result.as_text() and "failed" not in result.as_text()
 
 
 def test_the_cache_hit_rate_is_of_this_batch(server):
@@ -309,7 +309,7 @@ def test_bad_arguments(bad):
 def test_command(server):
     words = ["bench", "server", "--url", server.url, "--batch-size", "2", "--output-len", "5", "--input-len", "9"]
     done = CliRunner().invoke(main, words)
-    assert done.exit_code == 0 and "batch of 2, 9 tokens in, 5 out: 2 completed in" in done.stdout, done.output
+    assert done.exit_code == 0 and "batch of 2, 9 tokens in, 5 out: 2 completed\n" in done.stdout, done.output
     done = CliRunner().invoke(main, [*words, "--api", "sglang", "--format", "json"])
     assert json.loads(done.stdout)["output_tokens"] == 10
     server.behaviour = "half-way"

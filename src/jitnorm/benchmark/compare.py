@@ -49,8 +49,7 @@ def compare(a: Report, b: Report, threshold: float = THRESHOLD) -> list[Comparis
         then = before[str(row)].cells.get(line) if str(row) in before else None
         if isinstance(then, BenchResult):
             if isinstance(now, BenchResult):
-                difference, noise = now.seconds / then.seconds - 1, math.hypot(then.noise, now.noise)
-                found.append(Comparison(row, line, then, now, verdict(then, now, threshold), difference, noise))
+                found.append(Comparison(row, line, then, now, verdict(then, now, threshold), *interval(then, now)))
             elif isinstance(now, Failed):
                 found.append(Comparison(row, line, then, now, Verdict.FAILED, math.nan, math.nan))
     return found
@@ -58,7 +57,7 @@ def compare(a: Report, b: Report, threshold: float = THRESHOLD) -> list[Comparis
 
 def verdict(before: BenchResult, after: BenchResult, threshold: float = THRESHOLD) -> Verdict:
     """See the top of this file."""
-    difference, noise = after.seconds / before.seconds - 1, math.hypot(before.noise, after.noise)
+    difference, noise = interval(before, after)
     throttled = any("throttled" in note for note in (*before.notes, *after.notes))
     if throttled or min(len(before.rounds), len(after.rounds)) < _MIN_ROUNDS:
         return Verdict.AMBIGUOUS
@@ -67,6 +66,12 @@ def verdict(before: BenchResult, after: BenchResult, threshold: float = THRESHOL
     if difference + noise < -threshold:
         return Verdict.FASTER
     return Verdict.SAME if abs(difference) + noise <= threshold else Verdict.AMBIGUOUS
+
+
+def interval(before: BenchResult, after: BenchResult) -> tuple[float, float]:
+    """The relative difference of the figures, and how far it may be off."""
+    ratio = after.seconds / before.seconds
+    return ratio - 1, ratio * math.hypot(before.noise, after.noise)
 
 
 def unlike(a: Report, b: Report) -> list[str]:

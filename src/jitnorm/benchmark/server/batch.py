@@ -76,9 +76,12 @@ class BatchResult:
         def show(name: str, factor: float = 1.0, unit: str = "", digits: int = 1) -> str:
             return "unknown" if facts[name] is None else f"{facts[name] * factor:.{digits}f}{unit}"
 
-        lines = [
+        head = (
             f"batch of {facts['batch_size']}, {self.input_len} tokens in, {self.output_len} out: "
-            f"{facts['completed']} completed in {show('seconds', 1, ' s', 3)}",
+            f"{facts['completed']} completed"
+        )
+        figures = [
+            f"seconds               {show('seconds', 1, '', 3)} until the last token",
             f"time to first token   {show('time_to_first_token', 1e3, ' ms')} median, "
             f"{show('time_to_first_token_max', 1e3, ' ms')} at most",
             f"inter-token latency   {show('inter_token_latency', 1e3, ' ms', 2)} median over requests; "
@@ -87,6 +90,7 @@ class BatchResult:
             f"{show('input_tokens_per_second')} tokens/s in until the last first token",
             f"cache hit rate        {show('cache_hit_rate', 100, '%')}",
         ]
+        lines = [head, *(figures if facts["completed"] else [])]
         for i, request in enumerate(self.requests):
             if request.error:
                 lines.append(f"request {i} failed after {request.tokens} tokens: {request.error}")
