@@ -72,23 +72,22 @@ def rotate(call: Call, keys: Sequence[int | str], count: int) -> list[Call]:
     A copy has the original's strides and alignment, and tensors that share memory share it in the copy: an `out` that
     is the input, or q and k as columns of one tensor. What lies between the columns is copied as well.
     """
-    tensors = call.tensors()
-    spans = _spans([tensors[key] for key in keys])
-    blocks = {pointer: _copies(tensors, start, end, count) for pointer, (tensors, start, end) in spans.items()}
-    calls = []
-    for i in range(count):
-        new = {}
-        for key in keys:
-            tensor = tensors[key]
-            pointer = tensor.untyped_storage().data_ptr()
-            block, start = blocks[pointer], spans[pointer][1]
-            offset = i * block.shape[1] + tensor.storage_offset() * tensor.element_size() - start
-            view = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
-            new[key] = view.set_(
-                block.untyped_storage(), offset // tensor.element_size(), tensor.size(), tensor.stride()
-            )
-        calls.append(call.replaced(new))
-    return calls
+    tensors = {key: call.tensors()[key] for key in keys}
+    spans = _spans(tensors.values())
+    blocks = {pointer: _copies(tensor, start, end, count) for pointer, (tensor, start, end) in spans.items()}
+    places = {}  # of each tensor: the block that its copies are in, and from where in a row of it
+    for key, tensor in tensors.items():
+        pointer, size = tensor.untyped_storage().data_ptr(), tensor.element_size()
+        places[key] = blocks[pointer], int(tensor.storage_offset()) - spans[pointer][1] // size
+    return [
+        call.replaced({key: _view(tensors[key], *place, row) for key, place in places.items()}) for row in range(count)
+    ]
+
+
+def _view(like: torch.Tensor, block: torch.Tensor, offset: int, row: int) -> torch.Tensor:
+    view = torch.empty(0, dtype=like.dtype, device=like.device)
+    start = row * (block.shape[1] // like.element_size()) + offset
+    return view.set_(block.untyped_storage(), start, like.size(), like.stride())
 
 
 def copied_bytes(call: Call, keys: Sequence[int | str]) -> int:
