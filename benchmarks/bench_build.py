@@ -1,23 +1,19 @@
-"""What a first call costs: a new size, and a size that the cache holds. Ratios to `nvcc -c` of an empty kernel.
+"""What a first call costs: a new size, and a size that the cache holds, beside `nvcc -c` of an empty kernel.
 
-    python benchmarks/bench_build.py [--json results/FILE.json]
-
-Each figure is the median over fresh processes with fresh caches; the imports are not counted, everything after is. CUDA
-is built for sm_90a, which needs nvcc and no GPU.
+Each sample is a fresh process with a fresh cache; the imports are not counted, everything after is. CUDA is built for
+sm_90a, which needs nvcc and no GPU.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 import os
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 
+from jitnorm.benchmark import marker
 from jitnorm.jit.toolchain import find_nvcc
 
 _CPU = """
@@ -50,44 +46,33 @@ def first_call(script: str, warm: bool) -> float:
         return fresh_process(script, JITNORM_CACHE_DIR=f"{cache}/cache", PATH="") if warm else seconds
 
 
-def empty_kernel(nvcc: str) -> float:
+def empty_kernel() -> float:
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder, "empty.cu")
         source.write_text("__global__ void empty() {}\n")
         start = time.perf_counter()
-        subprocess.run([nvcc, "-c", str(source), "-o", f"{folder}/empty.o"], check=True)
+        subprocess.run([str(find_nvcc()), "-c", str(source), "-o", f"{folder}/empty.o"], check=True)
         return time.perf_counter() - start
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--runs", type=int, default=9)
-    parser.add_argument("--json", type=Path)
-    options = parser.parse_args()
-    nvcc = find_nvcc()
-    measures = {
-        "import jitnorm after torch": lambda: fresh_process(_IMPORT),
-        "first call, CPU, cold": lambda: first_call(_CPU, warm=False),
-        "first call, CPU, warm, no PATH": lambda: first_call(_CPU, warm=True),
-    }
-    if nvcc:
-        measures |= {
-            "nvcc -c of an empty kernel": lambda: empty_kernel(nvcc),
-            "first call, CUDA sm_90a, cold": lambda: first_call(_CUDA, warm=False),
-            "first call, CUDA sm_90a, warm, no PATH": lambda: first_call(_CUDA, warm=True),
-        }
-    rounds: dict[str, list[float]] = {name: [] for name in measures}
-    for _ in range(options.runs):
-        for name, measure in measures.items():
-            rounds[name].append(measure())
-    medians = {name: statistics.median(times) for name, times in rounds.items()}
-    unit = medians.get("nvcc -c of an empty kernel")
-    for name, seconds in medians.items():
-        ratio = f"{seconds / unit:8.3f} of nvcc -c" if unit else ""
-        print(f"{name:>40} {seconds * 1e3:9.2f} ms {ratio}")
-    if options.json:
-        options.json.write_text(json.dumps({"seconds": rounds}, indent=1) + "\n")
+MEASURES = {
+    "import": lambda: fresh_process(_IMPORT),
+    "CPU cold": lambda: first_call(_CPU, warm=False),
+    "CPU warm": lambda: first_call(_CPU, warm=True),
+    "nvcc -c": empty_kernel,
+    "sm_90a cold": lambda: first_call(_CUDA, warm=False),
+    "sm_90a warm": lambda: first_call(_CUDA, warm=True),
+}
+
+
+@marker.benchmark("what", list(MEASURES), unit="ms")
+def bench(what: str) -> marker.BenchResult:
+    """What a first call costs: a new size, and a size that the cache holds, beside `nvcc -c` of an empty kernel."""
+    if what not in ("import", "CPU cold", "CPU warm") and not find_nvcc():
+        marker.skip("no nvcc")
+    measure = MEASURES[what]
+    return marker.BenchResult.of([[measure()]], metrics=(0.5, "min", "max"), more=lambda: ([measure()], None))
 
 
 if __name__ == "__main__":
-    main()
+    bench.main()

@@ -1,116 +1,199 @@
-"""The RMSNorm family as others offer it. Each peer gives, for an operator's name, a function of tensors, or raises.
+"""Operators as PyTorch, this package and others offer them: `find(op, impl)` is a function of tensors.
 
-rmsnorm and gemma_rmsnorm: `call(input, weight, out)`, whose result is in `out` or returned.
-fused_add_rmsnorm and gemma_fused_add_rmsnorm: `call(input, residual, weight)`, both written in place.
+rmsnorm, gemma_rmsnorm                          (input, weight, out); the result is in `out` or returned
+fused_add_rmsnorm, gemma_fused_add_rmsnorm      (input, residual, weight); both written in place
+fused_inplace_qknorm                            (q, k, q_weight, k_weight); q and k written in place
+silu_and_mul, gelu_and_mul, gelu_tanh_and_mul   (input, out); the result is in `out` or returned
+store_cache                                     (k, v, k_cache, v_cache, indices)
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
+from jitnorm.benchmark import marker
+
 Call = Callable[..., object]
 EPS = 1e-6
 
 
-def copy(op: str) -> Call:
-    """The same bytes, read and written once: one tensor, or the two of a residual form."""
-    if "fused" in op:
-        raise LookupError("the benchmark copies tensors of twice the rows instead")
-    return lambda x, w, out: out.copy_(x)
+def find(op: str, impl: str) -> Call:
+    """A call, or N/A for the cell with the reason."""
+    found = _find(op, impl)
+    if isinstance(found, str):
+        marker.skip(found)
+    return found
 
 
-def jitnorm_(op: str) -> Call:
+@functools.cache
+def _find(op: str, impl: str) -> Call | str:
+    """Or why there is none: a broken peer is an absent one, and is not imported again for every row."""
+    try:
+        return _PEERS[impl](op)
+    except Exception as error:
+        return f"{impl} has no {op} here: {type(error).__name__}: {error}".partition("\n")[0]
+
+
+def exact_rmsnorm(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """The definition, in float64."""
+    x = x.double()
+    return x / torch.sqrt(x.square().mean(-1, keepdim=True) + EPS) * weight.double()
+
+
+def _jitnorm(op: str) -> Call:
     import jitnorm
 
     function = getattr(jitnorm, op)
-    if "fused" in op:
-        return lambda x, residual, w: function(x, residual, w, EPS)
-    return lambda x, w, out: function(x, w, EPS, out)
+    if op in ("rmsnorm", "gemma_rmsnorm"):
+        return lambda x, w, out: function(x, w, EPS, out)
+    if "norm" in op:
+        return lambda *tensors: function(*tensors, EPS)
+    return function
 
 
-def _formula(x: torch.Tensor, w: torch.Tensor, op: str) -> torch.Tensor:
-    return F.rms_norm(x, (x.shape[-1],), 1 + w if "gemma" in op else w, EPS)
+def _rms_norm(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+    return F.rms_norm(x, x.shape[-1:], w, EPS)
 
 
-def torch_(op: str) -> Call:
-    def fused(x: torch.Tensor, residual: torch.Tensor, w: torch.Tensor) -> object:
-        return x.copy_(_formula(residual.add_(x), w, op))
-
-    return fused if "fused" in op else lambda x, w, out: _formula(x, w, op)
+def _add_norm(x: torch.Tensor, residual: torch.Tensor, w: torch.Tensor) -> None:
+    x.copy_(_rms_norm(residual.add_(x), w))
 
 
-def torch_compile(op: str) -> Call:
-    """A function of its own for every shape, so that each is compiled for just that."""
-    compiled: dict[torch.Size, Call] = {}
-    eager = torch_(op) if "fused" in op else lambda x, w, out: out.copy_(_formula(x, w, op))
+def _qk_norm(q: torch.Tensor, k: torch.Tensor, q_weight: torch.Tensor, k_weight: torch.Tensor) -> None:
+    q.copy_(_rms_norm(q, q_weight))
+    k.copy_(_rms_norm(k, k_weight))
 
-    def call(x: torch.Tensor, *rest: torch.Tensor) -> object:
-        if x.shape not in compiled:
-            torch._dynamo.reset()
-            compiled[x.shape] = torch.compile(lambda *tensors: eager(*tensors), dynamic=False)
-        return compiled[x.shape](x, *rest)
+
+def _store(k: torch.Tensor, v: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, indices: Any) -> None:
+    k_cache[indices] = k
+    v_cache[indices] = v
+
+
+def _gated(activation: Callable[[torch.Tensor], torch.Tensor]) -> Call:
+    def call(x: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+        gate, up = x.chunk(2, -1)
+        return activation(gate) * up
 
     return call
 
 
-def sglang_jit(op: str) -> Call:
-    from sglang.jit_kernel import norm
+_TORCH: dict[str, Call] = {
+    "rmsnorm": lambda x, w, out: _rms_norm(x, w),
+    "gemma_rmsnorm": lambda x, w, out: _rms_norm(x, 1 + w),
+    "fused_add_rmsnorm": _add_norm,
+    "gemma_fused_add_rmsnorm": lambda x, residual, w: _add_norm(x, residual, 1 + w),
+    "fused_inplace_qknorm": _qk_norm,
+    "silu_and_mul": _gated(F.silu),
+    "gelu_and_mul": _gated(F.gelu),
+    "gelu_tanh_and_mul": _gated(lambda x: F.gelu(x, approximate="tanh")),
+    "store_cache": _store,
+}
 
-    function = getattr(norm, op)
-    if "fused" in op:
-        return lambda x, residual, w: function(x, residual, w, EPS)
-    return lambda x, w, out: function(x, w, out, EPS)
+
+def _torch_compile(op: str) -> Call:
+    """A function of its own for every shape, so that each is compiled for just that; into `out` where there is one."""
+    eager, compiled = _TORCH[op], {}
+
+    def into_out(*tensors: torch.Tensor) -> None:
+        result = eager(*tensors)
+        if result is not None:
+            tensors[-1].copy_(result)
+
+    def call(*tensors: torch.Tensor) -> None:
+        shapes = tuple(tensor.shape for tensor in tensors)
+        if shapes not in compiled:
+            torch._dynamo.reset()
+            compiled[shapes] = torch.compile(lambda *t: into_out(*t), dynamic=False)
+        compiled[shapes](*tensors)
+
+    return call
+
+
+def _sglang(op: str) -> Call:
+    if op == "store_cache":
+        from sglang.jit_kernel import kvcache as module
+    elif op.endswith("_and_mul"):
+        from sglang.jit_kernel import activation as module
+    else:
+        from sglang.jit_kernel import norm as module
+    function = getattr(module, op)
+    if op in ("rmsnorm", "gemma_rmsnorm"):
+        return lambda x, w, out: function(x, w, out, EPS)
+    if "norm" in op:
+        return lambda *tensors: function(*tensors, EPS)
+    return function
 
 
 def _flashinfer(op: str, cuda: bool) -> Call:
     import flashinfer.norm
 
+    if op.endswith("_and_mul"):
+        if not cuda:
+            raise LookupError("its activations are CUDA's alone")
+        function = getattr(flashinfer, op)
+        return lambda x, out: function(x, out, enable_pdl=True)
     function = getattr(flashinfer.norm, op)
 
-    def fused(x: torch.Tensor, residual: torch.Tensor, w: torch.Tensor) -> object:
+    def fused(x: torch.Tensor, residual: torch.Tensor, w: torch.Tensor) -> None:
         flashinfer.norm._USE_CUDA_NORM = cuda
-        return function(x, residual, w, EPS, enable_pdl=True)
+        function(x, residual, w, EPS, enable_pdl=True)
 
-    def plain(x: torch.Tensor, w: torch.Tensor, out: torch.Tensor) -> object:
+    def plain(x: torch.Tensor, w: torch.Tensor, out: torch.Tensor) -> None:
         flashinfer.norm._USE_CUDA_NORM = cuda
-        return function(x, w, EPS, out=out, enable_pdl=True)
+        function(x, w, EPS, out=out, enable_pdl=True)
 
     return fused if "fused" in op else plain
 
 
-def quack(op: str) -> Call:
+def _quack(op: str) -> Call:
+    if not op.endswith("rmsnorm"):
+        raise LookupError("quack has no such operator")
     from quack.rmsnorm import _rmsnorm_fwd
 
     offset = 1.0 if "gemma" in op else 0.0
 
-    def run(x: Any, w: Any, out: Any, residual: Any = None) -> object:
-        return _rmsnorm_fwd(x, w, out, None, None, None, residual, residual, EPS, False, offset)
+    def run(x: Any, w: Any, out: Any, residual: Any = None) -> None:
+        _rmsnorm_fwd(x, w, out, None, None, None, residual, residual, EPS, False, offset)
 
     return (lambda x, residual, w: run(x, w, x, residual)) if "fused" in op else run
 
 
-PEERS: dict[str, Callable[[str], Call]] = {
-    "copy": copy,
-    "jitnorm": jitnorm_,
-    "sglang": sglang_jit,
+def _liger(op: str) -> Call:
+    """Its forward passes, which allocate their results; a residual form returns them, and writes nothing in place."""
+    if op in ("rmsnorm", "gemma_rmsnorm"):
+        from liger_kernel.ops.rms_norm import rms_norm_forward
+
+        gemma = "gemma" in op
+        how = (EPS, float(gemma), "gemma" if gemma else "llama", None)
+        return lambda x, w, out: rms_norm_forward(x, w, *how)[0]
+    if op.endswith("fused_add_rmsnorm"):
+        from liger_kernel.ops.fused_add_rms_norm import fused_add_rms_norm_forward
+
+        gemma = "gemma" in op
+        how = (EPS, float(gemma), "gemma" if gemma else "llama")
+        return lambda x, residual, w: fused_add_rms_norm_forward(x, residual, w, *how)[:2]
+    if op in ("silu_and_mul", "gelu_tanh_and_mul"):
+        from liger_kernel.ops.geglu import geglu_forward
+        from liger_kernel.ops.swiglu import swiglu_forward
+
+        function = swiglu_forward if op == "silu_and_mul" else geglu_forward
+        return lambda x, out: function(*(half.contiguous() for half in x.chunk(2, -1)))[2]
+    raise LookupError("Liger has no such operator")
+
+
+_PEERS: dict[str, Callable[[str], Call]] = {
+    "jitnorm": _jitnorm,
+    "sglang": _sglang,
     "fi_cuda": lambda op: _flashinfer(op, cuda=True),
     "fi_cute": lambda op: _flashinfer(op, cuda=False),
-    "quack": quack,
-    "compile": torch_compile,
-    "torch": torch_,
+    "quack": _quack,
+    "liger": _liger,
+    "compile": _torch_compile,
+    "torch": _TORCH.__getitem__,
 }
-
-
-def available(names: list[str], op: str) -> tuple[dict[str, Call], dict[str, str]]:
-    """The calls that can be made here, and why the others cannot."""
-    calls, absent = {}, {}
-    for name in names:
-        try:
-            calls[name] = PEERS[name](op)
-        except Exception as error:  # a broken peer is an absent one
-            absent[name] = f"{type(error).__name__}: {error}".splitlines()[0]
-    return calls, absent
+IMPLS = list(_PEERS)

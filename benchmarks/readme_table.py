@@ -1,15 +1,17 @@
-"""Writes the README's tables from results/*.json: what lies between `<!-- table:NAME -->` and `<!-- /table -->`.
+"""Writes the README's plot and tables, between `<!-- table:NAME -->` and `<!-- /table -->`, from results/*.json.
 
 python benchmarks/readme_table.py
 """
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+
+from jitnorm.benchmark.report import Report
+from jitnorm.benchmark.standing import standing
 
 README = Path(__file__).parents[1] / "README.md"
 RESULTS = Path(__file__).parent / "results"
@@ -26,64 +28,97 @@ GPU_COLUMNS = {
     "fi_cuda": "FlashInfer CUDA",
     "fi_cute": "FlashInfer CuTe",
     "quack": "quack",
+    "liger": "Liger",
     "compile": "torch.compile",
 }
 CPU_SHAPES = [(64, 1), (4096, 1), (4096, 64), (4096, 4096)]
-_LARGE = 100e6  # bytes read and written
+CPU_COLUMNS = {"torch": "F.rms_norm", "jitnorm": "jitnorm, out given", "allocated": "jitnorm"}
+PLOTTED_SIZE = 4096
 
 
-def rmsnorm_h200(results: dict[str, Any]) -> list[str]:
+def rmsnorm_h200(report: Report) -> list[str]:
     """Microseconds of a call; and how the package stands over all shapes that were measured."""
-    times = {(row["hidden_size"], row["num_tokens"]): row["us"] for row in results["rows"]}
-    lines = _header(["hidden", "tokens", *GPU_COLUMNS.values()])
+    report = _only(report, op="rmsnorm")
+    rows = {(row.point["hidden_size"], row.point["num_tokens"]): row.results() for row in report.rows}
+    columns = {line: title for line, title in GPU_COLUMNS.items() if any(line in cells for cells in rows.values())}
+    lines = _header(["hidden", "tokens", *columns.values()])
     for shape in GPU_SHAPES:
-        us = times[shape]
-        best = min(t for name, t in us.items() if name != "copy")
-        cells = [_us(us[name], us[name] == best) if name in us else "-" for name in GPU_COLUMNS]
+        us = {line: result.seconds * 1e6 for line, result in rows[shape].items()}
+        best = min(time for line, time in us.items() if line != "copy")
+        cells = [_us(us[line], us[line] == best) if line in us else "-" for line in columns]
         lines.append(_row([*map(str, shape), *cells]))
-    behind = [us["jitnorm"] / min(t for n, t in us.items() if n not in ("copy", "jitnorm")) for us in times.values()]
-    copies = [us["jitnorm"] / us["copy"] for (h, n), us in times.items() if 4 * h * n > _LARGE]
-    machine = results["machine"]
+    place = standing(report)
+    to_best = [ratio for ratio, _ in place.to_best]
+    to_copy = [ratio for ratio, _ in place.to_copy]
+    won, machine = sum(ratio < 1 for ratio in to_best), report.machine
     return [
         *lines,
         "",
-        f"Over all {len(behind)} shapes of that run jitnorm is the fastest on {sum(b < 1 for b in behind)}, and takes "
-        f"at most {max(behind):.3f} times as long as the best of the others. Above 100 MB of traffic it takes "
-        f"{min(copies):.3f} to {max(copies):.3f} times as long as the copy. ({machine['gpu']}, CUDA {machine['cuda']}, "
-        f"torch {machine['torch']}.)",
+        f"Over all {len(to_best)} shapes of that run jitnorm is the fastest on {won}, and takes at most "
+        f"{max(to_best):.3f} times as long as the best of the others. Above 100 MB of traffic it takes "
+        f"{min(to_copy):.3f} to {max(to_copy):.3f} times as long as the copy. "
+        f"({machine['gpu']}, CUDA {machine['cuda']}, torch {machine['torch']}.)",
     ]
 
 
-def rmsnorm_cpu(results: dict[str, Any]) -> list[str]:
+def rmsnorm_cpu(report: Report) -> list[str]:
     """Microseconds of a call, with and without an output of the caller's."""
-    rows = {(row["hidden_size"], row["num_tokens"], row["dtype"]): row for row in results["rows"]}
-    lines = _header(["hidden", "tokens", "dtype", "F.rms_norm", "jitnorm, out given", "jitnorm"])
+    axes = ("hidden_size", "num_tokens", "dtype")
+    rows = {tuple(row.point[axis] for axis in axes): row.results() for row in report.rows}
+    lines = _header(["hidden", "tokens", "dtype", *CPU_COLUMNS.values()])
     for shape in CPU_SHAPES:
         for dtype in ("bfloat16", "float32"):
-            row = rows[(*shape, dtype)]
-            cells = [_us(row[name]) for name in ("torch_us", "out_us", "allocated_us")]
+            cells = [_us(rows[(*shape, dtype)][line].seconds * 1e6) for line in CPU_COLUMNS]
             lines.append(_row([*map(str, shape), dtype, *cells]))
-    least = min(row["torch_us"] / max(row["out_us"], row["allocated_us"]) for row in results["rows"])
+    least = min(r["torch"].seconds / max(r["jitnorm"].seconds, r["allocated"].seconds) for r in rows.values())
     return [
         *lines,
         "",
         f"Over all {len(rows)} combinations of size, rows and dtype of that run jitnorm is at least {least:.1f} times "
-        f"as fast as F.rms_norm. (torch {results['machine']['torch']}, {results['machine']['threads']} threads.)",
+        f"as fast as F.rms_norm. (torch {report.machine['torch']}, {report.machine['threads']} threads.)",
     ]
 
 
-TABLES: dict[str, Callable[[dict[str, Any]], list[str]]] = {f.__name__: f for f in (rmsnorm_h200, rmsnorm_cpu)}
+def build(report: Report) -> list[str]:
+    """First calls beside the compiler's own time for an empty kernel."""
+    seconds = {line: result.seconds for line, result in report.rows[0].results().items()}
+    empty = seconds["nvcc -c"]
+    return [
+        "| first call of a new size | of `nvcc -c` of an empty kernel |",
+        "|---|---:|",
+        f"| CUDA, built for sm_90a | {seconds['sm_90a cold'] / empty:.2f} |",
+        f"| CPU | {seconds['CPU cold'] / empty:.2f} |",
+        "",
+        f"That empty kernel took {empty:.2f} s. With the cache warm, the first call in a new process took "
+        f"{seconds['sm_90a warm'] * 1e3:.1f} ms for CUDA and {seconds['CPU warm'] * 1e3:.1f} ms for the CPU, with no "
+        f"compiler and no `PATH`. `import jitnorm` added {seconds['import'] * 1e3:.0f} ms to `import torch`.",
+    ]
+
+
+TABLES: dict[str, Callable[[Report], list[str]]] = {f.__name__: f for f in (rmsnorm_h200, rmsnorm_cpu, build)}
 
 
 def with_tables(readme: str) -> str:
     """`readme` with every table as the results have it."""
     for name, table in TABLES.items():
-        lines = table(json.loads((RESULTS / f"{name}.json").read_text()))
+        lines = table(Report.read(RESULTS / f"{name}.json"))
         place = re.search(rf"(?<=<!-- table:{name} -->\n).*?(?=\n<!-- /table -->)", readme, re.DOTALL)
         if not place:
             raise ValueError(f"the README has no place for the table {name}")
         readme = readme[: place.start()] + "\n".join(lines) + readme[place.end() :]
     return readme
+
+
+def write_plot() -> None:
+    from jitnorm.benchmark.plot import plot
+
+    report = Report.read(RESULTS / "rmsnorm_h200.json")
+    plot(_only(report, op="rmsnorm", hidden_size=PLOTTED_SIZE), RESULTS / "rmsnorm_h200.png")
+
+
+def _only(report: Report, **point: object) -> Report:
+    """The rows of these values."""
+    return replace(report, rows=[row for row in report.rows if point.items() <= row.point.items()])
 
 
 def _header(names: list[str]) -> list[str]:
@@ -101,3 +136,4 @@ def _us(value: float, bold: bool = False) -> str:
 
 if __name__ == "__main__":
     README.write_text(with_tables(README.read_text()))
+    write_plot()

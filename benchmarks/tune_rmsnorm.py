@@ -14,8 +14,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import torch
-from gpu_timing import rotating_buffers, time_us
 
+from jitnorm.benchmark import marker, settings
+from jitnorm.benchmark.runner import copy_of
 from jitnorm.checks import DTYPE_NAMES
 from jitnorm.jit.load import load
 from jitnorm.jit.spec import KernelSpec
@@ -49,21 +50,15 @@ def table(hidden_size: int, dtype: torch.dtype, tokens: list[int]) -> None:
     tries = [None, *schedules(hidden_size, dtype.itemsize)]
     with ThreadPoolExecutor(16) as pool:
         kernels = [m.rmsnorm for m in pool.map(lambda s: load(with_schedule(spec, *s) if s else spec), tries)]
-    weight = torch.randn(hidden_size, device="cuda").to(dtype)
+    calls = {"as shipped" if schedule is None else str(schedule): k for schedule, k in zip(tries, kernels, strict=True)}
     rows: dict[str, list[float]] = {}
     for n in tokens:
-        inputs, outs = rotating_buffers(n, hidden_size, dtype)
-
-        def copy(i: int, inputs: torch.Tensor = inputs, outs: torch.Tensor = outs) -> None:
-            outs[i].copy_(inputs[i])
-
-        rows.setdefault("copy", []).append(time_us(copy, len(inputs)))
-        for schedule, kernel in zip(tries, kernels, strict=True):
-
-            def call(i: int, kernel=kernel, inputs: torch.Tensor = inputs, outs: torch.Tensor = outs) -> None:  # type: ignore[no-untyped-def]
-                kernel(inputs[i], weight, outs[i], 1e-6, True)
-
-            rows.setdefault(str(schedule or "as shipped"), []).append(time_us(call, len(inputs)))
+        for name, kernel in calls.items():
+            x, w, out = (marker.create_random(*shape) for shape in ((n, hidden_size), (hidden_size,), (n, hidden_size)))
+            result = marker.do_bench(kernel, input_args=(x, w, out, 1e-6, True), memory_args=(x, w))
+            rows.setdefault(name, []).append(result.seconds * 1e6)
+        copy = copy_of(2 * n * hidden_size * dtype.itemsize)
+        rows.setdefault("copy", []).append(copy.seconds * 1e6)
     best = [min(column) for column in zip(*(row for name, row in rows.items() if name != "copy"), strict=True)]
     worst = {name: max(t / b for t, b in zip(row, best, strict=True)) for name, row in rows.items()}
     print(f"\n{hidden_size} {DTYPE_NAMES[dtype]}: microseconds at", *tokens, "rows; threads a row, rows a block")
@@ -79,7 +74,8 @@ def main() -> None:
     options = parser.parse_args()
     dtype = _DTYPES[options.dtype]
     for hidden_size in options.hidden_size:
-        table(hidden_size, dtype, [*options.tokens, (128 << 20) // (hidden_size * dtype.itemsize)])
+        with settings.using(dtype=dtype, seconds=0.0):  # five rounds, and no more
+            table(hidden_size, dtype, [*options.tokens, (128 << 20) // (hidden_size * dtype.itemsize)])
 
 
 if __name__ == "__main__":

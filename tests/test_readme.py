@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import inspect
 import os
 import re
 import shlex
@@ -14,11 +15,14 @@ from pathlib import Path
 import click
 import pytest
 
+from jitnorm.benchmark import marker
+from jitnorm.benchmark.marker import Benchmark
+from jitnorm.benchmark.options import command
 from jitnorm.cli import main
 from jitnorm.jit import toolchain
 
 ROOT = Path(__file__).parents[1]
-DOCS = {name: (ROOT / name).read_text() for name in ("README.md", "CONTRIBUTING.md")}
+DOCS = {name: (ROOT / name).read_text() for name in ("README.md", "CONTRIBUTING.md", "docs/benchmarking.md")}
 README = DOCS["README.md"]
 
 
@@ -55,6 +59,35 @@ def test_make_targets_exist():
     targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
     named = {words[0] for words in words_after("make")}
     assert {"demo", "test", "lint"} <= named <= set(targets)
+
+
+BENCHMARKING = (ROOT / "docs" / "benchmarking.md").read_text()
+
+
+@pytest.mark.filterwarnings("ignore:no cache metrics")
+@pytest.mark.parametrize("snippet", blocks(BENCHMARKING, "python"))
+def test_snippets_about_benchmarks_run(snippet):
+    """And the benchmarks that they define."""
+    names: dict[str, object] = {}
+    exec(compile(snippet, "benchmarking.md", "exec"), names)
+    for bench in names.values():
+        if isinstance(bench, Benchmark):
+            assert not bench.run(full=False, device="cpu", cold=False, seconds=0.0).failed
+
+
+def test_options_of_benchmarks_are_documented():
+    """Every option of the command line and of do_bench, and nothing else."""
+
+    @marker.benchmark("impl", ["a"])
+    def bench(impl): ...
+
+    options = {o for p in command(bench, copy=False).params for o in (*p.opts, *p.secondary_opts)}
+    said = set(re.findall(r"`(--[a-z]+)", BENCHMARKING.partition("## The decorators")[0]))
+    assert said == options - {"--no-copy"}
+    table = BENCHMARKING.partition("| option | meaning |")[2].partition("\n\n")[0]
+    first_column = "".join(re.findall(r"^\|([^|]*)\|", table, re.MULTILINE))
+    named = set(re.findall(r"`(\w+)[=`]", first_column))
+    assert named == {*inspect.signature(marker.do_bench).parameters} - {"fn"}
 
 
 @pytest.mark.parametrize("snippet", blocks(README, "python"))
@@ -94,7 +127,8 @@ def test_adding_a_kernel_works_as_it_is_written(tmp_path):
         copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
         copy(ROOT / name, tmp_path / name)
     files = re.findall(r"^`([\w/.]+)`\n\n```\w+\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
-    assert len(files) == 5
+    assert len(files) == 6
+    (tmp_path / "benchmarks").mkdir()
     for name, content in files:
         assert not (tmp_path / name).exists()
         (tmp_path / name).write_text(content)
@@ -109,3 +143,4 @@ def test_adding_a_kernel_works_as_it_is_written(tmp_path):
     environment = {**os.environ, "PYTHONPATH": str(tmp_path / "src")}
     run(sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_scale.py")
     run(sys.executable, "-m", "jitnorm", "warmup", "--op", "scale", "--hidden-size", "4096", "--device", "cpu")
+    run(sys.executable, "benchmarks/bench_scale.py", "--short", "--device", "cpu", "--warm", "--seconds", "0")

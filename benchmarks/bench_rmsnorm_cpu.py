@@ -1,0 +1,37 @@
+"""RMSNorm on the CPU beside PyTorch's, with `out` given and allocated; the same tensors each time."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from peers import EPS, exact_rmsnorm
+
+import jitnorm
+from jitnorm.benchmark import marker
+
+CALLS = {
+    "jitnorm": lambda x, w, out: jitnorm.rmsnorm(x, w, EPS, out),
+    "allocated": lambda x, w, out: jitnorm.rmsnorm(x, w, EPS),
+    "torch": lambda x, w, out: F.rms_norm(x, x.shape[-1:], w, EPS),
+}
+
+
+@marker.parametrize("hidden_size", [64, 256, 1024, 4096, 8192], [64, 4096])
+@marker.parametrize("dtype", ["float16", "bfloat16", "float32"], ["bfloat16"])
+@marker.parametrize("num_tokens", [1, 64, 4096], [64])
+@marker.benchmark("impl", list(CALLS))
+def bench(hidden_size: int, dtype: str, num_tokens: int, impl: str) -> marker.BenchResult:
+    """RMSNorm on the CPU beside PyTorch's, with `out` given and allocated; the same tensors each time."""
+    kind = {"dtype": getattr(torch, dtype), "device": "cpu"}
+    x, w = marker.create_random(num_tokens, hidden_size, **kind), marker.create_random(hidden_size, **kind)
+    return marker.do_bench(
+        CALLS[impl],
+        input_args=(x, w, torch.empty_like(x)),
+        disable_log_bandwidth=True,
+        check=lambda x, w, out: exact_rmsnorm(x, w),
+        cold=False,
+    )
+
+
+if __name__ == "__main__":
+    bench.main()

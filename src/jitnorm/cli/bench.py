@@ -1,0 +1,74 @@
+"""`jitnorm bench`: two runs of a benchmark compared, and a server measured. What does it is imported when it is run."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+import click
+
+from jitnorm.cli import output
+from jitnorm.cli.base import Group, json_option
+
+_JSON = click.Path(path_type=Path)
+
+
+@click.group(cls=Group)
+def bench() -> None:
+    """Compare runs of a benchmark, and measure a server."""
+
+
+@bench.command()
+@click.argument("a", type=_JSON, metavar="A.json")
+@click.argument("b", type=_JSON, metavar="B.json")
+@click.option("--threshold", type=float, default=2.0, show_default=True, help="In per cent: less is the same.")
+def compare(a: Path, b: Path, threshold: float) -> None:
+    """Say for each row what is SAME, FASTER, SLOWER or AMBIGUOUS in B, from the samples of both.
+
+    A.json and B.json are what a benchmark's --json wrote. Exits 1 when something got slower beyond noise, or failed.
+    """
+    from jitnorm.benchmark.compare import Verdict, rows_of, unlike
+    from jitnorm.benchmark.compare import compare as compared
+    from jitnorm.benchmark.report import Report
+
+    before, after = Report.read(a), Report.read(b)
+    if before.name != after.name:
+        raise ValueError(f"{a} is of the benchmark {before.name}, {b} of {after.name}")
+    found = compared(before, after, threshold / 100)
+    if not found:
+        raise ValueError(f"{a} and {b} have no row and implementation in common")
+    for text in unlike(before, after):
+        click.echo(f"warning: {text}", err=True)
+    header = ("ROW", "IMPL", f"A {before.unit}", f"B {before.unit}", "CHANGE", "VERDICT")
+    output.table(header, rows_of(found, before.unit), right=[2, 3, 4])
+    counts = Counter(comparison.verdict for comparison in found)
+    click.echo("\n" + ", ".join(f"{counts[v]} {v.value}" for v in Verdict if counts[v]))
+    if counts[Verdict.SLOWER] or counts[Verdict.FAILED]:
+        raise click.exceptions.Exit(1)
+
+
+@bench.command()
+@click.option("--url", required=True, help="Of the server, such as http://localhost:30000.")
+@click.option("--api", type=click.Choice(["openai", "sglang"]), default="openai", show_default=True)
+@click.option("--model", default="default", show_default=True, help="The name that the OpenAI protocol asks for.")
+@click.option("--batch-size", type=click.IntRange(min=1), default=1, show_default=True)
+@click.option("--input-len", type=click.IntRange(min=1), default=1024, show_default=True, help="Tokens of a prompt.")
+@click.option("--output-len", type=click.IntRange(min=1), default=128, show_default=True, help="Tokens of an answer.")
+@click.option("--timeout", type=float, default=120.0, show_default=True, help="Seconds for the whole batch.")
+@json_option
+def server(
+    url: str, api: str, model: str, batch_size: int, input_len: int, output_len: int, timeout: float, form: str
+) -> None:
+    """Send one batch, and report time to first token, inter-token latency, throughput and cache hits.
+
+    All requests start together. Exits 1 if one of them fails; the rest is reported.
+    """
+    from jitnorm.benchmark.server import run_batch
+
+    result = run_batch(url, api, model, batch_size, input_len, output_len, timeout)
+    if form == "json":
+        output.as_json(result.as_dict())
+    else:
+        click.echo(result.as_text())
+    if result.errors:
+        raise click.exceptions.Exit(1)

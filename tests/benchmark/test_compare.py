@@ -1,0 +1,167 @@
+"""Verdicts from synthetic samples, and `jitnorm bench compare`."""
+
+from __future__ import annotations
+
+import random
+import statistics
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+from click.testing import CliRunner
+
+from jitnorm.benchmark import stats
+from jitnorm.benchmark.compare import Verdict, compare, unlike, verdict
+from jitnorm.benchmark.report import Failed, Report, Row, Skipped
+from jitnorm.benchmark.result import BenchResult
+from jitnorm.cli import main
+
+
+def samples(mean: float, between: float, seed: int, rounds: int = 5, within: float = 0.001) -> BenchResult:
+    """Rounds that differ by `between` (relative standard deviation), of samples that differ by `within`."""
+    random_ = random.Random(seed)
+    middles = [mean * random_.gauss(1, between) for _ in range(rounds)]
+    return BenchResult.of([[middle * random_.gauss(1, within) for _ in range(9)] for middle in middles])
+
+
+# (the second's time over the first's, what rounds differ by, the verdict)
+CASES = [
+    (1.00, 0.001, Verdict.SAME),
+    (1.01, 0.001, Verdict.SAME),
+    (0.99, 0.001, Verdict.SAME),
+    (1.05, 0.001, Verdict.SLOWER),
+    (0.95, 0.001, Verdict.FASTER),
+    (1.05, 0.005, Verdict.SLOWER),
+    (1.02, 0.003, Verdict.AMBIGUOUS),  # across the threshold
+    (1.00, 0.100, Verdict.AMBIGUOUS),  # might be anything
+    (1.50, 0.010, Verdict.SLOWER),
+]
+
+
+@pytest.mark.parametrize(("ratio", "between", "expected"), CASES)
+def test_verdicts(ratio, between, expected):
+    """As often as two standard errors promise, and hardly ever the opposite."""
+    verdicts = [
+        verdict(samples(1e-6, between, seed), samples(ratio * 1e-6, between, 1000 + seed)) for seed in range(200)
+    ]
+    assert verdicts.count(expected) >= 150, verdicts
+    if expected in (Verdict.SLOWER, Verdict.FASTER):
+        opposite = {Verdict.SLOWER, Verdict.FASTER} - {expected}
+        assert not opposite & {*verdicts} and Verdict.SAME not in verdicts
+
+
+def test_quiet_samples_in_rounds_that_differ_do_not_make_a_difference():
+    """Within each round samples agree to 0.01%, but the rounds do not: 5% between two such runs tell nothing."""
+    before = BenchResult.of([[m, m * 1.0001] for m in (1.00, 1.06, 0.94, 1.04, 0.97)])
+    after = BenchResult.of([[m, m * 1.0001] for m in (1.05, 1.11, 0.99, 1.09, 1.02)])
+    assert verdict(before, after) == Verdict.AMBIGUOUS
+
+
+def test_one_odd_round_changes_nothing():
+    before = BenchResult.of([[1.0] * 9] * 5)
+    after = BenchResult.of([[1.0] * 9] * 4 + [[1.5] * 9])
+    assert verdict(before, after) == Verdict.SAME and after.seconds == 1.0
+
+
+@pytest.mark.parametrize("rounds", [1, 2])
+def test_too_few_rounds(rounds):
+    assert verdict(samples(1, 0.001, 1, rounds), samples(2, 0.001, 2)) == Verdict.AMBIGUOUS
+
+
+def test_throttled_clocks():
+    slow = BenchResult.of([[2.0] * 9] * 5, notes=("clocks throttled: temperature",))
+    assert verdict(samples(1, 0.001, 1), slow) == Verdict.AMBIGUOUS
+
+
+def test_noise_shrinks_with_rounds_and_covers_the_truth():
+    def noise_of(rounds):
+        return statistics.median(samples(1.0, 0.01, seed, rounds).noise for seed in range(100))
+
+    assert noise_of(40) < 0.6 * noise_of(5)
+    runs = [samples(1.0, 0.01, seed, 20) for seed in range(300)]
+    assert sum(abs(run.seconds - 1) <= run.noise for run in runs) >= 0.85 * len(runs)
+
+
+@pytest.mark.parametrize(
+    ("values", "q", "expected"), [([3.0], 0.5, 3.0), ([1, 2], 0.5, 1.5), ([4, 1, 3, 2], 0, 1), (range(101), 0.9, 90)]
+)
+def test_quantiles(values, q, expected):
+    assert stats.quantile(values, q) == expected
+
+
+def report(cells, name="rmsnorm", **machine) -> Report:
+    rows = [Row({"n": n}, {"jitnorm": cell}) for n, cell in enumerate(cells)]
+    return Report(name, "us", ["n"], ["jitnorm"], rows, {"gpu": "H200", **machine}, {"cold": True})
+
+
+def test_rows_that_have_no_figure():
+    good = samples(1.0, 0.001, 1)
+    before = report([good, good, Failed("x"), Skipped("y"), good, good])
+    after = report([good, Failed("x"), good, good, Skipped("y")])
+    assert [(str(c.row), c.verdict) for c in compare(before, after)] == [("n=0", Verdict.SAME), ("n=1", Verdict.FAILED)]
+
+
+def test_what_makes_two_runs_unlike():
+    assert unlike(report([]), report([], gpu="B200", commit="abc")) == ["gpu differs: H200 and B200"]
+
+
+# The command
+
+
+@pytest.fixture
+def command(tmp_path):
+    def run(a: Report, b: Report, *words: str):
+        files = [tmp_path / "a.json", tmp_path / "b.json"]
+        for file, one in zip(files, (a, b), strict=True):
+            file.write_text(one.to_json())
+        return CliRunner().invoke(main, ["bench", "compare", *map(str, files), *words])
+
+    return run
+
+
+def test_command(command):
+    before = [samples(1e-6, 0.0005, seed) for seed in range(3)]
+    after = [samples(ratio * 1e-6, 0.0005, 50 + i) for i, ratio in enumerate((1.0, 0.9, 1.1))]
+    done = command(report(before), report(after))
+    assert done.exit_code == 1 and done.stdout.splitlines()[-1] == "1 SAME, 1 FASTER, 1 SLOWER", done.output
+    assert [line.split()[-1] for line in done.stdout.splitlines()[2:5]] == ["SAME", "FASTER", "SLOWER"]
+    assert command(report(before[:2]), report(after[:2], driver="1")).exit_code == 0
+    assert command(report(before), report(after), "--threshold", "20").exit_code == 0
+    assert command(report(before), report([Failed("boom")])).exit_code == 1
+
+
+def test_command_warns_and_refuses(command, tmp_path):
+    one = report([samples(1, 0.001, 1)])
+    assert (
+        "warning: gpu differs: H200 and B200" in command(one, report(one.rows[0].results().values(), gpu="B200")).stderr
+    )
+    said = command(one, report([], name="qknorm"))
+    assert said.exit_code == 1 and "is of the benchmark rmsnorm" in said.stderr
+    assert "no row and implementation in common" in command(one, report([])).stderr
+    for text in ("{}", "[]", "nothing", '{"format": 1, "rows": [{}]}', '{"format": 7}'):
+        (tmp_path / "c.json").write_text(text)
+        said = CliRunner().invoke(main, ["bench", "compare", str(tmp_path / "c.json"), str(tmp_path / "a.json")])
+        assert said.exit_code == 1 and "c.json is not a benchmark's JSON" in said.stderr, text
+
+
+def test_json_keeps_everything(tmp_path):
+    cell = BenchResult.of(
+        samples(1e-6, 0.01, 1).rounds, memory_footprint=123, error=1e-3, notes=("not cold: a [1,  2] note",)
+    )
+    before = report([cell, Failed('a "quoted" [1,  2] message'), Skipped("not installed")])
+    (tmp_path / "a.json").write_text(before.to_json())
+    after = Report.read(tmp_path / "a.json")
+    assert {**vars(after), "rows": ()} == {**vars(before), "rows": ()} and after.rows[1:] == before.rows[1:]
+    again = after.rows[0].results()["jitnorm"]
+    assert replace(again, rounds=()) == replace(cell, rounds=())
+    for one, other in zip(again.rounds, cell.rounds, strict=True):
+        assert one == pytest.approx(other, rel=1e-4)
+
+
+def test_the_command_line_stays_quick():
+    """What benchmarks need is imported by those who run one."""
+    names = ("jitnorm.benchmark", "matplotlib", "prometheus_client")
+    check = f"import sys, jitnorm.cli; print([name for name in {names} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True)
+    assert done.stdout == "[]\n", done

@@ -1,0 +1,289 @@
+"""The decorators, the run, its table and its command line."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from click.testing import CliRunner
+
+from jitnorm.benchmark import marker, options
+
+QUICK = {"seconds": 0.0, "cold": False, "device": "cpu"}
+
+
+@pytest.fixture(autouse=True)
+def environment(monkeypatch):
+    for name in ("CI", "JITNORM_BENCH_CI", "JITNORM_BENCH_BANDWIDTH"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def copied(n: int) -> marker.BenchResult:
+    x = marker.create_random(n)
+    return marker.do_bench(torch.clone, input_args=(x,), replay_iters=2)
+
+
+@marker.parametrize("n", [8, 16, 32], [8])
+@marker.parametrize("a,b", [(1, "x"), (2, "y")], [(2, "y")])
+@marker.benchmark("impl", ["clone", "broken", "absent"])
+def bench(n, a, b, impl):
+    """A benchmark of the tests."""
+    if impl == "absent":
+        marker.skip("not installed")
+    if impl == "broken" and n == 16:
+        raise RuntimeError("no such kernel\nand much more")
+    return copied(n)
+
+
+# Decoration
+
+
+def test_an_axis_that_the_function_does_not_take():
+    with pytest.raises(TypeError, match=r"f\(\) takes no 'n': it has m, impl"):
+
+        @marker.parametrize("n", [1])
+        @marker.parametrize("m", [1])
+        @marker.benchmark("impl", ["a"])
+        def f(m, impl): ...
+
+    with pytest.raises(TypeError, match=r"f\(\) takes no 'impl': it has no parameters"):
+
+        @marker.benchmark("impl", ["a"])
+        def f(): ...
+
+
+def test_an_axis_that_is_missing():
+    with pytest.raises(TypeError, match=r"no axis gives f\(\) its 'm': the axes are n, impl"):
+
+        @marker.parametrize(
+            "n",
+            [1],
+        )
+        @marker.benchmark("impl", ["a"])
+        def f(n, m, impl): ...
+
+    with pytest.raises(TypeError, match=r"its 'n'"):
+
+        @marker.benchmark("impl", ["a"])
+        def g(n, impl): ...
+
+    def plain(n, impl, given=3): ...
+
+    undecorated = marker.benchmark("impl", ["a"])(plain)  # where nothing tells which decorator is the last
+    with pytest.raises(TypeError, match=r"its 'n'"):
+        undecorated.run()
+    assert marker.parametrize("n", [1])(undecorated).points() == [{"n": 1}]
+
+
+def test_axes_that_do_not_fit():
+    with pytest.raises(TypeError, match="has the axis 'n' twice"):
+
+        @marker.parametrize("n", [1])
+        @marker.parametrize("n", [2])
+        @marker.benchmark("impl", ["a"])
+        def f(n, impl): ...
+
+    with pytest.raises(ValueError, match=r"'n,m' takes 2 values together, got \(1, 2, 3\)"):
+        marker.parametrize("n,m", [(1, 2, 3)])
+    with pytest.raises(TypeError, match=r"goes above @marker\.benchmark, which is innermost"):
+        marker.parametrize("n", [1])(lambda n: None)
+    with pytest.raises(ValueError, match="unit must be one of ns, us, ms, s, got 'minutes'"):
+        marker.benchmark("impl", ["a"], unit="minutes")
+
+
+# The grid
+
+
+def test_axes_stack_and_have_short_lists(monkeypatch):
+    assert [tuple(point.values()) for point in bench.points()] == [
+        (n, a, b) for n in (8, 16, 32) for a, b in ((1, "x"), (2, "y"))
+    ]
+    for name, value in (("CI", "true"), ("JITNORM_BENCH_CI", "1")):
+        monkeypatch.setenv(name, value)
+        assert bench.points() == [{"n": 8, "a": 2, "b": "y"}]
+        assert len(bench.points(full=True)) == 6
+        monkeypatch.delenv(name)
+
+
+@pytest.mark.parametrize(
+    ("filters", "rows"),
+    [(["n>8", "n<32"], 2), (["n=8,32"], 4), (["b!=x"], 3), (["n<=16", "a=1"], 2), (["n>=100"], 0)],
+)
+def test_filters(filters, rows):
+    assert len(bench.points(filters=filters)) == rows
+
+
+@pytest.mark.parametrize("text", ["m=1", "n", "n>x", "=3"])
+def test_bad_filters(text):
+    with pytest.raises(ValueError, match=text):
+        bench.points(filters=[text])
+
+
+# The run
+
+
+def test_one_point():
+    result = bench(8, 1, "x", impl="clone")
+    assert result.metrics == (0.5, "avg") and all(0 < t < 1e-2 for t in result.times)
+    assert result.memory_footprint == 2 * 8 * 2
+
+
+def test_run(capsys):
+    report = bench.run(**QUICK)
+    assert report.failed and len(report.rows) == 6 and report.lines == ["clone", "broken", "absent"]
+    said = capsys.readouterr().out
+    lines = said.splitlines()
+    rows = [line.split() for line in lines[4:10]]
+    assert [row[:3] for row in rows] == [[str(n), a, b] for n in (8, 16, 32) for a, b in (("1", "x"), ("2", "y"))]
+    assert [("error" in row, "N/A" in row) for row in rows] == [(row[0] == "16", True) for row in rows]
+    assert len({line.rindex("N/A") for line in lines[4:10]}) == 1, "aligned"
+    assert "N/A absent: not installed" in lines
+    assert "error broken at n=16, a=1, b=x; n=16, a=2, b=y: RuntimeError: no such kernel" in lines
+    assert "GB/s: 1e9 bytes, read and written, a second" in lines
+    assert said.count("p50") == said.count("avg") == 2, "every metric of both"
+
+
+def test_beside_a_copy(capsys):
+    report = bench.run(**QUICK, filters=["n=32", "a=1"], impl=["clone"], copy=True)
+    row = report.rows[0].results()
+    assert report.lines == ["copy", "clone"] and not report.failed
+    assert row["copy"].memory_footprint == row["clone"].memory_footprint == 2 * 32 * 2
+    assert "/copy" in capsys.readouterr().out
+
+
+def test_no_bandwidth_where_it_is_not_wanted(capsys, monkeypatch):
+    monkeypatch.setenv("JITNORM_BENCH_BANDWIDTH", "0")
+    bench.run(**QUICK, filters=["n=8"], impl=["clone"])
+    assert "GB/s" not in capsys.readouterr().out
+
+
+def test_no_rows_and_one_value(capsys):
+    assert bench.run(**QUICK, filters=["n=9"]).rows == []
+    assert "bench, no rows" in capsys.readouterr().out.replace(":", ",")
+
+    @marker.benchmark("impl", ["only"])
+    def single(impl):
+        return marker.BenchResult((0.5,), (2e-6,), 0)
+
+    report = single.run(**QUICK)
+    assert report.rows[0].results()["only"].seconds == 2e-6
+    assert "2.000" in capsys.readouterr().out
+
+
+def test_a_function_that_returns_no_result(capsys):
+    @marker.benchmark("impl", ["a"])
+    def f(impl):
+        return 3.0
+
+    assert f.run(**QUICK).failed and "returns what do_bench returned, got float" in capsys.readouterr().out
+
+
+def test_all_skipped_with_a_copy(capsys):
+    report = bench.run(**QUICK, filters=["n=8"], impl=["absent"], copy=True)
+    assert not report.failed and "N/A copy: no result of this row says" in capsys.readouterr().out
+
+
+def test_implementations_take_turns():
+    order = []
+
+    @marker.benchmark("impl", ["a", "b"])
+    def f(impl):
+        def one_round():
+            order.append(impl)
+            return [1e-6], None
+
+        return marker.BenchResult.of([one_round()[0]], more=one_round)
+
+    report = f.run(**QUICK)
+    assert order == ["a", "b"] * 5
+    assert all(len(cell.rounds) == 5 and cell.more is None for _, _, cell in report.cells())
+
+
+def test_a_failure_in_a_later_round_stays_in_its_cell(capsys):
+    @marker.benchmark("impl", ["a", "b"])
+    def f(impl):
+        def one_round():
+            if impl == "a":
+                raise RuntimeError("out of memory")
+            return [1e-6], "clocks throttled: temperature"
+
+        return marker.BenchResult.of([[1e-6]], more=one_round)
+
+    report = f.run(**QUICK)
+    assert list(report.rows[0].results()) == ["b"] and report.failed
+    said = capsys.readouterr().out
+    assert "error a: RuntimeError: out of memory" in said and "* b: clocks throttled: temperature" in said
+
+
+def test_noise_is_marked(capsys):
+    @marker.benchmark("impl", ["quiet", "noisy"])
+    def f(impl):
+        spread = 0.2 if impl == "noisy" else 0.001
+        return marker.BenchResult.of([[1e-6 * (1 + spread * i)] for i in range(5)], metrics=(0.5,))
+
+    f.run(**QUICK)
+    said = capsys.readouterr().out.splitlines()
+    quiet, noisy = said[4].split()[1], said[4].split()[3]
+    assert not quiet.endswith("~") and noisy.endswith("~") and any(line.startswith("~ stayed noisy") for line in said)
+
+
+# The command line
+
+
+@marker.parametrize("n", [8, 16], [8])
+@marker.benchmark("impl", ["good", "bad"])
+def sizes(n, impl):
+    """Sizes."""
+    if impl == "bad":
+        raise RuntimeError("bad")
+    return marker.do_bench(torch.clone, input_args=(marker.create_random(n),), replay_iters=1, metrics=(0.5, "max"))
+
+
+def command(*words, exit_code=0):
+    result = CliRunner().invoke(options.command(sizes, copy=False), [str(word) for word in words])
+    assert result.exit_code == exit_code, result.output
+    return result
+
+
+CPU = ["--warm", "--seconds", "0", "--device", "cpu"]
+
+
+def test_command_line(tmp_path):
+    assert command("--list").stdout == "n=8\nn=16\n"
+    assert command("--list", "--short").stdout == "n=8\n"
+    files = {kind: tmp_path / f"a.{kind}" for kind in ("json", "csv", "png")}
+    words = ["--json", files["json"], "--csv", files["csv"], "--plot", files["png"]]
+    said = command(*CPU, "--filter", "n>8", "--impl", "good", *words).stdout
+    assert said.startswith("sizes, us a call")
+    data = json.loads(files["json"].read_text())
+    assert data["settings"] == {"device": "cpu", "dtype": "bfloat16", "cold": False}
+    assert [row["point"] for row in data["rows"]] == [{"n": 16}]
+    head, first, second = files["csv"].read_text().splitlines()
+    assert head.startswith("n,impl,p50_us,max_us,noise,") and first.startswith("16,copy,") and "16,good," in second
+    assert files["png"].read_bytes().startswith(b"\x89PNG")
+
+
+def test_exit_status_of_an_exception_and_of_mistakes():
+    said = command(*CPU, "--short", exit_code=1).stdout
+    assert "error bad: RuntimeError: bad" in said and "16" not in said.split("\n\n")[0]
+    mistake = command("--filter", "m=1", exit_code=1).stderr
+    assert mistake == "Error: 'm=1' is not a filter such as 'num_tokens>=64': the axes are n\n"
+    command("--impl", "none", exit_code=2)
+    assert command("--device", "tpu9", exit_code=1).stderr.startswith("Error: device must be such as")
+    assert "no bandwidth to plot" in command(*CPU, "--impl", "bad", "--plot", "a.png", exit_code=1).stderr
+
+
+def test_main_of_a_file(tmp_path):
+    file = tmp_path / "bench_sizes.py"
+    file.write_text(
+        "from jitnorm.benchmark import marker\n\n"
+        "@marker.benchmark('impl', ['bad'])\n"
+        "def bench(impl):\n    return 1 / 0\n\n"
+        "if __name__ == '__main__':\n    bench.main()\n"
+    )
+    done = subprocess.run([sys.executable, file, "--device", "cpu"], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1 and done.stdout.startswith("sizes, us a call"), done
+    assert "error bad: ZeroDivisionError: division by zero" in done.stdout and not done.stderr
