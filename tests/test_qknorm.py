@@ -222,7 +222,8 @@ def test_many_tokens(num_q_heads, num_k_heads, head_dim):
         for got, x, weight in zip(normalised(q, k, *w), (q, k), w, strict=True):
             reference = rmsnorm_reference(x, weight, 1e-6)
             errors = (got.double() - reference).norm(dim=-1) / reference.norm(dim=-1)
-            assert float(errors.max()) <= TOLERANCE[torch.bfloat16]  # the worst head of them all
+            assert float(errors.max()) <= 2**-8  # what rounding can do to every element of the worst head of all
+            assert relative_error(got, reference) <= TOLERANCE[torch.bfloat16]
 
 
 @pytest.mark.gpu
