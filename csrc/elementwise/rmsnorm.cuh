@@ -5,6 +5,7 @@
 #pragma once
 #include "elementwise/rmsnorm.h"
 #include "jitnorm/launch.h"
+#include "jitnorm/quantise.h"
 #ifdef __CUDACC__
 #include "jitnorm/reduce.h"
 #include "jitnorm/vector.h"
@@ -66,6 +67,7 @@ template <int kHiddenSize_, typename T, typename W, typename Policy, typename S>
 struct RMSNormCuda : S {
   using input_t = T;
   using weight_t = W;
+  using output_t = typename Policy::template output_t<T>;
   using policy_t = Policy;
   using params_t = RMSNormParams;
   static constexpr int kHiddenSize = kHiddenSize_;
@@ -156,19 +158,39 @@ struct RowPart {
     return sum;
   }
 
-  __device__ __forceinline__ void write(T* out, float scale) const {
+  __device__ __forceinline__ void normalised(int i, float scale, float (&f)[kElements]) const {
+    float w[kElements];
+    value(i, f);
+    to_float(weight[i], w);
+#pragma unroll
+    for (int j = 0; j < kElements; j++)
+      f[j] = f[j] * scale * (Policy::kWeightOffset == 0 ? w[j] : Policy::kWeightOffset + w[j]);
+  }
+
+  __device__ __forceinline__ float largest_magnitude(float scale) const {
+    float largest = 0;
 #pragma unroll
     for (int i = 0; i < kCount; i++) {
       if (!has(i)) continue;
-      float f[kElements], w[kElements];
-      value(i, f);
-      to_float(weight[i], w);
+      float f[kElements];
+      normalised(i, scale, f);
 #pragma unroll
-      for (int j = 0; j < kElements; j++)
-        f[j] = f[j] * scale * (Policy::kWeightOffset == 0 ? w[j] : Policy::kWeightOffset + w[j]);
-      Vector<T, kElements> y;
-      from_float(f, y);
-      store(out + offset(i), y);
+      for (int j = 0; j < kElements; j++) largest = fmaxf(largest, fabsf(f[j]));
+    }
+    return largest;
+  }
+
+  // What `last` makes of the normalised numbers, rounded.
+  template <typename Out, typename Last>
+  __device__ __forceinline__ void write(Out* out, float scale, Last last) const {
+#pragma unroll
+    for (int i = 0; i < kCount; i++) {
+      if (!has(i)) continue;
+      float f[kElements];
+      normalised(i, scale, f);
+#pragma unroll
+      for (int j = 0; j < kElements; j++) f[j] = last(f[j]);
+      store_as(out + offset(i), f);
     }
   }
 };
@@ -181,32 +203,45 @@ __device__ __forceinline__ float mean_plus_eps(float sum, float eps) {
   return fmaf(sum, Kernel::kInverse, fmaf(fminf(sum, 3.402823466e38f), Kernel::kInverseRest, eps));
 }
 
-// The whole life of a block, for both kernels. `sum` adds up one float over the threads of a row.
-template <typename Kernel, typename Sum>
-__device__ __forceinline__ void rmsnorm_block(const RMSNormParams& p, Sum sum) {
+// The whole life of a block, for both kernels. `sum` adds up one float over the threads of a row, and `max` finds the
+// largest.
+template <typename Kernel, typename Sum, typename Max>
+__device__ __forceinline__ void rmsnorm_block(const RMSNormParams& p, Sum sum, Max max) {
   using T = typename Kernel::input_t;
   using W = typename Kernel::weight_t;
+  using Out = typename Kernel::output_t;
   constexpr bool kAddResidual = Kernel::policy_t::kAddResidual;
+  constexpr Quantise kQuantise = Kernel::policy_t::kQuantise;
   RowPart<Kernel> part(threadIdx.x % Kernel::kThreadsPerRow);
   const index_t token = index_t(blockIdx.x) * Kernel::kRowsPerBlock + threadIdx.x / Kernel::kThreadsPerRow;
   const T* row = static_cast<const T*>(p.input) + token * p.input_stride;
   T* residual = static_cast<T*>(p.residual) + token * p.residual_stride;
   const W* weight = static_cast<const W*>(p.weight);
-  T* out = static_cast<T*>(p.out) + token * p.out_stride;
+  Out* out = static_cast<Out*>(p.out) + token * p.out_stride;
   const bool exists = Kernel::kRowsPerBlock == 1 || token < p.num_tokens;  // threads without a row still join the sum
   // Before the wait, the misses that no earlier kernel can affect: parameters, and addresses' translations.
-  if (exists && p.eps >= 0) before_wait(row, weight, kAddResidual ? residual : out);
+  if (exists && p.eps >= 0) before_wait(row, weight, kAddResidual ? static_cast<void*>(residual) : out);
   wait_for_previous();
   if (exists) part.read(part.x, row);
   if (kAddResidual && exists) part.read(part.residual, residual);
   part.read(part.weight, weight);
+  float given_scale = 1;
+  if (kQuantise == Quantise::kWithGivenScale) given_scale = load(p.scale);
   let_next_start();
   if (kAddResidual && exists) part.add_residual(residual);
   const float squares = sum(exists ? part.sum_of_squares() : 0.f);
   const float mean = mean_plus_eps<Kernel>(squares, p.eps);
   // The approximation is good to two bits of float32, which 16-bit outputs cannot show, and saves 40 ns of a row's way.
   const float scale = sizeof(T) == 4 ? __frsqrt_rn(mean) : rsqrtf(mean);
-  if (exists) part.write(out, scale);
+  if constexpr (kQuantise == Quantise::kNot) {
+    if (exists) part.write(out, scale, [](float y) { return y; });
+  } else if constexpr (kQuantise == Quantise::kWithGivenScale) {
+    if (exists) part.write(out, scale, Divisor(given_scale));
+  } else {
+    const float found = scale_of(max(exists ? part.largest_magnitude(scale) : 0.f), kLeastTokenScale);
+    if (exists) part.write(out, scale, Divisor(found));
+    if (exists && part.lane == 0) p.scale[token] = found;
+  }
 }
 #endif
 
@@ -216,7 +251,9 @@ template <int kHiddenSize, typename T, typename W = T, typename Policy = Plain,
 struct RMSNormWarpKernel : RMSNormCuda<kHiddenSize, T, W, Policy, S> {
 #ifdef __CUDACC__
   static __device__ __forceinline__ void run(const RMSNormParams& params) {
-    rmsnorm_block<RMSNormWarpKernel>(params, [](float part) { return warp_sum<S::kThreadsPerRow>(part); });
+    rmsnorm_block<RMSNormWarpKernel>(
+        params, [](float part) { return warp_sum<S::kThreadsPerRow>(part); },
+        [](float part) { return warp_max<S::kThreadsPerRow>(part); });
   }
 #endif
 };
@@ -229,10 +266,17 @@ struct RMSNormKernel : RMSNormCuda<kHiddenSize, T, W, Policy, S> {
   static __device__ __forceinline__ void run(const RMSNormParams& params) {
     constexpr int kWarps = S::kThreadsPerRow / kWarpSize;
     __shared__ alignas(16) float partial[S::kRowsPerBlock][kWarps];
-    rmsnorm_block<RMSNormKernel>(params, [&](float part) {
-      const int warp = threadIdx.x / kWarpSize;
-      return block_sum<kWarps>(part, partial[warp / kWarps], warp % kWarps);
-    });
+    __shared__ alignas(16) float partial_max[S::kRowsPerBlock][kWarps];
+    rmsnorm_block<RMSNormKernel>(
+        params,
+        [&](float part) {
+          const int warp = threadIdx.x / kWarpSize;
+          return block_sum<kWarps>(part, partial[warp / kWarps], warp % kWarps);
+        },
+        [&](float part) {
+          const int warp = threadIdx.x / kWarpSize;
+          return block_max<kWarps>(part, partial_max[warp / kWarps], warp % kWarps);
+        });
   }
 #endif
 };

@@ -14,4 +14,12 @@ struct fp16_t {
   unsigned short bits;
 };
 
+// float8_e4m3fn: a sign, 4 bits of exponent, 3 of mantissa; no infinities, and one NaN for each sign. Only written,
+// from float: to nearest even, what is beyond the largest number becomes that, infinities too, and every NaN becomes
+// 0x7f.
+struct e4m3_t {
+  unsigned char bits;
+};
+constexpr float kLargestE4M3 = 448.f;
+
 }  // namespace jitnorm

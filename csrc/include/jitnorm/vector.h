@@ -26,6 +26,12 @@ __device__ __forceinline__ Vector<T, N> load(const T* from) {
   return v;
 }
 
+__device__ __forceinline__ float load(const float* from) {
+  float f;
+  asm volatile("ld.global.f32 %0, [%1];" : "=f"(f) : "l"(from) : "memory");
+  return f;
+}
+
 template <typename T, int N>
 __device__ __forceinline__ void store(T* to, const Vector<T, N>& v) {
 #pragma unroll
@@ -44,7 +50,7 @@ __device__ __forceinline__ void unpack(unsigned word, float* f, fp16_t) {
       : "r"(word));
 }
 
-// Both round to nearest even.
+// All round to nearest even. Two 8-bit elements come in the low half of the word.
 __device__ __forceinline__ unsigned pack(const float* f, bf16_t) {
 #if __CUDA_ARCH__ >= 800
   unsigned word;
@@ -68,6 +74,26 @@ __device__ __forceinline__ unsigned pack(const float* f, fp16_t) {
   return word;
 }
 
+__device__ __forceinline__ unsigned pack(const float* f, e4m3_t) {
+#if __CUDA_ARCH__ >= 890
+  unsigned short pair;
+  asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(pair) : "f"(f[1]), "f"(f[0]));
+  return pair;
+#else
+  unsigned code[2];
+  for (int i = 0; i < 2; i++) {
+    const float magnitude = fminf(fabsf(f[i]), kLargestE4M3);
+    const unsigned u = __float_as_uint(magnitude);
+    // Below 2^-6 the float adder rounds: 2^14 has its last bit where a subnormal e4m3 has its own.
+    const unsigned subnormal = __float_as_uint(magnitude + 16384.f) - 0x46800000u;
+    const unsigned normal = (u - (120u << 23) + 0x7ffffu + ((u >> 20) & 1u)) >> 20;
+    code[i] =
+        f[i] != f[i] ? 0x7fu : (magnitude < 0.015625f ? subnormal : normal) | (__float_as_uint(f[i]) >> 24 & 0x80u);
+  }
+  return code[0] | code[1] << 8;
+#endif
+}
+
 template <typename T, int N>
 __device__ __forceinline__ void to_float(const Vector<T, N>& v, float (&f)[N]) {
   const unsigned* words = reinterpret_cast<const unsigned*>(v.words);
@@ -82,6 +108,15 @@ __device__ __forceinline__ void to_float(const Vector<float, N>& v, float (&f)[N
   for (int i = 0; i < N; i++) f[i] = words[i];
 }
 
+template <typename T>
+__device__ __forceinline__ float to_float(T element) {
+  float f[2];
+  unpack(element.bits, f, T{});
+  return f[0];
+}
+
+__device__ __forceinline__ float to_float(float element) { return element; }
+
 template <typename T, int N>
 __device__ __forceinline__ void from_float(const float (&f)[N], Vector<T, N>& v) {
   unsigned* words = reinterpret_cast<unsigned*>(v.words);
@@ -94,6 +129,28 @@ __device__ __forceinline__ void from_float(const float (&f)[N], Vector<float, N>
   float* words = reinterpret_cast<float*>(v.words);
 #pragma unroll
   for (int i = 0; i < N; i++) words[i] = f[i];
+}
+
+// Floats into memory as elements of another type, in one access: 16 bytes of them, or 4 or 8 elements of 8 bits.
+template <typename T, int N>
+__device__ __forceinline__ void store_as(T* to, const float (&f)[N]) {
+  Vector<T, N> v;
+  from_float(f, v);
+  store(to, v);
+}
+
+__device__ __forceinline__ void store_as(e4m3_t* to, float f) {
+  const float twice[2] = {f, f};
+  to->bits = static_cast<unsigned char>(pack(twice, e4m3_t{}));
+}
+
+__device__ __forceinline__ void store_as(e4m3_t* to, const float (&f)[4]) {
+  *reinterpret_cast<unsigned*>(to) = pack(f, e4m3_t{}) | pack(f + 2, e4m3_t{}) << 16;
+}
+
+__device__ __forceinline__ void store_as(e4m3_t* to, const float (&f)[8]) {
+  *reinterpret_cast<uint2*>(to) = {pack(f, e4m3_t{}) | pack(f + 2, e4m3_t{}) << 16,
+                                   pack(f + 4, e4m3_t{}) | pack(f + 6, e4m3_t{}) << 16};
 }
 
 }  // namespace jitnorm
