@@ -1,49 +1,10 @@
-// The RMSNorm family: what sets its operators apart, the parameters that every kernel class takes and, for the host
-// compiler, the glue that fills them in.
+// The RMSNorm family: the parameters that every kernel class takes and, for the host compiler, the glue that fills them
+// in.
 #pragma once
 #include "jitnorm/dtype.h"
+#include "jitnorm/rms_policy.h"
 
 namespace jitnorm {
-
-// rmsnorm: out = normalised input * weight. With a residual, input and residual are updated in place:
-// residual += input, then input = normalised residual * weight.
-enum class Quantise { kNot, kWithGivenScale, kByToken };
-struct Plain {
-  template <typename T>
-  using output_t = T;  // for inputs of type T
-  static constexpr Quantise kQuantise = Quantise::kNot;
-  static constexpr bool kAddResidual = false;
-  static constexpr bool kRoundSum = false;     // normalise the sum as it is stored, not as it was computed
-  static constexpr float kWeightOffset = 0.f;  // added to the weight
-};
-struct Gemma : Plain {
-  static constexpr float kWeightOffset = 1.f;
-};
-struct FusedAdd : Plain {
-  static constexpr bool kAddResidual = true;
-};
-struct FusedAddRounded : FusedAdd {
-  static constexpr bool kRoundSum = true;
-};
-struct GemmaFusedAdd : Gemma {
-  static constexpr bool kAddResidual = true;
-};
-struct GemmaFusedAddRounded : GemmaFusedAdd {
-  static constexpr bool kRoundSum = true;
-};
-
-// Any of these with e4m3 numbers for output: what the others round to T is divided by a scale, in float, and rounded
-// once. With a residual, the input stays as it is.
-template <typename Norm>
-struct StaticFp8 : Norm {
-  template <typename T>
-  using output_t = e4m3_t;
-  static constexpr Quantise kQuantise = Quantise::kWithGivenScale;
-};
-template <typename Norm>
-struct DynamicFp8 : StaticFp8<Norm> {
-  static constexpr Quantise kQuantise = Quantise::kByToken;  // the largest of a row becomes 448
-};
 
 // What every operator needs of them comes first: it shares one line of the GPU's constant cache.
 struct RMSNormParams {
@@ -56,7 +17,6 @@ struct RMSNormParams {
   index_t num_tokens;
   void* residual;  // only where the operator adds one
   index_t residual_stride;
-  float* scale;  // only where the output is quantised: one to read, or one to write for each token
 };
 
 }  // namespace jitnorm
@@ -67,12 +27,6 @@ struct RMSNormParams {
 namespace jitnorm {
 
 template <typename Kernel>
-bool as_weight(const DLTensor* tensor, Rows* rows) {
-  using W = typename Kernel::weight_t;
-  return tensor && tensor->ndim == 1 && as_rows<W>(*tensor, Kernel::kHiddenSize, Kernel::kAlignment, rows);
-}
-
-template <typename Kernel>
 bool as_tokens(const DLTensor* tensor, Rows* rows) {
   using T = typename Kernel::input_t;
   return tensor && as_rows<T>(*tensor, Kernel::kHiddenSize, Kernel::kAlignment, rows);
@@ -80,11 +34,14 @@ bool as_tokens(const DLTensor* tensor, Rows* rows) {
 
 // Rows that a kernel may write while it reads `weight`.
 inline bool writable(const Rows& rows, index_t hidden_size, const Rows& weight) {
-  return separate_rows(rows, hidden_size) && apart(rows, weight);
+  return (rows.count <= 1 || rows.stride >= hidden_size) && (rows.end <= weight.data || weight.end <= rows.data);
 }
 
 inline bool same_shape_and_device(const DLTensor& a, const DLTensor& b) {
-  return same_shape(a, b) && same_device(a, b);
+  if (a.ndim != b.ndim || !same_device(a, b)) return false;
+  for (int i = 0; i < a.ndim; i++)
+    if (a.shape[i] != b.shape[i]) return false;
+  return true;
 }
 
 // rmsnorm(input, weight, out, eps, enable_pdl): jitnorm.norms.check_rmsnorm says in words what is refused here.
@@ -105,7 +62,7 @@ Outcome rmsnorm(const TVMFFIAny* args, int num_args) {
   bool in_place = in.data == to.data && (in.stride == to.stride || in.count == 1);
   if (!writable(to, hidden_size, scale) || (!in_place && overlap<T>(in, to, hidden_size))) return Outcome::kRefused;
   RMSNormParams params{in.data,  scale.data, to.data, in.stride, to.stride, static_cast<float>(eps),
-                       in.count, nullptr,    0,       nullptr};
+                       in.count, nullptr,    0};
   return launch(Kernel{}, params, input->device, enable_pdl);
 }
 
@@ -126,55 +83,9 @@ Outcome fused_add_rmsnorm(const TVMFFIAny* args, int num_args) {
   if (in.count == 0) return Outcome::kDone;
   if (!writable(in, hidden_size, scale) || !writable(sum, hidden_size, scale) || overlap<T>(in, sum, hidden_size))
     return Outcome::kRefused;
-  RMSNormParams params{in.data,  scale.data, in.data,    in.stride, in.stride, static_cast<float>(eps),
-                       in.count, sum.data,   sum.stride, nullptr};
+  RMSNormParams params{in.data,  scale.data, in.data,   in.stride, in.stride, static_cast<float>(eps),
+                       in.count, sum.data,   sum.stride};
   return launch(Kernel{}, params, input->device, enable_pdl);
-}
-
-// What both operators with e4m3 outputs are called with, after the input and, if any, the residual.
-template <typename Kernel>
-Outcome quantised(const DLTensor* input, const DLTensor* residual, const TVMFFIAny* args) {
-  using T = typename Kernel::input_t;
-  using Policy = typename Kernel::policy_t;
-  constexpr index_t hidden_size = Kernel::kHiddenSize;
-  constexpr bool by_token = Policy::kQuantise == Quantise::kByToken;
-  const DLTensor *weight = as_tensor(args[0]), *out = as_tensor(args[1]), *scale = as_tensor(args[2]);
-  Rows in, sum{}, factors, to, scales;
-  double eps;
-  bool enable_pdl;
-  if (!as_tokens<Kernel>(input, &in) || !as_weight<Kernel>(weight, &factors) || !out ||
-      !as_rows<e4m3_t>(*out, hidden_size, Kernel::kAlignment, &to) ||
-      !as_elements<float>(scale, by_token ? in.count : 1, alignof(float), &scales) || !as_float(args[3], &eps) ||
-      !(eps >= 0) || !as_optional_bool(args[4], true, &enable_pdl) || !same_shape_and_device(*input, *out) ||
-      !same_device(*input, *weight) || !same_device(*input, *scale) || !runs_on(Kernel{}, input->device))
-    return Outcome::kRefused;
-  if (Policy::kAddResidual && (!as_tokens<Kernel>(residual, &sum) || !same_shape_and_device(*input, *residual)))
-    return Outcome::kRefused;
-  if (in.count == 0) return Outcome::kDone;
-  if (!writable(to, hidden_size, factors) || !apart(to, in) || !apart(to, scales)) return Outcome::kRefused;
-  if (by_token && (!apart(scales, in) || !apart(scales, factors))) return Outcome::kRefused;
-  if (Policy::kAddResidual && (!writable(sum, hidden_size, factors) || overlap<T>(in, sum, hidden_size) ||
-                               !apart(sum, to) || !apart(sum, scales)))
-    return Outcome::kRefused;
-  RMSNormParams params{in.data,    factors.data,
-                       to.data,    in.stride,
-                       to.stride,  static_cast<float>(eps),
-                       in.count,   sum.data,
-                       sum.stride, reinterpret_cast<float*>(scales.data)};
-  return launch(Kernel{}, params, input->device, enable_pdl);
-}
-
-// rmsnorm_quant_fp8(input, weight, out, scale, eps, enable_pdl): jitnorm.quant_norms.check says in words what is
-// refused here. The scale is read, or one is written for each token.
-template <typename Kernel>
-Outcome rmsnorm_quant_fp8(const TVMFFIAny* args, int num_args) {
-  return num_args == 6 ? quantised<Kernel>(as_tensor(args[0]), nullptr, args + 1) : Outcome::kRefused;
-}
-
-// fused_add_rmsnorm_quant_fp8(input, residual, weight, out, scale, eps, enable_pdl): likewise.
-template <typename Kernel>
-Outcome fused_add_rmsnorm_quant_fp8(const TVMFFIAny* args, int num_args) {
-  return num_args == 7 ? quantised<Kernel>(as_tensor(args[0]), as_tensor(args[1]), args + 2) : Outcome::kRefused;
 }
 
 }  // namespace jitnorm

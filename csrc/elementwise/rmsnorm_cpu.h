@@ -2,7 +2,7 @@
 #pragma once
 #include "elementwise/rmsnorm.h"
 #include "jitnorm/parallel.h"
-#include "jitnorm/quantise.h"
+#include "jitnorm/rms_simd.h"
 #include "jitnorm/simd.h"
 
 namespace jitnorm {
@@ -11,8 +11,6 @@ template <int kHiddenSize_, typename T, typename W = T, typename Policy = Plain>
 struct RMSNormKernel {
   using input_t = T;
   using weight_t = W;
-  using output_t = typename Policy::template output_t<T>;
-  using policy_t = Policy;
   using params_t = RMSNormParams;
   static constexpr int kHiddenSize = kHiddenSize_;
   static constexpr unsigned kAlignment = 1;
@@ -20,56 +18,31 @@ struct RMSNormKernel {
   static void run(const RMSNormParams& p, index_t row) {
     const T* x = static_cast<const T*>(p.input) + row * p.input_stride;
     const W* w = static_cast<const W*>(p.weight);
-    output_t* y = static_cast<output_t*>(p.out) + row * p.out_stride;
-    float* by = Policy::kQuantise == Quantise::kByToken ? p.scale + row : p.scale;
+    T* y = static_cast<T*>(p.out) + row * p.out_stride;
     if constexpr (!Policy::kAddResidual) {
-      write(y, x, w, row_scale(p.eps, [&](int i) { return load(x + i); }), by);
+      write(y, x, w, inverse_rms<kHiddenSize>(p.eps, [&](int i) { return load(x + i); }));
       return;
     }
     T* residual = static_cast<T*>(p.residual) + row * p.residual_stride;
     // The sum as it is normalised: the stored one, or in float while the residual already holds the rounded one.
     float exact[Policy::kRoundSum ? 1 : kHiddenSize];
-    const float scale = row_scale(p.eps, [&](int i) {
+    const float scale = inverse_rms<kHiddenSize>(p.eps, [&](int i) {
       floats f = load(x + i) + load(residual + i);
       store(residual + i, f);
       if constexpr (Policy::kRoundSum) return load(residual + i);
       store(exact + i, f);
       return f;
     });
-    if constexpr (Policy::kRoundSum) write(y, residual, w, scale, by);
-    else write(y, exact, w, scale, by);
+    if constexpr (Policy::kRoundSum) write(y, residual, w, scale);
+    else write(y, exact, w, scale);
   }
 
  private:
-  // 1 / sqrt(mean of squares + eps), of the floats that `value` gives for the elements from i on.
-  template <typename Value>
-  static float row_scale(float eps, Value value) {
-    constexpr int kSums = 64 / kLanes;  // into a single one, each addition would wait for the one before it
-    static_assert(kHiddenSize % (kSums * kLanes) == 0, "a row is whole vectors");
-    floats sums[kSums] = {};
-    for (int i = 0; i < kHiddenSize; i += kSums * kLanes)
-#pragma GCC unroll 16
-      for (int j = 0; j < kSums; j++) {
-        floats f = value(i + j * kLanes);
-        sums[j] += f * f;
-      }
-    for (int j = 1; j < kSums; j++) sums[0] += sums[j];
-    return 1. / __builtin_sqrt(double(sum(sums[0])) / kHiddenSize + eps);
-  }
-
   template <typename V>
-  static void write(output_t* y, const V* value, const W* weight, float scale, float* by) {
-    auto normalised = [&](int i) { return load(value + i) * scale * (load(weight + i) + Policy::kWeightOffset); };
-    if constexpr (Policy::kQuantise == Quantise::kByToken) {
-      floats most{};
-      for (int i = 0; i < kHiddenSize; i += kLanes) most = larger(most, magnitude(normalised(i)));
-      *by = scale_of(largest(most), kLeastTokenScale);
-    }
-    const float divisor = Policy::kQuantise == Quantise::kNot ? 1 : *by;
+  static void write(T* y, const V* value, const W* weight, float scale) {
 #pragma GCC unroll 4
     for (int i = 0; i < kHiddenSize; i += kLanes)
-      if constexpr (Policy::kQuantise == Quantise::kNot) store(y + i, normalised(i));
-      else store(y + i, normalised(i) / divisor);
+      store(y + i, load(value + i) * scale * (load(weight + i) + Policy::kWeightOffset));
   }
 };
 

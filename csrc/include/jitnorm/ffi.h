@@ -37,10 +37,6 @@ template <>
 struct DType<bf16_t> {
   static constexpr unsigned code = kDLBfloat, bits = 16;
 };
-template <>
-struct DType<e4m3_t> {
-  static constexpr unsigned code = kDLFloat8_e4m3fn, bits = 8;
-};
 
 template <typename T>
 bool has_dtype(const DLTensor& tensor) {
@@ -49,13 +45,6 @@ bool has_dtype(const DLTensor& tensor) {
 
 inline bool same_device(const DLTensor& a, const DLTensor& b) {
   return a.device.device_type == b.device.device_type && a.device.device_id == b.device.device_id;
-}
-
-inline bool same_shape(const DLTensor& a, const DLTensor& b) {
-  if (a.ndim != b.ndim) return false;
-  for (int i = 0; i < a.ndim; i++)
-    if (a.shape[i] != b.shape[i]) return false;
-  return true;
 }
 
 inline const DLTensor* as_tensor(const TVMFFIAny& arg) {
@@ -107,35 +96,18 @@ bool as_rows(const DLTensor& tensor, index_t hidden_size, unsigned alignment, Ro
          stride * sizeof(T) % alignment == 0;
 }
 
-// A contiguous tensor of `count` elements, of any shape, seen as rows of one.
-template <typename T>
-bool as_elements(const DLTensor* tensor, index_t count, unsigned alignment, Rows* rows) {
-  if (!tensor || !has_dtype<T>(*tensor)) return false;
-  index_t step = 1;
-  bool contiguous = true;
-  for (int i = tensor->ndim - 1; i >= 0; i--) {
-    if (tensor->shape[i] != 1 && tensor->strides[i] != step) contiguous = false;
-    step *= tensor->shape[i];
-  }
-  char* data = static_cast<char*>(tensor->data) + tensor->byte_offset;
-  *rows = {data, count, 1, data + count * static_cast<index_t>(sizeof(T))};
-  if (step != count) return false;
-  return count == 0 || (contiguous && tensor->data && reinterpret_cast<uintptr_t>(data) % alignment == 0);
+// One factor for each element of a row.
+template <typename Kernel>
+bool as_weight(const DLTensor* tensor, Rows* rows) {
+  using W = typename Kernel::weight_t;
+  return tensor && tensor->ndim == 1 && as_rows<W>(*tensor, Kernel::kHiddenSize, Kernel::kAlignment, rows);
 }
-
-// Whether each row has memory of its own, as rows that are written need.
-inline bool separate_rows(const Rows& rows, index_t hidden_size) {
-  return rows.count <= 1 || rows.stride >= hidden_size;
-}
-
-// Whether two extents share no memory, whatever lies between their rows.
-inline bool apart(const Rows& a, const Rows& b) { return a.end <= b.data || b.end <= a.data; }
 
 // Rows that share memory. Exact where both have one stride (the column slices of one buffer lie between each other
 // without touching); where the strides differ, overlapping extents count as shared.
 template <typename T>
 bool overlap(const Rows& a, const Rows& b, index_t hidden_size) {
-  if (!a.count || !b.count || apart(a, b)) return false;
+  if (!a.count || !b.count || a.end <= b.data || b.end <= a.data) return false;
   if (a.stride != b.stride) return true;
   index_t offset = (b.data - a.data) % (a.stride * static_cast<index_t>(sizeof(T)));
   if (offset < 0) offset += a.stride * sizeof(T);
