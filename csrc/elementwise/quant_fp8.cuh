@@ -42,7 +42,9 @@ struct Fp8Cuda {
     to_float(x, f);
 #pragma unroll
     for (int j = 0; j < kElements; j++) f[j] = by(f[j]);
-    store_as(out, f);
+    Vector<e4m3_t, kElements> y;
+    from_float(f, y);
+    store(out, y);
   }
 #endif
 };
@@ -115,7 +117,7 @@ struct PerTensorQuantFp8Kernel : Fp8Cuda<T> {
 #pragma unroll
     for (int k = 0; k < kVectors; k++)
       if (int i = threadIdx.x + k * Base::kThreads; i < vectors) Base::quantise(out + i * kElements, x[k], by);
-    if (int last = vectors * kElements + threadIdx.x; last < count) store_as(out + last, by(to_float(input[last])));
+    if (int last = vectors * kElements + threadIdx.x; last < count) out[last] = to_e4m3(by(to_float(input[last])));
   }
 #endif
 };

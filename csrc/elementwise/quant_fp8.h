@@ -30,12 +30,6 @@ enum class TensorScale { kGiven, kFound };
 
 namespace jitnorm {
 
-inline index_t element_count(const DLTensor& tensor) {
-  index_t count = 1;
-  for (int i = 0; i < tensor.ndim; i++) count *= tensor.shape[i];
-  return count;
-}
-
 inline index_t tiles(index_t elements, index_t tile) { return elements == 0 ? 1 : (elements + tile - 1) / tile; }
 
 // Both kernels work this out from the same input.
@@ -74,8 +68,8 @@ Outcome per_tensor_quant_fp8(const TVMFFIAny* args, int num_args) {
       !as_elements<typename Kernel::input_t>(input, element_count(*input), Kernel::kAlignment, &in) ||
       !as_elements<e4m3_t>(out, in.count, Kernel::kAlignment, &to) ||
       !as_elements<float>(scale, 1, alignof(float), &by) || !same_device(*input, *out) ||
-      !same_device(*input, *scale) || !runs_on(Kernel{}, input->device) || !apart(to, in) || !apart(to, by) ||
-      (found && !apart(by, in)))
+      !same_device(*input, *scale) || !runs_on(Kernel{}, input->device) || extents_meet(to, in) ||
+      extents_meet(to, by) || (found && extents_meet(by, in)))
     return Outcome::kRefused;
   if (found && !as_elements<float>(as_tensor(args[3]), kMostMaxima, alignof(float), &maxima)) return Outcome::kRefused;
   if (!found && in.count == 0) return Outcome::kDone;
@@ -105,7 +99,8 @@ Outcome per_token_quant_fp8(const TVMFFIAny* args, int num_args) {
       !same_device(*input, *scales) || !runs_on(Kernel{}, input->device))
     return Outcome::kRefused;
   if (in.count == 0) return Outcome::kDone;
-  if (!separate_rows(to, hidden_size) || !apart(to, in) || !apart(to, by) || !apart(by, in)) return Outcome::kRefused;
+  if (!separate(to, hidden_size) || extents_meet(to, in) || extents_meet(to, by) || extents_meet(by, in))
+    return Outcome::kRefused;
   QuantFp8Params params{};
   params.input = in.data;
   params.out = to.data;

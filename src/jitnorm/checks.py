@@ -42,7 +42,27 @@ def shape(name: str, value: torch.Tensor, expected: Sequence[int], why: str) -> 
         raise ValueError(f"{name} must have shape {list(expected)} ({why}), got {list(value.shape)}")
 
 
-def rows(name: str, value: torch.Tensor) -> None:
+def vector_bytes(row_bytes: int) -> int:
+    """What one access of a CUDA kernel moves of rows that are any multiple of 4 bytes."""
+    return next(n for n in (CUDA_ALIGNMENT, 8, 4) if row_bytes % n == 0)
+
+
+def storage(name: str, value: torch.Tensor) -> None:
+    if value.numel() and value.data_ptr() == 0:
+        raise ValueError(f"{name} must have storage, got a tensor without any")
+
+
+def indices(name: str, value: torch.Tensor, like_name: str, like: torch.Tensor) -> None:
+    """`value` is a contiguous vector of int32 or int64 beside `like`."""
+    dtype(name, value, (torch.int32, torch.int64))
+    if value.dim() != 1:
+        raise ValueError(f"{name} must have one dimension, got shape {list(value.shape)}")
+    if value.shape[0] > 1 and value.stride(0) != 1:
+        raise ValueError(f"{name} must be contiguous, got a stride of {value.stride(0)}")
+    device(name, value, like_name, like)
+
+
+def rows(name: str, value: torch.Tensor, alignment: int = CUDA_ALIGNMENT) -> None:
     """`value` is [..., hidden_size]: elements adjacent, one stride from row to row, storage that a kernel can reach."""
     layout = f"shape {list(value.shape)} and strides {list(value.stride())}"
     if value.stride(-1) != 1:
@@ -51,14 +71,13 @@ def rows(name: str, value: torch.Tensor) -> None:
         return
     if row_stride(value) is None:
         raise ValueError(f"{name} must have leading dimensions that collapse to one row stride, got {layout}")
-    if value.data_ptr() == 0:
-        raise ValueError(f"{name} must have storage, got a tensor without any")
+    storage(name, value)
     if value.is_cuda:
         address, step = value.data_ptr(), (row_stride(value) or 0) * value.element_size()
-        if address % CUDA_ALIGNMENT or step % CUDA_ALIGNMENT:
+        if address % alignment or step % alignment:
             raise ValueError(
-                f"{name} must be aligned to {CUDA_ALIGNMENT} bytes in every row, "
-                f"got an address of {address % CUDA_ALIGNMENT} modulo {CUDA_ALIGNMENT} and a row stride of {step} bytes"
+                f"{name} must be aligned to {alignment} bytes in every row, "
+                f"got an address of {address % alignment} modulo {alignment} and a row stride of {step} bytes"
             )
 
 
@@ -87,16 +106,16 @@ def no_overlap(name: str, value: torch.Tensor, like_name: str, like: torch.Tenso
 
     Where their strides differ, extents that meet count as sharing.
     """
-    if not value.numel():
+    if not value.numel() or not like.numel():
         return
     stride, like_stride = _bytes(value, row_stride(value)), _bytes(like, row_stride(like))
-    row = _bytes(value, value.shape[-1])
+    row, like_row = _bytes(value, value.shape[-1]), _bytes(like, like.shape[-1])
     offset = value.data_ptr() - like.data_ptr()
     if not even_exactly and offset == 0 and (stride == like_stride or value.nbytes == row):
         return
     if offset >= _extent(like) or -offset >= _extent(value):
         return
-    if stride == like_stride and row <= offset % stride <= stride - row:
+    if stride == like_stride and like_row <= offset % stride <= stride - row:
         return
     itself = "" if even_exactly else f"be {like_name} itself or "
     raise ValueError(f"{name} must {itself}share no memory with {like_name}, got a view that overlaps it")

@@ -1,28 +1,53 @@
-// 16 bytes of a row in one thread's registers, and their way to float and back. Device code, fit for NVRTC.
+// A few bytes of a row in one thread's registers, and their way to float and back. Device code, fit for NVRTC.
 #pragma once
 #include "jitnorm/dtype.h"
 
 namespace jitnorm {
 
-// N elements that travel in 16-byte accesses.
+// What one access moves: 16 bytes, or the 8 or 4 that a vector has.
+template <int kBytes>
+struct Access {
+  using type = uint4;
+};
+template <>
+struct Access<8> {
+  using type = uint2;
+};
+template <>
+struct Access<4> {
+  using type = unsigned;
+};
+
+// N elements that travel together.
 template <typename T, int N>
-struct alignas(16) Vector {
-  static_assert(N * sizeof(T) % 16 == 0, "a vector is made of 16-byte accesses");
-  uint4 words[N * sizeof(T) / 16];
+struct alignas(N * sizeof(T) < 16 ? N * sizeof(T) : 16) Vector {
+  static constexpr int kBytes = N * sizeof(T);
+  static_assert(kBytes == 4 || kBytes == 8 || kBytes % 16 == 0, "a vector is made of accesses of one size");
+  using access_t = typename Access<kBytes>::type;
+  static constexpr int kAccesses = kBytes / sizeof(access_t);
+  access_t words[kAccesses];
 };
 
 // volatile: the compiler would move a load to its first use to save registers, and the loads of a row would queue up.
+__device__ __forceinline__ void load_access(uint4& to, const uint4* from) {
+  asm volatile("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(to.x), "=r"(to.y), "=r"(to.z), "=r"(to.w)
+               : "l"(from)
+               : "memory");
+}
+__device__ __forceinline__ void load_access(uint2& to, const uint2* from) {
+  asm volatile("ld.global.v2.u32 {%0, %1}, [%2];" : "=r"(to.x), "=r"(to.y) : "l"(from) : "memory");
+}
+__device__ __forceinline__ void load_access(unsigned& to, const unsigned* from) {
+  asm volatile("ld.global.u32 %0, [%1];" : "=r"(to) : "l"(from) : "memory");
+}
+
 template <typename T, int N>
 __device__ __forceinline__ Vector<T, N> load(const T* from) {
   Vector<T, N> v;
 #pragma unroll
-  for (int i = 0; i < int(N * sizeof(T) / 16); i++) {
-    uint4& w = v.words[i];
-    asm volatile("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(w.x), "=r"(w.y), "=r"(w.z), "=r"(w.w)
-                 : "l"(reinterpret_cast<const uint4*>(from) + i)
-                 : "memory");
-  }
+  for (int i = 0; i < v.kAccesses; i++)
+    load_access(v.words[i], reinterpret_cast<const typename Vector<T, N>::access_t*>(from) + i);
   return v;
 }
 
@@ -35,7 +60,7 @@ __device__ __forceinline__ float load(const float* from) {
 template <typename T, int N>
 __device__ __forceinline__ void store(T* to, const Vector<T, N>& v) {
 #pragma unroll
-  for (int i = 0; i < int(N * sizeof(T) / 16); i++) reinterpret_cast<uint4*>(to)[i] = v.words[i];
+  for (int i = 0; i < v.kAccesses; i++) reinterpret_cast<typename Vector<T, N>::access_t*>(to)[i] = v.words[i];
 }
 
 // Two 16-bit elements share a word, the first in its low half.
@@ -131,26 +156,16 @@ __device__ __forceinline__ void from_float(const float (&f)[N], Vector<float, N>
   for (int i = 0; i < N; i++) words[i] = f[i];
 }
 
-// Floats into memory as elements of another type, in one access: 16 bytes of them, or 4 or 8 elements of 8 bits.
-template <typename T, int N>
-__device__ __forceinline__ void store_as(T* to, const float (&f)[N]) {
-  Vector<T, N> v;
-  from_float(f, v);
-  store(to, v);
-}
-
-__device__ __forceinline__ void store_as(e4m3_t* to, float f) {
+__device__ __forceinline__ e4m3_t to_e4m3(float f) {
   const float twice[2] = {f, f};
-  to->bits = static_cast<unsigned char>(pack(twice, e4m3_t{}));
+  return {static_cast<unsigned char>(pack(twice, e4m3_t{}))};
 }
 
-__device__ __forceinline__ void store_as(e4m3_t* to, const float (&f)[4]) {
-  *reinterpret_cast<unsigned*>(to) = pack(f, e4m3_t{}) | pack(f + 2, e4m3_t{}) << 16;
-}
-
-__device__ __forceinline__ void store_as(e4m3_t* to, const float (&f)[8]) {
-  *reinterpret_cast<uint2*>(to) = {pack(f, e4m3_t{}) | pack(f + 2, e4m3_t{}) << 16,
-                                   pack(f + 4, e4m3_t{}) | pack(f + 6, e4m3_t{}) << 16};
+template <int N>
+__device__ __forceinline__ void from_float(const float (&f)[N], Vector<e4m3_t, N>& v) {
+  unsigned* words = reinterpret_cast<unsigned*>(v.words);
+#pragma unroll
+  for (int i = 0; i < N / 4; i++) words[i] = pack(f + 4 * i, e4m3_t{}) | pack(f + 4 * i + 2, e4m3_t{}) << 16;
 }
 
 }  // namespace jitnorm
