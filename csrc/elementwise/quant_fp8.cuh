@@ -20,7 +20,6 @@ struct Fp8Cuda {
   static constexpr int kWarps = kThreads / 32;
   static constexpr int kRowsPerBlock = 1;
   static constexpr int kMinBlocks = 1;
-  static constexpr int kMultiple = 16;
   static constexpr unsigned kAlignment = 16;
 
 #ifdef __CUDACC__
@@ -52,6 +51,9 @@ struct Fp8Cuda {
 // A block takes every num_tokens-th stretch of the tensor. A maximum is the same in any order.
 template <typename T>
 struct PerTensorFp8MaximaKernel : Fp8Cuda<T> {
+  static constexpr Pass kPass = Pass::kFindMaxima;
+  static constexpr int kTile = 1;
+
 #ifdef __CUDACC__
   static __device__ __forceinline__ void run(const QuantFp8Params& p) {
     using Base = Fp8Cuda<T>;
@@ -80,9 +82,9 @@ struct PerTensorFp8MaximaKernel : Fp8Cuda<T> {
 };
 
 // A block takes a tile: two vectors to a thread.
-template <typename T, TensorScale kScale_>
+template <typename T, Pass kPass_>
 struct PerTensorQuantFp8Kernel : Fp8Cuda<T> {
-  static constexpr TensorScale kScale = kScale_;
+  static constexpr Pass kPass = kPass_;
   static constexpr int kVectors = 2;
   static constexpr int kTile = kVectors * Fp8Cuda<T>::kThreads * Fp8Cuda<T>::kElements;
 
@@ -94,14 +96,14 @@ struct PerTensorQuantFp8Kernel : Fp8Cuda<T> {
     const T* input = static_cast<const T*>(p.input) + first;
     e4m3_t* out = static_cast<e4m3_t*>(p.out) + first;
     const int count = p.num_elements - first < kTile ? int(p.num_elements - first) : kTile, vectors = count / kElements;
-    before_wait(input, kScale == TensorScale::kFound ? p.maxima : p.scale, out);
+    before_wait(input, kPass == Pass::kScaleFound ? p.maxima : p.scale, out);
     wait_for_previous();
     Vector<T, kElements> x[kVectors];
 #pragma unroll
     for (int k = 0; k < kVectors; k++)
       if (int i = threadIdx.x + k * Base::kThreads; i < vectors) x[k] = load<T, kElements>(input + i * kElements);
     float scale;
-    if constexpr (kScale == TensorScale::kGiven) {
+    if constexpr (kPass == Pass::kScaleGiven) {
       scale = load(p.scale);
       let_next_start();
     } else {

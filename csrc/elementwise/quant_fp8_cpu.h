@@ -8,64 +8,67 @@
 namespace jitnorm {
 
 template <typename T>
-struct Fp8Kernel {
+float largest_magnitude(const T* x, index_t count) {
+  floats most{};
+  index_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) most = larger(most, magnitude(load(x + i)));
+  return largest(larger(most, magnitude(load_first(x + i, static_cast<int>(count - i)))));
+}
+
+template <typename T>
+void quantise(e4m3_t* y, const T* x, index_t count, float scale) {
+  index_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) store(y + i, load(x + i) / scale);
+  e4m3_t last[kLanes];
+  store(last, load_first(x + i, static_cast<int>(count - i)) / scale);
+  __builtin_memcpy(y + i, last, count - i);
+}
+
+template <typename T, Pass kPass_>
+struct PerTensorFp8Kernel {
   using input_t = T;
   using params_t = QuantFp8Params;
-  static constexpr int kHiddenSize = 4096;  // about; threads are woken by it
-  static constexpr int kTile = kHiddenSize;
-  static constexpr int kMultiple = 16;
+  static constexpr Pass kPass = kPass_;
   static constexpr unsigned kAlignment = 1;
+  static constexpr index_t kTile = 4096;
 
- protected:
-  static float largest_magnitude(const T* x, index_t count) {
-    floats most{};
-    index_t i = 0;
-    for (; i + kLanes <= count; i += kLanes) most = larger(most, magnitude(load(x + i)));
-    return largest(larger(most, magnitude(load_first(x + i, int(count - i)))));
-  }
-
-  static void quantise(e4m3_t* y, const T* x, index_t count, float scale) {
-    index_t i = 0;
-    for (; i + kLanes <= count; i += kLanes) store(y + i, load(x + i) / scale);
-    e4m3_t last[kLanes];
-    store(last, load_first(x + i, int(count - i)) / scale);
-    __builtin_memcpy(y + i, last, count - i);
-  }
+  static index_t row_elements(const QuantFp8Params& p) { return p.num_elements / p.num_tokens + 1; }
 };
 
 template <typename T>
-struct PerTensorFp8MaximaKernel : Fp8Kernel<T> {
+struct PerTensorFp8MaximaKernel : PerTensorFp8Kernel<T, Pass::kFindMaxima> {
   static void run(const QuantFp8Params& p, index_t part) {
     const index_t first = p.num_elements * part / p.num_tokens, end = p.num_elements * (part + 1) / p.num_tokens;
-    p.maxima[part] = Fp8Kernel<T>::largest_magnitude(static_cast<const T*>(p.input) + first, end - first);
+    p.maxima[part] = largest_magnitude(static_cast<const T*>(p.input) + first, end - first);
   }
 };
 
-template <typename T, TensorScale kScale_>
-struct PerTensorQuantFp8Kernel : Fp8Kernel<T> {
-  static constexpr TensorScale kScale = kScale_;
-
+template <typename T, Pass kPass>
+struct PerTensorQuantFp8Kernel : PerTensorFp8Kernel<T, kPass> {
   static void run(const QuantFp8Params& p, index_t tile) {
-    float scale;
-    if constexpr (kScale == TensorScale::kFound) {
-      scale = scale_of(Fp8Kernel<float>::largest_magnitude(p.maxima, p.num_maxima), kLeastTensorScale);
-      if (tile == 0) *p.scale = scale;
-    } else {
-      scale = *p.scale;
-    }
-    const index_t first = tile * Fp8Kernel<T>::kTile, left = p.num_elements - first;
-    Fp8Kernel<T>::quantise(static_cast<e4m3_t*>(p.out) + first, static_cast<const T*>(p.input) + first,
-                           left < Fp8Kernel<T>::kTile ? left : Fp8Kernel<T>::kTile, scale);
+    constexpr index_t kTile = PerTensorFp8Kernel<T, kPass>::kTile;
+    const bool found = kPass == Pass::kScaleFound;
+    const float scale = found ? scale_of(largest_magnitude(p.maxima, p.num_maxima), kLeastTensorScale) : *p.scale;
+    if (found && tile == 0) *p.scale = scale;
+    const index_t first = tile * kTile, left = p.num_elements - first;
+    quantise(static_cast<e4m3_t*>(p.out) + first, static_cast<const T*>(p.input) + first, left < kTile ? left : kTile,
+             scale);
   }
 };
 
 template <typename T>
-struct PerTokenQuantFp8Kernel : Fp8Kernel<T> {
+struct PerTokenQuantFp8Kernel {
+  using input_t = T;
+  using params_t = QuantFp8Params;
+  static constexpr unsigned kAlignment = 1;
+
+  static index_t row_elements(const QuantFp8Params& p) { return p.num_elements; }
+
   static void run(const QuantFp8Params& p, index_t row) {
     const T* x = static_cast<const T*>(p.input) + row * p.input_stride;
-    const float scale = scale_of(Fp8Kernel<T>::largest_magnitude(x, p.num_elements), kLeastTokenScale);
+    const float scale = scale_of(largest_magnitude(x, p.num_elements), kLeastTokenScale);
     p.scale[row] = scale;
-    Fp8Kernel<T>::quantise(static_cast<e4m3_t*>(p.out) + row * p.out_stride, x, p.num_elements, scale);
+    quantise(static_cast<e4m3_t*>(p.out) + row * p.out_stride, x, p.num_elements, scale);
   }
 };
 

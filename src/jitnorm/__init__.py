@@ -5,15 +5,20 @@
 from jitnorm import nn
 from jitnorm._version import __version__
 from jitnorm.fused_add_rmsnorm import fused_add_rmsnorm
+from jitnorm.fused_add_rmsnorm_quant_fp8 import fused_add_rmsnorm_quant_fp8
 from jitnorm.gemma_fused_add_rmsnorm import gemma_fused_add_rmsnorm
 from jitnorm.gemma_rmsnorm import gemma_rmsnorm
+from jitnorm.per_tensor_quant_fp8 import per_tensor_quant_fp8
+from jitnorm.per_token_quant_fp8 import per_token_quant_fp8
 from jitnorm.rmsnorm import rmsnorm
+from jitnorm.rmsnorm_quant_fp8 import rmsnorm_quant_fp8
 from jitnorm.transformers_patch import patch_transformers
 from jitnorm.warmup import warmup
 
 __all__ = [
     "__version__",
     "fused_add_rmsnorm",
+    "fused_add_rmsnorm_quant_fp8",
     "gemma_fused_add_rmsnorm",
     "gemma_rmsnorm",
     "nn",

@@ -81,6 +81,22 @@ def rows(name: str, value: torch.Tensor, alignment: int = CUDA_ALIGNMENT) -> Non
             )
 
 
+def elements(name: str, value: torch.Tensor, count: int, why: str, alignment: int = 1) -> None:
+    """`value` is contiguous, of any shape, and has `count` elements."""
+    if value.numel() != count:
+        raise ValueError(f"{name} must have {count} elements ({why}), got shape {list(value.shape)}")
+    if not value.is_contiguous():
+        raise ValueError(
+            f"{name} must be contiguous, got shape {list(value.shape)} and strides {list(value.stride())}"
+        )
+    storage(name, value)
+    if value.is_cuda and value.numel() and value.data_ptr() % alignment:
+        raise ValueError(
+            f"{name} must be aligned to {alignment} bytes, "
+            f"got an address of {value.data_ptr() % alignment} modulo {alignment}"
+        )
+
+
 def row_stride(value: torch.Tensor) -> int | None:
     """Elements from one row to the next, of a tensor with rows; None where there is no one stride."""
     count, stride = 1, value.shape[-1]
@@ -122,10 +138,10 @@ def no_overlap(name: str, value: torch.Tensor, like_name: str, like: torch.Tenso
 
 
 def no_shared_memory(name: str, value: torch.Tensor, like_name: str, like: torch.Tensor) -> None:
-    """For a written tensor of rows and a vector that is read for every row."""
-    if not value.numel():
+    """For a written tensor and another, whatever lies between their rows."""
+    if not value.numel() or not like.numel():
         return
-    if like.data_ptr() < value.data_ptr() + _extent(value) and value.data_ptr() < like.data_ptr() + like.nbytes:
+    if like.data_ptr() < value.data_ptr() + _extent(value) and value.data_ptr() < like.data_ptr() + _extent(like):
         raise ValueError(f"{name} must share no memory with {like_name}, got a view that overlaps it")
 
 
@@ -134,9 +150,9 @@ def _bytes(value: torch.Tensor, elements: int | None) -> int:
 
 
 def _extent(value: torch.Tensor) -> int:
-    """Bytes from the first element of the first row to the end of the last row."""
-    rows_before_last = value.numel() // value.shape[-1] - 1
-    return _bytes(value, rows_before_last * (row_stride(value) or 0) + value.shape[-1])
+    """Bytes from the first element to the end of the last."""
+    last = sum((size - 1) * step for size, step in zip(value.shape, value.stride(), strict=True))
+    return _bytes(value, last + 1)
 
 
 def eps(value: object) -> None:
