@@ -12,14 +12,14 @@
 
 namespace jitnorm {
 
-// Math has exp(x) and quotient(x, y). Infinities and NaNs come out as they do of the formulas in PyTorch: the limit at
-// +infinity, and NaN at -infinity.
+// Math has exp(x), reciprocal(x) and times_logistic(x, u), which is x / (1 + exp(-u)). At +infinity an activation is its
+// limit, and at -infinity NaN, as PyTorch's are.
 
 // x * sigmoid(x)
 struct SiLU {
   template <typename Math, typename F>
   static JITNORM_INLINE F apply(F x) {
-    return Math::quotient(x, 1.f + Math::exp(-x));
+    return Math::times_logistic(x, x);
   }
 };
 
@@ -30,7 +30,7 @@ struct GELU {
   // cancels, as in 1 + erf, it is as exact in the tail.
   template <typename Math, typename F>
   static JITNORM_INLINE F apply(F x) {
-    const F t = x < 0.f ? -x : x, s = Math::quotient(F{} + 1.f, 1.f + 0.27f * t);
+    const F t = x < 0.f ? -x : x, s = Math::reciprocal(1.f + 0.27f * t);
     F p = 0.0292058334f * s - 0.127722557f;
     p = p * s + 0.172436097f;
     p = p * s - 0.0723445624f;
@@ -48,7 +48,7 @@ struct GELU {
 struct GELUTanh {
   template <typename Math, typename F>
   static JITNORM_INLINE F apply(F x) {
-    return Math::quotient(x, 1.f + Math::exp(-x * (1.59576912f + 0.0713548163f * x * x)));
+    return Math::times_logistic(x, x * (1.59576912f + 0.0713548163f * x * x));
   }
 };
 

@@ -20,8 +20,6 @@ inline Grid over_rows(index_t rows, unsigned threads_x, unsigned threads_y, inde
 }
 
 #ifdef __CUDACC__
-__device__ __forceinline__ int grid_column() { return blockIdx.x * blockDim.x + threadIdx.x; }
-
 __device__ __forceinline__ index_t grid_row() {
   return (index_t(blockIdx.z) * gridDim.y + blockIdx.y) * blockDim.y + threadIdx.y;
 }
