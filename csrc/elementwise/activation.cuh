@@ -45,18 +45,14 @@ struct ActivationKernel {
   static constexpr int kThreads = 256;
   static constexpr int kMinBlocks = 4;  // 64 KiB in flight on a multiprocessor
 
-  // Short rows share a block; the threads of a longer row are shared out evenly over blocks, as whole warps.
   static Grid grid(const ActivationParams& p) {
-    const index_t threads = divide_up(p.width / kElements, kVectors);
-    if (threads <= kThreads) return over_rows(p.num_tokens, threads, kThreads / threads, 1);
-    const index_t blocks = divide_up(threads, kThreads), warps = divide_up(divide_up(threads, blocks), 32);
-    return over_rows(p.num_tokens, warps * 32, 1, divide_up(threads, warps * 32));
+    return over_rows(p.num_tokens, p.width / kElements, kVectors, kThreads);
   }
 
 #ifdef __CUDACC__
   static __device__ __forceinline__ void run(const ActivationParams& p) {
     const index_t token = grid_row();
-    const int first = (blockIdx.x * kVectors * blockDim.x + threadIdx.x) * kElements, step = blockDim.x * kElements;
+    const int first = grid_column(kVectors) * kElements, step = blockDim.x * kElements;
     if (token >= p.num_tokens || first >= p.width) return;
     const T* gates = static_cast<const T*>(p.input) + token * p.input_stride + first;
     const T* factors = gates + p.width;

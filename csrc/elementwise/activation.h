@@ -4,12 +4,6 @@
 #pragma once
 #include "jitnorm/dtype.h"
 
-#ifdef __CUDACC__
-#define JITNORM_INLINE __device__ __forceinline__
-#else
-#define JITNORM_INLINE inline
-#endif
-
 namespace jitnorm {
 
 // Math has exp(x), reciprocal(x) and times_logistic(x, u), which is x / (1 + exp(-u)). At +infinity an activation is its
