@@ -48,7 +48,8 @@ class Activation(Operator):
             name=f"{self.op}_{name}" + ("" if full else f"_by_{vector_bytes}"),
             kernel=f"ActivationKernel<{_CPP[dtype]}, {self.policy}, {vector_bytes}>",
             target=target,
-            warmup=f"--op {self.op} --dtype {name}" + ("" if full else f" --hidden-size {vector_bytes // dtype.itemsize}"),
+            warmup=f"--op {self.op} --dtype {name}"
+            + ("" if full else f" --hidden-size {vector_bytes // dtype.itemsize}"),
         )
 
     def run(self, input: torch.Tensor, *arguments: Any) -> None:
