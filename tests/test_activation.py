@@ -22,8 +22,8 @@ DEFINITIONS = {
     gelu_tanh_and_mul: lambda x: F.gelu(x, approximate="tanh"),
 }
 operators = pytest.mark.parametrize("op", DEFINITIONS, ids=lambda op: op.__name__)
-# A vector of every width, one of each side of a block's 512, and such as models have: Qwen2.5-VL's 3420 goes by 8 bytes,
-# 11008 leaves a rest in its blocks, 28672 is the widest.
+# Accesses of every width, rows that share a block and such that need several, and what models have: Qwen2.5-VL's 3420
+# goes by 8 bytes, 11008 leaves a rest in its blocks, 28672 is the widest.
 WIDTHS = (2, 4, 8, 768, 3420, 4104, 11008, 28672)
 
 

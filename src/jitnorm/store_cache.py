@@ -46,8 +46,8 @@ def store_cache(
     Raises:
         TypeError: an argument is not a tensor or not an int, or of another dtype.
         ValueError: a shape, stride, device, alignment or overlap that is not accepted, or a bad row_bytes or num_split.
-        IndexError: with `JITNORM_CHECK_INDICES=1`, for an index that is no slot's: nothing is written then. It is looked
-            for on every call outside a graph's capture, which waits for the GPU.
+        IndexError: with `JITNORM_CHECK_INDICES=1`, for an index that is no slot's: nothing is written then. Every call
+            outside a graph's capture looks for one, and waits for the GPU to do so.
         RuntimeError: the width is not supported (nothing is built then), a tensor needs a gradient, or the kernel
             cannot be built or launched.
     """

@@ -167,7 +167,15 @@ def dispatch_store_cache(*arguments: Any) -> None:
 
 
 def _run(
-    k: Any, v: Any, k_cache: Any, v_cache: Any, indices: Any, *, row_bytes: Any, num_split: Any, skip_index: Any
+    k: Any,
+    v: Any,
+    k_cache: Any,
+    v_cache: Any,
+    indices: Any,
+    *,
+    row_bytes: int = 0,
+    num_split: int = 0,
+    skip_index: int | None = None,
 ) -> None:
     arguments = k, v, k_cache, v_cache, indices, row_bytes, num_split, skip_index
     if check_indices or not STORE_CACHE.call_last(k.dtype, *arguments):
@@ -177,7 +185,15 @@ def _run(
 
 
 def _fake(
-    k: Any, v: Any, k_cache: Any, v_cache: Any, indices: Any, *, row_bytes: Any, num_split: Any, skip_index: Any
+    k: Any,
+    v: Any,
+    k_cache: Any,
+    v_cache: Any,
+    indices: Any,
+    *,
+    row_bytes: int = 0,
+    num_split: int = 0,
+    skip_index: int | None = None,
 ) -> None:
     named = {"k": k, "v": v, "k_cache": k_cache, "v_cache": v_cache}
     _check_kinds(named, indices, row_bytes, num_split, skip_index)
