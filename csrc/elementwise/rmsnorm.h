@@ -1,32 +1,10 @@
-// The RMSNorm family: what sets its operators apart, the parameters that every kernel class takes and, for the host
-// compiler, the glue that fills them in.
+// The RMSNorm family: the parameters that every kernel class takes and, for the host compiler, the glue that fills them
+// in.
 #pragma once
 #include "jitnorm/dtype.h"
+#include "jitnorm/rms_policy.h"
 
 namespace jitnorm {
-
-// rmsnorm: out = normalised input * weight. With a residual, input and residual are updated in place:
-// residual += input, then input = normalised residual * weight.
-struct Plain {
-  static constexpr bool kAddResidual = false;
-  static constexpr bool kRoundSum = false;     // normalise the sum as it is stored, not as it was computed
-  static constexpr float kWeightOffset = 0.f;  // added to the weight
-};
-struct Gemma : Plain {
-  static constexpr float kWeightOffset = 1.f;
-};
-struct FusedAdd : Plain {
-  static constexpr bool kAddResidual = true;
-};
-struct FusedAddRounded : FusedAdd {
-  static constexpr bool kRoundSum = true;
-};
-struct GemmaFusedAdd : Gemma {
-  static constexpr bool kAddResidual = true;
-};
-struct GemmaFusedAddRounded : GemmaFusedAdd {
-  static constexpr bool kRoundSum = true;
-};
 
 // What every operator needs of them comes first: it shares one line of the GPU's constant cache.
 struct RMSNormParams {
@@ -47,12 +25,6 @@ struct RMSNormParams {
 #include "jitnorm/ffi.h"
 
 namespace jitnorm {
-
-template <typename Kernel>
-bool as_weight(const DLTensor* tensor, Rows* rows) {
-  using W = typename Kernel::weight_t;
-  return tensor && tensor->ndim == 1 && as_rows<W>(*tensor, Kernel::kHiddenSize, Kernel::kAlignment, rows);
-}
 
 template <typename Kernel>
 bool as_tokens(const DLTensor* tensor, Rows* rows) {

@@ -2,6 +2,7 @@
 #pragma once
 #include "elementwise/rmsnorm.h"
 #include "jitnorm/parallel.h"
+#include "jitnorm/rms_simd.h"
 #include "jitnorm/simd.h"
 
 namespace jitnorm {
@@ -19,13 +20,13 @@ struct RMSNormKernel {
     const W* w = static_cast<const W*>(p.weight);
     T* y = static_cast<T*>(p.out) + row * p.out_stride;
     if constexpr (!Policy::kAddResidual) {
-      write(y, x, w, scale_of(p.eps, [&](int i) { return load(x + i); }));
+      write(y, x, w, inverse_rms<kHiddenSize>(p.eps, [&](int i) { return load(x + i); }));
       return;
     }
     T* residual = static_cast<T*>(p.residual) + row * p.residual_stride;
     // The sum as it is normalised: the stored one, or in float while the residual already holds the rounded one.
     float exact[Policy::kRoundSum ? 1 : kHiddenSize];
-    const float scale = scale_of(p.eps, [&](int i) {
+    const float scale = inverse_rms<kHiddenSize>(p.eps, [&](int i) {
       floats f = load(x + i) + load(residual + i);
       store(residual + i, f);
       if constexpr (Policy::kRoundSum) return load(residual + i);
@@ -37,22 +38,6 @@ struct RMSNormKernel {
   }
 
  private:
-  // 1 / sqrt(mean of squares + eps), of the floats that `value` gives for the elements from i on.
-  template <typename Value>
-  static float scale_of(float eps, Value value) {
-    constexpr int kSums = 64 / kLanes;  // into a single one, each addition would wait for the one before it
-    static_assert(kHiddenSize % (kSums * kLanes) == 0, "a row is whole vectors");
-    floats sums[kSums] = {};
-    for (int i = 0; i < kHiddenSize; i += kSums * kLanes)
-#pragma GCC unroll 16
-      for (int j = 0; j < kSums; j++) {
-        floats f = value(i + j * kLanes);
-        sums[j] += f * f;
-      }
-    for (int j = 1; j < kSums; j++) sums[0] += sums[j];
-    return 1. / __builtin_sqrt(double(sum(sums[0])) / kHiddenSize + eps);
-  }
-
   template <typename V>
   static void write(T* y, const V* value, const W* weight, float scale) {
 #pragma GCC unroll 4

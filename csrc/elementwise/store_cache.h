@@ -23,7 +23,7 @@ struct StoreCacheParams {
   bool wide_indices;  // int64 rather than int32
 };
 
-JITNORM_INLINE index_t index_of(const StoreCacheParams& p, index_t token) {
+JITNORM_ANYWHERE index_t index_of(const StoreCacheParams& p, index_t token) {
   return p.wide_indices ? static_cast<const index_t*>(p.indices)[token] : static_cast<const int*>(p.indices)[token];
 }
 

@@ -8,6 +8,7 @@ from jitnorm.activation import gelu_and_mul, gelu_tanh_and_mul, silu_and_mul
 from jitnorm.fused_add_rmsnorm import fused_add_rmsnorm
 from jitnorm.gemma_fused_add_rmsnorm import gemma_fused_add_rmsnorm
 from jitnorm.gemma_rmsnorm import gemma_rmsnorm
+from jitnorm.qknorm import can_use_fused_inplace_qknorm, fused_inplace_qknorm
 from jitnorm.rmsnorm import rmsnorm
 from jitnorm.store_cache import store_cache
 from jitnorm.transformers_patch import patch_transformers
@@ -15,7 +16,9 @@ from jitnorm.warmup import warmup
 
 __all__ = [
     "__version__",
+    "can_use_fused_inplace_qknorm",
     "fused_add_rmsnorm",
+    "fused_inplace_qknorm",
     "gelu_and_mul",
     "gelu_tanh_and_mul",
     "gemma_fused_add_rmsnorm",

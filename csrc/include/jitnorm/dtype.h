@@ -3,9 +3,9 @@
 #pragma once
 
 #ifdef __CUDACC__  // what kernels of both sides call
-#define JITNORM_INLINE __device__ __forceinline__
+#define JITNORM_ANYWHERE __device__ __forceinline__
 #else
-#define JITNORM_INLINE inline
+#define JITNORM_ANYWHERE inline
 #endif
 
 namespace jitnorm {

@@ -101,6 +101,13 @@ bool as_rows(const DLTensor& tensor, index_t hidden_size, unsigned alignment, Ro
          stride * sizeof(T) % alignment == 0;
 }
 
+// One factor for each element of a row.
+template <typename Kernel>
+bool as_weight(const DLTensor* tensor, Rows* rows) {
+  using W = typename Kernel::weight_t;
+  return tensor && tensor->ndim == 1 && as_rows<W>(*tensor, Kernel::kHiddenSize, Kernel::kAlignment, rows);
+}
+
 inline bool extents_meet(const Rows& a, const Rows& b) {
   return a.count && b.count && a.data < b.end && b.data < a.end;
 }

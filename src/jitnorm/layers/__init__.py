@@ -1,5 +1,7 @@
 """The parts of a model that choose, for the device and the compiler in force, which of several forms runs."""
 
 from jitnorm.layers.compiler import set_compiler
+from jitnorm.layers.qk_norm import _reshape_for_qk_norm as _reshape_for_qk_norm
+from jitnorm.layers.qk_norm import apply_qk_norm
 
-__all__ = ["set_compiler"]
+__all__ = ["apply_qk_norm", "set_compiler"]
