@@ -8,6 +8,7 @@ import torch
 from jitnorm.jit.build import build
 from jitnorm.jit.spec import Target
 from jitnorm.norms import FUSED_ADD_RMSNORM, FUSED_ADD_RMSNORM_ROUND_SUM, GEMMA_FUSED_ADD_RMSNORM, RMSNORM
+from jitnorm.qknorm_checks import HEAD_DIMS, QKNORM
 
 pytestmark = pytest.mark.nvcc
 
@@ -18,6 +19,8 @@ KERNELS = (
     (RMSNORM, 8192, torch.bfloat16, torch.bfloat16),
     (GEMMA_FUSED_ADD_RMSNORM, 256, torch.bfloat16, torch.bfloat16),
     (FUSED_ADD_RMSNORM_ROUND_SUM, 4096, torch.float16, torch.float32),
+    (QKNORM, 128, torch.bfloat16, torch.bfloat16),
+    (QKNORM, 1024, torch.float16, torch.float32),
 )
 
 
@@ -34,3 +37,6 @@ def test_every_size_compiles_for_one_architecture():
     for hidden_size in range(512, 8193, 768):
         build(RMSNORM.spec(hidden_size, torch.bfloat16, torch.bfloat16, Target.cuda("9.0a")))
         build(FUSED_ADD_RMSNORM.spec(hidden_size, torch.float32, torch.float32, Target.cuda("8.0")))
+    for head_dim in HEAD_DIMS:
+        build(QKNORM.spec(head_dim, torch.bfloat16, torch.bfloat16, Target.cuda("9.0a")))
+        build(QKNORM.spec(head_dim, torch.float32, torch.float32, Target.cuda("7.5")))

@@ -87,6 +87,27 @@ def test_sizes_of_other_families(tmp_path, config, sizes):
     assert read_config(config_file(tmp_path, **config).parent).hidden_sizes == sizes
 
 
+@pytest.mark.parametrize(
+    ("config", "head_dims"),
+    [
+        (json.loads((CONFIGS / "qwen3.json").read_text()), [128]),
+        (json.loads((CONFIGS / "llama.json").read_text()), []),
+        (OLMO2, []),  # over all heads at once, which is no work for the kernel of single heads
+        ({"model_type": "qwen3", "hidden_size": 128, "head_dim": 128}, [128]),
+    ],
+)
+def test_sizes_of_single_heads(tmp_path, config, head_dims):
+    file = config_file(tmp_path, **config)
+    assert read_config(file).head_dims == head_dims
+    plan = make_plan(op=["rmsnorm", "fused_inplace_qknorm"], config=file, dtype="fp16", device="cpu")
+    assert [s.name for s in plan.specs if s.op == "fused_inplace_qknorm"] == [
+        f"fused_inplace_qknorm_{d}_fp16" for d in head_dims
+    ]
+    assert {s.name for s in plan.specs} >= {f"rmsnorm_{h}_fp16" for h in read_config(file).hidden_sizes}
+    missing = [f"{file} has no norms of single heads, which fused_inplace_qknorm is for"]
+    assert plan.refused == ([] if head_dims else missing)
+
+
 @pytest.mark.parametrize("content", ["", "[1]", "{}", '{"hidden_size": "4096"}'])
 def test_bad_configs_are_one_clear_line(tmp_path, content):
     file = tmp_path / "config.json"
@@ -167,6 +188,18 @@ def test_builds_what_a_call_then_finds(cache_dir, monkeypatch):
     monkeypatch.setenv("JITNORM_DISABLE_JIT", "1")
     x, weight = torch.randn(3, 512).bfloat16(), torch.ones(512).bfloat16()
     assert jitnorm.rmsnorm(x, weight).isfinite().all()
+
+
+def test_builds_what_a_call_on_heads_then_finds(cache_dir, monkeypatch):
+    result = jitnorm.warmup(op="fused_inplace_qknorm", hidden_size=128, dtype="bf16", weight_dtype="fp32", device="cpu")
+    assert [s.warmup for s in result.built] == [
+        "--op fused_inplace_qknorm --hidden-size 128 --dtype bf16 --weight-dtype fp32"
+    ]
+    monkeypatch.setenv("JITNORM_DISABLE_JIT", "1")
+    q, k, weight = torch.randn(3, 4, 128).bfloat16(), torch.randn(3, 2, 128).bfloat16(), torch.ones(128)
+    jitnorm.fused_inplace_qknorm(q, k, weight, weight)
+    with pytest.raises(RuntimeError, match="--op fused_inplace_qknorm --hidden-size 128 --dtype bf16 --device cpu"):
+        jitnorm.fused_inplace_qknorm(q, k, weight.bfloat16(), weight.bfloat16())
 
 
 def test_disable_jit_does_not_forbid_it(cache_dir, monkeypatch):

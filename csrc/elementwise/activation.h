@@ -4,22 +4,16 @@
 #pragma once
 #include "jitnorm/dtype.h"
 
-#ifdef __CUDACC__
-#define JITNORM_INLINE __device__ __forceinline__
-#else
-#define JITNORM_INLINE inline
-#endif
-
 namespace jitnorm {
 
-// Math has exp(x) and quotient(x, y). Infinities and NaNs come out as they do of the formulas in PyTorch: the limit at
-// +infinity, and NaN at -infinity.
+// Math has exp(x), reciprocal(x) and times_logistic(x, u), which is x / (1 + exp(-u)). At +infinity an activation is its
+// limit, and at -infinity NaN, as PyTorch's are.
 
 // x * sigmoid(x)
 struct SiLU {
   template <typename Math, typename F>
-  static JITNORM_INLINE F apply(F x) {
-    return Math::quotient(x, 1.f + Math::exp(-x));
+  static JITNORM_ANYWHERE F apply(F x) {
+    return Math::times_logistic(x, x);
   }
 };
 
@@ -29,8 +23,8 @@ struct GELU {
   // 0 <= t <= 14.5, below which float has no more numbers: off by 3e-8 of the value at most. Without a difference that
   // cancels, as in 1 + erf, it is as exact in the tail.
   template <typename Math, typename F>
-  static JITNORM_INLINE F apply(F x) {
-    const F t = x < 0.f ? -x : x, s = Math::quotient(F{} + 1.f, 1.f + 0.27f * t);
+  static JITNORM_ANYWHERE F apply(F x) {
+    const F t = x < 0.f ? -x : x, s = Math::reciprocal(1.f + 0.27f * t);
     F p = 0.0292058334f * s - 0.127722557f;
     p = p * s + 0.172436097f;
     p = p * s - 0.0723445624f;
@@ -47,8 +41,8 @@ struct GELU {
 // x * (1 + tanh(u)) / 2 with u = sqrt(2 / pi) * (x + 0.044715 x^3), which is x * sigmoid(2u).
 struct GELUTanh {
   template <typename Math, typename F>
-  static JITNORM_INLINE F apply(F x) {
-    return Math::quotient(x, 1.f + Math::exp(-x * (1.59576912f + 0.0713548163f * x * x)));
+  static JITNORM_ANYWHERE F apply(F x) {
+    return Math::times_logistic(x, x * (1.59576912f + 0.0713548163f * x * x));
   }
 };
 
@@ -67,7 +61,7 @@ struct ActivationParams {
 };
 
 // Whether the row's expert is -1.
-JITNORM_INLINE bool is_skipped(const ActivationParams& p, index_t row) {
+JITNORM_ANYWHERE bool is_skipped(const ActivationParams& p, index_t row) {
   if (!p.expert_ids) return false;
   const index_t i = row / p.expert_step;
   return (p.wide_ids ? static_cast<const index_t*>(p.expert_ids)[i] : static_cast<const int*>(p.expert_ids)[i]) == -1;

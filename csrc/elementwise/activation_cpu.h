@@ -8,7 +8,8 @@ namespace jitnorm {
 
 struct SimdMath {
   static floats exp(floats x) { return jitnorm::exp(x); }
-  static floats quotient(floats x, floats y) { return x / y; }
+  static floats reciprocal(floats x) { return 1.f / x; }
+  static floats times_logistic(floats x, floats u) { return x / (1.f + jitnorm::exp(-u)); }
 };
 
 template <typename T, typename Activation, int kVectorBytes_>

@@ -91,7 +91,7 @@ def gelu_tanh_and_mul(
     expert_ids: torch.Tensor | None = None,
     expert_step: int = 1,
 ) -> torch.Tensor:
-    """GEGLU's product with GELU's approximation by tanh, which Gemma uses: `out = gelu(input[..., :d]) * input[..., d:]`.
+    """GEGLU's product by the approximation of GELU that Gemma uses: `out = gelu(input[..., :d]) * input[..., d:]`.
 
     `gelu(x) = x * (1 + tanh(sqrt(2 / pi) * (x + 0.044715 x^3))) / 2`, as `torch.nn.functional.gelu` with
     `approximate="tanh"`; computed in float32 and rounded once.

@@ -6,6 +6,7 @@ What the operators in activation.py need where a call finds no kernel, is traced
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -48,7 +49,8 @@ class Activation(Operator):
             name=f"{self.op}_{name}" + ("" if full else f"_by_{vector_bytes}"),
             kernel=f"ActivationKernel<{_CPP[dtype]}, {self.policy}, {vector_bytes}>",
             target=target,
-            warmup=f"--op {self.op} --dtype {name}" + ("" if full else f" --hidden-size {vector_bytes // dtype.itemsize}"),
+            warmup=f"--op {self.op} --dtype {name}"
+            + ("" if full else f" --hidden-size {vector_bytes // dtype.itemsize}"),
         )
 
     def run(self, input: torch.Tensor, *arguments: Any) -> None:
@@ -168,11 +170,11 @@ def dispatch_activation(
     return out
 
 
-# Of a gate in float32: the activation, whose derivative autograd finds.
-_FORMULAS = {
-    "SiLU": F.silu,
-    "GELU": F.gelu,
-    "GELUTanh": lambda x: F.gelu(x, approximate="tanh"),
+# By policy, of a gate in float32: the activation, and what it makes of a gradient.
+_FORMULAS: dict[str, tuple[Any, Any]] = {
+    "SiLU": (F.silu, torch.ops.aten.silu_backward),
+    "GELU": (F.gelu, torch.ops.aten.gelu_backward),
+    "GELUTanh": (partial(F.gelu, approximate="tanh"), partial(torch.ops.aten.gelu_backward, approximate="tanh")),
 }
 
 
@@ -226,9 +228,9 @@ def _register(activation: Activation) -> None:
 def _gradient(activation: Activation, input: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
     """Of the input, in float32."""
     gate, factor = input.float().chunk(2, dim=-1)
-    value, pull_back = torch.func.vjp(_FORMULAS[activation.policy], gate)
+    forward, backward = _FORMULAS[activation.policy]
     grad = grad.float()
-    return torch.cat((pull_back(grad * factor)[0], grad * value), dim=-1)
+    return torch.cat((backward(grad * factor, gate), grad * forward(gate)), dim=-1)
 
 
 def _skipped(input: torch.Tensor, expert_ids: torch.Tensor, expert_step: int) -> torch.Tensor:

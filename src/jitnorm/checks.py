@@ -72,13 +72,19 @@ def rows(name: str, value: torch.Tensor, alignment: int = CUDA_ALIGNMENT) -> Non
     if row_stride(value) is None:
         raise ValueError(f"{name} must have leading dimensions that collapse to one row stride, got {layout}")
     storage(name, value)
-    if value.is_cuda:
-        address, step = value.data_ptr(), (row_stride(value) or 0) * value.element_size()
-        if address % alignment or step % alignment:
-            raise ValueError(
-                f"{name} must be aligned to {alignment} bytes in every row, "
-                f"got an address of {address % alignment} modulo {alignment} and a row stride of {step} bytes"
-            )
+    aligned(name, value, row_stride(value) or 0, to=alignment)
+
+
+def aligned(name: str, value: torch.Tensor, *strides: int, to: int = CUDA_ALIGNMENT) -> None:
+    """On CUDA, every row is whole accesses of a kernel; rows are these numbers of elements apart."""
+    if not value.is_cuda:
+        return
+    address, steps = value.data_ptr() % to, [stride * value.element_size() for stride in strides]
+    if address or any(step % to for step in steps):
+        raise ValueError(
+            f"{name} must be aligned to {to} bytes in every row, got an address of {address} modulo {to} "
+            f"and strides of {' and '.join(map(str, steps))} bytes between rows"
+        )
 
 
 def elements(name: str, value: torch.Tensor, count: int, why: str, alignment: int = 1) -> None:

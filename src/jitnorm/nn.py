@@ -38,22 +38,22 @@ def serves(input: torch.Tensor, weight: torch.Tensor) -> bool:
         and weight.dtype in (input.dtype, torch.float32)
         and weight.device == input.device
         and input.device.type in ("cpu", "cuda")
-        and _is_rows(weight)
+        and is_rows(weight)
     )
 
 
 def normalise(norm: Callable[..., torch.Tensor], input: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """`norm(input, weight, eps)`, one of this package's, for an input of any strides, which the result has too where
     the kernel takes them."""
-    if _is_rows(input):
+    if is_rows(input):
         return norm(input, weight, eps)
     # Heads before tokens, as in q.view(b, s, h, d).transpose(1, 2): rows still, in another order.
-    if input.dim() >= 3 and _is_rows(rows := input.transpose(-3, -2)):
+    if input.dim() >= 3 and is_rows(rows := input.transpose(-3, -2)):
         return norm(rows, weight, eps).transpose(-3, -2)
     return norm(input.clone(memory_format=torch.contiguous_format), weight, eps)
 
 
-def _is_rows(tensor: torch.Tensor) -> bool:
+def is_rows(tensor: torch.Tensor) -> bool:
     """Whether a kernel takes these strides."""
     # What a compiler traces has no address yet; it allocates aligned, and the kernel refuses what is not.
     if tensor.is_cuda and not torch.compiler.is_compiling() and tensor.data_ptr() % checks.CUDA_ALIGNMENT:
@@ -86,7 +86,7 @@ def _takes_sum(input: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor
         and residual.shape == input.shape
         and residual.dtype == input.dtype
         and residual.device == input.device
-        and all(_is_rows(written) and 0 not in written.stride() for written in (input, residual))
+        and all(is_rows(written) and 0 not in written.stride() for written in (input, residual))
     )
 
 

@@ -6,7 +6,7 @@ which a call takes once for each size, or to be told what is wrong with it.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -43,11 +43,16 @@ def kernel_class(hidden_size: int, op: str = "rmsnorm") -> str:
 class Norm(Operator):
     """One operator of the family, or one of its variants."""
 
-    policy: str  # what sets its kernels apart, in csrc/elementwise/rmsnorm.h, which has their entries too
+    policy: str  # what sets its kernels apart, in csrc/include/jitnorm/rms_policy.h
+    family: str = field(default="rmsnorm", kw_only=True)  # the files in csrc/elementwise that have its kernels
+
+    def kernel_class(self, hidden_size: int) -> str:
+        """The class in csrc/elementwise that serves `hidden_size`; RuntimeError if none does."""
+        return kernel_class(hidden_size, self.op)
 
     def spec(self, hidden_size: int, dtype: torch.dtype, weight_dtype: torch.dtype, target: Target) -> KernelSpec:
         """What to build for one size. RuntimeError for a size that is not supported, TypeError for such a dtype."""
-        cls = kernel_class(hidden_size, self.op)
+        cls = self.kernel_class(hidden_size)
         if dtype not in _DTYPES or weight_dtype not in (dtype, torch.float32):
             raise TypeError(
                 f"{self.op} takes float16, bfloat16 and float32, with weights of the same dtype or float32, "
@@ -61,7 +66,7 @@ class Norm(Operator):
         policy = "" if self.policy == "Plain" else f", {self.policy}"
         return KernelSpec(
             op=self.op,
-            family="rmsnorm",
+            family=self.family,
             entry=self.entry,
             name=f"{self.op}_{hidden_size}_{name}{suffix}",
             kernel=f"{cls}<{hidden_size}, {_CPP[name]}, {_CPP[weight_name]}{policy}>",

@@ -28,6 +28,8 @@ class _Kind:
     eps: str
 
 
+# Whose factor is 1 + weight.
+GEMMA_CLASSES = ("GemmaRMSNorm", "Gemma2RMSNorm", "Gemma3RMSNorm", "Qwen3NextRMSNorm")
 # Exact names: Gemma3n's and Gemma 4's classes, for one, multiply by the weight alone.
 _LLAMA, _GEMMA = _Kind(rmsnorm, "variance_epsilon"), _Kind(gemma_rmsnorm, "eps")
 _KINDS = {
@@ -46,7 +48,7 @@ _KINDS = {
         ),
         _LLAMA,
     ),
-    **dict.fromkeys(("GemmaRMSNorm", "Gemma2RMSNorm", "Gemma3RMSNorm", "Qwen3NextRMSNorm"), _GEMMA),
+    **dict.fromkeys(GEMMA_CLASSES, _GEMMA),
 }
 
 

@@ -2,6 +2,12 @@
 // cuda_bf16.h and cuda_fp16.h would double the time it takes to compile a kernel.
 #pragma once
 
+#ifdef __CUDACC__  // what kernels of both sides call
+#define JITNORM_ANYWHERE __device__ __forceinline__
+#else
+#define JITNORM_ANYWHERE inline
+#endif
+
 namespace jitnorm {
 
 using index_t = long long;  // row numbers and strides, in elements: 2^31 of them are not enough

@@ -13,14 +13,26 @@ struct Grid {
 
 inline index_t divide_up(index_t n, index_t by) { return (n + by - 1) / by; }
 
-// Blocks of threads_x by threads_y, `blocks_x` of them for each row.
-inline Grid over_rows(index_t rows, unsigned threads_x, unsigned threads_y, index_t blocks_x) {
+// Blocks of threads_x by threads_y over rows of so many columns, of which a thread takes `per_thread`, threads_x apart.
+inline Grid over_rows(index_t rows, index_t columns, int per_thread, unsigned threads_x, unsigned threads_y) {
   const index_t blocks = divide_up(rows, threads_y), z = divide_up(blocks, 0xffff);
-  return {blocks_x, static_cast<unsigned>(divide_up(blocks, z)), static_cast<unsigned>(z), threads_x, threads_y};
+  return {divide_up(columns, index_t(per_thread) * threads_x), static_cast<unsigned>(divide_up(blocks, z)),
+          static_cast<unsigned>(z), threads_x, threads_y};
+}
+
+// Likewise, in blocks of up to `most` threads: short rows share a block, and the threads of a longer one are shared out
+// evenly over blocks, as whole warps.
+inline Grid over_rows(index_t rows, index_t columns, int per_thread, unsigned most) {
+  const index_t threads = divide_up(columns, per_thread), blocks = divide_up(threads, most);
+  if (blocks == 1) return over_rows(rows, columns, per_thread, threads, most / threads);
+  return over_rows(rows, columns, per_thread, divide_up(divide_up(threads, blocks), 32) * 32, 1);
 }
 
 #ifdef __CUDACC__
-__device__ __forceinline__ int grid_column() { return blockIdx.x * blockDim.x + threadIdx.x; }
+// Of the thread's columns the first; each other comes blockDim.x after the one before it.
+__device__ __forceinline__ int grid_column(int per_thread) {
+  return blockIdx.x * per_thread * blockDim.x + threadIdx.x;
+}
 
 __device__ __forceinline__ index_t grid_row() {
   return (index_t(blockIdx.z) * gridDim.y + blockIdx.y) * blockDim.y + threadIdx.y;

@@ -21,7 +21,12 @@ _DTYPE = click.Choice(list(DTYPE_NAMES.values()))
 @click.option(
     "--op", type=click.Choice(list(OPS)), multiple=True, default=["rmsnorm"], show_default=True, help="Repeatable."
 )
-@click.option("--hidden-size", type=int, multiple=True, help="The size of the normalised dimension. Repeatable.")
+@click.option(
+    "--hidden-size",
+    type=int,
+    multiple=True,
+    help="The size of the normalised dimension, which may be head_dim. Repeatable.",
+)
 @click.option(
     "--dtype", type=_DTYPE, multiple=True, help="The input's; by default the config's own, or bf16. Repeatable."
 )
@@ -54,7 +59,7 @@ def warmup(
 
     \b
     jitnorm warmup --hidden-size 4096 --dtype bf16 --arch 9.0a
-    jitnorm warmup --config Qwen3-32B/config.json
+    jitnorm warmup --config Qwen3-32B/config.json --op rmsnorm --op fused_inplace_qknorm
     """
     if (config is None) == (not hidden_size):
         raise click.UsageError("give either --hidden-size or --config")

@@ -17,7 +17,9 @@ def set_compiler(compiler: Compiler) -> None:
         ValueError: `compiler` is neither.
     """
     global _compiler
-    _compiler = resolve_compiler(compiler)
+    if compiler not in get_args(Compiler):
+        raise ValueError(f"compiler must be 'eager' or 'inductor', got {compiler!r}")
+    _compiler = compiler
 
 
 def resolve_compiler(compiler: Compiler | None) -> Compiler:

@@ -20,6 +20,7 @@ import torch
 from jitnorm.checks import DTYPE_NAMES
 from jitnorm.jit.spec import KernelSpec, Target
 from jitnorm.norms import NORMS
+from jitnorm.qknorm_checks import QKNORM
 from jitnorm.targets import resolve_target
 from jitnorm.warmup.config import read_config
 from jitnorm.warmup.run import Result, build_all, prepare, survey
@@ -27,7 +28,9 @@ from jitnorm.warmup.run import Result, build_all, prepare, survey
 __all__ = ["OPS", "Plan", "Result", "make_plan", "warmup"]
 
 # The operators that can be built ahead of time: (hidden size, input's dtype, weight's dtype, target) -> what to build.
-OPS: dict[str, Callable[[int, torch.dtype, torch.dtype, Target], KernelSpec]] = {norm.op: norm.spec for norm in NORMS}
+OPS: dict[str, Callable[[int, torch.dtype, torch.dtype, Target], KernelSpec]] = {
+    norm.op: norm.spec for norm in (*NORMS, QKNORM)
+}
 
 _DTYPES = {name: d for d, short in DTYPE_NAMES.items() for name in (short, str(d).removeprefix("torch."))}
 
@@ -63,7 +66,7 @@ def warmup(
 
     Args:
         op: the operator's name.
-        hidden_size: the size of the normalised dimension.
+        hidden_size: the size of the normalised dimension; for fused_inplace_qknorm that is head_dim.
         dtype: the input's, such as "bf16", "bfloat16" or torch.bfloat16. None for the config's own, or else "bf16".
         weight_dtype: the weight's; None for the input's.
         device: "cuda" or "cpu"; None for CUDA where torch sees a GPU or `arch` is given, else the CPU.
@@ -102,23 +105,26 @@ def make_plan(
     skip_unsupported: bool = False,
 ) -> Plan:
     """From `warmup`'s words to kernels. Nothing is built, created or started."""
-    sizes, own_dtype = _several(hidden_size), "bf16"
+    sizes = _several(hidden_size)
     if (config is None) == (not sizes):
         raise ValueError("warm-up needs either hidden_size or config")
-    if config is not None:
-        norms = read_config(config)
-        sizes, own_dtype = norms.hidden_sizes, norms.dtype or own_dtype
+    model = None if config is None else read_config(config)
     specs: dict[KernelSpec, None] = {}
     refused: dict[str, None] = {}
     targets = [resolve_target(device, a) for a in _several(arch) or [None]]
-    inputs, weights = _several(dtype) or [own_dtype], _several(weight_dtype) or [None]
-    for name, size, d, w, target in itertools.product(_several(op), sizes, inputs, weights, targets):
+    inputs, weights = _several(dtype) or [(model and model.dtype) or "bf16"], _several(weight_dtype) or [None]
+    for name in _several(op):
         if name not in OPS:
             raise ValueError(f"op must be one of {', '.join(OPS)}, got {name!r}")
-        try:
-            specs[OPS[name](operator.index(size), _dtype(d), _dtype(w or d), target)] = None
-        except RuntimeError as error:
-            refused[str(error)] = None
+        if model:
+            sizes = model.head_dims if name == QKNORM.op else model.hidden_sizes
+            if not sizes:
+                refused[f"{model.path} has no norms of single heads, which {name} is for"] = None
+        for size, d, w, target in itertools.product(sizes, inputs, weights, targets):
+            try:
+                specs[OPS[name](operator.index(size), _dtype(d), _dtype(w or d), target)] = None
+            except RuntimeError as error:
+                refused[str(error)] = None
     if refused and config is None and not skip_unsupported:
         raise RuntimeError("\n".join(refused))
     return Plan(list(specs), list(refused))

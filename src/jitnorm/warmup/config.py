@@ -39,6 +39,7 @@ class ModelNorms:
 
     path: Path
     hidden_sizes: list[int]
+    head_dims: list[int]  # those among them that are normalised head by head, in queries and keys
     dtype: str | None
 
 
@@ -58,18 +59,20 @@ def read_config(path: str | os.PathLike[str]) -> ModelNorms:
     config = {**outer, **{name: value for name, value in text.items() if value is not None}}
     if not isinstance(config.get("hidden_size"), int):
         raise ValueError(f"{file} has no hidden_size")
-    sizes = [config["hidden_size"], *_qk_norm_sizes(config), *(config[k] for k in _LATENTS if config.get(k))]
-    return ModelNorms(file, list(dict.fromkeys(sizes)), config.get("dtype") or config.get("torch_dtype"))
+    per_head, whole = _qk_norm_sizes(config)
+    sizes = [config["hidden_size"], *per_head, *whole, *(config[k] for k in _LATENTS if config.get(k))]
+    return ModelNorms(file, list(dict.fromkeys(sizes)), per_head, config.get("dtype") or config.get("torch_dtype"))
 
 
-def _qk_norm_sizes(config: dict[str, Any]) -> list[int]:
+def _qk_norm_sizes(config: dict[str, Any]) -> tuple[list[int], list[int]]:
+    """Of queries and keys that are normalised head by head, and of those that are normalised whole."""
     family, heads = _family(config), config.get("num_attention_heads")
     head_dim = config.get("head_dim") or _PER_HEAD.get(family) or (config["hidden_size"] // heads if heads else 0)
     if family in _PER_PROJECTION and heads:
-        return [heads * head_dim, (config.get("num_key_value_heads") or heads) * head_dim]
+        return [], [heads * head_dim, (config.get("num_key_value_heads") or heads) * head_dim]
     if family in _PER_HEAD or config.get("use_qk_norm"):  # GLM-4.5 and others say it themselves
-        return [head_dim] if head_dim else []
-    return []
+        return [head_dim] if head_dim else [], []
+    return [], []
 
 
 def _family(config: dict[str, Any]) -> str:

@@ -1,0 +1,25 @@
+// RMSNorm of the heads of q and k on the host.
+#pragma once
+#include "elementwise/qknorm.h"
+#include "jitnorm/parallel.h"
+#include "jitnorm/rms_simd.h"
+#include "jitnorm/simd.h"
+
+namespace jitnorm {
+
+template <int kHeadDim, typename T, typename W = T>
+struct QKNormKernel {
+  using input_t = T;
+  using weight_t = W;
+  using params_t = QKNormParams;
+  static constexpr int kHiddenSize = kHeadDim;
+  static constexpr unsigned kAlignment = 1;
+
+  static void run(const QKNormParams& p, index_t row) {
+    const auto [x, weight] = head_of<T, W>(p, static_cast<unsigned>(row));
+    const float scale = inverse_rms<kHeadDim>(p.eps, [x = x](int i) { return load(x + i); });
+    for (int i = 0; i < kHeadDim; i += kLanes) store(x + i, load(x + i) * scale * load(weight + i));
+  }
+};
+
+}  // namespace jitnorm

@@ -1,0 +1,132 @@
+"""RMSNorm of queries and keys, head by head, in the form that suits the device and the compiler."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from jitnorm.layers.compiler import Compiler, resolve_compiler
+from jitnorm.nn import is_rows, serves
+from jitnorm.qknorm import can_use_fused_inplace_qknorm, fused_inplace_qknorm
+from jitnorm.torch_library import needs_grad
+from jitnorm.transformers_patch import GEMMA_CLASSES
+
+
+def apply_qk_norm(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    q_norm: torch.nn.Module,
+    k_norm: torch.nn.Module,
+    head_dim: int,
+    alt_stream: torch.cuda.Stream | None = None,
+    allow_inplace: bool = True,
+    compiler: Compiler | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Applies `q_norm` to every head of `q`, and `k_norm` to every head of `k`.
+
+    By one call of `jitnorm.fused_inplace_qknorm` where that may overwrite q and k, and does what the two modules do:
+    on the CPU or an NVIDIA GPU, at a supported head_dim and dtype, with one eps for both, where no gradient is needed.
+    Its results have the same bits in any batch, so that batch-invariant mode makes no difference. Elsewhere, and under
+    inductor, which fuses the modules' own code with what is around it, by two calls of the modules.
+
+    Args:
+        q: `[..., q_heads * head_dim]`, such as a slice of a fused QKV projection. **Overwritten if allowed.**
+        k: `[..., kv_heads * head_dim]`, likewise.
+        q_norm: an RMSNorm module over head_dim, called with a tensor, that multiplies by its `weight` and has its eps
+            as `variance_epsilon` or `eps`. Modules that multiply by 1 + weight, as Gemma's, are always called.
+        k_norm: likewise.
+        head_dim: elements of a head.
+        alt_stream: where k's norm runs beside q's if there are two of them and a CUDA graph is being captured.
+        allow_inplace: whether q and k may be overwritten.
+        compiler: "eager" or "inductor"; None for what `jitnorm.layers.set_compiler` set.
+
+    Returns:
+        q and k, normalised, in their shapes: the arguments themselves where these were overwritten.
+
+    Raises:
+        ValueError: head_dim does not divide the last dimension of q or of k, or compiler is no such name.
+    """
+    for name, x in (("q", q), ("k", k)):
+        if head_dim < 1 or x.dim() == 0 or x.shape[-1] % head_dim:
+            raise ValueError(f"{name} must have whole heads of {head_dim} in its last dimension, got {list(x.shape)}")
+    compiler = resolve_compiler(compiler)
+    if allow_inplace and compiler != "inductor" and _is_fused(q, k, q_norm, k_norm, head_dim):
+        q_heads, k_heads = (x.view(-1, x.shape[-1] // head_dim, head_dim) for x in (q, k))
+        fused_inplace_qknorm(q_heads, k_heads, _weight(q_norm), _weight(k_norm), _eps(q_norm), head_dim=head_dim)
+        return q, k
+    if alt_stream is None or not _is_capturing(q):
+        return _normalised(q, q_norm, head_dim, compiler), _normalised(k, k_norm, head_dim, compiler)
+    current = torch.cuda.current_stream(q.device)
+    alt_stream.wait_stream(current)
+    q = _normalised(q, q_norm, head_dim, compiler)
+    with torch.cuda.stream(alt_stream):
+        k = _normalised(k, k_norm, head_dim, compiler)
+    current.wait_stream(alt_stream)
+    return q, k
+
+
+def _reshape_for_qk_norm(x: torch.Tensor, head_dim: int, compiler: Compiler | None = None) -> torch.Tensor:
+    """`x`, `[..., heads * head_dim]`, head by head, for a norm over the last dimension.
+
+    Inductor on CUDA gets a view that keeps the leading dimensions, and fuses reshape, norm and what comes next into one
+    kernel. Everything else gets rows: of a slice of a QKV projection that is a copy, but the norms of ROCm end in a
+    memory access fault on the strides of the view.
+    """
+    if x.is_cuda and torch.version.hip is None and resolve_compiler(compiler) == "inductor":
+        return x.view(*x.shape[:-1], -1, head_dim)
+    return x.reshape(-1, head_dim)
+
+
+def _normalised(x: torch.Tensor, norm: torch.nn.Module, head_dim: int, compiler: Compiler) -> torch.Tensor:
+    out: torch.Tensor = norm(_reshape_for_qk_norm(x, head_dim, compiler))
+    return out.reshape(x.shape)
+
+
+def _is_fused(
+    q: torch.Tensor, k: torch.Tensor, q_norm: torch.nn.Module, k_norm: torch.nn.Module, head_dim: int
+) -> bool:
+    """Whether the kernel takes these tensors and does what the modules do."""
+    q_weight, k_weight = _weight(q_norm), _weight(k_norm)
+    return (
+        (not q.is_cuda or torch.version.hip is None)
+        and can_use_fused_inplace_qknorm(head_dim, q.dtype)
+        and _is_plain(q_norm)
+        and _is_plain(k_norm)
+        and _eps(q_norm) is not None
+        and _eps(q_norm) == _eps(k_norm)
+        and isinstance(q_weight, torch.Tensor)
+        and isinstance(k_weight, torch.Tensor)
+        and q_weight.dtype == k_weight.dtype
+        and q.dtype == k.dtype
+        and q.device == k.device
+        and q.shape[:-1] == k.shape[:-1]
+        and not needs_grad(q, k, q_weight, k_weight)
+        and _is_in_place(q, q_weight, head_dim)
+        and _is_in_place(k, k_weight, head_dim)
+    )
+
+
+def _is_in_place(x: torch.Tensor, weight: torch.Tensor, head_dim: int) -> bool:
+    """Whether the heads of `x` can be normalised where they are."""
+    heads = x.unflatten(-1, (x.shape[-1] // head_dim, head_dim))
+    return is_rows(x) and 0 not in x.stride() and serves(heads, weight)
+
+
+def _is_plain(norm: torch.nn.Module) -> bool:
+    """Not one that has a weight and an eps but does something else with them."""
+    return not isinstance(norm, torch.nn.LayerNorm) and not any(
+        base.__name__ in GEMMA_CLASSES for base in type(norm).__mro__
+    )
+
+
+def _weight(norm: torch.nn.Module) -> Any:
+    return getattr(norm, "weight", None)
+
+
+def _eps(norm: torch.nn.Module) -> Any:
+    return getattr(norm, "variance_epsilon", getattr(norm, "eps", None))
+
+
+def _is_capturing(x: torch.Tensor) -> bool:
+    return x.is_cuda and not torch.compiler.is_compiling() and torch.cuda.is_current_stream_capturing()

@@ -1,0 +1,144 @@
+"""RMSNorm of the heads of queries and keys, both in one launch, in place."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from jitnorm import norms
+from jitnorm.norm_ops import dispatch_rmsnorm
+from jitnorm.qknorm_checks import DTYPES, HEAD_DIMS, QKNORM, check, check_kinds
+from jitnorm.torch_library import (
+    build_while_tracing,
+    count_version,
+    is_traced,
+    needs_grad,
+    refuse_tangents,
+    register,
+)
+
+_kernels = QKNORM.kernels
+_is_dynamo_compiling = torch.compiler.is_dynamo_compiling
+
+
+def can_use_fused_inplace_qknorm(head_dim: int, dtype: torch.dtype) -> bool:
+    """Whether `fused_inplace_qknorm` serves heads of this size and dtype.
+
+    Nothing is built to answer, and under torch.compile the answer is a constant.
+    """
+    return head_dim in HEAD_DIMS and dtype in DTYPES
+
+
+def fused_inplace_qknorm(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    q_weight: torch.Tensor,
+    k_weight: torch.Tensor,
+    eps: float = 1e-6,
+    *,
+    head_dim: int = 0,
+    enable_pdl: bool | None = None,
+) -> None:
+    """Normalises every head of `q` and of `k`, in place: `x / sqrt(mean(x^2) + eps) * weight` over the last dimension.
+
+    What Qwen3 and others do before rotary embedding (Henry et al., 2020, https://arxiv.org/abs/2010.04245, with RMSNorm
+    in place of the l2 norm). Accumulated in float32 and rounded once. A head's result has the same bits alone and in
+    any batch, so that batch-invariant modes need no other path. The first call of a size compiles its kernel.
+
+    Where a gradient is needed, q and k are overwritten by what `jitnorm.rmsnorm` gives, which has one.
+
+    Args:
+        q: `[tokens, q_heads, head_dim]`, float16, bfloat16 or float32, on the CPU or a CUDA device; written. The last
+            stride is 1; the others are free as long as no two heads share memory, so that slices of a fused QKV
+            projection need no copy. On CUDA every head is aligned to 16 bytes. head_dim is 64, 128, 256, 512 or 1024.
+        k: `[tokens, kv_heads, head_dim]`, likewise, of q's dtype and device; written. Shares no memory with q: its
+            tokens may lie between q's in one buffer, at the same stride. kv_heads need not divide q_heads.
+        q_weight: `[head_dim]`, of q's dtype or float32, on the same device.
+        k_weight: `[head_dim]`, of q_weight's dtype.
+        eps: added to the mean of the squares; zero or more.
+        head_dim: q's last dimension, or 0 for that.
+        enable_pdl: programmatic dependent launch; None means on where the GPU has it. The bits are the same.
+
+    Raises:
+        TypeError: an argument is not a tensor, or of another dtype.
+        ValueError: a shape, stride, device, alignment or overlap that is not accepted, or a bad eps or head_dim.
+        RuntimeError: head_dim is not supported (nothing is built then), q or k is a leaf that requires grad, there are
+            2^31 heads or more in all tokens, or the kernel cannot be built or launched.
+    """
+    if _is_dynamo_compiling():
+        return _dispatch(q, k, q_weight, k_weight, eps, head_dim, enable_pdl)
+    try:
+        if (
+            not (q.requires_grad or k.requires_grad or q_weight.requires_grad or k_weight.requires_grad)
+            or not torch.is_grad_enabled()
+        ) and not _kernels[q_weight.nbytes, q.dtype](q, k, q_weight, k_weight, eps, head_dim, enable_pdl):
+            return None
+    except Exception:  # no kernel yet, or arguments that have no such attributes: the way below says what it was
+        pass
+    return _first(q, k, q_weight, k_weight, eps, head_dim, enable_pdl)
+
+
+def _first(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    q_weight: torch.Tensor,
+    k_weight: torch.Tensor,
+    eps: float,
+    head_dim: int,
+    enable_pdl: bool | None,
+) -> None:
+    """The way of a call that finds no kernel or is refused by it: says what is wrong, or gets the right kernel."""
+    if is_traced(q, k, q_weight, k_weight):
+        return _dispatch(q, k, q_weight, k_weight, eps, head_dim, enable_pdl)
+    check(q, k, q_weight, k_weight, eps, head_dim, enable_pdl)
+    if needs_grad(q, k, q_weight, k_weight):
+        return _dispatch(q, k, q_weight, k_weight, eps, head_dim, enable_pdl)
+    return QKNORM.run(q, q_weight, q, k, q_weight, k_weight, eps, head_dim, enable_pdl)
+
+
+def _dispatch(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    q_weight: torch.Tensor,
+    k_weight: torch.Tensor,
+    eps: float,
+    head_dim: int,
+    enable_pdl: bool | None,
+) -> None:
+    """A call by way of torch's dispatcher; with gradients, what it writes is copied from the norm that has them."""
+    refuse_tangents(QKNORM)
+    if not needs_grad(q, k, q_weight, k_weight):
+        torch.ops.jitnorm.fused_inplace_qknorm(q, k, q_weight, k_weight, eps, head_dim, enable_pdl)
+        return
+    check_kinds(q, k, q_weight, k_weight, head_dim)
+    for name, written in (("q", q), ("k", k)):
+        if written.requires_grad and written.is_leaf:
+            raise RuntimeError(f"{name} is a leaf that requires grad, which {QKNORM.op} cannot overwrite")
+    for written, weight in ((q, q_weight), (k, k_weight)):
+        written.copy_(dispatch_rmsnorm(norms.RMSNORM, written.contiguous(), weight, eps, None, enable_pdl))
+
+
+def _run(
+    q: Any, k: Any, q_weight: Any, k_weight: Any, eps: float = 1e-6, head_dim: int = 0, enable_pdl: bool | None = None
+) -> None:
+    arguments = q, k, q_weight, k_weight, eps, head_dim, enable_pdl
+    if not QKNORM.call_last((q_weight.nbytes, q.dtype), *arguments):
+        check(*arguments)
+        QKNORM.run(q, q_weight, *arguments)
+    count_version(q, k)
+
+
+def _fake(
+    q: Any, k: Any, q_weight: Any, k_weight: Any, eps: float = 1e-6, head_dim: int = 0, enable_pdl: bool | None = None
+) -> None:
+    check_kinds(q, k, q_weight, k_weight, head_dim)
+    build_while_tracing(QKNORM, q, int(q.shape[-1]), q.dtype, q_weight.dtype)
+
+
+register(
+    "fused_inplace_qknorm(Tensor(a!) q, Tensor(b!) k, Tensor q_weight, Tensor k_weight, float eps=1e-6, "
+    "int head_dim=0, bool? enable_pdl=None) -> ()",
+    _run,
+    _fake,
+)

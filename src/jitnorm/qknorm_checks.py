@@ -1,0 +1,116 @@
+"""What `jitnorm.fused_inplace_qknorm` refuses, in words: the conditions of the glue in csrc/elementwise/qknorm.h."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from jitnorm import checks
+from jitnorm.norms import Norm
+
+HEAD_DIMS = (64, 128, 256, 512, 1024)
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+_MOST_ROWS = 2**31 - 1  # kMostRows of the glue
+
+
+@dataclass(frozen=True)
+class QKNorm(Norm):
+    """The operator: a norm like the others but for its sizes, and for where its rows lie."""
+
+    def kernel_class(self, hidden_size: int) -> str:
+        if hidden_size not in HEAD_DIMS:
+            raise RuntimeError(
+                f"{self.op} does not support head_dim {hidden_size}: supported are 64, 128, 256, 512 and 1024"
+            )
+        return "QKNormKernel"
+
+
+QKNORM = QKNorm("fused_inplace_qknorm", "fused_inplace_qknorm", "Plain", family="qknorm")
+
+
+def check(q: Any, k: Any, q_weight: Any, k_weight: Any, eps: Any, head_dim: Any, enable_pdl: Any) -> None:
+    """Raises for what the glue refuses."""
+    for name, value in (("q", q), ("k", k), ("q_weight", q_weight), ("k_weight", k_weight)):
+        checks.tensor(name, value)
+    check_kinds(q, k, q_weight, k_weight, head_dim)
+    checks.supported_device("q", q)
+    checks.eps(eps)
+    checks.enable_pdl(enable_pdl)
+    _check_heads("q", q)
+    _check_heads("k", k)
+    checks.rows("q_weight", q_weight)
+    checks.rows("k_weight", k_weight)
+    if (rows := q.shape[0] * (q.shape[1] + k.shape[1])) > _MOST_ROWS:
+        raise RuntimeError(f"{QKNORM.op} does not support more than {_MOST_ROWS} heads in all tokens, got {rows}")
+    _check_overlap(q, k)
+    for name, value in (("q", q), ("k", k)):
+        for weight_name, weight in (("q_weight", q_weight), ("k_weight", k_weight)):
+            if _meet(value, weight):
+                raise ValueError(f"{name} must share no memory with {weight_name}, got a view that overlaps it")
+
+
+def check_kinds(
+    q: torch.Tensor, k: torch.Tensor, q_weight: torch.Tensor, k_weight: torch.Tensor, head_dim: Any
+) -> None:
+    """What can be said of tensors without storage: RuntimeError for a size, errors for dtypes, shapes and devices."""
+    for name, value in (("q", q), ("k", k)):
+        if value.dim() != 3:
+            raise ValueError(f"{name} must have shape [tokens, heads, head_dim], got {list(value.shape)}")
+    checks.dtype("q", q, DTYPES)
+    checks.dtype("k", k, (q.dtype,))
+    checks.dtype("q_weight", q_weight, (q.dtype, torch.float32))
+    checks.dtype("k_weight", k_weight, (q_weight.dtype,))
+    size = int(q.shape[-1])
+    if isinstance(head_dim, bool) or not isinstance(head_dim, int):
+        raise TypeError(f"head_dim must be an int, got {type(head_dim).__name__}")
+    if head_dim not in (0, size):
+        raise ValueError(f"head_dim must be q's last dimension, {size}, or 0 for that, got {head_dim}")
+    QKNORM.kernel_class(size)
+    checks.shape("k", k, [q.shape[0], k.shape[1], size], "q's tokens and head_dim, with any number of heads")
+    checks.device("k", k, "q", q)
+    for name, value in (("q_weight", q_weight), ("k_weight", k_weight)):
+        checks.shape(name, value, [size], "one factor for each element of a head")
+        checks.device(name, value, "q", q)
+
+
+def _check_heads(name: str, value: torch.Tensor) -> None:
+    layout = f"shape {list(value.shape)} and strides {list(value.stride())}"
+    if value.stride(-1) != 1:
+        raise ValueError(f"{name} must have a last stride of 1, got {layout}")
+    if value.numel() == 0:
+        return
+    if value.data_ptr() == 0:
+        raise ValueError(f"{name} must have storage, got a tensor without any")
+    steps = sorted((value.stride(dim), value.shape[dim]) for dim in (0, 1) if value.shape[dim] > 1)
+    taken = value.shape[-1]
+    for stride, size in steps:
+        if stride < taken:
+            raise ValueError(f"{name} must not overlap itself, got {layout}")
+        taken += (size - 1) * stride
+    checks.aligned(name, value, *(stride for stride, _ in steps))
+
+
+def _check_overlap(q: torch.Tensor, k: torch.Tensor) -> None:
+    if not _meet(q, k):
+        return
+    # The tokens of one may lie between those of the other, as in a fused projection.
+    step = q.stride(0) * q.element_size()
+    if q.shape[0] > 1 and q.stride(0) == k.stride(0):
+        offset = (k.data_ptr() - q.data_ptr()) % step
+        if _span(q[0]) <= offset <= step - _span(k[0]):
+            return
+    raise ValueError("k must share no memory with q, got a view that overlaps it")
+
+
+def _meet(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether any of `b` lies between the first and the last element of `a`, or the other way round."""
+    start, other = a.data_ptr(), b.data_ptr()
+    return a.numel() > 0 and b.numel() > 0 and start < other + _span(b) and other < start + _span(a)
+
+
+def _span(value: torch.Tensor) -> int:
+    """Bytes from the first element to the end of the last."""
+    last = sum((size - 1) * stride for size, stride in zip(value.shape, value.stride(), strict=True))
+    return (last + 1) * value.element_size()
