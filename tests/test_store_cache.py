@@ -176,10 +176,10 @@ def bad_calls(device):
         (
             "three bytes",
             RuntimeError,
-            "does not support k rows of 3 bytes: supported are multiples of 4",
+            "does not support rows of 3 bytes, as of k: supported are multiples of 4",
             lambda: f(*(t.view(torch.uint8)[:, 0, :3] for t in (k, v, kc, vc)), i),
         ),
-        ("no width", RuntimeError, "v rows of 0 bytes", lambda: f(k, v[:, :0], kc, vc[:, :0], i)),
+        ("no width", RuntimeError, "rows of 0 bytes, as of v", lambda: f(k, v[:, :0], kc, vc[:, :0], i)),
         ("strided row", ValueError, "k must be contiguous within a row", lambda: f(wide[:4, ::3], v, kc, vc, i)),
         ("swapped in a row", ValueError, "k must be contiguous within", lambda: f(k.mT, v, kc, vc, i)),
         ("heads first", ValueError, "k must be contiguous", lambda: f(heads_first, v, kc, vc, i)),
@@ -339,7 +339,7 @@ def test_opcheck(device):
 
 def test_kernels_are_built_while_tracing_and_refusals_come_there(cache_dir):
     k, v, k_cache, v_cache = tokens_and_caches()
-    with pytest.raises(RuntimeError, match="k rows of 6 bytes"):
+    with pytest.raises(RuntimeError, match="rows of 6 bytes, as of k"):
         compiled(store_cache)(k[:, 0, :3], v, k_cache[:, 0, :3], v_cache, some_slots(7, 50))
     assert not cache_dir.exists()
     with torch._subclasses.FakeTensorMode() as mode:

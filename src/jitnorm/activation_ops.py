@@ -53,6 +53,13 @@ class Activation(Operator):
             + ("" if full else f" --hidden-size {vector_bytes // dtype.itemsize}"),
         )
 
+    def warmup_spec(self, width: int | None, dtype: torch.dtype, _: torch.dtype, target: Target) -> KernelSpec:
+        """What to build for rows of `width`, or of whole 16 bytes where it is None."""
+        if width is None:
+            return self.spec(dtype, checks.CUDA_ALIGNMENT, target)
+        _check_width(self.op, width, dtype)
+        return self.spec(dtype, checks.vector_bytes(width * dtype.itemsize), target)
+
     def run(self, input: torch.Tensor, *arguments: Any) -> None:
         """Calls the kernel that serves `input` on it and on `arguments`, which have been checked."""
         key = input.dtype, checks.vector_bytes(input.shape[-1] // 2 * input.itemsize), target_of(input)
@@ -72,13 +79,16 @@ def activation_width(op: str, input: torch.Tensor) -> int:
     columns = int(input.shape[-1])
     if columns % 2 or columns == 0:
         raise ValueError(f"input must have an even last dimension, gates and factors, got shape {list(input.shape)}")
-    width = columns // 2
-    if width * input.itemsize % 4 or width > _MOST_WIDTH:
-        name = str(input.dtype).removeprefix("torch.")
+    _check_width(op, columns // 2, input.dtype)
+    return columns // 2
+
+
+def _check_width(op: str, width: int, dtype: torch.dtype) -> None:
+    if width * dtype.itemsize % 4 or not 1 <= width <= _MOST_WIDTH:
         raise RuntimeError(
-            f"{op} does not support d = {width} in {name}: supported are multiples of {4 // input.itemsize} up to 2^30"
+            f"{op} does not support d = {width} in {str(dtype).removeprefix('torch.')}: "
+            f"supported are multiples of {4 // dtype.itemsize} up to 2^30"
         )
-    return width
 
 
 def new_out(input: torch.Tensor, expert_ids: object) -> torch.Tensor:

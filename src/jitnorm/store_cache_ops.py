@@ -37,8 +37,15 @@ class StoreCache(Operator):
             name=self.op if full else f"{self.op}_by_{vector_bytes}",
             kernel=f"StoreCacheKernel<{vector_bytes}>",
             target=target,
-            warmup=f"--op {self.op}" + ("" if full else f" --row-bytes {vector_bytes}"),
+            warmup=f"--op {self.op}" + ("" if full else f" --dtype bf16 --hidden-size {vector_bytes // 2}"),
         )
+
+    def warmup_spec(self, width: int | None, dtype: torch.dtype, _: torch.dtype, target: Target) -> KernelSpec:
+        """What to build for rows of `width` elements, or of whole 16 bytes where it is None."""
+        if width is None:
+            return self.spec(checks.CUDA_ALIGNMENT, target)
+        _check_row(f"{width} {dtype}", width * dtype.itemsize)
+        return self.spec(checks.vector_bytes(width * dtype.itemsize), target)
 
     def run(self, *arguments: Any) -> None:
         """Calls the kernel that serves `arguments`, which have been checked."""
@@ -47,6 +54,14 @@ class StoreCache(Operator):
 
 
 STORE_CACHE = StoreCache("store_cache", "store_cache")
+
+
+def _check_row(name: str, row_bytes: int) -> None:
+    if row_bytes % 4 or not 0 < row_bytes <= _MOST_ROW_BYTES:
+        raise RuntimeError(
+            f"store_cache does not support rows of {row_bytes} bytes, as of {name}: "
+            "supported are multiples of 4 up to 2^30"
+        )
 
 
 def _row_bytes(value: torch.Tensor) -> int:
@@ -95,8 +110,7 @@ def _check_kinds(
         if named[name].shape[0] != indices.shape[0]:
             raise ValueError(f"{name} must have {indices.shape[0]} rows like indices, got {named[name].shape[0]}")
         row, cache_row = _row_bytes(named[name]), _row_bytes(named[f"{name}_cache"])
-        if row % 4 or not 0 < row <= _MOST_ROW_BYTES:
-            raise RuntimeError(f"store_cache does not support {name} rows of {row} bytes: supported are multiples of 4")
+        _check_row(name, row)
         if row != cache_row:
             raise ValueError(f"{name}_cache must have rows of {row} bytes like {name}, got {cache_row}")
     slots, v_slots = named["k_cache"].shape[0], named["v_cache"].shape[0]
