@@ -24,7 +24,7 @@ def example():
 def test_every_way(device, example):
     sizes = example.Sizes(hidden=512, heads=4, kv_heads=2, head_dim=128, intermediate=768)
     eager, quantising, custom, fused = example.measure(sizes, tokens=33, device=device, repeats=2)
-    # A code that is off by one in a row of float8 is an eighth of a number; norms that round to bfloat16 first add some.
+    # A code that is off by one is off by an eighth; so are some where a norm is rounded to bfloat16 before, or is not.
     assert all(0 < m.difference < 0.05 for m in (quantising, custom, fused))
     if device == "cuda":
         assert quantising.kernels == eager.kernels - 2

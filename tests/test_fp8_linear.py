@@ -158,7 +158,7 @@ def test_compiles_without_a_graph_break(device, compiler):
 
 
 def test_refusals():
-    weight, weight_scale = weights("cpu", by_channel=True)
+    weight, _ = weights("cpu", by_channel=True)
     x, one = torch.randn(5, IN), torch.ones(1)
     for kind, words, call in (
         (TypeError, "input must be a torch.Tensor, got list", lambda: apply_fp8_linear([1], weight, one)),

@@ -220,3 +220,13 @@ def test_two_streams_find_scales_at_once():
     for x, (q, s) in zip(inputs, results, strict=True):
         assert s == quotient(x.abs().amax(), torch.tensor(448.0)).float()
         assert torch.equal(codes(q), encode(quotient(x, s)))
+
+
+def test_warm_up_builds_what_a_call_loads(cache_dir):
+    ops = ["per_tensor_quant_fp8", "per_tensor_quant_fp8_maxima", "per_tensor_quant_fp8_dynamic", "per_token_quant_fp8"]
+    assert len(jitnorm.warmup(ops, dtype="fp32", device="cpu").built) == 4
+    x = torch.randn(2, 32)
+    per_tensor(x)
+    per_tensor(x, 1.0)
+    per_token(x)
+    assert len(list(cache_dir.glob("kernels/*/*/*.so"))) == 4

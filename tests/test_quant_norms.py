@@ -139,7 +139,7 @@ def test_scales_of_any_shape(device):
     _, expected = rmsnorm_quant_fp8(x, w)
     for shape in ((6,), (6, 1), (2, 3), (1, 6)):
         scales = torch.full(shape, torch.nan, device=device)
-        q, s = rmsnorm_quant_fp8(x, w, scales=scales)
+        _, s = rmsnorm_quant_fp8(x, w, scales=scales)
         assert s is scales and same_bits(s.flatten(), expected.flatten())
 
 
@@ -188,7 +188,9 @@ def test_there_is_no_gradient(device, adds, given):
     w, scale = torch.ones(256, device=device), None if given is None else torch.ones(1, device=device)
     before = residual.clone()
     for _ in range(2):
-        with pytest.raises(RuntimeError, match=r"rmsnorm_quant_fp8\w* has no gradient: call it under torch.no_grad\(\)"):
+        with pytest.raises(
+            RuntimeError, match=r"rmsnorm_quant_fp8\w* has no gradient: call it under torch.no_grad\(\)"
+        ):
             run(adds, x, residual, w, scale)
         assert same_bits(residual, before)
         with torch.no_grad():
@@ -241,3 +243,12 @@ def test_more_than_two_to_the_31_elements():
     assert (s == scale).all()
     for row in (0, 2**19 - 1, 2**19, 2**19 + 2):
         assert same_bits(codes(q[row]), codes(alone[0]))
+
+
+def test_warm_up_builds_what_a_call_loads(cache_dir):
+    ops = ["rmsnorm_quant_fp8", "rmsnorm_quant_fp8_dynamic"]
+    assert len(jitnorm.warmup(ops, hidden_size=512, dtype="fp32", device="cpu").built) == 2
+    x, w = torch.randn(2, 512), torch.ones(512)
+    rmsnorm_quant_fp8(x, w)
+    rmsnorm_quant_fp8(x, w, torch.ones(1))
+    assert len(list(cache_dir.glob("kernels/*/*/*.so"))) == 2

@@ -23,7 +23,6 @@ __all__ = [
     "can_use_fused_inplace_qknorm",
     "fused_add_rmsnorm",
     "fused_add_rmsnorm_quant_fp8",
-    "fused_add_rmsnorm_quant_fp8",
     "fused_inplace_qknorm",
     "gelu_and_mul",
     "gelu_tanh_and_mul",

@@ -92,9 +92,7 @@ def elements(name: str, value: torch.Tensor, count: int, why: str, alignment: in
     if value.numel() != count:
         raise ValueError(f"{name} must have {count} elements ({why}), got shape {list(value.shape)}")
     if not value.is_contiguous():
-        raise ValueError(
-            f"{name} must be contiguous, got shape {list(value.shape)} and strides {list(value.stride())}"
-        )
+        raise ValueError(f"{name} must be contiguous, got shape {list(value.shape)} and strides {list(value.stride())}")
     storage(name, value)
     if value.is_cuda and value.numel() and value.data_ptr() % alignment:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Residual addition and RMSNorm with a float8 output: `residual += input`, then `q = e4m3(rmsnorm(residual) / scale)`."""
+"""Residual addition and RMSNorm with a float8 output: `residual += input`, then `e4m3(rmsnorm(residual) / scale)`."""
 
 from __future__ import annotations
 
@@ -44,7 +44,9 @@ def fused_add_rmsnorm_quant_fp8(
     Raises:
         TypeError, ValueError, RuntimeError: as `jitnorm.rmsnorm_quant_fp8`.
     """
-    norm, given = (FUSED_ADD_RMSNORM_QUANT_FP8_DYNAMIC, scales) if scale is None else (FUSED_ADD_RMSNORM_QUANT_FP8, scale)
+    norm, given = (
+        (FUSED_ADD_RMSNORM_QUANT_FP8_DYNAMIC, scales) if scale is None else (FUSED_ADD_RMSNORM_QUANT_FP8, scale)
+    )
     if not _is_dynamo_compiling():
         try:
             if scale is None or scales is None:

@@ -64,7 +64,9 @@ def _first(input: torch.Tensor, output_q: torch.Tensor, output_s: torch.Tensor, 
     """The way of a call that finds no kernel or is refused by it: says what is wrong, or gets the right kernel."""
     if is_traced(input, output_q, output_s):
         refuse_gradient(STATIC, input)
-        operator = torch.ops.jitnorm.per_tensor_quant_fp8 if is_static else torch.ops.jitnorm.per_tensor_quant_fp8_dynamic
+        operator = (
+            torch.ops.jitnorm.per_tensor_quant_fp8 if is_static else torch.ops.jitnorm.per_tensor_quant_fp8_dynamic
+        )
         operator(input, output_q, output_s)
         return
     _check(input, output_q, output_s, is_static)

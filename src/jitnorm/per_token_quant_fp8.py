@@ -11,8 +11,8 @@ from jitnorm.quant_fp8 import QuantFp8, check_kinds, check_memory, refuse_gradie
 from jitnorm.torch_library import build_while_tracing, count_version, is_traced, register
 
 _NAME = "per_token_quant_fp8"
-OPERATOR = QuantFp8(_NAME, _NAME, "PerTokenQuantFp8Kernel<{}>")
-_kernels = OPERATOR.kernels
+PER_TOKEN = QuantFp8(_NAME, _NAME, "PerTokenQuantFp8Kernel<{}>")
+_kernels = PER_TOKEN.kernels
 _MULTIPLE = 16  # what a product of such matrices asks for; as in csrc/elementwise/quant_fp8.*
 
 _is_dynamo_compiling = torch.compiler.is_dynamo_compiling
@@ -47,12 +47,12 @@ def per_token_quant_fp8(input: torch.Tensor, output_q: torch.Tensor, output_s: t
         except Exception:  # no kernel yet, or arguments that have no such attributes: the way below says what it was
             pass
     if is_traced(input, output_q, output_s):
-        refuse_gradient(OPERATOR, input)
+        refuse_gradient(PER_TOKEN, input)
         torch.ops.jitnorm.per_token_quant_fp8(input, output_q, output_s)
         return
     _check(input, output_q, output_s)
-    refuse_gradient(OPERATOR, input)
-    OPERATOR.run(input, output_q, output_s)
+    refuse_gradient(PER_TOKEN, input)
+    PER_TOKEN.run(input, output_q, output_s)
 
 
 def _check(input: Any, output_q: Any, output_s: Any) -> None:
@@ -72,19 +72,21 @@ def _check_kinds(input: Any, output_q: Any, output_s: Any) -> None:
         raise ValueError("input must have at least one dimension, got a scalar")
     hidden_size = int(input.shape[-1])
     if hidden_size < 1 or hidden_size % _MULTIPLE:
-        raise RuntimeError(f"{_NAME} does not support hidden_size {hidden_size}: supported are multiples of {_MULTIPLE}")
+        raise RuntimeError(
+            f"{_NAME} does not support hidden_size {hidden_size}: supported are multiples of {_MULTIPLE}"
+        )
 
 
 def _run(input: Any, output_q: Any, output_s: Any) -> None:
-    if not OPERATOR.call_last(input.dtype, input, output_q, output_s):
+    if not PER_TOKEN.call_last(input.dtype, input, output_q, output_s):
         _check(input, output_q, output_s)
-        OPERATOR.run(input, output_q, output_s)
+        PER_TOKEN.run(input, output_q, output_s)
     count_version(output_q, output_s)
 
 
 def _fake(input: Any, output_q: Any, output_s: Any) -> None:
     _check_kinds(input, output_q, output_s)
-    build_while_tracing(OPERATOR, input, input.dtype)
+    build_while_tracing(PER_TOKEN, input, input.dtype)
 
 
 register(f"{_NAME}(Tensor input, Tensor(a!) output_q, Tensor(b!) output_s) -> ()", _run, _fake)

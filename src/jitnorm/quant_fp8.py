@@ -37,6 +37,10 @@ class QuantFp8(Operator):
             warmup=f"--op {self.op} --dtype {name}",
         )
 
+    def warmup_spec(self, size: object, dtype: torch.dtype, weight_dtype: torch.dtype, target: Target) -> KernelSpec:
+        """As `spec`, of a warm-up's words: one kernel serves every size, and there is no weight."""
+        return self.spec(dtype, target)
+
     def run(self, input: torch.Tensor, *arguments: Any) -> None:
         """Calls the kernel for `input` on it and on `arguments`, which have been checked."""
         self.call(input.dtype, (input.dtype, target_of(input)), input, *arguments)

@@ -22,9 +22,7 @@ from jitnorm.torch_library import (
 
 RMSNORM_QUANT_FP8 = Norm("rmsnorm_quant_fp8", "rmsnorm_quant_fp8", "StaticFp8<Plain>")
 RMSNORM_QUANT_FP8_DYNAMIC = Norm("rmsnorm_quant_fp8_dynamic", "rmsnorm_quant_fp8", "DynamicFp8<Plain>")
-FUSED_ADD_RMSNORM_QUANT_FP8 = Norm(
-    "fused_add_rmsnorm_quant_fp8", "fused_add_rmsnorm_quant_fp8", "StaticFp8<FusedAdd>"
-)
+FUSED_ADD_RMSNORM_QUANT_FP8 = Norm("fused_add_rmsnorm_quant_fp8", "fused_add_rmsnorm_quant_fp8", "StaticFp8<FusedAdd>")
 FUSED_ADD_RMSNORM_QUANT_FP8_DYNAMIC = Norm(
     "fused_add_rmsnorm_quant_fp8_dynamic", "fused_add_rmsnorm_quant_fp8", "DynamicFp8<FusedAdd>"
 )
@@ -76,9 +74,7 @@ def new_outputs(
     )
 
 
-def check(
-    norm: Norm, input: Any, residual: Any, weight: Any, out: Any, scale: Any, eps: Any, enable_pdl: Any
-) -> None:
+def check(norm: Norm, input: Any, residual: Any, weight: Any, out: Any, scale: Any, eps: Any, enable_pdl: Any) -> None:
     """Raises for what the glue `quantised` in csrc/elementwise/rmsnorm.h refuses."""
     check_input_and_weight(norm, input, weight, eps, enable_pdl)
     if _adds(norm):

@@ -21,9 +21,9 @@ def rmsnorm_quant_fp8(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """RMSNorm over the last dimension, quantised to float8_e4m3fn in the same pass.
 
-    `out = e4m3(clip(y / scale, +-448))` with `y = input / sqrt(mean(input^2) + eps) * weight` in float32, not rounded to
-    the input's dtype in between, a division rounded as float32's, and to e4m3 to the nearest, ties to even. Infinities
-    saturate, a NaN becomes a NaN. `out * scale` is about `y`.
+    `out = e4m3(clip(y / scale, +-448))` with `y = input / sqrt(mean(input^2) + eps) * weight` in float32, not rounded
+    to the input's dtype in between. The quotient is rounded as float32's, and then to the nearest e4m3 number, ties to
+    even. Infinities saturate, a NaN becomes a NaN. `out * scale` is about `y`.
 
     With `scale`, one for the whole tensor, this is vLLM's rms_norm_static_fp8_quant and FlashInfer's rmsnorm_quant.
     Without, each row gets its own, `max(abs(y)) / 448` and at least `1 / (448 * 512)`, which a row of zeros has: vLLM's
@@ -36,8 +36,8 @@ def rmsnorm_quant_fp8(
         scale: one float32 on the same device, finite and above zero; from 2^-90 to 2^125 the division is exact. Zero
             saturates. None for a scale for each row.
         eps: added to the mean of the squares; zero or more.
-        out: written; of the input's shape and device, float8_e4m3fn, sharing no memory with the other arguments. On CUDA
-            every row is aligned to 16 bytes. Allocated where None.
+        out: written; of the input's shape and device, float8_e4m3fn, sharing no memory with the other arguments. On
+            CUDA every row is aligned to 16 bytes. Allocated where None.
         enable_pdl: programmatic dependent launch; None means on where the GPU has it.
         scales: written, where no `scale` is given: float32, contiguous, an element for each row. Allocated where None,
             as `[..., 1]`.

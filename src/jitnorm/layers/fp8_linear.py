@@ -155,15 +155,15 @@ def _check(
     bias: torch.Tensor | None,
 ) -> None:
     """What the kernels and torch do not say in one line."""
-    tensors = {"weight": weight, "weight_scale": weight_scale, "input_scale": input_scale, "bias": bias}
+    tensors = {"weight": weight, "weight_scale": weight_scale}
+    tensors |= {name: t for name, t in (("input_scale", input_scale), ("bias", bias)) if t is not None}
     checks.tensor("input", input)
     if input.dim() == 0:
         raise ValueError("input must have at least one dimension, got a scalar")
     checks.dtype("input", input, (*_INPUTS, _E4M3))
     for name, value in tensors.items():
-        if value is not None or name.startswith("weight"):
-            checks.tensor(name, value)
-            checks.device(name, value, "input", input)
+        checks.tensor(name, value)
+        checks.device(name, value, "input", input)
     checks.dtype("weight", weight, (_E4M3,))
     in_features = input.shape[-1]
     if weight.dim() != 2 or weight.shape[0] != in_features:

@@ -21,7 +21,10 @@ from jitnorm.activation_ops import ACTIVATIONS, GELU_AND_MUL, GELU_TANH_AND_MUL,
 from jitnorm.checks import DTYPE_NAMES
 from jitnorm.jit.spec import KernelSpec, Target
 from jitnorm.norms import NORMS
+from jitnorm.per_tensor_quant_fp8 import DYNAMIC, MAXIMA, STATIC
+from jitnorm.per_token_quant_fp8 import PER_TOKEN
 from jitnorm.qknorm_checks import QKNORM
+from jitnorm.quant_norms import QUANT_NORMS
 from jitnorm.store_cache_ops import STORE_CACHE
 from jitnorm.targets import resolve_target
 from jitnorm.warmup.config import Model, read_config
@@ -30,10 +33,12 @@ from jitnorm.warmup.run import Result, build_all, prepare, survey
 __all__ = ["OPS", "Plan", "Result", "make_plan", "warmup"]
 
 Specs: TypeAlias = dict[str, Callable[[Any, torch.dtype, torch.dtype, Target], KernelSpec]]
-# Operators whose kernels serve every size of whole 16 bytes, which None stands for.
-_OF_ANY_SIZE: Specs = {each.op: each.warmup_spec for each in (*ACTIVATIONS, STORE_CACHE)}
+# Operators with kernels for every size, or for those of whole 16 bytes, which None stands for.
+_OF_ANY_SIZE: Specs = {
+    each.op: each.warmup_spec for each in (*ACTIVATIONS, STORE_CACHE, STATIC, MAXIMA, DYNAMIC, PER_TOKEN)
+}
 # The operators that can be built ahead of time: (hidden size, input's dtype, weight's dtype, target) -> what to build.
-OPS: Specs = {norm.op: norm.spec for norm in (*NORMS, QKNORM)} | _OF_ANY_SIZE
+OPS: Specs = {norm.op: norm.spec for norm in (*NORMS, QKNORM, *QUANT_NORMS)} | _OF_ANY_SIZE
 
 # What models call the activations.
 _HIDDEN_ACTS = {
@@ -80,7 +85,7 @@ def warmup(
         op: the operator's name.
         hidden_size: the size of the normalised dimension; for fused_inplace_qknorm that is head_dim, for activations d,
             and for store_cache the elements in a row. The last two do without one, and are built for sizes of whole 16
-            bytes then, as nearly all are.
+            bytes then, as nearly all are; so does quantisation alone, of which one kernel serves all sizes.
         dtype: the input's, such as "bf16", "bfloat16" or torch.bfloat16. None for the config's own, or else "bf16".
         weight_dtype: the weight's; None for the input's.
         device: "cuda" or "cpu"; None for CUDA where torch sees a GPU or `arch` is given, else the CPU.
@@ -159,8 +164,7 @@ def _sizes_of(model: Model, op: str) -> tuple[list[int], str]:
         return model.head_dims, "norms of single heads"
     if op == STORE_CACHE.op:
         return model.kv_sizes, "key and value heads"
-    if op in _OF_ANY_SIZE:
-        acts = [act for act, name in _HIDDEN_ACTS.items() if name == op]
+    if acts := [act for act, name in _HIDDEN_ACTS.items() if name == op]:
         return model.intermediate_sizes if model.hidden_act in acts else [], f"hidden_act {' or '.join(acts)}"
     return model.hidden_sizes, "norms"
 
