@@ -235,10 +235,16 @@ def test_every_registered_operator_is_checked():
     elsewhere = {
         "jitnorm::fused_inplace_qknorm",
         "jitnorm::store_cache",
+        "jitnorm::per_token_quant_fp8",
         *(
             f"jitnorm::{op}{form}"
             for op in ("silu_and_mul", "gelu_and_mul", "gelu_tanh_and_mul")
             for form in ("", "_out")
+        ),
+        *(
+            f"jitnorm::{op}{form}"
+            for op in ("rmsnorm_quant_fp8", "fused_add_rmsnorm_quant_fp8", "per_tensor_quant_fp8")
+            for form in ("", "_dynamic")
         ),
     }
     forms = {"rmsnorm": ("", "_out"), "fused_add_rmsnorm": ("", "_functional")}
