@@ -100,7 +100,7 @@ def test_adding_a_kernel_works_as_it_is_written(tmp_path):
         (tmp_path / name).write_text(content)
     package, warmup = tmp_path / "src/jitnorm/__init__.py", tmp_path / "src/jitnorm/warmup/__init__.py"
     package.write_text(package.read_text() + "\nfrom jitnorm.scale import scale\n\n__all__ += ['scale']\n")
-    warmup.write_text(warmup.read_text() + "\nfrom jitnorm.scale import scale_spec\n\nOPS['scale'] = scale_spec\n")
+    warmup.write_text(warmup.read_text() + "\nfrom jitnorm.scale import SCALE\n\nOPS['scale'] = SCALE.spec\n")
 
     def run(*words: str) -> None:
         done = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True)
