@@ -1,13 +1,13 @@
-// Gated activations, out = activation(gate) * up: the activations themselves, written once for a float on CUDA and for a
-// register of floats on the host, the parameters that every kernel class takes and, for the host compiler, the glue that
-// fills them in.
+// Gated activations, out = activation(gate) * up: the activations themselves, written once for a float on CUDA and for
+// a register of floats on the host, the parameters that every kernel class takes and, for the host compiler, the glue
+// that fills them in.
 #pragma once
 #include "jitnorm/dtype.h"
 
 namespace jitnorm {
 
-// Math has exp(x), reciprocal(x) and times_logistic(x, u), which is x / (1 + exp(-u)). At +infinity an activation is its
-// limit, and at -infinity NaN, as PyTorch's are.
+// Math has exp(x), reciprocal(x) and times_logistic(x, u), which is x / (1 + exp(-u)). At +infinity an activation is
+// its limit, and at -infinity NaN, as PyTorch's are.
 
 // x * sigmoid(x)
 struct SiLU {
@@ -97,8 +97,9 @@ Outcome activation(const TVMFFIAny* args, int num_args) {
   if ((to.count > 1 && to.stride < width) || overlap(in, 2 * row_bytes, to, row_bytes, sizeof(T)) ||
       (ids && extents_meet(to, id_rows)))
     return Outcome::kRefused;
-  ActivationParams params{in.data,  to.data, in.stride, to.stride, in.count, static_cast<int>(width),
-                          ids && ids->dtype.bits == 64, id_rows.data, step};
+  ActivationParams params{
+      in.data,      to.data, in.stride, to.stride, in.count, static_cast<int>(width), ids && ids->dtype.bits == 64,
+      id_rows.data, step};
   return launch(Kernel{}, params, input->device, enable_pdl);
 }
 

@@ -1,5 +1,5 @@
-// Rows scattered into caches on CUDA: the threads of a row load its index and its vectors at once, and store these where
-// the index says. The widths are known at the call, so that one kernel serves all.
+// Rows scattered into caches on CUDA: the threads of a row load its index and its vectors at once, and store these
+// where the index says. The widths are known at the call, so that one kernel serves all.
 #pragma once
 #include "elementwise/store_cache.h"
 #include "jitnorm/grid.h"

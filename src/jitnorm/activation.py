@@ -68,7 +68,7 @@ def gelu_and_mul(
     https://arxiv.org/abs/1606.08415), without that sum's loss of digits where x is far below zero.
 
     Args:
-        input: as for `jitnorm.silu_and_mul`, like all that follows.
+        input: `[..., 2 * d]`; dtypes, sizes and strides as for `jitnorm.silu_and_mul`, like all that follows.
         out: `[..., d]`, written. Allocated where None.
         enable_pdl: programmatic dependent launch; None means on where the GPU has it.
         expert_ids: one for every `expert_step` rows, which are not computed where it is -1.
@@ -97,7 +97,7 @@ def gelu_tanh_and_mul(
     `approximate="tanh"`; computed in float32 and rounded once.
 
     Args:
-        input: as for `jitnorm.silu_and_mul`, like all that follows.
+        input: `[..., 2 * d]`; dtypes, sizes and strides as for `jitnorm.silu_and_mul`, like all that follows.
         out: `[..., d]`, written. Allocated where None.
         enable_pdl: programmatic dependent launch; None means on where the GPU has it.
         expert_ids: one for every `expert_step` rows, which are not computed where it is -1.

@@ -112,8 +112,8 @@ inline bool extents_meet(const Rows& a, const Rows& b) {
   return a.count && b.count && a.data < b.end && b.data < a.end;
 }
 
-// Rows of `a_row` and `b_row` bytes that share memory. Exact where both have one stride (the column slices of one buffer
-// lie between each other without touching); where the strides differ, overlapping extents count as shared.
+// Rows of `a_row` and `b_row` bytes that share memory. Exact where both have one stride (the column slices of one
+// buffer lie between each other without touching); where the strides differ, overlapping extents count as shared.
 inline bool overlap(const Rows& a, index_t a_row, const Rows& b, index_t b_row, index_t element_bytes) {
   if (!extents_meet(a, b)) return false;
   if (a.stride != b.stride) return true;

@@ -54,8 +54,7 @@ __device__ __forceinline__ Vector<T, N> load(const T* from) {
 template <typename T, int N>
 __device__ __forceinline__ void store(T* to, const Vector<T, N>& v) {
 #pragma unroll
-  for (int i = 0; i < v.kAccesses; i++)
-    reinterpret_cast<typename Vector<T, N>::access_t*>(to)[i] = v.words[i];
+  for (int i = 0; i < v.kAccesses; i++) reinterpret_cast<typename Vector<T, N>::access_t*>(to)[i] = v.words[i];
 }
 
 // Two 16-bit elements share a word, the first in its low half.
