@@ -180,11 +180,16 @@ def dispatch_activation(
     return out
 
 
-# By policy, of a gate in float32: the activation, and what it makes of a gradient.
+def _gelu_backward(grad: torch.Tensor, gate: torch.Tensor, approximate: str) -> Any:
+    return torch.ops.aten.gelu_backward(grad, gate, approximate=approximate)
+
+
+# By policy, of a gate in float32: the activation, and what it makes of a gradient. Looked up in aten when called, as
+# that takes time.
 _FORMULAS: dict[str, tuple[Any, Any]] = {
-    "SiLU": (F.silu, torch.ops.aten.silu_backward),
-    "GELU": (F.gelu, torch.ops.aten.gelu_backward),
-    "GELUTanh": (partial(F.gelu, approximate="tanh"), partial(torch.ops.aten.gelu_backward, approximate="tanh")),
+    "SiLU": (F.silu, lambda grad, gate: torch.ops.aten.silu_backward(grad, gate)),
+    "GELU": (F.gelu, partial(_gelu_backward, approximate="none")),
+    "GELUTanh": (partial(F.gelu, approximate="tanh"), partial(_gelu_backward, approximate="tanh")),
 }
 
 
