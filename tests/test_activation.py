@@ -9,7 +9,7 @@ from conftest import DTYPES, relative_error, same_bits
 
 import jitnorm
 from jitnorm import gelu_and_mul, gelu_tanh_and_mul, silu_and_mul
-from jitnorm.activation_ops import ACTIVATIONS, GELU_AND_MUL, SILU_AND_MUL
+from jitnorm.activation_ops import ACTIVATIONS, GELU_AND_MUL, GELU_TANH_AND_MUL, SILU_AND_MUL
 from jitnorm.jit.build import build
 from jitnorm.jit.spec import Target
 
@@ -182,7 +182,7 @@ def bad_calls(device):
             "no one row stride",
             ValueError,
             "collapse to one row",
-            lambda: f(wide.view(2, 2, 2048)[:, :1].mT.mT[..., :8].expand(2, 3, 8)),
+            lambda: f(wide.view(2, 2, 2048)[:, :1, :8].expand(2, 3, 8)),
         ),
         ("out is a number", TypeError, "out must be a torch.Tensor", lambda: f(x, 3)),
         ("out of other dtype", TypeError, "out must be float32, got float16", lambda: f(x, out.half())),
@@ -304,6 +304,11 @@ def test_out_has_no_gradient_and_says_so():
         silu_and_mul(x, torch.empty(2, 16))
 
 
+def test_an_out_that_requires_a_gradient_is_data(cache_dir):
+    for _ in range(2):  # the first call and another take different ways
+        silu_and_mul(inputs(2, 16, torch.float32, "cpu"), torch.empty(2, 16).requires_grad_())
+
+
 @pytest.mark.parametrize("activation", ACTIVATIONS, ids=lambda a: a.op)
 def test_opcheck(device, activation):
     op, op_out = (getattr(torch.ops.jitnorm, activation.op + form) for form in ("", "_out"))
@@ -359,11 +364,10 @@ def test_both_ways_to_import():
 @pytest.mark.nvcc
 @pytest.mark.parametrize("arch", ["7.5", "8.0", "8.9", "9.0a", "10.0a", "12.0a"])
 def test_compiles_for(arch):
-    """sm_75 converts bfloat16 itself, float32 has other mathematics, and 4 bytes an access of their own."""
-    for activation in ACTIVATIONS:
-        build(activation.spec(torch.bfloat16, 16, Target.cuda(arch))).verify()
-    build(GELU_AND_MUL.spec(torch.float32, 16, Target.cuda(arch))).verify()
-    build(SILU_AND_MUL.spec(torch.float16, 4, Target.cuda(arch))).verify()
+    """Each activation, dtype and access once: sm_75 converts bfloat16 itself, float32 has its own exponential."""
+    build(SILU_AND_MUL.spec(torch.bfloat16, 16, Target.cuda(arch))).verify()
+    build(GELU_AND_MUL.spec(torch.float32, 8, Target.cuda(arch))).verify()
+    build(GELU_TANH_AND_MUL.spec(torch.float16, 4, Target.cuda(arch))).verify()
 
 
 @pytest.mark.gpu
@@ -387,21 +391,21 @@ def test_in_a_graph(width):
 @pytest.mark.gpu
 def test_reads_nothing_before_the_kernel_before_it_has_written():
     """Each call's output is half of the next one's input: with PDL they overlap."""
-    results = []
-    x = inputs(1, 8192, torch.bfloat16, "cuda")
-    for pdl in (True, False):
-        a = x.clone()
-        b = torch.randn(1, 16384, device="cuda", generator=torch.Generator("cuda").manual_seed(1)).bfloat16()
-        for _ in range(200):
-            silu_and_mul(a, b[:, :8192], enable_pdl=pdl)
-            silu_and_mul(b, a[:, 8192:], enable_pdl=pdl)
-        results.append((a, b))
-    assert all(same_bits(*pair) for pair in zip(*results, strict=True))
+    x, y = (inputs(1, 8192, torch.bfloat16, "cuda") for _ in range(2))
+    for _ in range(20):
+        results = []
+        for pdl in (True, False):
+            a, b = x.clone(), y.clone()
+            for _ in range(10):
+                silu_and_mul(a, b[:, :8192], enable_pdl=pdl)
+                silu_and_mul(b, a[:, 8192:], enable_pdl=pdl)
+            results.append(torch.cat((a, b)))
+        assert same_bits(*results)
 
 
 @pytest.mark.gpu
 def test_more_than_2_to_the_31_elements():
-    rows = 2**30 // 8192 + 5  # of 16384 elements, and of 8 bytes more rows than a grid has in its second dimension
+    rows = 2**31 // 16384 + 5
     x = torch.zeros(rows, 16384, device="cuda", dtype=torch.bfloat16)
     some = inputs(5, 8192, torch.bfloat16, "cuda")
     x[:5], x[-5:] = some, some
@@ -414,8 +418,6 @@ def test_more_than_2_to_the_31_elements():
 
 @pytest.mark.gpu
 def test_more_rows_than_the_second_dimension_of_a_grid_has_blocks():
-    x = inputs(70_001 * 32, 8, torch.bfloat16, "cuda")  # 64 rows share a block, so these fit; the widest do not
-    assert relative_error(silu_and_mul(x), reference(silu_and_mul, x)) <= 3e-3
     x = inputs(70_001, 4096, torch.bfloat16, "cuda")
     out = poisoned(x)
     silu_and_mul(x, out)

@@ -42,8 +42,8 @@ struct ActivationKernel {
   static constexpr unsigned kAlignment = kVectorBytes;
   static constexpr int kElements = kVectorBytes / sizeof(T);
   static constexpr int kVectors = 32 / kVectorBytes;  // of gates, and as many of factors, in a thread
-  static constexpr int kThreads = 256;
-  static constexpr int kMinBlocks = 4;  // 64 KiB in flight on a multiprocessor
+  static constexpr int kThreads = 128;  // which read 8 KiB: of a few rows no large part goes to one multiprocessor
+  static constexpr int kMinBlocks = 8;  // 64 KiB in flight on a multiprocessor
 
   static Grid grid(const ActivationParams& p) {
     return over_rows(p.num_tokens, p.width / kElements, kVectors, kThreads);

@@ -6,8 +6,8 @@
 
 namespace jitnorm {
 
-// Math has exp(x), reciprocal(x) and times_logistic(x, u), which is x / (1 + exp(-u)). At +infinity an activation is its
-// limit, and at -infinity NaN, as PyTorch's are.
+// Math has exp(x), reciprocal(x) and times_logistic(x, u), which is x / (1 + exp(-u)). At +infinity an activation is
+// its limit, and at -infinity NaN, as PyTorch's are.
 
 // x * sigmoid(x)
 struct SiLU {

@@ -25,13 +25,12 @@ struct ActivationKernel {
     if (is_skipped(p, row)) return;
     const T* gate = static_cast<const T*>(p.input) + row * p.input_stride;
     T* out = static_cast<T*>(p.out) + row * p.out_stride;
-    int i = 0;
-    for (; i + kLanes <= p.width; i += kLanes) apply(out + i, gate + i, gate + p.width + i);
-    const int rest = p.width - i;
+    const int width = p.width, rest = width % kLanes, i = width - rest;
+    for (int j = 0; j < i; j += kLanes) apply(out + j, gate + j, gate + width + j);
     if (rest == 0) return;
     T gates[kLanes] = {}, factors[kLanes] = {}, results[kLanes];
     __builtin_memcpy(gates, gate + i, rest * sizeof(T));
-    __builtin_memcpy(factors, gate + p.width + i, rest * sizeof(T));
+    __builtin_memcpy(factors, gate + width + i, rest * sizeof(T));
     apply(results, gates, factors);
     __builtin_memcpy(out + i, results, rest * sizeof(T));
   }

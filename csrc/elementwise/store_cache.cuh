@@ -1,5 +1,5 @@
-// Rows scattered into caches on CUDA: the threads of a row load its index and its vectors at once, and store these where
-// the index says. The widths are known at the call, so that one kernel serves all.
+// Rows scattered into caches on CUDA: the threads of a row load its index and its vectors at once, and store these
+// where the index says. The widths are known at the call, so that one kernel serves all.
 #pragma once
 #include "elementwise/store_cache.h"
 #include "jitnorm/grid.h"
@@ -16,12 +16,12 @@ struct StoreCacheKernel {
   static constexpr int kVectorBytes = kVectorBytes_;
   static constexpr unsigned kAlignment = kVectorBytes;
   static constexpr int kVectors = 32 / kVectorBytes;  // of k, and as many of v, that a thread has in flight
-  static constexpr int kThreads = 256;
-  static constexpr int kMinBlocks = 4;  // 64 KiB in flight on a multiprocessor
+  static constexpr int kThreads = 128;                // at most: where no split is asked for, as many as read 4 KiB
+  static constexpr int kMinBlocks = 8;                // 64 KiB in flight on a multiprocessor
 
   static Grid grid(const StoreCacheParams& p) {
     const int vectors = p.k_vectors > p.v_vectors ? p.k_vectors : p.v_vectors;
-    if (p.num_split == 0) return over_rows(p.num_tokens, vectors, kVectors, kThreads);
+    if (p.num_split == 0) return over_rows(p.num_tokens, vectors, kVectors, kThreads / 2);
     return over_rows(p.num_tokens, vectors, kVectors, 32 * p.num_split, kThreads / (32 * p.num_split));
   }
 

@@ -74,13 +74,13 @@ Outcome store_cache(const TVMFFIAny* args, int num_args) {
       return Outcome::kRefused;
   }
   const DLDevice device = tensors[0]->device;
-  const auto &[k, v, k_cache, v_cache] = rows;
+  const auto& [k, v, k_cache, v_cache] = rows;
   const index_t k_bytes = widths[0], v_bytes = widths[1], both = k_bytes | v_bytes;
   const DLTensor* indices = as_indices(args[4], device);
   if (!indices || indices->shape[0] != k.count || v.count != k.count || v_cache.count != k_cache.count ||
-      widths[2] != k_bytes || widths[3] != v_bytes || k_bytes == 0 || v_bytes == 0 || both % 4 != 0 || k_bytes > kMostRowBytes || v_bytes > kMostRowBytes ||
-      vector_bytes(both) != Kernel::kVectorBytes || !as_int(args[5], &row_bytes) ||
-      (row_bytes != 0 && row_bytes != k_bytes) || !as_int(args[6], &num_split) ||
+      widths[2] != k_bytes || widths[3] != v_bytes || k_bytes == 0 || v_bytes == 0 || both % 4 != 0 ||
+      k_bytes > kMostRowBytes || v_bytes > kMostRowBytes || vector_bytes(both) != Kernel::kVectorBytes ||
+      !as_int(args[5], &row_bytes) || (row_bytes != 0 && row_bytes != k_bytes) || !as_int(args[6], &num_split) ||
       (num_split != 0 && num_split != 1 && num_split != 2 && num_split != 4) ||
       (args[7].type_index != kTVMFFINone && !as_int(args[7], &skip_index)) || !runs_on(Kernel{}, device))
     return Outcome::kRefused;

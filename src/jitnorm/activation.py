@@ -36,7 +36,7 @@ def silu_and_mul(
             leading dimensions collapse to one row stride. d is any positive number, in half precision an even one; on
             CUDA rows are aligned to 16 bytes where d is a multiple of 16 bytes, and else to 8 or 4, as d is.
         out: `[..., d]`, written; of the input's dtype and device, sharing no memory with it. Allocated where None. A
-            call with it has no gradient.
+            call with it has no gradient; whether it requires one itself is not asked: it is data, as under no_grad.
         enable_pdl: programmatic dependent launch; None means on where the GPU has it. The bits are the same.
         expert_ids: for mixture-of-experts, int32 or int64, `[n]`, contiguous, on the input's device: row i belongs to
             expert `expert_ids[i // expert_step]`, and rows of expert -1 are not computed. They are left as they are in
@@ -68,7 +68,7 @@ def gelu_and_mul(
     https://arxiv.org/abs/1606.08415), without that sum's loss of digits where x is far below zero.
 
     Args:
-        input: as for `jitnorm.silu_and_mul`, like all that follows.
+        input: `[..., 2 * d]`; dtypes, sizes and strides as for `jitnorm.silu_and_mul`, like all that follows.
         out: `[..., d]`, written. Allocated where None.
         enable_pdl: programmatic dependent launch; None means on where the GPU has it.
         expert_ids: one for every `expert_step` rows, which are not computed where it is -1.
@@ -97,7 +97,7 @@ def gelu_tanh_and_mul(
     `approximate="tanh"`; computed in float32 and rounded once.
 
     Args:
-        input: as for `jitnorm.silu_and_mul`, like all that follows.
+        input: `[..., 2 * d]`; dtypes, sizes and strides as for `jitnorm.silu_and_mul`, like all that follows.
         out: `[..., d]`, written. Allocated where None.
         enable_pdl: programmatic dependent launch; None means on where the GPU has it.
         expert_ids: one for every `expert_step` rows, which are not computed where it is -1.

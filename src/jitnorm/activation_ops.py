@@ -72,7 +72,7 @@ GELU_TANH_AND_MUL = Activation("gelu_tanh_and_mul", "activation", "GELUTanh")
 ACTIVATIONS = (SILU_AND_MUL, GELU_AND_MUL, GELU_TANH_AND_MUL)
 
 
-def activation_width(op: str, input: torch.Tensor) -> int:
+def _width(op: str, input: torch.Tensor) -> int:
     """d of an input [..., 2 * d]. ValueError where there is none, RuntimeError where no kernel serves it."""
     if input.dim() == 0:
         raise ValueError("input must have at least one dimension, got a scalar")
@@ -126,7 +126,7 @@ def check(op: str, input: Any, out: Any, expert_ids: Any, expert_step: Any, enab
 def _check_kinds(op: str, input: torch.Tensor, out: Any, expert_ids: Any, expert_step: Any) -> None:
     """What can be said of tensors without storage."""
     checks.dtype("input", input, tuple(_CPP))
-    width = activation_width(op, input)
+    width = _width(op, input)
     if out is not None:
         checks.tensor("out", out)
         checks.dtype("out", out, (input.dtype,))
@@ -153,7 +153,7 @@ def first_activation(
     if is_traced(input, out, expert_ids):
         return dispatch_activation(activation, input, out, expert_ids, expert_step, enable_pdl)
     check(activation.op, input, out, expert_ids, expert_step, enable_pdl)
-    if needs_grad(input, out):
+    if needs_grad(input):
         return dispatch_activation(activation, input, out, expert_ids, expert_step, enable_pdl)
     to = new_out(input, expert_ids) if out is None else out
     activation.run(input, to, expert_ids, expert_step, enable_pdl)
@@ -174,25 +174,32 @@ def dispatch_activation(
         operator = getattr(torch.ops.jitnorm, activation.op)
         result: torch.Tensor = operator(input, expert_ids, expert_step, enable_pdl)
         return result
-    if needs_grad(input, out):
+    if needs_grad(input):
         raise RuntimeError(f"{activation.op} with out= has no gradient: call it without, or under torch.no_grad()")
     getattr(torch.ops.jitnorm, f"{activation.op}_out")(input, out, expert_ids, expert_step, enable_pdl)
     return out
 
 
-# By policy, of a gate in float32: the activation, and what it makes of a gradient.
+def _gelu_backward(grad: torch.Tensor, gate: torch.Tensor, approximate: str) -> Any:
+    return torch.ops.aten.gelu_backward(grad, gate, approximate=approximate)
+
+
+# By policy, of a gate in float32: the activation, and what it makes of a gradient. Looked up in aten when called, as
+# that takes time.
 _FORMULAS: dict[str, tuple[Any, Any]] = {
-    "SiLU": (F.silu, torch.ops.aten.silu_backward),
-    "GELU": (F.gelu, torch.ops.aten.gelu_backward),
-    "GELUTanh": (partial(F.gelu, approximate="tanh"), partial(torch.ops.aten.gelu_backward, approximate="tanh")),
+    "SiLU": (F.silu, lambda grad, gate: torch.ops.aten.silu_backward(grad, gate)),
+    "GELU": (F.gelu, partial(_gelu_backward, approximate="none")),
+    "GELUTanh": (partial(F.gelu, approximate="tanh"), partial(_gelu_backward, approximate="tanh")),
 }
 
 
 def _register(activation: Activation) -> None:
     def run(input: Any, expert_ids: Any = None, expert_step: int = 1, enable_pdl: bool | None = None) -> torch.Tensor:
-        check(activation.op, input, None, expert_ids, expert_step, enable_pdl)
-        out = new_out(input, expert_ids)
-        activation.run(input, out, expert_ids, expert_step, enable_pdl)
+        arguments = expert_ids, expert_step, enable_pdl
+        if input.dim() and activation.call_last(input.dtype, input, out := new_out(input, expert_ids), *arguments):
+            return out
+        check(activation.op, input, None, *arguments)
+        activation.run(input, out := new_out(input, expert_ids), *arguments)
         return out
 
     def run_out(
@@ -246,8 +253,8 @@ def _gradient(activation: Activation, input: torch.Tensor, grad: torch.Tensor) -
 def _skipped(input: torch.Tensor, expert_ids: torch.Tensor, expert_step: int) -> torch.Tensor:
     """Which rows are, [..., 1]."""
     rows = input.numel() // input.shape[-1]
-    each = (expert_ids == -1).repeat_interleave(expert_step)[:rows]
-    return each.reshape(*input.shape[:-1], 1)
+    each = expert_ids[torch.arange(rows, device=input.device) // expert_step]
+    return (each == -1).reshape(*input.shape[:-1], 1)
 
 
 for _activation in ACTIVATIONS:
