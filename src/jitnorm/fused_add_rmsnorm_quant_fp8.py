@@ -36,7 +36,14 @@ def fused_add_rmsnorm_quant_fp8(
         input: `[..., hidden_size]`, float16, bfloat16 or float32, on the CPU or a CUDA device. Sizes and strides as for
             `jitnorm.rmsnorm`.
         residual: of the input's shape, dtype and device, sharing no memory with the other arguments; written.
-        weight, scale, eps, out, enable_pdl, scales: as for `jitnorm.rmsnorm_quant_fp8`.
+        weight: `[hidden_size]`, of the input's dtype or float32, on the same device.
+        scale: one float32 on the same device, finite and above zero; None for a scale for each row.
+        eps: added to the mean of the squares; zero or more.
+        out: written; of the input's shape and device, float8_e4m3fn, sharing no memory with the other arguments. On
+            CUDA every row is aligned to 16 bytes. Allocated where None.
+        enable_pdl: programmatic dependent launch; None means on where the GPU has it.
+        scales: written, where no `scale` is given: float32, contiguous, an element for each row. Allocated where None,
+            as `[..., 1]`.
 
     Returns:
         `out`, and the `scale` that was given or the `scales` that were found.
