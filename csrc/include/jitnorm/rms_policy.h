@@ -4,9 +4,10 @@
 
 namespace jitnorm {
 
+enum class Quantise { kNot, kWithGivenScale, kByToken };
+
 // rmsnorm: out = normalised input * weight. With a residual, input and residual are updated in place:
 // residual += input, then input = normalised residual * weight.
-enum class Quantise { kNot, kWithGivenScale, kByToken };
 struct Plain {
   template <typename T>
   using output_t = T;  // for inputs of type T
