@@ -8,7 +8,10 @@ import torch
 from jitnorm.jit.build import build
 from jitnorm.jit.spec import Target
 from jitnorm.norms import FUSED_ADD_RMSNORM, FUSED_ADD_RMSNORM_ROUND_SUM, GEMMA_FUSED_ADD_RMSNORM, RMSNORM
+from jitnorm.per_tensor_quant_fp8 import DYNAMIC, MAXIMA, STATIC
+from jitnorm.per_token_quant_fp8 import PER_TOKEN
 from jitnorm.qknorm_checks import HEAD_DIMS, QKNORM
+from jitnorm.quant_norms import FUSED_ADD_RMSNORM_QUANT_FP8_DYNAMIC, RMSNORM_QUANT_FP8
 
 pytestmark = pytest.mark.nvcc
 
@@ -21,6 +24,8 @@ KERNELS = (
     (FUSED_ADD_RMSNORM_ROUND_SUM, 4096, torch.float16, torch.float32),
     (QKNORM, 128, torch.bfloat16, torch.bfloat16),
     (QKNORM, 1024, torch.float16, torch.float32),
+    (RMSNORM_QUANT_FP8, 4096, torch.bfloat16, torch.bfloat16),
+    (FUSED_ADD_RMSNORM_QUANT_FP8_DYNAMIC, 256, torch.float32, torch.float32),
 )
 
 
@@ -32,11 +37,18 @@ def test_compiles(arch, norm, hidden_size, dtype, weight_dtype):
     entry.verify()
 
 
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_quantisation_compiles(arch):
+    for operator in (STATIC, MAXIMA, DYNAMIC, PER_TOKEN) if arch == "9.0a" else (DYNAMIC,):
+        build(operator.spec(torch.bfloat16, Target.cuda(arch))).verify()
+
+
 def test_every_size_compiles_for_one_architecture():
     """The schedules are worked out at compile time: a size in between could ask for one that does not exist."""
     for hidden_size in range(512, 8193, 768):
         build(RMSNORM.spec(hidden_size, torch.bfloat16, torch.bfloat16, Target.cuda("9.0a")))
         build(FUSED_ADD_RMSNORM.spec(hidden_size, torch.float32, torch.float32, Target.cuda("8.0")))
+        build(RMSNORM_QUANT_FP8.spec(hidden_size, torch.float16, torch.float32, Target.cuda("8.9")))
     for head_dim in HEAD_DIMS:
         build(QKNORM.spec(head_dim, torch.bfloat16, torch.bfloat16, Target.cuda("9.0a")))
         build(QKNORM.spec(head_dim, torch.float32, torch.float32, Target.cuda("7.5")))

@@ -234,6 +234,18 @@ def test_every_registered_operator_is_checked():
     """By the test above, which knows these forms, or by those of the operator's own file."""
     elsewhere = {
         "jitnorm::fused_inplace_qknorm",
+        "jitnorm::store_cache",
+        "jitnorm::per_token_quant_fp8",
+        *(
+            f"jitnorm::{op}{form}"
+            for op in ("silu_and_mul", "gelu_and_mul", "gelu_tanh_and_mul")
+            for form in ("", "_out")
+        ),
+        *(
+            f"jitnorm::{op}{form}"
+            for op in ("rmsnorm_quant_fp8", "fused_add_rmsnorm_quant_fp8", "per_tensor_quant_fp8")
+            for form in ("", "_dynamic")
+        ),
     }
     forms = {"rmsnorm": ("", "_out"), "fused_add_rmsnorm": ("", "_functional")}
     expected = {f"jitnorm::{norm.op}{form}" for norm in norms.NORMS for form in forms[norm.entry]}

@@ -108,6 +108,29 @@ def test_sizes_of_single_heads(tmp_path, config, head_dims):
     assert plan.refused == ([] if head_dims else missing)
 
 
+@pytest.mark.parametrize(
+    ("config", "ops"),
+    [
+        (json.loads((CONFIGS / "qwen3.json").read_text()), ["silu_and_mul_bf16", "store_cache"]),
+        (json.loads((CONFIGS / "gemma.json").read_text()), ["gelu_tanh_and_mul_fp32", "store_cache"]),
+        (
+            {"hidden_size": 64, "hidden_act": "gelu", "intermediate_size": 3420, "dtype": "float16"},
+            ["gelu_and_mul_fp16_by_8"],
+        ),
+        (
+            {**DEEPSEEK, "hidden_act": "relu2", "qk_rope_head_dim": 66, "dtype": "bfloat16"},
+            ["store_cache", "store_cache_by_4"],
+        ),
+    ],
+)
+def test_activations_and_caches(tmp_path, config, ops):
+    names = ["silu_and_mul", "gelu_and_mul", "gelu_tanh_and_mul", "store_cache"]
+    plan = make_plan(op=names, config=config_file(tmp_path, **config), device="cpu")
+    assert sorted(s.name for s in plan.specs) == sorted(ops)
+    assert len(plan.refused) == len(names) - len({s.op for s in plan.specs})
+    assert all("config.json has no hidden_act" in line or "no key and value heads" in line for line in plan.refused)
+
+
 @pytest.mark.parametrize("content", ["", "[1]", "{}", '{"hidden_size": "4096"}'])
 def test_bad_configs_are_one_clear_line(tmp_path, content):
     file = tmp_path / "config.json"
@@ -142,6 +165,26 @@ def test_config_brings_its_dtype():
     assert [s.name for s in make_plan(config=CONFIGS / "gemma.json", device="cpu").specs] == ["rmsnorm_3584_fp32"]
     plan = make_plan(config=CONFIGS / "gemma.json", dtype="bf16", device="cpu")
     assert [s.name for s in plan.specs] == ["rmsnorm_3584_bf16"]
+
+
+def test_operators_that_need_no_size(cache_dir):
+    plan = make_plan(op=["silu_and_mul", "store_cache"], dtype=["fp16", "bf16"], device="cpu")
+    assert [s.name for s in plan.specs] == ["silu_and_mul_fp16", "silu_and_mul_bf16", "store_cache"]
+    plan = make_plan(op=["silu_and_mul", "store_cache"], hidden_size=[3420, 2], dtype="bf16", device="cpu")
+    assert [s.name for s in plan.specs] == [
+        "silu_and_mul_bf16_by_8",
+        "silu_and_mul_bf16_by_4",
+        "store_cache_by_8",
+        "store_cache_by_4",
+    ]
+    for spec in plan.specs:  # what the messages tell a user to run builds the same
+        again = command(*spec.warmup_command.split()[2:])
+        assert f"built    {spec.name}" in again.stdout
+    for op in ("silu_and_mul", "store_cache"):
+        with pytest.raises(RuntimeError, match="supported are multiples of"):
+            make_plan(op=op, hidden_size=7, dtype="bf16", device="cpu")
+    with pytest.raises(ValueError, match="hidden_size or config"):
+        make_plan(op=["silu_and_mul", "rmsnorm"])
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 #pragma once
 #include "elementwise/rmsnorm.h"
 #include "jitnorm/parallel.h"
+#include "jitnorm/quantise.h"
 #include "jitnorm/rms_simd.h"
 #include "jitnorm/simd.h"
 
@@ -11,6 +12,8 @@ template <int kHiddenSize_, typename T, typename W = T, typename Policy = Plain>
 struct RMSNormKernel {
   using input_t = T;
   using weight_t = W;
+  using output_t = typename Policy::template output_t<T>;
+  using policy_t = Policy;
   using params_t = RMSNormParams;
   static constexpr int kHiddenSize = kHiddenSize_;
   static constexpr unsigned kAlignment = 1;
@@ -18,9 +21,10 @@ struct RMSNormKernel {
   static void run(const RMSNormParams& p, index_t row) {
     const T* x = static_cast<const T*>(p.input) + row * p.input_stride;
     const W* w = static_cast<const W*>(p.weight);
-    T* y = static_cast<T*>(p.out) + row * p.out_stride;
+    output_t* y = static_cast<output_t*>(p.out) + row * p.out_stride;
+    float* by = Policy::kQuantise == Quantise::kByToken ? p.scale + row : p.scale;
     if constexpr (!Policy::kAddResidual) {
-      write(y, x, w, inverse_rms<kHiddenSize>(p.eps, [&](int i) { return load(x + i); }));
+      write(y, x, w, inverse_rms<kHiddenSize>(p.eps, [&](int i) { return load(x + i); }), by);
       return;
     }
     T* residual = static_cast<T*>(p.residual) + row * p.residual_stride;
@@ -33,16 +37,24 @@ struct RMSNormKernel {
       store(exact + i, f);
       return f;
     });
-    if constexpr (Policy::kRoundSum) write(y, residual, w, scale);
-    else write(y, exact, w, scale);
+    if constexpr (Policy::kRoundSum) write(y, residual, w, scale, by);
+    else write(y, exact, w, scale, by);
   }
 
  private:
   template <typename V>
-  static void write(T* y, const V* value, const W* weight, float scale) {
+  static void write(output_t* y, const V* value, const W* weight, float scale, float* by) {
+    auto normalised = [&](int i) { return load(value + i) * scale * (load(weight + i) + Policy::kWeightOffset); };
+    if constexpr (Policy::kQuantise == Quantise::kByToken) {
+      floats most{};
+      for (int i = 0; i < kHiddenSize; i += kLanes) most = larger(most, magnitude(normalised(i)));
+      *by = scale_of(largest(most), kLeastTokenScale);
+    }
+    const float divisor = Policy::kQuantise == Quantise::kNot ? 1 : *by;
 #pragma GCC unroll 4
     for (int i = 0; i < kHiddenSize; i += kLanes)
-      store(y + i, load(value + i) * scale * (load(weight + i) + Policy::kWeightOffset));
+      if constexpr (Policy::kQuantise == Quantise::kNot) store(y + i, normalised(i));
+      else store(y + i, normalised(i) / divisor);
   }
 };
 

@@ -42,7 +42,27 @@ def shape(name: str, value: torch.Tensor, expected: Sequence[int], why: str) -> 
         raise ValueError(f"{name} must have shape {list(expected)} ({why}), got {list(value.shape)}")
 
 
-def rows(name: str, value: torch.Tensor) -> None:
+def vector_bytes(row_bytes: int) -> int:
+    """What one access of a CUDA kernel moves of rows that are any multiple of 4 bytes."""
+    return next(n for n in (CUDA_ALIGNMENT, 8, 4) if row_bytes % n == 0)
+
+
+def storage(name: str, value: torch.Tensor) -> None:
+    if value.numel() and value.data_ptr() == 0:
+        raise ValueError(f"{name} must have storage, got a tensor without any")
+
+
+def indices(name: str, value: torch.Tensor, like_name: str, like: torch.Tensor) -> None:
+    """`value` is a contiguous vector of int32 or int64 beside `like`."""
+    dtype(name, value, (torch.int32, torch.int64))
+    if value.dim() != 1:
+        raise ValueError(f"{name} must have one dimension, got shape {list(value.shape)}")
+    if value.shape[0] > 1 and value.stride(0) != 1:
+        raise ValueError(f"{name} must be contiguous, got a stride of {value.stride(0)}")
+    device(name, value, like_name, like)
+
+
+def rows(name: str, value: torch.Tensor, alignment: int = CUDA_ALIGNMENT) -> None:
     """`value` is [..., hidden_size]: elements adjacent, one stride from row to row, storage that a kernel can reach."""
     layout = f"shape {list(value.shape)} and strides {list(value.stride())}"
     if value.stride(-1) != 1:
@@ -51,20 +71,33 @@ def rows(name: str, value: torch.Tensor) -> None:
         return
     if row_stride(value) is None:
         raise ValueError(f"{name} must have leading dimensions that collapse to one row stride, got {layout}")
-    if value.data_ptr() == 0:
-        raise ValueError(f"{name} must have storage, got a tensor without any")
-    aligned(name, value, row_stride(value) or 0)
+    storage(name, value)
+    aligned(name, value, row_stride(value) or 0, to=alignment)
 
 
-def aligned(name: str, value: torch.Tensor, *strides: int) -> None:
+def aligned(name: str, value: torch.Tensor, *strides: int, to: int = CUDA_ALIGNMENT) -> None:
     """On CUDA, every row is whole accesses of a kernel; rows are these numbers of elements apart."""
     if not value.is_cuda:
         return
-    address, steps = value.data_ptr() % CUDA_ALIGNMENT, [stride * value.element_size() for stride in strides]
-    if address or any(step % CUDA_ALIGNMENT for step in steps):
+    address, steps = value.data_ptr() % to, [stride * value.element_size() for stride in strides]
+    if address or any(step % to for step in steps):
         raise ValueError(
-            f"{name} must be aligned to {CUDA_ALIGNMENT} bytes in every row, got an address of {address} modulo "
-            f"{CUDA_ALIGNMENT} and strides of {' and '.join(map(str, steps))} bytes between rows"
+            f"{name} must be aligned to {to} bytes in every row, got an address of {address} modulo {to} "
+            f"and strides of {' and '.join(map(str, steps))} bytes between rows"
+        )
+
+
+def elements(name: str, value: torch.Tensor, count: int, why: str, alignment: int = 1) -> None:
+    """`value` is contiguous, of any shape, and has `count` elements."""
+    if value.numel() != count:
+        raise ValueError(f"{name} must have {count} elements ({why}), got shape {list(value.shape)}")
+    if not value.is_contiguous():
+        raise ValueError(f"{name} must be contiguous, got shape {list(value.shape)} and strides {list(value.stride())}")
+    storage(name, value)
+    if value.is_cuda and value.numel() and value.data_ptr() % alignment:
+        raise ValueError(
+            f"{name} must be aligned to {alignment} bytes, "
+            f"got an address of {value.data_ptr() % alignment} modulo {alignment}"
         )
 
 
@@ -93,26 +126,26 @@ def no_overlap(name: str, value: torch.Tensor, like_name: str, like: torch.Tenso
 
     Where their strides differ, extents that meet count as sharing.
     """
-    if not value.numel():
+    if not value.numel() or not like.numel():
         return
     stride, like_stride = _bytes(value, row_stride(value)), _bytes(like, row_stride(like))
-    row = _bytes(value, value.shape[-1])
+    row, like_row = _bytes(value, value.shape[-1]), _bytes(like, like.shape[-1])
     offset = value.data_ptr() - like.data_ptr()
     if not even_exactly and offset == 0 and (stride == like_stride or value.nbytes == row):
         return
     if offset >= _extent(like) or -offset >= _extent(value):
         return
-    if stride == like_stride and row <= offset % stride <= stride - row:
+    if stride == like_stride and like_row <= offset % stride <= stride - row:
         return
     itself = "" if even_exactly else f"be {like_name} itself or "
     raise ValueError(f"{name} must {itself}share no memory with {like_name}, got a view that overlaps it")
 
 
 def no_shared_memory(name: str, value: torch.Tensor, like_name: str, like: torch.Tensor) -> None:
-    """For a written tensor of rows and a vector that is read for every row."""
-    if not value.numel():
+    """For a written tensor and another, whatever lies between their rows."""
+    if not value.numel() or not like.numel():
         return
-    if like.data_ptr() < value.data_ptr() + _extent(value) and value.data_ptr() < like.data_ptr() + like.nbytes:
+    if like.data_ptr() < value.data_ptr() + _extent(value) and value.data_ptr() < like.data_ptr() + _extent(like):
         raise ValueError(f"{name} must share no memory with {like_name}, got a view that overlaps it")
 
 
@@ -121,9 +154,9 @@ def _bytes(value: torch.Tensor, elements: int | None) -> int:
 
 
 def _extent(value: torch.Tensor) -> int:
-    """Bytes from the first element of the first row to the end of the last row."""
-    rows_before_last = value.numel() // value.shape[-1] - 1
-    return _bytes(value, rows_before_last * (row_stride(value) or 0) + value.shape[-1])
+    """Bytes from the first element to the end of the last."""
+    last = sum((size - 1) * step for size, step in zip(value.shape, value.stride(), strict=True))
+    return _bytes(value, last + 1)
 
 
 def eps(value: object) -> None:

@@ -100,10 +100,10 @@ NORMS = (
 
 def check_rmsnorm(norm: Norm, input: Any, weight: Any, eps: Any, out: Any, enable_pdl: Any) -> None:
     """Raises for what the glue `rmsnorm` in csrc/elementwise/rmsnorm.h refuses."""
-    _check_input_and_weight(norm, input, weight, eps, enable_pdl)
+    check_input_and_weight(norm, input, weight, eps, enable_pdl)
     if out is None:
         return
-    _check_like_input("out", out, input)
+    check_like_input("out", out, input)
     checks.written_rows("out", out)
     checks.no_overlap("out", out, "input", input)
     checks.no_shared_memory("out", out, "weight", weight)
@@ -111,8 +111,8 @@ def check_rmsnorm(norm: Norm, input: Any, weight: Any, eps: Any, out: Any, enabl
 
 def check_fused_add_rmsnorm(norm: Norm, input: Any, residual: Any, weight: Any, eps: Any, enable_pdl: Any) -> None:
     """Raises for what the glue `fused_add_rmsnorm` in csrc/elementwise/rmsnorm.h refuses."""
-    _check_input_and_weight(norm, input, weight, eps, enable_pdl)
-    _check_like_input("residual", residual, input)
+    check_input_and_weight(norm, input, weight, eps, enable_pdl)
+    check_like_input("residual", residual, input)
     for name, written in (("input", input), ("residual", residual)):
         checks.written_rows(name, written)
         checks.no_shared_memory(name, written, "weight", weight)
@@ -135,7 +135,8 @@ def check_kinds(norm: Norm, input: torch.Tensor, weight: torch.Tensor, **like_in
         checks.device(name, value, "input", input)
 
 
-def _check_input_and_weight(norm: Norm, input: Any, weight: Any, eps: Any, enable_pdl: Any) -> None:
+def check_input_and_weight(norm: Norm, input: Any, weight: Any, eps: Any, enable_pdl: Any) -> None:
+    """What every operator of the family refuses of what they all have."""
     checks.tensor("input", input)
     checks.tensor("weight", weight)
     check_kinds(norm, input, weight)
@@ -146,7 +147,8 @@ def _check_input_and_weight(norm: Norm, input: Any, weight: Any, eps: Any, enabl
     checks.rows("weight", weight)
 
 
-def _check_like_input(name: str, value: Any, input: torch.Tensor) -> None:
+def check_like_input(name: str, value: Any, input: torch.Tensor) -> None:
+    """`value` is rows of the input's shape, dtype and device."""
     checks.tensor(name, value)
     checks.dtype(name, value, (input.dtype,))
     checks.shape(name, value, input.shape, "like input")

@@ -215,7 +215,7 @@ def test_metrics_that_do_not_come(server, monkeypatch):
     server.behaviour = "slow metrics"
     started = time.monotonic()
     assert "not finished within 0.2 s" in warned(server.url)
-    assert time.monotonic() - started < 0.9
+    assert time.monotonic() - started < 5
 
 
 def test_a_server_that_is_no_http_server():

@@ -1,11 +1,6 @@
 // Division by a number that only the host knows, by a multiplication and a shift.
 #pragma once
-
-#ifdef __CUDACC__
-#define JITNORM_ANYWHERE __device__ __forceinline__
-#else
-#define JITNORM_ANYWHERE inline
-#endif
+#include "jitnorm/dtype.h"
 
 namespace jitnorm {
 

@@ -37,6 +37,10 @@ template <>
 struct DType<bf16_t> {
   static constexpr unsigned code = kDLBfloat, bits = 16;
 };
+template <>
+struct DType<e4m3_t> {
+  static constexpr unsigned code = kDLFloat8_e4m3fn, bits = 8;
+};
 
 template <typename T>
 bool has_dtype(const DLTensor& tensor) {
@@ -45,6 +49,19 @@ bool has_dtype(const DLTensor& tensor) {
 
 inline bool same_device(const DLTensor& a, const DLTensor& b) {
   return a.device.device_type == b.device.device_type && a.device.device_id == b.device.device_id;
+}
+
+inline bool same_shape(const DLTensor& a, const DLTensor& b) {
+  if (a.ndim != b.ndim) return false;
+  for (int i = 0; i < a.ndim; i++)
+    if (a.shape[i] != b.shape[i]) return false;
+  return true;
+}
+
+inline index_t element_count(const DLTensor& tensor) {
+  index_t count = 1;
+  for (int i = 0; i < tensor.ndim; i++) count *= tensor.shape[i];
+  return count;
 }
 
 inline const DLTensor* as_tensor(const TVMFFIAny& arg) {
@@ -56,6 +73,11 @@ inline const DLTensor* as_tensor(const TVMFFIAny& arg) {
 inline bool as_float(const TVMFFIAny& arg, double* value) {
   if (arg.type_index == kTVMFFIFloat) return *value = arg.v_float64, true;
   if (arg.type_index == kTVMFFIInt) return *value = static_cast<double>(arg.v_int64), true;
+  return false;
+}
+
+inline bool as_int(const TVMFFIAny& arg, index_t* value) {
+  if (arg.type_index == kTVMFFIInt) return *value = arg.v_int64, true;
   return false;
 }
 
@@ -103,16 +125,68 @@ bool as_weight(const DLTensor* tensor, Rows* rows) {
   return tensor && tensor->ndim == 1 && as_rows<W>(*tensor, Kernel::kHiddenSize, Kernel::kAlignment, rows);
 }
 
-// Rows that share memory. Exact where both have one stride (the column slices of one buffer lie between each other
-// without touching); where the strides differ, overlapping extents count as shared.
+// A contiguous tensor of `count` elements, of any shape, seen as rows of one.
+template <typename T>
+bool as_elements(const DLTensor* tensor, index_t count, unsigned alignment, Rows* rows) {
+  if (!tensor || !has_dtype<T>(*tensor) || element_count(*tensor) != count) return false;
+  char* data = static_cast<char*>(tensor->data) + tensor->byte_offset;
+  *rows = {data, count, 1, data + count * static_cast<index_t>(sizeof(T))};
+  if (count == 0) return true;
+  index_t step = 1;
+  for (int i = tensor->ndim - 1; i >= 0; i--) {
+    if (tensor->shape[i] != 1 && tensor->strides[i] != step) return false;
+    step *= tensor->shape[i];
+  }
+  return tensor->data && reinterpret_cast<uintptr_t>(data) % alignment == 0;
+}
+
+// Whether each row has memory of its own, as rows that are written need.
+inline bool separate(const Rows& rows, index_t hidden_size) { return rows.count <= 1 || rows.stride >= hidden_size; }
+
+inline bool extents_meet(const Rows& a, const Rows& b) {
+  return a.count && b.count && a.data < b.end && b.data < a.end;
+}
+
+// Rows of `a_row` and `b_row` bytes that share memory. Exact where both have one stride (the column slices of one
+// buffer lie between each other without touching); where the strides differ, overlapping extents count as shared.
+inline bool overlap(const Rows& a, index_t a_row, const Rows& b, index_t b_row, index_t element_bytes) {
+  if (!extents_meet(a, b)) return false;
+  if (a.stride != b.stride) return true;
+  const index_t stride = a.stride * element_bytes;
+  index_t offset = (b.data - a.data) % stride;
+  if (offset < 0) offset += stride;
+  return offset < a_row || offset > stride - b_row;
+}
+
 template <typename T>
 bool overlap(const Rows& a, const Rows& b, index_t hidden_size) {
-  if (!a.count || !b.count || a.end <= b.data || b.end <= a.data) return false;
-  if (a.stride != b.stride) return true;
-  index_t offset = (b.data - a.data) % (a.stride * static_cast<index_t>(sizeof(T)));
-  if (offset < 0) offset += a.stride * sizeof(T);
-  index_t row = hidden_size * sizeof(T);
-  return offset < row || offset > a.stride * static_cast<index_t>(sizeof(T)) - row;
+  return overlap(a, hidden_size * sizeof(T), b, hidden_size * sizeof(T), sizeof(T));
 }
+
+inline bool same_leading_shape(const DLTensor& a, const DLTensor& b) {
+  if (a.ndim != b.ndim) return false;
+  for (int i = 0; i < a.ndim - 1; i++)
+    if (a.shape[i] != b.shape[i]) return false;
+  return true;
+}
+
+// The one-dimensional tensor of int32 or int64 that `arg` is; null where it is none, or on another device.
+inline const DLTensor* as_indices(const TVMFFIAny& arg, DLDevice device) {
+  const DLTensor* t = as_tensor(arg);
+  const bool fits = t && t->ndim == 1 && t->dtype.code == kDLInt && t->dtype.lanes == 1 &&
+                    (t->dtype.bits == 32 || t->dtype.bits == 64) && (t->shape[0] <= 1 || t->strides[0] == 1) &&
+                    (t->shape[0] == 0 || t->data) && t->device.device_type == device.device_type &&
+                    t->device.device_id == device.device_id;
+  return fits ? t : nullptr;
+}
+
+// Its elements as rows, of which overlaps are asked.
+inline Rows as_vector(const DLTensor& tensor) {
+  char* data = static_cast<char*>(tensor.data) + tensor.byte_offset;
+  return {data, tensor.shape[0], 1, data + tensor.shape[0] * (tensor.dtype.bits / 8)};
+}
+
+// Of a row of so many bytes, which is a multiple of 4: what one access can move, wherever in it the access begins.
+inline int vector_bytes(index_t row_bytes) { return row_bytes % 16 == 0 ? 16 : row_bytes % 8 == 0 ? 8 : 4; }
 
 }  // namespace jitnorm

@@ -54,9 +54,10 @@ __device__ __forceinline__ void wait_for_previous() {
 // for coming here ask for, and the addresses' translations, by a prefetch into the second-level cache, where no value
 // can be out of date. Only the blocks that can be waiting do so: in a large grid, one prefetch a block slows a short
 // row by 7%.
-__device__ __forceinline__ void before_wait(const void* input, const void* weight, const void* other) {
+__device__ __forceinline__ void before_wait(const void* input, const void* weight, const void* other,
+                                            unsigned block = blockIdx.x) {
 #if __CUDA_ARCH__ >= 900
-  if (threadIdx.x == 0 && blockIdx.x < 512)
+  if (threadIdx.x == 0 && block < 512)
     asm volatile("prefetch.global.L2 [%0]; prefetch.global.L2 [%1]; prefetch.global.L2 [%2];" ::"l"(input), "l"(weight),
                  "l"(other));
 #endif
@@ -76,6 +77,7 @@ __device__ __forceinline__ void let_next_start() {
 #include <tvm/ffi/extra/c_env_api.h>
 
 #include "jitnorm/ffi.h"
+#include "jitnorm/grid.h"
 
 extern "C" const char jitnorm_cubin[];  // put in by the linker step; see src/jitnorm/jit/spec.py
 
@@ -226,6 +228,16 @@ bool runs_on(Kernel, DLDevice device) {
          __atomic_load_n(&gpus[device.device_id].state, __ATOMIC_ACQUIRE) != Gpu::kOtherArch;
 }
 
+// A kernel says how it lies over its rows, or has kRowsPerBlock of them in each block.
+template <typename Kernel>
+auto grid_of(const typename Kernel::params_t& params, int) -> decltype(Kernel::grid(params)) {
+  return Kernel::grid(params);
+}
+template <typename Kernel>
+Grid grid_of(const typename Kernel::params_t& params, long) {
+  return {divide_up(params.num_tokens, Kernel::kRowsPerBlock), 1, 1, Kernel::kThreads, 1};
+}
+
 template <typename Kernel>
 Outcome launch(Kernel, const typename Kernel::params_t& params, DLDevice device, bool enable_pdl) {
   Gpu& gpu = gpus[device.device_id];
@@ -233,16 +245,18 @@ Outcome launch(Kernel, const typename Kernel::params_t& params, DLDevice device,
     if (const char* why = prepare<Kernel>(gpu, device.device_id)) return raise("cannot load", why);
     if (gpu.state == Gpu::kOtherArch) return Outcome::kRefused;
   }
-  const index_t blocks = (params.num_tokens + Kernel::kRowsPerBlock - 1) / Kernel::kRowsPerBlock;
-  if (blocks > 0x7fffffff) return raise("cannot launch", "more rows than a grid has blocks for");
+  const Grid grid = grid_of<Kernel>(params, 0);
+  if (grid.x > 0x7fffffff) return raise("cannot launch", "more rows than a grid has blocks for");
   CUlaunchAttribute attribute;
   attribute.id = CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION;
   attribute.value.programmaticStreamSerializationAllowed = 1;
   CUlaunchConfig config{};
-  config.gridDimX = static_cast<unsigned>(blocks);
-  config.gridDimY = config.gridDimZ = 1;
-  config.blockDimX = Kernel::kThreads;
-  config.blockDimY = config.blockDimZ = 1;
+  config.gridDimX = static_cast<unsigned>(grid.x);
+  config.gridDimY = grid.y;
+  config.gridDimZ = grid.z;
+  config.blockDimX = grid.threads_x;
+  config.blockDimY = grid.threads_y;
+  config.blockDimZ = 1;
   config.hStream = static_cast<CUstream>(TVMFFIEnvGetStream(kDLCUDA, device.device_id));
   config.attrs = &attribute;
   config.numAttrs = enable_pdl && JITNORM_CUDA_ARCH >= 90;

@@ -32,11 +32,21 @@ __attribute__((noinline)) void run_rows(const typename Kernel::params_t& params,
   for (index_t row = first; row < last; row++) Kernel::run(params, row);
 }
 
+// A row's work, in elements: fixed by the kernel's kHiddenSize, or what the kernel says of its parameters.
+template <typename Kernel>
+auto row_elements(const typename Kernel::params_t& params, int) -> decltype(Kernel::row_elements(params)) {
+  return Kernel::row_elements(params);
+}
+template <typename Kernel>
+constexpr index_t row_elements(const typename Kernel::params_t&, long) {
+  return Kernel::kHiddenSize;
+}
+
 template <typename Kernel>
 Outcome launch(Kernel, const typename Kernel::params_t& params, DLDevice, bool) {
-  constexpr index_t kChunk = Kernel::kHiddenSize < kChunkElements ? kChunkElements / Kernel::kHiddenSize : 1;
-  const index_t rows = params.num_tokens;
-  if (rows == 1 || rows * Kernel::kHiddenSize < kParallelElements) {
+  const index_t elements = row_elements<Kernel>(params, 0), rows = params.num_tokens;
+  const index_t chunk = elements < kChunkElements ? kChunkElements / elements : 1;
+  if (rows == 1 || rows * elements < kParallelElements) {
     run_rows<Kernel>(params, 0, rows);
     return Outcome::kDone;
   }
@@ -46,8 +56,8 @@ Outcome launch(Kernel, const typename Kernel::params_t& params, DLDevice, bool) 
     return Outcome::kDone;
   }
 #pragma omp parallel for schedule(static)
-  for (index_t row = 0; row < rows; row += kChunk)
-    run_rows<Kernel>(params, row, row + kChunk < rows ? row + kChunk : rows);
+  for (index_t row = 0; row < rows; row += chunk)
+    run_rows<Kernel>(params, row, row + chunk < rows ? row + chunk : rows);
   return Outcome::kDone;
 }
 

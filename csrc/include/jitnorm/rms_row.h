@@ -69,6 +69,7 @@ template <int kHiddenSize_, typename T, typename W, typename Policy, typename S>
 struct RMSNormCuda : S {
   using input_t = T;
   using weight_t = W;
+  using output_t = typename Policy::template output_t<T>;
   using policy_t = Policy;
   static constexpr int kHiddenSize = kHiddenSize_;
   static constexpr unsigned kAlignment = 16;
@@ -167,17 +168,43 @@ struct RowPart {
     return sum;
   }
 
-  __device__ __forceinline__ void write(T* out, float scale) const {
+  __device__ __forceinline__ void normalised(int i, float scale, float (&f)[kElements]) const {
+    float w[kElements];
+    value(i, f);
+    to_float(weight[i], w);
+#pragma unroll
+    for (int j = 0; j < kElements; j++)
+      f[j] = f[j] * scale * (Policy::kWeightOffset == 0 ? w[j] : Policy::kWeightOffset + w[j]);
+  }
+
+  __device__ __forceinline__ float largest_magnitude(float scale) const {
+    float largest = 0;
 #pragma unroll
     for (int i = 0; i < kCount; i++) {
       if (!has(i)) continue;
-      float f[kElements], w[kElements];
-      value(i, f);
-      to_float(weight[i], w);
+      float f[kElements];
+      normalised(i, scale, f);
 #pragma unroll
-      for (int j = 0; j < kElements; j++)
-        f[j] = f[j] * scale * (Policy::kWeightOffset == 0 ? w[j] : Policy::kWeightOffset + w[j]);
-      Vector<T, kElements> y;
+      for (int j = 0; j < kElements; j++) largest = fmaxf(largest, fabsf(f[j]));
+    }
+    return largest;
+  }
+
+  __device__ __forceinline__ void write(typename Kernel::output_t* out, float scale) const {
+    write(out, scale, [](float y) { return y; });
+  }
+
+  // What `last` makes of the normalised numbers, rounded.
+  template <typename Out, typename Last>
+  __device__ __forceinline__ void write(Out* out, float scale, Last last) const {
+#pragma unroll
+    for (int i = 0; i < kCount; i++) {
+      if (!has(i)) continue;
+      float f[kElements];
+      normalised(i, scale, f);
+#pragma unroll
+      for (int j = 0; j < kElements; j++) f[j] = last(f[j]);
+      Vector<Out, kElements> y;
       from_float(f, y);
       store(out + offset(i), y);
     }

@@ -18,6 +18,7 @@ typedef float floats __attribute__((vector_size(4 * kLanes)));
 typedef int ints __attribute__((vector_size(4 * kLanes)));
 typedef unsigned words __attribute__((vector_size(4 * kLanes)));
 typedef short halves __attribute__((vector_size(2 * kLanes)));  // bits; signed because the builtins want it so
+typedef unsigned char bytes __attribute__((vector_size(kLanes)));
 
 template <typename V, typename T>
 inline V read(const T* from) {
@@ -78,18 +79,48 @@ inline halves to_fp16(floats f) {
 }
 #endif
 
+inline floats magnitude(floats f) { return (floats)((words)f & 0x7fffffff); }
+
+inline bytes to_e4m3(floats f) {
+  floats most = floats{} + kLargestE4M3, least = magnitude(f) < most ? magnitude(f) : most;
+  words u = (words)least, sign = ((words)f >> 24) & 0x80;
+  // Below 2^-6 the float adder rounds: 2^14 has its last bit where a subnormal e4m3 has its own.
+  words subnormal = (words)(least + 0x1p14f) - 0x46800000;
+  words normal = (u - (120 << 23) + 0x7ffff + ((u >> 20) & 1)) >> 20;  // to nearest even
+  words code = sign | (u < 121u << 23 ? subnormal : normal);
+  return __builtin_convertvector(f == f ? code : words{} + 0x7f, bytes);
+}
+
 inline floats load(const float* from) { return read<floats>(from); }
 inline floats load(const bf16_t* from) { return from_bf16(read<halves>(from)); }
 inline floats load(const fp16_t* from) { return from_fp16(read<halves>(from)); }
+// The first `count` of them, fewer than there are lanes; zeros for the rest.
+template <typename T>
+inline floats load_first(const T* from, int count) {
+  T padded[kLanes] = {};
+  __builtin_memcpy(padded, from, count * sizeof(T));
+  return load(padded);
+}
+
 inline void store(float* to, floats f) { write(to, f); }
 inline void store(bf16_t* to, floats f) { write(to, to_bf16(f)); }
 inline void store(fp16_t* to, floats f) { write(to, to_fp16(f)); }
+inline void store(e4m3_t* to, floats f) { write(to, to_e4m3(f)); }
 
 // A recursion because GCC would take a loop over the lanes through memory.
 template <int kCount = kLanes>
 inline float sum(const floats& f, int first = 0) {
   if constexpr (kCount == 1) return f[first];
   else return sum<kCount / 2>(f, first) + sum<kCount / 2>(f, first + kCount / 2);
+}
+
+// Of numbers: a NaN in f counts for nothing.
+inline floats larger(floats than, floats f) { return f > than ? f : than; }
+
+inline float largest(const floats& f) {
+  float most = f[0];
+  for (int i = 1; i < kLanes; i++) most = f[i] > most ? f[i] : most;
+  return most;
 }
 
 }  // namespace jitnorm

@@ -1,35 +1,66 @@
-// 16 bytes of a row in one thread's registers, and their way to float and back. Device code, fit for NVRTC.
+// A few bytes of a row in one thread's registers, and their way to float and back. Device code, fit for NVRTC.
 #pragma once
 #include "jitnorm/dtype.h"
 
 namespace jitnorm {
 
-// N elements that travel in 16-byte accesses.
+// What one access moves: 16 bytes, or the 8 or 4 that a vector has.
+template <int kBytes>
+struct Access {
+  using type = uint4;
+};
+template <>
+struct Access<8> {
+  using type = uint2;
+};
+template <>
+struct Access<4> {
+  using type = unsigned;
+};
+
+// N elements that travel together.
 template <typename T, int N>
-struct alignas(16) Vector {
-  static_assert(N * sizeof(T) % 16 == 0, "a vector is made of 16-byte accesses");
-  uint4 words[N * sizeof(T) / 16];
+struct alignas(N * sizeof(T) < 16 ? N * sizeof(T) : 16) Vector {
+  static constexpr int kBytes = N * sizeof(T);
+  static_assert(kBytes == 4 || kBytes == 8 || kBytes % 16 == 0, "a vector is made of accesses of one size");
+  using access_t = typename Access<kBytes>::type;
+  static constexpr int kAccesses = kBytes / sizeof(access_t);
+  access_t words[kAccesses];
 };
 
 // volatile: the compiler would move a load to its first use to save registers, and the loads of a row would queue up.
+__device__ __forceinline__ void load_access(uint4& to, const uint4* from) {
+  asm volatile("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(to.x), "=r"(to.y), "=r"(to.z), "=r"(to.w)
+               : "l"(from)
+               : "memory");
+}
+__device__ __forceinline__ void load_access(uint2& to, const uint2* from) {
+  asm volatile("ld.global.v2.u32 {%0, %1}, [%2];" : "=r"(to.x), "=r"(to.y) : "l"(from) : "memory");
+}
+__device__ __forceinline__ void load_access(unsigned& to, const unsigned* from) {
+  asm volatile("ld.global.u32 %0, [%1];" : "=r"(to) : "l"(from) : "memory");
+}
+
 template <typename T, int N>
 __device__ __forceinline__ Vector<T, N> load(const T* from) {
   Vector<T, N> v;
 #pragma unroll
-  for (int i = 0; i < int(N * sizeof(T) / 16); i++) {
-    uint4& w = v.words[i];
-    asm volatile("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(w.x), "=r"(w.y), "=r"(w.z), "=r"(w.w)
-                 : "l"(reinterpret_cast<const uint4*>(from) + i)
-                 : "memory");
-  }
+  for (int i = 0; i < v.kAccesses; i++)
+    load_access(v.words[i], reinterpret_cast<const typename Vector<T, N>::access_t*>(from) + i);
   return v;
+}
+
+__device__ __forceinline__ float load(const float* from) {
+  float f;
+  asm volatile("ld.global.f32 %0, [%1];" : "=f"(f) : "l"(from) : "memory");
+  return f;
 }
 
 template <typename T, int N>
 __device__ __forceinline__ void store(T* to, const Vector<T, N>& v) {
 #pragma unroll
-  for (int i = 0; i < int(N * sizeof(T) / 16); i++) reinterpret_cast<uint4*>(to)[i] = v.words[i];
+  for (int i = 0; i < v.kAccesses; i++) reinterpret_cast<typename Vector<T, N>::access_t*>(to)[i] = v.words[i];
 }
 
 // Begins the way of so many bytes, a multiple of 16, into the second-level cache, where no value can be out of date.
@@ -52,7 +83,7 @@ __device__ __forceinline__ void unpack(unsigned word, float* f, fp16_t) {
       : "r"(word));
 }
 
-// Both round to nearest even.
+// All round to nearest even. Two 8-bit elements come in the low half of the word.
 __device__ __forceinline__ unsigned pack(const float* f, bf16_t) {
 #if __CUDA_ARCH__ >= 800
   unsigned word;
@@ -76,6 +107,26 @@ __device__ __forceinline__ unsigned pack(const float* f, fp16_t) {
   return word;
 }
 
+__device__ __forceinline__ unsigned pack(const float* f, e4m3_t) {
+#if __CUDA_ARCH__ >= 890
+  unsigned short pair;
+  asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(pair) : "f"(f[1]), "f"(f[0]));
+  return pair;
+#else
+  unsigned code[2];
+  for (int i = 0; i < 2; i++) {
+    const float magnitude = fminf(fabsf(f[i]), kLargestE4M3);
+    const unsigned u = __float_as_uint(magnitude);
+    // Below 2^-6 the float adder rounds: 2^14 has its last bit where a subnormal e4m3 has its own.
+    const unsigned subnormal = __float_as_uint(magnitude + 16384.f) - 0x46800000u;
+    const unsigned normal = (u - (120u << 23) + 0x7ffffu + ((u >> 20) & 1u)) >> 20;
+    code[i] =
+        f[i] != f[i] ? 0x7fu : (magnitude < 0.015625f ? subnormal : normal) | (__float_as_uint(f[i]) >> 24 & 0x80u);
+  }
+  return code[0] | code[1] << 8;
+#endif
+}
+
 template <typename T, int N>
 __device__ __forceinline__ void to_float(const Vector<T, N>& v, float (&f)[N]) {
   const unsigned* words = reinterpret_cast<const unsigned*>(v.words);
@@ -90,6 +141,15 @@ __device__ __forceinline__ void to_float(const Vector<float, N>& v, float (&f)[N
   for (int i = 0; i < N; i++) f[i] = words[i];
 }
 
+template <typename T>
+__device__ __forceinline__ float to_float(T element) {
+  float f[2];
+  unpack(element.bits, f, T{});
+  return f[0];
+}
+
+__device__ __forceinline__ float to_float(float element) { return element; }
+
 template <typename T, int N>
 __device__ __forceinline__ void from_float(const float (&f)[N], Vector<T, N>& v) {
   unsigned* words = reinterpret_cast<unsigned*>(v.words);
@@ -102,6 +162,18 @@ __device__ __forceinline__ void from_float(const float (&f)[N], Vector<float, N>
   float* words = reinterpret_cast<float*>(v.words);
 #pragma unroll
   for (int i = 0; i < N; i++) words[i] = f[i];
+}
+
+__device__ __forceinline__ e4m3_t to_e4m3(float f) {
+  const float twice[2] = {f, f};
+  return {static_cast<unsigned char>(pack(twice, e4m3_t{}))};
+}
+
+template <int N>
+__device__ __forceinline__ void from_float(const float (&f)[N], Vector<e4m3_t, N>& v) {
+  unsigned* words = reinterpret_cast<unsigned*>(v.words);
+#pragma unroll
+  for (int i = 0; i < N / 4; i++) words[i] = pack(f + 4 * i, e4m3_t{}) | pack(f + 4 * i + 2, e4m3_t{}) << 16;
 }
 
 }  // namespace jitnorm

@@ -11,7 +11,7 @@ from jitnorm.checks import DTYPE_NAMES
 from jitnorm.cli.base import Command
 from jitnorm.jit import cache
 from jitnorm.jit.spec import KernelSpec
-from jitnorm.warmup import OPS, make_plan
+from jitnorm.warmup import OPS, make_plan, sources_are_clear
 from jitnorm.warmup.run import Result, build_all, default_jobs, prepare, survey
 
 _DTYPE = click.Choice(list(DTYPE_NAMES.values()))
@@ -25,7 +25,8 @@ _DTYPE = click.Choice(list(DTYPE_NAMES.values()))
     "--hidden-size",
     type=int,
     multiple=True,
-    help="The size of the normalised dimension, which may be head_dim. Repeatable.",
+    help="The size of the normalised dimension, which may be head_dim; needless for activations and store_cache. "
+    "Repeatable.",
 )
 @click.option(
     "--dtype", type=_DTYPE, multiple=True, help="The input's; by default the config's own, or bf16. Repeatable."
@@ -61,7 +62,7 @@ def warmup(
     jitnorm warmup --hidden-size 4096 --dtype bf16 --arch 9.0a
     jitnorm warmup --config Qwen3-32B/config.json --op rmsnorm --op fused_inplace_qknorm
     """
-    if (config is None) == (not hidden_size):
+    if not sources_are_clear(op, hidden_size, config):
         raise click.UsageError("give either --hidden-size or --config")
     plan = make_plan(op, hidden_size, dtype, weight_dtype, device, arch, config, skip_unsupported)
     for why in plan.refused:

@@ -17,19 +17,36 @@ from typing import Any, TypeAlias, TypeVar
 
 import torch
 
+from jitnorm.activation_ops import ACTIVATIONS, GELU_AND_MUL, GELU_TANH_AND_MUL, SILU_AND_MUL
 from jitnorm.checks import DTYPE_NAMES
 from jitnorm.jit.spec import KernelSpec, Target
 from jitnorm.norms import NORMS
+from jitnorm.per_tensor_quant_fp8 import DYNAMIC, MAXIMA, STATIC
+from jitnorm.per_token_quant_fp8 import PER_TOKEN
 from jitnorm.qknorm_checks import QKNORM
+from jitnorm.quant_norms import QUANT_NORMS
+from jitnorm.store_cache_ops import STORE_CACHE
 from jitnorm.targets import resolve_target
-from jitnorm.warmup.config import read_config
+from jitnorm.warmup.config import Model, read_config
 from jitnorm.warmup.run import Result, build_all, prepare, survey
 
 __all__ = ["OPS", "Plan", "Result", "make_plan", "warmup"]
 
+Specs: TypeAlias = dict[str, Callable[[Any, torch.dtype, torch.dtype, Target], KernelSpec]]
+# Operators with kernels for every size, or for those of whole 16 bytes, which None stands for.
+_OF_ANY_SIZE: Specs = {
+    each.op: each.warmup_spec for each in (*ACTIVATIONS, STORE_CACHE, STATIC, MAXIMA, DYNAMIC, PER_TOKEN)
+}
 # The operators that can be built ahead of time: (hidden size, input's dtype, weight's dtype, target) -> what to build.
-OPS: dict[str, Callable[[int, torch.dtype, torch.dtype, Target], KernelSpec]] = {
-    norm.op: norm.spec for norm in (*NORMS, QKNORM)
+OPS: Specs = {norm.op: norm.spec for norm in (*NORMS, QKNORM, *QUANT_NORMS)} | _OF_ANY_SIZE
+
+# What models call the activations.
+_HIDDEN_ACTS = {
+    "silu": SILU_AND_MUL.op,
+    "swish": SILU_AND_MUL.op,
+    "gelu": GELU_AND_MUL.op,
+    "gelu_new": GELU_TANH_AND_MUL.op,
+    "gelu_pytorch_tanh": GELU_TANH_AND_MUL.op,
 }
 
 _DTYPES = {name: d for d, short in DTYPE_NAMES.items() for name in (short, str(d).removeprefix("torch."))}
@@ -66,7 +83,9 @@ def warmup(
 
     Args:
         op: the operator's name.
-        hidden_size: the size of the normalised dimension; for fused_inplace_qknorm that is head_dim.
+        hidden_size: the size of the normalised dimension; for fused_inplace_qknorm that is head_dim, for activations d,
+            and for store_cache the elements in a row. The last two do without one, and are built for sizes of whole 16
+            bytes then, as nearly all are; so does quantisation alone, of which one kernel serves all sizes.
         dtype: the input's, such as "bf16", "bfloat16" or torch.bfloat16. None for the config's own, or else "bf16".
         weight_dtype: the weight's; None for the input's.
         device: "cuda" or "cpu"; None for CUDA where torch sees a GPU or `arch` is given, else the CPU.
@@ -106,9 +125,10 @@ def make_plan(
 ) -> Plan:
     """From `warmup`'s words to kernels. Nothing is built, created or started."""
     sizes = _several(hidden_size)
-    if (config is None) == (not sizes):
+    if not sources_are_clear(_several(op), sizes, config):
         raise ValueError("warm-up needs either hidden_size or config")
     model = None if config is None else read_config(config)
+    sizes = sizes or [None]
     specs: dict[KernelSpec, None] = {}
     refused: dict[str, None] = {}
     targets = [resolve_target(device, a) for a in _several(arch) or [None]]
@@ -117,17 +137,36 @@ def make_plan(
         if name not in OPS:
             raise ValueError(f"op must be one of {', '.join(OPS)}, got {name!r}")
         if model:
-            sizes = model.head_dims if name == QKNORM.op else model.hidden_sizes
+            sizes, lacking = _sizes_of(model, name)
             if not sizes:
-                refused[f"{model.path} has no norms of single heads, which {name} is for"] = None
+                refused[f"{model.path} has no {lacking}, which {name} is for"] = None
         for size, d, w, target in itertools.product(sizes, inputs, weights, targets):
             try:
-                specs[OPS[name](operator.index(size), _dtype(d), _dtype(w or d), target)] = None
+                size = size if size is None else operator.index(size)
+                specs[OPS[name](size, _dtype(d), _dtype(w or d), target)] = None
             except RuntimeError as error:
                 refused[str(error)] = None
     if refused and config is None and not skip_unsupported:
         raise RuntimeError("\n".join(refused))
     return Plan(list(specs), list(refused))
+
+
+def sources_are_clear(ops: Iterable[str], sizes: Iterable[int], config: object) -> bool:
+    """Whether either sizes or a config are given; neither, where no operator needs any."""
+    if config is None:
+        return bool(sizes) or all(name in _OF_ANY_SIZE for name in ops)
+    return not sizes
+
+
+def _sizes_of(model: Model, op: str) -> tuple[list[int], str]:
+    """Those that `op` has in a model, and what it is that a model without any lacks."""
+    if op == QKNORM.op:
+        return model.head_dims, "norms of single heads"
+    if op == STORE_CACHE.op:
+        return model.kv_sizes, "key and value heads"
+    if acts := [act for act, name in _HIDDEN_ACTS.items() if name == op]:
+        return model.intermediate_sizes if model.hidden_act in acts else [], f"hidden_act {' or '.join(acts)}"
+    return model.hidden_sizes, "norms"
 
 
 def _several(values: Any) -> list[Any]:

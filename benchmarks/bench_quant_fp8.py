@@ -1,0 +1,133 @@
+"""Float8 outputs: the norms', and quantisation alone, beside their peers and a copy of the same bytes."""
+
+# ruff: noqa: I001
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+
+import jitnorm
+from jitnorm.benchmark import marker
+
+E4M3 = torch.float8_e4m3fn
+EPS = 1e-6
+
+# Of (input, residual, weight, out, scale, scales): what the operator needs of them. A scale is given, scales are found.
+Call = Callable[..., object]
+
+
+def norm(x, residual, w):
+    return F.rms_norm(x if residual is None else residual.add_(x), x.shape[-1:], w, EPS)
+
+
+def divided(y: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    return (y.float() / scale).clamp(-448, 448).to(E4M3)
+
+
+def by_row(y: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    return divided(y, scales.copy_(y.float().abs().amax(-1, keepdim=True) / 448))
+
+
+TORCH: dict[str, Call] = {
+    "rmsnorm_static": lambda x, r, w, out, scale, scales: out.copy_(divided(norm(x, None, w), scale)),
+    "rmsnorm_dynamic": lambda x, r, w, out, scale, scales: out.copy_(by_row(norm(x, None, w), scales)),
+    "fused_add_static": lambda x, r, w, out, scale, scales: out.copy_(divided(norm(x, r, w), scale)),
+    "fused_add_dynamic": lambda x, r, w, out, scale, scales: out.copy_(by_row(norm(x, r, w), scales)),
+    "per_tensor_static": lambda x, r, w, out, scale, scales: out.copy_(divided(x, scale)),
+    "per_tensor_dynamic": lambda x, r, w, out, scale, scales: out.copy_(
+        divided(x, scale.copy_(x.abs().amax().float() / 448))
+    ),
+    "per_token": lambda x, r, w, out, scale, scales: out.copy_(by_row(x, scales)),
+}
+JITNORM: dict[str, Call] = {
+    "rmsnorm_static": lambda x, r, w, out, scale, scales: jitnorm.rmsnorm_quant_fp8(x, w, scale, EPS, out),
+    "rmsnorm_dynamic": lambda x, r, w, out, scale, scales: jitnorm.rmsnorm_quant_fp8(
+        x, w, None, EPS, out, scales=scales
+    ),
+    "fused_add_static": lambda x, r, w, out, scale, scales: jitnorm.fused_add_rmsnorm_quant_fp8(
+        x, r, w, scale, EPS, out
+    ),
+    "fused_add_dynamic": lambda x, r, w, out, scale, scales: jitnorm.fused_add_rmsnorm_quant_fp8(
+        x, r, w, None, EPS, out, scales=scales
+    ),
+    "per_tensor_static": lambda x, r, w, out, scale, scales: jitnorm.per_tensor_quant_fp8(x, out, scale, True),
+    "per_tensor_dynamic": lambda x, r, w, out, scale, scales: jitnorm.per_tensor_quant_fp8(x, out, scale),
+    "per_token": lambda x, r, w, out, scale, scales: jitnorm.per_token_quant_fp8(x, out, scales),
+}
+
+
+def compiled(op: str) -> Call:
+    torch._dynamo.reset()
+    return torch.compile(TORCH[op], dynamic=False)
+
+
+def flashinfer(op: str) -> Call:
+    import flashinfer.norm
+
+    if op == "rmsnorm_static":
+        return lambda x, r, w, out, scale, scales: flashinfer.norm.rmsnorm_quant(out, x, w, scale, EPS, True)
+    if op == "fused_add_static":
+        return lambda x, r, w, out, scale, scales: flashinfer.norm.fused_add_rmsnorm_quant(
+            out, x, r, w, scale, EPS, True
+        )
+    raise LookupError("FlashInfer has no such operator")
+
+
+def sglang(op: str) -> Call:
+    from sglang.jit_kernel.per_tensor_quant_fp8 import per_tensor_quant_fp8
+
+    if op == "per_tensor_static":
+        return lambda x, r, w, out, scale, scales: per_tensor_quant_fp8(x, out, scale, True)
+    if op == "per_tensor_dynamic":  # which needs its scale zeroed first
+        return lambda x, r, w, out, scale, scales: per_tensor_quant_fp8(x, out, scale.zero_(), False)
+    raise LookupError("SGLang's JIT has no such operator")
+
+
+IMPLS = {
+    "jitnorm": JITNORM.__getitem__,
+    "sglang": sglang,
+    "flashinfer": flashinfer,
+    "compile": compiled,
+    "torch": TORCH.__getitem__,
+}
+
+
+@marker.parametrize("op", list(TORCH))
+@marker.parametrize(
+    "hidden_size,num_tokens", [(4096, 1), (4096, 64), (4096, 1024), (4096, 16384), (8192, 8192)], [(4096, 64)]
+)
+@marker.benchmark("impl", list(IMPLS))
+def bench(op: str, hidden_size: int, num_tokens: int, impl: str) -> marker.BenchResult:
+    """bfloat16 into float8, with scales that are given or found; the first operand of a residual form is only read."""
+    x, residual = (marker.create_random(num_tokens, hidden_size) for _ in range(2))
+    w, out = marker.create_random(hidden_size), torch.zeros_like(x, dtype=E4M3)
+    scale, scales = (torch.full(shape, 0.02, device=x.device) for shape in ((1,), (num_tokens, 1)))
+    try:
+        call = IMPLS[impl](op)
+    except Exception as error:
+        marker.skip(f"{impl} has no {op} here: {type(error).__name__}: {error}".partition("\n")[0])
+
+    def run(*tensors: torch.Tensor) -> torch.Tensor:
+        call(*tensors)
+        return tensors[3]  # to be checked
+
+    read, written = (x, w), (out,)
+    if "norm" not in op and "add" not in op:
+        read = (x, x) if op == "per_tensor_dynamic" else (x,)  # which takes two passes
+    elif "add" in op:
+        read, written = (x, residual, w), (residual, out)
+    return marker.do_bench(
+        run,
+        input_args=(x, residual, w, out, scale, scales),
+        memory_args=read,
+        memory_output=None,
+        extra_memory_args=written,
+        check=lambda *tensors: TORCH[op](*tensors),
+        tolerance=0.04,  # codes that are off by one: torch rounds the norm to bfloat16 first
+    )
+
+
+if __name__ == "__main__":
+    bench.main(copy=True)

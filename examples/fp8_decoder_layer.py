@@ -1,0 +1,249 @@
+"""A decoder layer like Qwen3's in float8, run in four ways: how many kernels each launches, and how long it takes.
+
+    python examples/fp8_decoder_layer.py                      # on the GPU, if there is one
+    python examples/fp8_decoder_layer.py --device cpu --tokens 16
+
+The layer is written once. What runs is decided by the setting of jitnorm.layers, and here by the way:
+
+- eager: every operator is a kernel of its own
+- eager, norms quantise: jitnorm.fused_add_rmsnorm_quant_fp8 gives the products their input as float8
+- compiled, kernels quantise: torch.compile, where one custom kernel before each product quantises its input
+- compiled, inductor quantises: torch.compile, where the quantisation is plain PyTorch and joins the kernels before it
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+import jitnorm
+from jitnorm.layers import apply_fp8_linear, apply_qk_norm, set_compiler
+
+E4M3 = torch.float8_e4m3fn
+EPS = 1e-6
+
+
+@dataclass(frozen=True)
+class Way:
+    name: str
+    compiled: bool = False
+    norms_quantise: bool = False
+    kernels_quantise: bool = True
+
+
+WAYS = (
+    Way("eager"),
+    Way("eager, norms quantise", norms_quantise=True),
+    Way("compiled, kernels quantise", compiled=True),
+    Way("compiled, inductor quantises", compiled=True, kernels_quantise=False),
+)
+
+
+@dataclass(frozen=True)
+class Sizes:
+    hidden: int = 4096
+    heads: int = 32
+    kv_heads: int = 8
+    head_dim: int = 128
+    intermediate: int = 12288
+
+
+class Fp8Linear(torch.nn.Module):
+    """A weight with one scale, and a scale for its input that is known beforehand, as checkpoints have them."""
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__()
+        weight = torch.randn(out_features, in_features) * in_features**-0.5
+        scale = weight.abs().amax() / 448
+        self.register_buffer("weight", (weight / scale).to(E4M3).t())
+        self.register_buffer("weight_scale", scale.reshape(1))
+        self.register_buffer("input_scale", torch.full((1,), 0.05))
+
+    def forward(self, x: torch.Tensor, way: Way) -> torch.Tensor:
+        quantised_by = "eager" if way.kernels_quantise else "inductor"
+        return apply_fp8_linear(
+            x, self.weight, self.weight_scale, self.input_scale, compressed_tensor_quant=True, compiler=quantised_by
+        )
+
+
+class DecoderLayer(torch.nn.Module):
+    def __init__(self, sizes: Sizes) -> None:
+        super().__init__()
+        self.sizes = sizes
+        self.q_size, self.kv_size = sizes.heads * sizes.head_dim, sizes.kv_heads * sizes.head_dim
+        self.input_norm = torch.nn.RMSNorm(sizes.hidden, EPS)
+        self.qkv = Fp8Linear(sizes.hidden, self.q_size + 2 * self.kv_size)
+        self.q_norm = torch.nn.RMSNorm(sizes.head_dim, EPS)
+        self.k_norm = torch.nn.RMSNorm(sizes.head_dim, EPS)
+        self.out = Fp8Linear(self.q_size, sizes.hidden)
+        self.post_norm = torch.nn.RMSNorm(sizes.hidden, EPS)
+        self.gate_up = Fp8Linear(sizes.hidden, 2 * sizes.intermediate)
+        self.down = Fp8Linear(sizes.intermediate, sizes.hidden)
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        residual: torch.Tensor,
+        k_cache: torch.Tensor,
+        v_cache: torch.Tensor,
+        slots: torch.Tensor,
+        way: Way,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        x, residual = add_norm(x, residual, self.input_norm, self.qkv, way)
+        x = self.attention(self.qkv(x, way), k_cache, v_cache, slots)
+        x, residual = add_norm(self.out(x, way), residual, self.post_norm, self.gate_up, way)
+        return self.down(gate(self.gate_up(x, way), way), way), residual
+
+    def attention(
+        self, qkv: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, slots: torch.Tensor
+    ) -> torch.Tensor:
+        """Of a prompt: each token sees those before it."""
+        q, k, v = qkv.split((self.q_size, self.kv_size, self.kv_size), dim=-1)
+        q, k = apply_qk_norm(q, k, self.q_norm, self.k_norm, self.sizes.head_dim)
+        q, k, v = (t.unflatten(-1, (-1, self.sizes.head_dim)) for t in (q, k, v))
+        q, k = rotate(q), rotate(k)
+        jitnorm.store_cache(k, v, k_cache, v_cache, slots)
+        q, k, v = (t.transpose(0, 1)[None] for t in (q, k, v))
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)[0].transpose(0, 1).flatten(1)
+
+
+def add_norm(
+    x: torch.Tensor, residual: torch.Tensor, norm: torch.nn.RMSNorm, following: Fp8Linear, way: Way
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The sum, normalised, and the sum; in plain PyTorch for a compiler, which makes one kernel of it."""
+    if way.compiled:
+        total = x + residual
+        return norm(total), total
+    if way.norms_quantise:
+        x, _ = jitnorm.fused_add_rmsnorm_quant_fp8(x, residual, norm.weight, following.input_scale, EPS)
+    else:
+        jitnorm.fused_add_rmsnorm(x, residual, norm.weight, EPS)
+    return x, residual
+
+
+def gate(x: torch.Tensor, way: Way) -> torch.Tensor:
+    if way.compiled:
+        gates, factors = x.chunk(2, dim=-1)
+        return F.silu(gates) * factors
+    return jitnorm.silu_and_mul(x)
+
+
+def rotate(x: torch.Tensor) -> torch.Tensor:
+    """Rotary position embedding of `[tokens, heads, head_dim]`."""
+    half = x.shape[-1] // 2
+    frequency = 1e6 ** (-torch.arange(half, device=x.device) / half)
+    angle = torch.arange(x.shape[0], device=x.device)[:, None, None] * frequency
+    one, other = x.float().chunk(2, dim=-1)
+    turned = (one * angle.cos() - other * angle.sin(), other * angle.cos() + one * angle.sin())
+    return torch.cat(turned, dim=-1).to(x.dtype)
+
+
+def count_kernels(run: Callable[[], object], way: Way, device: str) -> int | None:
+    """Launched by one call, as the profiler sees them: on a GPU all, on the CPU inductor's loops and what it calls."""
+    if device == "cpu" and not way.compiled:
+        return None  # jitnorm's calls pass by everything that could count them
+    activity = torch.profiler.ProfilerActivity
+    with torch.profiler.profile(activities=[activity.CUDA if device == "cuda" else activity.CPU]) as profile:
+        run()
+        if device == "cuda":
+            torch.cuda.synchronize()
+    if device == "cuda":
+        return sum(event.device_type == torch.autograd.DeviceType.CUDA for event in profile.events())
+    return sum("Call CompiledFxGraph" in getattr(event.cpu_parent, "name", "") for event in profile.events())
+
+
+def microseconds(run: Callable[[], object], device: str, repeats: int) -> float:
+    """Of one call, the median: on a GPU its own time, in a CUDA graph, without the host's."""
+    if device == "cuda":
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            run()
+        run = graph.replay
+    times = []
+    for _ in range(repeats):
+        if device == "cuda":
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            for _ in range(10):
+                run()
+            end.record()
+            end.synchronize()
+            times.append(start.elapsed_time(end) * 100)
+        else:
+            begin = time.perf_counter()
+            run()
+            times.append((time.perf_counter() - begin) * 1e6)
+    return statistics.median(times)
+
+
+@dataclass(frozen=True)
+class Measurement:
+    way: Way
+    kernels: int | None  # where they can be counted
+    microseconds: float
+    difference: float  # of the result from the first way's, relative
+
+
+@torch.no_grad()
+def measure(sizes: Sizes, tokens: int, device: str, repeats: int = 20) -> list[Measurement]:
+    """Runs the layer in every way on the same input."""
+    torch.manual_seed(0)
+    torch._inductor.config.cpp.enable_kernel_profile = True  # so that the profiler sees inductor's loops on the CPU
+    layer = DecoderLayer(sizes)
+    for norm in (layer.input_norm, layer.q_norm, layer.k_norm, layer.post_norm):
+        norm.to(torch.bfloat16)
+    layer = layer.to(device)
+    inputs = [torch.randn(tokens, sizes.hidden, device=device).bfloat16() for _ in range(2)]
+    caches = [torch.zeros(2 * tokens, sizes.kv_heads, sizes.head_dim, device=device).bfloat16() for _ in range(2)]
+    slots = torch.randperm(2 * tokens, device=device)[:tokens]
+    measurements: list[Measurement] = []
+    first = None
+    for way in WAYS:
+        set_compiler("inductor" if way.compiled else "eager")
+        torch._dynamo.reset()
+        forward = torch.compile(layer, fullgraph=True) if way.compiled else layer
+        x, residual = (t.clone() for t in inputs)
+
+        def run(forward: Callable[..., object] = forward, x=x, residual=residual, way=way):  # type: ignore[no-untyped-def]
+            return forward(x, residual, *caches, slots, way)
+
+        result = torch.cat(run()).double()
+        first = result if first is None else first
+        difference = float((result - first).norm() / first.norm())
+        kernels = count_kernels(run, way, device)
+        measurements.append(Measurement(way, kernels, microseconds(run, device, repeats), difference))
+    set_compiler("eager")
+    return measurements
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--tokens", type=int, default=1024)
+    parser.add_argument("--hidden-size", type=int, default=Sizes.hidden)
+    parser.add_argument("--intermediate-size", type=int, default=Sizes.intermediate)
+    parser.add_argument("--repeats", type=int, default=20)
+    arguments = parser.parse_args()
+    heads = arguments.hidden_size // Sizes.head_dim
+    sizes = Sizes(arguments.hidden_size, heads, max(1, heads // 4), Sizes.head_dim, arguments.intermediate_size)
+    measured = measure(sizes, arguments.tokens, arguments.device, arguments.repeats)
+    where = torch.cuda.get_device_name() if arguments.device == "cuda" else "CPU"
+    print(f"{arguments.tokens} tokens, {sizes}, {where}, torch {torch.__version__}")
+    for m in measured:
+        kernels = "?" if m.kernels is None else m.kernels
+        print(f"{m.way.name:30} {kernels:>4} kernels {m.microseconds:10.1f} us   differs by {m.difference:.1e}")
+    *_, custom, fused = measured
+    print(
+        f"inductor's quantisation: {custom.kernels - fused.kernels} kernels fewer than with a custom kernel for it, "
+        f"and {100 * (1 - fused.microseconds / custom.microseconds):.1f}% less time"
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,159 @@
+"""The norms with float8_e4m3fn outputs: what they serve and refuse, and their place in torch.ops.jitnorm.
+
+Each has two forms, which are operators of their own there: with a given scale, and with one found for each token.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from jitnorm import checks
+from jitnorm.norms import Norm, check_input_and_weight, check_kinds, check_like_input
+from jitnorm.torch_library import (
+    build_while_tracing,
+    count_version,
+    is_traced,
+    needs_grad,
+    refuse_tangents,
+    register,
+)
+
+RMSNORM_QUANT_FP8 = Norm("rmsnorm_quant_fp8", "rmsnorm_quant_fp8", "StaticFp8<Plain>")
+RMSNORM_QUANT_FP8_DYNAMIC = Norm("rmsnorm_quant_fp8_dynamic", "rmsnorm_quant_fp8", "DynamicFp8<Plain>")
+FUSED_ADD_RMSNORM_QUANT_FP8 = Norm("fused_add_rmsnorm_quant_fp8", "fused_add_rmsnorm_quant_fp8", "StaticFp8<FusedAdd>")
+FUSED_ADD_RMSNORM_QUANT_FP8_DYNAMIC = Norm(
+    "fused_add_rmsnorm_quant_fp8_dynamic", "fused_add_rmsnorm_quant_fp8", "DynamicFp8<FusedAdd>"
+)
+QUANT_NORMS = (
+    RMSNORM_QUANT_FP8,
+    RMSNORM_QUANT_FP8_DYNAMIC,
+    FUSED_ADD_RMSNORM_QUANT_FP8,
+    FUSED_ADD_RMSNORM_QUANT_FP8_DYNAMIC,
+)
+
+
+def first_quant_norm(
+    norm: Norm,
+    input: torch.Tensor,
+    residual: torch.Tensor | None,
+    weight: torch.Tensor,
+    scale: torch.Tensor | None,
+    eps: float,
+    out: torch.Tensor | None,
+    enable_pdl: bool | None,
+    scales: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The way of a call that finds no kernel or is refused by it: says what is wrong, or gets the right kernel."""
+    refuse_tangents(norm)
+    if scale is not None and scales is not None:
+        raise ValueError("scales must be None where scale is given, which is used for all rows, got both")
+    given = scales if scale is None else scale
+    if is_traced(input, residual, weight, given, out):
+        _refuse_gradients(norm, input, residual, weight)
+        to, by = new_outputs(input, out, given)
+        tensors = (input, weight, to, by) if residual is None else (input, residual, weight, to, by)
+        getattr(torch.ops.jitnorm, norm.op)(*tensors, eps, enable_pdl)
+        return to, by
+    check(norm, input, residual, weight, out, given, eps, enable_pdl)
+    _refuse_gradients(norm, input, residual, weight)
+    to, by = new_outputs(input, out, given)
+    tensors = (input, weight, to, by) if residual is None else (input, residual, weight, to, by)
+    norm.run(input, weight, *tensors, eps, enable_pdl)
+    return to, by
+
+
+def new_outputs(
+    input: torch.Tensor, out: torch.Tensor | None, scale: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What is not given, to be written: the quantised rows, and a scale for each."""
+    return (
+        torch.empty_like(input, dtype=torch.float8_e4m3fn) if out is None else out,
+        input.new_empty((*input.shape[:-1], 1), dtype=torch.float32) if scale is None else scale,
+    )
+
+
+def check(norm: Norm, input: Any, residual: Any, weight: Any, out: Any, scale: Any, eps: Any, enable_pdl: Any) -> None:
+    """Raises for what the glue `quantised` in csrc/elementwise/rmsnorm.h refuses."""
+    check_input_and_weight(norm, input, weight, eps, enable_pdl)
+    if _adds(norm):
+        check_like_input("residual", residual, input)
+        checks.written_rows("residual", residual)
+        checks.no_shared_memory("residual", residual, "weight", weight)
+        checks.no_overlap("residual", residual, "input", input, even_exactly=True)
+    read = {"input": input, "weight": weight} | ({"residual": residual} if _adds(norm) else {})
+    if scale is not None:
+        name = "scales" if _finds_scales(norm) else "scale"
+        checks.tensor(name, scale)
+        _check_scale_kinds(norm, input, scale)
+        checks.elements(name, scale, *_scale_count(norm, input))
+        for other in ("input", "weight", "residual") if _finds_scales(norm) else ("residual",):
+            if other in read:
+                checks.no_shared_memory(name, scale, other, read[other])
+        read[name] = scale
+    if out is not None:
+        checks.tensor("out", out)
+        _check_out_kinds(input, out)
+        checks.rows("out", out)
+        checks.written_rows("out", out)
+        for name, value in read.items():
+            checks.no_shared_memory("out", out, name, value)
+
+
+def _adds(norm: Norm) -> bool:
+    return norm.entry.startswith("fused_add")
+
+
+def _finds_scales(norm: Norm) -> bool:
+    return norm.policy.startswith("Dynamic")
+
+
+def _scale_count(norm: Norm, input: torch.Tensor) -> tuple[int, str]:
+    if _finds_scales(norm):
+        return input.numel() // input.shape[-1], "one for each row of input"
+    return 1, "one scale for all"
+
+
+def _check_scale_kinds(norm: Norm, input: torch.Tensor, scale: torch.Tensor) -> None:
+    name = "scales" if _finds_scales(norm) else "scale"
+    checks.dtype(name, scale, (torch.float32,))
+    checks.device(name, scale, "input", input)
+
+
+def _check_out_kinds(input: torch.Tensor, out: torch.Tensor) -> None:
+    checks.dtype("out", out, (torch.float8_e4m3fn,))
+    checks.shape("out", out, input.shape, "like input")
+    checks.device("out", out, "input", input)
+
+
+def _refuse_gradients(norm: Norm, *tensors: object) -> None:
+    if needs_grad(*tensors):
+        raise RuntimeError(f"{norm.op} has no gradient: call it under torch.no_grad()")
+
+
+def _register(norm: Norm) -> None:
+    adds, finds = _adds(norm), _finds_scales(norm)
+
+    def run(*arguments: Any) -> None:
+        *tensors, eps, enable_pdl = arguments
+        input, *residual, weight, out, scale = tensors
+        if not norm.call_last((weight.nbytes, input.dtype), *arguments):
+            check(norm, input, residual[0] if adds else None, weight, out, scale, eps, enable_pdl)
+            norm.run(input, weight, *arguments)
+        count_version(*residual, out, *([scale] if finds else []))
+
+    def fake(*arguments: Any) -> None:
+        input, *residual, weight, out, scale = arguments[:-2]
+        check_kinds(norm, input, weight, **({"residual": residual[0]} if adds else {}))
+        _check_out_kinds(input, out)
+        _check_scale_kinds(norm, input, scale)
+        build_while_tracing(norm, input, int(input.shape[-1]), input.dtype, weight.dtype)
+
+    tensors = "Tensor input, Tensor(a!) residual, Tensor weight" if adds else "Tensor input, Tensor weight"
+    scale = "Tensor(c!) scales" if finds else "Tensor scale"
+    register(f"{norm.op}({tensors}, Tensor(b!) out, {scale}, float eps, bool? enable_pdl) -> ()", run, fake)
+
+
+for _norm in QUANT_NORMS:
+    _register(_norm)

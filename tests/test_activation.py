@@ -1,0 +1,426 @@
+"""The gated activations against their definitions in float64, and the promises of their docstrings."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import DTYPES, relative_error, same_bits
+
+import jitnorm
+from jitnorm import gelu_and_mul, gelu_tanh_and_mul, silu_and_mul
+from jitnorm.activation_ops import ACTIVATIONS, GELU_AND_MUL, GELU_TANH_AND_MUL, SILU_AND_MUL
+from jitnorm.jit.build import build
+from jitnorm.jit.spec import Target
+
+TOLERANCE = {torch.float16: 4e-4, torch.bfloat16: 3e-3, torch.float32: 1e-6}
+
+# Of a gate in float64; gelu by erfc, as 1 + erf loses its digits far below zero.
+DEFINITIONS = {
+    silu_and_mul: lambda x: x / (1 + torch.exp(-x)),
+    gelu_and_mul: lambda x: x * torch.special.erfc(-x / 2**0.5) / 2,
+    gelu_tanh_and_mul: lambda x: F.gelu(x, approximate="tanh"),
+}
+operators = pytest.mark.parametrize("op", DEFINITIONS, ids=lambda op: op.__name__)
+# Accesses of every width, rows that share a block and such that need several, and what models have: Qwen2.5-VL's 3420
+# goes by 8 bytes, 11008 leaves a rest in its blocks, 28672 is the widest.
+WIDTHS = (2, 4, 8, 768, 3420, 4104, 11008, 28672)
+
+
+def inputs(rows, width, dtype, device):
+    return (torch.randn(rows, 2 * width, device=device) * 3).to(dtype)
+
+
+def reference(op, x):
+    gate, factor = x.double().chunk(2, dim=-1)
+    return DEFINITIONS[op](gate) * factor
+
+
+def poisoned(x):
+    return torch.full((*x.shape[:-1], x.shape[-1] // 2), float("nan"), dtype=x.dtype, device=x.device)
+
+
+@operators
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("width", WIDTHS)
+def test_matches_the_definition(device, op, dtype, width):
+    outs, exact = [], []
+    for rows in (1, 3, 257 if width < 10_000 else 33):  # one, fewer than share a block, odd
+        x = inputs(rows, width, dtype, device)
+        out = poisoned(x)
+        assert op(x, out) is out
+        assert same_bits(op(x), out)
+        outs.append(out)
+        exact.append(reference(op, x))
+    # Of all together: one rounding alone may be off by more.
+    assert relative_error(torch.cat(outs), torch.cat(exact)) <= TOLERANCE[dtype]
+
+
+@operators
+def test_every_float16_number_is_rounded_as_well_as_can_be(device, op):
+    """Beside the definition, rounded: never more than a neighbouring number, and PyTorch's infinities and NaNs."""
+    gate = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(torch.float16)
+    x = torch.stack((gate, torch.ones_like(gate))).T.reshape(256, 256, 2).transpose(1, 2).reshape(256, 512).to(device)
+    out, exact = op(x), reference(op, x)
+    expected = exact.to(torch.float16)
+    assert torch.equal(out.isnan(), expected.isnan()) and torch.equal(out.isinf(), expected.isinf())
+    finite = expected.isfinite()
+    step = torch.abs(out.view(torch.int16)[finite].int() - expected.view(torch.int16)[finite].int())
+    assert step.max() <= 1
+    assert (step > 0).double().mean() < 0.02
+
+
+@operators
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_special_gates(device, op, dtype):
+    gates = [float("inf"), float("-inf"), float("nan"), 0.0, -0.0, 1e30, -1e30, -1e38, -88.5, -104.0, 1e-40, -1e-40]
+    gate = torch.tensor(gates * 3)  # more than a register of the host's holds, and a rest
+    x = torch.cat((gate, torch.full_like(gate, 2.0)))[None].to(dtype).to(device)
+    out, exact = op(x).float(), reference(op, x).to(dtype).float()
+    assert torch.equal(out.isnan(), exact.isnan())
+    assert torch.equal(out.isinf(), exact.isinf())
+    assert torch.allclose(out.nan_to_num(), exact.nan_to_num(), rtol=1e-2, atol=1e-39)
+
+
+@pytest.mark.parametrize("op", [gelu_and_mul, silu_and_mul], ids=lambda op: op.__name__)
+def test_the_tail_keeps_its_digits(device, op):
+    """Where 1 + erf has none: not more than an error in the exponent's last place."""
+    gate = torch.linspace(-12, -2, 4096, device=device)
+    x = torch.cat((gate, torch.ones_like(gate)))[None]
+    error = (op(x).double() - reference(op, x)).abs() / reference(op, x).abs()
+    assert error.max() < 1e-5
+
+
+@operators
+@pytest.mark.parametrize("width", [64, 3420])
+def test_shapes_and_strides(device, op, width):
+    x = inputs(24, width, torch.bfloat16, device)
+    expected = op(x)
+    wide = torch.randn(24, 4 * width, device=device).bfloat16()
+    strided, out = wide[:, : 2 * width], wide[:, 3 * width :]
+    strided.copy_(x)
+    out.fill_(float("nan"))
+    before = wide.clone()
+    assert op(strided, out) is out
+    assert same_bits(out, expected)
+    before[:, 3 * width :] = expected
+    assert same_bits(wide, before)  # nothing beside the output was written
+    assert same_bits(op(x.view(2, 3, 4, -1)), expected.view(2, 3, 4, -1))
+    assert same_bits(op(strided.unflatten(0, (4, 6))), expected.unflatten(0, (4, 6)))
+    assert same_bits(op(x[5]), expected[5])
+    assert same_bits(op(x[7].expand(3, -1)), expected[7].expand(3, -1))
+
+
+def test_no_rows(device):
+    for shape in ((0, 512), (0, 3, 512), (3, 0, 512)):
+        assert silu_and_mul(torch.empty(shape, device=device)).shape == (*shape[:-1], 256)
+
+
+@operators
+@pytest.mark.parametrize(("width", "dtype"), [(24, torch.bfloat16), (1376, torch.float32), (2050, torch.float16)])
+def test_the_same_bits_in_any_batch(device, op, width, dtype):
+    x = inputs(1024, width, dtype, device)
+    everything = op(x)
+    for batch in (1, 2, 7, 64, 255, 1023):
+        for first in (0, (1024 - batch) // 2, 1024 - batch):
+            rows = slice(first, first + batch)
+            assert same_bits(op(x[rows]), everything[rows])
+            assert same_bits(op(x[rows].clone(), enable_pdl=False), everything[rows])
+    for neighbour in (float("inf"), float("nan"), 6e4):
+        others = torch.full_like(x[:9], neighbour)
+        others[4] = x[17]
+        assert same_bits(op(others)[4], everything[17])
+
+
+@operators
+@pytest.mark.parametrize("ids_dtype", [torch.int32, torch.int64])
+@pytest.mark.parametrize("step", [1, 5, 64])
+def test_rows_of_no_expert_are_left_alone(device, op, ids_dtype, step):
+    rows = 203
+    x = inputs(rows, 72, torch.bfloat16, device)
+    ids = torch.randint(-1, 3, (-(-rows // step) + 2,), device=device).to(ids_dtype)  # more of them than are needed
+    ids[0], ids[1] = -1, 2
+    skipped = (ids == -1).repeat_interleave(step)[:rows]
+    assert skipped.any() and not skipped.all()
+    out = torch.full((rows, 72), 7.0, dtype=x.dtype, device=device)
+    assert op(x, out, expert_ids=ids, expert_step=step) is out
+    assert (out[skipped] == 7).all()
+    assert same_bits(out[~skipped], op(x)[~skipped])
+    fresh = op(x, expert_ids=ids, expert_step=step)
+    assert (fresh[skipped] == 0).all()
+    assert same_bits(fresh[~skipped], out[~skipped])
+    folded = op(x.view(7, 29, -1), expert_ids=ids, expert_step=step)
+    assert same_bits(folded.view(rows, -1), fresh)
+
+
+def test_an_expert_is_skipped_whatever_its_row_holds(device):
+    x = torch.full((4, 16), float("nan"), device=device)
+    out = torch.ones(4, 8, device=device)
+    silu_and_mul(x, out, expert_ids=torch.tensor([-1], device=device), expert_step=4)
+    assert (out == 1).all()
+
+
+def bad_calls(device):
+    """(name, exception, words that the message holds, a call)"""
+    x = inputs(4, 256, torch.float32, device)
+    wide = torch.randn(4, 2048, device=device)
+    out = torch.empty(4, 256, device=device)
+    flat = torch.randn(4096, device=device)
+    ids = torch.zeros(4, dtype=torch.int32, device=device)
+    f = silu_and_mul
+    calls = [
+        ("input is a list", TypeError, "input must be a torch.Tensor, got list", lambda: f([1.0])),
+        ("input is a scalar", ValueError, "at least one dimension", lambda: f(x[0, 0])),
+        ("sparse", TypeError, "input must be a dense tensor", lambda: f(x.to_sparse())),
+        ("float64", TypeError, "input must be .* got float64", lambda: f(x.double())),
+        ("integers", TypeError, "input must be .* got int32", lambda: f(x.int())),
+        ("odd columns", ValueError, r"even last dimension.*got shape \[4, 511\]", lambda: f(x[:, :511])),
+        ("no columns", ValueError, "even last dimension", lambda: f(x[:, :0])),
+        ("odd width", RuntimeError, "does not support d = 7 in bfloat16: .* of 2", lambda: f(x.bfloat16()[:, :14])),
+        ("input strided", ValueError, "last stride of 1", lambda: f(wide[:, ::2])),
+        (
+            "no one row stride",
+            ValueError,
+            "collapse to one row",
+            lambda: f(wide.view(2, 2, 2048)[:, :1, :8].expand(2, 3, 8)),
+        ),
+        ("out is a number", TypeError, "out must be a torch.Tensor", lambda: f(x, 3)),
+        ("out of other dtype", TypeError, "out must be float32, got float16", lambda: f(x, out.half())),
+        ("out as wide as input", ValueError, r"out must have shape \[4, 256\]", lambda: f(x, torch.empty_like(x))),
+        ("out of other rank", ValueError, "out must have shape", lambda: f(x, out.view(2, 2, 256))),
+        ("out strided", ValueError, "out must have a last stride", lambda: f(x, wide[:, :512:2])),
+        ("out over itself", ValueError, "out must not overlap itself", lambda: f(x, out[0].expand(4, 256))),
+        ("out over the gates", ValueError, "out must share no memory with input", lambda: f(x, x[:, :256])),
+        ("out over the factors", ValueError, "share no memory with input", lambda: f(wide[:, :512], wide[:, 504:760])),
+        (
+            "out of another stride",
+            ValueError,
+            "no memory with input",
+            lambda: f(flat[:2048].view(4, 512), flat[2000:3024].view(4, 256)),
+        ),
+        ("enable_pdl is a number", TypeError, "enable_pdl must be", lambda: f(x, out, 1)),
+        ("ids are a list", TypeError, "expert_ids must be a torch.Tensor", lambda: f(x, expert_ids=[0] * 4)),
+        ("ids are floats", TypeError, "expert_ids must be int32 or int64", lambda: f(x, expert_ids=ids.float())),
+        ("ids have two dimensions", ValueError, "must have one dimension", lambda: f(x, expert_ids=ids[None])),
+        ("ids are strided", ValueError, "must be contiguous", lambda: f(x, expert_ids=ids.repeat(2)[::2])),
+        ("too few ids", ValueError, "4 elements or more, for 4 rows", lambda: f(x, expert_ids=ids[:3])),
+        ("too few ids for a step", ValueError, "must have 2 elements", lambda: f(x, expert_ids=ids[:1], expert_step=3)),
+        ("step of zero", ValueError, "expert_step must be 1 or more", lambda: f(x, expert_step=0)),
+        ("step is True", TypeError, "expert_step must be an int, got bool", lambda: f(x, expert_step=True)),
+        ("step is a float", TypeError, "expert_step must be an int", lambda: f(x, expert_ids=ids, expert_step=2.0)),
+        ("step is huge", ValueError, "fit 64 bits", lambda: f(x, expert_ids=ids, expert_step=2**70)),
+        (
+            "ids in out",
+            ValueError,
+            "out must share no memory with expert_ids",
+            lambda: f(x, out, expert_ids=out[2].view(torch.int32)),
+        ),
+    ]
+    if device == "cuda":
+        calls += [
+            ("out elsewhere", ValueError, "out must be on cuda:0", lambda: f(x, out.cpu())),
+            ("ids elsewhere", ValueError, "expert_ids must be on cuda:0", lambda: f(x, expert_ids=ids.cpu())),
+            ("misaligned", ValueError, "aligned to 16 bytes", lambda: f(flat[1:2049].view(4, 512))),
+            ("misaligned by 8", ValueError, "aligned to 8 bytes", lambda: f(flat[1:2041].view(4, 510)[:, :508])),
+            ("out misaligned", ValueError, "out must be aligned", lambda: f(x, flat[1:1025].view(4, 256))),
+        ]
+    return calls
+
+
+NAMES = [name for name, *_ in bad_calls("cpu")]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_refused_before_anything_is_built(name, cache_dir):
+    _, kind, words, call = next(c for c in bad_calls("cpu") if c[0] == name)
+    with pytest.raises(kind, match=words) as caught:
+        call()
+    assert "\n" not in str(caught.value)
+    assert not cache_dir.exists()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_refused_by_a_kernel_that_is_there(name):
+    for dtype in DTYPES:
+        silu_and_mul(inputs(4, 256, dtype, "cpu"))
+    _, kind, words, call = next(c for c in bad_calls("cpu") if c[0] == name)
+    with pytest.raises(kind, match=words):
+        call()
+
+
+@pytest.mark.gpu
+def test_refused_on_a_gpu(cache_dir):
+    for _ in range(2):
+        for name, kind, words, call in bad_calls("cuda"):
+            with pytest.raises(kind, match=words):
+                call()
+            assert cache_dir.exists() == (SILU_AND_MUL.kernels != {}), name
+        for dtype in DTYPES:
+            silu_and_mul(inputs(4, 256, dtype, "cuda"))
+    torch.cuda.synchronize()
+
+
+def test_a_refused_call_writes_nothing():
+    x, out = inputs(4, 256, torch.float32, "cpu"), torch.full((4, 256), 7.0)
+    for arguments in ((x[:, :511], out), (x.half(), out), (x, out, 3)):
+        with pytest.raises((TypeError, ValueError)):
+            silu_and_mul(*arguments)
+    assert (out == 7).all()
+
+
+def test_widths_share_a_kernel(cache_dir):
+    """By what one access moves of them."""
+    for width in (256, 11008, 8):
+        silu_and_mul(inputs(2, width, torch.bfloat16, "cpu"))
+    assert len(list(cache_dir.glob("kernels/*/*/*.so"))) == 1
+    silu_and_mul(inputs(2, 3420, torch.bfloat16, "cpu"))
+    silu_and_mul(inputs(2, 256, torch.bfloat16, "cpu"))
+    assert len(list(cache_dir.glob("kernels/*/*/*.so"))) == 2
+
+
+@operators
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradients(device, op, dtype):
+    x = inputs(6, 24, dtype, device).view(2, 3, 48).requires_grad_()
+    ids = torch.tensor([0, -1, 3], device=device)
+    for more in ({}, {"expert_ids": ids, "expert_step": 2}):
+        grad = torch.randn(2, 3, 24, device=device).to(dtype)
+        x64 = x.detach().double().requires_grad_()
+        x.grad = None
+        op(x, **more).backward(grad)
+        kept = torch.ones(2, 3, 1, device=device, dtype=torch.float64)
+        if more:
+            kept.view(6)[2:4] = 0
+        (reference(op, x64) * kept).backward(grad.double())
+        assert x.grad.dtype == dtype
+        assert relative_error(x.grad, x64.grad) < (1e-6 if dtype == torch.float32 else 4e-3)
+
+
+def test_out_has_no_gradient_and_says_so():
+    x = inputs(2, 16, torch.float32, "cpu").requires_grad_()
+    with pytest.raises(RuntimeError, match="silu_and_mul with out= has no gradient"):
+        silu_and_mul(x, torch.empty(2, 16))
+    with torch.no_grad():
+        silu_and_mul(x, torch.empty(2, 16))
+
+
+def test_an_out_that_requires_a_gradient_is_data(cache_dir):
+    for _ in range(2):  # the first call and another take different ways
+        silu_and_mul(inputs(2, 16, torch.float32, "cpu"), torch.empty(2, 16).requires_grad_())
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS, ids=lambda a: a.op)
+def test_opcheck(device, activation):
+    op, op_out = (getattr(torch.ops.jitnorm, activation.op + form) for form in ("", "_out"))
+    x = inputs(3, 16, torch.float32, device)
+    ids = torch.tensor([1, -1, 0], device=device)
+    torch.library.opcheck(op.default, (x,))
+    torch.library.opcheck(op.default, (x.requires_grad_(), ids, 1, False))
+    torch.library.opcheck(op_out.default, (x.detach(), torch.zeros(3, 16, device=device), ids))
+
+
+def compiled(function):
+    torch._dynamo.reset()
+    return torch.compile(function, fullgraph=True, backend="aot_eager", dynamic=True)
+
+
+def test_compiles_without_a_graph_break(device):
+    def block(x, out, ids):
+        silu_and_mul(x + 1, out, expert_ids=ids)
+        return gelu_and_mul(x) + out, gelu_tanh_and_mul(x, expert_ids=ids, expert_step=2)
+
+    run = compiled(block)
+    for rows in (3, 5, 64):
+        x, ids = inputs(rows, 32, torch.float32, device), torch.randint(-1, 2, (rows,), device=device)
+        out = torch.randn(rows, 32, device=device)
+        expected_out = out.clone()
+        expected = block(x, expected_out, ids)
+        for got, want in zip((*run(x, out, ids), out), (*expected, expected_out), strict=True):
+            assert same_bits(got, want)
+
+
+def test_kernels_are_built_while_tracing(cache_dir):
+    with torch._subclasses.FakeTensorMode() as mode:
+        fake = silu_and_mul(mode.from_tensor(torch.randn(2, 512)))
+    assert fake.shape == (2, 256)
+    assert len(list(cache_dir.glob("kernels/*/*/*.so"))) == 1
+    assert silu_and_mul(torch.empty(2, 512, device="meta")).shape == (2, 256)
+    with pytest.raises(RuntimeError, match="d = 7 in bfloat16"):
+        compiled(silu_and_mul)(torch.randn(2, 14).bfloat16())
+
+
+def test_forward_mode_is_refused_not_lost():
+    x = inputs(2, 16, torch.float32, "cpu")
+    with pytest.raises(RuntimeError, match="silu_and_mul has no forward-mode derivative"):
+        torch.func.jvp(silu_and_mul, (x,), (torch.ones_like(x),))
+
+
+def test_both_ways_to_import():
+    from jitnorm.activation import silu_and_mul as imported
+
+    assert jitnorm.silu_and_mul is imported
+
+
+@pytest.mark.nvcc
+@pytest.mark.parametrize("arch", ["7.5", "8.0", "8.9", "9.0a", "10.0a", "12.0a"])
+def test_compiles_for(arch):
+    """Each activation, dtype and access once: sm_75 converts bfloat16 itself, float32 has its own exponential."""
+    build(SILU_AND_MUL.spec(torch.bfloat16, 16, Target.cuda(arch))).verify()
+    build(GELU_AND_MUL.spec(torch.float32, 8, Target.cuda(arch))).verify()
+    build(GELU_TANH_AND_MUL.spec(torch.float16, 4, Target.cuda(arch))).verify()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("width", [64, 11008])
+def test_in_a_graph(width):
+    x = inputs(65, width, torch.bfloat16, "cuda")
+    ids = torch.randint(-1, 2, (65,), device="cuda")
+    out, graph = poisoned(x), torch.cuda.CUDAGraph()
+    silu_and_mul(x, out)
+    with torch.cuda.graph(graph):
+        silu_and_mul(x, out, expert_ids=ids)
+    for _ in range(3):
+        x.copy_(torch.randn_like(x))
+        ids.copy_(torch.randint(-1, 2, (65,), device="cuda"))
+        out.fill_(7)
+        graph.replay()
+        expected = torch.where((ids == -1)[:, None], 7, silu_and_mul(x))
+        assert same_bits(out, expected)
+
+
+@pytest.mark.gpu
+def test_reads_nothing_before_the_kernel_before_it_has_written():
+    """Each call's output is half of the next one's input: with PDL they overlap."""
+    x, y = (inputs(1, 8192, torch.bfloat16, "cuda") for _ in range(2))
+    for _ in range(20):
+        results = []
+        for pdl in (True, False):
+            a, b = x.clone(), y.clone()
+            for _ in range(10):
+                silu_and_mul(a, b[:, :8192], enable_pdl=pdl)
+                silu_and_mul(b, a[:, 8192:], enable_pdl=pdl)
+            results.append(torch.cat((a, b)))
+        assert same_bits(*results)
+
+
+@pytest.mark.gpu
+def test_more_than_2_to_the_31_elements():
+    rows = 2**31 // 16384 + 5
+    x = torch.zeros(rows, 16384, device="cuda", dtype=torch.bfloat16)
+    some = inputs(5, 8192, torch.bfloat16, "cuda")
+    x[:5], x[-5:] = some, some
+    out = torch.full((rows, 8192), float("nan"), device="cuda", dtype=torch.bfloat16)
+    expected = silu_and_mul(some)
+    silu_and_mul(x, out)
+    assert same_bits(out[:5], expected) and same_bits(out[-5:], expected)
+    assert (out[5:-5] == 0).all()
+
+
+@pytest.mark.gpu
+def test_more_rows_than_the_second_dimension_of_a_grid_has_blocks():
+    x = inputs(70_001, 4096, torch.bfloat16, "cuda")
+    out = poisoned(x)
+    silu_and_mul(x, out)
+    for rows in (slice(0, 9), slice(35_000, 35_009), slice(65_530, 65_540), slice(-9, None)):
+        assert same_bits(out[rows], silu_and_mul(x[rows]))
+    assert not out.isnan().any()
