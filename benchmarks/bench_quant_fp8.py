@@ -1,6 +1,5 @@
 """Float8 outputs: the norms', and quantisation alone, beside their peers and a copy of the same bytes."""
 
-# ruff: noqa: I001
 from __future__ import annotations
 
 from collections.abc import Callable
