@@ -15,13 +15,14 @@ FOLDER = Path(__file__).parents[2] / "benchmarks"
 FILES = sorted(file.stem for file in FOLDER.glob("bench_*.py"))
 # What runs anywhere, and small. torch.compile takes too long for a test.
 RUNS = {
-    "bench_activation": ["torch"],
+    "bench_activation": ["jitnorm", "torch"],
     "bench_fused_add_rmsnorm": ["jitnorm", "torch", "liger"],
     "bench_host_overhead": ["jitnorm", "torch", "define+impl", "custom_op", "empty_like"],
-    "bench_qknorm": ["torch"],
+    "bench_qknorm": ["jitnorm", "torch"],
+    "bench_quant_fp8": ["jitnorm", "torch"],
     "bench_rmsnorm": ["jitnorm", "torch", "liger"],
     "bench_rmsnorm_cpu": ["jitnorm", "allocated", "torch"],
-    "bench_store_cache": ["torch"],
+    "bench_store_cache": ["jitnorm", "torch"],
 }
 
 
