@@ -93,7 +93,7 @@ IMPLS = {
 }
 
 
-@marker.parametrize("op", list(TORCH))
+@marker.parametrize("op", list(TORCH), ["rmsnorm_static", "per_tensor_dynamic"])
 @marker.parametrize(
     "hidden_size,num_tokens", [(4096, 1), (4096, 64), (4096, 1024), (4096, 16384), (8192, 8192)], [(4096, 64)]
 )
