@@ -77,4 +77,5 @@ def relative_error(out: torch.Tensor, reference: torch.Tensor) -> float:
 
 
 def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
+    a, b = torch.atleast_1d(a, b)
     return torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))

@@ -112,7 +112,7 @@ def test_rows_that_are_zero_and_no_numbers(device, adds, given):
 
 def test_large_numbers_saturate_and_scales_of_zero_do(device):
     x, w = torch.randn(3, 256, device=device), torch.ones(256, device=device)
-    x[x == 0] = 1
+    x[x.abs() < 0.01] = 1
     for scale in (1e-6, 0.0):
         q, _ = rmsnorm_quant_fp8(x, w, torch.tensor(scale, device=device))
         assert torch.equal(codes(q), torch.where(x > 0, 0x7E, 0xFE).to(torch.uint8))

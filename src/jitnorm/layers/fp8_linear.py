@@ -139,12 +139,12 @@ def _scaled_mm(
 
 
 def _multiplies_float8(device: torch.device, out_features: int) -> bool:
-    return device.type == "cuda" and out_features % _MULTIPLE == 0 and _capability(device.index) >= (8, 9)
+    return device.type == "cuda" and out_features % _MULTIPLE == 0 and _has_float8_products(device.index)
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _capability(device: int | None) -> tuple[int, int]:
-    return torch.cuda.get_device_capability(device)
+def _has_float8_products(device: int | None) -> bool:
+    return torch.cuda.get_device_capability(device) >= (8, 9)
 
 
 def _check(
