@@ -1,0 +1,73 @@
+"""torch.compile inside the mode: Inductor calls the overridden operators whole, instead of writing its own code.
+
+Its own reductions and products choose a schedule by the shape of the batch. And code remembers how it was compiled, so
+what was compiled outside the mode is not used inside, nor the other way round.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+_aten = torch.ops.aten
+_WHOLE = (
+    _aten.mm.default,
+    _aten.mm.dtype,
+    _aten.addmm.default,
+    _aten._softmax.default,
+    _aten._log_softmax.default,
+    _aten.mean.dim,
+)
+_WHOLE_BMM = (_aten.bmm.default, _aten.baddbmm.default)
+# Made of the others by torch itself, which Inductor's tables would write out in another way.
+_COMPOSITE = (_aten.softmax.int, _aten.log_softmax.int)
+
+
+@contextmanager
+def operators_kept_whole(bmm: bool) -> Iterator[None]:
+    import torch._inductor.config as config
+    from torch._inductor import decomposition, lowering
+
+    whole = (*_WHOLE, *(_WHOLE_BMM if bmm else ()))
+    tables: tuple[tuple[Any, dict[Any, Any]], ...] = (
+        (decomposition.decompositions, dict.fromkeys((*whole, *_COMPOSITE))),
+        (lowering.lowerings, {op: lowering.fallback_handler(op, add_to_fallback_set=False) for op in whole}),
+    )
+    # Caches on disk know nothing of the mode; padding is chosen by the shape of the batch.
+    settings = {"force_disable_caches": True, "shape_padding": False}
+    before = [{op: table[op] for op in new if op in table} for table, new in tables]
+    settings_before = {name: getattr(config, name) for name in settings}
+    for table, new in tables:
+        _put(table, new)
+    _set(config, settings)
+    _forget_compiled_code()
+    try:
+        yield
+    finally:
+        for (table, new), old in zip(tables, before, strict=True):
+            _put(table, {op: old.get(op) for op in new})
+        _set(config, settings_before)
+        _forget_compiled_code()
+
+
+def _put(table: Any, entries: dict[Any, Any]) -> None:
+    for op, entry in entries.items():
+        if entry is None:
+            table.pop(op, None)
+        else:
+            table[op] = entry
+
+
+def _set(config: Any, settings: dict[str, Any]) -> None:
+    for name, value in settings.items():
+        setattr(config, name, value)
+
+
+def _forget_compiled_code() -> None:
+    from torch._inductor import decomposition
+
+    decomposition.fast_random_decomps.cache_clear()  # a copy of the table
+    torch._dynamo.reset()
