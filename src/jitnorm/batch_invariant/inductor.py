@@ -36,8 +36,9 @@ def operators_kept_whole(bmm: bool) -> Iterator[None]:
         (decomposition.decompositions, dict.fromkeys((*whole, *_COMPOSITE))),
         (lowering.lowerings, {op: lowering.fallback_handler(op, add_to_fallback_set=False) for op in whole}),
     )
-    # Caches on disk know nothing of the mode; padding is chosen by the shape of the batch.
-    settings = {"force_disable_caches": True, "shape_padding": False}
+    # Caches on disk know nothing of the mode. Patterns pad products by the shape of the batch, and put flash attention
+    # in the place of composed attention.
+    settings = {"force_disable_caches": True, "pattern_matcher": False}
     before = [{op: table[op] for op in new if op in table} for table, new in tables]
     settings_before = {name: getattr(config, name) for name in settings}
     for table, new in tables:
