@@ -21,7 +21,7 @@ _ALIGNMENT = 16  # bytes, of every operand: what tensor cores and the copy engin
 class Problem:
     """A product of any number of rows."""
 
-    device: int
+    device: torch.device
     n: int
     k: int
     dtype: torch.dtype
@@ -62,7 +62,7 @@ def cuda_product(a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None, ou
     if not (transposed or (b.stride(1) == 1 and b.stride(0) >= b.shape[1])) or b.data_ptr() % _ALIGNMENT:
         b, transposed = b.clone(memory_format=torch.contiguous_format), False
     problem = Problem(
-        a.device.index,
+        a.device,
         b.shape[1],
         b.shape[0],
         a.dtype,

@@ -66,8 +66,8 @@ def holds(road: str, run: Road, problem: Problem) -> bool:
 
 def first_difference(run: Road, problem: Problem) -> str:
     """Where `run` first gives a row other bits in a batch than alone; empty where it never does."""
-    device = torch.device("cuda", problem.device)
-    with torch.random.fork_rng(devices=[device]):
+    device = problem.device
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(0)
         rows, b = cancelling_operands(_ROWS, problem.n, problem.k, problem.dtype, device)
     b = _stored(b, problem)

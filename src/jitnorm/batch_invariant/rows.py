@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -72,7 +73,8 @@ def mean_override(
         raise TypeError(f"input must be floating-point or complex where dtype is None, got {input.dtype}")
     dims = _dims(dim, input.dim())
     kept = [d for d in range(input.dim()) if d not in dims]
-    rows = input.permute(*kept, *dims).reshape(*(input.shape[d] for d in kept), -1)
+    count = math.prod(input.shape[d] for d in dims)
+    rows = input.permute(*kept, *dims).reshape(*(input.shape[d] for d in kept), count)
     result = _mean(rows, dtype)
     return result.view([1 if d in dims else size for d, size in enumerate(input.shape)]) if keepdim else result
 
@@ -101,7 +103,7 @@ def _public_softmax(name: str, input: torch.Tensor, dim: int, log: bool) -> torc
     checks.tensor("input", input)
     if not input.is_floating_point():
         raise TypeError(f"input must be of a floating-point dtype, got {input.dtype}")
-    (dim,) = _dims(dim, input.dim())
+    _dims(dim, input.dim())
     return softmax_override(input, dim, False, log)
 
 
