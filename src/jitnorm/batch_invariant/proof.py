@@ -79,6 +79,8 @@ def first_difference(run: Road, problem: Problem) -> str:
         return out
 
     alone = torch.cat([product(rows[i : i + 1].clone()) for i in range(_ROWS)])
+    if not alone.isfinite().all():
+        return "the result of a single row is not finite"
     # As many differences in each batch: read once, at the end, as each reading waits for the GPU.
     batches = [m for m in BATCHES if m * problem.n <= _COMPARED or m <= 256]
     different = torch.stack([_differences(product(_repeated(rows, m)), alone) for m in batches]).tolist()
@@ -91,13 +93,16 @@ def first_difference(run: Road, problem: Problem) -> str:
 def cancelling_operands(
     rows: int, n: int, k: int, dtype: torch.dtype, device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`[rows, k]` and `[k, n]` whose product is exactly zero, but for the rounding of its additions."""
-    half = k // 2
+    """`[rows, k]` and `[k, n]` whose product is zero, or 2^-22 for an odd k, but for the rounding of its additions."""
+    half, odd = k // 2, k % 2
     order = torch.randperm(2 * half, device=device)
-    a, b = torch.randn(rows, half, device=device).to(dtype), torch.randn(half, n, device=device).to(dtype)
-    odd = k % 2  # an odd k leaves one term
-    a = torch.cat((torch.cat((a, a), 1)[:, order], torch.ones(rows, odd, device=device, dtype=dtype)), 1)
-    b = torch.cat((torch.cat((b, -b))[order], torch.ones(odd, n, device=device, dtype=dtype)))
+    # Terms of many sizes, as those of one size would add exactly, and an order would not show.
+    sizes = torch.randint(-4, 5, (half,), device=device).exp2()
+    a = (torch.randn(rows, half, device=device) * sizes).to(dtype)
+    b = torch.randn(half, n, device=device).to(dtype)
+    tiny = 2.0**-11  # an odd k leaves a term that is no larger than what rounding leaves
+    a = torch.cat((torch.cat((a, a), 1)[:, order], a.new_full((rows, odd), tiny)), 1)
+    b = torch.cat((torch.cat((b, -b))[order], b.new_full((odd, n), tiny)))
     return a, b
 
 
