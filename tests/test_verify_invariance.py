@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
@@ -20,13 +21,14 @@ def run(*arguments):
 
 @pytest.mark.parametrize("op", OPERATORS)
 def test_every_operator_on_the_cpu(op):
-    """One dtype each, of those that torch is not slow at; all sizes."""
-    done = run("--op", op, "--dtype", "fp32", "--json")
-    results = json.loads(done.stdout)
-    assert done.exit_code == 0, results
-    assert len(results) == len(OPERATORS[op].shapes["cpu"])
-    # 17 batches, the others in 1, 2, 5 and 17, three places each; only the compiler and the eager way, without a GPU
-    assert all(r["op"] == op and r["compared"] == 3 * (17 + 4 * (4 + 3 + 1)) and not r["difference"] for r in results)
+    """One dtype and shape each: it is the compiler that takes the time."""
+    shape = OPERATORS[op].shapes["cpu"][-1]
+    done = run("--op", op, "--dtype", "fp32", "--shape", "x".join(map(str, shape)), "--json")
+    (result,) = json.loads(done.stdout)
+    assert done.exit_code == 0, result
+    assert (result["op"], tuple(result["shape"]), result["difference"]) == (op, shape, "")
+    # 17 batches; four kinds of neighbours, three layouts and the compiler in batches of 1, 2, 5 and 17; three places
+    assert result["compared"] == 3 * (17 + 4 * (4 + 3 + 1))
 
 
 @pytest.mark.gpu
@@ -54,16 +56,18 @@ def test_catches_cublas():
     assert CliRunner().invoke(main, arguments).exit_code == 0
 
 
+def forwards(x):
+    """The sum of each row, from the first element to the last."""
+    return torch.from_numpy(np.add.accumulate(x.numpy(), axis=1)[:, -1:].copy())
+
+
 def chunks_by_batch(x):
-    """A sum whose schedule depends on how many rows there are."""
     parts = 2 if x.shape[0] < 5 else 1
-    return sum(part.cumsum(-1)[:, -1:] for part in x.chunk(parts, dim=-1))
+    return sum(forwards(part) for part in x.chunk(parts, dim=-1))
 
 
 def last_row_backwards(x):
-    out = x.cumsum(-1)[:, -1:]
-    out[-1] = x[-1].flip(0).cumsum(0)[-1]
-    return out if x.shape[0] > 1 else x.cumsum(-1)[:, -1:]
+    return torch.cat((forwards(x[:-1]), forwards(x[-1:].flip(1)))) if x.shape[0] > 1 else forwards(x)
 
 
 def adds_its_neighbour(x):
@@ -71,7 +75,7 @@ def adds_its_neighbour(x):
 
 
 def reads_strides(x):
-    return x.cumsum(-1)[:, -1:] + (0 if x.is_contiguous() else 1e-3)
+    return forwards(x) if x.is_contiguous() else forwards(x.flip(1))
 
 
 @pytest.mark.parametrize(
@@ -80,7 +84,7 @@ def reads_strides(x):
         (chunks_by_batch, "the first row of 5:"),
         (last_row_backwards, "the middle row of 2:"),
         (adds_its_neighbour, "the first row of 2 beside NaNs:"),
-        (reads_strides, "the middle row of 2, rows apart:"),
+        (reads_strides, "the first row of 2, rows apart:"),
     ],
 )
 def test_catches(call, words, monkeypatch):
