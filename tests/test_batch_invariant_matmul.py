@@ -68,7 +68,10 @@ def test_empty(device, m, n, k):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_batches(device, dtype):
-    a, b = torch.randn(5, 9, 65, device=device).to(dtype), torch.randn(5, 12, 65, device=device).to(dtype).transpose(1, 2)
+    a, b = (
+        torch.randn(5, 9, 65, device=device).to(dtype),
+        torch.randn(5, 12, 65, device=device).to(dtype).transpose(1, 2),
+    )
     exact = a.double() @ b.double()
     out = torch.full((5, 9, 12), float("nan"), device=device, dtype=dtype)
     assert bmm_batch_invariant(a, b, out) is out
@@ -128,7 +131,10 @@ def test_integers_and_float64(mode):
 
 def test_gradients(mode, device):
     x = torch.randn(9, 12, device=device, requires_grad=True)
-    weight, bias = torch.randn(7, 12, device=device, requires_grad=True), torch.randn(7, device=device, requires_grad=True)
+    weight, bias = (
+        torch.randn(7, 12, device=device, requires_grad=True),
+        torch.randn(7, device=device, requires_grad=True),
+    )
     grad = torch.randn(9, 7, device=device)
     F.linear(x, weight, bias).backward(grad)
     assert relative_error(x.grad, grad.double() @ weight.double()) < 1e-6

@@ -133,7 +133,11 @@ def test_gradients(mode, device, size):
         (lambda: mean_dim(torch.ones(3, requires_grad=True), 0), RuntimeError, "call torch.mean in the mode"),
         (lambda: rms_norm_batch_invariant(torch.ones(()), torch.ones(1)), ValueError, "at least one dimension"),
         (lambda: rms_norm_batch_invariant(torch.ones(2, 3), torch.ones(4)), ValueError, "weight must have shape"),
-        (lambda: rms_norm_batch_invariant(torch.ones(2, 3), torch.ones(3), -1.0), ValueError, "eps must be zero or more"),
+        (
+            lambda: rms_norm_batch_invariant(torch.ones(2, 3), torch.ones(3), -1.0),
+            ValueError,
+            "eps must be zero or more",
+        ),
     ],
 )
 def test_refused(call, error, words):

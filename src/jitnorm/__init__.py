@@ -2,7 +2,7 @@
 
 # No module-level __getattr__ here: with one, Python no longer specialises the look-up of jitnorm.rmsnorm, which costs
 # every call 30 ns.
-from jitnorm import nn
+from jitnorm import batch_invariant, nn
 from jitnorm._version import __version__
 from jitnorm.fused_add_rmsnorm import fused_add_rmsnorm
 from jitnorm.gemma_fused_add_rmsnorm import gemma_fused_add_rmsnorm
@@ -13,6 +13,7 @@ from jitnorm.warmup import warmup
 
 __all__ = [
     "__version__",
+    "batch_invariant",
     "fused_add_rmsnorm",
     "gemma_fused_add_rmsnorm",
     "gemma_rmsnorm",

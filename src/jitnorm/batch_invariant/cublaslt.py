@@ -49,7 +49,7 @@ def library_path() -> str | None:
     from cuda import pathfinder
 
     try:
-        return pathfinder.load_nvidia_dynamic_lib("cublasLt").abs_path
+        return str(pathfinder.load_nvidia_dynamic_lib("cublasLt").abs_path)
     except RuntimeError:
         return None
 

@@ -126,4 +126,3 @@ def _find_road(problem: Problem) -> Road:
             with torch.no_grad():
                 _roads[problem] = road_of(problem)
         return _roads[problem]
-

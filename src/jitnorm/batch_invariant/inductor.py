@@ -6,24 +6,16 @@ what was compiled outside the mode is not used inside, nor the other way round.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 
-_aten = torch.ops.aten
-_WHOLE = (
-    _aten.mm.default,
-    _aten.mm.dtype,
-    _aten.addmm.default,
-    _aten._softmax.default,
-    _aten._log_softmax.default,
-    _aten.mean.dim,
-)
-_WHOLE_BMM = (_aten.bmm.default, _aten.baddbmm.default)
+WHOLE = ("mm", "mm.dtype", "addmm", "_softmax", "_log_softmax", "mean.dim")
+WHOLE_BMM = ("bmm", "baddbmm")
 # Made of the others by torch itself, which Inductor's tables would write out in another way.
-_COMPOSITE = (_aten.softmax.int, _aten.log_softmax.int)
+_COMPOSITE = ("softmax.int", "log_softmax.int")
 
 
 @contextmanager
@@ -31,9 +23,9 @@ def operators_kept_whole(bmm: bool) -> Iterator[None]:
     import torch._inductor.config as config
     from torch._inductor import decomposition, lowering
 
-    whole = (*_WHOLE, *(_WHOLE_BMM if bmm else ()))
+    whole = _operators((*WHOLE, *(WHOLE_BMM if bmm else ())))
     tables: tuple[tuple[Any, dict[Any, Any]], ...] = (
-        (decomposition.decompositions, dict.fromkeys((*whole, *_COMPOSITE))),
+        (decomposition.decompositions, dict.fromkeys((*whole, *_operators(_COMPOSITE)))),
         (lowering.lowerings, {op: lowering.fallback_handler(op, add_to_fallback_set=False) for op in whole}),
     )
     # Caches on disk know nothing of the mode. Patterns pad products by the shape of the batch, and put flash attention
@@ -52,6 +44,13 @@ def operators_kept_whole(bmm: bool) -> Iterator[None]:
             _put(table, {op: old.get(op) for op in new})
         _set(config, settings_before)
         _forget_compiled_code()
+
+
+def _operators(names: Iterable[str]) -> list[Any]:
+    """Those that this torch has: mm.dtype is younger than the oldest that the package takes."""
+    parts = (name.partition(".") for name in names)
+    found = (getattr(getattr(torch.ops.aten, op), overload or "default", None) for op, _, overload in parts)
+    return [operator for operator in found if operator is not None]
 
 
 def _put(table: Any, entries: dict[Any, Any]) -> None:

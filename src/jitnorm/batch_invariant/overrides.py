@@ -1,8 +1,8 @@
 """The ATen operators of the mode, by the arguments that ATen gives them.
 
 They are what models were found to reach: `linear` and `matmul` become `mm`, `addmm` and `bmm`; `softmax` becomes
-`_softmax`; the RMSNorm of transformers reaches `mean.dim`, and torch's own `rms_norm`; `out` overloads come from callers
-that write into buffers of their own. tests/test_batch_invariant_model.py keeps the list true.
+`_softmax`; the RMSNorm of transformers reaches `mean.dim`, and torch's own `rms_norm`; `out` overloads come from
+callers that write into buffers of their own. tests/test_batch_invariant_model.py keeps the list true.
 """
 
 from __future__ import annotations

@@ -108,9 +108,9 @@ def cancelling_operands(
 
 def known_proofs() -> Iterator[Proof]:
     """All that are on disk, for `jitnorm doctor`."""
-    for file in sorted((cache.readable().root / "proofs").glob("*.json")):
-        if proof := _recall(file.name):
-            yield proof
+    names = (file.name for file in (cache.readable().root / "proofs").glob("*.json"))
+    known = [proof for name in names if (proof := _recall(name))]
+    yield from sorted(known, key=lambda proof: (proof.gpu, proof.problem, proof.road))
 
 
 def library_of(road: str) -> str:

@@ -137,7 +137,7 @@ def _strided(
 
 
 @triton.jit
-def _place(tile, rows, columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr, GROUP: tl.constexpr):  # type: ignore[no-untyped-def]
+def _place(tile, rows, columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr, GROUP: tl.constexpr):
     """Row and column of a tile: GROUP rows of tiles before the next columns."""
     down, across = tl.cdiv(rows, ROWS), tl.cdiv(columns, COLUMNS)
     first = tile // (GROUP * across) * GROUP
@@ -146,7 +146,7 @@ def _place(tile, rows, columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr, GROUP
 
 
 @triton.jit(do_not_specialize=["rows", "programs"])
-def _persistent(  # type: ignore[no-untyped-def]
+def _persistent(
     a,
     b,
     bias,
@@ -169,7 +169,7 @@ def _persistent(  # type: ignore[no-untyped-def]
         total = tl.zeros((ROWS, COLUMNS), tl.float32)
         for step in range(tl.cdiv(depth, DEPTH)):
             x = a.load([row, step * DEPTH])
-            if B_TRANSPOSED:
+            if B_TRANSPOSED:  # noqa: SIM108 (Triton compiles one branch)
                 y = b.load([column, step * DEPTH]).T
             else:
                 y = b.load([step * DEPTH, column])
@@ -181,7 +181,7 @@ def _persistent(  # type: ignore[no-untyped-def]
 
 
 @triton.jit(do_not_specialize=["rows", "a_batch", "b_batch", "out_batch"])
-def _tiles(  # type: ignore[no-untyped-def]
+def _tiles(
     a,
     b,
     bias,
@@ -222,5 +222,3 @@ def _tiles(  # type: ignore[no-untyped-def]
         total += tl.load(bias + column, mask=column < columns, other=0.0).to(tl.float32)
     at = out + batch * out_batch + row * out_row + column
     tl.store(at, total.to(out.dtype.element_ty), mask=(row < rows) & (column < columns))
-
-

@@ -5,7 +5,6 @@ what blocks. Triton compiles another kernel where an argument is 1 or a multiple
 choose one, so that argument is never specialised; addresses and strides are always multiples of 16 bytes.
 """
 
-# mypy: ignore-errors
 from __future__ import annotations
 
 import torch
@@ -107,9 +106,7 @@ def _softmax_long(x, out, columns, LOG: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["rows"])
-def _mean(
-    x, out, rows, columns, divisor, PIECES: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
-):
+def _mean(x, out, rows, columns, divisor, PIECES: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     program = tl.program_id(0).to(tl.int64)
     row = (program // PIECES * ROWS + tl.arange(0, ROWS))[:, None]
     column = (program % PIECES * COLUMNS + tl.arange(0, COLUMNS))[None, :]

@@ -69,7 +69,14 @@ def _report(results: list[Result], as_json: bool) -> None:
     output.table(
         ("OP", "SHAPE", "DTYPE", "DEVICE", "COMPARED", "RESULT"),
         [
-            (r.op, "x".join(map(str, r.shape)), r.dtype, r.device, str(r.compared), "differs" if r.difference else "same")
+            (
+                r.op,
+                "x".join(map(str, r.shape)),
+                r.dtype,
+                r.device,
+                str(r.compared),
+                "differs" if r.difference else "same",
+            )
             for r in results
         ],
         right=(4,),
