@@ -34,7 +34,7 @@ def verify_invariance(
     outside: bool,
     as_json: bool,
 ) -> None:
-    """Compare a row alone with the same row in batches, bit by bit, in batch-invariant mode.
+    """Compare a row alone with the same row in batches, bit by bit, in the mode that makes them one.
 
     At the first, the middle and the last place of batches of 1 to --max-batch rows; beside zeros, large values and
     NaNs; in other strides; eager, compiled and, on CUDA, captured in a graph. Stops at the first bit that differs, and
