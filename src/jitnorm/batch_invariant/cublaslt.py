@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import os
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -55,19 +55,26 @@ def library_path() -> str | None:
 
 
 @functools.cache
-def library_version() -> int:
-    """As the library says it, 130100 for 13.1.0; 0 where there is none, or none that can be called."""
+def _opened() -> tuple[Any, int]:
+    """The operator, and the version of the library that it calls: 130100 for 13.1.0; 0 where it cannot call any."""
     path = library_path()
+    if not path:
+        return None, 0
     try:
-        return int(load(SPEC).cublaslt_open(ctypes.CDLL(path)._handle)) if path else 0
+        module = load(SPEC)
+        return module, int(module.cublaslt_open(ctypes.CDLL(path)._handle))
     except (OSError, RuntimeError) as error:
         say(f"batch-invariant mode does without cuBLASLt: {error}")
-        return 0
+        return None, 0
+
+
+def library_version() -> int:
+    return _opened()[1]
 
 
 def road(problem: Problem) -> Road:
     """How `problem` is computed by the library."""
-    function = load(SPEC).cublaslt_matmul
+    function = _opened()[0].cublaslt_matmul
     function.release_gil = False
 
     def run(a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor) -> None:

@@ -84,7 +84,8 @@ def softmax_override(input: torch.Tensor, dim: int, half_to_float: bool, log: bo
     if input.dim() == 0:
         return softmax_override(input.view(1), 0, half_to_float, log).view(())
     x = input.movedim(dim, -1)
-    return _softmax(x, torch.float32 if half_to_float else input.dtype, log).movedim(-1, dim)
+    out = _softmax(x, torch.float32 if half_to_float else input.dtype, log)
+    return out.movedim(-1, dim).contiguous()  # as ATen has it, which compiled code counts on
 
 
 def tree_sum(x: torch.Tensor) -> torch.Tensor:

@@ -31,6 +31,8 @@ class Tile(NamedTuple):
 # From large to small. 64 rows are the least for which Hopper has its own instruction; others could add differently.
 TILES = (Tile(128, 256, 64, 8, 3), Tile(128, 128, 64, 4, 4), Tile(64, 64, 128, 4, 4), Tile(64, 32, 128, 4, 5))
 FIXED = Tile(128, 128, 64, 4, 4)
+# Without the copy engine; small enough for the shared memory of any GPU since Turing.
+_HALF = Tile(128, 128, 32, 8, 3)
 _FLOAT32 = Tile(64, 64, 32, 4, 3)
 _BATCHED = Tile(64, 64, 64, 4, 3)
 _GROUP = 8  # rows of tiles that are worked on together, so that what they read of b is still in the L2 cache
@@ -56,7 +58,7 @@ def run(
 ) -> None:
     """`out = a @ b + bias`, of tensors laid out as cuda_matmul.cuda_product does."""
     if problem.dtype == torch.float32 or not _copy_engine_serves(problem):
-        tile = _FLOAT32 if problem.dtype == torch.float32 else FIXED
+        tile = _FLOAT32 if problem.dtype == torch.float32 else _HALF
         _strided(a[None], b[None], bias, out[None], problem.tf32, tile)
         return
     processors = torch.cuda.get_device_properties(problem.device).multi_processor_count
@@ -103,10 +105,10 @@ def persistent(
 
 
 def _copy_engine_serves(problem: Problem) -> bool:
-    """It wants rows at multiples of 16 bytes."""
+    """It wants rows at multiples of 16 bytes; and the tiles want the shared memory of data-centre GPUs."""
     size, out_size = problem.dtype.itemsize, problem.out_dtype.itemsize
     steps = (problem.k * size, problem.b_stride * size, problem.n * out_size)
-    return torch.cuda.get_device_capability(problem.device) >= (9, 0) and not any(step % 16 for step in steps)
+    return torch.cuda.get_device_capability(problem.device)[0] in (9, 10) and not any(step % 16 for step in steps)
 
 
 def _strided(

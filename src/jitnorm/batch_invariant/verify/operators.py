@@ -34,7 +34,13 @@ class Operator:
     dtypes: tuple[torch.dtype, ...] = (torch.bfloat16, torch.float16, torch.float32)
 
 
-def _product(call: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], transposed: bool) -> Operator:
+_LAYERS: tuple[Shape, ...] = ((4096, 4096), (4096, 14336), (5120, 25600), (1000, 1001))
+_HEADS: tuple[Shape, ...] = ((128, 1000), (300, 128))
+
+
+def _product(
+    call: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], transposed: bool, shapes: tuple[Shape, ...] = _LAYERS
+) -> Operator:
     """Of the row and a fixed matrix, stored by rows or as its transpose."""
 
     def make(shape: Shape, dtype: torch.dtype, device: torch.device) -> Case:
@@ -43,8 +49,7 @@ def _product(call: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], transpo
         b = b.t().contiguous().t() if transposed else b
         return Case(row, lambda x: call(x, b))
 
-    gpu: tuple[Shape, ...] = ((4096, 4096), (4096, 14336), (5120, 25600), (1000, 1001))
-    return Operator(make, "NxK", {"cuda": gpu, "cpu": ((128, 512), (33, 257))})
+    return Operator(make, "NxK", {"cuda": shapes, "cpu": ((128, 512), (33, 257))})
 
 
 def _addmm(x: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
@@ -117,8 +122,8 @@ OPERATORS: dict[str, Operator] = {
     "mm_transposed": _product(torch.mm, transposed=True),
     "addmm": _product(_addmm, transposed=True),
     "mm.dtype": _product(_mm_dtype, transposed=True),
-    "bmm": _product(_bmm, transposed=True),
-    "bmm_batch": _product(_bmm_batch, transposed=False),
+    "bmm": _product(_bmm, transposed=True, shapes=_HEADS),
+    "bmm_batch": _product(_bmm_batch, transposed=False, shapes=_HEADS),
     "attention": Operator(_attention, "HEADSxLENGTHxHEAD_DIM", {"cuda": ((8, 300, 128),), "cpu": ((2, 9, 16),)}),
     "softmax": _rowwise(lambda x: torch.softmax(x, -1), 100, 4096),
     "log_softmax": _rowwise(lambda x: torch.log_softmax(x, -1), 100, 4096),
