@@ -78,6 +78,23 @@ def test_mean_of_dimensions(device):
     assert mean_dim(torch.empty(0, 2, device=device), 1).shape == (0,)
 
 
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda x: x.mean(-1),
+        lambda x: x.mean((0, 2), keepdim=True),
+        lambda x: torch.softmax(x, 1),
+        lambda x: torch.bmm(x, x.transpose(1, 2)),
+        lambda x: torch.mm(x[0].t(), x[0]),
+    ],
+)
+def test_compiled_with_other_strides(mode, device, call):
+    """Compiled code counts on the strides that ATen's results have."""
+    x = torch.randn(3, 4, 5, device=device).permute(2, 0, 1)
+    torch.compiler.reset()
+    assert same_bits(torch.compile(lambda x: call(x) + 1, fullgraph=True)(x), call(x) + 1)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("size", [128, 1024, 1, 1000, 10000])  # of a kernel, and of none
 def test_rms_norm(device, size, dtype):
