@@ -72,14 +72,11 @@ def mean_override(
     if not (dtype.is_floating_point or dtype.is_complex):
         raise TypeError(f"input must be floating-point or complex where dtype is None, got {input.dtype}")
     dims = _dims(dim, input.dim())
-    # What is kept stays in the order that it has in memory, as ATen has it, which compiled code counts on.
-    kept = sorted((d for d in range(input.dim()) if d not in dims), key=input.stride, reverse=True)
+    kept = [d for d in range(input.dim()) if d not in dims]
     count = math.prod(input.shape[d] for d in dims)
     rows = input.permute(*kept, *dims).reshape(*(input.shape[d] for d in kept), count)
-    result = _mean(rows, dtype).permute([kept.index(d) for d in sorted(kept)])
-    for d in sorted(dims) if keepdim else ():
-        result = result.unsqueeze(d)
-    return result
+    result = _mean(rows, dtype).contiguous()  # as ATen has it, which compiled code counts on
+    return result.view([1 if d in dims else size for d, size in enumerate(input.shape)]) if keepdim else result
 
 
 def softmax_override(input: torch.Tensor, dim: int, half_to_float: bool, log: bool) -> torch.Tensor:
