@@ -9,7 +9,8 @@ from conftest import DTYPES, relative_error, same_bits
 
 from jitnorm.batch_invariant import bmm_batch_invariant, matmul_persistent, set_batch_invariant_mode
 
-TOLERANCE = {torch.float16: 4e-4, torch.bfloat16: 3e-3, torch.float32: 2e-6}
+# Half a unit in the last place: a result may be a single number. float32 has sums that nearly cancel.
+TOLERANCE = {torch.float16: 5e-4, torch.bfloat16: 4e-3, torch.float32: 1e-5}
 # (m, n, k): one row; less, as many and more rows than a block; k of no tile; one column
 SHAPES = [(1, 64, 128), (31, 48, 77), (32, 128, 64), (100, 300, 257), (5, 1, 33), (3, 7, 1)]
 

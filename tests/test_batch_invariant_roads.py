@@ -128,7 +128,8 @@ def test_no_library_is_no_error(monkeypatch):
 
 
 gpu = pytest.mark.gpu
-TOLERANCE = {torch.float16: 4e-4, torch.bfloat16: 3e-3, torch.float32: 2e-6}
+# Half a unit in the last place: a result may be a single number. float32 has sums that nearly cancel.
+TOLERANCE = {torch.float16: 5e-4, torch.bfloat16: 4e-3, torch.float32: 1e-5}
 
 
 def triton_with(fixed, problem):

@@ -18,7 +18,8 @@ from jitnorm.batch_invariant import triton_rows as rows
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
 DTYPES = (torch.float16, torch.float32, *((torch.bfloat16,) if GPU else ()))
-TOLERANCE = {torch.float16: 4e-4, torch.bfloat16: 3e-3, torch.float32: 2e-6}
+# Half a unit in the last place: a result may be a single number. float32 has sums that nearly cancel.
+TOLERANCE = {torch.float16: 5e-4, torch.bfloat16: 4e-3, torch.float32: 1e-5}
 
 
 def random(*shape, dtype):
