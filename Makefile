@@ -33,7 +33,7 @@ wheel: $(VENV)/installed-dev  ## dist/jitnorm-*.whl
 clean:
 	rm -rf $(VENV) dist .pytest_cache .mypy_cache .ruff_cache
 
-CXX_SOURCES := $(wildcard csrc/include/jitnorm/*.h csrc/elementwise/*.h csrc/elementwise/*.cuh)
+CXX_SOURCES := $(wildcard csrc/include/jitnorm/*.h csrc/elementwise/*.h csrc/elementwise/*.cuh csrc/gemm/*.h)
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)

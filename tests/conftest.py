@@ -15,6 +15,9 @@ os.environ["JITNORM_CACHE_DIR"] = _CACHE
 for name in ("JITNORM_PREBUILT_DIR", "JITNORM_DISABLE_JIT"):
     os.environ.pop(name, None)
 
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported, which torch may do at any time
+
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 
 from jitnorm._version import __version__
-from jitnorm.cli import bench, cache, demo, doctor, warmup
+from jitnorm.cli import bench, cache, demo, doctor, verify, warmup
 from jitnorm.cli.base import Group
 
 
@@ -15,5 +15,5 @@ def main() -> None:
     """Just-in-time compiled CUDA and CPU kernels: their cache, their warm-up, this machine, and their benchmarks."""
 
 
-for command in (bench.bench, cache.cache, demo.demo, doctor.doctor, warmup.warmup):
+for command in (bench.bench, cache.cache, demo.demo, doctor.doctor, verify.verify_invariance, warmup.warmup):
     main.add_command(command)

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from jitnorm._version import __version__
+from jitnorm.batch_invariant.proof import known_proofs
 from jitnorm.checks import DTYPE_NAMES
 from jitnorm.cli.entries import places, rows_of
 from jitnorm.dispatch import explain
@@ -48,6 +49,7 @@ def diagnose() -> dict[str, Any]:
         "can_build": {"cpu": ready, "cuda": ready and works["nvcc"]},
         "caches": [_cache(place) for place in places()],
         "dispatch": _dispatch(),
+        "batch_invariant": [vars(proof) for proof in known_proofs()],
         "environment": {k: v for k, v in sorted(os.environ.items()) if k.startswith("JITNORM_") or k in _VARIABLES},
     }
     facts["advice"] = _advice(facts)

@@ -38,6 +38,7 @@ def _print(facts: dict[str, Any]) -> None:
     _section("can build for", ((name, "yes" if ok else "no") for name, ok in facts["can_build"].items()))
     _section("caches", (("prebuilt" if c["prebuilt"] else "own", _cache(c)) for c in facts["caches"]))
     _dispatch(facts["dispatch"])
+    _proofs(facts["batch_invariant"])
     _section("environment", facts["environment"].items())
     click.echo("\n".join(f"advice: {line}" for line in facts["advice"]) or "nothing is missing")
 
@@ -56,6 +57,16 @@ def _dispatch(dispatch: dict[str, Any]) -> None:
     else:
         calls = [(call["call"], call["backend"] or "none", call["why"]) for call in dispatch["calls"]]
         output.table(("CALL", "BACKEND", "WHY"), calls)
+    click.echo()
+
+
+def _proofs(proofs: list[dict[str, Any]]) -> None:
+    """What batch-invariant mode found out on this machine, if it ever had to."""
+    if not proofs:
+        return
+    click.echo("batch-invariant products, as proven here")
+    rows = [(p["road"], p["problem"], p["gpu"], p["driver"], p["library"], p["first"] or "same bits") for p in proofs]
+    output.table(("ROAD", "PRODUCT", "GPU", "DRIVER", "LIBRARY", "FOUND"), rows)
     click.echo()
 
 

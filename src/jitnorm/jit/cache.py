@@ -5,6 +5,7 @@
     aside/                                   entries that were found damaged, and builds that failed
     locks/                                   one file for each build that several processes wanted at once
     toolchains/                              what compilers said of themselves
+    proofs/                                  which products batch-invariant mode found to keep its promise
 
 An entry appears whole, by one rename, and is never changed afterwards. Nothing in it is trusted: the library's hash is
 compared before it is loaded, since loading a damaged one can kill the process.

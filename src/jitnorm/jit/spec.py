@@ -46,7 +46,7 @@ class Target:
 class KernelSpec:
     """One instance of one kernel class.
 
-    `family` names the files csrc/elementwise/<family>.cuh and <family>_cpu.h, `entry` the glue in <family>.h and the
+    `family` names the files csrc/<folder>/<family>.cuh and <family>_cpu.h, `entry` the glue in <family>.h and the
     function that the library exports; `name` is what profilers, errors and the cache call this instance; `warmup` are
     the words after `jitnorm warmup` that build it ahead of time.
     """
@@ -58,6 +58,7 @@ class KernelSpec:
     kernel: str  # "RMSNormKernel<4096, bf16_t, bf16_t>"
     target: Target
     warmup: str
+    folder: str = "elementwise"
 
     def __str__(self) -> str:
         return f"{self.kernel} for {self.target.sm}"
@@ -79,7 +80,7 @@ class KernelSpec:
         else:
             header, export = f"{self.family}_cpu.h", f"JITNORM_CPU_MODULE({self.entry}, jitnorm::Kernel)"
         return (
-            f'// {self}\n#include "elementwise/{header}"\n\n'
+            f'// {self}\n#include "{self.folder}/{header}"\n\n'
             f"namespace jitnorm {{\nusing Kernel = {self.kernel};\n}}\n\n{export}\n"
         )
 

@@ -1,0 +1,171 @@
+"""Whether a road keeps the promise for one product, found out on the GPU itself, once.
+
+Rows are compared bit by bit, alone and in batches of every size from 1 to 256 and some up to 8192, at every place of
+the batch. The operands make all terms of a sum cancel, so that nothing but the rounding errors of its additions is
+left: another order gives another result in nearly every element.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from jitnorm.batch_invariant import cublaslt
+from jitnorm.jit import cache
+from jitnorm.jit.report import say
+
+if TYPE_CHECKING:
+    from jitnorm.batch_invariant.cuda_matmul import Problem, Road
+
+_FORMAT = 1
+BATCHES = (*range(1, 257), 384, 511, 512, 777, 1024, 2047, 2048, 3333, 4096, 8191, 8192)
+_ROWS = 7  # different ones, which a batch repeats: being odd, each of them comes to every place of a tile
+_COMPARED = 1 << 28  # elements at most in one comparison, and in one product
+
+
+@dataclass(frozen=True)
+class Proof:
+    """What was found, and of what."""
+
+    road: str
+    problem: str
+    gpu: str
+    driver: str
+    library: str
+    holds: bool
+    first: str  # where it fails first; empty where it holds
+
+    @property
+    def name(self) -> str:
+        words = (_FORMAT, self.road, self.problem, self.gpu, self.driver, self.library)
+        return hashlib.sha256(json.dumps(words).encode()).hexdigest()[:24] + ".json"
+
+
+def holds(road: str, run: Road, problem: Problem) -> bool:
+    """Whether `run` gives each row the same bits in any batch. Remembered on disk."""
+    subject = functools.partial(
+        Proof, road, str(problem), torch.cuda.get_device_name(problem.device), driver_version(), library_of(road)
+    )
+    if (known := _recall(subject(False, "").name)) is not None:
+        return known.holds
+    try:
+        first = first_difference(run, problem)
+    except (cublaslt.Refused, torch.cuda.OutOfMemoryError) as error:
+        first = str(error).splitlines()[0]
+    proof = subject(not first, first)
+    _remember(proof)
+    return proof.holds
+
+
+def first_difference(run: Road, problem: Problem) -> str:
+    """Where `run` first gives a row other bits in a batch than alone; empty where it never does."""
+    device = problem.device
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(0)
+        rows, b = cancelling_operands(_ROWS, problem.n, problem.k, problem.dtype, device)
+    b = _stored(b, problem)
+    bias = torch.zeros(problem.n, dtype=problem.dtype, device=device) if problem.bias else None
+
+    def product(a: torch.Tensor) -> torch.Tensor:
+        out = torch.full((a.shape[0], problem.n), float("nan"), dtype=problem.out_dtype, device=device)
+        run(a, b, bias, out)
+        return out
+
+    alone = torch.cat([product(rows[i : i + 1].clone()) for i in range(_ROWS)])
+    if not alone.isfinite().all():
+        return "the result of a single row is not finite"
+    # As many differences in each batch: read once, at the end, as each reading waits for the GPU.
+    batches = [m for m in BATCHES if m * problem.n <= _COMPARED or m <= 256]
+    different = torch.stack([_differences(product(_repeated(rows, m)), alone) for m in batches]).tolist()
+    for m, count in zip(batches, different, strict=True):
+        if count:
+            return f"{count} of {m * problem.n} elements differ in a batch of {m}"
+    return ""
+
+
+def cancelling_operands(
+    rows: int, n: int, k: int, dtype: torch.dtype, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`[rows, k]` and `[k, n]` whose product is zero, or 2^-22 for an odd k, but for the rounding of its additions."""
+    half, odd = k // 2, k % 2
+    order = torch.randperm(2 * half, device=device)
+    # Terms of many sizes, as those of one size would add exactly, and an order would not show.
+    sizes = torch.randint(-4, 5, (half,), device=device).exp2()
+    a = (torch.randn(rows, half, device=device) * sizes).to(dtype)
+    b = torch.randn(half, n, device=device).to(dtype)
+    tiny = 2.0**-11  # an odd k leaves a term that is no larger than what rounding leaves
+    a = torch.cat((torch.cat((a, a), 1)[:, order], a.new_full((rows, odd), tiny)), 1)
+    b = torch.cat((torch.cat((b, -b))[order], b.new_full((odd, n), tiny)))
+    return a, b
+
+
+def known_proofs() -> Iterator[Proof]:
+    """All that are on disk, for `jitnorm doctor`."""
+    names = (file.name for file in (cache.readable().root / "proofs").glob("*.json"))
+    known = [proof for name in names if (proof := _recall(name))]
+    yield from sorted(known, key=lambda proof: (proof.gpu, proof.problem, proof.road))
+
+
+def library_of(road: str) -> str:
+    return str(cublaslt.library_version()) if road == "cublaslt" else road
+
+
+@functools.cache
+def driver_version() -> str:
+    """From the kernel module, which says it without a process or another library."""
+    try:
+        with open("/sys/module/nvidia/version") as file:
+            return file.read().strip()
+    except OSError:
+        return f"cuda {torch.version.cuda}"
+
+
+def _repeated(rows: torch.Tensor, count: int) -> torch.Tensor:
+    return rows.repeat(-(-count // _ROWS), 1)[:count]
+
+
+def _differences(out: torch.Tensor, alone: torch.Tensor) -> torch.Tensor:
+    """How many elements of `out`, whose rows repeat those of `alone`, have other bits."""
+    bits = {2: torch.int16, 4: torch.int32}[out.element_size()]
+    out, alone = out.view(bits), alone.view(bits)
+    whole = out.shape[0] // _ROWS * _ROWS
+    count = (out[:whole].view(-1, *alone.shape) != alone).sum()
+    return count + (out[whole:] != alone[: out.shape[0] - whole]).sum()
+
+
+def _stored(b: torch.Tensor, problem: Problem) -> torch.Tensor:
+    """With the strides that `problem` names."""
+    across, down = (problem.k, problem.n) if problem.b_transposed else (problem.n, problem.k)
+    memory = b.new_zeros(down, problem.b_stride)[:, :across]
+    view = memory.t() if problem.b_transposed else memory
+    return view.copy_(b)
+
+
+def _recall(name: str) -> Proof | None:
+    root = cache.readable().root
+    if cache.untrusted(root):
+        return None
+    try:
+        values: dict[str, Any] = json.loads((root / "proofs" / name).read_text())
+        proof = Proof(**values)
+    except (OSError, ValueError, TypeError):
+        return None
+    return proof if proof.name == name else None
+
+
+def _remember(proof: Proof) -> None:
+    file = cache.writable().root / "proofs" / proof.name
+    try:
+        file.parent.mkdir(mode=0o700, exist_ok=True)
+        draft = file.with_suffix(f".{os.getpid()}.tmp")
+        draft.write_text(json.dumps(vars(proof), indent=1))
+        draft.replace(file)
+    except OSError as error:
+        say(f"cannot keep what was found of {proof.problem}: {error}")

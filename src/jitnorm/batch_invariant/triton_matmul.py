@@ -1,0 +1,226 @@
+"""Products in Triton: a persistent kernel over whole tiles, which never splits k.
+
+An element of the result is the sum of the same terms in the same order whatever the tile's height and width: k goes
+forward in steps of a tensor core's instruction, into one accumulator. So tiles may be chosen by the number of rows, but
+only where jitnorm.batch_invariant.proof finds this true on the GPU itself; where not, all products have one tile.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+if TYPE_CHECKING:
+    from jitnorm.batch_invariant.cuda_matmul import Problem
+
+VERSION = triton.__version__
+
+
+class Tile(NamedTuple):
+    rows: int
+    columns: int
+    depth: int
+    warps: int
+    stages: int
+
+
+# From large to small. 64 rows are the least for which Hopper has its own instruction; others could add differently.
+TILES = (Tile(128, 256, 64, 8, 3), Tile(128, 128, 64, 4, 4), Tile(64, 64, 128, 4, 4), Tile(64, 32, 128, 4, 5))
+FIXED = Tile(128, 128, 64, 4, 4)
+# Without the copy engine; small enough for the shared memory of any GPU since Turing.
+_HALF = Tile(128, 128, 32, 8, 3)
+_FLOAT32 = Tile(64, 64, 32, 4, 3)
+_BATCHED = Tile(64, 64, 64, 4, 3)
+_GROUP = 8  # rows of tiles that are worked on together, so that what they read of b is still in the L2 cache
+
+
+def choose_tile(rows: int, columns: int, processors: int) -> Tile:
+    """The largest that still gives every multiprocessor work."""
+    for tile in TILES:
+        if rows <= tile.rows // 2 and tile.rows > 64:
+            continue
+        if triton.cdiv(rows, tile.rows) * triton.cdiv(columns, tile.columns) >= processors:
+            return tile
+    return TILES[-1]
+
+
+def run(
+    problem: Problem,
+    fixed: bool,
+    a: torch.Tensor,
+    b: torch.Tensor,
+    bias: torch.Tensor | None,
+    out: torch.Tensor,
+) -> None:
+    """`out = a @ b + bias`, of tensors laid out as cuda_matmul.cuda_product does."""
+    if problem.dtype == torch.float32 or not _copy_engine_serves(problem):
+        tile = _FLOAT32 if problem.dtype == torch.float32 else _HALF
+        _strided(a[None], b[None], bias, out[None], problem.tf32, tile)
+        return
+    processors = torch.cuda.get_device_properties(problem.device).multi_processor_count
+    tile = FIXED if fixed else choose_tile(a.shape[0], problem.n, processors)
+    persistent(a, b.t() if problem.b_transposed else b, bias, out, problem.b_transposed, tile, processors)
+
+
+def batched(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor, tf32: bool) -> None:
+    """`out[i] = a[i] @ b[i]`, any strides."""
+    _strided(a, b, None, out, tf32, _FLOAT32 if a.dtype == torch.float32 else _BATCHED)
+
+
+def persistent(
+    a: torch.Tensor,
+    stored_b: torch.Tensor,
+    bias: torch.Tensor | None,
+    out: torch.Tensor,
+    transposed: bool,
+    tile: Tile,
+    processors: int,
+) -> None:
+    """By the copy engine of Hopper and later. `stored_b` has rows, and is b, or its transpose."""
+    tiles = triton.cdiv(out.shape[0], tile.rows) * triton.cdiv(out.shape[1], tile.columns)
+    block_b = [tile.columns, tile.depth] if transposed else [tile.depth, tile.columns]
+    programs = min(tiles, processors)
+    _persistent[(programs,)](
+        TensorDescriptor.from_tensor(a, [tile.rows, tile.depth]),
+        TensorDescriptor.from_tensor(stored_b, block_b),
+        bias,
+        TensorDescriptor.from_tensor(out, [tile.rows, tile.columns]),
+        out.shape[0],
+        out.shape[1],
+        a.shape[1],
+        programs,
+        B_TRANSPOSED=transposed,
+        HAS_BIAS=bias is not None,
+        ROWS=tile.rows,
+        COLUMNS=tile.columns,
+        DEPTH=tile.depth,
+        GROUP=_GROUP,
+        num_warps=tile.warps,
+        num_stages=tile.stages,
+    )
+
+
+def _copy_engine_serves(problem: Problem) -> bool:
+    """It wants rows at multiples of 16 bytes; and the tiles want the shared memory of data-centre GPUs."""
+    size, out_size = problem.dtype.itemsize, problem.out_dtype.itemsize
+    steps = (problem.k * size, problem.b_stride * size, problem.n * out_size)
+    return torch.cuda.get_device_capability(problem.device)[0] in (9, 10) and not any(step % 16 for step in steps)
+
+
+def _strided(
+    a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor, tf32: bool, tile: Tile
+) -> None:
+    batch, rows, columns = out.shape
+    tiles = triton.cdiv(rows, tile.rows) * triton.cdiv(columns, tile.columns)
+    _tiles[(tiles * batch,)](
+        a,
+        b,
+        bias,
+        out,
+        rows,
+        columns,
+        a.shape[2],
+        *a.stride(),
+        *b.stride(),
+        *out.stride()[:2],
+        HAS_BIAS=bias is not None,
+        PRECISION="tf32" if tf32 else "ieee",
+        ROWS=tile.rows,
+        COLUMNS=tile.columns,
+        DEPTH=tile.depth,
+        GROUP=_GROUP,
+        num_warps=tile.warps,
+        num_stages=tile.stages,
+    )
+
+
+@triton.jit
+def _place(tile, rows, columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr, GROUP: tl.constexpr):
+    """Row and column of a tile: GROUP rows of tiles before the next columns."""
+    down, across = tl.cdiv(rows, ROWS), tl.cdiv(columns, COLUMNS)
+    first = tile // (GROUP * across) * GROUP
+    height = min(down - first, GROUP)
+    return first + tile % (GROUP * across) % height, tile % (GROUP * across) // height
+
+
+@triton.jit(do_not_specialize=["rows", "programs"])
+def _persistent(
+    a,
+    b,
+    bias,
+    out,
+    rows,
+    columns,
+    depth,
+    programs,
+    B_TRANSPOSED: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    DEPTH: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    tiles = tl.cdiv(rows, ROWS) * tl.cdiv(columns, COLUMNS)
+    for tile in tl.range(tl.program_id(0), tiles, programs, flatten=True):
+        down, across = _place(tile, rows, columns, ROWS, COLUMNS, GROUP)
+        row, column = down * ROWS, across * COLUMNS
+        total = tl.zeros((ROWS, COLUMNS), tl.float32)
+        for step in range(tl.cdiv(depth, DEPTH)):
+            x = a.load([row, step * DEPTH])
+            if B_TRANSPOSED:  # noqa: SIM108 (Triton compiles one branch)
+                y = b.load([column, step * DEPTH]).T
+            else:
+                y = b.load([step * DEPTH, column])
+            total = tl.dot(x, y, total)
+        if HAS_BIAS:
+            at = column + tl.arange(0, COLUMNS)
+            total += tl.load(bias + at, mask=at < columns, other=0.0).to(tl.float32)[None, :]
+        out.store([row, column], total.to(out.dtype))
+
+
+@triton.jit(do_not_specialize=["rows", "a_batch", "b_batch", "out_batch"])
+def _tiles(
+    a,
+    b,
+    bias,
+    out,
+    rows,
+    columns,
+    depth,
+    a_batch,
+    a_row,
+    a_column,
+    b_batch,
+    b_row,
+    b_column,
+    out_batch,
+    out_row,
+    HAS_BIAS: tl.constexpr,
+    PRECISION: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    DEPTH: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    tiles = tl.cdiv(rows, ROWS) * tl.cdiv(columns, COLUMNS)
+    batch = (tl.program_id(0) // tiles).to(tl.int64)
+    down, across = _place(tl.program_id(0) % tiles, rows, columns, ROWS, COLUMNS, GROUP)
+    row = (down.to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
+    column = (across.to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS))[None, :]
+    k = tl.arange(0, DEPTH).to(tl.int64)
+    a += batch * a_batch + row * a_row
+    b += batch * b_batch + column * b_column
+    total = tl.zeros((ROWS, COLUMNS), tl.float32)
+    for start in range(0, depth, DEPTH):
+        at = start + k
+        x = tl.load(a + at[None, :] * a_column, mask=(row < rows) & (at[None, :] < depth), other=0.0)
+        y = tl.load(b + at[:, None] * b_row, mask=(column < columns) & (at[:, None] < depth), other=0.0)
+        total = tl.dot(x, y, total, input_precision=PRECISION)
+    if HAS_BIAS:
+        total += tl.load(bias + column, mask=column < columns, other=0.0).to(tl.float32)
+    at = out + batch * out_batch + row * out_row + column
+    tl.store(at, total.to(out.dtype.element_ty), mask=(row < rows) & (column < columns))

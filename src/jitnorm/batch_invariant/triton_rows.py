@@ -1,0 +1,134 @@
+"""Softmax, means and RMSNorm over contiguous rows in Triton.
+
+What a program does with a row depends on the row's length: how many rows share a program, how many threads read one, in
+what blocks. Triton compiles another kernel where an argument is 1 or a multiple of 16, and the number of rows must not
+choose one, so that argument is never specialised; addresses and strides are always multiples of 16 bytes.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+_WHOLE = 32768  # elements of a row that a program holds at once
+_BLOCK = 8192  # elements at a time of longer ones
+
+
+def softmax(x: torch.Tensor, out: torch.Tensor, log: bool) -> None:
+    """Over the last dimension of contiguous tensors of one shape."""
+    columns = x.shape[-1]
+    if not x.numel():
+        return
+    count = x.numel() // columns
+    if columns <= _WHOLE:
+        rows, width, warps = _schedule(columns)
+        _softmax_whole[(triton.cdiv(count, rows),)](
+            x, out, count, columns, LOG=log, ROWS=rows, COLUMNS=width, num_warps=warps
+        )
+    else:
+        _softmax_long[(count,)](x, out, columns, LOG=log, BLOCK=_BLOCK, num_warps=16)
+
+
+def mean(x: torch.Tensor, out: torch.Tensor) -> None:
+    """`out` is contiguous, and has the shape of `x` without its last dimension."""
+    columns = x.shape[-1]
+    if not out.numel():
+        return
+    if not columns:
+        out.fill_(float("nan"))
+        return
+    x, divisor = x.view(-1, columns), float(columns)
+    while x.shape[1] > _WHOLE:  # sums of pieces first, which are as many as the length says
+        pieces = triton.cdiv(x.shape[1], _WHOLE)
+        parts = torch.empty(x.shape[0], pieces, dtype=torch.float32, device=x.device)
+        _mean[(x.shape[0] * pieces,)](
+            x, parts, x.shape[0], x.shape[1], 1.0, PIECES=pieces, ROWS=1, COLUMNS=_WHOLE, num_warps=16
+        )
+        x = parts
+    rows, width, warps = _schedule(x.shape[1])
+    _mean[(triton.cdiv(x.shape[0], rows),)](
+        x, out, x.shape[0], x.shape[1], divisor, PIECES=1, ROWS=rows, COLUMNS=width, num_warps=warps
+    )
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, out: torch.Tensor) -> None:
+    """Over the last dimension of contiguous tensors of one shape."""
+    columns = x.shape[-1]
+    if x.numel():
+        block = min(_BLOCK, triton.next_power_of_2(columns))
+        _rms_norm[(x.numel() // columns,)](x, weight, out, columns, eps, BLOCK=block, num_warps=max(1, block // 1024))
+
+
+def _schedule(columns: int) -> tuple[int, int, int]:
+    """Rows and columns of a program's block, and its warps."""
+    width = triton.next_power_of_2(columns)
+    return max(1, 1024 // width), width, min(32, max(4, width // 512))
+
+
+@triton.jit(do_not_specialize=["rows"])
+def _softmax_whole(x, out, rows, columns, LOG: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    row = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
+    column = tl.arange(0, COLUMNS)[None, :]
+    inside = (row < rows) & (column < columns)
+    f = tl.load(x + row * columns + column, mask=inside, other=float("-inf")).to(tl.float32)
+    f -= tl.max(f, axis=1)[:, None]
+    e = tl.exp(f)
+    total = tl.sum(e, axis=1)[:, None]
+    y = f - tl.log(total) if LOG else e / total
+    tl.store(out + row * columns + column, y.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _softmax_long(x, out, columns, LOG: tl.constexpr, BLOCK: tl.constexpr):
+    x += tl.program_id(0).to(tl.int64) * columns
+    out += tl.program_id(0).to(tl.int64) * columns
+    lane = tl.arange(0, BLOCK)
+    # Each lane has a largest value and a sum of its own, to be brought together at the end.
+    largest = tl.full((BLOCK,), float("-inf"), tl.float32)
+    total = tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, columns, BLOCK):
+        at = start + lane
+        f = tl.load(x + at, mask=at < columns, other=float("-inf")).to(tl.float32)
+        larger = tl.maximum(largest, f, propagate_nan=tl.PropagateNan.ALL)
+        shift = tl.where(larger == float("-inf"), 0.0, larger)
+        total = total * tl.exp(largest - shift) + tl.exp(f - shift)
+        largest = larger
+    most = tl.max(largest, axis=0)
+    lanes = tl.where(largest == float("-inf"), 0.0, total * tl.exp(largest - most))
+    sum_of_all = tl.sum(lanes, axis=0)
+    log_of_sum = tl.log(sum_of_all)
+    for start in range(0, columns, BLOCK):
+        at = start + lane
+        f = tl.load(x + at, mask=at < columns, other=0.0).to(tl.float32) - most
+        y = f - log_of_sum if LOG else tl.exp(f) / sum_of_all
+        tl.store(out + at, y.to(out.dtype.element_ty), mask=at < columns)
+
+
+@triton.jit(do_not_specialize=["rows"])
+def _mean(x, out, rows, columns, divisor, PIECES: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    program = tl.program_id(0).to(tl.int64)
+    row = (program // PIECES * ROWS + tl.arange(0, ROWS))[:, None]
+    column = (program % PIECES * COLUMNS + tl.arange(0, COLUMNS))[None, :]
+    f = tl.load(x + row * columns + column, mask=(row < rows) & (column < columns), other=0.0).to(tl.float32)
+    y = tl.sum(f, axis=1) / divisor
+    at = program * ROWS + tl.arange(0, ROWS)
+    tl.store(out + at, y.to(out.dtype.element_ty), mask=at < rows * PIECES)
+
+
+@triton.jit
+def _rms_norm(x, weight, out, columns, eps, BLOCK: tl.constexpr):
+    x += tl.program_id(0).to(tl.int64) * columns
+    out += tl.program_id(0).to(tl.int64) * columns
+    lane = tl.arange(0, BLOCK)
+    squares = tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, columns, BLOCK):
+        at = start + lane
+        f = tl.load(x + at, mask=at < columns, other=0.0).to(tl.float32)
+        squares += f * f
+    scale = 1.0 / tl.sqrt(tl.sum(squares, axis=0) / columns + eps)
+    for start in range(0, columns, BLOCK):
+        at = start + lane
+        f = tl.load(x + at, mask=at < columns, other=0.0).to(tl.float32)
+        w = tl.load(weight + at, mask=at < columns, other=0.0).to(tl.float32)
+        tl.store(out + at, (f * scale * w).to(out.dtype.element_ty), mask=at < columns)

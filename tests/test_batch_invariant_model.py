@@ -1,0 +1,157 @@
+"""The experiment of Thinking Machines (https://thinkingmachines.ai/blog/defeating-nondeterminism-in-llm-inference) at
+the size of a test: one prompt, decoded in batches of several sizes among different neighbours, has one completion."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import same_bits
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from jitnorm.batch_invariant import overrides, set_batch_invariant_mode
+from jitnorm.batch_invariant.inductor import WHOLE, WHOLE_BMM
+
+transformers = pytest.importorskip("transformers")
+
+PROMPT, NEW, DECODES, VOCABULARY = 11, 6, 50, 512
+BATCHES = (1, 3, 8)
+
+
+def tiny_llama(device, dtype, attention, **other):
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        hidden_size=256,
+        intermediate_size=512,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=VOCABULARY,
+        pad_token_id=0,
+        attn_implementation=attention,
+        **other,
+    )
+    return transformers.LlamaForCausalLM(config).to(device, dtype).eval()
+
+
+def decode(model, tokens):
+    """Greedily. The new tokens of each sequence, and the logits of every step, `[batch, steps, vocabulary]`."""
+    with torch.no_grad():
+        out = model.generate(
+            tokens,
+            attention_mask=torch.ones_like(tokens),
+            max_new_tokens=NEW,
+            min_new_tokens=NEW,
+            do_sample=False,
+            return_dict_in_generate=True,
+            output_logits=True,
+        )
+    return out.sequences[:, PROMPT:], torch.stack(out.logits, 1)
+
+
+def completions(model, device):
+    """The prompt's, and its logits, in each of many decodes: first, in the middle and last among random neighbours."""
+    generator = torch.Generator().manual_seed(1)
+    prompt = torch.randint(1, VOCABULARY, (1, PROMPT), generator=generator)
+    for i in range(DECODES):
+        batch = BATCHES[i % len(BATCHES)]
+        tokens = torch.randint(1, VOCABULARY, (batch, PROMPT), generator=generator)
+        place = (0, batch // 2, batch - 1)[i // len(BATCHES) % 3]
+        tokens[place] = prompt
+        sequences, logits = decode(model, tokens.to(device))
+        yield sequences[place], logits[place]
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_one_completion_in_the_mode(device, dtype, attention):
+    model = tiny_llama(device, dtype, attention)
+    with set_batch_invariant_mode():
+        (tokens, logits), *others = completions(model, device)
+        assert len(tokens) == NEW and logits.isfinite().all()
+        for other_tokens, other_logits in others:
+            assert torch.equal(other_tokens, tokens)
+            assert same_bits(other_logits, logits)
+
+
+def distinct_logits(model, device):
+    return len({logits.float().cpu().numpy().tobytes() for _, logits in completions(model, device)})
+
+
+def test_more_than_one_result_outside_the_mode_on_the_cpu():
+    """The experiment can fail: the logits differ, if not yet the tokens."""
+    assert distinct_logits(tiny_llama("cpu", torch.float32, "sdpa"), "cpu") > 1
+
+
+@pytest.mark.gpu
+def test_more_than_one_result_outside_the_mode_on_cuda():
+    """At a width where cuBLAS splits k for few rows. The logits differ from batch to batch; a token where two were
+    nearly as likely, which a random model has enough of."""
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        hidden_size=4096,
+        intermediate_size=14336,
+        num_hidden_layers=2,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        vocab_size=VOCABULARY,
+        pad_token_id=0,
+        initializer_range=0.02,
+    )
+    model = transformers.LlamaForCausalLM(config).to("cuda", torch.bfloat16).eval()
+    assert distinct_logits(model, "cuda") > 1
+    with set_batch_invariant_mode():
+        assert distinct_logits(model, "cuda") == 1
+
+
+class _Reached(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.operators = set()
+
+    def __torch_dispatch__(self, operator, types, arguments=(), named=None):
+        self.operators.add(operator)
+        return operator(*arguments, **(named or {}))
+
+
+# Operators whose results for one sequence could depend on others: products, reductions and normalisations. What models
+# also reach among them, and why it needs no override:
+HARMLESS = {
+    "cumsum",  # of integers, positions
+    "sum",  # of integers
+    "argmax",  # exact
+    "max",
+    "all",
+    "any",
+    "_safe_softmax",  # made of _softmax
+}
+WORDS = ("mm", "mv", "dot", "matmul", "linear", "softmax", "mean", "norm", "sum", "attention", "einsum", "var", "conv")
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("family", ["Llama", "Qwen3", "Gemma3Text", "Mixtral"])
+def test_the_overrides_are_what_models_reach(family, attention):
+    config = getattr(transformers, f"{family}Config")(
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        vocab_size=VOCABULARY,
+        pad_token_id=0,
+        attn_implementation=attention,
+        experts_implementation="eager",  # the others reach _grouped_mm, for which the mode promises nothing
+    )
+    model = getattr(transformers, f"{family.removesuffix('Text')}ForCausalLM")(config).eval()
+    with set_batch_invariant_mode(), _Reached() as reached:
+        decode(model, torch.randint(1, VOCABULARY, (2, PROMPT)))
+    overridden = {*overrides.BACKEND, *overrides.BMM, *overrides.COMPOSITE}
+    names = {str(operator).removeprefix("aten.").removesuffix(".default") for operator in reached.operators}
+    of_interest = {n for n in names if any(w in n for w in WORDS) and n.split(".")[0] not in HARMLESS}
+    assert of_interest and of_interest <= overridden
+
+
+def test_inductor_keeps_what_is_overridden():
+    """Those that compiled code calls: it has no use for `out`."""
+    kept = {*WHOLE, *WHOLE_BMM}
+    assert kept == {name for name in (*overrides.BACKEND, *overrides.BMM) if not name.endswith("out")}

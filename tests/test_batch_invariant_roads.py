@@ -1,0 +1,220 @@
+"""Which road a product takes on CUDA, and how a road is proven; as far as no GPU is needed, without one."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import json
+
+import pytest
+import torch
+from conftest import DTYPES, relative_error, same_bits
+
+from jitnorm.batch_invariant import cublaslt, cuda_matmul, matmul_persistent, proof
+from jitnorm.batch_invariant.cuda_matmul import Problem
+from jitnorm.jit.load import load
+
+
+def problem(n=48, k=77, dtype=torch.float32, **other):
+    fields = {"out_dtype": dtype, "b_transposed": True, "b_stride": k, "bias": False, "tf32": False, **other}
+    return Problem(device=torch.device("cpu"), n=n, k=k, dtype=dtype, **fields)
+
+
+def row_by_row(a, b, bias, out):
+    for i in range(a.shape[0]):
+        torch.mm(a[i : i + 1], b, out=out[i : i + 1])
+    if bias is not None:
+        out += bias
+
+
+def splits_k_for_few_rows(a, b, bias, out):
+    """As a library does that has more processors than tiles."""
+    half = a.shape[1] // 2 if a.shape[0] < 17 else a.shape[1]
+    row_by_row(a[:, :half], b[:half], bias, out)
+    rest = torch.zeros_like(out)
+    row_by_row(a[:, half:], b[half:], None, rest)
+    out += rest
+
+
+def adds_backwards_at_odd_places(a, b, bias, out):
+    row_by_row(a, b, bias, out)
+    row_by_row(a[1::2].flip(1), b.flip(0), bias, odd := torch.empty_like(out[1::2]))
+    out[1::2] = odd
+
+
+@pytest.fixture
+def few_batches(monkeypatch):
+    monkeypatch.setattr(proof, "BATCHES", (1, 2, 16, 17, 40))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("k", [78, 77])
+def test_a_road_that_keeps_the_promise(few_batches, dtype, bias, k):
+    assert proof.first_difference(row_by_row, problem(k=k, dtype=dtype, bias=bias)) == ""
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("road", "where"),
+    [
+        (splits_k_for_few_rows, "in a batch of 17"),
+        (adds_backwards_at_odd_places, "in a batch of 2"),
+        (lambda a, b, bias, out: None, "not finite"),
+    ],
+)
+def test_a_road_that_does_not(few_batches, road, where, dtype):
+    assert proof.first_difference(road, problem(dtype=dtype)).endswith(where)
+
+
+@pytest.mark.parametrize("k", [512, 513])
+def test_operands_that_cancel_show_every_order(k):
+    """Rounded to bfloat16, where the sums of random operands would hide most of the difference."""
+    a, b = proof.cancelling_operands(7, 64, k, torch.bfloat16, torch.device("cpu"))
+    assert (a.double() @ b.double() == (0 if k == 512 else 2**-22)).all()
+    out, other = torch.empty(7, 64), torch.empty(7, 64)
+    row_by_row(a.float(), b.float(), None, out)
+    row_by_row(a.float().flip(1), b.float().flip(0), None, other)
+    assert (out.bfloat16() != other.bfloat16()).float().mean() > 0.9
+
+
+def test_proofs_are_kept(cache_dir, monkeypatch, few_batches):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
+    runs = []
+
+    def road(a, b, bias, out):
+        runs.append(a.shape[0])
+        (row_by_row if good else splits_k_for_few_rows)(a, b, bias, out)
+
+    for good in (True, False):
+        runs.clear()
+        name, subject = f"road {good}", problem(n=8)
+        assert proof.holds(name, road, subject) is good
+        assert runs
+        runs.clear()
+        assert proof.holds(name, road, subject) is good  # from disk
+        assert not runs
+    kept = {p.road: p for p in proof.known_proofs()}
+    assert kept["road True"].holds and not kept["road True"].first
+    assert "in a batch of 17" in kept["road False"].first
+    monkeypatch.setattr(proof, "driver_version", lambda: "another")
+    good = True
+    assert proof.holds("road True", road, problem(n=8))
+    assert runs  # another driver is another question
+
+
+def test_a_proof_that_was_changed_is_none(cache_dir, monkeypatch, few_batches):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
+    assert not proof.holds("road", splits_k_for_few_rows, problem(n=8))
+    (file,) = (cache_dir / "proofs").glob("*.json")
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"problem": "another"}))
+    assert not list(proof.known_proofs())
+    assert not proof.holds("road", splits_k_for_few_rows, problem(n=8))
+
+
+def test_the_operator_refuses_what_is_not_its_own():
+    module = load(cublaslt.SPEC)
+    a = torch.ones(2, 16)
+    assert module.cublaslt_matmul(a, a.t(), None, torch.ones(2, 2), True, False) == 1  # not on CUDA
+    assert module.cublaslt_matmul(1, 2) == 1
+    assert module.cublaslt_open(ctypes.CDLL(None)._handle) == 0  # no such functions
+
+
+def test_no_library_is_no_error(monkeypatch):
+    monkeypatch.setattr(cublaslt, "library_path", lambda: None)
+    cublaslt._opened.cache_clear()
+    assert cublaslt.library_version() == 0
+    cublaslt._opened.cache_clear()
+
+
+gpu = pytest.mark.gpu
+# Half a unit in the last place: a result may be a single number. float32 has sums that nearly cancel.
+TOLERANCE = {torch.float16: 5e-4, torch.bfloat16: 4e-3, torch.float32: 1e-5}
+
+
+def triton_with(fixed, problem):
+    return functools.partial(cuda_matmul.triton_module("triton_matmul").run, problem, fixed)
+
+
+# Each road for itself, whatever the proof says.
+ROADS = {
+    "cublaslt": cublaslt.road,
+    "triton": functools.partial(triton_with, False),
+    "triton, one tile": functools.partial(triton_with, True),
+}
+
+
+@gpu
+@pytest.mark.parametrize("road", ROADS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("transposed", [True, False])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize(("n", "k"), [(4096, 4096), (264, 136), (77, 33), (1, 64)])
+def test_every_road_on_the_gpu(road, dtype, transposed, bias, n, k):
+    """Right, that is: whether it keeps the promise is for the proof to say, but the last resort must."""
+    device = torch.device("cuda", 0)
+    subject = Problem(device, n, k, dtype, dtype, transposed, k if transposed else n, bias, False)
+    if road == "cublaslt" and not cublaslt.library_version():
+        pytest.skip("no cuBLASLt")
+    run = ROADS[road](subject)
+    for m in (1, 17, 300):
+        a = torch.randn(m, k, device=device).to(dtype)
+        stored = torch.randn(*((n, k) if transposed else (k, n)), device=device).to(dtype)
+        b, c = stored.t() if transposed else stored, torch.randn(n, device=device).to(dtype) if bias else None
+        out = torch.full((m, n), float("nan"), device=device, dtype=dtype)
+        try:
+            run(a, b, c, out)
+        except cublaslt.Refused:
+            pytest.skip("cuBLASLt has no kernel for it")
+        assert relative_error(out, a.double() @ b.double() + (c.double() if bias else 0)) <= TOLERANCE[dtype]
+    if road == "triton, one tile":
+        assert proof.first_difference(run, subject) == ""
+
+
+@gpu
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize(("n", "k"), [(4096, 14336), (6144, 4096), (77, 33)])
+def test_the_road_that_is_chosen_keeps_the_promise(dtype, bias, n, k):
+    subject = Problem(torch.device("cuda", 0), n, k, dtype, dtype, True, k, bias, False)
+    assert proof.first_difference(cuda_matmul.road_of(subject), subject) == ""
+
+
+@gpu
+def test_the_road_is_found_outside_of_a_graph(cache_dir, monkeypatch):
+    monkeypatch.setattr(cuda_matmul, "_roads", {})
+    a, b = torch.randn(8, 264, device="cuda").bfloat16(), torch.randn(264, 136, device="cuda").bfloat16()
+    graph = torch.cuda.CUDAGraph()
+    with pytest.raises(RuntimeError, match="run the model once in the mode before capturing"), torch.cuda.graph(graph):
+        matmul_persistent(a, b)
+    torch.cuda.synchronize()
+    expected = matmul_persistent(a, b)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = matmul_persistent(a, b)
+    out.fill_(float("nan"))
+    graph.replay()
+    assert same_bits(out, expected)
+
+
+@gpu
+def test_tf32_only_where_the_user_allows_it():
+    a, b = torch.randn(64, 512, device="cuda"), torch.randn(512, 128, device="cuda")
+    exact = a.double() @ b.double()
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("highest")
+        assert relative_error(matmul_persistent(a, b), exact) < 2e-6
+        torch.set_float32_matmul_precision("high")
+        assert 1e-5 < relative_error(matmul_persistent(a, b), exact) < 2e-3
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+@gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one GPU")
+def test_on_a_device_that_is_not_current():
+    torch.cuda.set_device(0)
+    a, b = torch.randn(5, 64, device="cuda:1"), torch.randn(64, 32, device="cuda:1")
+    assert relative_error(matmul_persistent(a, b), a.double() @ b.double()) < 2e-6
+    assert torch.cuda.current_device() == 0

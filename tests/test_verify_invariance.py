@@ -1,0 +1,101 @@
+"""`jitnorm verify-invariance`: it passes what keeps the promise, and catches what does not."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+
+from jitnorm.batch_invariant.verify import OPERATORS, Case, Operator, compare, verify
+from jitnorm.cli import main
+
+RUN = ["verify-invariance", "--device", "cpu", "--max-batch", "17"]
+
+
+def run(*arguments):
+    return CliRunner().invoke(main, [*RUN, *arguments])
+
+
+@pytest.mark.parametrize("op", OPERATORS)
+def test_every_operator_on_the_cpu(op):
+    """One dtype and shape each: it is the compiler that takes the time."""
+    shape = OPERATORS[op].shapes["cpu"][-1]
+    done = run("--op", op, "--dtype", "fp32", "--shape", "x".join(map(str, shape)), "--json")
+    (result,) = json.loads(done.stdout)
+    assert done.exit_code == 0, result
+    assert (result["op"], tuple(result["shape"]), result["difference"]) == (op, shape, "")
+    # 17 batches; four kinds of neighbours, three layouts and the compiler in batches of 1, 2, 5 and 17; three places
+    assert result["compared"] == 3 * (17 + 4 * (4 + 3 + 1))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("op", OPERATORS)
+def test_every_operator_on_the_gpu(op):
+    done = CliRunner().invoke(main, ["verify-invariance", "--device", "cuda", "--op", op, "--dtype", "bf16"])
+    assert done.exit_code == 0, done.output
+
+
+def test_catches_torch_on_the_cpu():
+    """Outside the mode, float32 products of few rows take another way in torch."""
+    done = run("--op", "mm", "--dtype", "fp32", "--shape", "256x512", "--outside")
+    assert done.exit_code == 1
+    assert "differs" in done.stdout
+    assert "mm, fp32, 256x512: the first row of" in done.stderr
+    assert "of 256 elements differ from the row's alone" in done.stderr
+    assert run("--op", "mm", "--dtype", "fp32", "--shape", "256x512").exit_code == 0
+
+
+@pytest.mark.gpu
+def test_catches_cublas():
+    """It splits k of these for few rows, on the H200 up to 31."""
+    arguments = ["verify-invariance", "--op", "mm_transposed", "--dtype", "bf16", "--shape", "4096x14336"]
+    assert CliRunner().invoke(main, [*arguments, "--outside"]).exit_code == 1
+    assert CliRunner().invoke(main, arguments).exit_code == 0
+
+
+def forwards(x):
+    """The sum of each row, from the first element to the last."""
+    return torch.from_numpy(np.add.accumulate(x.numpy(), axis=1)[:, -1:].copy())
+
+
+def chunks_by_batch(x):
+    parts = 2 if x.shape[0] < 5 else 1
+    return sum(forwards(part) for part in x.chunk(parts, dim=-1))
+
+
+def last_row_backwards(x):
+    return torch.cat((forwards(x[:-1]), forwards(x[-1:].flip(1)))) if x.shape[0] > 1 else forwards(x)
+
+
+def adds_its_neighbour(x):
+    return x + 0 * x.roll(1, 0)
+
+
+def reads_strides(x):
+    return forwards(x) if x.is_contiguous() else forwards(x.flip(1))
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (chunks_by_batch, "the first row of 5:"),
+        (last_row_backwards, "the middle row of 2:"),
+        (adds_its_neighbour, "the first row of 2 beside NaNs:"),
+        (reads_strides, "the first row of 2, rows apart:"),
+    ],
+)
+def test_catches(call, words, monkeypatch):
+    monkeypatch.setattr(compare.torch, "compile", lambda call, **_: call)  # these are caught before
+    operator = Operator(lambda shape, dtype, device: Case(torch.randn(1, *shape), call), "N", {"cpu": ((1000,),)})
+    result = verify("made up", operator, (1000,), torch.float32, "cpu", 17)
+    assert result.difference.startswith(words)
+
+
+@pytest.mark.parametrize("shape", ["4096", "4096x", "0x4", "axb"])
+def test_shapes_that_are_none(shape):
+    done = run("--op", "mm", "--shape", shape)
+    assert done.exit_code == 2
+    assert "--shape must be NxK here, such as 4096x4096" in done.stderr
