@@ -127,11 +127,11 @@ def _per_token_quant(x: torch.Tensor) -> torch.Tensor:
 def _qknorm(shape: Shape, dtype: torch.dtype, device: torch.device) -> Case:
     """A row is a token's three heads of q and one of k."""
     (head_dim,) = shape
-    weights = (torch.randn(2, head_dim, device=device).to(dtype)).unbind()
+    q_weight, k_weight = torch.randn(2, head_dim, device=device).to(dtype).unbind()
 
     def call(x: torch.Tensor) -> torch.Tensor:
         heads = x.clone(memory_format=torch.contiguous_format).view(-1, 4, head_dim)
-        jitnorm.fused_inplace_qknorm(heads[:, :3], heads[:, 3:], *weights)
+        jitnorm.fused_inplace_qknorm(heads[:, :3], heads[:, 3:], q_weight, k_weight)
         return heads.flatten(1)
 
     return Case(torch.randn(1, 4 * head_dim, device=device).to(dtype), call)
