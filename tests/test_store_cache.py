@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import torch
-from conftest import same_bits
+from conftest import compiled, same_bits
 
 import jitnorm
 from jitnorm import store_cache, store_cache_ops
@@ -309,11 +309,6 @@ def test_widths_and_dtypes_share_a_kernel(cache_dir):
         k, v, k_cache, v_cache = tokens_and_caches(3, (16,), (48,), dtype=dtype)
         store_cache(k, v, k_cache, v_cache, some_slots(3, 50))
     assert len(list(cache_dir.glob("kernels/*/*/*.so"))) == 1
-
-
-def compiled(function):
-    torch._dynamo.reset()
-    return torch.compile(function, fullgraph=True, backend="aot_eager", dynamic=True)
 
 
 def test_the_compiler_sees_what_is_written(device):
