@@ -83,6 +83,14 @@ def relative_error(out: torch.Tensor, reference: torch.Tensor) -> float:
     return float((out.double() - reference).norm() / reference.norm())
 
 
+def assert_refused(calls, name: str) -> None:
+    """Of `calls`, (name, exception, words that the message holds, a call), the one of that name is, in one line."""
+    _, kind, words, call = next(c for c in calls if c[0] == name)
+    with pytest.raises(kind, match=words) as caught:
+        call()
+    assert "\n" not in str(caught.value)
+
+
 def compiled(function, dynamic: bool = True):
     torch._dynamo.reset()
     return torch.compile(function, fullgraph=True, backend="aot_eager", dynamic=dynamic)
