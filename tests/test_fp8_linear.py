@@ -78,7 +78,8 @@ def test_inputs_of_any_strides_and_biases_of_another_dtype(device):
     bias = torch.randn(50, device=device)
     scale = torch.tensor(2.0**-7, device=device)  # whose reciprocal is exact, so that all ways quantise alike
     columns = torch.randn(IN, 7, device=device).bfloat16().t()
-    inputs = wide[..., :IN], wide.transpose(0, 1)[..., IN:], wide[0, :, ::2], columns
+    misaligned = wide.flatten()[1 : 1 + 7 * IN].view(7, IN)
+    inputs = wide[..., :IN], wide.transpose(0, 1)[..., IN:], wide[0, :, ::2], columns, misaligned
     for x, way in itertools.product(inputs, ("token", "kernel", "plain")):
         static, compiler = scale if way != "token" else None, "inductor" if way == "plain" else "eager"
         out = apply_fp8_linear(x, weight, weight_scale, static, bias, way != "token", compiler=compiler)

@@ -79,7 +79,7 @@ def apply_fp8_linear(
     elif use_per_token_if_dynamic or not compressed_tensor_quant:
         scale = x.new_empty((x.shape[0], 1), dtype=torch.float32)
         q = torch.empty(x.shape, dtype=_E4M3, device=x.device)
-        per_token_quant_fp8(x if is_rows(x) else x.contiguous(), q, scale)
+        per_token_quant_fp8(x if is_rows(x) else _copy(x), q, scale)
     else:
         scale = x.new_empty((), dtype=torch.float32)
         q = _per_tensor(x, scale, is_static=False)
@@ -94,8 +94,13 @@ def _in_plain_pytorch(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
 
 def _per_tensor(x: torch.Tensor, scale: torch.Tensor, is_static: bool = True) -> torch.Tensor:
     q = torch.empty(x.shape, dtype=_E4M3, device=x.device)
-    per_tensor_quant_fp8(x.contiguous(), q, scale, is_static)
+    per_tensor_quant_fp8(x if is_rows(x) and x.is_contiguous() else _copy(x), q, scale, is_static)
     return q
+
+
+def _copy(x: torch.Tensor) -> torch.Tensor:
+    """In strides and at an address that every kernel takes."""
+    return x.clone(memory_format=torch.contiguous_format)
 
 
 def _product(
