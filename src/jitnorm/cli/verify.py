@@ -20,7 +20,7 @@ _DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 _NAMES = ", ".join(OPERATORS)
 
 
-@click.command("verify-invariance", cls=Command)
+@click.command("verify-invariance", cls=Command, short_help="Compare rows alone and in batches, bit by bit.")
 @click.option("--op", type=click.Choice(list(OPERATORS)), multiple=True, metavar="NAME", help=f"{_NAMES}. Repeatable.")
 @click.option("--shape", multiple=True, help="4096x14336: N and K of a product; 4096: the length of a row. Repeatable.")
 @click.option("--dtype", type=click.Choice(list(_DTYPES)), multiple=True, help="Repeatable; by default all.")

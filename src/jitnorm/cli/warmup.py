@@ -17,7 +17,11 @@ from jitnorm.warmup.run import Result, build_all, default_jobs, prepare, survey
 _DTYPE = click.Choice(list(DTYPE_NAMES.values()))
 
 
-@click.command(cls=Command, context_settings={"help_option_names": ["-h", "--help"]})
+@click.command(
+    cls=Command,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    short_help="Build kernels ahead of their first call.",
+)
 @click.option(
     "--op",
     type=click.Choice(list(OPS)),
