@@ -10,8 +10,8 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from jitnorm.benchmark.report import Report
-from jitnorm.benchmark.standing import standing
+from jitnorm.benchmark.report import COPY, Report
+from jitnorm.benchmark.standing import span, standing
 
 README = Path(__file__).parents[1] / "README.md"
 RESULTS = Path(__file__).parent / "results"
@@ -21,24 +21,26 @@ GPU_SHAPES = [
     *((64, 1048576), (128, 64), (128, 4096), (1024, 64), (1024, 131072), (4096, 1), (4096, 64), (4096, 1024)),
     *((4096, 32768), (7168, 16384), (8192, 1), (8192, 16384)),
 ]
-GPU_COLUMNS = {
-    "copy": "copy",
-    "jitnorm": "jitnorm",
+PEERS = {
     "sglang": "SGLang JIT",
+    "flashinfer": "FlashInfer",
     "fi_cuda": "FlashInfer CUDA",
     "fi_cute": "FlashInfer CuTe",
     "quack": "quack",
     "liger": "Liger",
     "compile": "torch.compile",
+    "torch": "torch",
 }
+GPU_COLUMNS = {COPY: COPY, "jitnorm": "jitnorm"} | PEERS
+OPERATORS = ("rmsnorm", "fused_add_rmsnorm", "qknorm", "activation", "store_cache", "quant_fp8")
 CPU_SHAPES = [(64, 1), (4096, 1), (4096, 64), (4096, 4096)]
 CPU_COLUMNS = {"torch": "F.rms_norm", "jitnorm": "jitnorm, out given", "allocated": "jitnorm"}
 PLOTTED_SIZE = 4096
 
 
-def rmsnorm_h200(report: Report) -> list[str]:
-    """Microseconds of a call; and how the package stands over all shapes that were measured."""
-    report = _only(report, op="rmsnorm")
+def rmsnorm_h200() -> list[str]:
+    """Microseconds of a call."""
+    report = _only(_read("rmsnorm_h200"), op="rmsnorm")
     rows = {(row.point["hidden_size"], row.point["num_tokens"]): row.results() for row in report.rows}
     columns = {line: title for line, title in GPU_COLUMNS.items() if any(line in cells for cells in rows.values())}
     lines = _header(["hidden", "tokens", *columns.values()])
@@ -47,22 +49,39 @@ def rmsnorm_h200(report: Report) -> list[str]:
         best = min(time for line, time in us.items() if line != "copy")
         cells = [_us(us[line], us[line] == best) if line in us else "-" for line in columns]
         lines.append(_row([*map(str, shape), *cells]))
-    place = standing(report)
-    to_best = [ratio for ratio, _ in place.to_best]
-    to_copy = [ratio for ratio, _ in place.to_copy]
-    won, machine = sum(ratio < 1 for ratio in to_best), report.machine
-    return [
-        *lines,
-        "",
-        f"Over all {len(to_best)} shapes of that run jitnorm is the fastest on {won}, and takes at most "
-        f"{max(to_best):.3f} times as long as the best of the others. Above 100 MB of traffic it takes "
-        f"{min(to_copy):.3f} to {max(to_copy):.3f} times as long as the copy. "
-        f"({machine['gpu']}, CUDA {machine['cuda']}, torch {machine['torch']}.)",
+    machine = report.machine
+    return [*lines, "", f"({machine['gpu']}, CUDA {machine['cuda']}, torch {machine['torch']}.)"]
+
+
+def operators_h200() -> list[str]:
+    """How the package stands over all shapes that were measured."""
+    lines = [
+        _row(["benchmark", "shapes", "fastest on", "time / best peer's", "time / copy's, above 100 MB", "peers"]),
+        _row(["---", *["---:"] * 4, "---"]),
     ]
+    for name in OPERATORS:
+        report = _read(f"{name}_h200")
+        for op in dict.fromkeys(row.point.get("op", name) for row in report.rows):
+            part = _only(report, op=op) if "op" in report.axes else report
+            place = standing(part)
+            won = sum(ratio < 1 for ratio, _ in place.to_best)
+            present = {line for row in part.rows for line in row.results()} - {COPY, place.subject}
+            peers = ", ".join(title for line, title in PEERS.items() if line in present)
+            cells = (
+                op,
+                len(place.to_best),
+                won,
+                span(place.to_best),
+                span(place.to_copy) if place.to_copy else "-",
+                peers,
+            )
+            lines.append(_row([*map(str, cells)]))
+    return lines
 
 
-def rmsnorm_cpu(report: Report) -> list[str]:
+def rmsnorm_cpu() -> list[str]:
     """Microseconds of a call, with and without an output of the caller's."""
+    report = _read("rmsnorm_cpu")
     axes = ("hidden_size", "num_tokens", "dtype")
     rows = {tuple(row.point[axis] for axis in axes): row.results() for row in report.rows}
     lines = _header(["hidden", "tokens", "dtype", *CPU_COLUMNS.values()])
@@ -79,9 +98,9 @@ def rmsnorm_cpu(report: Report) -> list[str]:
     ]
 
 
-def build(report: Report) -> list[str]:
+def build() -> list[str]:
     """First calls beside the compiler's own time for an empty kernel."""
-    seconds = {line: result.seconds for line, result in report.rows[0].results().items()}
+    seconds = {line: result.seconds for line, result in _read("build").rows[0].results().items()}
     empty = seconds["nvcc -c"]
     return [
         "| first call of a new size | of `nvcc -c` of an empty kernel |",
@@ -95,25 +114,27 @@ def build(report: Report) -> list[str]:
     ]
 
 
-TABLES: dict[str, Callable[[Report], list[str]]] = {f.__name__: f for f in (rmsnorm_h200, rmsnorm_cpu, build)}
+TABLES: dict[str, Callable[[], list[str]]] = {f.__name__: f for f in (rmsnorm_h200, operators_h200, rmsnorm_cpu, build)}
 
 
 def with_tables(readme: str) -> str:
     """`readme` with every table as the results have it."""
     for name, table in TABLES.items():
-        lines = table(Report.read(RESULTS / f"{name}.json"))
-        place = re.search(rf"(?<=<!-- table:{name} -->\n).*?(?=\n<!-- /table -->)", readme, re.DOTALL)
+        place = re.search(rf"(?<=<!-- table:{name} -->\n).*?(?=<!-- /table -->)", readme, re.DOTALL)
         if not place:
             raise ValueError(f"the README has no place for the table {name}")
-        readme = readme[: place.start()] + "\n".join(lines) + readme[place.end() :]
+        readme = readme[: place.start()] + "".join(f"{line}\n" for line in table()) + readme[place.end() :]
     return readme
 
 
 def write_plot() -> None:
     from jitnorm.benchmark.plot import plot
 
-    report = Report.read(RESULTS / "rmsnorm_h200.json")
-    plot(_only(report, op="rmsnorm", hidden_size=PLOTTED_SIZE), RESULTS / "rmsnorm_h200.png")
+    plot(_only(_read("rmsnorm_h200"), op="rmsnorm", hidden_size=PLOTTED_SIZE), RESULTS / "rmsnorm_h200.png")
+
+
+def _read(name: str) -> Report:
+    return Report.read(RESULTS / f"{name}.json")
 
 
 def _only(report: Report, **point: object) -> Report:

@@ -72,6 +72,8 @@ def main() -> None:
     parser.add_argument("--dtype", choices=_DTYPES, default="bf16")
     parser.add_argument("--tokens", type=int, nargs="+", default=[1, 64, 256, 1024, 4096])
     options = parser.parse_args()
+    if not torch.cuda.is_available():
+        parser.error("torch sees no GPU here")
     dtype = _DTYPES[options.dtype]
     for hidden_size in options.hidden_size:
         with settings.using(dtype=dtype, seconds=0.0):  # five rounds, and no more

@@ -98,4 +98,10 @@ def test_catches(call, words, monkeypatch):
 def test_shapes_that_are_none(shape):
     done = run("--op", "mm", "--shape", shape)
     assert done.exit_code == 2
-    assert "--shape must be NxK here, such as 4096x4096" in done.stderr
+    assert f"--shape must be NxK for mm, such as 4096x4096, got {shape!r}" in done.stderr
+
+
+def test_a_gpu_that_is_not_there(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    done = CliRunner().invoke(main, ["verify-invariance", "--device", "cuda"])
+    assert done.exit_code == 2 and "torch sees no GPU here" in done.stderr

@@ -16,6 +16,7 @@ FILES = sorted(file.stem for file in FOLDER.glob("bench_*.py"))
 # What runs anywhere, and small. torch.compile takes too long for a test.
 RUNS = {
     "bench_activation": ["jitnorm", "torch"],
+    "bench_batch_invariant": ["mode", "torch"],
     "bench_fused_add_rmsnorm": ["jitnorm", "torch", "liger"],
     "bench_host_overhead": ["jitnorm", "torch", "define+impl", "custom_op", "empty_like"],
     "bench_qknorm": ["jitnorm", "torch"],
@@ -33,7 +34,7 @@ def bench(request, monkeypatch):
 
 
 def test_every_file_is_here():
-    assert {*RUNS, "bench_build"} == {*FILES}
+    assert {*RUNS, "bench_build", "bench_batch_invariant_layer"} == {*FILES}
 
 
 @pytest.mark.parametrize("bench", FILES, indirect=True)

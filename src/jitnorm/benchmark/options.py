@@ -15,7 +15,19 @@ if TYPE_CHECKING:
     from jitnorm.benchmark.marker import Benchmark
 
 _DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
-_FILE = click.Path(dir_okay=False, writable=True, path_type=Path)
+
+
+class _Output(click.Path):
+    """A file to write at the end of a run, which nobody wants to lose: its folder is looked for at the beginning."""
+
+    def __init__(self) -> None:
+        super().__init__(dir_okay=False, writable=True, path_type=Path)
+
+    def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> Path:
+        path = Path(super().convert(value, param, ctx))
+        if not path.parent.is_dir():
+            self.fail(f"there is no folder {str(path.parent)!r}", param, ctx)
+        return path
 
 
 def command(benchmark: Benchmark, copy: bool) -> click.Command:
@@ -32,9 +44,9 @@ def command(benchmark: Benchmark, copy: bool) -> click.Command:
     @click.option("--dtype", type=click.Choice(list(_DTYPES)), default="bf16", show_default=True)
     @click.option("--warm", is_flag=True, help="Let the arguments stay in the cache.")
     @click.option("--seconds", type=float, help="At most, for each implementation in a row, for quiet figures. [1]")
-    @click.option("--json", "json_file", type=_FILE, help="Machine, versions and every sample.")
-    @click.option("--csv", "csv_file", type=_FILE)
-    @click.option("--plot", "plot_file", type=_FILE, help="Bandwidth over size, with the copy as the ceiling.")
+    @click.option("--json", "json_file", type=_Output(), help="Machine, versions and every sample.")
+    @click.option("--csv", "csv_file", type=_Output())
+    @click.option("--plot", "plot_file", type=_Output(), help="Bandwidth over size, with the copy as the ceiling.")
     def run(
         filters: tuple[str, ...],
         full: bool | None,
@@ -52,8 +64,12 @@ def command(benchmark: Benchmark, copy: bool) -> click.Command:
         try:
             if only_list:
                 for point in benchmark.points(full, filters):
-                    click.echo(" ".join(f"{axis}={value}" for axis, value in point.items()))
+                    click.echo(" ".join(f"{axis}={value}" for axis, value in point.items()) or "the only row")
                 return
+            if plot_file:
+                from jitnorm.benchmark.plot import plot, require_matplotlib
+
+                require_matplotlib()
             report = benchmark.run(
                 full=full,
                 filters=filters,
@@ -69,8 +85,6 @@ def command(benchmark: Benchmark, copy: bool) -> click.Command:
             if csv_file:
                 csv_file.write_text(as_csv(report))
             if plot_file:
-                from jitnorm.benchmark.plot import plot
-
                 plot(report, plot_file)
         except (ValueError, TypeError, RuntimeError, OSError) as error:
             raise click.ClickException(str(error)) from error

@@ -19,11 +19,7 @@ def plot(report: Report, path: Path) -> None:
                 points.setdefault(line, {}).setdefault(result.memory_footprint, []).append(result.bandwidth / 1e9)
     if not points:
         raise RuntimeError(f"{report.name} has no bandwidth to plot: no result says how many bytes a call moves")
-    try:
-        from matplotlib.figure import Figure  # without pyplot, which looks for a display
-    except ImportError as error:
-        raise RuntimeError("a plot needs matplotlib: pip install 'jitnorm[bench]'") from error
-    figure = Figure(figsize=(9, 5.5), layout="constrained")
+    figure = require_matplotlib()(figsize=(9, 5.5), layout="constrained")
     axes = figure.add_subplot()
     for line in report.lines:
         if line not in points:
@@ -38,6 +34,15 @@ def plot(report: Report, path: Path) -> None:
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(path, dpi=120)
+
+
+def require_matplotlib() -> Any:
+    """Its Figure. RuntimeError where it is not installed."""
+    try:
+        from matplotlib.figure import Figure  # without pyplot, which looks for a display
+    except ImportError as error:
+        raise RuntimeError("a plot needs matplotlib: pip install 'jitnorm[bench]'") from error
+    return Figure
 
 
 def _title(report: Report) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from jitnorm.benchmark.report import COPY, Report, Row
@@ -28,9 +28,14 @@ class Standing:
                 f"at worst it takes {worst:.3f} of the best's time, at {row}"
             )
         if self.to_copy:
-            ratios = [ratio for ratio, _ in self.to_copy]
-            lines.append(f"above 100 MB of traffic it takes {min(ratios):.3f} to {max(ratios):.3f} of the copy's time")
+            lines.append(f"above 100 MB of traffic it takes {span(self.to_copy)} of the copy's time")
         return "\n".join(lines)
+
+
+def span(ratios: Iterable[tuple[float, Row]]) -> str:
+    """ "0.991 to 1.002", or the one that there is."""
+    ordered = sorted(ratio for ratio, _ in ratios)
+    return " to ".join(dict.fromkeys(f"{ratio:.3f}" for ratio in (ordered[0], ordered[-1])))
 
 
 def standing(report: Report) -> Standing | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter
 from pathlib import Path
 
@@ -18,7 +19,7 @@ def bench() -> None:
     """Compare runs of a benchmark, and measure a server."""
 
 
-@bench.command()
+@bench.command(short_help="Compare two runs of a benchmark.")
 @click.argument("a", type=_JSON, metavar="A.json")
 @click.argument("b", type=_JSON, metavar="B.json")
 @click.option("--threshold", type=float, default=2.0, show_default=True, help="In per cent: less is the same.")
@@ -30,6 +31,7 @@ def compare(a: Path, b: Path, threshold: float) -> None:
     from jitnorm.benchmark.compare import Verdict, rows_of, unlike
     from jitnorm.benchmark.compare import compare as compared
     from jitnorm.benchmark.report import Report
+    from jitnorm.benchmark.result import BenchResult
 
     before, after = Report.read(a), Report.read(b)
     if before.name != after.name:
@@ -43,11 +45,13 @@ def compare(a: Path, b: Path, threshold: float) -> None:
     output.table(header, rows_of(found, before.unit), right=[2, 3, 4])
     counts = Counter(comparison.verdict for comparison in found)
     click.echo("\n" + ", ".join(f"{counts[v]} {v.value}" for v in Verdict if counts[v]))
+    if gone := sum(isinstance(cell, BenchResult) for _, _, cell in before.cells()) - len(found):
+        click.echo(f"{gone} more in {a} have no counterpart in {b}")
     if counts[Verdict.SLOWER] or counts[Verdict.FAILED]:
         raise click.exceptions.Exit(1)
 
 
-@bench.command()
+@bench.command(short_help="Send one batch to a server, and time it.")
 @click.option("--url", required=True, help="Of the server, such as http://localhost:30000.")
 @click.option("--api", type=click.Choice(["openai", "sglang"]), default="openai", show_default=True)
 @click.option("--model", default="default", show_default=True, help="The name that the OpenAI protocol asks for.")
@@ -65,7 +69,11 @@ def server(
     """
     from jitnorm.benchmark.server import run_batch
 
-    result = run_batch(url, api, model, batch_size, input_len, output_len, timeout)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", RuntimeWarning)
+        result = run_batch(url, api, model, batch_size, input_len, output_len, timeout)
+    for warning in caught:
+        click.echo(f"warning: {warning.message}", err=True)
     if form == "json":
         output.as_json(result.as_dict())
     else:

@@ -38,7 +38,7 @@ print(1000 * (time.perf_counter() - started))
 """
 
 
-@click.command(cls=Command)
+@click.command(cls=Command, short_help="Build two kernels, check them and time them.")
 def demo() -> None:
     """Build two kernels, compare them with PyTorch, find them again in a new process, and time them.
 

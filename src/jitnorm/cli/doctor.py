@@ -12,7 +12,7 @@ from jitnorm.cli.base import Command, json_option
 from jitnorm.cli.diagnosis import diagnose
 
 
-@click.command(cls=Command)
+@click.command(cls=Command, short_help="Say what this machine can build.")
 @json_option
 def doctor(form: str) -> None:
     """Say what this machine can build, with what, and what is missing. Creates no file.

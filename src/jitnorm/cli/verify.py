@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 from dataclasses import asdict
 
 import click
 import torch
+from tqdm import tqdm
 
 from jitnorm.batch_invariant import set_batch_invariant_mode
 from jitnorm.batch_invariant.verify import OPERATORS, Result, verify
@@ -15,10 +17,11 @@ from jitnorm.cli import output
 from jitnorm.cli.base import Command
 
 _DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
+_NAMES = ", ".join(OPERATORS)
 
 
-@click.command("verify-invariance", cls=Command, context_settings={"help_option_names": ["-h", "--help"]})
-@click.option("--op", type=click.Choice(list(OPERATORS)), multiple=True, help="Repeatable; by default all.")
+@click.command("verify-invariance", cls=Command, short_help="Compare rows alone and in batches, bit by bit.")
+@click.option("--op", type=click.Choice(list(OPERATORS)), multiple=True, metavar="NAME", help=f"{_NAMES}. Repeatable.")
 @click.option("--shape", multiple=True, help="4096x14336: N and K of a product; 4096: the length of a row. Repeatable.")
 @click.option("--dtype", type=click.Choice(list(_DTYPES)), multiple=True, help="Repeatable; by default all.")
 @click.option("--device", type=click.Choice(["cuda", "cpu"]), help="By default CUDA where torch sees a GPU.")
@@ -38,28 +41,44 @@ def verify_invariance(
 
     At the first, the middle and the last place of batches of 1 to --max-batch rows; beside zeros, large values and
     NaNs; in other strides; eager, compiled and, on CUDA, captured in a graph. Stops at the first bit that differs, and
-    exits 1.
+    exits 1. All operators take some minutes.
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise click.UsageError("torch sees no GPU here")
+    dtypes = [_DTYPES[text] for text in dtype]
+    plan = [
+        (name, size, d)
+        for name in op or OPERATORS
+        for size in [_shape(text, name) for text in shape] or OPERATORS[name].shapes[device]
+        for d in dtypes or OPERATORS[name].dtypes
+    ]
     results: list[Result] = []
-    with contextlib.nullcontext() if outside else set_batch_invariant_mode():
-        for name in op or OPERATORS:
-            operator = OPERATORS[name]
-            shapes = [_shape(text, operator.sizes) for text in shape] or operator.shapes[device]
-            for size in shapes:
-                for d in [_DTYPES[text] for text in dtype] or operator.dtypes:
-                    results.append(verify(name, operator, size, d, device, max_batch))
-                    if results[-1].difference:
-                        _report(results, as_json)
-                        raise click.exceptions.Exit(1)
+    with contextlib.nullcontext() if outside else set_batch_invariant_mode(), warnings.catch_warnings():
+        # The mode keeps Inductor's caches off, which dynamo remarks on at each compilation.
+        warnings.filterwarnings("ignore", "dynamo_pgo force disabled")
+        with tqdm(plan, disable=None, leave=False) as bar:
+            for name, size, d in bar:
+                bar.set_postfix_str(f"{name} {_text(size)} {DTYPE_NAMES[d]}")
+                results.append(verify(name, OPERATORS[name], size, d, device, max_batch))
+                if results[-1].difference:
+                    break
     _report(results, as_json)
+    if results[-1].difference:
+        raise click.exceptions.Exit(1)
 
 
-def _shape(text: str, sizes: str) -> tuple[int, ...]:
+def _shape(text: str, op: str) -> tuple[int, ...]:
+    sizes = OPERATORS[op].sizes
     numbers = text.split("x")
     if len(numbers) != len(sizes.split("x")) or not all(n.isdecimal() and int(n) for n in numbers):
-        raise click.UsageError(f"--shape must be {sizes} here, such as {'x'.join(['4096'] * len(sizes.split('x')))}")
+        example = _text((4096,) * len(sizes.split("x")))
+        raise click.UsageError(f"--shape must be {sizes} for {op}, such as {example}, got {text!r}")
     return tuple(int(n) for n in numbers)
+
+
+def _text(shape: tuple[int, ...]) -> str:
+    return "x".join(map(str, shape))
 
 
 def _report(results: list[Result], as_json: bool) -> None:
@@ -69,18 +88,11 @@ def _report(results: list[Result], as_json: bool) -> None:
     output.table(
         ("OP", "SHAPE", "DTYPE", "DEVICE", "COMPARED", "RESULT"),
         [
-            (
-                r.op,
-                "x".join(map(str, r.shape)),
-                r.dtype,
-                r.device,
-                str(r.compared),
-                "differs" if r.difference else "same",
-            )
+            (r.op, _text(r.shape), r.dtype, r.device, str(r.compared), "differs" if r.difference else "same")
             for r in results
         ],
         right=(4,),
     )
     for r in results:
         if r.difference:
-            click.echo(f"{r.op}, {r.dtype}, {'x'.join(map(str, r.shape))}: {r.difference}", err=True)
+            click.echo(f"{r.op}, {r.dtype}, {_text(r.shape)}: {r.difference}", err=True)

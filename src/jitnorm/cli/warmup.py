@@ -17,16 +17,24 @@ from jitnorm.warmup.run import Result, build_all, default_jobs, prepare, survey
 _DTYPE = click.Choice(list(DTYPE_NAMES.values()))
 
 
-@click.command(cls=Command, context_settings={"help_option_names": ["-h", "--help"]})
+@click.command(
+    cls=Command,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    short_help="Build kernels ahead of their first call.",
+)
 @click.option(
-    "--op", type=click.Choice(list(OPS)), multiple=True, default=["rmsnorm"], show_default=True, help="Repeatable."
+    "--op",
+    type=click.Choice(list(OPS)),
+    multiple=True,
+    metavar="NAME",
+    help=f"By default all that the model of --config calls, or rmsnorm. One of {', '.join(OPS)}. Repeatable.",
 )
 @click.option(
     "--hidden-size",
     type=int,
     multiple=True,
-    help="The size of the normalised dimension, which may be head_dim; needless for activations and store_cache. "
-    "Repeatable.",
+    help="The size of the normalised dimension, which may be head_dim. Activations, store_cache and quantisation "
+    "alone do without. Repeatable.",
 )
 @click.option(
     "--dtype", type=_DTYPE, multiple=True, help="The input's; by default the config's own, or bf16. Repeatable."
@@ -59,12 +67,13 @@ def warmup(
     built. Either way the exit status is 1 unless all that was asked for is in the cache (see --skip-unsupported).
 
     \b
+    jitnorm warmup --config Qwen3-32B/config.json
     jitnorm warmup --hidden-size 4096 --dtype bf16 --arch 9.0a
-    jitnorm warmup --config Qwen3-32B/config.json --op rmsnorm --op fused_inplace_qknorm
+    jitnorm warmup --op silu_and_mul --op store_cache --dtype bf16
     """
     if not sources_are_clear(op, hidden_size, config):
         raise click.UsageError("give either --hidden-size or --config")
-    plan = make_plan(op, hidden_size, dtype, weight_dtype, device, arch, config, skip_unsupported)
+    plan = make_plan(op or None, hidden_size, dtype, weight_dtype, device, arch, config, skip_unsupported)
     for why in plan.refused:
         click.echo(f"refused  {why}", err=True)
     cached, missing = survey(plan.specs)

@@ -16,8 +16,8 @@ and why.
 
 - "auto": the rule above, and the default.
 - "auto-fast": this package's kernels wherever they can serve, else as "auto". On an H200 with bfloat16 they were faster
-  than both of FlashInfer's implementations in all 25 rows of benchmarks/results/rmsnorm_h200.json, and of the same for
-  gemma_rmsnorm, by 1% or less in the closest; in 5 of 6 rows of each residual form, which were 1.7% slower in one.
+  than both of FlashInfer's implementations in all 25 rows of benchmarks/results/rmsnorm_h200.json, by 1% in the
+  closest, and in 5 of 6 of fused_add_rmsnorm_h200.json, where one took 0.7% longer.
 - "jit", "flashinfer", "torch": that one, and RuntimeError where it cannot serve.
 
 A compiled graph keeps the backend it was traced with, which is never FlashInfer.

@@ -1,7 +1,7 @@
 """Building kernels ahead of time, for any device, with or without a GPU.
 
     jitnorm.warmup(op="rmsnorm", hidden_size=4096, dtype="bf16", device="cuda", arch="9.0a")
-    jitnorm.warmup(config="Qwen3-32B/config.json")
+    jitnorm.warmup(config="Qwen3-32B/config.json")  # all that the model calls
 
 `jitnorm warmup` and `python -m jitnorm.warmup` are the same for a shell.
 """
@@ -11,7 +11,7 @@ from __future__ import annotations
 import itertools
 import operator
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from typing import Any, TypeAlias, TypeVar
 
@@ -65,7 +65,7 @@ class Plan:
 
 
 def warmup(
-    op: OneOrMore[str] = "rmsnorm",
+    op: OneOrMore[str] | None = None,
     hidden_size: OneOrMore[int] | None = None,
     dtype: OneOrMore[DType] | None = None,
     weight_dtype: OneOrMore[DType] | None = None,
@@ -82,7 +82,8 @@ def warmup(
     JITNORM_DISABLE_JIT does not matter here: it forbids builds that nobody asked for.
 
     Args:
-        op: the operator's name.
+        op: the operator's name. None for all that the config's model calls in a forward pass, its norms with and
+            without a residual, its activation and its cache among them; without a config for "rmsnorm".
         hidden_size: the size of the normalised dimension; for fused_inplace_qknorm that is head_dim, for activations d,
             and for store_cache the elements in a row. The last two do without one, and are built for sizes of whole 16
             bytes then, as nearly all are; so does quantisation alone, of which one kernel serves all sizes.
@@ -114,7 +115,7 @@ def warmup(
 
 
 def make_plan(
-    op: OneOrMore[str] = "rmsnorm",
+    op: OneOrMore[str] | None = None,
     hidden_size: OneOrMore[int] | None = None,
     dtype: OneOrMore[DType] | None = None,
     weight_dtype: OneOrMore[DType] | None = None,
@@ -124,8 +125,8 @@ def make_plan(
     skip_unsupported: bool = False,
 ) -> Plan:
     """From `warmup`'s words to kernels. Nothing is built, created or started."""
-    sizes = _several(hidden_size)
-    if not sources_are_clear(_several(op), sizes, config):
+    sizes, ops = _several(hidden_size), _several(op)
+    if not sources_are_clear(ops, sizes, config):
         raise ValueError("warm-up needs either hidden_size or config")
     model = None if config is None else read_config(config)
     sizes = sizes or [None]
@@ -133,7 +134,7 @@ def make_plan(
     refused: dict[str, None] = {}
     targets = [resolve_target(device, a) for a in _several(arch) or [None]]
     inputs, weights = _several(dtype) or [(model and model.dtype) or "bf16"], _several(weight_dtype) or [None]
-    for name in _several(op):
+    for name in ops or (_ops_of(model) if model else ["rmsnorm"]):
         if name not in OPS:
             raise ValueError(f"op must be one of {', '.join(OPS)}, got {name!r}")
         if model:
@@ -151,19 +152,29 @@ def make_plan(
     return Plan(list(specs), list(refused))
 
 
-def sources_are_clear(ops: Iterable[str], sizes: Iterable[int], config: object) -> bool:
+def sources_are_clear(ops: Collection[str], sizes: Collection[int], config: object) -> bool:
     """Whether either sizes or a config are given; neither, where no operator needs any."""
     if config is None:
-        return bool(sizes) or all(name in _OF_ANY_SIZE for name in ops)
+        return bool(sizes) or (bool(ops) and all(name in _OF_ANY_SIZE for name in ops))
     return not sizes
 
 
-def _sizes_of(model: Model, op: str) -> tuple[list[int], str]:
+def _ops_of(model: Model) -> list[str]:
+    """What a forward pass of the model calls, as far as it is in OPS."""
+    norms = ["gemma_rmsnorm", "gemma_fused_add_rmsnorm"] if model.adds_one else ["rmsnorm", "fused_add_rmsnorm"]
+    heads = [QKNORM.op] if model.head_dims and not model.adds_one else []
+    acts = [_HIDDEN_ACTS[model.hidden_act]] if model.hidden_act in _HIDDEN_ACTS and model.intermediate_sizes else []
+    return [*norms, *heads, *acts, STORE_CACHE.op]
+
+
+def _sizes_of(model: Model, op: str) -> tuple[list[int] | list[None], str]:
     """Those that `op` has in a model, and what it is that a model without any lacks."""
     if op == QKNORM.op:
         return model.head_dims, "norms of single heads"
     if op == STORE_CACHE.op:
-        return model.kv_sizes, "key and value heads"
+        return model.kv_sizes or [None], ""  # rows of whole 16 bytes, where the config does not tell
+    if "fused_add" in op:
+        return model.hidden_sizes[:1], ""  # the residual's; q, k and latents have none
     if acts := [act for act, name in _HIDDEN_ACTS.items() if name == op]:
         return model.intermediate_sizes if model.hidden_act in acts else [], f"hidden_act {' or '.join(acts)}"
     return model.hidden_sizes, "norms"

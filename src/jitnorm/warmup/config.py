@@ -27,6 +27,8 @@ _PER_HEAD: dict[str, int | None] = {
 }
 # Models that normalise them whole, over all heads at once.
 _PER_PROJECTION = {"flexolmo", "minimaxm2", "olmo2", "olmo3", "olmoe"}
+# Models whose norms multiply by 1 + weight.
+_ADDS_ONE = {"gemma", "gemma2", "gemma3", "qwen3next", "recurrentgemma", "vaultgemma"}
 # The ranks that latent attention (DeepSeek and its kin) compresses to, and normalises.
 _LATENTS = ("q_lora_rank", "kv_lora_rank")
 # The widths of feed-forward layers.
@@ -44,6 +46,7 @@ class Model:
     head_dims: list[int]  # those among them that are normalised head by head, in queries and keys
     intermediate_sizes: list[int]  # of its feed-forward layers, dense and of experts
     hidden_act: str | None  # their activation
+    adds_one: bool  # norms multiply by 1 + weight
     kv_sizes: list[int]  # elements in a token's row of the caches
     dtype: str | None
 
@@ -71,10 +74,16 @@ def read_config(path: str | os.PathLike[str]) -> Model:
         hidden_sizes=list(dict.fromkeys(sizes)),
         head_dims=per_head,
         intermediate_sizes=[config[k] for k in _INTERMEDIATE if isinstance(config.get(k), int)],
-        hidden_act=config.get("hidden_activation") or config.get("hidden_act"),
+        hidden_act=config.get("hidden_activation") or config.get("hidden_act") or _default_act(config),
+        adds_one=_family(config) in _ADDS_ONE,
         kv_sizes=_kv_sizes(config),
         dtype=config.get("dtype") or config.get("torch_dtype"),
     )
+
+
+def _default_act(config: dict[str, Any]) -> str | None:
+    """Gemma's configs may leave it out."""
+    return "gelu_pytorch_tanh" if _family(config).startswith("gemma") else None
 
 
 def _kv_sizes(config: dict[str, Any]) -> list[int]:

@@ -33,8 +33,10 @@ def get_cache_tokens_from_metrics(url: str) -> tuple[float, float] | None:
 
 
 def _totals(text: str) -> tuple[float, float]:
-    from prometheus_client.parser import text_string_to_metric_families
-
+    try:
+        from prometheus_client.parser import text_string_to_metric_families
+    except ImportError as error:
+        raise RuntimeError("they are read by prometheus_client: pip install 'jitnorm[bench]'") from error
     totals: dict[str, float] = {}
     for family in text_string_to_metric_families(text):
         for sample in family.samples:
