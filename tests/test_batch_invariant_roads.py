@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -86,36 +87,50 @@ def test_proofs_are_kept(cache_dir, monkeypatch, few_batches):
         runs.append(a.shape[0])
         (row_by_row if good else splits_k_for_few_rows)(a, b, bias, out)
 
+    def holds(name):
+        runs.clear()
+        return proof.holds(name, "a library", Path(__file__), road, problem(n=8))
+
     for good in (True, False):
-        runs.clear()
-        name, subject = f"road {good}", problem(n=8)
-        assert proof.holds(name, road, subject) is good
+        assert holds(f"road {good}") is good
         assert runs
-        runs.clear()
-        assert proof.holds(name, road, subject) is good  # from disk
+        assert holds(f"road {good}") is good  # from disk
         assert not runs
     kept = {p.road: p for p in proof.known_proofs()}
     assert kept["road True"].holds and not kept["road True"].first
     assert "in a batch of 17" in kept["road False"].first
-    monkeypatch.setattr(proof, "driver_version", lambda: "another")
     good = True
-    assert proof.holds("road True", road, problem(n=8))
-    assert runs  # another driver is another question
+    for name in ("driver_version", "_hash_of"):  # another driver, or other code, is another question
+        monkeypatch.setattr(proof, name, lambda *_: "another")
+        assert holds("road True")
+        assert runs
+
+
+def test_no_memory_is_no_proof(cache_dir, monkeypatch, few_batches, capsys):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
+
+    def road(a, b, bias, out):
+        raise torch.cuda.OutOfMemoryError
+
+    assert not proof.holds("road", "a library", Path(__file__), road, problem(n=8))
+    assert "no memory to find out whether road keeps the promise" in capsys.readouterr().err
+    assert proof.holds("road", "a library", Path(__file__), row_by_row, problem(n=8))
 
 
 def test_a_proof_that_was_changed_is_none(cache_dir, monkeypatch, few_batches):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
-    assert not proof.holds("road", splits_k_for_few_rows, problem(n=8))
+    question = "road", "a library", Path(__file__), splits_k_for_few_rows, problem(n=8)
+    assert not proof.holds(*question)
     (file,) = (cache_dir / "proofs").glob("*.json")
     file.write_text(json.dumps(json.loads(file.read_text()) | {"problem": "another"}))
     assert not list(proof.known_proofs())
-    assert not proof.holds("road", splits_k_for_few_rows, problem(n=8))
+    assert not proof.holds(*question)
 
 
 def test_the_operator_refuses_what_is_not_its_own():
     module = load(cublaslt.SPEC)
     a = torch.ones(2, 16)
-    assert module.cublaslt_matmul(a, a.t(), None, torch.ones(2, 2), True, False) == 1  # not on CUDA
+    assert module.cublaslt_matmul(a, a.t(), None, torch.ones(2, 2), True, False, None) == 1  # not on CUDA
     assert module.cublaslt_matmul(1, 2) == 1
     assert module.cublaslt_open(ctypes.CDLL(None)._handle) == 0  # no such functions
 
@@ -139,6 +154,7 @@ def triton_with(fixed, problem):
 # Each road for itself, whatever the proof says.
 ROADS = {
     "cublaslt": cublaslt.road,
+    "cublaslt, 1 KiB": functools.partial(cublaslt.road, workspace=1024),
     "triton": functools.partial(triton_with, False),
     "triton, one tile": functools.partial(triton_with, True),
 }
@@ -154,7 +170,7 @@ def test_every_road_on_the_gpu(road, dtype, transposed, bias, n, k):
     """Right, that is: whether it keeps the promise is for the proof to say, but the last resort must."""
     device = torch.device("cuda", 0)
     subject = Problem(device, n, k, dtype, dtype, transposed, k if transposed else n, bias, False)
-    if road == "cublaslt" and not cublaslt.library_version():
+    if road.startswith("cublaslt") and not cublaslt.library_version():
         pytest.skip("no cuBLASLt")
     run = ROADS[road](subject)
     for m in (1, 17, 300):
