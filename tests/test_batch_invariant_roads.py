@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import importlib.util
 import json
+import subprocess
 from pathlib import Path
 
 import pytest
 import torch
+import tvm_ffi
 from conftest import DTYPES, relative_error, same_bits
 
 from jitnorm.batch_invariant import cublaslt, cuda_matmul, matmul_persistent, proof
 from jitnorm.batch_invariant.cuda_matmul import Problem
 from jitnorm.jit.load import load
+from jitnorm.jit.spec import CSRC
+from jitnorm.jit.toolchain import find_nvcc
 
 
 def problem(n=48, k=77, dtype=torch.float32, **other):
@@ -127,6 +132,45 @@ def test_a_proof_that_was_changed_is_none(cache_dir, monkeypatch, few_batches):
     assert not proof.holds(*question)
 
 
+@pytest.mark.nvcc
+def test_declarations_are_those_of_the_header(tmp_path):
+    """As a compiler sees them; in torch's wheels for CUDA the header is there."""
+    nvidia = importlib.util.find_spec("nvidia")
+    folders = nvidia.submodule_search_locations if nvidia else []
+    header = next((file for folder in folders for file in Path(folder).glob("**/cublasLt.h")), None)
+    if not header:
+        pytest.skip("no cublasLt.h")
+    names = {
+        "kRealFloat": "CUDA_R_32F",
+        "kRealHalf": "CUDA_R_16F",
+        "kRealBfloat16": "CUDA_R_16BF",
+        "kComputeFloat": "CUBLAS_COMPUTE_32F",
+        "kComputeTf32": "CUBLAS_COMPUTE_32F_FAST_TF32",
+        "kTransposeA": "CUBLASLT_MATMUL_DESC_TRANSA",
+        "kEpilogue": "CUBLASLT_MATMUL_DESC_EPILOGUE",
+        "kBiasPointer": "CUBLASLT_MATMUL_DESC_BIAS_POINTER",
+        "kMaxWorkspace": "CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES",
+        "kAlignmentA": "CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES",
+        "kAlignmentD": "CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES",
+        "kSplitK": "CUBLASLT_ALGO_CONFIG_SPLITK_NUM",
+        "kReductionScheme": "CUBLASLT_ALGO_CONFIG_REDUCTION_SCHEME",
+        "kOpTranspose": "CUBLAS_OP_T",
+        "kEpilogueBias": "CUBLASLT_EPILOGUE_BIAS",
+        "sizeof(Algorithm)": "sizeof(cublasLtMatmulAlgo_t)",
+        "sizeof(Heuristic)": "sizeof(cublasLtMatmulHeuristicResult_t)",
+        "offsetof(Heuristic, workspace)": "offsetof(cublasLtMatmulHeuristicResult_t, workspaceSize)",
+        "offsetof(Heuristic, state)": "offsetof(cublasLtMatmulHeuristicResult_t, state)",
+    }
+    equal = "".join(f"static_assert(int({ours}) == int({theirs}));\n" for ours, theirs in names.items())
+    source = tmp_path / "declarations.cu"
+    start = '#include <cstddef>\n#include <cublasLt.h>\n#include "gemm/cublaslt_cpu.h"\nusing namespace jitnorm::lt;\n'
+    source.write_text(start + equal)
+    include = [CSRC, CSRC / "include", tvm_ffi.libinfo.find_include_path(), tvm_ffi.libinfo.find_dlpack_include_path()]
+    words = [find_nvcc(), "-std=c++17", "-c", source, "-o", tmp_path / "out.o", *(f"-I{path}" for path in include)]
+    done = subprocess.run([*words, f"-I{header.parent}"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 def test_the_operator_refuses_what_is_not_its_own():
     module = load(cublaslt.SPEC)
     a = torch.ones(2, 16)
@@ -163,8 +207,7 @@ ROADS = {
 @gpu
 @pytest.mark.parametrize("road", ROADS)
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("transposed", [True, False])
-@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize(("transposed", "bias"), [(True, False), (True, True), (False, False)])
 @pytest.mark.parametrize(("n", "k"), [(4096, 4096), (264, 136), (77, 33), (1, 64)])
 def test_every_road_on_the_gpu(road, dtype, transposed, bias, n, k):
     """Right, that is: whether it keeps the promise is for the proof to say, but the last resort must."""
@@ -183,7 +226,7 @@ def test_every_road_on_the_gpu(road, dtype, transposed, bias, n, k):
         except cublaslt.Refused:
             pytest.skip("cuBLASLt has no kernel for it")
         assert relative_error(out, a.double() @ b.double() + (c.double() if bias else 0)) <= TOLERANCE[dtype]
-    if road == "triton, one tile":
+    if road == "triton, one tile" and transposed and not bias:
         assert proof.first_difference(run, subject) == ""
 
 

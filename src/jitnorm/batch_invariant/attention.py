@@ -56,7 +56,8 @@ def _of_few_queries(
         rows = query.reshape(batch, kv_heads, -1, head_dim)
         causal = is_causal and length > 1
         return _efficient(rows, key, value, causal, scale).reshape(query.shape)
-    return _efficient(query, *(t.repeat_interleave(heads // kv_heads, 1) for t in (key, value)), is_causal, scale)
+    key, value = (t.repeat_interleave(heads // kv_heads, 1) for t in (key, value))
+    return _efficient(query, key, value, is_causal, scale)
 
 
 def _efficient(
@@ -76,8 +77,8 @@ def composed_attention(
     attn_mask: torch.Tensor | None = None,
     scale: float | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """aten::_scaled_dot_product_flash_attention_for_cpu, which chooses a schedule by the batch: of the operators that the
-    mode overrides instead."""
+    """aten::_scaled_dot_product_flash_attention_for_cpu, whose own kernel chooses a schedule by the batch; made of the
+    operators that the mode overrides."""
     groups = query.shape[1] // key.shape[1]
     key, value = (t.repeat_interleave(groups, 1) if groups > 1 else t for t in (key, value))
     out = _aten._scaled_dot_product_attention_math(query, key, value, attn_mask, dropout_p, is_causal, scale=scale)[0]

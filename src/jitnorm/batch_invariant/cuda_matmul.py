@@ -63,7 +63,7 @@ def cuda_product(a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None, ou
     if bias is not None:
         bias = aligned(bias, _ALIGNMENT)
     down, across = b.stride()
-    if not (down == 1 and across >= k or across == 1 and down >= n) or b.data_ptr() % _ALIGNMENT:
+    if not ((down == 1 and across >= k) or (across == 1 and down >= n)) or b.data_ptr() % _ALIGNMENT:
         b = b.clone(memory_format=torch.contiguous_format)
         down, across = n, 1
     dtype, device = a.dtype, a.device

@@ -61,7 +61,8 @@ def choose_tile(rows: int, columns: int, processors: int) -> Tile:
     def cycles(tile: Tile) -> float:
         tiles = triton.cdiv(rows, tile.rows) * triton.cdiv(columns, tile.columns)
         loaded = min(rows, tile.rows) + tile.columns
-        return triton.cdiv(tiles, processors) * max(tile.rows * tile.columns / _MULTIPLIED, loaded / _LOADED)
+        waves: int = triton.cdiv(tiles, processors)
+        return waves * max(tile.rows * tile.columns / _MULTIPLIED, loaded / _LOADED)
 
     return min(TILES, key=cycles)
 

@@ -9,7 +9,7 @@ import click
 import torch
 
 from jitnorm.batch_invariant import set_batch_invariant_mode
-from jitnorm.batch_invariant.verify import OPERATORS, Result, verify
+from jitnorm.batch_invariant.verify import OPERATORS, WAYS, Result, verify
 from jitnorm.checks import DTYPE_NAMES
 from jitnorm.cli import output
 from jitnorm.cli.base import Command
@@ -22,6 +22,7 @@ _DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 @click.option("--shape", multiple=True, help="4096x14336: N and K of a product; 4096: the length of a row. Repeatable.")
 @click.option("--dtype", type=click.Choice(list(_DTYPES)), multiple=True, help="Repeatable; by default all.")
 @click.option("--device", type=click.Choice(["cuda", "cpu"]), help="By default CUDA where torch sees a GPU.")
+@click.option("--way", type=click.Choice(WAYS), multiple=True, help="Repeatable; by default all. The last is slow.")
 @click.option("--max-batch", type=click.IntRange(min=1), default=256, show_default=True, help="Rows at most.")
 @click.option("--outside", is_flag=True, help="Without the mode, to see what it is for.")
 @click.option("--json", "as_json", is_flag=True, help="For programs.")
@@ -30,6 +31,7 @@ def verify_invariance(
     shape: tuple[str, ...],
     dtype: tuple[str, ...],
     device: str | None,
+    way: tuple[str, ...],
     max_batch: int,
     outside: bool,
     as_json: bool,
@@ -48,7 +50,7 @@ def verify_invariance(
             shapes = [_shape(text, operator.sizes) for text in shape] or operator.shapes[device]
             for size in shapes:
                 for d in [_DTYPES[text] for text in dtype] or operator.dtypes:
-                    results.append(verify(name, operator, size, d, device, max_batch))
+                    results.append(verify(name, operator, size, d, device, max_batch, way or WAYS))
                     if results[-1].difference:
                         _report(results, as_json)
                         raise click.exceptions.Exit(1)

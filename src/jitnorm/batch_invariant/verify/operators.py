@@ -127,11 +127,11 @@ def _per_token_quant(x: torch.Tensor) -> torch.Tensor:
 def _qknorm(shape: Shape, dtype: torch.dtype, device: torch.device) -> Case:
     """A row is a token's three heads of q and one of k."""
     (head_dim,) = shape
-    weights = (torch.randn(2, head_dim, device=device).to(dtype)).unbind()
+    q_weight, k_weight = torch.randn(2, head_dim, device=device).to(dtype)
 
     def call(x: torch.Tensor) -> torch.Tensor:
         heads = x.clone(memory_format=torch.contiguous_format).view(-1, 4, head_dim)
-        jitnorm.fused_inplace_qknorm(heads[:, :3], heads[:, 3:], *weights)
+        jitnorm.fused_inplace_qknorm(heads[:, :3], heads[:, 3:], q_weight, k_weight)
         return heads.flatten(1)
 
     return Case(torch.randn(1, 4 * head_dim, device=device).to(dtype), call)
@@ -144,9 +144,10 @@ def _attention(shape: Shape, dtype: torch.dtype, device: torch.device) -> Case:
     sizes = [2 * heads * queries * head_dim, *[heads * length * head_dim] * 2]
 
     def call(x: torch.Tensor) -> torch.Tensor:
-        q, k, v = (t.reshape(x.shape[0], -1, n, head_dim) for t, n in zip(x.split(sizes, 1), (queries, length, length)))
-        out = F.scaled_dot_product_attention(q, k, v, is_causal=queries > 1, enable_gqa=True)
-        return out.flatten(1)
+        q, k, v = x.split(sizes, 1)
+        q = q.reshape(-1, 2 * heads, queries, head_dim)
+        k, v = (t.reshape(-1, heads, length, head_dim) for t in (k, v))
+        return F.scaled_dot_product_attention(q, k, v, is_causal=queries > 1, enable_gqa=True).flatten(1)
 
     return Case(torch.randn(1, sum(sizes), device=device).to(dtype), call)
 
