@@ -35,7 +35,14 @@ GPU_COLUMNS = {COPY: COPY, "jitnorm": "jitnorm"} | PEERS
 OPERATORS = ("rmsnorm", "fused_add_rmsnorm", "qknorm", "activation", "store_cache", "quant_fp8")
 CPU_SHAPES = [(64, 1), (4096, 1), (4096, 64), (4096, 4096)]
 CPU_COLUMNS = {"torch": "F.rms_norm", "jitnorm": "jitnorm, out given", "allocated": "jitnorm"}
-PLOTTED_SIZE = 4096
+# Bandwidth grows with the number of rows: one size each.
+PLOTTED: dict[str, dict[str, object]] = {
+    "rmsnorm_h200": {"op": "rmsnorm", "hidden_size": 4096},
+    "fused_add_rmsnorm_h200": {"op": "fused_add_rmsnorm", "hidden_size": 4096},
+    "qknorm_h200": {"head_dim": 128, "num_q_heads": 32},
+    "activation_h200": {"op": "silu_and_mul", "size": 14336},
+    "store_cache_h200": {"row_size": 1024},
+}
 
 
 def rmsnorm_h200() -> list[str]:
@@ -127,10 +134,11 @@ def with_tables(readme: str) -> str:
     return readme
 
 
-def write_plot() -> None:
+def write_plots() -> None:
     from jitnorm.benchmark.plot import plot
 
-    plot(_only(_read("rmsnorm_h200"), op="rmsnorm", hidden_size=PLOTTED_SIZE), RESULTS / "rmsnorm_h200.png")
+    for name, point in PLOTTED.items():
+        plot(_only(_read(name), **point), RESULTS / f"{name}.png")
 
 
 def _read(name: str) -> Report:
@@ -157,4 +165,4 @@ def _us(value: float, bold: bool = False) -> str:
 
 if __name__ == "__main__":
     README.write_text(with_tables(README.read_text()))
-    write_plot()
+    write_plots()
