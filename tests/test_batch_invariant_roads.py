@@ -94,7 +94,7 @@ def test_proofs_are_kept(cache_dir, monkeypatch, few_batches):
 
     def holds(name):
         runs.clear()
-        return proof.holds(name, "a library", Path(__file__), road, problem(n=8))
+        return proof.holds(name, "a library", (), road, problem(n=8))
 
     for good in (True, False):
         assert holds(f"road {good}") is good
@@ -117,14 +117,14 @@ def test_no_memory_is_no_proof(cache_dir, monkeypatch, few_batches, capsys):
     def road(a, b, bias, out):
         raise torch.cuda.OutOfMemoryError
 
-    assert not proof.holds("road", "a library", Path(__file__), road, problem(n=8))
+    assert not proof.holds("road", "a library", (), road, problem(n=8))
     assert "no memory to find out whether road keeps the promise" in capsys.readouterr().err
-    assert proof.holds("road", "a library", Path(__file__), row_by_row, problem(n=8))
+    assert proof.holds("road", "a library", (), row_by_row, problem(n=8))
 
 
 def test_a_proof_that_was_changed_is_none(cache_dir, monkeypatch, few_batches):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
-    question = "road", "a library", Path(__file__), splits_k_for_few_rows, problem(n=8)
+    question = "road", "a library", (), splits_k_for_few_rows, problem(n=8)
     assert not proof.holds(*question)
     (file,) = (cache_dir / "proofs").glob("*.json")
     file.write_text(json.dumps(json.loads(file.read_text()) | {"problem": "another"}))

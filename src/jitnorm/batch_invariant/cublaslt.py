@@ -5,13 +5,14 @@ from __future__ import annotations
 import ctypes
 import functools
 import os
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from jitnorm.jit.load import load
 from jitnorm.jit.report import say
-from jitnorm.jit.spec import KernelSpec, Target
+from jitnorm.jit.spec import CSRC, KernelSpec, Target
 
 if TYPE_CHECKING:
     from jitnorm.batch_invariant.cuda_matmul import Problem, Road
@@ -20,6 +21,9 @@ if TYPE_CHECKING:
 # Bytes that a kernel may use beside its operands. Partial sums of a split k need far more; a few bytes let in kernels
 # that keep counters. Another value is another question to the proof.
 WORKSPACE = 0
+
+
+CODE = Path(__file__), CSRC / "gemm" / "cublaslt_cpu.h"  # which decide what kernels are run
 
 
 class _Spec(KernelSpec):
@@ -77,9 +81,9 @@ def library_version() -> int:
     return _opened()[1]
 
 
-def identity(workspace: int = WORKSPACE) -> str:
-    """Of all that decides which kernels are run: the library, and what is asked of it."""
-    return f"{library_version()}, {workspace} bytes, {SPEC.key}"
+def description() -> str:
+    """Of the library, and what it is asked for: as proofs name it."""
+    return f"{library_version()}, {WORKSPACE} bytes"
 
 
 def road(problem: Problem, workspace: int = WORKSPACE) -> Road:

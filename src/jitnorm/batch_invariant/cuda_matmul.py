@@ -6,7 +6,6 @@ import functools
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
@@ -102,7 +101,7 @@ def road_of(problem: Problem) -> Road:
 
     if cublaslt.library_version():
         road = cublaslt.road(problem)
-        if holds("cublaslt", cublaslt.identity(), Path(cublaslt.__file__), road, problem):
+        if holds("cublaslt", cublaslt.description(), cublaslt.CODE, road, problem):
             return road
     return triton_road(problem)
 
@@ -114,7 +113,7 @@ def triton_road(problem: Problem) -> Road:
     kernel = triton_module("triton_matmul")
     free = functools.partial(kernel.run, problem, False)
     road = functools.partial(kernel.run, problem, True)
-    if holds("triton", kernel.VERSION, Path(kernel.__file__), free, problem):
+    if holds("triton", kernel.VERSION, kernel.CODE, free, problem):
         road = free
     kernel.compile_tiles(problem, road)
     return road

@@ -50,13 +50,13 @@ class Proof:
         return hashlib.sha256(json.dumps(words).encode()).hexdigest()[:24] + ".json"
 
 
-def holds(road: str, library: str, code: Path, run: Road, problem: Problem) -> bool:
+def holds(road: str, library: str, code: tuple[Path, ...], run: Road, problem: Problem) -> bool:
     """Whether `run` gives each row the same bits in any batch. Remembered on disk.
 
     Args:
         road: its name.
         library: whose kernels they are, with the version and what is asked of it.
-        code: the file that asks.
+        code: the files that choose them.
     """
     gpu = torch.cuda.get_device_name(problem.device)
     subject = functools.partial(Proof, road, str(problem), gpu, driver_version(), library, _hash_of(code))
@@ -80,8 +80,8 @@ def holds(road: str, library: str, code: Path, run: Road, problem: Problem) -> b
 
 
 @functools.cache
-def _hash_of(code: Path) -> str:
-    return hashlib.sha256(code.read_bytes() + Path(__file__).read_bytes()).hexdigest()[:16]
+def _hash_of(code: tuple[Path, ...]) -> str:
+    return hashlib.sha256(b"".join(file.read_bytes() for file in (*code, Path(__file__)))).hexdigest()[:16]
 
 
 def first_difference(run: Road, problem: Problem) -> str:

@@ -8,6 +8,7 @@ only where jitnorm.batch_invariant.proof finds this true on the GPU itself; wher
 from __future__ import annotations
 
 import functools
+from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from jitnorm.batch_invariant.cuda_matmul import Problem, Road
 
 VERSION = triton.__version__
+CODE = (Path(__file__),)
 
 
 class Tile(NamedTuple):

@@ -12,7 +12,8 @@ import triton
 import triton.language as tl
 
 _WHOLE = 32768  # elements of a row that a program holds at once
-_BLOCK = 8192  # elements at a time of longer ones
+_PIECE = 4096  # elements of a longer one: its pieces go to as many programs
+_BLOCK = 8192  # elements at a time, where one program goes through a row
 
 
 def softmax(x: torch.Tensor, out: torch.Tensor, log: bool) -> None:
@@ -27,7 +28,20 @@ def softmax(x: torch.Tensor, out: torch.Tensor, log: bool) -> None:
             x, out, count, columns, LOG=log, ROWS=rows, COLUMNS=width, num_warps=warps
         )
     else:
-        _softmax_long[(count,)](x, out, columns, LOG=log, BLOCK=_BLOCK, num_warps=16)
+        pieces = triton.cdiv(columns, _PIECE)
+        parts = [torch.empty(count, pieces, dtype=torch.float32, device=x.device) for _ in range(2)]
+        _softmax_parts[(count * pieces,)](x, *parts, columns, PIECES=pieces, BLOCK=_PIECE, num_warps=4)
+        _softmax_by_parts[(count * pieces,)](
+            x,
+            out,
+            *parts,
+            columns,
+            LOG=log,
+            PIECES=pieces,
+            WIDTH=triton.next_power_of_2(pieces),
+            BLOCK=_PIECE,
+            num_warps=4,
+        )
 
 
 def mean(x: torch.Tensor, out: torch.Tensor) -> None:
@@ -40,10 +54,10 @@ def mean(x: torch.Tensor, out: torch.Tensor) -> None:
         return
     x, divisor = x.view(-1, columns), float(columns)
     while x.shape[1] > _WHOLE:  # sums of pieces first, which are as many as the length says
-        pieces = triton.cdiv(x.shape[1], _WHOLE)
+        pieces = triton.cdiv(x.shape[1], _PIECE)
         parts = torch.empty(x.shape[0], pieces, dtype=torch.float32, device=x.device)
         _mean[(x.shape[0] * pieces,)](
-            x, parts, x.shape[0], x.shape[1], 1.0, PIECES=pieces, ROWS=1, COLUMNS=_WHOLE, num_warps=16
+            x, parts, x.shape[0], x.shape[1], 1.0, PIECES=pieces, ROWS=1, COLUMNS=_PIECE, num_warps=4
         )
         x = parts
     rows, width, warps = _schedule(x.shape[1])
@@ -63,7 +77,7 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, out: torch.Tenso
 def _schedule(columns: int) -> tuple[int, int, int]:
     """Rows and columns of a program's block, and its warps."""
     width = triton.next_power_of_2(columns)
-    return max(1, 1024 // width), width, min(32, max(4, width // 512))
+    return max(1, 2048 // width), width, min(32, max(4, width // 512))
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -80,29 +94,39 @@ def _softmax_whole(x, out, rows, columns, LOG: tl.constexpr, ROWS: tl.constexpr,
 
 
 @triton.jit
-def _softmax_long(x, out, columns, LOG: tl.constexpr, BLOCK: tl.constexpr):
-    x += tl.program_id(0).to(tl.int64) * columns
-    out += tl.program_id(0).to(tl.int64) * columns
-    lane = tl.arange(0, BLOCK)
-    # Each lane has a largest value and a sum of its own, to be brought together at the end.
-    largest = tl.full((BLOCK,), float("-inf"), tl.float32)
-    total = tl.zeros((BLOCK,), tl.float32)
-    for start in range(0, columns, BLOCK):
-        at = start + lane
-        f = tl.load(x + at, mask=at < columns, other=float("-inf")).to(tl.float32)
-        larger = tl.maximum(largest, f, propagate_nan=tl.PropagateNan.ALL)
-        shift = tl.where(larger == float("-inf"), 0.0, larger)
-        total = total * tl.exp(largest - shift) + tl.exp(f - shift)
-        largest = larger
-    most = tl.max(largest, axis=0)
-    lanes = tl.where(largest == float("-inf"), 0.0, total * tl.exp(largest - most))
-    sum_of_all = tl.sum(lanes, axis=0)
-    log_of_sum = tl.log(sum_of_all)
-    for start in range(0, columns, BLOCK):
-        at = start + lane
-        f = tl.load(x + at, mask=at < columns, other=0.0).to(tl.float32) - most
-        y = f - log_of_sum if LOG else tl.exp(f) / sum_of_all
-        tl.store(out + at, y.to(out.dtype.element_ty), mask=at < columns)
+def _softmax_parts(x, largest, totals, columns, PIECES: tl.constexpr, BLOCK: tl.constexpr):
+    """The largest element of each piece of a row, and the sum of the exponentials relative to it."""
+    program = tl.program_id(0).to(tl.int64)
+    at = program % PIECES * BLOCK + tl.arange(0, BLOCK)
+    f = tl.load(x + program // PIECES * columns + at, mask=at < columns, other=float("-inf")).to(tl.float32)
+    most = tl.max(f, axis=0)
+    tl.store(largest + program, most)
+    tl.store(totals + program, tl.sum(tl.exp(f - tl.where(most == float("-inf"), 0.0, most)), axis=0))
+
+
+@triton.jit
+def _softmax_by_parts(
+    x,
+    out,
+    largest,
+    totals,
+    columns,
+    LOG: tl.constexpr,
+    PIECES: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """A piece of a row, from what `_softmax_parts` says of all its pieces. A NaN in one makes their total NaN."""
+    program = tl.program_id(0).to(tl.int64)
+    row, piece = program // PIECES, tl.arange(0, WIDTH)
+    part = tl.load(largest + row * PIECES + piece, mask=piece < PIECES, other=float("-inf"))
+    total = tl.load(totals + row * PIECES + piece, mask=piece < PIECES, other=0.0)
+    most = tl.max(part, axis=0)
+    total = tl.sum(tl.where(part == float("-inf"), total, total * tl.exp(part - most)), axis=0)
+    at = program % PIECES * BLOCK + tl.arange(0, BLOCK)
+    f = tl.load(x + row * columns + at, mask=at < columns, other=0.0).to(tl.float32) - most
+    y = f - tl.log(total) if LOG else tl.exp(f) / total
+    tl.store(out + row * columns + at, y.to(out.dtype.element_ty), mask=at < columns)
 
 
 @triton.jit(do_not_specialize=["rows"])
