@@ -19,6 +19,10 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported, which torch may do at any time
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+# Relative, over a whole tensor: one rounding to the dtype, and float32's own on the way.
+TOLERANCE = {torch.float16: 4e-4, torch.bfloat16: 3e-3, torch.float32: 1e-6}
+# Dtypes of an input and its weight.
+WEIGHTS = [(d, d) for d in DTYPES] + [(torch.float16, torch.float32), (torch.bfloat16, torch.float32)]
 
 
 def pytest_unconfigure() -> None:
@@ -77,6 +81,19 @@ def rmsnorm_reference(input: torch.Tensor, weight: torch.Tensor, eps: float) -> 
 def relative_error(out: torch.Tensor, reference: torch.Tensor) -> float:
     """Norm of the difference over norm of the reference; NaN where a NaN is in either."""
     return float((out.double() - reference).norm() / reference.norm())
+
+
+def assert_refused(calls, name: str) -> None:
+    """Of `calls`, (name, exception, words that the message holds, a call), the one of that name is, in one line."""
+    _, kind, words, call = next(c for c in calls if c[0] == name)
+    with pytest.raises(kind, match=words) as caught:
+        call()
+    assert "\n" not in str(caught.value)
+
+
+def compiled(function, dynamic: bool = True):
+    torch._dynamo.reset()
+    return torch.compile(function, fullgraph=True, backend="aot_eager", dynamic=dynamic)
 
 
 def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:

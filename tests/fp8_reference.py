@@ -54,13 +54,16 @@ def ties() -> torch.Tensor:
 
 
 def check_operator(operator: torch._ops.OpOverload, arguments: tuple[object, ...]) -> None:
-    """`torch.library.opcheck`, whose look at what is written cannot compare float8, and that look."""
+    """`torch.library.opcheck`, whose look at what is written cannot compare float8; that look, and whether
+    autograd could notice what is written."""
     torch.library.opcheck(
         operator, arguments, test_utils=("test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
     )
     given = [a.clone() if isinstance(a, torch.Tensor) else a for a in arguments]
+    versions = [a._version if isinstance(a, torch.Tensor) else None for a in given]
     operator(*given)
-    for declared, before, after in zip(operator._schema.arguments, arguments, given, strict=True):
+    for declared, before, after, version in zip(operator._schema.arguments, arguments, given, versions, strict=True):
         if isinstance(before, torch.Tensor):
+            assert (after._version != version) == declared.is_write, declared.name
             one, other = (t.reshape(-1).view(torch.uint8) for t in (before, after))
             assert torch.equal(one, other) != declared.is_write, declared.name

@@ -10,7 +10,7 @@ from jitnorm.jit.spec import Target
 from jitnorm.norms import FUSED_ADD_RMSNORM, FUSED_ADD_RMSNORM_ROUND_SUM, GEMMA_FUSED_ADD_RMSNORM, RMSNORM
 from jitnorm.per_tensor_quant_fp8 import DYNAMIC, MAXIMA, STATIC
 from jitnorm.per_token_quant_fp8 import PER_TOKEN
-from jitnorm.qknorm_checks import HEAD_DIMS, QKNORM
+from jitnorm.qknorm_ops import HEAD_DIMS, QKNORM
 from jitnorm.quant_norms import FUSED_ADD_RMSNORM_QUANT_FP8_DYNAMIC, RMSNORM_QUANT_FP8
 
 pytestmark = pytest.mark.nvcc

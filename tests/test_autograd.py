@@ -112,6 +112,17 @@ def test_out_with_a_gradient_is_refused(norm, offset, which, device):
 
 
 @norms
+def test_an_out_that_requires_a_gradient_is_data(norm, offset, cache_dir):
+    x, w = torch.randn(5, 256), torch.randn(256)
+    expected = norm(x, w)
+    for _ in range(2):  # the first call of a size and another take different ways
+        out = torch.full_like(x, torch.nan).requires_grad_()
+        assert norm(x, w, out=out) is out and out.is_leaf
+        assert same_bits(out.detach(), expected)
+        norm(x, w)
+
+
+@norms
 def test_gradients_agree_with_differences(norm, offset, device):
     x, w = leaf(3, 64, device=device), leaf(64, device=device)
     to_scalar, dx, dw = (torch.randn(*shape, device=device) for shape in ((3, 64), (3, 64), (64,)))

@@ -21,7 +21,8 @@ from jitnorm.batch_invariant import (
 )
 
 OPERATORS = ("mm", "mm.out", "mm.dtype", "addmm", "addmm.out", "bmm", "bmm.out", "baddbmm", "_softmax", "_log_softmax")
-OPERATORS += ("mean.dim", "mean.out", "rms_norm")
+OPERATORS += ("mean.dim", "mean.out", "rms_norm", "_scaled_dot_product_flash_attention")
+OPERATORS += ("_scaled_dot_product_flash_attention_for_cpu",)
 
 
 def state():
@@ -196,13 +197,12 @@ def test_importing_costs_no_compiler():
 
 
 def test_attention_of_the_user_is_as_it_was():
-    torch.backends.cuda.enable_flash_sdp(False)
-    try:
+    cuda = torch.backends.cuda
+    for enabled in (False, True):
+        cuda.enable_cudnn_sdp(enabled)
         with set_batch_invariant_mode():
-            assert not torch.backends.cuda.flash_sdp_enabled()
-        assert not torch.backends.cuda.flash_sdp_enabled()
-    finally:
-        torch.backends.cuda.enable_flash_sdp(True)
+            assert not cuda.cudnn_sdp_enabled()
+        assert cuda.cudnn_sdp_enabled() is enabled
 
 
 def test_code_compiled_outside_is_not_used_inside():

@@ -3,6 +3,8 @@ the size of a test: one prompt, decoded in batches of several sizes among differ
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from conftest import same_bits
@@ -145,7 +147,7 @@ def test_the_overrides_are_what_models_reach(family, attention):
     model = getattr(transformers, f"{family.removesuffix('Text')}ForCausalLM")(config).eval()
     with set_batch_invariant_mode(), _Reached() as reached:
         decode(model, torch.randint(1, VOCABULARY, (2, PROMPT)))
-    overridden = {*overrides.BACKEND, *overrides.BMM, *overrides.COMPOSITE}
+    overridden = {*overrides.BACKEND, *overrides.BMM, *itertools.chain(*overrides.OF_ONE_KEY.values())}
     names = {str(operator).removeprefix("aten.").removesuffix(".default") for operator in reached.operators}
     of_interest = {n for n in names if any(w in n for w in WORDS) and n.split(".")[0] not in HARMLESS}
     assert of_interest and of_interest <= overridden

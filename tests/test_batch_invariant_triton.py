@@ -14,6 +14,7 @@ from conftest import relative_error, rmsnorm_reference, same_bits
 pytest.importorskip("triton")
 from jitnorm.batch_invariant import triton_matmul as matmul
 from jitnorm.batch_invariant import triton_rows as rows
+from jitnorm.batch_invariant.proof import BATCHES
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
@@ -46,7 +47,7 @@ def test_batched_products(m, n, k, dtype):
 
 @pytest.mark.skipif(GPU and torch.cuda.get_device_capability() < (9, 0), reason="no copy engine")
 @pytest.mark.parametrize("transposed", [True, False])
-@pytest.mark.parametrize("tile", range(4))
+@pytest.mark.parametrize("tile", matmul.TILES)
 def test_persistent_products(tile, transposed):
     """Fewer programs than tiles, so that each has several; ragged ends of every dimension."""
     dtype, (m, n, k) = torch.float16, (150, 304, 136)
@@ -54,18 +55,24 @@ def test_persistent_products(tile, transposed):
     b = stored.t() if transposed else stored
     for bias in (None, random(n, dtype=dtype)):
         out = poisoned(m, n, dtype=dtype)
-        matmul.persistent(a, stored, bias, out, transposed, matmul.TILES[tile], 3)
+        matmul.persistent(a, b, bias, out, transposed, stored.stride(0), tile, 3)
         exact = a.double() @ b.double() + (0 if bias is None else bias.double())
         assert relative_error(out, exact) <= TOLERANCE[dtype]
 
 
-def test_tiles_fill_the_gpu():
-    for m in (1, 64, 65, 128, 8192):
-        for n in (64, 4096, 28672):
-            tile = matmul.choose_tile(m, n, 132)
-            tiles = -(-m // tile.rows) * -(-n // tile.columns)
-            assert tiles >= 132 or tile == matmul.TILES[-1]
-    assert matmul.choose_tile(8192, 4096, 132) == matmul.TILES[0]
+@pytest.mark.parametrize("columns", [64, 4096, 6144, 28672])
+def test_tiles_by_the_number_of_rows(columns):
+    proven = {matmul.choose_tile(m, columns, 132) for m in BATCHES}
+    assert {matmul.choose_tile(m, columns, 132) for m in range(1, 20000, 37)} <= proven
+    assert matmul.choose_tile(1, columns, 132).rows == 64
+    if columns >= 4096:  # as large as they get, where there is work for all multiprocessors
+        assert matmul.choose_tile(8192, columns, 132) == matmul.TILES[0]
+
+
+def test_shared_memory_has_room():
+    for tile in {*matmul.TILES, matmul.FIXED}:
+        assert matmul.stages_of(tile, 2, tile.rows * min(tile.columns, 128) * 2) == tile.stages
+        assert matmul.stages_of(tile, 2, tile.rows * min(tile.columns, 128) * 4) >= 3
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -15,7 +15,7 @@ import warnings
 
 import pytest
 import torch
-from conftest import DTYPES, relative_error, rmsnorm_reference, same_bits
+from conftest import DTYPES, compiled, relative_error, rmsnorm_reference, same_bits
 
 import jitnorm
 from jitnorm import dispatch, norms
@@ -706,16 +706,22 @@ def test_what_has_no_gradient_says_so(hidden_size):
         dispatch.rmsnorm(x, w, out=torch.empty_like(x))
     with torch.no_grad():
         dispatch.rmsnorm(x, w, out=torch.empty_like(x))
+    out = torch.full_like(x, torch.nan).requires_grad_()
+    assert dispatch.rmsnorm(x, w.detach(), out=out) is out and out.is_leaf  # data
+    assert relative_error(out.detach(), rmsnorm_reference(x, w.detach(), 1e-6)) < TOLERANCE[torch.float32]
     with pytest.raises(RuntimeError, match="leaf"):
         dispatch.fused_add_rmsnorm(x.requires_grad_(), residual, w)
 
 
+def test_rows_of_no_one_stride_that_lie_between_each_other_count_as_shared():
+    both = torch.randn(3, 5, 2 * 300)
+    before = both.clone()
+    with pytest.raises(ValueError, match="residual must share no memory with input"):
+        dispatch.fused_add_rmsnorm(both[:, :3, :300], both[:, :3, 300:], torch.ones(300))
+    assert same_bits(both, before)
+
+
 # torch.compile
-
-
-def compiled(function, dynamic=True):
-    torch._dynamo.reset()
-    return torch.compile(function, fullgraph=True, backend="aot_eager", dynamic=dynamic)
 
 
 @pytest.mark.parametrize("dynamic", [True, False, None])

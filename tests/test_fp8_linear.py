@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -74,10 +76,14 @@ def test_inputs_of_any_strides_and_biases_of_another_dtype(device):
     weight, weight_scale = weights(device, by_channel=True, out_features=50)  # which is no multiple of 16
     wide = torch.randn(4, 3, 2 * IN, device=device).bfloat16()
     bias = torch.randn(50, device=device)
-    scale = torch.tensor(0.01, device=device)
-    for x, static in itertools.product((wide[..., :IN], wide.transpose(0, 1)[..., IN:]), (True, False)):
-        out = apply_fp8_linear(x, weight, weight_scale, scale if static else None, bias)
-        by = scale if static else scale_of(x, by_token=True)
+    scale = torch.tensor(2.0**-7, device=device)  # whose reciprocal is exact, so that all ways quantise alike
+    columns = torch.randn(IN, 7, device=device).bfloat16().t()
+    misaligned = wide.flatten()[1 : 1 + 7 * IN].view(7, IN)
+    inputs = wide[..., :IN], wide.transpose(0, 1)[..., IN:], wide[0, :, ::2], columns, misaligned
+    for x, way in itertools.product(inputs, ("token", "kernel", "plain")):
+        static, compiler = scale if way != "token" else None, "inductor" if way == "plain" else "eager"
+        out = apply_fp8_linear(x, weight, weight_scale, static, bias, way != "token", compiler=compiler)
+        by = scale_of(x, by_token=True) if static is None else scale
         assert relative_error(out, reference(x, by, weight, weight_scale, bias)) <= tolerance(torch.bfloat16, device)
 
 
@@ -98,6 +104,8 @@ def test_an_input_that_is_quantised_already(device, by_token):
         decode(codes(weight.t()).int()) * weight_scale.double().reshape(-1, 1)
     ).t()
     assert out.dtype == torch.bfloat16 and relative_error(out, exact) <= tolerance(torch.bfloat16, device)
+    columns = codes(q).t().contiguous().view(E4M3).t()
+    assert same_bits(apply_fp8_linear(columns, weight, weight_scale, scale), out)
 
 
 def operators_of(function, *arguments):
@@ -178,6 +186,13 @@ def test_refusals():
         with pytest.raises(kind, match=words) as caught:
             call()
         assert "\n" not in str(caught.value)
+
+
+def test_importing_the_layers_does_not_import_dynamo():
+    """Which takes a second, and engines that compile nothing do without."""
+    script = "import sys, jitnorm.layers; print('torch._dynamo' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.stdout.strip() == "False", done.stderr
 
 
 @pytest.mark.gpu

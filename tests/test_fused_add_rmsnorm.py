@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import DTYPES, relative_error, rmsnorm_reference, same_bits
+from conftest import DTYPES, TOLERANCE, WEIGHTS, relative_error, rmsnorm_reference, same_bits
 
 from jitnorm import fused_add_rmsnorm, gemma_fused_add_rmsnorm, rmsnorm
 from jitnorm.norms import NORMS
 
-TOLERANCE = {torch.float16: 4e-4, torch.bfloat16: 3e-3, torch.float32: 1e-6}
-WEIGHTS = [(d, d) for d in DTYPES] + [(torch.float16, torch.float32), (torch.bfloat16, torch.float32)]
 OPERATORS = [(fused_add_rmsnorm, 0.0), (gemma_fused_add_rmsnorm, 1.0)]
 
 

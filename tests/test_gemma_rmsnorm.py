@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import DTYPES, relative_error, rmsnorm_reference, same_bits
+from conftest import DTYPES, TOLERANCE, relative_error, rmsnorm_reference, same_bits
 
 from jitnorm import gemma_rmsnorm
-
-TOLERANCE = {torch.float16: 4e-4, torch.bfloat16: 3e-3, torch.float32: 1e-6}
 
 
 @pytest.mark.parametrize("hidden_size", [64, 256, 512, 3328, 8192])

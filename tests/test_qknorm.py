@@ -8,13 +8,11 @@ import textwrap
 
 import pytest
 import torch
-from conftest import DTYPES, relative_error, rmsnorm_reference, same_bits
+from conftest import DTYPES, TOLERANCE, WEIGHTS, relative_error, rmsnorm_reference, same_bits
 
 from jitnorm import can_use_fused_inplace_qknorm, fused_inplace_qknorm
 
-TOLERANCE = {torch.float16: 4e-4, torch.bfloat16: 3e-3, torch.float32: 1e-6}
 HEAD_DIMS = (64, 128, 256, 512, 1024)
-WEIGHTS = [(d, d) for d in DTYPES] + [(torch.float16, torch.float32), (torch.bfloat16, torch.float32)]
 
 
 def heads(num_tokens, num_heads, head_dim, dtype, device):

@@ -164,8 +164,10 @@ def test_there_is_no_gradient(device):
     x = torch.randn(5, 64, device=device, requires_grad=True)
     q, s = poisoned(5, 64, device=device), torch.ones(5, device=device)
     for call in (lambda: per_tensor_quant_fp8(x, q, s[0]), lambda: per_token_quant_fp8(x, q, s)):
-        with pytest.raises(RuntimeError, match=r"has no gradient: call it under torch.no_grad\(\)"):
-            call()
+        torch._dynamo.reset()
+        for way in (call, torch.compile(call, fullgraph=True, backend="eager")):
+            with pytest.raises(RuntimeError, match=r"has no gradient: call it under torch.no_grad\(\)"):
+                way()
         with torch.no_grad():
             call()
     assert torch.equal(codes(q), encode(quotient(x.detach(), s[:, None])))

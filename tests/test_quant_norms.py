@@ -195,6 +195,9 @@ def test_there_is_no_gradient(device, adds, given):
         assert same_bits(residual, before)
         with torch.no_grad():
             run(adds, x, residual.clone(), w, scale)
+    torch._dynamo.reset()
+    with pytest.raises(RuntimeError, match="has no gradient"):
+        torch.compile(lambda: run(adds, x, residual, w, scale), fullgraph=True, backend="eager")()
     with pytest.raises(RuntimeError, match="has no forward-mode derivative"):
         torch.func.jvp(lambda a: run(adds, a, residual.clone(), w, scale)[1], (x.detach(),), (torch.ones_like(x),))
 

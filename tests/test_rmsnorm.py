@@ -5,16 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import DTYPES, relative_error, rmsnorm_reference, same_bits
+from conftest import TOLERANCE, WEIGHTS, relative_error, rmsnorm_reference, same_bits
 
 import jitnorm.rmsnorm
 from jitnorm.rmsnorm import _is_supported_rmsnorm_hidden_size, _rmsnorm_kernel_class, rmsnorm
 
-TOLERANCE = {torch.float16: 4e-4, torch.bfloat16: 3e-3, torch.float32: 1e-6}
 UNSUPPORTED = (0, -256, 1, 32, 96, 192, 300, 384, 8448, 16384)
 # Both ends of either class, and sizes whose vectors do not divide evenly among threads (768, 3328, 5632).
 HIDDEN_SIZES = (64, 128, 256, 512, 768, 1024, 3328, 4096, 5632, 7168, 8192)
-WEIGHTS = [(d, d) for d in DTYPES] + [(torch.float16, torch.float32), (torch.bfloat16, torch.float32)]
 
 
 def inputs(num_tokens, hidden_size, dtype, device, weight_dtype=None):

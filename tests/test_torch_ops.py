@@ -4,14 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import same_bits
+from conftest import compiled, same_bits
 
 from jitnorm import fused_add_rmsnorm, rmsnorm
-
-
-def compiled(function):
-    torch._dynamo.reset()
-    return torch.compile(function, fullgraph=True, backend="aot_eager", dynamic=True)
 
 
 def test_compiles_without_a_graph_break(device):

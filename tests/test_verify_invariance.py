@@ -31,11 +31,51 @@ def test_every_operator_on_the_cpu(op):
     assert result["compared"] == 3 * (17 + 4 * (4 + 3 + 1))
 
 
+def run_on_the_gpu(op, *ways, shape=None, dtype="bf16"):
+    """One shape, and a dtype: the command by itself goes through the rest."""
+    words = [
+        "verify-invariance",
+        "--device",
+        "cuda",
+        "--op",
+        op,
+        "--dtype",
+        dtype,
+        "--shape",
+        "x".join(map(str, shape)),
+    ]
+    return CliRunner().invoke(main, [*words, *(word for way in ways for word in ("--way", way))])
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("op", OPERATORS)
 def test_every_operator_on_the_gpu(op):
-    done = CliRunner().invoke(main, ["verify-invariance", "--device", "cuda", "--op", op, "--dtype", "bf16"])
+    done = run_on_the_gpu(op, "eager", "captured")
     assert done.exit_code == 0, done.output
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("op", ["mm_transposed", "attention", "softmax", "rms_norm"])
+def test_compiled_on_the_gpu(op):
+    """Of each kind one: it is the compiler that takes the time."""
+    done = run_on_the_gpu(op, "compiled")
+    assert done.exit_code == 0, done.output
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shape", OPERATORS["attention"].shapes["cuda"])
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])  # flash attention is not for float32
+def test_every_kernel_of_attention(shape, dtype):
+    done = run_on_the_gpu("attention", "eager", shape=shape, dtype=dtype)
+    assert done.exit_code == 0, done.output
+
+
+@pytest.mark.gpu
+def test_catches_flash_attention():
+    """It splits the keys of one sequence, and fewer or none of those of many."""
+    words = ["verify-invariance", "--device", "cuda", "--op", "attention", "--dtype", "bf16", "--way", "eager"]
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.FLASH_ATTENTION):
+        assert CliRunner().invoke(main, [*words, "--shape", "4x1x1000x128", "--outside"]).exit_code == 1
 
 
 def test_catches_torch_on_the_cpu():
@@ -51,9 +91,9 @@ def test_catches_torch_on_the_cpu():
 @pytest.mark.gpu
 def test_catches_cublas():
     """It splits k of these for few rows, on the H200 up to 31."""
-    arguments = ["verify-invariance", "--op", "mm_transposed", "--dtype", "bf16", "--shape", "4096x14336"]
-    assert CliRunner().invoke(main, [*arguments, "--outside"]).exit_code == 1
-    assert CliRunner().invoke(main, arguments).exit_code == 0
+    words = ["verify-invariance", "--op", "mm_transposed", "--dtype", "bf16", "--shape", "4096x14336", "--way", "eager"]
+    assert CliRunner().invoke(main, [*words, "--outside"]).exit_code == 1
+    assert CliRunner().invoke(main, words).exit_code == 0
 
 
 def forwards(x):

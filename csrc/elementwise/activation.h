@@ -74,7 +74,7 @@ JITNORM_ANYWHERE bool is_skipped(const ActivationParams& p, index_t row) {
 
 namespace jitnorm {
 
-// activation(input, out, expert_ids, expert_step, enable_pdl): jitnorm.activations.check says in words what is refused.
+// activation(input, out, expert_ids, expert_step, enable_pdl): jitnorm.activation_ops.check says what is refused.
 template <typename Kernel>
 Outcome activation(const TVMFFIAny* args, int num_args) {
   using T = typename Kernel::input_t;
@@ -91,10 +91,10 @@ Outcome activation(const TVMFFIAny* args, int num_args) {
       !as_int(args[3], &step) || step < 1 || !as_optional_bool(args[4], true, &enable_pdl))
     return Outcome::kRefused;
   if (args[2].type_index != kTVMFFINone && !(ids = as_indices(args[2], input->device))) return Outcome::kRefused;
-  if (ids && ids->shape[0] < (in.count + step - 1) / step) return Outcome::kRefused;
+  if (ids && ids->shape[0] < in.count / step + (in.count % step != 0)) return Outcome::kRefused;
   if (in.count == 0) return Outcome::kDone;
   const Rows id_rows = ids ? as_vector(*ids) : Rows{};
-  if ((to.count > 1 && to.stride < width) || overlap(in, 2 * row_bytes, to, row_bytes, sizeof(T)) ||
+  if (!separate(to, width) || overlap(in, 2 * row_bytes, to, row_bytes, sizeof(T)) ||
       (ids && extents_meet(to, id_rows)))
     return Outcome::kRefused;
   ActivationParams params{

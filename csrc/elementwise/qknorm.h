@@ -97,8 +97,8 @@ inline bool as_head_dim(const TVMFFIAny& arg, index_t head_dim) {
   return arg.type_index == kTVMFFIInt && (arg.v_int64 == 0 || arg.v_int64 == head_dim);
 }
 
-// fused_inplace_qknorm(q, k, q_weight, k_weight, eps, head_dim, enable_pdl): jitnorm.qknorm's check says in words what
-// is refused here.
+// fused_inplace_qknorm(q, k, q_weight, k_weight, eps, head_dim, enable_pdl): jitnorm.qknorm_ops.check says in words
+// what is refused here.
 template <typename Kernel>
 Outcome fused_inplace_qknorm(const TVMFFIAny* args, int num_args) {
   using T = typename Kernel::input_t;

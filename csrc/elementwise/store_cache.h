@@ -88,8 +88,7 @@ Outcome store_cache(const TVMFFIAny* args, int num_args) {
   const Rows index_rows = as_vector(*indices);
   for (int cache = 2; cache < 4; cache++) {
     const Rows& to = rows[cache];
-    if (to.count == 0 || (to.count > 1 && to.stride < widths[cache]) || extents_meet(to, index_rows))
-      return Outcome::kRefused;
+    if (to.count == 0 || !separate(to, widths[cache]) || extents_meet(to, index_rows)) return Outcome::kRefused;
     for (int other = 0; other < cache; other++)
       if (overlap(rows[other], widths[other], to, widths[cache], 1)) return Outcome::kRefused;
   }

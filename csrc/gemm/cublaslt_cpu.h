@@ -1,4 +1,5 @@
-// Matrix products by the libcublasLt that is already in the process, without a workspace: so without one to split k in.
+// Matrix products by the libcublasLt that is already in the process, in no workspace, or in one that is too small to
+// split k in.
 //
 // Its C interface is stable, and declared here as far as it is used: the library's headers need not be installed.
 #pragma once
@@ -52,7 +53,7 @@ inline Library library;
 
 // Everything that a choice of the library depends on. Never the addresses: all operands are aligned alike.
 struct Key {
-  int64_t m, n, k, b_stride;
+  int64_t m, n, k, b_stride, workspace;
   int32_t device, type, out_type, transposed, bias, tf32;
 };
 
@@ -86,14 +87,16 @@ inline Outcome raise(const char* function, int status) {
 inline bool choose(Plan& plan, Object handle) {
   Object preference = nullptr;
   if (library.preference_create(&preference)) return false;
-  const uint64_t no_workspace = 0;
+  const uint64_t workspace = plan.key.workspace;
   const uint32_t alignment = 16;
-  library.preference_set(preference, kMaxWorkspace, &no_workspace, sizeof no_workspace);
+  library.preference_set(preference, kMaxWorkspace, &workspace, sizeof workspace);
   for (int name = kAlignmentA; name <= kAlignmentD; name++)
     library.preference_set(preference, name, &alignment, sizeof alignment);
-  Heuristic proposed[8];
+  constexpr int kMost = 32;  // the best may all split k
+  Heuristic proposed[kMost];
   int count = 0;
-  if (library.heuristic(handle, plan.operation, plan.b, plan.a, plan.out, plan.out, preference, 8, proposed, &count))
+  if (library.heuristic(handle, plan.operation, plan.b, plan.a, plan.out, plan.out, preference, kMost, proposed,
+                        &count))
     count = 0;
   library.preference_destroy(preference);
   for (int i = 0; i < count; i++) {
@@ -101,7 +104,7 @@ inline bool choose(Plan& plan, Object handle) {
     uint32_t reduction = 0;
     library.config_get(&proposed[i].algorithm, kSplitK, &splits, sizeof splits, nullptr);
     library.config_get(&proposed[i].algorithm, kReductionScheme, &reduction, sizeof reduction, nullptr);
-    if (proposed[i].state || proposed[i].workspace || splits > 1 || splits < 0 || reduction) continue;
+    if (proposed[i].state || proposed[i].workspace > workspace || splits > 1 || splits < 0 || reduction) continue;
     plan.algorithm = proposed[i].algorithm;
     return true;
   }
@@ -179,13 +182,13 @@ inline int64_t open_cublaslt(const TVMFFIAny* args, int num_args) {
   return complete ? static_cast<int64_t>(l.version()) : 0;
 }
 
-// cublaslt_matmul(a, b, bias, out, b_transposed, tf32): out = a @ b + bias. The caller has made the GPU current, and
-// holds Python's lock, which guards the plans.
+// cublaslt_matmul(a, b, bias, out, b_transposed, tf32, workspace): out = a @ b + bias. The workspace is bytes on the
+// GPU, or None. The caller has made the GPU current, and holds Python's lock, which guards the plans.
 template <typename>
 Outcome cublaslt_matmul(const TVMFFIAny* args, int num_args) {
-  if (num_args != 6 || !lt::library.matmul) return Outcome::kRefused;
+  if (num_args != 7 || !lt::library.matmul) return Outcome::kRefused;
   const DLTensor *a = as_tensor(args[0]), *b = as_tensor(args[1]), *bias = as_tensor(args[2]),
-                 *out = as_tensor(args[3]);
+                 *out = as_tensor(args[3]), *workspace = as_tensor(args[6]);
   bool transposed, tf32;
   int64_t a_stride, b_stride, out_stride;
   if (!as_optional_bool(args[4], false, &transposed) || !as_optional_bool(args[5], false, &tf32) ||
@@ -200,11 +203,14 @@ Outcome cublaslt_matmul(const TVMFFIAny* args, int num_args) {
   if (bias && (bias->ndim != 1 || bias->shape[0] != n || !same_device(*a, *bias) ||
                lt::type_of(*bias) != lt::type_of(*out) || reinterpret_cast<uintptr_t>(lt::data_of(*bias)) % 16))
     return Outcome::kRefused;
+  if (workspace && !same_device(*a, *workspace)) return Outcome::kRefused;
+  const int64_t room = workspace ? element_count(*workspace) * workspace->dtype.bits / 8 : 0;
   const int device = a->device.device_id;
   lt::Object& handle = lt::handles[device];
   if (!handle)
     if (int status = lt::library.create(&handle)) return handle = nullptr, lt::raise("cublasLtCreate", status);
-  const lt::Key key{m, n, k, b_stride, device, lt::type_of(*a), lt::type_of(*out), transposed, bias != nullptr, tf32};
+  const lt::Key key{m,   n, k, b_stride, room, device, lt::type_of(*a), lt::type_of(*out), transposed, bias != nullptr,
+                    tf32};
   lt::Plan& plan = lt::place_of(key);
   if (plan.state == lt::Plan::kEmpty || __builtin_memcmp(&plan.key, &key, sizeof key))
     if (lt::make(plan, key, handle) == Outcome::kRaised) return Outcome::kRaised;
@@ -215,9 +221,9 @@ Outcome cublaslt_matmul(const TVMFFIAny* args, int num_args) {
   }
   const float one = 1.f, zero = 0.f;
   void* to = lt::data_of(*out);
-  int status =
-      lt::library.matmul(handle, plan.operation, &one, lt::data_of(*b), plan.b, lt::data_of(*a), plan.a, &zero, to,
-                         plan.out, to, plan.out, &plan.algorithm, nullptr, 0, TVMFFIEnvGetStream(kDLCUDA, device));
+  int status = lt::library.matmul(
+      handle, plan.operation, &one, lt::data_of(*b), plan.b, lt::data_of(*a), plan.a, &zero, to, plan.out, to, plan.out,
+      &plan.algorithm, workspace ? lt::data_of(*workspace) : nullptr, room, TVMFFIEnvGetStream(kDLCUDA, device));
   return status ? lt::raise("cublasLtMatmul", status) : Outcome::kDone;
 }
 

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 
 from jitnorm import checks
 from jitnorm.jit.spec import KernelSpec, Target
-from jitnorm.operators import Operator
+from jitnorm.operators import CPP_TYPES, DTYPES, Operator
 from jitnorm.targets import target_of
 from jitnorm.torch_library import (
     build_while_tracing,
@@ -26,7 +26,6 @@ from jitnorm.torch_library import (
     register_autograd,
 )
 
-_CPP = {torch.float16: "fp16_t", torch.bfloat16: "bf16_t", torch.float32: "float"}
 _MOST_WIDTH = 1 << 30
 
 
@@ -38,7 +37,7 @@ class Activation(Operator):
 
     def spec(self, dtype: torch.dtype, vector_bytes: int, target: Target) -> KernelSpec:
         """What to build for rows that accesses of `vector_bytes` fit; the width itself is known to the call alone."""
-        if dtype not in _CPP:
+        if dtype not in CPP_TYPES:
             raise TypeError(f"{self.op} takes float16, bfloat16 and float32, got {dtype}")
         name = checks.DTYPE_NAMES[dtype]
         full = vector_bytes == checks.CUDA_ALIGNMENT
@@ -47,7 +46,7 @@ class Activation(Operator):
             family="activation",
             entry=self.entry,
             name=f"{self.op}_{name}" + ("" if full else f"_by_{vector_bytes}"),
-            kernel=f"ActivationKernel<{_CPP[dtype]}, {self.policy}, {vector_bytes}>",
+            kernel=f"ActivationKernel<{CPP_TYPES[dtype]}, {self.policy}, {vector_bytes}>",
             target=target,
             warmup=f"--op {self.op} --dtype {name}"
             + ("" if full else f" --hidden-size {vector_bytes // dtype.itemsize}"),
@@ -125,7 +124,7 @@ def check(op: str, input: Any, out: Any, expert_ids: Any, expert_step: Any, enab
 
 def _check_kinds(op: str, input: torch.Tensor, out: Any, expert_ids: Any, expert_step: Any) -> None:
     """What can be said of tensors without storage."""
-    checks.dtype("input", input, tuple(_CPP))
+    checks.dtype("input", input, DTYPES)
     width = _width(op, input)
     if out is not None:
         checks.tensor("out", out)

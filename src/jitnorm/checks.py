@@ -124,7 +124,7 @@ def written_rows(name: str, value: torch.Tensor) -> None:
 def no_overlap(name: str, value: torch.Tensor, like_name: str, like: torch.Tensor, even_exactly: bool = False) -> None:
     """They share no memory or, unless `even_exactly`, are the same rows.
 
-    Where their strides differ, extents that meet count as sharing.
+    Where their strides differ, or rows have no one stride, extents that meet count as sharing.
     """
     if not value.numel() or not like.numel():
         return
@@ -135,7 +135,7 @@ def no_overlap(name: str, value: torch.Tensor, like_name: str, like: torch.Tenso
         return
     if offset >= _extent(like) or -offset >= _extent(value):
         return
-    if stride == like_stride and like_row <= offset % stride <= stride - row:
+    if stride and stride == like_stride and like_row <= offset % stride <= stride - row:
         return
     itself = "" if even_exactly else f"be {like_name} itself or "
     raise ValueError(f"{name} must {itself}share no memory with {like_name}, got a view that overlaps it")

@@ -17,11 +17,11 @@ from jitnorm.fused_add_rmsnorm import fused_add_rmsnorm
 from jitnorm.gemma_fused_add_rmsnorm import gemma_fused_add_rmsnorm
 from jitnorm.gemma_rmsnorm import gemma_rmsnorm
 from jitnorm.norms import is_supported_hidden_size
+from jitnorm.operators import DTYPES
 from jitnorm.rmsnorm import rmsnorm
 from jitnorm.torch_library import needs_grad
 
 _HALF = (torch.float16, torch.bfloat16)
-_DTYPES = (*_HALF, torch.float32)
 
 # Where eps is None, F.rms_norm takes the epsilon of the dtype it computes in; before 2.7, of the input's.
 _EPS_OF_FLOAT32 = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 7)
@@ -34,7 +34,7 @@ def serves(input: torch.Tensor, weight: torch.Tensor) -> bool:
         and input.dim() > 0
         and input.shape[-1] == weight.shape[0]
         and is_supported_hidden_size(weight.shape[0])
-        and input.dtype in _DTYPES
+        and input.dtype in DTYPES
         and weight.dtype in (input.dtype, torch.float32)
         and weight.device == input.device
         and input.device.type in ("cpu", "cuda")

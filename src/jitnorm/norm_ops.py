@@ -44,7 +44,7 @@ def dispatch_rmsnorm(
     if out is None:
         result: torch.Tensor = getattr(torch.ops.jitnorm, norm.op)(input, weight, eps, enable_pdl)
         return result
-    if needs_grad(input, weight, out):
+    if needs_grad(input, weight):
         raise RuntimeError(f"{norm.op} with out= has no gradient: call it without, or under torch.no_grad()")
     getattr(torch.ops.jitnorm, f"{norm.op}_out")(input, weight, out, eps, enable_pdl)
     return out

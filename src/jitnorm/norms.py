@@ -13,13 +13,11 @@ import torch
 
 from jitnorm import checks
 from jitnorm.jit.spec import KernelSpec, Target
-from jitnorm.operators import Operator
+from jitnorm.operators import CPP_TYPES, DTYPES, Operator
 from jitnorm.targets import target_of
 
 _WARP_SIZES = (64, 128, 256)
 _BLOCK_SIZES = range(512, 8192 + 1, 256)
-_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-_CPP = {"fp16": "fp16_t", "bf16": "bf16_t", "fp32": "float"}
 
 
 def is_supported_hidden_size(hidden_size: int) -> bool:
@@ -53,7 +51,7 @@ class Norm(Operator):
     def spec(self, hidden_size: int, dtype: torch.dtype, weight_dtype: torch.dtype, target: Target) -> KernelSpec:
         """What to build for one size. RuntimeError for a size that is not supported, TypeError for such a dtype."""
         cls = self.kernel_class(hidden_size)
-        if dtype not in _DTYPES or weight_dtype not in (dtype, torch.float32):
+        if dtype not in DTYPES or weight_dtype not in (dtype, torch.float32):
             raise TypeError(
                 f"{self.op} takes float16, bfloat16 and float32, with weights of the same dtype or float32, "
                 f"got {dtype} with weights of {weight_dtype}"
@@ -69,7 +67,7 @@ class Norm(Operator):
             family=self.family,
             entry=self.entry,
             name=f"{self.op}_{hidden_size}_{name}{suffix}",
-            kernel=f"{cls}<{hidden_size}, {_CPP[name]}, {_CPP[weight_name]}{policy}>",
+            kernel=f"{cls}<{hidden_size}, {CPP_TYPES[dtype]}, {CPP_TYPES[weight_dtype]}{policy}>",
             target=target,
             warmup=warmup,
         )
@@ -123,10 +121,10 @@ def check_kinds(norm: Norm, input: torch.Tensor, weight: torch.Tensor, **like_in
     """What can be said of tensors without storage: RuntimeError for a size, errors for dtypes, shapes and devices."""
     if input.dim() == 0:
         raise ValueError("input must have at least one dimension, got a scalar")
-    checks.dtype("input", input, _DTYPES)
+    checks.dtype("input", input, DTYPES)
     checks.dtype("weight", weight, (input.dtype, torch.float32))
     hidden_size = int(input.shape[-1])
-    kernel_class(hidden_size, norm.op)
+    norm.kernel_class(hidden_size)
     checks.shape("weight", weight, [hidden_size], "one factor for each element of input's last dimension")
     checks.device("weight", weight, "input", input)
     for name, value in like_input.items():

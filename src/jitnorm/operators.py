@@ -6,8 +6,14 @@ from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+
 from jitnorm.jit.load import load
 from jitnorm.jit.spec import KernelSpec
+
+# The dtypes that kernels compute with, as csrc/include/jitnorm/dtype.h calls them.
+CPP_TYPES = {torch.float16: "fp16_t", torch.bfloat16: "bf16_t", torch.float32: "float"}
+DTYPES = tuple(CPP_TYPES)
 
 OPERATORS: list[Operator] = []  # every one of the package, in the order in which they were made
 

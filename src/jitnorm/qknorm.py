@@ -2,21 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
-from jitnorm import norms
-from jitnorm.norm_ops import dispatch_rmsnorm
-from jitnorm.qknorm_checks import DTYPES, HEAD_DIMS, QKNORM, check, check_kinds
-from jitnorm.torch_library import (
-    build_while_tracing,
-    count_version,
-    is_traced,
-    needs_grad,
-    refuse_tangents,
-    register,
-)
+from jitnorm.operators import DTYPES
+from jitnorm.qknorm_ops import HEAD_DIMS, QKNORM, dispatch_qknorm, first_qknorm
 
 _kernels = QKNORM.kernels
 _is_dynamo_compiling = torch.compiler.is_dynamo_compiling
@@ -67,7 +56,7 @@ def fused_inplace_qknorm(
             2^31 heads or more in all tokens, or the kernel cannot be built or launched.
     """
     if _is_dynamo_compiling():
-        return _dispatch(q, k, q_weight, k_weight, eps, head_dim, enable_pdl)
+        return dispatch_qknorm(q, k, q_weight, k_weight, eps, head_dim, enable_pdl)
     try:
         if (
             not (q.requires_grad or k.requires_grad or q_weight.requires_grad or k_weight.requires_grad)
@@ -76,69 +65,4 @@ def fused_inplace_qknorm(
             return None
     except Exception:  # no kernel yet, or arguments that have no such attributes: the way below says what it was
         pass
-    return _first(q, k, q_weight, k_weight, eps, head_dim, enable_pdl)
-
-
-def _first(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    q_weight: torch.Tensor,
-    k_weight: torch.Tensor,
-    eps: float,
-    head_dim: int,
-    enable_pdl: bool | None,
-) -> None:
-    """The way of a call that finds no kernel or is refused by it: says what is wrong, or gets the right kernel."""
-    if is_traced(q, k, q_weight, k_weight):
-        return _dispatch(q, k, q_weight, k_weight, eps, head_dim, enable_pdl)
-    check(q, k, q_weight, k_weight, eps, head_dim, enable_pdl)
-    if needs_grad(q, k, q_weight, k_weight):
-        return _dispatch(q, k, q_weight, k_weight, eps, head_dim, enable_pdl)
-    return QKNORM.run(q, q_weight, q, k, q_weight, k_weight, eps, head_dim, enable_pdl)
-
-
-def _dispatch(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    q_weight: torch.Tensor,
-    k_weight: torch.Tensor,
-    eps: float,
-    head_dim: int,
-    enable_pdl: bool | None,
-) -> None:
-    """A call by way of torch's dispatcher; with gradients, what it writes is copied from the norm that has them."""
-    refuse_tangents(QKNORM)
-    if not needs_grad(q, k, q_weight, k_weight):
-        torch.ops.jitnorm.fused_inplace_qknorm(q, k, q_weight, k_weight, eps, head_dim, enable_pdl)
-        return
-    check_kinds(q, k, q_weight, k_weight, head_dim)
-    for name, written in (("q", q), ("k", k)):
-        if written.requires_grad and written.is_leaf:
-            raise RuntimeError(f"{name} is a leaf that requires grad, which {QKNORM.op} cannot overwrite")
-    for written, weight in ((q, q_weight), (k, k_weight)):
-        written.copy_(dispatch_rmsnorm(norms.RMSNORM, written.contiguous(), weight, eps, None, enable_pdl))
-
-
-def _run(
-    q: Any, k: Any, q_weight: Any, k_weight: Any, eps: float = 1e-6, head_dim: int = 0, enable_pdl: bool | None = None
-) -> None:
-    arguments = q, k, q_weight, k_weight, eps, head_dim, enable_pdl
-    if not QKNORM.call_last((q_weight.nbytes, q.dtype), *arguments):
-        check(*arguments)
-        QKNORM.run(q, q_weight, *arguments)
-    count_version(q, k)
-
-
-def _fake(
-    q: Any, k: Any, q_weight: Any, k_weight: Any, eps: float = 1e-6, head_dim: int = 0, enable_pdl: bool | None = None
-) -> None:
-    check_kinds(q, k, q_weight, k_weight, head_dim)
-    build_while_tracing(QKNORM, q, int(q.shape[-1]), q.dtype, q_weight.dtype)
-
-
-register(
-    "fused_inplace_qknorm(Tensor(a!) q, Tensor(b!) k, Tensor q_weight, Tensor k_weight, float eps=1e-6, "
-    "int head_dim=0, bool? enable_pdl=None) -> ()",
-    _run,
-    _fake,
-)
+    return first_qknorm(q, k, q_weight, k_weight, eps, head_dim, enable_pdl)

@@ -9,11 +9,9 @@ import torch
 
 from jitnorm import checks
 from jitnorm.jit.spec import KernelSpec, Target
-from jitnorm.operators import Operator
+from jitnorm.operators import CPP_TYPES, DTYPES, Operator
 from jitnorm.targets import target_of
 from jitnorm.torch_library import needs_grad, refuse_tangents
-
-_CPP = {torch.float16: "fp16_t", torch.bfloat16: "bf16_t", torch.float32: "float"}
 
 
 @dataclass(frozen=True)
@@ -24,7 +22,7 @@ class QuantFp8(Operator):
 
     def spec(self, dtype: torch.dtype, target: Target) -> KernelSpec:
         """What to build. TypeError for a dtype that is not supported."""
-        if dtype not in _CPP:
+        if dtype not in CPP_TYPES:
             raise TypeError(f"{self.op} takes float16, bfloat16 and float32, got {dtype}")
         name = checks.DTYPE_NAMES[dtype]
         return KernelSpec(
@@ -32,7 +30,7 @@ class QuantFp8(Operator):
             family="quant_fp8",
             entry=self.entry,
             name=f"{self.op}_{name}",
-            kernel=self.kernel_class.format(_CPP[dtype]),
+            kernel=self.kernel_class.format(CPP_TYPES[dtype]),
             target=target,
             warmup=f"--op {self.op} --dtype {name}",
         )
@@ -50,7 +48,7 @@ def check_kinds(input: Any, output_q: Any, output_s: Any) -> None:
     """What can be said of tensors without storage."""
     for name, value in (("input", input), ("output_q", output_q), ("output_s", output_s)):
         checks.tensor(name, value)
-    checks.dtype("input", input, tuple(_CPP))
+    checks.dtype("input", input, DTYPES)
     checks.dtype("output_q", output_q, (torch.float8_e4m3fn,))
     checks.shape("output_q", output_q, input.shape, "like input")
     checks.dtype("output_s", output_s, (torch.float32,))

@@ -50,17 +50,16 @@ def first_quant_norm(
     if scale is not None and scales is not None:
         raise ValueError("scales must be None where scale is given, which is used for all rows, got both")
     given = scales if scale is None else scale
-    if is_traced(input, residual, weight, given, out):
-        _refuse_gradients(norm, input, residual, weight)
-        to, by = new_outputs(input, out, given)
-        tensors = (input, weight, to, by) if residual is None else (input, residual, weight, to, by)
-        getattr(torch.ops.jitnorm, norm.op)(*tensors, eps, enable_pdl)
-        return to, by
-    check(norm, input, residual, weight, out, given, eps, enable_pdl)
+    traced = is_traced(input, residual, weight, given, out)
+    if not traced:
+        check(norm, input, residual, weight, out, given, eps, enable_pdl)
     _refuse_gradients(norm, input, residual, weight)
     to, by = new_outputs(input, out, given)
-    tensors = (input, weight, to, by) if residual is None else (input, residual, weight, to, by)
-    norm.run(input, weight, *tensors, eps, enable_pdl)
+    arguments = (*((input, residual) if _adds(norm) else (input,)), weight, to, by, eps, enable_pdl)
+    if traced:
+        getattr(torch.ops.jitnorm, norm.op)(*arguments)
+    else:
+        norm.run(input, weight, *arguments)
     return to, by
 
 

@@ -75,7 +75,7 @@ def first_rmsnorm(
     if is_traced(input, weight, out):
         return dispatch_rmsnorm(norm, input, weight, eps, out, enable_pdl)
     norms.check_rmsnorm(norm, input, weight, eps, out, enable_pdl)
-    if needs_grad(input, weight, out):
+    if needs_grad(input, weight):
         return dispatch_rmsnorm(norm, input, weight, eps, out, enable_pdl)
     to = torch.empty_like(input) if out is None else out
     norm.run(input, weight, input, weight, to, eps, enable_pdl)

@@ -35,6 +35,14 @@ def _is_stand_in(tensor: torch.Tensor) -> bool:
     )
 
 
+def mark_constant(function: Any) -> None:
+    """Makes what `function` returns while torch.compile traces a constant of the graph.
+
+    As torch.compiler.assume_constant_result, which would import torch._dynamo, and that takes a second.
+    """
+    function._dynamo_marked_constant = True
+
+
 def needs_grad(*tensors: object) -> bool:
     """Whether autograd has to know of a call on these."""
     return torch.is_grad_enabled() and any(isinstance(t, torch.Tensor) and t.requires_grad for t in tensors)

@@ -16,12 +16,14 @@ FILES = sorted(file.stem for file in FOLDER.glob("bench_*.py"))
 # What runs anywhere, and small. torch.compile takes too long for a test.
 RUNS = {
     "bench_activation": ["jitnorm", "torch"],
-    "bench_batch_invariant": ["mode", "torch"],
     "bench_fused_add_rmsnorm": ["jitnorm", "torch", "liger"],
     "bench_host_overhead": ["jitnorm", "torch", "define+impl", "custom_op", "empty_like"],
+    "bench_llama_layer": ["jitnorm", "torch"],
+    "bench_matmul": ["jitnorm", "torch", "triton"],
     "bench_qknorm": ["jitnorm", "torch"],
     "bench_quant_fp8": ["jitnorm", "torch"],
     "bench_rmsnorm": ["jitnorm", "torch", "liger"],
+    "bench_row_reductions": ["jitnorm", "torch"],
     "bench_rmsnorm_cpu": ["jitnorm", "allocated", "torch"],
     "bench_store_cache": ["jitnorm", "torch"],
 }
@@ -34,7 +36,7 @@ def bench(request, monkeypatch):
 
 
 def test_every_file_is_here():
-    assert {*RUNS, "bench_build", "bench_batch_invariant_layer"} == {*FILES}
+    assert {*RUNS, "bench_build"} == {*FILES}
 
 
 @pytest.mark.parametrize("bench", FILES, indirect=True)
@@ -50,7 +52,7 @@ def test_runs_on_the_cpu(bench, impl, capsys):
     said = capsys.readouterr().out
     assert not report.failed, said
     results = [result for row in report.rows for result in row.results().values()]
-    assert len(results) >= (len(impl) - ("liger" in impl)) * len(report.rows), said
+    assert len(results) >= (len(impl) - ("liger" in impl) - ("triton" in impl)) * len(report.rows), said
     if bench.name != "host_overhead":
         assert all(result.error is not None for result in results), "each is checked"
     if "liger" in impl:

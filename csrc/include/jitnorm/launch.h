@@ -9,7 +9,8 @@ namespace jitnorm {
 
 // What pays in a grid of thousands of blocks costs a single row, even where it is only asked for: a few instructions
 // more take 60 ns. So `run` is a template over GridLength, and a kernel class may have code of its own for grids of up
-// to kShortGrid and from kLongGrid blocks. One that has the same code for all inherits from EveryGrid.
+// to kShortGrid and from kLongGrid blocks, in its first dimension. One that has the same code for all inherits from
+// EveryGrid.
 enum class GridLength { kShort, kAny, kLong };
 struct EveryGrid {
   static constexpr unsigned kShortGrid = 0, kLongGrid = ~0u;

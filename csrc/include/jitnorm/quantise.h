@@ -2,12 +2,6 @@
 #pragma once
 #include "jitnorm/dtype.h"
 
-#ifdef __CUDACC__
-#define JITNORM_ANYWHERE __device__ __forceinline__
-#else
-#define JITNORM_ANYWHERE inline
-#endif
-
 namespace jitnorm {
 
 // What a scale is at least where it is found, so that zeros can be divided by it. For a token it is the floor of vLLM's

@@ -1,4 +1,4 @@
-"""cuBLASLt without a workspace to split k in, by a thin operator over the library that torch has loaded."""
+"""cuBLASLt without room to split k in, by a thin operator over the library that torch has loaded."""
 
 from __future__ import annotations
 
@@ -15,6 +15,11 @@ from jitnorm.jit.spec import KernelSpec, Target
 
 if TYPE_CHECKING:
     from jitnorm.batch_invariant.cuda_matmul import Problem, Road
+
+
+# Bytes that a kernel may use beside its operands. Partial sums of a split k need far more; a few bytes let in kernels
+# that keep counters. Another value is another question to the proof.
+WORKSPACE = 0
 
 
 class _Spec(KernelSpec):
@@ -72,17 +77,25 @@ def library_version() -> int:
     return _opened()[1]
 
 
-def road(problem: Problem) -> Road:
+def identity(workspace: int = WORKSPACE) -> str:
+    """Of all that decides which kernels are run: the library, and what is asked of it."""
+    return f"{library_version()}, {workspace} bytes, {SPEC.key}"
+
+
+def road(problem: Problem, workspace: int = WORKSPACE) -> Road:
     """How `problem` is computed by the library."""
     function = _opened()[0].cublaslt_matmul
     function.release_gil = False
+    transposed, tf32 = problem.b_transposed, problem.tf32
 
     def run(a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor) -> None:
-        if function(a, b, bias, out, problem.b_transposed, problem.tf32):
-            raise Refused(f"cuBLASLt has no kernel without a workspace for {problem} and {a.shape[0]} rows")
+        # Of torch's allocator, which keeps streams and graphs apart.
+        room = a.new_empty(workspace, dtype=torch.uint8) if workspace else None
+        if function(a, b, bias, out, transposed, tf32, room):
+            raise Refused(f"cuBLASLt has no kernel that keeps k whole for {problem} and {a.shape[0]} rows")
 
     return run
 
 
 class Refused(RuntimeError):
-    """The library has no kernel for a product that needs no workspace."""
+    """The library has no kernel for a product that does without splitting k."""

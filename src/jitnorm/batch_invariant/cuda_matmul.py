@@ -6,7 +6,8 @@ import functools
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeAlias
+from pathlib import Path
+from typing import Any, TypeAlias
 
 import torch
 
@@ -46,34 +47,34 @@ class Problem:
 # (a, b, bias, out), all of them laid out as `cuda_product` does
 Road: TypeAlias = Callable[[torch.Tensor, torch.Tensor, "torch.Tensor | None", torch.Tensor], None]
 
-_roads: dict[Problem, Road] = {}
+# By what a call can tell of a problem in the least time; decode calls products of 10 us.
+_roads: dict[tuple[Any, ...], Road] = {}
 _lock = threading.Lock()
 
 
 def cuda_product(a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None, out_dtype: torch.dtype) -> torch.Tensor:
     """`a @ b + bias` of checked tensors."""
-    out = a.new_empty(a.shape[0], b.shape[1], dtype=out_dtype)
-    if out.numel() == 0 or a.shape[1] == 0:
+    (m, k), n = a.shape, b.shape[1]
+    out = a.new_empty((m, n), dtype=out_dtype)
+    if not (m and n and k):
         return out.zero_() if bias is None else out.copy_(bias)
     # Another row stride or address of a could mean another kernel, and these may depend on the batch.
     a = aligned(a, _ALIGNMENT)
-    bias = None if bias is None else aligned(bias, _ALIGNMENT)
-    transposed = b.stride(0) == 1 and b.stride(1) >= b.shape[0]
-    if not (transposed or (b.stride(1) == 1 and b.stride(0) >= b.shape[1])) or b.data_ptr() % _ALIGNMENT:
-        b, transposed = b.clone(memory_format=torch.contiguous_format), False
-    problem = Problem(
-        a.device,
-        b.shape[1],
-        b.shape[0],
-        a.dtype,
-        out_dtype,
-        transposed,
-        b.stride(1) if transposed else b.stride(0),
-        bias is not None,
-        a.dtype == torch.float32 and tf32_allowed(),
-    )
-    with on_device_of(a):
-        (_roads.get(problem) or _find_road(problem))(a, b, bias, out)
+    if bias is not None:
+        bias = aligned(bias, _ALIGNMENT)
+    down, across = b.stride()
+    if not ((down == 1 and across >= k) or (across == 1 and down >= n)) or b.data_ptr() % _ALIGNMENT:
+        b = b.clone(memory_format=torch.contiguous_format)
+        down, across = n, 1
+    dtype, device = a.dtype, a.device
+    tf32 = dtype == torch.float32 and tf32_allowed()
+    key = (n, k, down, across, dtype, out_dtype, bias is None, tf32, device)
+    road = _roads.get(key)
+    if device.index == torch.cuda.current_device():
+        (road or _find_road(key))(a, b, bias, out)
+    else:
+        with torch.cuda.device(device):
+            (road or _find_road(key))(a, b, bias, out)
     return out
 
 
@@ -99,8 +100,10 @@ def road_of(problem: Problem) -> Road:
     """cuBLASLt where it is proven to keep the promise for this product, else the Triton kernel."""
     from jitnorm.batch_invariant.proof import holds
 
-    if cublaslt.library_version() and holds("cublaslt", cublaslt.road(problem), problem):
-        return cublaslt.road(problem)
+    if cublaslt.library_version():
+        road = cublaslt.road(problem)
+        if holds("cublaslt", cublaslt.identity(), Path(cublaslt.__file__), road, problem):
+            return road
     return triton_road(problem)
 
 
@@ -110,19 +113,37 @@ def triton_road(problem: Problem) -> Road:
 
     kernel = triton_module("triton_matmul")
     free = functools.partial(kernel.run, problem, False)
-    if holds(f"triton {kernel.VERSION}", free, problem):
-        return free
-    return functools.partial(kernel.run, problem, True)
+    road = functools.partial(kernel.run, problem, True)
+    if holds("triton", kernel.VERSION, Path(kernel.__file__), free, problem):
+        road = free
+    kernel.compile_tiles(problem, road)
+    return road
 
 
-def _find_road(problem: Problem) -> Road:
+def _find_road(key: tuple[Any, ...]) -> Road:
+    problem = _problem(*key)
     if torch.cuda.is_current_stream_capturing():
         raise RuntimeError(
             f"batch-invariant mode meets a product for the first time ({problem}) while a CUDA graph is captured, and "
             "must find out first which kernel keeps its promise: run the model once in the mode before capturing"
         )
     with _lock:
-        if problem not in _roads:
+        if key not in _roads:
             with torch.no_grad():
-                _roads[problem] = road_of(problem)
-        return _roads[problem]
+                _roads[key] = road_of(problem)
+        return _roads[key]
+
+
+def _problem(
+    n: int,
+    k: int,
+    down: int,
+    across: int,
+    dtype: torch.dtype,
+    out_dtype: torch.dtype,
+    no_bias: bool,
+    tf32: bool,
+    device: torch.device,
+) -> Problem:
+    transposed = down == 1 and across >= k
+    return Problem(device, n, k, dtype, out_dtype, transposed, across if transposed else down, not no_bias, tf32)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 
 import torch
 
@@ -18,7 +18,7 @@ class Installed:
     def __init__(self, bmm: bool) -> None:
         self.bmm = bmm
         with ExitStack() as stack:
-            stack.enter_context(_attention_without_splits())
+            stack.enter_context(_no_cudnn_attention())
             stack.enter_context(operators_kept_whole(bmm))
             library = torch.library.Library("aten", "IMPL")
             stack.callback(library._destroy)
@@ -38,23 +38,17 @@ def _override(library: torch.library.Library, bmm: bool) -> None:
     for name, function in {**overrides.BACKEND, **(overrides.BMM if bmm else {})}.items():
         for key in ("CPU", "CUDA"):
             library.impl(name, function, key)
-    for name, function in overrides.COMPOSITE.items():
-        library.impl(name, function, "CompositeImplicitAutograd")
+    for key, functions in overrides.OF_ONE_KEY.items():
+        for name, function in functions.items():
+            library.impl(name, function, key)
 
 
-class _attention_without_splits:
-    """Flash attention and cuDNN's may split the keys by how many queries there are. torch's memory-efficient kernel
-    does not, and its composed form is made of operators that the mode overrides."""
-
-    def __enter__(self) -> None:
-        cuda = torch.backends.cuda
-        self._switches: list[tuple[Callable[[bool], None], bool]] = [
-            (cuda.enable_flash_sdp, cuda.flash_sdp_enabled()),
-            (cuda.enable_cudnn_sdp, cuda.cudnn_sdp_enabled()),
-        ]
-        for switch, _ in self._switches:
-            switch(False)
-
-    def __exit__(self, *_: object) -> None:
-        for switch, before in self._switches:
-            switch(before)
+@contextmanager
+def _no_cudnn_attention() -> Iterator[None]:
+    """torch then takes its flash attention or its memory-efficient kernel, or composes what these cannot do."""
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    try:
+        yield
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(before)

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from jitnorm.batch_invariant.attention import composed_attention, flash_attention
 from jitnorm.batch_invariant.matmul import add_product, batched_product, product
 from jitnorm.batch_invariant.rms_norm import rms_norm
 from jitnorm.batch_invariant.rows import mean_override, softmax_override
@@ -106,5 +107,10 @@ BACKEND: dict[str, Callable[..., Any]] = {
     "mean.out": _mean_out,
 }
 BMM: dict[str, Callable[..., Any]] = {"bmm": _bmm, "bmm.out": _bmm_out, "baddbmm": _baddbmm}
-# Defined by torch in terms of other operators, so overridden for every device at once; autograd sees what it calls.
-COMPOSITE: dict[str, Callable[..., Any]] = {"rms_norm": rms_norm}
+# By the only dispatch key that they are for.
+OF_ONE_KEY: dict[str, dict[str, Callable[..., Any]]] = {
+    "CUDA": {"_scaled_dot_product_flash_attention": flash_attention},
+    "CPU": {"_scaled_dot_product_flash_attention_for_cpu": composed_attention},
+    # Defined by torch in terms of other operators, for every device at once; autograd sees what it calls.
+    "CompositeImplicitAutograd": {"rms_norm": rms_norm},
+}

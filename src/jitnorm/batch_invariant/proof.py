@@ -11,8 +11,10 @@ import functools
 import hashlib
 import json
 import os
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,10 +26,9 @@ from jitnorm.jit.report import say
 if TYPE_CHECKING:
     from jitnorm.batch_invariant.cuda_matmul import Problem, Road
 
-_FORMAT = 1
 BATCHES = (*range(1, 257), 384, 511, 512, 777, 1024, 2047, 2048, 3333, 4096, 8191, 8192)
 _ROWS = 7  # different ones, which a batch repeats: being odd, each of them comes to every place of a tile
-_COMPARED = 1 << 28  # elements at most in one comparison, and in one product
+_COMPARED = 1 << 29  # elements at most in one product; 8192 rows of the widest layers, some of a vocabulary
 
 
 @dataclass(frozen=True)
@@ -39,37 +40,55 @@ class Proof:
     gpu: str
     driver: str
     library: str
+    code: str  # a hash of what was run and of this file: what has changed is to be proven again
     holds: bool
     first: str  # where it fails first; empty where it holds
 
     @property
     def name(self) -> str:
-        words = (_FORMAT, self.road, self.problem, self.gpu, self.driver, self.library)
+        words = (self.road, self.problem, self.gpu, self.driver, self.library, self.code)
         return hashlib.sha256(json.dumps(words).encode()).hexdigest()[:24] + ".json"
 
 
-def holds(road: str, run: Road, problem: Problem) -> bool:
-    """Whether `run` gives each row the same bits in any batch. Remembered on disk."""
-    subject = functools.partial(
-        Proof, road, str(problem), torch.cuda.get_device_name(problem.device), driver_version(), library_of(road)
-    )
+def holds(road: str, library: str, code: Path, run: Road, problem: Problem) -> bool:
+    """Whether `run` gives each row the same bits in any batch. Remembered on disk.
+
+    Args:
+        road: its name.
+        library: whose kernels they are, with the version and what is asked of it.
+        code: the file that asks.
+    """
+    gpu = torch.cuda.get_device_name(problem.device)
+    subject = functools.partial(Proof, road, str(problem), gpu, driver_version(), library, _hash_of(code))
     if (known := _recall(subject(False, "").name)) is not None:
         return known.holds
+    patience = threading.Timer(2, say, [f"comparing {road} rows of {problem} in batches, once for this GPU"])
+    patience.daemon = True
+    patience.start()
     try:
         first = first_difference(run, problem)
-    except (cublaslt.Refused, torch.cuda.OutOfMemoryError) as error:
-        first = str(error).splitlines()[0]
+    except torch.cuda.OutOfMemoryError:  # which says nothing of the road, so that it is not remembered
+        say(f"no memory to find out whether {road} keeps the promise for {problem}: not taken in this process")
+        return False
+    except cublaslt.Refused as error:
+        first = str(error)
+    finally:
+        patience.cancel()
     proof = subject(not first, first)
     _remember(proof)
     return proof.holds
 
 
+@functools.cache
+def _hash_of(code: Path) -> str:
+    return hashlib.sha256(code.read_bytes() + Path(__file__).read_bytes()).hexdigest()[:16]
+
+
 def first_difference(run: Road, problem: Problem) -> str:
     """Where `run` first gives a row other bits in a batch than alone; empty where it never does."""
     device = problem.device
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(0)
-        rows, b = cancelling_operands(_ROWS, problem.n, problem.k, problem.dtype, device)
+    generator = torch.Generator(device).manual_seed(0)  # of its own: the user's random numbers stay what they were
+    rows, b = cancelling_operands(_ROWS, problem.n, problem.k, problem.dtype, device, generator)
     b = _stored(b, problem)
     bias = torch.zeros(problem.n, dtype=problem.dtype, device=device) if problem.bias else None
 
@@ -82,7 +101,7 @@ def first_difference(run: Road, problem: Problem) -> str:
     if not alone.isfinite().all():
         return "the result of a single row is not finite"
     # As many differences in each batch: read once, at the end, as each reading waits for the GPU.
-    batches = [m for m in BATCHES if m * problem.n <= _COMPARED or m <= 256]
+    batches = [m for m in BATCHES if m <= 256 or m * problem.n <= _COMPARED]
     different = torch.stack([_differences(product(_repeated(rows, m)), alone) for m in batches]).tolist()
     for m, count in zip(batches, different, strict=True):
         if count:
@@ -91,15 +110,21 @@ def first_difference(run: Road, problem: Problem) -> str:
 
 
 def cancelling_operands(
-    rows: int, n: int, k: int, dtype: torch.dtype, device: torch.device
+    rows: int,
+    n: int,
+    k: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    generator: torch.Generator | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`[rows, k]` and `[k, n]` whose product is zero, or 2^-22 for an odd k, but for the rounding of its additions."""
     half, odd = k // 2, k % 2
-    order = torch.randperm(2 * half, device=device)
+    randn = functools.partial(torch.randn, device=device, generator=generator)
+    order = torch.randperm(2 * half, device=device, generator=generator)
     # Terms of many sizes, as those of one size would add exactly, and an order would not show.
-    sizes = torch.randint(-4, 5, (half,), device=device).exp2()
-    a = (torch.randn(rows, half, device=device) * sizes).to(dtype)
-    b = torch.randn(half, n, device=device).to(dtype)
+    sizes = torch.randint(-4, 5, (half,), device=device, generator=generator).exp2()
+    a = (randn(rows, half) * sizes).to(dtype)
+    b = randn(half, n).to(dtype)
     tiny = 2.0**-11  # an odd k leaves a term that is no larger than what rounding leaves
     a = torch.cat((torch.cat((a, a), 1)[:, order], a.new_full((rows, odd), tiny)), 1)
     b = torch.cat((torch.cat((b, -b))[order], b.new_full((odd, n), tiny)))
@@ -111,10 +136,6 @@ def known_proofs() -> Iterator[Proof]:
     names = (file.name for file in (cache.readable().root / "proofs").glob("*.json"))
     known = [proof for name in names if (proof := _recall(name))]
     yield from sorted(known, key=lambda proof: (proof.gpu, proof.problem, proof.road))
-
-
-def library_of(road: str) -> str:
-    return str(cublaslt.library_version()) if road == "cublaslt" else road
 
 
 @functools.cache

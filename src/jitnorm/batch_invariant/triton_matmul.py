@@ -7,6 +7,7 @@ only where jitnorm.batch_invariant.proof finds this true on the GPU itself; wher
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -14,8 +15,10 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from jitnorm.batch_invariant.proof import BATCHES
+
 if TYPE_CHECKING:
-    from jitnorm.batch_invariant.cuda_matmul import Problem
+    from jitnorm.batch_invariant.cuda_matmul import Problem, Road
 
 VERSION = triton.__version__
 
@@ -25,27 +28,43 @@ class Tile(NamedTuple):
     columns: int
     depth: int
     warps: int
-    stages: int
+    stages: int  # at most: fewer where shared memory has no room for them
 
 
-# From large to small. 64 rows are the least for which Hopper has its own instruction; others could add differently.
-TILES = (Tile(128, 256, 64, 8, 3), Tile(128, 128, 64, 4, 4), Tile(64, 64, 128, 4, 4), Tile(64, 32, 128, 4, 5))
-FIXED = Tile(128, 128, 64, 4, 4)
+# Large ones for many rows; those of 64 rows for few, with all of shared memory in flight. 64 rows are the least for
+# which Hopper has its own instruction; others could add differently. benchmarks/tune_matmul.py compares them.
+TILES = (
+    Tile(128, 256, 64, 8, 4),
+    Tile(128, 128, 64, 8, 6),
+    Tile(128, 64, 64, 4, 8),
+    Tile(64, 128, 128, 4, 4),
+    Tile(64, 64, 128, 4, 6),
+    Tile(64, 32, 128, 4, 9),
+    Tile(64, 16, 128, 4, 11),
+)
+FIXED = Tile(128, 128, 64, 8, 6)
 # Without the copy engine; small enough for the shared memory of any GPU since Turing.
 _HALF = Tile(128, 128, 32, 8, 3)
 _FLOAT32 = Tile(64, 64, 32, 4, 3)
 _BATCHED = Tile(64, 64, 64, 4, 3)
 _GROUP = 8  # rows of tiles that are worked on together, so that what they read of b is still in the L2 cache
+_SHARED = (227 - 2) << 10  # bytes of a multiprocessor's shared memory, some of them for barriers and a bias
+# A multiprocessor of Hopper multiplies and adds as many elements in a cycle, and gets as many from the L2 cache.
+_MULTIPLIED, _LOADED = 2048, 25
 
 
 def choose_tile(rows: int, columns: int, processors: int) -> Tile:
-    """The largest that still gives every multiprocessor work."""
-    for tile in TILES:
-        if rows <= tile.rows // 2 and tile.rows > 64:
-            continue
-        if triton.cdiv(rows, tile.rows) * triton.cdiv(columns, tile.columns) >= processors:
-            return tile
-    return TILES[-1]
+    """The one whose tiles take the least time, one wave of them after another. A proof meets all that this answers."""
+    if rows > 256:
+        rows = min(triton.next_power_of_2(rows), BATCHES[-1])
+
+    def cycles(tile: Tile) -> float:
+        tiles = triton.cdiv(rows, tile.rows) * triton.cdiv(columns, tile.columns)
+        loaded = min(rows, tile.rows) + tile.columns
+        waves: int = triton.cdiv(tiles, processors)
+        return waves * max(tile.rows * tile.columns / _MULTIPLIED, loaded / _LOADED)
+
+    return min(TILES, key=cycles)
 
 
 def run(
@@ -61,9 +80,20 @@ def run(
         tile = _FLOAT32 if problem.dtype == torch.float32 else _HALF
         _strided(a[None], b[None], bias, out[None], problem.tf32, tile)
         return
-    processors = torch.cuda.get_device_properties(problem.device).multi_processor_count
+    processors = _processors(problem.device)
     tile = FIXED if fixed else choose_tile(a.shape[0], problem.n, processors)
-    persistent(a, b.t() if problem.b_transposed else b, bias, out, problem.b_transposed, tile, processors)
+    persistent(a, b, bias, out, problem.b_transposed, problem.b_stride, tile, processors)
+
+
+def compile_tiles(problem: Problem, road: Road) -> None:
+    """Runs every tile that `road` may choose once: what is not compiled yet may not be while a graph is captured."""
+    processors = _processors(problem.device)
+    for rows in {choose_tile(rows, problem.n, processors): rows for rows in reversed(BATCHES)}.values():
+        a = torch.zeros(rows, problem.k, dtype=problem.dtype, device=problem.device)
+        stored = a.new_zeros(problem.n if problem.b_transposed else problem.k, problem.b_stride)
+        b = stored[:, : problem.k].t() if problem.b_transposed else stored[:, : problem.n]
+        bias = a.new_zeros(problem.n) if problem.bias else None
+        road(a, b, bias, a.new_empty(rows, problem.n, dtype=problem.out_dtype))
 
 
 def batched(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor, tf32: bool) -> None:
@@ -73,25 +103,31 @@ def batched(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor, tf32: bool) -> 
 
 def persistent(
     a: torch.Tensor,
-    stored_b: torch.Tensor,
+    b: torch.Tensor,
     bias: torch.Tensor | None,
     out: torch.Tensor,
     transposed: bool,
+    b_stride: int,
     tile: Tile,
     processors: int,
 ) -> None:
-    """By the copy engine of Hopper and later. `stored_b` has rows, and is b, or its transpose."""
-    tiles = triton.cdiv(out.shape[0], tile.rows) * triton.cdiv(out.shape[1], tile.columns)
-    block_b = [tile.columns, tile.depth] if transposed else [tile.depth, tile.columns]
-    programs = min(tiles, processors)
+    """By the copy engine of Hopper and later. `b_stride` is from row to row of b, or of its transpose."""
+    (rows, depth), columns = a.shape, out.shape[1]
+    # Strides as they are meant: those of a single row, or column, may be anything.
+    shape_b, block_b = [depth, columns], [tile.depth, tile.columns]
+    if transposed:
+        shape_b, block_b = shape_b[::-1], block_b[::-1]
+    halves = tile.columns > 128
+    block_out = [tile.rows, tile.columns // 2 if halves else tile.columns]
+    programs = min(triton.cdiv(rows, tile.rows) * triton.cdiv(columns, tile.columns), processors)
     _persistent[(programs,)](
-        TensorDescriptor.from_tensor(a, [tile.rows, tile.depth]),
-        TensorDescriptor.from_tensor(stored_b, block_b),
+        TensorDescriptor(a, [rows, depth], [depth, 1], [tile.rows, tile.depth]),
+        TensorDescriptor(b, shape_b, [b_stride, 1], block_b),
         bias,
-        TensorDescriptor.from_tensor(out, [tile.rows, tile.columns]),
-        out.shape[0],
-        out.shape[1],
-        a.shape[1],
+        TensorDescriptor(out, [rows, columns], [columns, 1], block_out),
+        rows,
+        columns,
+        depth,
         programs,
         B_TRANSPOSED=transposed,
         HAS_BIAS=bias is not None,
@@ -99,9 +135,21 @@ def persistent(
         COLUMNS=tile.columns,
         DEPTH=tile.depth,
         GROUP=_GROUP,
+        HALVES=halves,
         num_warps=tile.warps,
-        num_stages=tile.stages,
+        num_stages=stages_of(tile, a.element_size(), out.element_size() * block_out[0] * block_out[1]),
     )
+
+
+def stages_of(tile: Tile, element_size: int, out_bytes: int) -> int:
+    """As many as shared memory has room for beside the part of the result that is on its way."""
+    each = (tile.rows + tile.columns) * tile.depth * element_size
+    return min(tile.stages, (_SHARED - out_bytes) // each)
+
+
+@functools.cache
+def _processors(device: torch.device) -> int:
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
 def _copy_engine_serves(problem: Problem) -> bool:
@@ -163,6 +211,7 @@ def _persistent(
     COLUMNS: tl.constexpr,
     DEPTH: tl.constexpr,
     GROUP: tl.constexpr,
+    HALVES: tl.constexpr,
 ):
     tiles = tl.cdiv(rows, ROWS) * tl.cdiv(columns, COLUMNS)
     for tile in tl.range(tl.program_id(0), tiles, programs, flatten=True):
@@ -179,7 +228,12 @@ def _persistent(
         if HAS_BIAS:
             at = column + tl.arange(0, COLUMNS)
             total += tl.load(bias + at, mask=at < columns, other=0.0).to(tl.float32)[None, :]
-        out.store([row, column], total.to(out.dtype))
+        if HALVES:  # one after the other through half the shared memory, which leaves room for another stage
+            left, right = tl.split(tl.permute(tl.reshape(total, (ROWS, 2, COLUMNS // 2)), (0, 2, 1)))
+            out.store([row, column], left.to(out.dtype))
+            out.store([row, column + COLUMNS // 2], right.to(out.dtype))
+        else:
+            out.store([row, column], total.to(out.dtype))
 
 
 @triton.jit(do_not_specialize=["rows", "a_batch", "b_batch", "out_batch"])

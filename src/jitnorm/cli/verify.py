@@ -11,7 +11,7 @@ import torch
 from tqdm import tqdm
 
 from jitnorm.batch_invariant import set_batch_invariant_mode
-from jitnorm.batch_invariant.verify import OPERATORS, Result, verify
+from jitnorm.batch_invariant.verify import OPERATORS, WAYS, Result, verify
 from jitnorm.checks import DTYPE_NAMES
 from jitnorm.cli import output
 from jitnorm.cli.base import Command
@@ -25,6 +25,7 @@ _NAMES = ", ".join(OPERATORS)
 @click.option("--shape", multiple=True, help="4096x14336: N and K of a product; 4096: the length of a row. Repeatable.")
 @click.option("--dtype", type=click.Choice(list(_DTYPES)), multiple=True, help="Repeatable; by default all.")
 @click.option("--device", type=click.Choice(["cuda", "cpu"]), help="By default CUDA where torch sees a GPU.")
+@click.option("--way", type=click.Choice(WAYS), multiple=True, help="Repeatable; by default all. The last is slow.")
 @click.option("--max-batch", type=click.IntRange(min=1), default=256, show_default=True, help="Rows at most.")
 @click.option("--outside", is_flag=True, help="Without the mode, to see what it is for.")
 @click.option("--json", "as_json", is_flag=True, help="For programs.")
@@ -33,6 +34,7 @@ def verify_invariance(
     shape: tuple[str, ...],
     dtype: tuple[str, ...],
     device: str | None,
+    way: tuple[str, ...],
     max_batch: int,
     outside: bool,
     as_json: bool,
@@ -60,7 +62,7 @@ def verify_invariance(
         with tqdm(plan, disable=None, leave=False) as bar:
             for name, size, d in bar:
                 bar.set_postfix_str(f"{name} {_text(size)} {DTYPE_NAMES[d]}")
-                results.append(verify(name, OPERATORS[name], size, d, device, max_batch))
+                results.append(verify(name, OPERATORS[name], size, d, device, max_batch, way or WAYS))
                 if results[-1].difference:
                     break
     _report(results, as_json)

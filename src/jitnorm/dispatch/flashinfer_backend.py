@@ -21,7 +21,6 @@ RANKS = {
     "fused_add_rmsnorm": (2,),
     "gemma_fused_add_rmsnorm": (2,),
 }
-_DTYPES = (torch.float16, torch.bfloat16)
 _LARGEST_HIDDEN_SIZE = 16384  # its fused kernels keep a row in shared memory, 4 bytes for an element
 _ELEMENTS = 2**31  # its CUDA kernels index with 32 bits
 

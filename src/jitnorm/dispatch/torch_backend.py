@@ -8,9 +8,8 @@ import torch
 import torch.nn.functional as F
 
 from jitnorm import checks
+from jitnorm.operators import DTYPES
 from jitnorm.torch_library import is_traced, needs_grad
-
-_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
 def rmsnorm(
@@ -27,9 +26,10 @@ def rmsnorm(
     result = _normalised(input, weight, eps, offset).to(input.dtype)
     if out is None:
         return result
-    if needs_grad(input, weight, out):
+    if needs_grad(input, weight):
         raise RuntimeError(f"{op} with out= has no gradient: call it without, or under torch.no_grad()")
-    return out.copy_(result)
+    out.detach().copy_(result)  # data, as for the kernels
+    return out
 
 
 def fused_add_rmsnorm(
@@ -75,8 +75,8 @@ def _check_input_and_weight(input: Any, weight: Any, eps: Any, enable_pdl: Any) 
     checks.tensor("weight", weight)
     if input.dim() == 0:
         raise ValueError("input must have at least one dimension, got a scalar")
-    checks.dtype("input", input, _DTYPES)
-    checks.dtype("weight", weight, _DTYPES)
+    checks.dtype("input", input, DTYPES)
+    checks.dtype("weight", weight, DTYPES)
     checks.shape("weight", weight, [input.shape[-1]], "one factor for each element of input's last dimension")
     checks.device("weight", weight, "input", input)
     checks.eps(eps)

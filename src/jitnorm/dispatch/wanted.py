@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from contextvars import ContextVar
 
+from jitnorm.torch_library import mark_constant
+
 BACKENDS = ("auto", "auto-fast", "jit", "flashinfer", "torch")
 VARIABLE = "JITNORM_BACKEND"
 
@@ -44,8 +46,7 @@ def wanted() -> str:
     return _override.get() or _from_environment()
 
 
-# What torch.compiler.assume_constant_result sets. To call it would import torch._dynamo, which takes a second.
-wanted._dynamo_marked_constant = True  # type: ignore[attr-defined]
+mark_constant(wanted)
 
 
 @functools.cache  # reading the environment costs more than all the rest of a choice

@@ -111,6 +111,8 @@ class KernelSpec:
         parts["tvm_ffi"] = tvm_ffi.__version__
         if self.target.device == "cpu":
             parts["cpu"] = cpu_features()
+        else:
+            parts["assembly"] = CUBIN_ASSEMBLY
         digest.update(json.dumps(parts, sort_keys=True).encode())
         for name in self.includes:
             digest.update(f"\0{name}\0".encode() + _read(name))

@@ -6,14 +6,15 @@ import torch
 
 from jitnorm import checks
 from jitnorm.layers.compiler import Compiler, resolve_compiler
+from jitnorm.nn import is_rows
+from jitnorm.operators import DTYPES
 from jitnorm.per_tensor_quant_fp8 import per_tensor_quant_fp8
 from jitnorm.per_token_quant_fp8 import per_token_quant_fp8
-from jitnorm.torch_library import needs_grad
+from jitnorm.torch_library import mark_constant, needs_grad
 
 _E4M3 = torch.float8_e4m3fn
 _LARGEST = 448.0
 _MULTIPLE = 16  # what torch._scaled_mm asks of both sides of a weight
-_INPUTS = (torch.float16, torch.bfloat16, torch.float32)
 
 
 def apply_fp8_linear(
@@ -71,14 +72,14 @@ def apply_fp8_linear(
     _check(input, weight, weight_scale, input_scale, bias)
     x = input.reshape(-1, input.shape[-1])
     if input.dtype == _E4M3 and input_scale is not None:
-        q, scale = x, input_scale
+        q, scale = x.contiguous(), input_scale
     elif input_scale is not None:
         in_graph = compressed_tensor_quant and compiler == "inductor"
         q, scale = _in_plain_pytorch(x, input_scale) if in_graph else _per_tensor(x, input_scale), input_scale
     elif use_per_token_if_dynamic or not compressed_tensor_quant:
         scale = x.new_empty((x.shape[0], 1), dtype=torch.float32)
-        q = torch.empty_like(x, dtype=_E4M3)
-        per_token_quant_fp8(x, q, scale)
+        q = torch.empty(x.shape, dtype=_E4M3, device=x.device)
+        per_token_quant_fp8(x if is_rows(x) else _copy(x), q, scale)
     else:
         scale = x.new_empty((), dtype=torch.float32)
         q = _per_tensor(x, scale, is_static=False)
@@ -88,13 +89,18 @@ def apply_fp8_linear(
 
 
 def _in_plain_pytorch(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    return (x.float() * scale.reciprocal()).clamp(-_LARGEST, _LARGEST).to(_E4M3)
+    return (x.float() * scale.reciprocal()).clamp(-_LARGEST, _LARGEST).to(_E4M3).contiguous()
 
 
 def _per_tensor(x: torch.Tensor, scale: torch.Tensor, is_static: bool = True) -> torch.Tensor:
     q = torch.empty(x.shape, dtype=_E4M3, device=x.device)
-    per_tensor_quant_fp8(x.contiguous(), q, scale, is_static)
+    per_tensor_quant_fp8(x if is_rows(x) and x.is_contiguous() else _copy(x), q, scale, is_static)
     return q
+
+
+def _copy(x: torch.Tensor) -> torch.Tensor:
+    """In strides and at an address that every kernel takes."""
+    return x.clone(memory_format=torch.contiguous_format)
 
 
 def _product(
@@ -142,9 +148,11 @@ def _multiplies_float8(device: torch.device, out_features: int) -> bool:
     return device.type == "cuda" and out_features % _MULTIPLE == 0 and _has_float8_products(device.index)
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _has_float8_products(device: int | None) -> bool:
     return torch.cuda.get_device_capability(device) >= (8, 9)
+
+
+mark_constant(_has_float8_products)
 
 
 def _check(
@@ -160,7 +168,7 @@ def _check(
     checks.tensor("input", input)
     if input.dim() == 0:
         raise ValueError("input must have at least one dimension, got a scalar")
-    checks.dtype("input", input, (*_INPUTS, _E4M3))
+    checks.dtype("input", input, (*DTYPES, _E4M3))
     for name, value in tensors.items():
         checks.tensor(name, value)
         checks.device(name, value, "input", input)

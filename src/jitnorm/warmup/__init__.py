@@ -23,7 +23,7 @@ from jitnorm.jit.spec import KernelSpec, Target
 from jitnorm.norms import NORMS
 from jitnorm.per_tensor_quant_fp8 import DYNAMIC, MAXIMA, STATIC
 from jitnorm.per_token_quant_fp8 import PER_TOKEN
-from jitnorm.qknorm_checks import QKNORM
+from jitnorm.qknorm_ops import QKNORM
 from jitnorm.quant_norms import QUANT_NORMS
 from jitnorm.store_cache_ops import STORE_CACHE
 from jitnorm.targets import resolve_target

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -23,6 +23,7 @@ LAYOUTS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "rows apart": lambda x: torch.cat((x, x[:, :64].new_zeros(x.shape[0], 64)), 1)[:, : x.shape[1]],
     "second of two": lambda x: torch.cat((x[:1], x))[1:],
 }
+WAYS = ("eager", "captured", "compiled")
 # The neighbours, layouts and ways to run that are not the plain ones, in these batches.
 _SOME = (1, 2, 5, 17, 64)
 
@@ -39,13 +40,21 @@ class Result:
     difference: str  # the first; empty where there is none
 
 
-def verify(name: str, operator: Operator, shape: Shape, dtype: torch.dtype, device: str, max_batch: int) -> Result:
+def verify(
+    name: str,
+    operator: Operator,
+    shape: Shape,
+    dtype: torch.dtype,
+    device: str,
+    max_batch: int,
+    ways: Collection[str] = WAYS,
+) -> Result:
     """Compares until the first difference. Under the mode that the caller has set."""
     compared, difference = 0, ""
     with torch.random.fork_rng(), torch.inference_mode():
         torch.manual_seed(0)
         case = operator.make(shape, dtype, torch.device(device))
-        for situation, row, alone in _situations(case, device, max_batch):
+        for situation, row, alone in _situations(case, device, max_batch, ways):
             compared += 1
             if different := _different(row, alone):
                 difference = f"{situation}: {different} of {alone.numel()} elements differ from the row's alone"
@@ -53,28 +62,32 @@ def verify(name: str, operator: Operator, shape: Shape, dtype: torch.dtype, devi
     return Result(name, shape, DTYPE_NAMES[dtype], device, compared, difference)
 
 
-def _situations(case: Case, device: str, max_batch: int) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
+def _situations(
+    case: Case, device: str, max_batch: int, ways: Collection[str]
+) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
     """A name, what the row became there, and what it became alone."""
     alone = case.call(case.row)
     others = torch.randn(max_batch, *case.row.shape[1:], device=device).to(case.row.dtype)
     some = [m for m in _SOME if m <= max_batch]
-    for m in _batches(max_batch):
-        yield from _places(case, case.call, alone, "", others[:m])
-    for name, neighbours in NEIGHBOURS.items():
-        for m in some:
-            yield from _places(case, case.call, alone, f" beside {name}", neighbours(others[:m]))
-    for name, layout in LAYOUTS.items():
-        for m in some:
-            yield from _places(case, case.call, alone, f", {name}", others[:m], layout)
-    if device.startswith("cuda"):
+    if "eager" in ways:
+        for m in _batches(max_batch):
+            yield from _places(case, case.call, alone, "", others[:m])
+        for name, neighbours in NEIGHBOURS.items():
+            for m in some:
+                yield from _places(case, case.call, alone, f" beside {name}", neighbours(others[:m]))
+        for name, layout in LAYOUTS.items():
+            for m in some:
+                yield from _places(case, case.call, alone, f", {name}", others[:m], layout)
+    if "captured" in ways and device.startswith("cuda"):
         for m in some:
             yield from _places(case, _captured(case.call), alone, ", captured", others[:m])
-    torch.compiler.reset()  # or the limit on recompilations, which counts other cases, turns this into eager calls
-    compiled = torch.compile(case.call, fullgraph=True)  # the first size is fixed, the others are one dynamic size
-    # Compiled code rounds between operators elsewhere than eager code does, so that it is compared with itself.
-    alone_compiled = compiled(case.row)
-    for m in some:
-        yield from _places(case, compiled, alone_compiled, ", compiled", others[:m])
+    if "compiled" in ways:
+        torch.compiler.reset()  # or the limit on recompilations, which counts other cases, turns this into eager calls
+        compiled = torch.compile(case.call, fullgraph=True)  # the first size is fixed, the others are one dynamic size
+        # Compiled code rounds between operators elsewhere than eager code does, so that it is compared with itself.
+        alone_compiled = compiled(case.row)
+        for m in some:
+            yield from _places(case, compiled, alone_compiled, ", compiled", others[:m])
 
 
 def _places(

@@ -127,24 +127,29 @@ def _per_token_quant(x: torch.Tensor) -> torch.Tensor:
 def _qknorm(shape: Shape, dtype: torch.dtype, device: torch.device) -> Case:
     """A row is a token's three heads of q and one of k."""
     (head_dim,) = shape
-    weights = (torch.randn(2, head_dim, device=device).to(dtype)).unbind()
+    q_weight, k_weight = torch.randn(2, head_dim, device=device).to(dtype).unbind()
 
     def call(x: torch.Tensor) -> torch.Tensor:
         heads = x.clone(memory_format=torch.contiguous_format).view(-1, 4, head_dim)
-        jitnorm.fused_inplace_qknorm(heads[:, :3], heads[:, 3:], *weights)
+        jitnorm.fused_inplace_qknorm(heads[:, :3], heads[:, 3:], q_weight, k_weight)
         return heads.flatten(1)
 
     return Case(torch.randn(1, 4 * head_dim, device=device).to(dtype), call)
 
 
 def _attention(shape: Shape, dtype: torch.dtype, device: torch.device) -> Case:
-    heads, length, head_dim = shape
+    """A row is a sequence's queries, keys and values. A single query sees all keys, as in decoding; several are causal,
+    as in prefill. Two heads of queries share one of keys."""
+    heads, queries, length, head_dim = shape
+    sizes = [2 * heads * queries * head_dim, *[heads * length * head_dim] * 2]
 
     def call(x: torch.Tensor) -> torch.Tensor:
-        q, k, v = x.reshape(-1, 3, *shape).unbind(1)
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True).flatten(1)
+        q, k, v = x.split(sizes, 1)
+        q = q.reshape(-1, 2 * heads, queries, head_dim)
+        k, v = (t.reshape(-1, heads, length, head_dim) for t in (k, v))
+        return F.scaled_dot_product_attention(q, k, v, is_causal=queries > 1, enable_gqa=True).flatten(1)
 
-    return Case(torch.randn(1, 3 * heads * length * head_dim, device=device).to(dtype), call)
+    return Case(torch.randn(1, sum(sizes), device=device).to(dtype), call)
 
 
 _SIZES = (128, 4096)
@@ -155,7 +160,11 @@ OPERATORS: dict[str, Operator] = {
     "mm.dtype": _product(_mm_dtype, transposed=True),
     "bmm": _product(_bmm, transposed=True, shapes=_HEADS),
     "bmm_batch": _product(_bmm_batch, transposed=False, shapes=_HEADS),
-    "attention": Operator(_attention, "HEADSxLENGTHxHEAD_DIM", {"cuda": ((8, 300, 128),), "cpu": ((2, 9, 16),)}),
+    "attention": Operator(
+        _attention,
+        "HEADSxQUERIESxKEYSxHEAD_DIM",
+        {"cuda": ((4, 300, 300, 128), (4, 9, 9, 64), (4, 1, 1000, 128)), "cpu": ((2, 1, 9, 16), (2, 9, 9, 16))},
+    ),
     "softmax": _rowwise(lambda x: torch.softmax(x, -1), 100, 4096),
     "log_softmax": _rowwise(lambda x: torch.log_softmax(x, -1), 100, 4096),
     "mean": _rowwise(lambda x: x.mean(-1, keepdim=True), 100, 4096),

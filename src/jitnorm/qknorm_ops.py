@@ -1,4 +1,4 @@
-"""What `jitnorm.fused_inplace_qknorm` refuses, in words: the conditions of the glue in csrc/elementwise/qknorm.h."""
+"""The kernels of `fused_inplace_qknorm`, what it refuses, and its place in torch.ops.jitnorm."""
 
 from __future__ import annotations
 
@@ -7,16 +7,24 @@ from typing import Any
 
 import torch
 
-from jitnorm import checks
-from jitnorm.norms import Norm
+from jitnorm import checks, norms
+from jitnorm.norm_ops import dispatch_rmsnorm
+from jitnorm.operators import DTYPES
+from jitnorm.torch_library import (
+    build_while_tracing,
+    count_version,
+    is_traced,
+    needs_grad,
+    refuse_tangents,
+    register,
+)
 
 HEAD_DIMS = (64, 128, 256, 512, 1024)
-DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _MOST_ROWS = 2**31 - 1  # kMostRows of the glue
 
 
 @dataclass(frozen=True)
-class QKNorm(Norm):
+class QKNorm(norms.Norm):
     """The operator: a norm like the others but for its sizes, and for where its rows lie."""
 
     def kernel_class(self, hidden_size: int) -> str:
@@ -31,7 +39,7 @@ QKNORM = QKNorm("fused_inplace_qknorm", "fused_inplace_qknorm", "Plain", family=
 
 
 def check(q: Any, k: Any, q_weight: Any, k_weight: Any, eps: Any, head_dim: Any, enable_pdl: Any) -> None:
-    """Raises for what the glue refuses."""
+    """Raises for what the glue in csrc/elementwise/qknorm.h refuses."""
     for name, value in (("q", q), ("k", k), ("q_weight", q_weight), ("k_weight", k_weight)):
         checks.tensor(name, value)
     check_kinds(q, k, q_weight, k_weight, head_dim)
@@ -114,3 +122,68 @@ def _span(value: torch.Tensor) -> int:
     """Bytes from the first element to the end of the last."""
     last = sum((size - 1) * stride for size, stride in zip(value.shape, value.stride(), strict=True))
     return (last + 1) * value.element_size()
+
+
+def first_qknorm(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    q_weight: torch.Tensor,
+    k_weight: torch.Tensor,
+    eps: float,
+    head_dim: int,
+    enable_pdl: bool | None,
+) -> None:
+    """The way of a call that finds no kernel or is refused by it: says what is wrong, or gets the right kernel."""
+    if is_traced(q, k, q_weight, k_weight):
+        return dispatch_qknorm(q, k, q_weight, k_weight, eps, head_dim, enable_pdl)
+    check(q, k, q_weight, k_weight, eps, head_dim, enable_pdl)
+    if needs_grad(q, k, q_weight, k_weight):
+        return dispatch_qknorm(q, k, q_weight, k_weight, eps, head_dim, enable_pdl)
+    return QKNORM.run(q, q_weight, q, k, q_weight, k_weight, eps, head_dim, enable_pdl)
+
+
+def dispatch_qknorm(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    q_weight: torch.Tensor,
+    k_weight: torch.Tensor,
+    eps: float,
+    head_dim: int,
+    enable_pdl: bool | None,
+) -> None:
+    """A call by way of torch's dispatcher; with gradients, what it writes is copied from the norm that has them."""
+    refuse_tangents(QKNORM)
+    if not needs_grad(q, k, q_weight, k_weight):
+        torch.ops.jitnorm.fused_inplace_qknorm(q, k, q_weight, k_weight, eps, head_dim, enable_pdl)
+        return
+    check_kinds(q, k, q_weight, k_weight, head_dim)
+    for name, written in (("q", q), ("k", k)):
+        if written.requires_grad and written.is_leaf:
+            raise RuntimeError(f"{name} is a leaf that requires grad, which {QKNORM.op} cannot overwrite")
+    for written, weight in ((q, q_weight), (k, k_weight)):
+        written.copy_(dispatch_rmsnorm(norms.RMSNORM, written.contiguous(), weight, eps, None, enable_pdl))
+
+
+def _run(
+    q: Any, k: Any, q_weight: Any, k_weight: Any, eps: float = 1e-6, head_dim: int = 0, enable_pdl: bool | None = None
+) -> None:
+    arguments = q, k, q_weight, k_weight, eps, head_dim, enable_pdl
+    if not QKNORM.call_last((q_weight.nbytes, q.dtype), *arguments):
+        check(*arguments)
+        QKNORM.run(q, q_weight, *arguments)
+    count_version(q, k)
+
+
+def _fake(
+    q: Any, k: Any, q_weight: Any, k_weight: Any, eps: float = 1e-6, head_dim: int = 0, enable_pdl: bool | None = None
+) -> None:
+    check_kinds(q, k, q_weight, k_weight, head_dim)
+    build_while_tracing(QKNORM, q, int(q.shape[-1]), q.dtype, q_weight.dtype)
+
+
+register(
+    "fused_inplace_qknorm(Tensor(a!) q, Tensor(b!) k, Tensor q_weight, Tensor k_weight, float eps=1e-6, "
+    "int head_dim=0, bool? enable_pdl=None) -> ()",
+    _run,
+    _fake,
+)
