@@ -15,19 +15,14 @@ if TYPE_CHECKING:
     from jitnorm.benchmark.marker import Benchmark
 
 _DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
+_FILE = click.Path(dir_okay=False, writable=True, path_type=Path)
 
 
-class _Output(click.Path):
-    """A file to write at the end of a run, which nobody wants to lose: its folder is looked for at the beginning."""
-
-    def __init__(self) -> None:
-        super().__init__(dir_okay=False, writable=True, path_type=Path)
-
-    def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> Path:
-        path = Path(super().convert(value, param, ctx))
-        if not path.parent.is_dir():
-            self.fail(f"there is no folder {str(path.parent)!r}", param, ctx)
-        return path
+def _in_a_folder(ctx: click.Context, param: click.Parameter, path: Path | None) -> Path | None:
+    """A file is written at the end of a run, which nobody wants to lose: its folder is looked for at the beginning."""
+    if path and not path.parent.is_dir():
+        raise click.BadParameter(f"there is no folder {str(path.parent)!r}", ctx, param)
+    return path
 
 
 def command(benchmark: Benchmark, copy: bool) -> click.Command:
@@ -44,9 +39,15 @@ def command(benchmark: Benchmark, copy: bool) -> click.Command:
     @click.option("--dtype", type=click.Choice(list(_DTYPES)), default="bf16", show_default=True)
     @click.option("--warm", is_flag=True, help="Let the arguments stay in the cache.")
     @click.option("--seconds", type=float, help="At most, for each implementation in a row, for quiet figures. [1]")
-    @click.option("--json", "json_file", type=_Output(), help="Machine, versions and every sample.")
-    @click.option("--csv", "csv_file", type=_Output())
-    @click.option("--plot", "plot_file", type=_Output(), help="Bandwidth over size, with the copy as the ceiling.")
+    @click.option("--json", "json_file", type=_FILE, callback=_in_a_folder, help="Machine, versions and every sample.")
+    @click.option("--csv", "csv_file", type=_FILE, callback=_in_a_folder)
+    @click.option(
+        "--plot",
+        "plot_file",
+        type=_FILE,
+        callback=_in_a_folder,
+        help="Bandwidth over size, with the copy as the ceiling.",
+    )
     def run(
         filters: tuple[str, ...],
         full: bool | None,
