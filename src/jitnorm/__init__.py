@@ -2,7 +2,7 @@
 
 # No module-level __getattr__ here: with one, Python no longer specialises the look-up of jitnorm.rmsnorm, which costs
 # every call 30 ns.
-from jitnorm import batch_invariant, nn
+from jitnorm import nn
 from jitnorm._version import __version__
 from jitnorm.activation import gelu_and_mul, gelu_tanh_and_mul, silu_and_mul
 from jitnorm.fused_add_rmsnorm import fused_add_rmsnorm
@@ -20,7 +20,6 @@ from jitnorm.warmup import warmup
 
 __all__ = [
     "__version__",
-    "batch_invariant",
     "can_use_fused_inplace_qknorm",
     "fused_add_rmsnorm",
     "fused_add_rmsnorm_quant_fp8",
