@@ -19,20 +19,22 @@ PROMPT, NEW, DECODES, VOCABULARY = 11, 6, 50, 512
 BATCHES = (1, 3, 8)
 
 
-def tiny_llama(device, dtype, attention, **other):
+def llama(device, dtype, hidden_size, heads, **other):
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
-        hidden_size=256,
-        intermediate_size=512,
+        hidden_size=hidden_size,
         num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
+        num_attention_heads=heads,
         vocab_size=VOCABULARY,
         pad_token_id=0,
-        attn_implementation=attention,
         **other,
     )
     return transformers.LlamaForCausalLM(config).to(device, dtype).eval()
+
+
+def tiny_llama(device, dtype, attention):
+    small = {"num_key_value_heads": 2, "intermediate_size": 512, "attn_implementation": attention}
+    return llama(device, dtype, 256, 4, **small)
 
 
 def decode(model, tokens):
@@ -88,18 +90,7 @@ def test_more_than_one_result_outside_the_mode_on_the_cpu():
 def test_more_than_one_result_outside_the_mode_on_cuda():
     """At a width where cuBLAS splits k for few rows. The logits differ from batch to batch; a token where two were
     nearly as likely, which a random model has enough of."""
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        hidden_size=4096,
-        intermediate_size=14336,
-        num_hidden_layers=2,
-        num_attention_heads=32,
-        num_key_value_heads=8,
-        vocab_size=VOCABULARY,
-        pad_token_id=0,
-        initializer_range=0.02,
-    )
-    model = transformers.LlamaForCausalLM(config).to("cuda", torch.bfloat16).eval()
+    model = llama("cuda", torch.bfloat16, 4096, 32, num_key_value_heads=8, intermediate_size=14336)
     assert distinct_logits(model, "cuda") > 1
     with set_batch_invariant_mode():
         assert distinct_logits(model, "cuda") == 1

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import platform
 import subprocess
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ import torch
 
 from jitnorm._version import __version__
 from jitnorm.benchmark import nvml
+from jitnorm.packages import installed_versions
 
 _PACKAGES = (
     "apache-tvm-ffi",
@@ -32,7 +32,7 @@ def describe(device: torch.device, source: Path) -> dict[str, Any]:
         "torch": torch.__version__,
         "jitnorm": __version__,
         "commit": _commit(source),
-        "packages": _packages(),
+        "packages": installed_versions(_PACKAGES),
         "processor": _processor(),
         "threads": torch.get_num_threads(),
     }
@@ -44,14 +44,6 @@ def describe(device: torch.device, source: Path) -> dict[str, Any]:
             "clocks": nvml.clocks(device),
         }
     return about
-
-
-def _packages() -> dict[str, str]:
-    versions = {}
-    for name in _PACKAGES:
-        with contextlib.suppress(metadata.PackageNotFoundError):
-            versions[name] = metadata.version(name)
-    return versions
 
 
 def _processor() -> str:

@@ -3,13 +3,11 @@ here, and no file is created."""
 
 from __future__ import annotations
 
-import contextlib
 import os
 import platform
 import subprocess
 import sys
 import warnings
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +20,10 @@ from jitnorm.cli.entries import places, rows_of
 from jitnorm.dispatch import explain
 from jitnorm.dispatch.wanted import wanted
 from jitnorm.jit import cache, toolchain
+from jitnorm.packages import installed_versions
 from jitnorm.targets import cuda_target
 
+# torch-c-dlpack-ext need not be there, and ninja may be the system's.
 _PACKAGES = ("torch", "apache-tvm-ffi", "torch-c-dlpack-ext", "ninja", "cuda-pathfinder", "flashinfer-python")
 _VARIABLES = ("CXX", "NVCC", "CUDA_HOME", "CUDA_PATH", "CONDA_PREFIX", "OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES")
 # Calls that jitnorm.dispatch may decide differently: (dtype, hidden size)
@@ -42,7 +42,7 @@ def diagnose() -> dict[str, Any]:
     works = {name: _says_version(found) for name, found in compilers.items()}
     ready = works["c++"] and works["ninja"]
     facts: dict[str, Any] = {
-        "versions": {"jitnorm": __version__, "python": platform.python_version(), **_packages()},
+        "versions": {"jitnorm": __version__, "python": platform.python_version(), **installed_versions(_PACKAGES)},
         "python": sys.executable,
         "devices": _devices(),
         "compilers": compilers,
@@ -54,15 +54,6 @@ def diagnose() -> dict[str, Any]:
     }
     facts["advice"] = _advice(facts)
     return facts
-
-
-def _packages() -> dict[str, str]:
-    """Those that are installed: torch-c-dlpack-ext need not be, and ninja may be the system's."""
-    versions = {}
-    for name in _PACKAGES:
-        with contextlib.suppress(metadata.PackageNotFoundError):
-            versions[name] = metadata.version(name)
-    return versions
 
 
 def _devices() -> list[dict[str, str]]:
