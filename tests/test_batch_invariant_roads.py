@@ -6,6 +6,7 @@ import ctypes
 import functools
 import importlib.util
 import json
+import math
 import subprocess
 from pathlib import Path
 
@@ -225,7 +226,9 @@ def test_every_road_on_the_gpu(road, dtype, transposed, bias, n, k):
             run(a, b, c, out)
         except cublaslt.Refused:
             pytest.skip("cuBLASLt has no kernel for it")
-        assert relative_error(out, a.double() @ b.double() + (c.double() if bias else 0)) <= TOLERANCE[dtype]
+        exact = a.double() @ b.double() + (c.double() if bias else 0)
+        # over the norm that such products have on average: the terms of one number alone may nearly cancel
+        assert (out.double() - exact).norm() <= TOLERANCE[dtype] * math.sqrt(m * n * k)
     if road == "triton, one tile" and transposed and not bias:
         assert proof.first_difference(run, subject) == ""
 

@@ -64,15 +64,15 @@ def test_persistent_products(tile, transposed):
 def test_tiles_by_the_number_of_rows(columns):
     proven = {matmul.choose_tile(m, columns, 132) for m in BATCHES}
     assert {matmul.choose_tile(m, columns, 132) for m in range(1, 20000, 37)} <= proven
-    assert matmul.choose_tile(1, columns, 132).rows == 64
+    assert matmul.choose_tile(1, columns, 132).rows == 16
     if columns >= 4096:  # as large as they get, where there is work for all multiprocessors
-        assert matmul.choose_tile(8192, columns, 132) == matmul.TILES[0]
+        assert matmul.choose_tile(8192, columns, 132) == max(matmul.TILES, key=lambda tile: tile.rows * tile.columns)
 
 
 def test_shared_memory_has_room():
     for tile in {*matmul.TILES, matmul.FIXED}:
         assert matmul.stages_of(tile, 2, tile.rows * min(tile.columns, 128) * 2) == tile.stages
-        assert matmul.stages_of(tile, 2, tile.rows * min(tile.columns, 128) * 4) >= 3
+        assert matmul.stages_of(tile, 2, tile.rows * min(tile.columns, 128) * 4) >= 2
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

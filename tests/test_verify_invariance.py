@@ -33,6 +33,7 @@ def test_every_operator_on_the_cpu(op):
 
 def run_on_the_gpu(op, *ways, shape=None, dtype="bf16"):
     """One shape, and a dtype: the command by itself goes through the rest."""
+    shape = shape or OPERATORS[op].shapes["cuda"][0]
     words = [
         "verify-invariance",
         "--device",

@@ -1,4 +1,4 @@
-// Gated activations on CUDA: a thread reads 32 bytes of gates and the 32 of their factors, and writes 32.
+// Gated activations on CUDA: a thread reads 16 bytes of gates and the 16 of their factors, and writes 16.
 //
 // The width is known at the call, so that one kernel serves all: threads lie over a row's columns by the grid alone.
 #pragma once
@@ -41,9 +41,9 @@ struct ActivationKernel : EveryGrid {
   static constexpr int kVectorBytes = kVectorBytes_;
   static constexpr unsigned kAlignment = kVectorBytes;
   static constexpr int kElements = kVectorBytes / sizeof(T);
-  static constexpr int kVectors = 32 / kVectorBytes;  // of gates, and as many of factors, in a thread
-  static constexpr int kThreads = 128;  // which read 8 KiB: of a few rows no large part goes to one multiprocessor
-  static constexpr int kMinBlocks = 8;  // 64 KiB in flight on a multiprocessor
+  static constexpr int kVectors = 16 / kVectorBytes;  // of gates, and as many of factors, in a thread
+  static constexpr int kThreads = 512;
+  static constexpr int kMinBlocks = 4;  // 64 KiB in flight on a multiprocessor
 
   static Grid grid(const ActivationParams& p) {
     return over_rows(p.num_tokens, p.width / kElements, kVectors, kThreads);

@@ -15,13 +15,14 @@ struct StoreCacheKernel : EveryGrid {
   using params_t = StoreCacheParams;
   static constexpr int kVectorBytes = kVectorBytes_;
   static constexpr unsigned kAlignment = kVectorBytes;
-  static constexpr int kVectors = 32 / kVectorBytes;  // of k, and as many of v, that a thread has in flight
-  static constexpr int kThreads = 128;                // at most: where no split is asked for, as many as read 4 KiB
-  static constexpr int kMinBlocks = 8;                // 64 KiB in flight on a multiprocessor
+  static constexpr int kVectors = 16 / kVectorBytes;  // of k, and as many of v, that a thread has in flight
+  static constexpr int kThreads = 256;
+  static constexpr int kMinBlocks = 4;         // 32 KiB in flight on a multiprocessor, at least
+  static constexpr int kBytesAhead = 2 << 20;  // how far before its turn a row's way to the second-level cache begins
 
   static Grid grid(const StoreCacheParams& p) {
     const int vectors = p.k_vectors > p.v_vectors ? p.k_vectors : p.v_vectors;
-    if (p.num_split == 0) return over_rows(p.num_tokens, vectors, kVectors, kThreads / 2);
+    if (p.num_split == 0) return over_rows(p.num_tokens, vectors, kVectors, kThreads);
     return over_rows(p.num_tokens, vectors, kVectors, 32 * p.num_split, kThreads / (32 * p.num_split));
   }
 
@@ -33,7 +34,6 @@ struct StoreCacheKernel : EveryGrid {
     if (token >= p.num_tokens || (first >= p.k_vectors && first >= p.v_vectors)) return;
     const char* k = p.k + token * p.k_stride;
     const char* v = p.v + token * p.v_stride;
-    before_wait(k, v, p.indices, grid_block());
     wait_for_previous();
     const index_t index = index_of(p, token);
     Word from_k[kVectors], from_v[kVectors];
@@ -44,6 +44,7 @@ struct StoreCacheKernel : EveryGrid {
       if (column < p.v_vectors) from_v[i] = read(v, column);
     }
     let_next_start();
+    prefetch_later_row(p, token, k, v);
     if (index == p.skip_index) return;
     char* k_slot = p.k_cache + index * p.k_cache_stride;
     char* v_slot = p.v_cache + index * p.v_cache_stride;
@@ -57,6 +58,16 @@ struct StoreCacheKernel : EveryGrid {
 
  private:
   using Word = Vector<unsigned, kVectorBytes / 4>;
+
+  static __device__ __forceinline__ void prefetch_later_row(const StoreCacheParams& p, index_t token, const char* k,
+                                                            const char* v) {
+    if (kVectorBytes < 16 || threadIdx.x != 0 || blockIdx.x != 0) return;
+    const int k_bytes = p.k_vectors * kVectorBytes, v_bytes = p.v_vectors * kVectorBytes;
+    const index_t rows_ahead = kBytesAhead / (k_bytes + v_bytes);
+    if (token + rows_ahead >= p.num_tokens) return;
+    prefetch(k + rows_ahead * p.k_stride, k_bytes);
+    prefetch(v + rows_ahead * p.v_stride, v_bytes);
+  }
 
   static __device__ __forceinline__ Word read(const char* row, int column) {
     return load<unsigned, kVectorBytes / 4>(reinterpret_cast<const unsigned*>(row + index_t(column) * kVectorBytes));

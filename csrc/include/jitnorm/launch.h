@@ -58,7 +58,7 @@ __device__ __forceinline__ void wait_for_previous() {
 __device__ __forceinline__ void before_wait(const void* input, const void* weight, const void* other,
                                             unsigned block = blockIdx.x) {
 #if __CUDA_ARCH__ >= 900
-  if (threadIdx.x == 0 && block < 512)
+  if (threadIdx.x == 0 && block < 32)
     asm volatile("prefetch.global.L2 [%0]; prefetch.global.L2 [%1]; prefetch.global.L2 [%2];" ::"l"(input), "l"(weight),
                  "l"(other));
 #endif
@@ -155,6 +155,7 @@ struct Gpu {
   int state;
   CUdevice device;
   CUcontext context;
+  CUfunction functions[3];  // of the kernels, by GridLength, in that context
 };
 
 constexpr int kMaxGpus = 64;
@@ -208,8 +209,8 @@ template <typename Kernel>
     DeviceGuard guard(gpu.device, gpu.context);
     d.capture_mode(&mode);
     result = loaded<Kernel>().result;
-    for (CUkernel kernel : loaded<Kernel>().kernels) {
-      CUfunction function;
+    for (const CUkernel& kernel : loaded<Kernel>().kernels) {
+      CUfunction& function = gpu.functions[&kernel - loaded<Kernel>().kernels];
       if (kernel && result == CUDA_SUCCESS) result = d.kernel_function(&function, kernel);
     }
     d.capture_mode(&mode);
@@ -265,9 +266,9 @@ Outcome launch(Kernel, const typename Kernel::params_t& params, DLDevice device,
   const GridLength length = config.gridDimX <= Kernel::kShortGrid  ? GridLength::kShort
                             : config.gridDimX >= Kernel::kLongGrid ? GridLength::kLong
                                                                    : GridLength::kAny;
-  CUkernel kernel = loaded<Kernel>().kernels[int(length)];
+  CUfunction kernel = gpu.functions[int(length)];
   DeviceGuard guard(gpu.device, gpu.context);
-  CUresult result = driver().launch(&config, reinterpret_cast<CUfunction>(kernel), arguments, nullptr);
+  CUresult result = driver().launch(&config, kernel, arguments, nullptr);
   if (result == CUDA_SUCCESS) return Outcome::kDone;
   const char* why = "unknown error";
   driver().error_string(result, &why);

@@ -90,7 +90,7 @@ struct RMSNormCuda : S {
   static constexpr unsigned kLongGrid = kRowBytes < 256        ? EveryGrid::kLongGrid
                                         : Policy::kAddResidual ? most(1024, (16 << 20) / kReadBytes)
                                                                : (48 << 20) / kReadBytes;
-  static constexpr unsigned kBlocksAhead = most(128, (2 << 20) / kReadBytes);
+  static constexpr unsigned kBlocksAhead = most(128, ((Policy::kAddResidual ? 4 : 2) << 20) / kReadBytes);
   // In a short one, the next kernel starts late where a thread has much left to do after its loads, and would be
   // slowed.
   static constexpr unsigned kShortGrid = kVectorsPerThread > 3 && !Policy::kAddResidual ? 16 : EveryGrid::kShortGrid;

@@ -70,6 +70,11 @@ __device__ __forceinline__ void prefetch(const void* from) {
   asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "n"(kBytes));
 #endif
 }
+__device__ __forceinline__ void prefetch(const void* from, unsigned bytes) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes));
+#endif
+}
 
 // Two 16-bit elements share a word, the first in its low half.
 __device__ __forceinline__ void unpack(unsigned word, float* f, bf16_t) {

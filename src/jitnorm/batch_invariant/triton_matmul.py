@@ -31,42 +31,50 @@ class Tile(NamedTuple):
     depth: int
     warps: int
     stages: int  # at most: fewer where shared memory has no room for them
+    swapped: bool = False  # the transpose is computed: columns are the 64 rows or more of a tensor core's instruction
+    residents: int = 1  # programs on a multiprocessor at once
 
 
-# Large ones for many rows; those of 64 rows for few, with all of shared memory in flight. 64 rows are the least for
-# which Hopper has its own instruction; others could add differently. benchmarks/tune_matmul.py compares them.
-TILES = (
+# Of up to 64 rows, the weight's way here is all that takes time: as few rows as there are, and most of shared memory in
+# flight, by one program where all columns are one wave of them, else by two. Swapped, as Hopper's own instruction wants
+# 64 rows or more, and rows that do not exist would take their part of shared memory's bandwidth.
+_ONE_WAVE = (Tile(16, 64, 256, 4, 5, True), Tile(32, 64, 256, 4, 4, True), Tile(64, 64, 128, 4, 6))
+_WAVES = (Tile(16, 64, 128, 4, 5, True, 2), Tile(32, 64, 128, 4, 4, True, 2), Tile(64, 64, 128, 4, 3, False, 2))
+_MANY = (
     Tile(128, 256, 64, 8, 4),
-    Tile(128, 128, 64, 8, 6),
-    Tile(128, 64, 64, 4, 8),
+    Tile(128, 128, 64, 4, 6),
     Tile(64, 128, 128, 4, 4),
     Tile(64, 64, 128, 4, 6),
-    Tile(64, 32, 128, 4, 9),
-    Tile(64, 16, 128, 4, 11),
 )
-FIXED = Tile(128, 128, 64, 8, 6)
+TILES = _ONE_WAVE + _WAVES + _MANY
+FIXED = Tile(128, 128, 64, 4, 6)
 # Without the copy engine; small enough for the shared memory of any GPU since Turing.
 _HALF = Tile(128, 128, 32, 8, 3)
 _FLOAT32 = Tile(64, 64, 32, 4, 3)
 _BATCHED = Tile(64, 64, 64, 4, 3)
 _GROUP = 8  # rows of tiles that are worked on together, so that what they read of b is still in the L2 cache
-_SHARED = (227 - 2) << 10  # bytes of a multiprocessor's shared memory, some of them for barriers and a bias
+_SHARED = 228 << 10  # bytes of a multiprocessor's shared memory
+_BARRIERS = 3 << 10  # of them for what the system keeps of each program, for barriers and a bias
 # A multiprocessor of Hopper multiplies and adds as many elements in a cycle, and gets as many from the L2 cache.
-_MULTIPLIED, _LOADED = 2048, 25
+_MULTIPLIED, _LOADED = 2048, 31
 
 
 def choose_tile(rows: int, columns: int, processors: int) -> Tile:
     """The one whose tiles take the least time, one wave of them after another. A proof meets all that this answers."""
+    narrow = _ONE_WAVE if triton.cdiv(columns, 64) <= processors else _WAVES
+    for tile in narrow:
+        if rows <= tile.rows:
+            return tile
     if rows > 256:
         rows = min(triton.next_power_of_2(rows), BATCHES[-1])
 
     def cycles(tile: Tile) -> float:
         tiles = triton.cdiv(rows, tile.rows) * triton.cdiv(columns, tile.columns)
-        loaded = min(rows, tile.rows) + tile.columns
+        loaded = tile.rows + tile.columns
         waves: int = triton.cdiv(tiles, processors)
         return waves * max(tile.rows * tile.columns / _MULTIPLIED, loaded / _LOADED)
 
-    return min(TILES, key=cycles)
+    return min(_MANY, key=cycles)
 
 
 def run(
@@ -119,9 +127,10 @@ def persistent(
     shape_b, block_b = [depth, columns], [tile.depth, tile.columns]
     if transposed:
         shape_b, block_b = shape_b[::-1], block_b[::-1]
-    halves = tile.columns > 128
+    halves = tile.columns > 128 and not tile.swapped
     block_out = [tile.rows, tile.columns // 2 if halves else tile.columns]
-    programs = min(triton.cdiv(rows, tile.rows) * triton.cdiv(columns, tile.columns), processors)
+    tiles = triton.cdiv(rows, tile.rows) * triton.cdiv(columns, tile.columns)
+    programs = min(tiles, processors * tile.residents)
     _persistent[(programs,)](
         TensorDescriptor(a, [rows, depth], [depth, 1], [tile.rows, tile.depth]),
         TensorDescriptor(b, shape_b, [b_stride, 1], block_b),
@@ -138,6 +147,7 @@ def persistent(
         DEPTH=tile.depth,
         GROUP=_GROUP,
         HALVES=halves,
+        SWAPPED=tile.swapped,
         num_warps=tile.warps,
         num_stages=stages_of(tile, a.element_size(), out.element_size() * block_out[0] * block_out[1]),
     )
@@ -146,7 +156,7 @@ def persistent(
 def stages_of(tile: Tile, element_size: int, out_bytes: int) -> int:
     """As many as shared memory has room for beside the part of the result that is on its way."""
     each = (tile.rows + tile.columns) * tile.depth * element_size
-    return min(tile.stages, (_SHARED - out_bytes) // each)
+    return min(tile.stages, ((_SHARED // tile.residents - _BARRIERS) - out_bytes) // each)
 
 
 @functools.cache
@@ -214,19 +224,25 @@ def _persistent(
     DEPTH: tl.constexpr,
     GROUP: tl.constexpr,
     HALVES: tl.constexpr,
+    SWAPPED: tl.constexpr,
 ):
     tiles = tl.cdiv(rows, ROWS) * tl.cdiv(columns, COLUMNS)
     for tile in tl.range(tl.program_id(0), tiles, programs, flatten=True):
         down, across = _place(tile, rows, columns, ROWS, COLUMNS, GROUP)
         row, column = down * ROWS, across * COLUMNS
-        total = tl.zeros((ROWS, COLUMNS), tl.float32)
+        total = tl.zeros((COLUMNS, ROWS) if SWAPPED else (ROWS, COLUMNS), tl.float32)
         for step in range(tl.cdiv(depth, DEPTH)):
             x = a.load([row, step * DEPTH])
             if B_TRANSPOSED:  # noqa: SIM108 (Triton compiles one branch)
                 y = b.load([column, step * DEPTH]).T
             else:
                 y = b.load([step * DEPTH, column])
-            total = tl.dot(x, y, total)
+            if SWAPPED:  # noqa: SIM108
+                total = tl.dot(y.T, x.T, total)
+            else:
+                total = tl.dot(x, y, total)
+        if SWAPPED:
+            total = total.T
         if HAS_BIAS:
             at = column + tl.arange(0, COLUMNS)
             total += tl.load(bias + at, mask=at < columns, other=0.0).to(tl.float32)[None, :]

@@ -56,14 +56,14 @@ def mean(x: torch.Tensor, out: torch.Tensor) -> None:
     while x.shape[1] > _WHOLE:  # sums of pieces first, which are as many as the length says
         pieces = triton.cdiv(x.shape[1], _PIECE)
         parts = torch.empty(x.shape[0], pieces, dtype=torch.float32, device=x.device)
-        _mean[(x.shape[0] * pieces,)](
-            x, parts, x.shape[0], x.shape[1], 1.0, PIECES=pieces, ROWS=1, COLUMNS=_PIECE, num_warps=4
-        )
+        _mean_of_piece[(x.shape[0] * pieces,)](x, parts, x.shape[1], 1.0, PIECES=pieces, COLUMNS=_PIECE, num_warps=4)
         x = parts
-    rows, width, warps = _schedule(x.shape[1])
-    _mean[(triton.cdiv(x.shape[0], rows),)](
-        x, out, x.shape[0], x.shape[1], divisor, PIECES=1, ROWS=rows, COLUMNS=width, num_warps=warps
-    )
+    count, columns = x.shape
+    rows, width, warps = _schedule(columns)
+    if rows == 1:
+        _mean_of_piece[(count,)](x, out, columns, divisor, PIECES=1, COLUMNS=width, num_warps=warps)
+    else:
+        _mean[(triton.cdiv(count, rows),)](x, out, count, columns, divisor, ROWS=rows, COLUMNS=width, num_warps=warps)
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, out: torch.Tensor) -> None:
@@ -130,14 +130,22 @@ def _softmax_by_parts(
 
 
 @triton.jit(do_not_specialize=["rows"])
-def _mean(x, out, rows, columns, divisor, PIECES: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    program = tl.program_id(0).to(tl.int64)
-    row = (program // PIECES * ROWS + tl.arange(0, ROWS))[:, None]
-    column = (program % PIECES * COLUMNS + tl.arange(0, COLUMNS))[None, :]
-    f = tl.load(x + row * columns + column, mask=(row < rows) & (column < columns), other=0.0).to(tl.float32)
+def _mean(x, out, rows, columns, divisor, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    column = tl.arange(0, COLUMNS)[None, :]
+    inside = (row < rows)[:, None] & (column < columns)
+    f = tl.load(x + row[:, None] * columns + column, mask=inside, other=0.0).to(tl.float32)
     y = tl.sum(f, axis=1) / divisor
-    at = program * ROWS + tl.arange(0, ROWS)
-    tl.store(out + at, y.to(out.dtype.element_ty), mask=at < rows * PIECES)
+    tl.store(out + row, y.to(out.dtype.element_ty), mask=row < rows)
+
+
+@triton.jit
+def _mean_of_piece(x, out, columns, divisor, PIECES: tl.constexpr, COLUMNS: tl.constexpr):
+    """A row, or one of its pieces, to a program: without what more rows would need, a single one takes less time."""
+    program = tl.program_id(0).to(tl.int64)
+    column = program % PIECES * COLUMNS + tl.arange(0, COLUMNS)
+    f = tl.load(x + program // PIECES * columns + column, mask=column < columns, other=0.0).to(tl.float32)
+    tl.store(out + program, (tl.sum(f, axis=0) / divisor).to(out.dtype.element_ty))
 
 
 @triton.jit
