@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import relative_error, same_bits
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from jitnorm.batch_invariant import set_batch_invariant_mode
+from jitnorm.batch_invariant import attention, set_batch_invariant_mode
 
 TOLERANCE = {torch.bfloat16: 1e-2, torch.float32: 2e-5}  # scores are rounded where attention is composed
 
@@ -46,3 +49,76 @@ def test_matches_the_definition(device, dtype, groups, queries, keys, is_causal)
         grads = torch.autograd.grad(attend(q, k, v), (q, k, v), grad)
     for own, other in zip(grads, torch.autograd.grad(expected, (q, k, v), grad.double()), strict=True):
         assert relative_error(own, other.double()) <= 3 * TOLERANCE[dtype]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", [SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION])
+@pytest.mark.parametrize("groups", [1, 4])
+@pytest.mark.parametrize(("queries", "keys", "is_causal"), [(1, 700, False), (40, 40, True), (300, 300, True)])
+def test_every_fused_kernel(backend, groups, queries, keys, is_causal):
+    """With gradients and without, in the strides of projections; each sequence alone, as a slice and as a copy."""
+    memory = [(3, queries, 2 * groups, 64), (3, keys, 2, 64), (3, keys, 2, 64)]
+    q, k, v = (torch.randn(m, device="cuda").bfloat16().transpose(1, 2).requires_grad_() for m in memory)
+    expected = exact(q, k, v, is_causal)
+    grad = torch.randn(expected.shape, device="cuda").bfloat16()
+
+    def attend(q, k, v):
+        return F.scaled_dot_product_attention(q, k, v, is_causal=is_causal, enable_gqa=groups > 1)
+
+    with set_batch_invariant_mode(), sdpa_kernel(backend):
+        for grad_mode in (torch.no_grad, torch.enable_grad):
+            with grad_mode():
+                out = attend(q, k, v)
+                assert relative_error(out, expected) <= TOLERANCE[q.dtype]
+                assert out.stride() == torch.empty_like(q).stride()
+                for i in range(3):
+                    for one in ([t[i : i + 1] for t in (q, k, v)], [t[i : i + 1].clone() for t in (q, k, v)]):
+                        assert same_bits(attend(*one), out[i : i + 1])
+        grads = torch.autograd.grad(attend(q, k, v), (q, k, v), grad)
+    for own, other in zip(grads, torch.autograd.grad(expected, (q, k, v), grad.double()), strict=True):
+        assert relative_error(own, other.double()) <= 3 * TOLERANCE[q.dtype]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("queries", [1, 300])
+def test_masks_reach_cudnn(queries):
+    q, k, v = (torch.randn(3, 2, n, 64, device="cuda").bfloat16() for n in (queries, 300, 300))
+    mask = torch.zeros(3, 1, queries, 300, device="cuda", dtype=q.dtype)
+    mask[1, ..., :100] = float("-inf")
+    scores = q.double() @ k.double().mT / 8 + mask
+    with torch.no_grad(), set_batch_invariant_mode(), sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+        out = F.scaled_dot_product_attention(q, k, v, mask)
+        assert relative_error(out, torch.softmax(scores, -1) @ v.double()) <= TOLERANCE[q.dtype]
+        alone = F.scaled_dot_product_attention(*(t[1:2].clone() for t in (q, k, v, mask)))
+        assert same_bits(alone, out[1:2])
+
+
+@pytest.mark.parametrize("layout", [(0, 1, 2, 3), (0, 2, 1, 3), (2, 0, 1, 3)])
+@pytest.mark.parametrize("value_dim", [64, 32])
+@pytest.mark.parametrize("bias_shape", [None, (70, 90), (1, 1, 70, 90), (3, 2, 1, 90)])
+def test_cudnn_gets_one_sequence_at_a_time(monkeypatch, layout, value_dim, bias_shape):
+    """What is put together has every sequence in its place; and a call sees the same strides whatever the batch."""
+    seen = []
+
+    def forward(q, k, v, bias, _q, _k, queries, keys, wants_sum, dropout, is_causal, debug, *, scale):
+        seen.append([t.stride() for t in (q, k, v, bias) if t is not None])
+        out = torch.softmax(q @ k.mT * scale + (0 if bias is None else bias), -1) @ v
+        total = torch.logsumexp(q @ k.mT * scale, -1, keepdim=True) if wants_sum else None
+        return out, total, None, None, queries, keys, "seed", "offset", None
+
+    monkeypatch.setattr(attention, "_aten", SimpleNamespace(_cudnn_attention_forward=forward))
+    inverse = [layout.index(d) for d in range(4)]
+    shapes = (3, 2, 70, 64), (3, 2, 90, 64), (3, 2, 90, value_dim)
+    q, k, v = (torch.randn([shape[d] for d in layout]).permute(inverse) for shape in shapes)
+    bias = None if bias_shape is None else torch.randn(bias_shape)
+    call = attention.cudnn_attention(q, k, v, bias, True, scale=0.2)
+    scores = q @ k.mT * 0.2
+    torch.testing.assert_close(call[0], torch.softmax(scores + (0 if bias is None else bias), -1) @ v)
+    torch.testing.assert_close(call[1], scores.logsumexp(-1, keepdim=True))
+    assert call[2:] == (None, None, 70, 90, "seed", "offset", None)
+    assert sorted(range(4), key=call[0].stride) == sorted(range(4), key=q.stride)
+    lone_bias = bias[:1] if bias_shape and len(bias_shape) == 4 else bias
+    attention.cudnn_attention(*(t[:1].clone() for t in (q, k, v)), lone_bias, True, scale=0.2)
+    assert len(seen) == 4
+    if layout[0] == 0:  # elsewhere a copy of one sequence has other strides of its rows
+        assert all(strides == seen[0] for strides in seen)

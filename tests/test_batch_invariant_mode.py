@@ -22,7 +22,7 @@ from jitnorm.batch_invariant import (
 
 OPERATORS = ("mm", "mm.out", "mm.dtype", "addmm", "addmm.out", "bmm", "bmm.out", "baddbmm", "_softmax", "_log_softmax")
 OPERATORS += ("mean.dim", "mean.out", "rms_norm", "_scaled_dot_product_flash_attention")
-OPERATORS += ("_scaled_dot_product_flash_attention_for_cpu",)
+OPERATORS += ("_scaled_dot_product_cudnn_attention", "_scaled_dot_product_flash_attention_for_cpu")
 
 
 def state():
@@ -196,12 +196,17 @@ def test_importing_costs_no_compiler():
     assert done.stdout.strip() == "[]"
 
 
-def test_attention_of_the_user_is_as_it_was():
+@pytest.mark.parametrize("can_split", [True, False])
+def test_attention_of_the_user_is_as_it_was(monkeypatch, can_split):
+    """cuDNN's is off in the mode only where torch has no way to call it for one sequence."""
+    from jitnorm.batch_invariant import installed
+
+    monkeypatch.setattr(installed, "can_split_cudnn_attention", lambda: can_split)
     cuda = torch.backends.cuda
     for enabled in (False, True):
         cuda.enable_cudnn_sdp(enabled)
         with set_batch_invariant_mode():
-            assert not cuda.cudnn_sdp_enabled()
+            assert cuda.cudnn_sdp_enabled() is (enabled and can_split)
         assert cuda.cudnn_sdp_enabled() is enabled
 
 

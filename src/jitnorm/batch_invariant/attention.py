@@ -1,15 +1,19 @@
-"""Torch's fused attention, so called that what is computed for a sequence depends on that sequence alone.
+"""torch's fused attention, so called that what is computed for a sequence depends on that sequence alone.
 
 On CUDA, flash attention splits the keys where sequences, heads and blocks of queries together are too few to fill the
-GPU. Called with one sequence at a time, it splits them by what this sequence is. The few queries of decoding have no
-work for that many calls: they go to the memory-efficient kernel, which never splits keys. cuDNN's kernel is switched
-off (installed.py), as nothing is known of its choices.
+GPU, and cuDNN chooses a plan by sizes and strides. Called with one sequence at a time, in the strides that a lone one
+has, they do what this sequence asks for. The few queries of decoding have no work for that many calls: they go to a
+kernel of this package, which splits the keys by their number.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 
+from jitnorm.batch_invariant.triton_needed import on_device_of, triton_module
 from jitnorm.torch_library import needs_grad
 
 _FEW = 64  # queries of a sequence, up to which all sequences share one launch
@@ -29,42 +33,130 @@ def flash_attention(
     """aten::_scaled_dot_product_flash_attention of CUDA, of `[batch, heads, length, head_dim]`. Key and value may have
     fewer heads, each for a group of the query's."""
     lengths = query.shape[2], key.shape[2]
-    out = torch.empty_like(query)
     if lengths[0] <= _FEW and not (dropout_p or return_debug_mask or needs_grad(query, key, value)):
-        out.copy_(_of_few_queries(query, key, value, is_causal, scale))
+        out = _of_few_queries(query, key, value, None, is_causal, scale)
         none = out.new_empty(0, dtype=torch.float32)  # what a backward pass would need
         return out, none, None, None, *lengths, none, none, none
-    results = [
-        _aten._flash_attention_forward(
+
+    def one(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[Any, ...]:
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+        out, *rest = _aten._flash_attention_forward(
             q, k, v, None, None, *lengths, dropout_p, is_causal, return_debug_mask, scale=scale
         )
-        for q, k, v in zip(*(t.transpose(1, 2).split(1) for t in (query, key, value)), strict=True)
-    ]
-    if len(results) == 1:
-        out, logsumexp = results[0][0].transpose(1, 2), results[0][1]
-    else:
-        torch.cat([result[0] for result in results], out=out.transpose(1, 2))
-        logsumexp = torch.cat([result[1] for result in results])
-    return out, logsumexp, None, None, *lengths, *results[-1][2:]
+        return out.transpose(1, 2), *rest
+
+    out, logsumexp, *rest = _one_by_one(one, dropout_p, query, key, value)
+    return out, logsumexp, None, None, *lengths, *rest
+
+
+def cudnn_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attn_bias: torch.Tensor | None,
+    compute_log_sumexp: bool,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    return_debug_mask: bool = False,
+    *,
+    scale: float | None = None,
+) -> tuple[object, ...]:
+    """aten::_scaled_dot_product_cudnn_attention. `attn_bias` is added to the scores."""
+    lengths = query.shape[2], key.shape[2]
+    wants_grad = compute_log_sumexp or needs_grad(query, key, value, attn_bias)
+    if lengths[0] <= _FEW and not (dropout_p or return_debug_mask or wants_grad):
+        out = _of_few_queries(query, key, value, attn_bias, is_causal, scale)
+        seed, offset = (out.new_empty((), dtype=torch.long) for _ in range(2))
+        return out, out.new_empty(0, dtype=torch.float32), None, None, *lengths, seed, offset, None
+
+    def one(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor | None = None) -> tuple[Any, ...]:
+        out, logsumexp, _, _, _, _, *rest = _aten._cudnn_attention_forward(
+            q,
+            k,
+            v,
+            bias,
+            None,
+            None,
+            *lengths,
+            compute_log_sumexp,
+            dropout_p,
+            is_causal,
+            return_debug_mask,
+            scale=scale,
+        )
+        return out, logsumexp, *rest
+
+    biases = []
+    if attn_bias is not None:  # one for all sequences becomes one for each
+        biases = [attn_bias[(None,) * (4 - attn_bias.dim())].expand(query.shape[0], -1, -1, -1)]
+    out, logsumexp, *rest = _one_by_one(one, dropout_p, query, key, value, *biases)
+    return out, logsumexp, None, None, *lengths, *rest
+
+
+def can_split_cudnn_attention() -> bool:
+    """Whether this torch has cuDNN's attention below the operator that the mode overrides."""
+    return hasattr(_aten, "_cudnn_attention_forward")
 
 
 def _of_few_queries(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, is_causal: bool, scale: float | None
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    bias: torch.Tensor | None,
+    is_causal: bool,
+    scale: float | None,
 ) -> torch.Tensor:
-    (batch, heads, length, head_dim), kv_heads = query.shape, key.shape[1]
-    if heads == kv_heads or length == 1:  # a group's queries stand beside each other: one alone sees all keys anyhow
-        rows = query.reshape(batch, kv_heads, -1, head_dim)
-        causal = is_causal and length > 1
-        return _efficient(rows, key, value, causal, scale).reshape(query.shape)
-    key, value = (t.repeat_interleave(heads // kv_heads, 1) for t in (key, value))
-    return _efficient(query, key, value, is_causal, scale)
+    out = _empty_like(query, value.shape[3])
+    written = _aligned(out)
+    scale = query.shape[3] ** -0.5 if scale is None else scale
+    with on_device_of(query):
+        query, key, value = (_aligned(t) for t in (query, key, value))
+        triton_module("triton_attention").attend(query, key, value, bias, is_causal, scale, written)
+    return out if written is out else out.copy_(written)
 
 
-def _efficient(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, is_causal: bool, scale: float | None
-) -> torch.Tensor:
-    results = _aten._scaled_dot_product_efficient_attention(query, key, value, None, False, 0.0, is_causal, scale=scale)
-    return results[0]  # type: ignore[no-any-return]
+def _one_by_one(call: Callable[..., tuple[Any, ...]], dropout_p: float, *tensors: torch.Tensor) -> list[Any]:
+    """`call` of each sequence: its first two results for all of them, the others as the last call returns them.
+
+    With dropout it is one call for all: what is random is not promised to be the same, and a backward pass has one
+    state of the random numbers.
+    """
+    if dropout_p or not tensors[0].shape[0]:
+        return list(call(*tensors))
+    sequences = zip(*(tensor.split(1) for tensor in tensors), strict=True)
+    results = [call(*(_alone(tensor) for tensor in sequence)) for sequence in sequences]
+    if len(results) == 1:
+        return list(results[0])
+    outs, logsumexps = [result[0] for result in results], [result[1] for result in results]
+    out = _empty_like(tensors[0], outs[0].shape[3])
+    order = sorted(range(4), key=out.stride, reverse=True)  # as memory has it, so that whole blocks are copied
+    torch.cat([part.permute(order) for part in outs], order.index(0), out=out.permute(order))
+    return [out, None if logsumexps[0] is None else torch.cat(logsumexps), *results[-1][2:]]
+
+
+def _alone(tensor: torch.Tensor) -> torch.Tensor:
+    """One sequence, with the first stride that its memory would have if it were dense: cuDNN chooses its plan by that
+    stride too, though it means nothing."""
+    sizes, strides = tensor.shape, tensor.stride()
+    dense = max(size * stride for size, stride in zip(sizes[1:], strides[1:], strict=True))
+    return tensor.as_strided(sizes, (dense, *strides[1:]))
+
+
+def _aligned(tensor: torch.Tensor) -> torch.Tensor:
+    """The same elements, whose rows are contiguous and begin at multiples of 16 bytes, if their length is one."""
+    step = 16 // tensor.element_size()
+    strides = [stride for size, stride in zip(tensor.shape[:3], tensor.stride()[:3], strict=True) if size > 1]
+    if tensor.stride(3) == 1 and tensor.data_ptr() % 16 == 0 and not any(stride % step for stride in strides):
+        return tensor
+    return tensor.clone(memory_format=torch.contiguous_format)
+
+
+def _empty_like(query: torch.Tensor, head_dim: int) -> torch.Tensor:
+    """A result, in the order of dimensions in which ATen has it, which compiled code counts on."""
+    if head_dim == query.shape[3]:
+        return torch.empty_like(query)
+    order = sorted(range(4), key=query.stride)[::-1]
+    return torch.empty_permuted((*query.shape[:3], head_dim), order, dtype=query.dtype, device=query.device)
 
 
 def composed_attention(

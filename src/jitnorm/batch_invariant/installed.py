@@ -8,6 +8,7 @@ from contextlib import ExitStack, contextmanager
 
 import torch
 
+from jitnorm.batch_invariant.attention import can_split_cudnn_attention
 from jitnorm.batch_invariant.inductor import operators_kept_whole
 from jitnorm.batch_invariant.rms_norm import clear_ones
 
@@ -18,7 +19,8 @@ class Installed:
     def __init__(self, bmm: bool) -> None:
         self.bmm = bmm
         with ExitStack() as stack:
-            stack.enter_context(_no_cudnn_attention())
+            if not can_split_cudnn_attention():
+                stack.enter_context(_no_cudnn_attention())
             stack.enter_context(operators_kept_whole(bmm))
             library = torch.library.Library("aten", "IMPL")
             stack.callback(library._destroy)

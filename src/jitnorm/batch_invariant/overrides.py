@@ -12,7 +12,12 @@ from typing import Any
 
 import torch
 
-from jitnorm.batch_invariant.attention import composed_attention, flash_attention
+from jitnorm.batch_invariant.attention import (
+    can_split_cudnn_attention,
+    composed_attention,
+    cudnn_attention,
+    flash_attention,
+)
 from jitnorm.batch_invariant.matmul import add_product, batched_product, product
 from jitnorm.batch_invariant.rms_norm import rms_norm
 from jitnorm.batch_invariant.rows import mean_override, softmax_override
@@ -109,7 +114,10 @@ BACKEND: dict[str, Callable[..., Any]] = {
 BMM: dict[str, Callable[..., Any]] = {"bmm": _bmm, "bmm.out": _bmm_out, "baddbmm": _baddbmm}
 # By the only dispatch key that they are for.
 OF_ONE_KEY: dict[str, dict[str, Callable[..., Any]]] = {
-    "CUDA": {"_scaled_dot_product_flash_attention": flash_attention},
+    "CUDA": {
+        "_scaled_dot_product_flash_attention": flash_attention,
+        **({"_scaled_dot_product_cudnn_attention": cudnn_attention} if can_split_cudnn_attention() else {}),
+    },
     "CPU": {"_scaled_dot_product_flash_attention_for_cpu": composed_attention},
     # Defined by torch in terms of other operators, for every device at once; autograd sees what it calls.
     "CompositeImplicitAutograd": {"rms_norm": rms_norm},

@@ -1,0 +1,81 @@
+"""Tries schedules of the Triton kernel for few queries on this GPU: microseconds beside torch's attention outside the
+mode. The schedule that jitnorm.batch_invariant.triton_attention.choose_schedule takes has a star.
+
+    python benchmarks/tune_attention.py [--batch 1 16] [--keys 1024] [--heads 32 --kv-heads 8 --head-dim 128]
+
+A schedule may follow the keys, the queries of a group and head_dim, but not the batch: look for one that is good in
+all columns of the same keys, and see what choose_schedule would have to say.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+
+from jitnorm.batch_invariant.triton_attention import Schedule, attend, choose_schedule
+from jitnorm.benchmark import marker, settings
+
+SHAPES = [(1, 1024), (16, 1024), (64, 1024), (1, 16384)]  # batch, keys
+BLOCKS = [(32, 2, 4), (32, 4, 4), (64, 4, 2), (64, 4, 3), (64, 4, 4), (64, 8, 3), (128, 4, 2), (128, 8, 2), (128, 8, 3)]
+SCHEDULES = [Schedule(piece, *block) for piece in (64, 128, 256, 512) for block in BLOCKS if piece >= block[0]]
+
+Operands = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+def by_schedule(schedule: Schedule) -> Callable[..., torch.Tensor]:
+    def call(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        out = torch.empty_like(query)
+        attend(query, key, value, None, False, query.shape[-1] ** -0.5, out, schedule)
+        return out
+
+    return call
+
+
+def by_torch(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    return F.scaled_dot_product_attention(query, key, value, enable_gqa=True)
+
+
+def microseconds(call: Callable[..., torch.Tensor], operands: Operands) -> float:
+    return marker.do_bench(call, input_args=operands, replay_iters=3).seconds * 1e6
+
+
+def cell(schedule: Schedule, operands: Operands) -> str:
+    try:
+        return f"{microseconds(by_schedule(schedule), operands):.1f}"
+    except Exception as error:  # what does not fit into shared memory
+        return type(error).__name__[:12]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--batch", type=int, nargs="+")
+    parser.add_argument("--keys", type=int, nargs="+")
+    parser.add_argument("--queries", type=int, default=1)
+    parser.add_argument("--heads", type=int, default=32)
+    parser.add_argument("--kv-heads", type=int, default=8)
+    parser.add_argument("--head-dim", type=int, default=128)
+    options = parser.parse_args()
+    shapes = SHAPES
+    if options.batch or options.keys:
+        shapes = [(batch, keys) for keys in options.keys or [1024] for batch in options.batch or [1, 16, 64]]
+    heads, kv_heads, dim, queries = options.heads, options.kv_heads, options.head_dim, options.queries
+    rows = {"torch": [""] * 0} | {f"{tuple(schedule)}": [] for schedule in SCHEDULES}
+    with settings.using(seconds=0.0):
+        for batch, keys in shapes:
+            key, value = (marker.create_random(batch, kv_heads, keys, dim) for _ in range(2))
+            operands = marker.create_random(batch, heads, queries, dim), key, value
+            chosen = choose_schedule(heads // kv_heads * queries, keys, dim)
+            rows["torch"].append(f"{microseconds(by_torch, operands):.1f}")
+            for schedule in dict.fromkeys([*SCHEDULES, chosen]):
+                text = cell(schedule, operands) + ("*" if schedule == chosen else "")
+                rows.setdefault(f"{tuple(schedule)}", []).append(text)
+    print(f"{'piece, block, warps, stages':28}" + "".join(f"{b}x{k}".rjust(13) for b, k in shapes))
+    for name, cells in rows.items():
+        print(f"{name:28}" + "".join(text.rjust(13) for text in cells))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,129 @@
+"""The Triton kernel for few queries: on a GPU where there is one, else in Triton's interpreter, which knows no bfloat16
+in products."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from conftest import relative_error, same_bits
+
+pytest.importorskip("triton")
+from jitnorm.batch_invariant import triton_attention
+from jitnorm.batch_invariant.triton_attention import Schedule, choose_schedule
+
+GPU = torch.cuda.is_available()
+DEVICE = "cuda" if GPU else "cpu"
+# float32 is not for fused attention: in the interpreter it shows what is not rounding.
+DTYPES = (torch.float16, torch.bfloat16 if GPU else torch.float32)
+TOLERANCE = {torch.float16: 1e-3, torch.bfloat16: 8e-3, torch.float32: 2e-6}  # weights are rounded, and the result
+NAN, INFINITE = float("nan"), float("inf")
+
+
+def random(*shape, dtype=torch.float16):
+    return torch.randn(shape, device=DEVICE).to(dtype)
+
+
+def attend(q, k, v, bias=None, is_causal=False, scale=None, schedule=None):
+    out = q.new_full((*q.shape[:3], v.shape[3]), NAN)
+    scale = q.shape[3] ** -0.5 if scale is None else scale
+    triton_attention.attend(q, k, v, bias, is_causal, scale, out, schedule)
+    return out
+
+
+def exact(q, k, v, bias=None, is_causal=False, scale=None):
+    q, k, v = (t.double() for t in (q, k, v))
+    k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], 1) for t in (k, v))
+    scores = q @ k.mT * (q.shape[3] ** -0.5 if scale is None else scale)
+    if bias is not None:
+        scores += bias
+    if is_causal:
+        scores = scores.masked_fill(torch.ones(scores.shape[-2:], device=DEVICE).triu(1).bool(), -INFINITE)
+    return torch.softmax(scores, -1) @ v
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("queries", "keys", "group", "dim", "value_dim", "is_causal"),
+    [
+        (1, 100, 4, 64, 64, False),  # one piece
+        (1, 700, 4, 128, 128, False),  # several
+        (1, 2100, 1, 64, 64, False),
+        (3, 130, 3, 80, 80, False),
+        (64, 300, 4, 64, 64, False),  # several blocks of rows
+        (5, 5, 4, 96, 96, True),
+        (64, 64, 3, 64, 64, True),
+        (20, 300, 1, 70, 33, False),  # rows that begin anywhere
+        (2, 140, 2, 256, 192, False),
+    ],
+)
+def test_matches_the_definition(dtype, queries, keys, group, dim, value_dim, is_causal):
+    """In the strides of a projection and of a cache with room for more keys; a sequence alone has the same bits."""
+    q = random(3, queries, 2 * group, dim, dtype=dtype).transpose(1, 2)
+    k, v = (torch.full((3, 2, keys + 30, d), NAN, device=DEVICE, dtype=dtype)[:, :, :keys] for d in (dim, value_dim))
+    k.copy_(random(*k.shape, dtype=dtype))
+    v.copy_(random(*v.shape, dtype=dtype))
+    out = attend(q, k, v, is_causal=is_causal)
+    assert relative_error(out, exact(q, k, v, is_causal=is_causal)) <= TOLERANCE[dtype]
+    for i in range(3):
+        alone = attend(*(t[i : i + 1].clone() for t in (q, k, v)), is_causal=is_causal)
+        assert same_bits(alone, out[i : i + 1])
+
+
+def test_scale_and_result_in_other_strides():
+    q, k, v = random(2, 4, 3, 64), random(2, 2, 200, 64), random(2, 2, 200, 64)
+    out = torch.full((2, 3, 4, 64), NAN, device=DEVICE, dtype=q.dtype).transpose(1, 2)
+    triton_attention.attend(q, k, v, None, False, 0.3, out)
+    assert relative_error(out, exact(q, k, v, scale=0.3)) <= TOLERANCE[q.dtype]
+
+
+@pytest.mark.parametrize("keys", [100, 700])
+def test_bias(keys):
+    q, k, v = random(3, 4, 2, 64), random(3, 2, keys, 64), random(3, 2, keys, 64)
+    for shape in ((keys,), (2, keys), (4, 1, 1), (3, 1, 1, keys), (3, 4, 2, keys)):
+        bias = random(*shape)
+        assert relative_error(attend(q, k, v, bias), exact(q, k, v, bias)) <= TOLERANCE[q.dtype]
+    padding = torch.zeros(3, 1, 1, keys, device=DEVICE)
+    padding[0, ..., :60], padding[1] = -INFINITE, -INFINITE
+    out, expected = attend(q, k, v, padding), exact(q, k, v, padding)
+    assert relative_error(out[::2], expected[::2]) <= TOLERANCE[q.dtype]
+    assert not out[1].any()  # no key is seen
+
+
+@pytest.mark.filterwarnings("ignore:invalid value")  # numpy's, of NaN
+@pytest.mark.parametrize("keys", [100, 700])
+def test_what_is_not_finite_stays_in_its_sequence(keys):
+    q, k, v = random(4, 4, 1, 64), random(4, 2, keys, 64), random(4, 2, keys, 64)
+    clean = attend(q, k, v)
+    k[0, :, 9], k[1, :, 7], v[2, :, 5] = NAN, INFINITE, NAN
+    out = attend(q, k, v)
+    assert out[0].isnan().all() and out[1].isnan().any() and out[2].isnan().all()
+    assert same_bits(out[3], clean[3])
+
+
+def test_without_keys():
+    q = random(2, 4, 1, 64)
+    assert not attend(q, random(2, 2, 0, 64), random(2, 2, 0, 64)).any()
+    assert attend(random(0, 4, 1, 64), random(0, 2, 9, 64), random(0, 2, 9, 64)).numel() == 0
+
+
+def test_every_schedule_is_right():
+    q, k, v = random(2, 4, 1, 64), random(2, 1, 1000, 64), random(2, 1, 1000, 64)
+    expected = exact(q, k, v)
+    for schedule in (
+        Schedule(16, 16, 4, 2),
+        Schedule(128, 32, 2, 4),
+        Schedule(512, 128, 8, 2),
+        Schedule(1024, 64, 4, 3),
+    ):
+        assert relative_error(attend(q, k, v, schedule=schedule), expected) <= TOLERANCE[q.dtype]
+
+
+def test_pieces_are_whole_blocks_and_not_too_many():
+    for rows in (1, 8, 256):
+        for keys in (1, 128, 1024, 2049, 16384, 10**6):
+            schedule = choose_schedule(rows, keys, 128)
+            assert schedule.piece % schedule.block == 0
+            assert math.ceil(keys / schedule.piece) <= 64
+    assert math.ceil(1024 / choose_schedule(4, 1024, 128).piece) * 8 >= 32  # programs of one sequence
