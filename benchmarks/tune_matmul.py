@@ -30,7 +30,7 @@ FEW = (  # up to 64 rows: what keeps the most bytes of b in flight
     Tile(32, 64, 256, 4, 4, True),
     Tile(32, 64, 128, 4, 8, True),
     Tile(32, 64, 128, 4, 4, True, 2),
-    Tile(32, 128, 128, 4, 5, True),
+    Tile(32, 128, 128, 4, 4, True),
     Tile(32, 128, 64, 4, 5, True, 2),
     Tile(64, 64, 256, 4, 3),
     Tile(64, 64, 128, 4, 6, True),

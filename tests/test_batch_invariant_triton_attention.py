@@ -125,5 +125,5 @@ def test_pieces_are_whole_blocks_and_not_too_many():
         for keys in (1, 128, 1024, 2049, 16384, 10**6):
             schedule = choose_schedule(rows, keys, 128)
             assert schedule.piece % schedule.block == 0
-            assert math.ceil(keys / schedule.piece) <= 64
+            assert math.ceil(keys / schedule.piece) <= 32
     assert math.ceil(1024 / choose_schedule(4, 1024, 128).piece) * 8 >= 32  # programs of one sequence

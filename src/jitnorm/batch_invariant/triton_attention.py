@@ -14,8 +14,11 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-_MOST = 64  # pieces of a sequence
+from jitnorm.batch_invariant.triton_pdl import pdl
+
+_MOST = 32  # pieces of a sequence
 
 
 class Schedule(NamedTuple):
@@ -31,7 +34,7 @@ def choose_schedule(rows: int, keys: int, head_dim: int) -> Schedule:
     """By the queries of a group of heads, the keys, and the larger head_dim: never by the number of sequences."""
     # Small pieces fill the GPU with a single sequence. What a piece writes is as long as it has rows, so that many
     # rows want long pieces.
-    piece = triton.next_power_of_2(max(128 if keys <= 2048 else 256, triton.cdiv(keys, _MOST), 8 * rows))
+    piece = triton.next_power_of_2(max(128, triton.cdiv(keys, _MOST), 8 * rows))
     return Schedule(piece, 64 if head_dim <= 128 else 32, 4, 3)
 
 
@@ -101,6 +104,7 @@ def attend(
         UNIT=unit,
         num_warps=warps,
         num_stages=stages,
+        **pdl(out.device),
     )
     if pieces > 1:
         _combine_pieces[(batch * heads * queries,)](
@@ -117,6 +121,7 @@ def attend(
             AT_ONCE=16,
             UNIT=unit,
             num_warps=4,
+            **pdl(out.device),
         )
 
 
@@ -172,6 +177,7 @@ def _attend_piece(
     WIDTH: tl.constexpr,
     VALUE_WIDTH: tl.constexpr,
     UNIT: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """Softmax runs in base 2: `scale` has log2(e) in it."""
     rows = queries * GROUP
@@ -186,6 +192,8 @@ def _attend_piece(
     lane, value_lane = tl.arange(0, WIDTH), tl.arange(0, VALUE_WIDTH)
 
     at = (sequence * q_sequence + head * q_head + query * q_row) * UNIT
+    if PDL:
+        gdc_wait()
     x = tl.load(q + at[:, None] + lane[None, :], mask=inside[:, None] & (lane < DIM)[None, :], other=0.0)
     k += (sequence * k_sequence + kv_head * k_head) * UNIT
     v += (sequence * v_sequence + kv_head * v_head) * UNIT
@@ -219,6 +227,8 @@ def _attend_piece(
         result = tl.dot(weight.to(z.dtype), z, result * fade[:, None], input_precision="ieee")
         largest = most
 
+    if PDL:
+        gdc_launch_dependents()
     in_out = inside[:, None] & (value_lane < VALUE_DIM)[None, :]
     if SPLIT:
         at = ((sequence * kv_heads * GROUP + head) * queries + query) * pieces + piece
@@ -247,6 +257,7 @@ def _combine_pieces(
     MOST: tl.constexpr,
     AT_ONCE: tl.constexpr,
     UNIT: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """One query of one head. A NaN in a piece makes the total NaN."""
     row = tl.program_id(0).to(tl.int64)
@@ -254,6 +265,8 @@ def _combine_pieces(
     parts += row * pieces * VALUE_DIM
     stats += row * pieces * 2
     every = tl.arange(0, MOST)
+    if PDL:
+        gdc_wait()
     largest = tl.load(stats + every * 2, mask=every < pieces, other=float("-inf"))
     total = tl.load(stats + every * 2 + 1, mask=every < pieces, other=0.0)
     base = tl.max(largest, axis=0)
