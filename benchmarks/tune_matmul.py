@@ -39,7 +39,6 @@ FEW = (  # up to 64 rows: what keeps the most bytes of b in flight
     Tile(64, 64, 128, 4, 3, False, 2),
     Tile(64, 64, 64, 4, 6, True, 2),
     Tile(64, 128, 128, 4, 4),
-    Tile(64, 256, 64, 8, 5),
 )
 MANY = (
     Tile(64, 64, 128, 4, 6),
