@@ -7,6 +7,10 @@ from peers import find
 
 from jitnorm.benchmark import marker
 
+SIZES = [(row_size, num_tokens) for row_size in (128, 512, 1024, 4096) for num_tokens in (1, 64, 1024, 16384)]
+# Random slots of a large cache also cost the translation of their addresses, which those of a prefill, in order, do not.
+SHAPES = [(*size, "random") for size in SIZES] + [(1024, 16384, "in order"), (4096, 16384, "in order")]
+
 
 def exact(
     k: torch.Tensor, v: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, indices: torch.Tensor
@@ -14,14 +18,14 @@ def exact(
     return k_cache.index_copy(0, indices, k), v_cache.index_copy(0, indices, v)
 
 
-@marker.parametrize("row_size", [128, 512, 1024, 4096], [1024])
-@marker.parametrize("num_tokens", [1, 64, 1024, 16384], [64])
+@marker.parametrize("row_size,num_tokens,slots", SHAPES, [(1024, 64, "random")])
 @marker.benchmark("impl", ["jitnorm", "sglang", "compile", "torch"])
-def bench(row_size: int, num_tokens: int, impl: str) -> marker.BenchResult:
-    """`k_cache[indices] = k` and the same of v. row_size: elements of a token's keys, num_kv_heads * head_dim."""
+def bench(row_size: int, num_tokens: int, slots: str, impl: str) -> marker.BenchResult:
+    """`k_cache[slots] = k` and the same of v. row_size: elements of a token's keys, num_kv_heads * head_dim."""
     k, v = (marker.create_random(num_tokens, row_size) for _ in range(2))
     k_cache, v_cache = (marker.create_random(4 * num_tokens, row_size) for _ in range(2))
-    indices = torch.randperm(4 * num_tokens, device=k.device)[:num_tokens]
+    order = torch.randperm if slots == "random" else torch.arange
+    indices = order(4 * num_tokens, device=k.device)[:num_tokens]
     store = find("store_cache", impl)
 
     def call(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:

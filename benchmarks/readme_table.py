@@ -41,7 +41,7 @@ PLOTTED: dict[str, dict[str, object]] = {
     "fused_add_rmsnorm_h200": {"op": "fused_add_rmsnorm", "hidden_size": 4096},
     "qknorm_h200": {"head_dim": 128, "num_q_heads": 32},
     "activation_h200": {"op": "silu_and_mul", "size": 14336},
-    "store_cache_h200": {"row_size": 1024},
+    "store_cache_h200": {"row_size": 1024, "slots": "random"},
 }
 
 
