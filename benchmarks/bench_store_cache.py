@@ -8,8 +8,8 @@ from peers import find
 from jitnorm.benchmark import marker
 
 SIZES = [(row_size, num_tokens) for row_size in (128, 512, 1024, 4096) for num_tokens in (1, 64, 1024, 16384)]
-# Random slots of a large cache also cost the translation of their addresses, which those of a prefill, in order, do not.
-SHAPES = [(*size, "random") for size in SIZES] + [(1024, 16384, "in order"), (4096, 16384, "in order")]
+# Random slots of a large cache cost the translation of their addresses too; those of a prefill, in order, do not.
+SHAPES = [(*size, "random") for size in SIZES] + [(1024, 16384, "ordered"), (4096, 16384, "ordered")]
 
 
 def exact(
