@@ -28,7 +28,8 @@ Operands = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 def by_schedule(schedule: Schedule) -> Callable[..., torch.Tensor]:
     def call(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         out = torch.empty_like(query)
-        attend(query, key, value, None, False, query.shape[-1] ** -0.5, out, schedule)
+        logsumexp = query.new_empty(query.shape[:3], dtype=torch.float32)
+        attend(query, key, value, None, False, query.shape[-1] ** -0.5, out, logsumexp, schedule)
         return out
 
     return call

@@ -26,21 +26,28 @@ def random(*shape, dtype=torch.float16):
 
 
 def attend(q, k, v, bias=None, is_causal=False, scale=None, schedule=None):
-    out = q.new_full((*q.shape[:3], v.shape[3]), NAN)
+    """The result; the logarithms of sums are compared here."""
+    out, logsumexp = q.new_full((*q.shape[:3], v.shape[3]), NAN), q.new_full(q.shape[:3], NAN, dtype=torch.float32)
     scale = q.shape[3] ** -0.5 if scale is None else scale
-    triton_attention.attend(q, k, v, bias, is_causal, scale, out, schedule)
+    triton_attention.attend(q, k, v, bias, is_causal, scale, out, logsumexp, schedule)
+    expected = exact_scores(q, k, bias, is_causal, scale).logsumexp(-1).float()
+    torch.testing.assert_close(logsumexp, expected, rtol=1e-5, atol=1e-4, equal_nan=True)
     return out
 
 
 def exact(q, k, v, bias=None, is_causal=False, scale=None):
-    q, k, v = (t.double() for t in (q, k, v))
-    k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], 1) for t in (k, v))
+    v = v.double().repeat_interleave(q.shape[1] // v.shape[1], 1)
+    return torch.softmax(exact_scores(q, k, bias, is_causal, scale), -1) @ v
+
+
+def exact_scores(q, k, bias=None, is_causal=False, scale=None):
+    q, k = q.double(), k.double().repeat_interleave(q.shape[1] // k.shape[1], 1)
     scores = q @ k.mT * (q.shape[3] ** -0.5 if scale is None else scale)
     if bias is not None:
         scores += bias
     if is_causal:
         scores = scores.masked_fill(torch.ones(scores.shape[-2:], device=DEVICE).triu(1).bool(), -INFINITE)
-    return torch.softmax(scores, -1) @ v
+    return scores
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -74,7 +81,7 @@ def test_matches_the_definition(dtype, queries, keys, group, dim, value_dim, is_
 def test_scale_and_result_in_other_strides():
     q, k, v = random(2, 4, 3, 64), random(2, 2, 200, 64), random(2, 2, 200, 64)
     out = torch.full((2, 3, 4, 64), NAN, device=DEVICE, dtype=q.dtype).transpose(1, 2)
-    triton_attention.attend(q, k, v, None, False, 0.3, out)
+    triton_attention.attend(q, k, v, None, False, 0.3, out, torch.empty(2, 4, 3, device=DEVICE))
     assert relative_error(out, exact(q, k, v, scale=0.3)) <= TOLERANCE[q.dtype]
 
 

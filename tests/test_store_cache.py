@@ -93,6 +93,14 @@ def test_every_width_and_split(device, k_bytes, v_bytes, num_split):
     check(k, v, k_cache, v_cache, some_slots(33, 70, device=device), num_split=num_split, row_bytes=k_bytes)
 
 
+def test_rows_that_are_fetched_before_their_turn(device):
+    """More of them than 2 MiB: also of a projection, whose keys and values lie far from those of the next token."""
+    k, v, k_cache, v_cache = tokens_and_caches(301, (4096,), slots=700, device=device)
+    check(k, v, k_cache, v_cache, some_slots(301, 700, device=device))
+    wide = random(301, 3 * 4096, device=device)
+    check(wide[:, 4096:8192], wide[:, 8192:], k_cache, v_cache, some_slots(301, 700, device=device))
+
+
 def test_slices_of_fused_qkv_and_caches_side_by_side(device):
     """Token-strided on both sides, and nothing beside the rows is written."""
     qkv = random(9, (8 + 2 + 2) * 64, device=device)

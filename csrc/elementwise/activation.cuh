@@ -43,7 +43,7 @@ struct ActivationKernel : EveryGrid {
   static constexpr int kElements = kVectorBytes / sizeof(T);
   static constexpr int kVectors = 16 / kVectorBytes;  // of gates, and as many of factors, in a thread
   static constexpr int kThreads = 512;
-  static constexpr int kMinBlocks = 4;  // 64 KiB in flight on a multiprocessor
+  static constexpr int kMinBlocks = kProcessorThreads / kThreads;  // 32 bytes of each thread are in flight
 
   static Grid grid(const ActivationParams& p) {
     return over_rows(p.num_tokens, p.width / kElements, kVectors, kThreads);

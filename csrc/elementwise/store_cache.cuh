@@ -17,7 +17,7 @@ struct StoreCacheKernel : EveryGrid {
   static constexpr unsigned kAlignment = kVectorBytes;
   static constexpr int kVectors = 16 / kVectorBytes;  // of k, and as many of v, that a thread has in flight
   static constexpr int kThreads = 256;
-  static constexpr int kMinBlocks = 4;         // 32 KiB in flight on a multiprocessor, at least
+  static constexpr int kMinBlocks = 4;
   static constexpr int kBytesAhead = 2 << 20;  // how far before its turn a row's way to the second-level cache begins
 
   static Grid grid(const StoreCacheParams& p) {
@@ -62,9 +62,9 @@ struct StoreCacheKernel : EveryGrid {
   static __device__ __forceinline__ void prefetch_later_row(const StoreCacheParams& p, index_t token, const char* k,
                                                             const char* v) {
     if (kVectorBytes < 16 || threadIdx.x != 0 || blockIdx.x != 0) return;
-    const int k_bytes = p.k_vectors * kVectorBytes, v_bytes = p.v_vectors * kVectorBytes;
+    const unsigned k_bytes = p.k_vectors * kVectorBytes, v_bytes = p.v_vectors * kVectorBytes;
     const index_t rows_ahead = kBytesAhead / (k_bytes + v_bytes);
-    if (token + rows_ahead >= p.num_tokens) return;
+    if (rows_ahead == 0 || token + rows_ahead >= p.num_tokens) return;
     prefetch(k + rows_ahead * p.k_stride, k_bytes);
     prefetch(v + rows_ahead * p.v_stride, v_bytes);
   }

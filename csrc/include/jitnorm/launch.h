@@ -21,6 +21,17 @@ constexpr bool kHasCodeFor = kGrid == GridLength::kShort  ? Kernel::kShortGrid !
                              : kGrid == GridLength::kLong ? Kernel::kLongGrid != EveryGrid::kLongGrid
                                                           : true;
 
+// What a multiprocessor holds: those of data centres the most.
+#if !defined(__CUDA_ARCH__)
+constexpr int kProcessorThreads = 0;  // device code alone asks
+#elif __CUDA_ARCH__ == 750
+constexpr int kProcessorThreads = 1024;
+#elif __CUDA_ARCH__ == 860 || __CUDA_ARCH__ == 870 || __CUDA_ARCH__ == 890 || __CUDA_ARCH__ >= 1200
+constexpr int kProcessorThreads = 1536;
+#else
+constexpr int kProcessorThreads = 2048;
+#endif
+
 }  // namespace jitnorm
 
 #ifdef __CUDACC__
@@ -161,7 +172,7 @@ struct Gpu {
 constexpr int kMaxGpus = 64;
 inline Gpu gpus[kMaxGpus];
 
-// The kernels themselves belong to no device: the driver brings them to each context that launches them.
+// The kernels themselves belong to no device; each GPU's context has its functions of them.
 struct Loaded {
   CUlibrary library = nullptr;
   CUkernel kernels[3] = {};  // by GridLength

@@ -1,14 +1,16 @@
 """torch's fused attention, so called that what is computed for a sequence depends on that sequence alone.
 
 On CUDA, flash attention splits the keys where sequences, heads and blocks of queries together are too few to fill the
-GPU, and cuDNN chooses a plan by sizes and strides. Called with one sequence at a time, in the strides that a lone one
-has, they do what this sequence asks for. The few queries of decoding have no work for that many calls: they go to a
-kernel of this package, which splits the keys by their number.
+GPU, and cuDNN chooses a plan by sizes and strides. Called with one sequence at a time, for cuDNN in one layout, they do
+what this sequence asks for. The few queries of decoding have no work for that many calls: they go to a kernel of this
+package, which splits the keys by their number.
 """
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -34,9 +36,11 @@ def flash_attention(
     fewer heads, each for a group of the query's."""
     lengths = query.shape[2], key.shape[2]
     if lengths[0] <= _FEW and not (dropout_p or return_debug_mask or needs_grad(query, key, value)):
-        out = _of_few_queries(query, key, value, None, is_causal, scale)
-        none = out.new_empty(0, dtype=torch.float32)  # what a backward pass would need
-        return out, none, None, None, *lengths, none, none, none
+        # A compiled forward pass does not know of the gradients that are wanted of it, and its backward pass needs the
+        # logarithms of sums.
+        out, logsumexp = _of_few_queries(query, key, value, None, is_causal, scale)
+        random_state = out.new_empty(2, dtype=torch.uint64), out.new_empty((), dtype=torch.uint64)
+        return out, logsumexp, None, None, *lengths, *random_state, out.new_empty(0)
 
     def one(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[Any, ...]:
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))
@@ -65,16 +69,17 @@ def cudnn_attention(
     lengths = query.shape[2], key.shape[2]
     wants_grad = compute_log_sumexp or needs_grad(query, key, value, attn_bias)
     if lengths[0] <= _FEW and not (dropout_p or return_debug_mask or wants_grad):
-        out = _of_few_queries(query, key, value, attn_bias, is_causal, scale)
+        out, _ = _of_few_queries(query, key, value, attn_bias, is_causal, scale)
         seed, offset = (out.new_empty((), dtype=torch.long) for _ in range(2))
         return out, out.new_empty(0, dtype=torch.float32), None, None, *lengths, seed, offset, None
 
     def one(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor | None = None) -> tuple[Any, ...]:
+        q, k, v = (_dense(t.transpose(1, 2)).transpose(1, 2) for t in (q, k, v))
         out, logsumexp, _, _, _, _, *rest = _aten._cudnn_attention_forward(
             q,
             k,
             v,
-            bias,
+            None if bias is None else _dense(bias),
             None,
             None,
             *lengths,
@@ -105,14 +110,16 @@ def _of_few_queries(
     bias: torch.Tensor | None,
     is_causal: bool,
     scale: float | None,
-) -> torch.Tensor:
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The result, and the logarithm of the sum of each row's exponentials."""
     out = _empty_like(query, value.shape[3])
+    logsumexp = query.new_empty(query.shape[:3], dtype=torch.float32)
     written = _aligned(out)
     scale = query.shape[3] ** -0.5 if scale is None else scale
     with on_device_of(query):
         query, key, value = (_aligned(t) for t in (query, key, value))
-        triton_module("triton_attention").attend(query, key, value, bias, is_causal, scale, written)
-    return out if written is out else out.copy_(written)
+        triton_module("triton_attention").attend(query, key, value, bias, is_causal, scale, written, logsumexp)
+    return out if written is out else out.copy_(written), logsumexp
 
 
 def _one_by_one(call: Callable[..., tuple[Any, ...]], dropout_p: float, *tensors: torch.Tensor) -> list[Any]:
@@ -124,22 +131,25 @@ def _one_by_one(call: Callable[..., tuple[Any, ...]], dropout_p: float, *tensors
     if dropout_p or not tensors[0].shape[0]:
         return list(call(*tensors))
     sequences = zip(*(tensor.split(1) for tensor in tensors), strict=True)
-    results = [call(*(_alone(tensor) for tensor in sequence)) for sequence in sequences]
-    if len(results) == 1:
-        return list(results[0])
+    results = [call(*sequence) for sequence in sequences]
     outs, logsumexps = [result[0] for result in results], [result[1] for result in results]
+    if len(results) == 1 and _order(outs[0][0]) == _order(tensors[0][0]):
+        return list(results[0])
     out = _empty_like(tensors[0], outs[0].shape[3])
-    order = sorted(range(4), key=out.stride, reverse=True)  # as memory has it, so that whole blocks are copied
+    order = _order(out)  # so that whole blocks are copied
     torch.cat([part.permute(order) for part in outs], order.index(0), out=out.permute(order))
     return [out, None if logsumexps[0] is None else torch.cat(logsumexps), *results[-1][2:]]
 
 
-def _alone(tensor: torch.Tensor) -> torch.Tensor:
-    """One sequence, with the first stride that its memory would have if it were dense: cuDNN chooses its plan by that
-    stride too, though it means nothing."""
-    sizes, strides = tensor.shape, tensor.stride()
-    dense = max(size * stride for size, stride in zip(sizes[1:], strides[1:], strict=True))
-    return tensor.as_strided(sizes, (dense, *strides[1:]))
+def _dense(tensor: torch.Tensor) -> torch.Tensor:
+    """Contiguous, with the strides of that where a size is 1 too: cuDNN chooses its plan by all of them."""
+    strides = [*accumulate(tensor.shape[:0:-1], operator.mul, initial=1)][::-1]
+    return tensor.contiguous().as_strided(tensor.shape, strides)
+
+
+def _order(tensor: torch.Tensor) -> list[int]:
+    """The dimensions as memory has them."""
+    return sorted(range(tensor.dim()), key=tensor.stride, reverse=True)
 
 
 def _aligned(tensor: torch.Tensor) -> torch.Tensor:
@@ -155,8 +165,7 @@ def _empty_like(query: torch.Tensor, head_dim: int) -> torch.Tensor:
     """A result, in the order of dimensions in which ATen has it, which compiled code counts on."""
     if head_dim == query.shape[3]:
         return torch.empty_like(query)
-    order = sorted(range(4), key=query.stride)[::-1]
-    return torch.empty_permuted((*query.shape[:3], head_dim), order, dtype=query.dtype, device=query.device)
+    return torch.empty_permuted((*query.shape[:3], head_dim), _order(query), dtype=query.dtype, device=query.device)
 
 
 def composed_attention(
@@ -170,16 +179,17 @@ def composed_attention(
     scale: float | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """aten::_scaled_dot_product_flash_attention_for_cpu, whose own kernel chooses a schedule by the batch; made of the
-    operators that the mode overrides."""
+    operators that the mode overrides, in float32 or float64. Like that kernel, it knows no dropout."""
+    if dropout_p:
+        raise RuntimeError(f"attention on the CPU has no dropout in batch-invariant mode, got dropout_p = {dropout_p}")
     groups = query.shape[1] // key.shape[1]
     key, value = (t.repeat_interleave(groups, 1) if groups > 1 else t for t in (key, value))
-    out = _aten._scaled_dot_product_attention_math(query, key, value, attn_mask, dropout_p, is_causal, scale=scale)[0]
-    logsumexp = query.new_empty(0, dtype=torch.float32)
-    if needs_grad(query, key, value):
-        scores = query.float() @ key.float().mT * (query.shape[-1] ** -0.5 if scale is None else scale)
-        if is_causal:
-            scores += scores.new_full(scores.shape[-2:], float("-inf")).triu(1)
-        elif attn_mask is not None:
-            scores += attn_mask
-        logsumexp = scores.transpose(1, 2).logsumexp(-1).transpose(1, 2)
-    return torch.empty_like(query).copy_(out), logsumexp  # in the strides that compiled code counts on
+    q, k, v = (t.to(torch.promote_types(t.dtype, torch.float32)) for t in (query, key, value))
+    scores = q @ k.mT * (query.shape[-1] ** -0.5 if scale is None else scale)
+    if is_causal:
+        scores += scores.new_full(scores.shape[-2:], float("-inf")).triu(1)
+    elif attn_mask is not None:
+        scores += attn_mask
+    out = torch.empty_like(query)  # in the strides that compiled code counts on
+    logsumexp = scores.transpose(1, 2).logsumexp(-1).transpose(1, 2)  # as that kernel's are
+    return out.copy_(_aten._safe_softmax(scores, -1) @ v), logsumexp

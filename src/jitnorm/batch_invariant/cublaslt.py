@@ -102,4 +102,4 @@ def road(problem: Problem, workspace: int = WORKSPACE) -> Road:
 
 
 class Refused(RuntimeError):
-    """The library has no kernel for a product that does without splitting k."""
+    """A road has no kernel for a product: the library none that does without splitting k, or Triton no room for one."""

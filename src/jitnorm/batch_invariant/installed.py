@@ -1,4 +1,5 @@
-"""What the mode changes while it is on: ATen's operators, torch's choice of attention, and what Inductor lowers."""
+"""What the mode changes while it is on: ATen's operators, what Inductor lowers, and, where cuDNN's attention cannot be
+called in parts, torch's choice of attention."""
 
 from __future__ import annotations
 

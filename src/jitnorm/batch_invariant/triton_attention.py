@@ -46,6 +46,7 @@ def attend(
     is_causal: bool,
     scale: float,
     out: torch.Tensor,
+    logsumexp: torch.Tensor,
     schedule: Schedule | None = None,
 ) -> None:
     """`out = softmax(query @ key.mT * scale + bias) @ value`, of `[batch, heads, length, head_dim]`.
@@ -53,6 +54,7 @@ def attend(
     Args:
         query, key, value, out: the last stride is 1; where head_dim is a multiple of 8, the other strides are too.
         bias: broadcast to `[batch, heads, queries, keys]`, in any strides.
+        logsumexp: `[batch, heads, queries]`, contiguous float32; written: the logarithms of the sums of exponentials.
         is_causal: a query sees the keys up to its own place, counted from the first.
         schedule: None for the chosen one.
     """
@@ -61,6 +63,7 @@ def attend(
         keys = min(keys, queries)
     if not out.numel() or not keys:
         out.zero_()  # a query that sees no key
+        logsumexp.fill_(float("-inf"))
         return
     group = heads // kv_heads
     rows = group * queries
@@ -78,6 +81,7 @@ def attend(
         value,
         bias,
         out,
+        logsumexp,
         parts,
         stats,
         queries,
@@ -111,6 +115,7 @@ def attend(
             parts,
             stats,
             out,
+            logsumexp,
             heads,
             queries,
             pieces,
@@ -142,6 +147,7 @@ def _attend_piece(
     v,
     bias,
     out,
+    logsumexp,
     parts,
     stats,
     queries,
@@ -230,12 +236,14 @@ def _attend_piece(
     if PDL:
         gdc_launch_dependents()
     in_out = inside[:, None] & (value_lane < VALUE_DIM)[None, :]
+    at = (sequence * kv_heads * GROUP + head) * queries + query
     if SPLIT:
-        at = ((sequence * kv_heads * GROUP + head) * queries + query) * pieces + piece
+        at = at * pieces + piece
         tl.store(parts + at[:, None] * VALUE_DIM + value_lane[None, :], result, mask=in_out)
         tl.store(stats + at * 2, largest, mask=inside)
         tl.store(stats + at * 2 + 1, total, mask=inside)
     else:
+        tl.store(logsumexp + at, (largest + tl.log2(total)) * 0.6931471805599453, mask=inside)
         result /= tl.where(total == 0.0, 1.0, total)[:, None]
         at = (sequence * out_sequence + head * out_head + query * out_row) * UNIT
         tl.store(out + at[:, None] + value_lane[None, :], result.to(out.dtype.element_ty), mask=in_out)
@@ -246,6 +254,7 @@ def _combine_pieces(
     parts,
     stats,
     out,
+    logsumexp,
     heads,
     queries,
     pieces,
@@ -272,6 +281,7 @@ def _combine_pieces(
     base = tl.max(largest, axis=0)
     base = tl.where(base == float("-inf"), 0.0, base)
     total = tl.sum(total * tl.exp2(largest - base), axis=0)
+    tl.store(logsumexp + row, (base + tl.log2(total)) * 0.6931471805599453)
     result = tl.zeros((AT_ONCE, VALUE_WIDTH), tl.float32)
     for first in range(0, pieces, AT_ONCE):
         piece = first + tl.arange(0, AT_ONCE)

@@ -14,8 +14,10 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 import triton
 import triton.language as tl
+from triton.runtime.errors import OutOfResources
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from jitnorm.batch_invariant.cublaslt import Refused
 from jitnorm.batch_invariant.proof import BATCHES
 
 if TYPE_CHECKING:
@@ -131,26 +133,29 @@ def persistent(
     block_out = [tile.rows, tile.columns // 2 if halves else tile.columns]
     tiles = triton.cdiv(rows, tile.rows) * triton.cdiv(columns, tile.columns)
     programs = min(tiles, processors * tile.residents)
-    _persistent[(programs,)](
-        TensorDescriptor(a, [rows, depth], [depth, 1], [tile.rows, tile.depth]),
-        TensorDescriptor(b, shape_b, [b_stride, 1], block_b),
-        bias,
-        TensorDescriptor(out, [rows, columns], [columns, 1], block_out),
-        rows,
-        columns,
-        depth,
-        programs,
-        B_TRANSPOSED=transposed,
-        HAS_BIAS=bias is not None,
-        ROWS=tile.rows,
-        COLUMNS=tile.columns,
-        DEPTH=tile.depth,
-        GROUP=_GROUP,
-        HALVES=halves,
-        SWAPPED=tile.swapped,
-        num_warps=tile.warps,
-        num_stages=stages_of(tile, a.element_size(), out.element_size() * block_out[0] * block_out[1]),
-    )
+    try:
+        _persistent[(programs,)](
+            TensorDescriptor(a, [rows, depth], [depth, 1], [tile.rows, tile.depth]),
+            TensorDescriptor(b, shape_b, [b_stride, 1], block_b),
+            bias,
+            TensorDescriptor(out, [rows, columns], [columns, 1], block_out),
+            rows,
+            columns,
+            depth,
+            programs,
+            B_TRANSPOSED=transposed,
+            HAS_BIAS=bias is not None,
+            ROWS=tile.rows,
+            COLUMNS=tile.columns,
+            DEPTH=tile.depth,
+            GROUP=_GROUP,
+            HALVES=halves,
+            SWAPPED=tile.swapped,
+            num_warps=tile.warps,
+            num_stages=stages_of(tile, a.element_size(), out.element_size() * block_out[0] * block_out[1]),
+        )
+    except OutOfResources as error:
+        raise Refused(f"{tile} does not fit this GPU: {error}") from None
 
 
 def stages_of(tile: Tile, element_size: int, out_bytes: int) -> int:

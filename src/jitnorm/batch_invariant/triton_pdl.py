@@ -1,7 +1,7 @@
 """Programmatic dependent launch for Triton kernels: one takes its place while the kernel before it still runs.
 
 A kernel with `PDL: tl.constexpr` is launched with `**pdl(device)`. Where that is true it calls `gdc_wait()` before its
-first access to memory, and `gdc_launch_dependents()` after its last load.
+first access to memory, and may call `gdc_launch_dependents()` after its last load.
 """
 
 from __future__ import annotations
