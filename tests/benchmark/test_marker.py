@@ -111,7 +111,7 @@ def test_axes_stack_and_have_short_lists(monkeypatch):
 
 @pytest.mark.parametrize(
     ("filters", "rows"),
-    [(["n>8", "n<32"], 2), (["n=8,32"], 4), (["b!=x"], 3), (["n<=16", "a=1"], 2), (["n>=100"], 0)],
+    [(["n>8", "n<32"], 2), (["n=8,32"], 4), (["n==8"], 2), (["b!=x"], 3), (["n<=16", "a=1"], 2), (["n>=100"], 0)],
 )
 def test_filters(filters, rows):
     assert len(bench.points(filters=filters)) == rows

@@ -72,13 +72,13 @@ def points(axes: Sequence[Axis], full: bool, filters: Sequence[str] = ()) -> lis
 
 def _condition(text: str, names: Sequence[str]) -> Callable[[dict[str, Any]], bool]:
     """From "num_tokens>=64" or "op=rmsnorm,gemma_rmsnorm"; commas mean any of them."""
-    match = re.fullmatch(r"\s*(\w+)\s*(<=|>=|!=|=|<|>)\s*(\S.*?)\s*", text)
+    match = re.fullmatch(r"\s*(\w+)\s*(<=|>=|!=|==?|<|>)\s*(\S.*?)\s*", text)
     if not match or match[1] not in names:
         raise ValueError(f"{text!r} is not a filter such as 'num_tokens>=64': the axes are {', '.join(names)}")
     name, sign, value = match.groups()
-    if sign in ("=", "!="):
+    if sign in ("=", "==", "!="):
         wanted = {word.strip() for word in value.split(",")}
-        return lambda point: (str(point[name]) in wanted) == (sign == "=")
+        return lambda point: (str(point[name]) in wanted) == (sign != "!=")
     try:
         bound = float(value)
     except ValueError as error:
