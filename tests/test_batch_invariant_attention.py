@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from conftest import relative_error, same_bits
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from jitnorm.batch_invariant import attention, set_batch_invariant_mode
+from jitnorm.batch_invariant import attention, attention_proof, set_batch_invariant_mode
 
 TOLERANCE = {torch.bfloat16: 1e-2, torch.float32: 2e-5}  # scores are rounded where attention is composed
 
@@ -115,28 +115,51 @@ def test_masks_reach_cudnn(queries):
 @pytest.mark.parametrize("layout", [(0, 1, 2, 3), (0, 2, 1, 3), (2, 0, 1, 3)])
 @pytest.mark.parametrize("value_dim", [64, 32])
 @pytest.mark.parametrize("bias_shape", [None, (70, 90), (1, 1, 70, 90), (3, 2, 1, 90)])
-def test_cudnn_gets_one_sequence_at_a_time(monkeypatch, layout, value_dim, bias_shape):
-    """What is put together has every sequence in its place; and a call sees the same strides whatever the batch."""
+@pytest.mark.parametrize("keeps_the_bits", [False, True])
+def test_cudnn_gets_one_sequence_at_a_time(monkeypatch, layout, value_dim, bias_shape, keeps_the_bits):
+    """Unless one call for all keeps the bits. What is put together has every sequence in its place; and a call of one
+    sees the same strides whatever the batch."""
     seen = []
+    monkeypatch.setattr(attention_proof, "_known", {})
 
     def forward(q, k, v, bias, _q, _k, queries, keys, wants_sum, dropout, is_causal, debug, *, scale):
-        seen.append([t.stride() for t in (q, k, v, bias) if t is not None])
-        out = torch.softmax(q @ k.mT * scale + (0 if bias is None else bias), -1) @ v
-        total = torch.logsumexp(q @ k.mT * scale, -1, keepdim=True) if wants_sum else None
-        return out, total, None, None, queries, keys, "seed", "offset", None
+        """One sequence after the other, in the layout of the query, as cuDNN has it."""
+        seen.append([(t.shape, t.stride()) for t in (q, k, v, bias) if t is not None])
+        out = torch.empty_permuted((*q.shape[:3], v.shape[3]), sorted(range(4), key=q.stride, reverse=True))
+        total = out.new_empty(*q.shape[:3], 1)
+        for i in range(q.shape[0]):
+            scores = q[i].contiguous() @ k[i].contiguous().mT * scale
+            scores += 0 if bias is None else bias[i].contiguous()
+            out[i] = torch.softmax(scores, -1) @ v[i].contiguous()
+            total[i] = scores.logsumexp(-1, keepdim=True)
+        if not keeps_the_bits:
+            out *= 1 + 1e-3 * (q.shape[0] - 1)
+        return out, total if wants_sum else None, None, None, queries, keys, "seed", "offset", None
 
     monkeypatch.setattr(attention, "_aten", SimpleNamespace(_cudnn_attention_forward=forward))
     inverse = [layout.index(d) for d in range(4)]
     shapes = (3, 2, 70, 64), (3, 2, 90, 64), (3, 2, 90, value_dim)
     q, k, v = (torch.randn([shape[d] for d in layout]).permute(inverse) for shape in shapes)
     bias = None if bias_shape is None else torch.randn(bias_shape)
-    call = attention.cudnn_attention(q, k, v, bias, True, scale=0.2)
-    scores = q @ k.mT * 0.2
-    torch.testing.assert_close(call[0], torch.softmax(scores + (0 if bias is None else bias), -1) @ v)
-    torch.testing.assert_close(call[1], scores.logsumexp(-1, keepdim=True))
-    assert call[2:] == (None, None, 70, 90, "seed", "offset", None)
-    assert sorted(range(4), key=call[0].stride) == sorted(range(4), key=q.stride)
+    result = attention.cudnn_attention(q, k, v, bias, True, scale=0.2)
+    asked, last = len(seen), seen[-1]
+    scores = q @ k.mT * 0.2 + (0 if bias is None else bias)
+    torch.testing.assert_close(result[0], torch.softmax(scores, -1) @ v)
+    torch.testing.assert_close(result[1], scores.logsumexp(-1, keepdim=True))
+    assert result[2:] == (None, None, 70, 90, "seed", "offset", None)
+    assert sorted(range(4), key=result[0].stride) == sorted(range(4), key=q.stride)
+    again = attention.cudnn_attention(q, k, v, bias, True, scale=0.2)
+    assert same_bits(again[0], result[0])
+    assert len(seen) - asked == (1 if keeps_the_bits else 3)  # the question is not asked twice
+    assert last[0] == ((q.shape, q.stride()) if keeps_the_bits else ((1, 2, 70, 64), (70 * 128, 64, 128, 1)))
     lone_bias = bias[:1] if bias_shape and len(bias_shape) == 4 else bias
-    attention.cudnn_attention(*(t[:1].clone() for t in (q, k, v)), lone_bias, True, scale=0.2)
-    assert len(seen) == 4
-    assert all(strides == seen[0] for strides in seen)
+    for alone in ([t[:1] for t in (q, k, v)], [t[:1].clone() for t in (q, k, v)]):
+        assert same_bits(attention.cudnn_attention(*alone, lone_bias, True, scale=0.2)[0], result[0][:1])
+
+
+def test_nothing_is_asked_while_a_graph_is_captured(monkeypatch):
+    monkeypatch.setattr(attention_proof, "_known", {})
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    q = SimpleNamespace(is_cuda=True, device="cuda", dtype=torch.float16, shape=(2, 1, 70, 64), stride=lambda: (1,))
+    assert not attention_proof.one_call_keeps_the_bits("name", None, None, [q], [])
+    assert not attention_proof._known

@@ -2,19 +2,20 @@
 
 On CUDA, flash attention splits the keys where sequences, heads and blocks of queries together are too few to fill the
 GPU, and cuDNN chooses a plan by sizes and strides. Called with one sequence at a time, for cuDNN in one layout, they do
-what this sequence asks for. The few queries of decoding have no work for that many calls: they go to a kernel of this
-package, which splits the keys by their number.
+what this sequence asks for; all are one call where that is found to give the same bits. The few queries of decoding
+have no work for that many calls: they go to a kernel of this package, which splits the keys by their number.
 """
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+from collections.abc import Hashable, Sequence
 from itertools import accumulate
 from typing import Any
 
 import torch
 
+from jitnorm.batch_invariant.attention_proof import Call, one_call_keeps_the_bits
 from jitnorm.batch_invariant.triton_needed import on_device_of, triton_module
 from jitnorm.torch_library import needs_grad
 
@@ -42,14 +43,15 @@ def flash_attention(
         random_state = out.new_empty(2, dtype=torch.uint64), out.new_empty((), dtype=torch.uint64)
         return out, logsumexp, None, None, *lengths, *random_state, out.new_empty(0)
 
-    def one(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[Any, ...]:
+    def call(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[Any, ...]:
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))
         out, *rest = _aten._flash_attention_forward(
             q, k, v, None, None, *lengths, dropout_p, is_causal, return_debug_mask, scale=scale
         )
         return out.transpose(1, 2), *rest
 
-    out, logsumexp, *rest = _one_by_one(one, dropout_p, query, key, value)
+    name = "flash", is_causal, return_debug_mask, scale
+    out, logsumexp, *rest = _of_sequences(name, call, call, dropout_p, (query, key, value))
     return out, logsumexp, None, None, *lengths, *rest
 
 
@@ -73,13 +75,12 @@ def cudnn_attention(
         seed, offset = (out.new_empty((), dtype=torch.long) for _ in range(2))
         return out, out.new_empty(0, dtype=torch.float32), None, None, *lengths, seed, offset, None
 
-    def one(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor | None = None) -> tuple[Any, ...]:
-        q, k, v = (_dense(t.transpose(1, 2)).transpose(1, 2) for t in (q, k, v))
+    def call(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor | None = None) -> tuple[Any, ...]:
         out, logsumexp, _, _, _, _, *rest = _aten._cudnn_attention_forward(
             q,
             k,
             v,
-            None if bias is None else _dense(bias),
+            bias,
             None,
             None,
             *lengths,
@@ -91,10 +92,14 @@ def cudnn_attention(
         )
         return out, logsumexp, *rest
 
+    def alone(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *bias: torch.Tensor) -> tuple[Any, ...]:
+        return call(*(_dense(t.transpose(1, 2)).transpose(1, 2) for t in (q, k, v)), *map(_dense, bias))
+
     biases = []
     if attn_bias is not None:  # one for all sequences becomes one for each
         biases = [attn_bias[(None,) * (4 - attn_bias.dim())].expand(query.shape[0], -1, -1, -1)]
-    out, logsumexp, *rest = _one_by_one(one, dropout_p, query, key, value, *biases)
+    name = "cudnn", is_causal, return_debug_mask, scale, compute_log_sumexp
+    out, logsumexp, *rest = _of_sequences(name, call, alone, dropout_p, (query, key, value), biases)
     return out, logsumexp, None, None, *lengths, *rest
 
 
@@ -122,16 +127,25 @@ def _of_few_queries(
     return out if written is out else out.copy_(written), logsumexp
 
 
-def _one_by_one(call: Callable[..., tuple[Any, ...]], dropout_p: float, *tensors: torch.Tensor) -> list[Any]:
-    """`call` of each sequence: its first two results for all of them, the others as the last call returns them.
+def _of_sequences(
+    name: Hashable,
+    call: Call,
+    alone: Call,
+    dropout_p: float,
+    tensors: Sequence[torch.Tensor],
+    biases: Sequence[torch.Tensor] = (),
+) -> list[Any]:
+    """`alone` of each sequence: its first two results for all of them, the others as the last call returns them. Or one
+    `call` for all, where that gives the same.
 
-    With dropout it is one call for all: what is random is not promised to be the same, and a backward pass has one
-    state of the random numbers.
+    With dropout it is one call: what is random is not promised to be the same, and a backward pass has one state of the
+    random numbers.
     """
-    if dropout_p or not tensors[0].shape[0]:
-        return list(call(*tensors))
-    sequences = zip(*(tensor.split(1) for tensor in tensors), strict=True)
-    results = [call(*sequence) for sequence in sequences]
+    batch, every = tensors[0].shape[0], (*tensors, *biases)
+    one_call = dropout_p or batch == 0 or (batch == 1 and alone is call)
+    if one_call or one_call_keeps_the_bits(name, call, alone, tensors, biases):
+        return list(call(*every))
+    results = [alone(*sequence) for sequence in zip(*(tensor.split(1) for tensor in every), strict=True)]
     outs, logsumexps = [result[0] for result in results], [result[1] for result in results]
     if len(results) == 1 and _order(outs[0][0]) == _order(tensors[0][0]):
         return list(results[0])
