@@ -35,6 +35,8 @@ def _find(op: str, impl: str) -> Call | str:
     """Or why there is none: a broken peer is an absent one, and is not imported again for every row."""
     try:
         return _PEERS[impl](op)
+    except ModuleNotFoundError as error:
+        return str(error)  # the same for every op
     except Exception as error:
         return f"{impl} has no {op} here: {type(error).__name__}: {error}".partition("\n")[0]
 

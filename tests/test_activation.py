@@ -206,7 +206,7 @@ def bad_calls(device):
         (
             "no ids for a huge step",
             ValueError,
-            "must have 1 elements or more",
+            "must have 1 element or more",
             lambda: f(x, expert_ids=ids[:0], expert_step=2**63 - 1),
         ),
         ("step of zero", ValueError, "expert_step must be 1 or more", lambda: f(x, expert_step=0)),

@@ -127,6 +127,13 @@ def test_autocast_gives_what_torch_gives():
         assert relative_error(out, expected.double()) < TOLERANCE[dtype]
 
 
+@pytest.mark.parametrize("cls", [nn.RMSNorm, nn.GemmaRMSNorm])
+def test_an_eps_that_no_call_would_take(cls):
+    for eps, error, words in (("a", TypeError, "must be a float, got str"), (-1, ValueError, "zero or more, got -1")):
+        with pytest.raises(error, match=f"eps {words}" if error is TypeError else words):
+            cls(512, eps=eps)
+
+
 def test_wrong_calls_fail_as_torch_fails(device):
     ours, theirs = twins(256, device=device)
     for x in (torch.randn(3, 128, device=device), torch.randn(3, 256, device=device).long(), torch.tensor(1.0)):

@@ -215,6 +215,12 @@ class LlamaRMSNorm(Gemma3nRMSNorm):
     """Of another library: no variance_epsilon."""
 
 
+@pytest.mark.parametrize("model", [None, "llama"])
+def test_what_is_no_module(model):
+    with pytest.raises(TypeError, match=f"model must be a torch.nn.Module, got {type(model).__name__}"):
+        jitnorm.patch_transformers(model)
+
+
 def test_what_is_left_and_why():
     llama = class_of("LlamaRMSNorm")
     instance, hooked, other_weight = llama(256), llama(256), llama(256)

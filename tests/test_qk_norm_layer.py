@@ -191,6 +191,28 @@ def test_heads_that_are_not_whole():
             apply_qk_norm(*arguments, Norm(), Norm(), D)
 
 
+@pytest.mark.parametrize("backend", [None, "eager"])
+@pytest.mark.parametrize("norm", [torch.nn.RMSNorm, torch.nn.LayerNorm, jitnorm.nn.GemmaRMSNorm, Norm])
+def test_norms_over_another_size(norm, backend):
+    _, q, k = projection(3)
+    good, other = torch.nn.RMSNorm(D, 1e-5), norm(size=32) if norm is Norm else norm(32)
+    function = torch.compile(apply_qk_norm, backend=backend) if backend else apply_qk_norm
+    for norms, name in (((other, good), "q_norm"), ((good, other), "k_norm")):
+        with pytest.raises(ValueError, match=f"{name} must be over head_dim 64, got 32"):
+            function(q, k, *norms, D)
+
+
+@torch.no_grad()
+def test_a_weight_that_is_there_only_in_the_call():
+    """As where parameters are sharded, and gathered by a hook; and one that broadcasts."""
+    _, q, k = projection(3)
+    gathered, one = torch.nn.RMSNorm(D, 1e-5), Norm(size=1)
+    want = gathered(q.unflatten(-1, (-1, D))).flatten(-2)
+    weight, gathered.weight = gathered.weight, torch.nn.Parameter(torch.empty(0))
+    gathered.register_forward_pre_hook(lambda module, _: setattr(module, "weight", weight))
+    assert same_bits(apply_qk_norm(q, k, gathered, one, D)[0], want)
+
+
 class SaysCuda(torch.Tensor):
     """On the CPU, whatever it says: these functions ask for nothing else."""
 

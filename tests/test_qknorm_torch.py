@@ -58,6 +58,20 @@ def test_can_use_is_a_constant_of_the_graph(cache_dir):
     assert not cache_dir.exists()
 
 
+@pytest.mark.parametrize(
+    ("head_dim", "dtype", "words"),
+    [
+        ("128", torch.bfloat16, "head_dim must be an int, got str"),
+        (True, torch.bfloat16, "head_dim must be an int, got bool"),
+        (64.0, torch.bfloat16, "head_dim must be an int, got float"),
+        (128, "bf16", "dtype must be a torch.dtype, got str"),
+    ],
+)
+def test_can_use_is_not_asked_for_other_types(head_dim, dtype, words):
+    with pytest.raises(TypeError, match=words):
+        can_use_fused_inplace_qknorm(head_dim, dtype)
+
+
 def test_opcheck(device):
     op = torch.ops.jitnorm.fused_inplace_qknorm.default
     for dtype, weight_dtype in ((torch.float32, torch.float32), (torch.bfloat16, torch.float32)):

@@ -79,6 +79,26 @@ def test_catches_flash_attention():
         assert CliRunner().invoke(main, [*words, "--shape", "4x1x1000x128", "--outside"]).exit_code == 1
 
 
+@pytest.mark.parametrize("as_json", [False, True])
+def test_lines_come_as_they_are_found(as_json, monkeypatch):
+    """They are there when something ends the run; a program gets the whole or nothing."""
+
+    def found(name, operator, shape, dtype, device, *_):
+        if name == "softmax":
+            raise RuntimeError("interrupted")
+        return compare.Result(name, shape, "fp32", device, 1234, "")
+
+    monkeypatch.setattr("jitnorm.cli.verify.verify", found)
+    words = ["--op", "mm", "--op", "softmax", "--dtype", "fp32"]
+    done = run(*words, *(["--json"] if as_json else []))
+    lines = done.stdout.splitlines()
+    assert done.exit_code == 1 and done.stderr == "Error: interrupted\n"
+    assert len(lines) == (0 if as_json else 2 + len(OPERATORS["mm"].shapes["cpu"]))
+    for line in lines[2:]:
+        assert line.split()[0] == "mm" and line.endswith("same")
+        assert line.index("same") == lines[0].index("RESULT") and line.index(" 1234 ") + 5 == lines[0].index(" RES") - 1
+
+
 def test_catches_torch_on_the_cpu():
     """Outside the mode, float32 products of few rows take another way in torch."""
     done = run("--op", "mm", "--dtype", "fp32", "--shape", "256x512", "--outside")

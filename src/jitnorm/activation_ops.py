@@ -115,8 +115,8 @@ def check(op: str, input: Any, out: Any, expert_ids: Any, expert_step: Any, enab
     needed = -(-rows // expert_step)
     if expert_ids.shape[0] < needed:
         raise ValueError(
-            f"expert_ids must have {needed} elements or more, for {rows} rows and an expert_step of {expert_step}, "
-            f"got {expert_ids.shape[0]}"
+            f"expert_ids must have {needed} element{'s' * (needed != 1)} or more, for {rows} rows "
+            f"and an expert_step of {expert_step}, got {expert_ids.shape[0]}"
         )
     if out is not None:
         checks.no_shared_memory("out", out, "expert_ids", expert_ids)

@@ -90,7 +90,7 @@ def aligned(name: str, value: torch.Tensor, *strides: int, to: int = CUDA_ALIGNM
 def elements(name: str, value: torch.Tensor, count: int, why: str, alignment: int = 1) -> None:
     """`value` is contiguous, of any shape, and has `count` elements."""
     if value.numel() != count:
-        raise ValueError(f"{name} must have {count} elements ({why}), got shape {list(value.shape)}")
+        raise ValueError(f"{name} must have {count} element{'s' * (count != 1)} ({why}), got shape {list(value.shape)}")
     if not value.is_contiguous():
         raise ValueError(f"{name} must be contiguous, got shape {list(value.shape)} and strides {list(value.stride())}")
     storage(name, value)

@@ -1,7 +1,7 @@
 """RMSNorm modules: `torch.nn.RMSNorm`'s drop-in, and Gemma's, both with an optional residual.
 
 What the kernels do not serve (a size, a dtype, several normalised dimensions) is PyTorch's to compute, with the same
-meaning: a module never refuses what `torch.nn.RMSNorm` accepts.
+meaning: a module never refuses an input that `torch.nn.RMSNorm` accepts.
 """
 
 from __future__ import annotations
@@ -101,6 +101,9 @@ class RMSNorm(torch.nn.RMSNorm):
             bfloat16 and float32 (before torch 2.7, of the input's dtype).
         elementwise_affine: False for no weight.
         device, dtype: of the weight, which starts as ones.
+
+    Raises:
+        TypeError, ValueError: eps is no number, or below zero.
     """
 
     _ones: torch.Tensor | None
@@ -113,6 +116,8 @@ class RMSNorm(torch.nn.RMSNorm):
         device: Any = None,
         dtype: torch.dtype | None = None,
     ) -> None:
+        if eps is not None:
+            checks.eps(eps)
         super().__init__(normalized_shape, eps, elementwise_affine, device, dtype)
         # The kernels always multiply. float32 goes with an input of every dtype.
         ones = None if elementwise_affine else torch.ones(self.normalized_shape, device=device, dtype=torch.float32)
@@ -180,6 +185,9 @@ class GemmaRMSNorm(torch.nn.Module):
         normalized_shape: the last dimension's size, or several dimensions' (PyTorch computes those).
         eps: added to the mean of the squares.
         device, dtype: of the weight.
+
+    Raises:
+        TypeError, ValueError: eps is no number, or below zero.
     """
 
     def __init__(
@@ -189,6 +197,7 @@ class GemmaRMSNorm(torch.nn.Module):
         device: Any = None,
         dtype: torch.dtype | None = None,
     ) -> None:
+        checks.eps(eps)
         super().__init__()
         shape = (normalized_shape,) if isinstance(normalized_shape, int) else tuple(normalized_shape)
         self.normalized_shape: tuple[int, ...] = shape

@@ -15,7 +15,14 @@ def can_use_fused_inplace_qknorm(head_dim: int, dtype: torch.dtype) -> bool:
     """Whether `fused_inplace_qknorm` serves heads of this size and dtype.
 
     Nothing is built to answer, and under torch.compile the answer is a constant.
+
+    Raises:
+        TypeError: head_dim is no int, or dtype no torch.dtype.
     """
+    if isinstance(head_dim, bool) or not isinstance(head_dim, (int, torch.SymInt)):
+        raise TypeError(f"head_dim must be an int, got {type(head_dim).__name__}")
+    if not isinstance(dtype, torch.dtype):
+        raise TypeError(f"dtype must be a torch.dtype, got {type(dtype).__name__}")
     return head_dim in HEAD_DIMS and dtype in DTYPES
 
 

@@ -84,6 +84,8 @@ def check(norm: Norm, input: Any, residual: Any, weight: Any, out: Any, scale: A
     read = {"input": input, "weight": weight} | ({"residual": residual} if _adds(norm) else {})
     if scale is not None:
         name = "scales" if _finds_scales(norm) else "scale"
+        if name == "scale" and not isinstance(scale, torch.Tensor):
+            raise TypeError(f"scale must be a float32 tensor of one element, got {type(scale).__name__}")
         checks.tensor(name, scale)
         _check_scale_kinds(norm, input, scale)
         checks.elements(name, scale, *_scale_count(norm, input))

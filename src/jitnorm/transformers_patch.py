@@ -167,5 +167,10 @@ def patch_transformers(model: torch.nn.Module) -> TransformersPatch:
     Returns:
         What was replaced, what was left and why. Its `undo()` restores the model; as a context manager it does so at
         the end: `with patch_transformers(model): ...`.
+
+    Raises:
+        TypeError: `model` is no module.
     """
+    if not isinstance(model, torch.nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     return TransformersPatch(model)

@@ -73,6 +73,22 @@ def test_an_operator_that_is_not_there_is_not_available(monkeypatch, capsys):
     assert "N/A torch: torch has no no_such_operator here: KeyError" in said
 
 
+def test_a_peer_that_is_not_installed_has_no_column(monkeypatch, capsys):
+    monkeypatch.syspath_prepend(str(FOLDER))
+    import peers
+
+    monkeypatch.setitem(peers._PEERS, "peer", lambda op: importlib.import_module("no_such_peer"))
+
+    @marker.parametrize("op", ["silu_and_mul", "gelu_and_mul"])
+    @marker.benchmark("impl", ["here", "peer"])
+    def bench(op, impl):
+        return peers.find(op, impl) if impl == "peer" else marker.BenchResult((0.5,), (2e-6,), 0)
+
+    bench.run(device="cpu")
+    head, said = capsys.readouterr().out.split("\n\n")
+    assert "peer" not in head and said.splitlines()[0] == "N/A peer: No module named 'no_such_peer'"
+
+
 def test_qknorm_is_short():
     lines = [line for line in (FOLDER / "bench_qknorm.py").read_text().splitlines() if line.strip()]
     assert len(lines) <= 40

@@ -290,13 +290,14 @@ def test_what_goes_wrong_is_reported_and_nothing_hangs(server, api, behaviour, w
     assert [r.tokens for r in result.requests] == [tokens] * 2
     assert all(words in error for error in result.errors) and len(result.errors) == 2, result.errors
     assert result.as_dict()["completed"] == 0 and result.as_dict()["time_to_first_token"] is None
-    assert f"request 1 failed after {tokens} tokens: {words}" in result.as_text()
+    assert f"2 requests failed after {tokens} tokens: {words}" in result.as_text()
 
 
 def test_nobody_there(nobody):
     with pytest.warns(RuntimeWarning, match="refused"):
         result = run_batch(nobody, batch_size=2, timeout=2)
     assert len(result.errors) == 2 and all("cannot connect" in error for error in result.errors)
+    assert result.as_text().count("cannot connect") == 1 and "2 requests failed after 0 tokens" in result.as_text()
 
 
 @pytest.mark.parametrize(
@@ -315,5 +316,5 @@ def test_command(server):
     assert json.loads(done.stdout)["output_tokens"] == 10
     server.behaviour = "half-way"
     done = CliRunner().invoke(main, words)
-    assert done.exit_code == 1 and "request 0 failed after 3 tokens" in done.stdout
+    assert done.exit_code == 1 and "2 requests failed after 3 tokens" in done.stdout
     assert CliRunner().invoke(main, ["bench", "server", "--url", "there"]).stderr.startswith("Error: url must be")

@@ -142,7 +142,19 @@ def test_command_warns_and_refuses(command, tmp_path):
     for text in ("{}", "[]", "nothing", '{"format": 1, "rows": [{}]}', '{"format": 7}'):
         (tmp_path / "c.json").write_text(text)
         said = CliRunner().invoke(main, ["bench", "compare", str(tmp_path / "c.json"), str(tmp_path / "a.json")])
-        assert said.exit_code == 1 and "c.json is not a benchmark's JSON" in said.stderr, text
+        assert said.exit_code == 1 and "c.json was not written by a benchmark's --json\n" in said.stderr, text
+
+
+def test_command_refuses_files_and_thresholds_at_once(tmp_path):
+    (tmp_path / "a.json").write_text("{}")
+    for words, said in (
+        (["a.json", "none.json"], "does not exist"),
+        (["a.json", "."], "is a directory"),
+        (["a.json", "a.json", "--threshold", "-1"], "-1.0 is not in the range x>=0"),
+    ):
+        paths = [w if w.startswith("-") else str(tmp_path / w) for w in words]
+        done = CliRunner().invoke(main, ["bench", "compare", *paths])
+        assert done.exit_code == 2 and said in done.stderr, done.output
 
 
 def test_json_keeps_everything(tmp_path):

@@ -89,10 +89,19 @@ def test_axes_that_do_not_fit():
 
     with pytest.raises(ValueError, match=r"'n,m' takes 2 values together, got \(1, 2, 3\)"):
         marker.parametrize("n,m", [(1, 2, 3)])
+    for values, kind in ((3, "int"), ("bf16", "str")):
+        with pytest.raises(TypeError, match=f"the values of the axis 'n' must be a list, got {kind}"):
+            marker.parametrize("n", values)
     with pytest.raises(TypeError, match=r"goes above @marker\.benchmark, which is innermost"):
         marker.parametrize("n", [1])(lambda n: None)
     with pytest.raises(ValueError, match="unit must be one of ns, us, ms, s, got 'minutes'"):
         marker.benchmark("impl", ["a"], unit="minutes")
+
+
+@pytest.mark.parametrize("create", [marker.create_random, marker.create_empty])
+def test_dtypes_that_are_none(create):
+    with pytest.raises(TypeError, match=r"dtype must be a torch\.dtype, got 'bf17'"):
+        create(3, dtype="bf17", device="cpu")
 
 
 # The grid
@@ -139,12 +148,27 @@ def test_run(capsys):
     lines = said.splitlines()
     rows = [line.split() for line in lines[4:10]]
     assert [row[:3] for row in rows] == [[str(n), a, b] for n in (8, 16, 32) for a, b in (("1", "x"), ("2", "y"))]
-    assert [("error" in row, "N/A" in row) for row in rows] == [(row[0] == "16", True) for row in rows]
-    assert len({line.rindex("N/A") for line in lines[4:10]}) == 1, "aligned"
+    assert ["error" in row for row in rows] == [row[0] == "16" for row in rows]
+    assert not any("N/A" in line or "absent" in line for line in lines[:10]), "no column that says nothing"
     assert "N/A absent: not installed" in lines
     assert "error broken at n=16, a=1, b=x; n=16, a=2, b=y: RuntimeError: no such kernel" in lines
     assert "GB/s: 1e9 bytes, read and written, a second" in lines
     assert said.count("p50") == said.count("avg") == 2, "every metric of both"
+
+
+def test_columns_with_different_reasons_stay(capsys):
+    @marker.parametrize("n", [1, 2])
+    @marker.benchmark("impl", ["here", "sometimes", "differently", "never"])
+    def f(n, impl):
+        if impl == "never" or (impl == "sometimes" and n == 1) or impl == "differently":
+            marker.skip(f"not for {n}" if impl == "differently" else "not installed")
+        return marker.BenchResult((0.5,), (2e-6,), 0)
+
+    report = f.run(**QUICK)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1].split() == ["here", "sometimes", "differently"] and "never" in report.lines
+    assert [line.count("N/A") for line in lines[4:6]] == [2, 1]
+    assert len({line.rindex("N/A") for line in lines[4:6]}) == 1, "aligned"
 
 
 def test_beside_a_copy(capsys):
@@ -283,6 +307,10 @@ def test_exit_status_of_an_exception_and_of_mistakes():
     mistake = command("--filter", "m=1", exit_code=1).stderr
     assert mistake == "Error: 'm=1' is not a filter such as 'num_tokens>=64': the axes are n\n"
     command("--impl", "none", exit_code=2)
+    assert "-1.0 is not in the range x>=0" in command("--seconds", "-1", exit_code=2).stderr
+    for words, have in (([], "8, 16"), (["--short"], "8"), (["--list"], "8, 16")):
+        said = command(*CPU, "--filter", "n=7", *words, exit_code=1)
+        assert (said.stdout, said.stderr) == ("", f"Error: no row meets n=7: n is {have}\n")
     assert command("--device", "tpu9", exit_code=1).stderr.startswith("Error: device must be such as")
     assert "no bandwidth to plot" in command(*CPU, "--impl", "bad", "--plot", "a.png", exit_code=1).stderr
 

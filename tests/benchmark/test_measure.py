@@ -81,6 +81,24 @@ def test_chosen_arguments_are_copied():
         bench(fn, x, y, graph_clone_kwargs=("w",))
 
 
+@pytest.mark.parametrize(
+    ("options", "error", "words"),
+    [
+        ({"fn": 1}, TypeError, "fn must be a function, got int"),
+        ({"input_args": torch.zeros(3)}, TypeError, "input_args must be a tuple, got Tensor"),
+        ({"memory_args": "ale"}, ValueError, "memory_args must be 'all' or tensors, got 'ale'"),
+        ({"memory_output": "all"}, ValueError, "memory_output must be 'out' or tensors, got 'all'"),
+        ({"memory_args": torch.zeros(3)}, TypeError, "memory_args must be 'all' or a tuple of tensors, got Tensor"),
+        ({"graph_clone_args": "ale"}, ValueError, "graph_clone_args must be 'all' or positions, got 'ale'"),
+        ({"graph_clone_kwargs": "x"}, ValueError, "graph_clone_kwargs must be 'all' or names, got 'x'"),
+        ({"graph_clone_args": 0}, TypeError, "graph_clone_args must be 'all' or a tuple of positions, got int"),
+    ],
+)
+def test_arguments_of_other_types(options, error, words):
+    with pytest.raises(error, match=words):
+        marker.do_bench(**{"fn": torch.clone, "input_args": [torch.zeros(3)], **options})
+
+
 def test_too_few_copies_are_reported(small_cache, monkeypatch):
     monkeypatch.setitem(measure._MAX_COPIES, "cpu", 4)
     result = bench(torch.clone, torch.randn(64))

@@ -46,6 +46,16 @@ def chosen(call: Call, args: Chosen, kwargs: Chosen) -> list[int | str]:
     return [*positions, *names]
 
 
+def check_chosen(name: str, value: Any, word: str, what: str) -> None:
+    """`value` is this word, or what can be gone through; or None."""
+    if value is None or (isinstance(value, str) and value == word):
+        return
+    if isinstance(value, str):
+        raise ValueError(f"{name} must be {word!r} or {what}, got {value!r}")
+    if isinstance(value, torch.Tensor) or not isinstance(value, Iterable):
+        raise TypeError(f"{name} must be {word!r} or a tuple of {what}, got {type(value).__name__}")
+
+
 def returned(result: Any) -> list[torch.Tensor]:
     """The tensors that a call gave back."""
     results = result if isinstance(result, (tuple, list)) else [result]

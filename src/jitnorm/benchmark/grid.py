@@ -6,7 +6,7 @@ import inspect
 import itertools
 import operator
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,6 +34,8 @@ class Axis:
 
 
 def _tuples(names: tuple[str, ...], values: Sequence[Any]) -> tuple[tuple[Any, ...], ...]:
+    if isinstance(values, str) or not isinstance(values, Iterable):
+        raise TypeError(f"the values of the axis {','.join(names)!r} must be a list, got {type(values).__name__}")
     tuples = tuple((value,) if len(names) == 1 else tuple(value) for value in values)
     for value in tuples:
         if len(value) != len(names):
@@ -64,23 +66,23 @@ def check_complete(fn: Callable[..., Any], axes: Sequence[str]) -> None:
 def points(axes: Sequence[Axis], full: bool, filters: Sequence[str] = ()) -> list[dict[str, Any]]:
     """Every combination of the axes' values that all filters accept."""
     names = [name for axis in axes for name in axis.names]
-    conditions = [_condition(text, names) for text in filters]
+    conditions = [condition(text, names)[1] for text in filters]
     grid = itertools.product(*(list(axis.points(full)) for axis in axes))
     merged = ({name: value for part in parts for name, value in part.items()} for parts in grid)
-    return [point for point in merged if all(condition(point) for condition in conditions)]
+    return [point for point in merged if all(holds(point) for holds in conditions)]
 
 
-def _condition(text: str, names: Sequence[str]) -> Callable[[dict[str, Any]], bool]:
-    """From "num_tokens>=64" or "op=rmsnorm,gemma_rmsnorm"; commas mean any of them."""
+def condition(text: str, names: Sequence[str]) -> tuple[str, Callable[[dict[str, Any]], bool]]:
+    """The axis and the test of "num_tokens>=64" or "op=rmsnorm,gemma_rmsnorm"; commas mean any of them."""
     match = re.fullmatch(r"\s*(\w+)\s*(<=|>=|!=|==?|<|>)\s*(\S.*?)\s*", text)
     if not match or match[1] not in names:
         raise ValueError(f"{text!r} is not a filter such as 'num_tokens>=64': the axes are {', '.join(names)}")
     name, sign, value = match.groups()
     if sign in ("=", "==", "!="):
         wanted = {word.strip() for word in value.split(",")}
-        return lambda point: (str(point[name]) in wanted) == (sign != "!=")
+        return name, lambda point: (str(point[name]) in wanted) == (sign != "!=")
     try:
         bound = float(value)
     except ValueError as error:
         raise ValueError(f"{text!r}: {sign} needs a number") from error
-    return lambda point: bool(_COMPARISONS[sign](point[name], bound))
+    return name, lambda point: bool(_COMPARISONS[sign](point[name], bound))

@@ -64,6 +64,13 @@ class Benchmark:
         grid.check_complete(self.fn, self.names)
         return grid.points(self.axes, not settings.is_ci() if full is None else full, filters)
 
+    def no_rows(self, full: bool | None, filters: Sequence[str]) -> str:
+        """What to say where no row meets the filters: which values there are."""
+        rows = self.points(full)
+        names = dict.fromkeys(grid.condition(text, self.names)[0] for text in filters)
+        have = (f"{name} is {', '.join(dict.fromkeys(str(row[name]) for row in rows))}" for name in names)
+        return f"no row meets {' and '.join(filters)}: {'; '.join(have)}"
+
     def lines(self, impl: Sequence[str] | None = None) -> list[str]:
         """The values that stand side by side: all, or those of `impl`."""
         known = [value for (value,) in self.line_axis.values]

@@ -12,6 +12,7 @@ from jitnorm.benchmark.arguments import (
     Call,
     Chosen,
     bytes_of,
+    check_chosen,
     chosen,
     copied_bytes,
     distinct,
@@ -74,9 +75,18 @@ def do_bench(
         cold: False lets the arguments stay in the cache. None: as the run has it.
 
     Raises:
+        TypeError: fn or a choice of arguments is of a type that is not accepted.
         ValueError: a wrong result, a metric or an argument that does not exist.
         Whatever `fn` raises.
     """
+    if not callable(fn):
+        raise TypeError(f"fn must be a function, got {type(fn).__name__}")
+    if not isinstance(input_args, (tuple, list)):
+        raise TypeError(f"input_args must be a tuple, got {type(input_args).__name__}")
+    check_chosen("graph_clone_args", graph_clone_args, "all", "positions")
+    check_chosen("graph_clone_kwargs", graph_clone_kwargs, "all", "names")
+    check_chosen("memory_args", memory_args, "all", "tensors")
+    check_chosen("memory_output", memory_output, "out", "tensors")
     call = Call(fn, tuple(input_args), dict(input_kwargs or {}))
     if replay_iters < 1 or warmup_iters < 0:
         raise ValueError(

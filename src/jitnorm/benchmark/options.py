@@ -38,7 +38,11 @@ def command(benchmark: Benchmark, copy: bool) -> click.Command:
     @click.option("--device", help="By default CUDA where torch sees a GPU, else the CPU.")
     @click.option("--dtype", type=click.Choice(list(_DTYPES)), default="bf16", show_default=True)
     @click.option("--warm", is_flag=True, help="Let the arguments stay in the cache.")
-    @click.option("--seconds", type=float, help="At most, for each implementation in a row, for quiet figures. [1]")
+    @click.option(
+        "--seconds",
+        type=click.FloatRange(min=0),
+        help="At most, for each implementation in a row, for quiet figures. [1]",
+    )
     @click.option("--json", "json_file", type=_FILE, callback=_in_a_folder, help="Machine, versions and every sample.")
     @click.option("--csv", "csv_file", type=_FILE, callback=_in_a_folder)
     @click.option(
@@ -63,8 +67,11 @@ def command(benchmark: Benchmark, copy: bool) -> click.Command:
         plot_file: Path | None,
     ) -> None:
         try:
+            points = benchmark.points(full, filters)
+            if filters and not points:
+                raise ValueError(benchmark.no_rows(full, filters))
             if only_list:
-                for point in benchmark.points(full, filters):
+                for point in points:
                     click.echo(" ".join(f"{axis}={value}" for axis, value in point.items()) or "the only row")
                 return
             if plot_file:

@@ -86,7 +86,7 @@ class Report:
             ]
             return cls(**data, rows=rows)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{path} is not a benchmark's JSON: {error!r}") from error
+            raise ValueError(f"{path} was not written by a benchmark's --json") from error
 
 
 def _to_data(cell: Cell) -> dict[str, Any]:

@@ -45,7 +45,7 @@ def create_empty(
 ) -> torch.Tensor:
     """A tensor that a call will fill, of the run's dtype on the run's device."""
     run = current()
-    return torch.empty(*shape, dtype=dtype or run.dtype, device=device or run.device)
+    return torch.empty(*shape, dtype=_checked(dtype or run.dtype), device=device or run.device)
 
 
 def create_random(
@@ -53,7 +53,13 @@ def create_random(
 ) -> torch.Tensor:
     """Standard normal values: never zeros, which hide errors and may run faster."""
     run = current()
-    return torch.randn(*shape, device=device or run.device).to(dtype or run.dtype)
+    return torch.randn(*shape, device=device or run.device).to(_checked(dtype or run.dtype))
+
+
+def _checked(dtype: object) -> torch.dtype:
+    if not isinstance(dtype, torch.dtype):
+        raise TypeError(f"dtype must be a torch.dtype, got {dtype!r}")
+    return dtype
 
 
 def is_ci() -> bool:

@@ -17,12 +17,13 @@ def as_table(report: Report) -> str:
     """Rows of the grid; for each implementation its metrics, their noise, GB/s, and the fraction of the copy's rate."""
     if not report.rows:
         return f"{report.name}: no rows"
+    shown = [line for line in report.lines if not _is_absent(report, line)] or report.lines
     heads = [("", axis) for axis in report.axes]
-    heads += [(line, name) for line in report.lines for name in _columns(report, line)]
+    heads += [(line, name) for line in shown for name in _columns(report, line)]
     body = [
         [
             *(str(value) for value in row.point.values()),
-            *(c for line in report.lines for c in _cells(report, row, line)),
+            *(c for line in shown for c in _cells(report, row, line)),
         ]
         for row in report.rows
     ]
@@ -68,6 +69,12 @@ def _metrics(report: Report) -> list[stats.Metric]:
     """All that any cell has, in the order of their first appearance."""
     results = (cell for _, _, cell in report.cells() if isinstance(cell, BenchResult))
     return list(dict.fromkeys(metric for result in results for metric in result.metrics))
+
+
+def _is_absent(report: Report, line: str) -> bool:
+    """Whether it is N/A in every row, and for one reason, which the line below the table says."""
+    cells = [row.cells.get(line) for row in report.rows]
+    return isinstance(cells[0], Skipped) and all(cell == cells[0] for cell in cells)
 
 
 def _columns(report: Report, line: str) -> list[str]:

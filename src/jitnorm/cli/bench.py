@@ -11,7 +11,7 @@ import click
 from jitnorm.cli import output
 from jitnorm.cli.base import Group, json_option
 
-_JSON = click.Path(path_type=Path)
+_JSON = click.Path(exists=True, dir_okay=False, path_type=Path)
 
 
 @click.group(cls=Group)
@@ -22,7 +22,9 @@ def bench() -> None:
 @bench.command(short_help="Compare two runs of a benchmark.")
 @click.argument("a", type=_JSON, metavar="A.json")
 @click.argument("b", type=_JSON, metavar="B.json")
-@click.option("--threshold", type=float, default=2.0, show_default=True, help="In per cent: less is the same.")
+@click.option(
+    "--threshold", type=click.FloatRange(min=0), default=2.0, show_default=True, help="In per cent: less is the same."
+)
 def compare(a: Path, b: Path, threshold: float) -> None:
     """Say for each row what is SAME, FASTER, SLOWER or AMBIGUOUS in B, from the samples of both.
 

@@ -13,9 +13,20 @@ import click
 def table(header: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> None:
     """Columns as wide as they need to be, two spaces apart; those in `right` are aligned to the right."""
     widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
-    for row in (header, ["-" * width for width in widths], *rows):
-        cells = [row[i].rjust(w) if i in right else row[i].ljust(w) for i, w in enumerate(widths)]
-        click.echo("  ".join(cells).rstrip())
+    head(header, widths, right)
+    for row in rows:
+        line(row, widths, right)
+
+
+def head(header: Sequence[str], widths: Sequence[int], right: Sequence[int] = ()) -> None:
+    """What stands above the lines of a table."""
+    line(header, widths, right)
+    line(["-" * width for width in widths], widths)
+
+
+def line(row: Sequence[str], widths: Sequence[int], right: Sequence[int] = ()) -> None:
+    cells = [row[i].rjust(w) if i in right else row[i].ljust(w) for i, w in enumerate(widths)]
+    click.echo("  ".join(cells).rstrip())
 
 
 def as_json(value: Any) -> None:

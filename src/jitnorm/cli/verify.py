@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
+from collections.abc import Sequence
 from dataclasses import asdict
 
 import click
@@ -18,6 +19,8 @@ from jitnorm.cli.base import Command
 
 _DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 _NAMES = ", ".join(OPERATORS)
+_HEADER = ("OP", "SHAPE", "DTYPE", "DEVICE", "COMPARED", "RESULT")
+_RIGHT = (4,)
 
 
 @click.command("verify-invariance", cls=Command, short_help="Compare rows alone and in batches, bit by bit.")
@@ -56,6 +59,9 @@ def verify_invariance(
         for d in dtypes or OPERATORS[name].dtypes
     ]
     results: list[Result] = []
+    widths = _widths(plan, device)
+    if not as_json:
+        output.head(_HEADER, widths, _RIGHT)
     with contextlib.nullcontext() if outside else set_batch_invariant_mode(), warnings.catch_warnings():
         # The mode keeps Inductor's caches off, which dynamo remarks on at each compilation.
         warnings.filterwarnings("ignore", "dynamo_pgo force disabled")
@@ -63,10 +69,17 @@ def verify_invariance(
             for name, size, d in bar:
                 bar.set_postfix_str(f"{name} {_text(size)} {DTYPE_NAMES[d]}")
                 results.append(verify(name, OPERATORS[name], size, d, device, max_batch, way or WAYS))
+                if not as_json:
+                    with tqdm.external_write_mode():
+                        output.line(_cells(results[-1]), widths, _RIGHT)
                 if results[-1].difference:
                     break
-    _report(results, as_json)
-    if results[-1].difference:
+    last = results[-1]
+    if as_json:
+        output.as_json([asdict(result) for result in results])
+    elif last.difference:
+        click.echo(f"{last.op}, {last.dtype}, {_text(last.shape)}: {last.difference}", err=True)
+    if last.difference:
         raise click.exceptions.Exit(1)
 
 
@@ -83,18 +96,12 @@ def _text(shape: tuple[int, ...]) -> str:
     return "x".join(map(str, shape))
 
 
-def _report(results: list[Result], as_json: bool) -> None:
-    if as_json:
-        output.as_json([asdict(result) for result in results])
-        return
-    output.table(
-        ("OP", "SHAPE", "DTYPE", "DEVICE", "COMPARED", "RESULT"),
-        [
-            (r.op, _text(r.shape), r.dtype, r.device, str(r.compared), "differs" if r.difference else "same")
-            for r in results
-        ],
-        right=(4,),
-    )
-    for r in results:
-        if r.difference:
-            click.echo(f"{r.op}, {r.dtype}, {_text(r.shape)}: {r.difference}", err=True)
+def _widths(plan: Sequence[tuple[str, tuple[int, ...], torch.dtype]], device: str) -> list[int]:
+    """Of the columns, before their cells are there."""
+    rows = [(name, _text(size), DTYPE_NAMES[d], device, "", "differs") for name, size, d in plan]
+    return [max(map(len, column)) for column in zip(_HEADER, *rows, strict=True)]
+
+
+def _cells(result: Result) -> list[str]:
+    found = "differs" if result.difference else "same"
+    return [result.op, _text(result.shape), result.dtype, result.device, str(result.compared), found]

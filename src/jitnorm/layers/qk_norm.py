@@ -45,7 +45,8 @@ def apply_qk_norm(
         q and k, normalised, in their shapes: the arguments themselves where these were overwritten.
 
     Raises:
-        ValueError: head_dim does not divide the last dimension of q or of k, or compiler is no such name.
+        ValueError: head_dim does not divide the last dimension of q or of k, a norm is over another size, or compiler
+            is no such name.
     """
     for name, x in (("q", q), ("k", k)):
         if head_dim < 1 or x.dim() == 0 or x.shape[-1] % head_dim:
@@ -55,6 +56,8 @@ def apply_qk_norm(
         q_heads, k_heads = (x.view(-1, x.shape[-1] // head_dim, head_dim) for x in (q, k))
         fused_inplace_qknorm(q_heads, k_heads, _weight(q_norm), _weight(k_norm), _eps(q_norm), head_dim=head_dim)
         return q, k
+    _check_size("q_norm", q_norm, head_dim)
+    _check_size("k_norm", k_norm, head_dim)
     if alt_stream is None or not _is_capturing(q):
         return _normalised(q, q_norm, head_dim, compiler), _normalised(k, k_norm, head_dim, compiler)
     current = torch.cuda.current_stream(q.device)
@@ -76,6 +79,13 @@ def _reshape_for_qk_norm(x: torch.Tensor, head_dim: int, compiler: Compiler | No
     if x.is_cuda and torch.version.hip is None and resolve_compiler(compiler) == "inductor":
         return x.view(*x.shape[:-1], -1, head_dim)
     return x.reshape(-1, head_dim)
+
+
+def _check_size(name: str, norm: torch.nn.Module, head_dim: int) -> None:
+    """A weight of one element may broadcast, and one of none be gathered when the module is called."""
+    weight = _weight(norm)
+    if isinstance(weight, torch.Tensor) and weight.dim() == 1 and weight.shape[0] not in (0, 1, head_dim):
+        raise ValueError(f"{name} must be over head_dim {head_dim}, got {weight.shape[0]}")
 
 
 def _normalised(x: torch.Tensor, norm: torch.nn.Module, head_dim: int, compiler: Compiler) -> torch.Tensor:

@@ -91,11 +91,14 @@ class BatchResult:
             f"cache hit rate        {show('cache_hit_rate', 100, '%')}",
         ]
         lines = [head, *(figures if facts["completed"] else [])]
+        remarks: dict[str, list[int]] = {}  # and the requests that each is of
         for i, request in enumerate(self.requests):
             if request.error:
-                lines.append(f"request {i} failed after {request.tokens} tokens: {request.error}")
+                remarks.setdefault(f"failed after {request.tokens} tokens: {request.error}", []).append(i)
             elif request.tokens != self.output_len:
-                lines.append(f"request {i} brought {request.tokens} tokens instead of {self.output_len}")
+                remarks.setdefault(f"brought {request.tokens} tokens instead of {self.output_len}", []).append(i)
+        for remark, where in remarks.items():
+            lines.append(f"{f'request {where[0]}' if len(where) == 1 else f'{len(where)} requests'} {remark}")
         return "\n".join(lines)
 
 
