@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import shutil
 
 import pytest
@@ -85,18 +84,18 @@ def test_what_does_not_answer_is_no_compiler(tmp_path, monkeypatch, device, scri
     broken.chmod(0o755)
     monkeypatch.setenv("CXX", str(broken))
     assert toolchain.identify(device, None) is None
-    with pytest.raises(RuntimeError, match=rf"CXX is {re.escape(str(broken))}, which does not work \(.*{why}") as raised:
+    with pytest.raises(RuntimeError, match=rf"CXX is .*/g\+\+, which does not work \(.*{why}") as raised:
         toolchain.require(device, None)
     assert "nvcc" not in str(raised.value)
     monkeypatch.delenv("CXX")
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(RuntimeError, match="the C.. compiler is .*, which does not work"):
+    with pytest.raises(RuntimeError, match=r"the C\+\+ compiler is .*/g\+\+, which does not work"):
         toolchain.require(device, None)
 
 
 def test_a_compiler_with_arguments_is_refused(monkeypatch):
     monkeypatch.setenv("CXX", "ccache g++")
-    with pytest.raises(RuntimeError, match="CXX must be .* without arguments, got 'ccache g\\+\\+'"):
+    with pytest.raises(RuntimeError, match=r"CXX must be .* without arguments, got 'ccache g\+\+'"):
         toolchain.require("cpu", None)
 
 

@@ -104,12 +104,13 @@ def identify(device: str, memory: Path | None) -> Toolchain | None:
 def require(device: str, memory: Path | None) -> Toolchain:
     """The compilers for a build, or a RuntimeError that says what is missing, where it was looked for, what to do."""
     # Asked anew: what stands for a compiler may be a script, which stays as it is when the compiler changes.
-    toolchain = _ask(device) if find_cxx() else None
+    cxx = find_cxx()
+    toolchain = _ask(device) if cxx else None
     if toolchain:
         _remember(device, memory, toolchain)
         return toolchain
     own = os.environ.get("CXX", "")
-    if not find_cxx():
+    if not cxx:
         if len(own.split()) > 1:
             raise RuntimeError(f"CXX must be a compiler's name or path, without arguments, got {own!r}")
         looked = f"$CXX ({own})" if own else " and ".join(_HOST_COMPILERS)
@@ -117,10 +118,10 @@ def require(device: str, memory: Path | None) -> Toolchain:
             f"jitnorm needs a C++ compiler and found none: looked for {looked} on PATH={os.environ.get('PATH', '')!r}. "
             "Install one (Debian, Ubuntu: apt-get install g++; conda: conda install cxx-compiler) or set CXX."
         )
-    if not _identify_cxx(find_cxx()):
+    if not _identify_cxx(cxx):
         raise RuntimeError(
-            f"{'CXX' if own else 'the C++ compiler'} is {own or find_cxx()}, which does not work "
-            f"({_run(find_cxx(), '--version')[1]}). Install one that works, or set CXX"
+            f"{'CXX' if own else 'the C++ compiler'} is {own or cxx}, which does not work "
+            f"({_run(cxx, '--version')[1]}). Install one that works, or set CXX"
         )
     variables = ("NVCC", "CUDA_HOME", "CUDA_PATH", "CONDA_PREFIX", "PATH")
     places = ", ".join(f"{name}={os.environ.get(name, '')!r}" for name in variables)
