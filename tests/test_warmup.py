@@ -131,7 +131,67 @@ def test_activations_and_caches(tmp_path, config, ops):
     assert all("config.json has no hidden_act" in line for line in plan.refused)
 
 
-@pytest.mark.parametrize("content", ["", "[1]", "{}", '{"hidden_size": "4096"}'])
+@pytest.mark.parametrize(
+    ("key", "value", "needed"),
+    [
+        ("architectures", {"a": 1}, "a list of names"),
+        ("architectures", [1], "a list of names"),
+        ("model_type", 3, "text"),
+        ("hidden_act", ["silu"], "text"),
+        ("torch_dtype", ["bf16"], "text"),
+        ("torch_dtype", 16, "text"),
+        ("torch_dtype", "float8", "float16, bfloat16 or float32"),
+        ("hidden_size", "4096", "a whole number above 0"),
+        ("hidden_size", True, "a whole number above 0"),
+        ("num_attention_heads", "32", "a whole number above 0"),
+        ("num_attention_heads", -1, "a whole number above 0"),
+        ("head_dim", "128", "a whole number above 0"),
+        ("q_lora_rank", "1536", "a whole number above 0"),
+        ("intermediate_size", 14336.0, "a whole number above 0"),
+    ],
+)
+def test_keys_of_a_wrong_type(cache_dir, tmp_path, key, value, needed):
+    file = config_file(tmp_path, **{"hidden_size": 4096, key: value})
+    said = command("--config", file, "--device", "cpu", exit_code=1).stderr
+    assert said.startswith(f"Error: {file}: ") and said.count("\n") == 1
+    assert key in said and f" must be {needed}, got {value!r}" in said
+    assert not cache_dir.exists()
+
+
+LLAMA = {"model_type": "llama", "hidden_size": 64, "intermediate_size": 128, "dtype": "float16"}
+
+
+@pytest.mark.parametrize(
+    ("config", "says"),
+    [
+        (LLAMA, []),  # its activation is known
+        ({**LLAMA, "model_type": "qwen2"}, []),
+        ({**LLAMA, "model_type": "mistral"}, []),
+        ({**LLAMA, "model_type": "phi3"}, ["has no hidden_act: no activation is built (--op names one)"]),
+        ({**LLAMA, "hidden_act": "relu2"}, ["has hidden_act 'relu2', which no kernel serves: no activation is built"]),
+        ({**LLAMA, "intermediate_size": 0}, ["has no intermediate_size: no activation is built (--op names one)"]),
+        ({**LLAMA, "dtype": None}, ["has no dtype: bf16 is built (--dtype names another)"]),
+        ({**LLAMA, "model_type": "newest", "hidden_act": "silu"}, ["has model_type 'newest', which is not known here"]),
+        ({**LLAMA, "model_type": None, "hidden_act": "silu"}, ["has no model_type"]),
+    ],
+)
+def test_notes_on_what_a_config_leaves_out(cache_dir, tmp_path, monkeypatch, config, says):
+    file = config_file(tmp_path, **config)
+    monkeypatch.setattr("jitnorm.cli.warmup._build", lambda *_: None)
+    said = command("--config", file, "--device", "cpu").stderr.splitlines()
+    assert len(said) == len(says)
+    assert all(line.startswith(f"note: {file} {start}") for line, start in zip(said, says, strict=True))
+    plan = make_plan(op="silu_and_mul", dtype="bf16", config=file, device="cpu")
+    assert not plan.notes  # all that was asked for is built, or refused
+    assert bool(plan.refused) == (config.get("hidden_act") == "relu2")
+
+
+def test_widths_of_every_layer(tmp_path):
+    file = config_file(tmp_path, **{**LLAMA, "intermediate_size": [64, 64, 96]})
+    assert read_config(file).intermediate_sizes == [64, 96]
+
+
+@pytest.mark.parametrize("content", ["", "[1]", "{}"])
 def test_bad_configs_are_one_clear_line(tmp_path, content):
     file = tmp_path / "config.json"
     file.write_text(content)
@@ -210,15 +270,20 @@ def test_operators_that_need_no_size(cache_dir):
 @pytest.mark.parametrize(
     ("words", "error", "says"),
     [
-        ({}, ValueError, "hidden_size or config"),
-        ({"hidden_size": 64, "config": "x"}, ValueError, "hidden_size or config"),
+        ({}, ValueError, "hidden_size or config$"),
+        ({"hidden_size": 64, "config": "x"}, ValueError, "hidden_size or config, not both"),
+        ({"config": ""}, ValueError, "config must be"),
         ({"hidden_size": 64, "op": "softmax"}, ValueError, "rmsnorm"),
         ({"hidden_size": 64, "dtype": "int8"}, TypeError, "fp16, bf16, fp32"),
         ({"hidden_size": 64, "dtype": "bf16", "weight_dtype": "fp16"}, TypeError, "weights"),
-        ({"hidden_size": 64.0}, TypeError, "float"),
+        ({"hidden_size": 64, "dtype": [["bf16"]]}, TypeError, "fp16, bf16, fp32"),
+        ({"hidden_size": 64.0}, TypeError, r"hidden_size must be an int, got 64\.0"),
+        ({"hidden_size": "64"}, TypeError, "hidden_size must be an int, got '64'"),
         ({"hidden_size": 64, "device": "cpu", "arch": "9.0a"}, ValueError, "arch"),
         ({"hidden_size": 64, "arch": "hopper"}, ValueError, "9.0a"),
+        ({"hidden_size": 64, "arch": "6.0"}, ValueError, r"\(--arch\) must be 7\.5 or later, got '6\.0'"),
         ({"hidden_size": 64, "jobs": 0}, ValueError, "jobs"),
+        ({"hidden_size": 64, "jobs": "2"}, TypeError, "jobs must be an int, got '2'"),
     ],
 )
 def test_wrong_words(cache_dir, words, error, says):
@@ -304,6 +369,12 @@ def test_one_failure_does_not_stop_the_others(cache_dir, tmp_path, monkeypatch):
     assert "failed   rmsnorm_128_bf16" in said.stderr and "boom" in said.stderr
 
 
+def test_a_compiler_that_writes_nothing_is_named(cache_dir, tmp_path, monkeypatch):
+    compiler(tmp_path, monkeypatch, "exit 0")
+    (_, why), *_ = jitnorm.warmup(hidden_size=64, device="cpu").failed
+    assert f"the compiler {tmp_path / 'compiler'} wrote no library" in why and "\n" not in why
+
+
 def test_no_compiler_is_said_once(cache_dir, monkeypatch):
     monkeypatch.delenv("CXX", raising=False)
     monkeypatch.setenv("PATH", "/nonexistent")
@@ -311,11 +382,18 @@ def test_no_compiler_is_said_once(cache_dir, monkeypatch):
     assert said.stderr.count("C++ compiler") == 1 and "failed" not in said.output
 
 
-def test_cache_that_cannot_be_kept_is_an_error(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("folder", "why"),
+    [("file", "is not a folder"), ("file/cache", "is not a folder"), ("/proc/x", "No such file")],
+)
+def test_cache_that_cannot_be_kept_is_an_error(cache_dir, tmp_path, monkeypatch, folder, why):
     (tmp_path / "file").touch()
-    monkeypatch.setenv("JITNORM_CACHE_DIR", str(tmp_path / "file" / "cache"))
+    monkeypatch.setattr(os, "access", lambda *_: True)  # as /proc has it, for root
+    monkeypatch.setenv("JITNORM_CACHE_DIR", str(tmp_path / folder))
     said = command("--hidden-size", 64, "--device", "cpu", exit_code=1)
-    assert "is not a folder" in said.stderr and "JITNORM_CACHE_DIR" in said.stderr
+    assert why in said.stderr and "JITNORM_CACHE_DIR" in said.stderr and "built" not in said.output
+    with pytest.raises(RuntimeError, match=f"cannot keep kernels in .*{why}"):
+        jitnorm.warmup(hidden_size=64, device="cpu")
 
 
 def test_config_with_an_unsupported_size(cache_dir, tmp_path):
@@ -329,16 +407,35 @@ def test_config_with_an_unsupported_size(cache_dir, tmp_path):
     assert result.refused == [refusal(96)] and len(result.cached) == 1
 
 
+def test_words_for_dtypes_are_those_of_python(cache_dir):
+    said = command("--hidden-size", 64, "--dtype", "bfloat16", "--weight-dtype", "float32", "--device", "cpu")
+    assert "built    rmsnorm_64_bf16_fp32_weight" in said.stdout
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_architecture_without_a_gpu(cache_dir):
+    said = command("--hidden-size", 64, "--device", "cuda", exit_code=1)
+    assert "arch='9.0a' (--arch 9.0a)" in said.stderr
+
+
 def test_skip_unsupported_sizes(cache_dir):
     said = command("--hidden-size", 64, "--hidden-size", 96, "--device", "cpu", "--skip-unsupported")
     assert "1 built, 0 cached, 1 refused, 0 failed" in said.stdout
 
 
 def test_usage_errors(cache_dir):
-    for words in ([], ["--hidden-size", 64, "--config", "x"], ["--hidden-size", 64, "--jobs", 0], ["--op", "softmax"]):
-        assert "Usage:" in command(*words, exit_code=2).stderr
+    for words, says in (
+        ([], "give --hidden-size or --config\n"),
+        (["--hidden-size", 64, "--config", "x"], "give --hidden-size or --config, not both\n"),
+        (["--hidden-size", 64, "--jobs", 0], "--jobs"),
+        (["--op", "softmax"], "--op"),
+    ):
+        said = command(*words, exit_code=2).stderr
+        assert "Usage:" in said and says in said
     said = command("--config", "nowhere", exit_code=1)
     assert said.stderr.startswith("Error: cannot read nowhere") and said.stderr.count("\n") == 1
+    said = command("--config", "", exit_code=1)
+    assert said.stderr == "Error: config must be a file or a folder, got ''\n"
     assert not cache_dir.exists()
 
 

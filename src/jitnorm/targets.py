@@ -9,6 +9,7 @@ import torch
 from jitnorm.jit.spec import Target
 
 _CPU = Target("cpu")
+_OLDEST = 7.5  # Turing: what tests/test_architectures.py compiles
 
 
 def target_of(tensor: torch.Tensor) -> Target:
@@ -42,7 +43,12 @@ def resolve_target(device: str | None = None, arch: str | None = None) -> Target
             raise ValueError(f"arch is for CUDA: the CPU's code is built for the machine it runs on, got {arch!r}")
         return _CPU
     if arch:
-        return _as_called(arch)
+        target = _as_called(arch)
+        if float(target.arch.rstrip("af")) < _OLDEST:
+            raise ValueError(f"arch (--arch) must be {_OLDEST} or later, got {arch!r}")
+        return target
     if not torch.cuda.is_available():
-        raise RuntimeError("torch sees no GPU here, so its architecture must be given: arch='9.0a' for an H100 or H200")
+        raise RuntimeError(
+            "torch sees no GPU here, so its architecture must be given: arch='9.0a' (--arch 9.0a) for an H100 or H200"
+        )
     return cuda_target(torch.cuda.current_device())

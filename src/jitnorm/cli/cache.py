@@ -66,7 +66,8 @@ def show(name: str) -> None:
             f"no kernel {name!r} in {' or '.join(str(place.root) for place in places())}: see jitnorm cache ls"
         )
     if len(found) > 1:
-        raise RuntimeError(f"{name!r} may be any of {', '.join(row.entry.label for row in found)}")
+        labels = "".join(f"\n{row.entry.label}" for row in found)
+        raise RuntimeError(f"{name!r} is the name of {len(found)} kernels. Give one of these:{labels}")
     row = found[0]
     for field, value in row.as_json().items():
         click.echo(f"{field:10} {value}")

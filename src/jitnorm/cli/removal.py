@@ -34,8 +34,9 @@ def remove(place: Cache, rows: Sequence[Row], leftovers: Sequence[Path], dry_run
             f"{what}, {size(sum(r.size for r in rows) + sum(weights.values()))}: nothing was removed (--dry-run)"
         )
         return
-    if not yes:
-        _ask(f"Remove {what} from {place.root}?")
+    if not yes and not _agreed(f"Remove {what} from {place.root}?"):
+        click.echo("nothing removed")
+        raise click.exceptions.Exit(1)
     removed, freed = 0, 0
     for row in rows:
         if place.remove(row.entry):
@@ -49,10 +50,10 @@ def remove(place: Cache, rows: Sequence[Row], leftovers: Sequence[Path], dry_run
     click.echo(f"removed {gone or 'nothing'}, freed {size(freed)}")
 
 
-def _ask(question: str) -> None:
+def _agreed(question: str) -> bool:
     if not sys.stdin.isatty():
         raise RuntimeError(f"{question} There is no terminal to ask on: say --yes to do it, or --dry-run to look")
-    click.confirm(question, abort=True)
+    return click.confirm(question)
 
 
 def _left_alone(row: Row) -> None:

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import click
 from tqdm import tqdm
 
-from jitnorm.checks import DTYPE_NAMES
 from jitnorm.cli.base import Command
 from jitnorm.jit import cache
 from jitnorm.jit.spec import KernelSpec
-from jitnorm.warmup import OPS, make_plan, sources_are_clear
+from jitnorm.warmup import DTYPES, OPS, make_plan, problem_of_sources
 from jitnorm.warmup.run import Result, build_all, default_jobs, prepare, survey
 
-_DTYPE = click.Choice(list(DTYPE_NAMES.values()))
+_DTYPE = click.Choice(list(DTYPES))
 
 
 @click.command(
@@ -40,9 +37,7 @@ _DTYPE = click.Choice(list(DTYPE_NAMES.values()))
     "--dtype", type=_DTYPE, multiple=True, help="The input's; by default the config's own, or bf16. Repeatable."
 )
 @click.option("--weight-dtype", type=_DTYPE, multiple=True, help="The weight's; by default the input's. Repeatable.")
-@click.option(
-    "--config", type=click.Path(path_type=Path), help="A Hugging Face config.json, or the folder that holds one."
-)
+@click.option("--config", metavar="PATH", help="A Hugging Face config.json, or the folder that holds one.")
 @click.option(
     "--device", type=click.Choice(["cuda", "cpu"]), help="By default CUDA where torch sees a GPU, else the CPU."
 )
@@ -54,7 +49,7 @@ def warmup(
     hidden_size: tuple[int, ...],
     dtype: tuple[str, ...],
     weight_dtype: tuple[str, ...],
-    config: Path | None,
+    config: str | None,
     device: str | None,
     arch: tuple[str, ...],
     jobs: int | None,
@@ -71,9 +66,11 @@ def warmup(
     jitnorm warmup --hidden-size 4096 --dtype bf16 --arch 9.0a
     jitnorm warmup --op silu_and_mul --op store_cache --dtype bf16
     """
-    if not sources_are_clear(op, hidden_size, config):
-        raise click.UsageError("give either --hidden-size or --config")
+    if problem := problem_of_sources(op, hidden_size, config, names=("--hidden-size", "--config")):
+        raise click.UsageError(problem)
     plan = make_plan(op or None, hidden_size, dtype, weight_dtype, device, arch, config, skip_unsupported)
+    for note in plan.notes:
+        click.echo(f"note: {note}", err=True)
     for why in plan.refused:
         click.echo(f"refused  {why}", err=True)
     cached, missing = survey(plan.specs)
@@ -88,10 +85,6 @@ def warmup(
 
 
 def _build(specs: list[KernelSpec], jobs: int, result: Result) -> None:
-    root = cache.readable().root
-    if why := cache.unusable(root):
-        # A process may keep kernels for itself then, but this one is about to end.
-        raise RuntimeError(f"cannot keep kernels in {root}: {why}. Set JITNORM_CACHE_DIR")
     prepare(specs)
     click.echo(f"{len(specs)} to build, {min(jobs, len(specs))} at a time")
     # disable=None: a bar on a terminal, and elsewhere the lines alone.

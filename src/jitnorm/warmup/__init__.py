@@ -17,7 +17,7 @@ from typing import Any, TypeAlias, TypeVar
 
 import torch
 
-from jitnorm.activation_ops import ACTIVATIONS, GELU_AND_MUL, GELU_TANH_AND_MUL, SILU_AND_MUL
+from jitnorm.activation_ops import ACTIVATIONS
 from jitnorm.checks import DTYPE_NAMES
 from jitnorm.jit.spec import KernelSpec, Target
 from jitnorm.norms import NORMS
@@ -27,10 +27,10 @@ from jitnorm.qknorm_ops import QKNORM
 from jitnorm.quant_norms import QUANT_NORMS
 from jitnorm.store_cache_ops import STORE_CACHE
 from jitnorm.targets import resolve_target
-from jitnorm.warmup.config import Model, read_config
+from jitnorm.warmup.config import HIDDEN_ACTS, Model, read_config
 from jitnorm.warmup.run import Result, build_all, prepare, survey
 
-__all__ = ["OPS", "Plan", "Result", "make_plan", "warmup"]
+__all__ = ["DTYPES", "OPS", "Plan", "Result", "make_plan", "warmup"]
 
 Specs: TypeAlias = dict[str, Callable[[Any, torch.dtype, torch.dtype, Target], KernelSpec]]
 # Operators with kernels for every size, or for those of whole 16 bytes, which None stands for.
@@ -40,16 +40,8 @@ _OF_ANY_SIZE: Specs = {
 # The operators that can be built ahead of time: (hidden size, input's dtype, weight's dtype, target) -> what to build.
 OPS: Specs = {norm.op: norm.spec for norm in (*NORMS, QKNORM, *QUANT_NORMS)} | _OF_ANY_SIZE
 
-# What models call the activations.
-_HIDDEN_ACTS = {
-    "silu": SILU_AND_MUL.op,
-    "swish": SILU_AND_MUL.op,
-    "gelu": GELU_AND_MUL.op,
-    "gelu_new": GELU_TANH_AND_MUL.op,
-    "gelu_pytorch_tanh": GELU_TANH_AND_MUL.op,
-}
-
-_DTYPES = {name: d for d, short in DTYPE_NAMES.items() for name in (short, str(d).removeprefix("torch."))}
+# The words for dtypes.
+DTYPES = {name: d for d, short in DTYPE_NAMES.items() for name in (short, str(d).removeprefix("torch."))}
 
 T = TypeVar("T")
 OneOrMore: TypeAlias = T | Iterable[T]
@@ -62,6 +54,7 @@ class Plan:
 
     specs: list[KernelSpec]
     refused: list[str]  # a line for each size that no kernel serves, as the operator itself says it
+    notes: list[str]  # what the config does not tell, a line each
 
 
 def warmup(
@@ -103,7 +96,7 @@ def warmup(
         RuntimeError: a `hidden_size` is not supported (nothing is built then), or nothing can be built here.
         ValueError, TypeError: an argument that is not accepted.
     """
-    if jobs is not None and operator.index(jobs) < 1:
+    if jobs is not None and _whole("jobs", jobs) < 1:
         raise ValueError(f"jobs must be 1 or more, got {jobs}")
     plan = make_plan(op, hidden_size, dtype, weight_dtype, device, arch, config, skip_unsupported)
     cached, missing = survey(plan.specs)
@@ -126,14 +119,18 @@ def make_plan(
 ) -> Plan:
     """From `warmup`'s words to kernels. Nothing is built, created or started."""
     sizes, ops = _several(hidden_size), _several(op)
-    if not sources_are_clear(ops, sizes, config):
-        raise ValueError("warm-up needs either hidden_size or config")
+    if problem := problem_of_sources(ops, sizes, config):
+        raise ValueError(problem)
     model = None if config is None else read_config(config)
-    sizes = sizes or [None]
+    sizes = [_whole("hidden_size", size) for size in sizes] or [None]
+    notes = model.notes if model and not ops else []
     specs: dict[KernelSpec, None] = {}
     refused: dict[str, None] = {}
     targets = [resolve_target(device, a) for a in _several(arch) or [None]]
-    inputs, weights = _several(dtype) or [(model and model.dtype) or "bf16"], _several(weight_dtype) or [None]
+    inputs, weights = _several(dtype), _several(weight_dtype) or [None]
+    if model and not inputs:
+        inputs = [_dtype_of(model)]
+        notes = notes if model.dtype else [*notes, f"{model.path} has no dtype: bf16 is built (--dtype names another)"]
     for name in ops or (_ops_of(model) if model else ["rmsnorm"]):
         if name not in OPS:
             raise ValueError(f"op must be one of {', '.join(OPS)}, got {name!r}")
@@ -141,29 +138,30 @@ def make_plan(
             sizes, lacking = _sizes_of(model, name)
             if not sizes:
                 refused[f"{model.path} has no {lacking}, which {name} is for"] = None
-        for size, d, w, target in itertools.product(sizes, inputs, weights, targets):
+        for size, d, w, target in itertools.product(sizes, inputs or ["bf16"], weights, targets):
             try:
-                size = size if size is None else operator.index(size)
                 specs[OPS[name](size, _dtype(d), _dtype(w or d), target)] = None
             except RuntimeError as error:
                 refused[str(error)] = None
     if refused and config is None and not skip_unsupported:
         raise RuntimeError("\n".join(refused))
-    return Plan(list(specs), list(refused))
+    return Plan(list(specs), list(refused), notes)
 
 
-def sources_are_clear(ops: Collection[str], sizes: Collection[int], config: object) -> bool:
-    """Whether either sizes or a config are given; neither, where no operator needs any."""
-    if config is None:
-        return bool(sizes) or (bool(ops) and all(name in _OF_ANY_SIZE for name in ops))
-    return not sizes
+def problem_of_sources(
+    ops: Collection[str], sizes: Collection[int], config: object, names: tuple[str, str] = ("hidden_size", "config")
+) -> str | None:
+    """None where either sizes or a config are given, or neither and no operator needs any."""
+    if config is not None:
+        return f"give {' or '.join(names)}, not both" if sizes else None
+    return None if sizes or (ops and all(name in _OF_ANY_SIZE for name in ops)) else f"give {' or '.join(names)}"
 
 
 def _ops_of(model: Model) -> list[str]:
     """What a forward pass of the model calls, as far as it is in OPS."""
     norms = ["gemma_rmsnorm", "gemma_fused_add_rmsnorm"] if model.adds_one else ["rmsnorm", "fused_add_rmsnorm"]
     heads = [QKNORM.op] if model.head_dims and not model.adds_one else []
-    acts = [_HIDDEN_ACTS[model.hidden_act]] if model.hidden_act in _HIDDEN_ACTS and model.intermediate_sizes else []
+    acts = [HIDDEN_ACTS[model.hidden_act]] if model.hidden_act in HIDDEN_ACTS and model.intermediate_sizes else []
     return [*norms, *heads, *acts, STORE_CACHE.op]
 
 
@@ -175,8 +173,9 @@ def _sizes_of(model: Model, op: str) -> tuple[list[int] | list[None], str]:
         return model.kv_sizes or [None], ""  # rows of whole 16 bytes, where the config does not tell
     if "fused_add" in op:
         return model.hidden_sizes[:1], ""  # the residual's; q, k and latents have none
-    if acts := [act for act, name in _HIDDEN_ACTS.items() if name == op]:
-        return model.intermediate_sizes if model.hidden_act in acts else [], f"hidden_act {' or '.join(acts)}"
+    if acts := [act for act, name in HIDDEN_ACTS.items() if name == op]:
+        called = model.hidden_act is None or model.hidden_act in acts
+        return (model.intermediate_sizes or [None]) if called else [], f"hidden_act {' or '.join(acts)}"
     return model.hidden_sizes, "norms"
 
 
@@ -187,8 +186,25 @@ def _several(values: Any) -> list[Any]:
     return list(values) if isinstance(values, Iterable) and not isinstance(values, str) else [values]
 
 
+def _whole(name: str, value: Any) -> int:
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name} must be an int, got {value!r}") from None
+
+
+def _dtype_of(model: Model) -> torch.dtype:
+    try:
+        return _dtype(model.dtype or "bf16")
+    except TypeError:
+        known = "float16, bfloat16 or float32"
+        raise ValueError(
+            f"{model.path}: dtype (torch_dtype) must be {known}, got {model.dtype!r}. --dtype names another"
+        ) from None
+
+
 def _dtype(value: DType) -> torch.dtype:
-    dtype = _DTYPES.get(value.removeprefix("torch.")) if isinstance(value, str) else value
-    if dtype not in DTYPE_NAMES:
+    dtype = DTYPES.get(value.removeprefix("torch.")) if isinstance(value, str) else value
+    if not isinstance(dtype, torch.dtype) or dtype not in DTYPE_NAMES:
         raise TypeError(f"dtype must be {', '.join(DTYPE_NAMES.values())}, got {value}")
     return dtype
