@@ -13,7 +13,7 @@ import operator
 import os
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
-from typing import Any, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 import torch
 
@@ -27,8 +27,10 @@ from jitnorm.qknorm_ops import QKNORM
 from jitnorm.quant_norms import QUANT_NORMS
 from jitnorm.store_cache_ops import STORE_CACHE
 from jitnorm.targets import resolve_target
-from jitnorm.warmup.config import HIDDEN_ACTS, Model, read_config
 from jitnorm.warmup.run import Result, build_all, prepare, survey
+
+if TYPE_CHECKING:
+    from jitnorm.warmup.config import Model
 
 __all__ = ["DTYPES", "OPS", "Plan", "Result", "make_plan", "warmup"]
 
@@ -118,6 +120,8 @@ def make_plan(
     skip_unsupported: bool = False,
 ) -> Plan:
     """From `warmup`'s words to kernels. Nothing is built, created or started."""
+    from jitnorm.warmup.config import read_config  # here, as `import jitnorm` would pay for it
+
     sizes, ops = _several(hidden_size), _several(op)
     if problem := problem_of_sources(ops, sizes, config):
         raise ValueError(problem)
@@ -159,6 +163,8 @@ def problem_of_sources(
 
 def _ops_of(model: Model) -> list[str]:
     """What a forward pass of the model calls, as far as it is in OPS."""
+    from jitnorm.warmup.config import HIDDEN_ACTS
+
     norms = ["gemma_rmsnorm", "gemma_fused_add_rmsnorm"] if model.adds_one else ["rmsnorm", "fused_add_rmsnorm"]
     heads = [QKNORM.op] if model.head_dims and not model.adds_one else []
     acts = [HIDDEN_ACTS[model.hidden_act]] if model.hidden_act in HIDDEN_ACTS and model.intermediate_sizes else []
@@ -167,6 +173,8 @@ def _ops_of(model: Model) -> list[str]:
 
 def _sizes_of(model: Model, op: str) -> tuple[list[int] | list[None], str]:
     """Those that `op` has in a model, and what it is that a model without any lacks."""
+    from jitnorm.warmup.config import HIDDEN_ACTS
+
     if op == QKNORM.op:
         return model.head_dims, "norms of single heads"
     if op == STORE_CACHE.op:
