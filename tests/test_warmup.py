@@ -369,6 +369,12 @@ def test_one_failure_does_not_stop_the_others(cache_dir, tmp_path, monkeypatch):
     assert "failed   rmsnorm_128_bf16" in said.stderr and "boom" in said.stderr
 
 
+def test_a_compiler_that_writes_nothing_is_named(cache_dir, tmp_path, monkeypatch):
+    compiler(tmp_path, monkeypatch, "exit 0")
+    (_, why), *_ = jitnorm.warmup(hidden_size=64, device="cpu").failed
+    assert f"the compiler {tmp_path / 'compiler'} wrote no library" in why and "\n" not in why
+
+
 def test_no_compiler_is_said_once(cache_dir, monkeypatch):
     monkeypatch.delenv("CXX", raising=False)
     monkeypatch.setenv("PATH", "/nonexistent")
@@ -376,11 +382,18 @@ def test_no_compiler_is_said_once(cache_dir, monkeypatch):
     assert said.stderr.count("C++ compiler") == 1 and "failed" not in said.output
 
 
-def test_cache_that_cannot_be_kept_is_an_error(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("folder", "why"),
+    [("file", "is not a folder"), ("file/cache", "is not a folder"), ("/proc/x", "No such file")],
+)
+def test_cache_that_cannot_be_kept_is_an_error(cache_dir, tmp_path, monkeypatch, folder, why):
     (tmp_path / "file").touch()
-    monkeypatch.setenv("JITNORM_CACHE_DIR", str(tmp_path / "file" / "cache"))
+    monkeypatch.setattr(os, "access", lambda *_: True)  # as /proc has it, for root
+    monkeypatch.setenv("JITNORM_CACHE_DIR", str(tmp_path / folder))
     said = command("--hidden-size", 64, "--device", "cpu", exit_code=1)
-    assert "is not a folder" in said.stderr and "JITNORM_CACHE_DIR" in said.stderr
+    assert why in said.stderr and "JITNORM_CACHE_DIR" in said.stderr and "built" not in said.output
+    with pytest.raises(RuntimeError, match=f"cannot keep kernels in .*{why}"):
+        jitnorm.warmup(hidden_size=64, device="cpu")
 
 
 def test_config_with_an_unsupported_size(cache_dir, tmp_path):

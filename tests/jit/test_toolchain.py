@@ -73,13 +73,29 @@ def test_a_memory_that_cannot_be_written_is_done_without(tmp_path):
     assert toolchain.identify("cpu", None).cxx.version
 
 
-def test_what_does_not_answer_is_no_compiler(tmp_path, monkeypatch):
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize(
+    ("script", "why"),
+    [("#!/bin/sh\nexit 3", "--version exited 3"), ("#!/bin/sh", "--version said nothing"), ("#!/x", "No such file")],
+)
+def test_what_does_not_answer_is_no_compiler(tmp_path, monkeypatch, device, script, why):
     broken = tmp_path / "g++"
-    broken.write_text("#!/bin/sh\nexit 3\n")
+    broken.write_text(f"{script}\n")
     broken.chmod(0o755)
     monkeypatch.setenv("CXX", str(broken))
-    assert toolchain.identify("cpu", None) is None
-    with pytest.raises(RuntimeError, match="that works"):
+    assert toolchain.identify(device, None) is None
+    with pytest.raises(RuntimeError, match=rf"CXX is .*/g\+\+, which does not work \(.*{why}") as raised:
+        toolchain.require(device, None)
+    assert "nvcc" not in str(raised.value)
+    monkeypatch.delenv("CXX")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(RuntimeError, match=r"the C\+\+ compiler is .*/g\+\+, which does not work"):
+        toolchain.require(device, None)
+
+
+def test_a_compiler_with_arguments_is_refused(monkeypatch):
+    monkeypatch.setenv("CXX", "ccache g++")
+    with pytest.raises(RuntimeError, match=r"CXX must be .* without arguments, got 'ccache g\+\+'"):
         toolchain.require("cpu", None)
 
 

@@ -85,10 +85,6 @@ def warmup(
 
 
 def _build(specs: list[KernelSpec], jobs: int, result: Result) -> None:
-    root = cache.readable().root
-    if why := cache.unusable(root):
-        # A process may keep kernels for itself then, but this one is about to end.
-        raise RuntimeError(f"cannot keep kernels in {root}: {why}. Set JITNORM_CACHE_DIR")
     prepare(specs)
     click.echo(f"{len(specs)} to build, {min(jobs, len(specs))} at a time")
     # disable=None: a bar on a terminal, and elsewhere the lines alone.

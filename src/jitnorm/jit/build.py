@@ -49,6 +49,8 @@ def _build(spec: KernelSpec, place: cache.Cache, tools: toolchain.Toolchain, ann
     with place.staging(spec) as staging:
         write_sources(spec, staging, tools)
         _run_ninja(spec, place, staging, announce)
+        if not (staging / "library.so").is_file():
+            raise BuildError(f"jitnorm cannot build {spec}: the compiler {tools.cxx.path} wrote no library")
         if spec.sources_changed:
             raise RuntimeError("jitnorm's sources changed after this process read them: start it anew")
         for scrap in (".ninja_log", ".ninja_deps", "host.o", "kernel.cubin"):

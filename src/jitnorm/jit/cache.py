@@ -305,7 +305,7 @@ def writable() -> Cache:
     if _replacement:
         return _replacement
     root = default_root()
-    why = _create(root) or unusable(root)
+    why = create(root)
     if why is None:
         return Cache(root)
     temporary = Path(tempfile.mkdtemp(prefix="jitnorm-"))
@@ -333,10 +333,10 @@ def unusable(root: Path) -> str | None:
     return untrusted(root) if place == root else None
 
 
-def _create(root: Path) -> str | None:
-    """Why it could not be created; None where it is there."""
-    if not root.is_absolute():
-        return unusable(root)
+def create(root: Path) -> str | None:
+    """Creates `root` if need be. Why kernels cannot be kept there; None where they can."""
+    if why := unusable(root):
+        return why
     try:
         root.mkdir(mode=0o700, parents=True, exist_ok=True)
         tag = root / "CACHEDIR.TAG"
@@ -344,7 +344,7 @@ def _create(root: Path) -> str | None:
             tag.write_text(_CACHEDIR_TAG)
     except OSError as error:
         return error.strerror or str(error)
-    return None
+    return untrusted(root)
 
 
 def _forget(folder: Path, pid: int) -> None:

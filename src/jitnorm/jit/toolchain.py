@@ -104,15 +104,24 @@ def identify(device: str, memory: Path | None) -> Toolchain | None:
 def require(device: str, memory: Path | None) -> Toolchain:
     """The compilers for a build, or a RuntimeError that says what is missing, where it was looked for, what to do."""
     # Asked anew: what stands for a compiler may be a script, which stays as it is when the compiler changes.
-    toolchain = _ask(device) if find_cxx() else None
+    cxx = find_cxx()
+    toolchain = _ask(device) if cxx else None
     if toolchain:
         _remember(device, memory, toolchain)
         return toolchain
-    if not find_cxx():
-        looked = f"$CXX ({os.environ['CXX']})" if os.environ.get("CXX") else " and ".join(_HOST_COMPILERS)
+    own = os.environ.get("CXX", "")
+    if not cxx:
+        if len(own.split()) > 1:
+            raise RuntimeError(f"CXX must be a compiler's name or path, without arguments, got {own!r}")
+        looked = f"$CXX ({own})" if own else " and ".join(_HOST_COMPILERS)
         raise RuntimeError(
             f"jitnorm needs a C++ compiler and found none: looked for {looked} on PATH={os.environ.get('PATH', '')!r}. "
             "Install one (Debian, Ubuntu: apt-get install g++; conda: conda install cxx-compiler) or set CXX."
+        )
+    if not _identify_cxx(cxx):
+        raise RuntimeError(
+            f"{'CXX' if own else 'the C++ compiler'} is {own or cxx}, which does not work "
+            f"({_run(cxx, '--version')[1]}). Install one that works, or set CXX"
         )
     variables = ("NVCC", "CUDA_HOME", "CUDA_PATH", "CONDA_PREFIX", "PATH")
     places = ", ".join(f"{name}={os.environ.get(name, '')!r}" for name in variables)
@@ -152,13 +161,19 @@ def _compiler(path: str, version: str, top: str = "") -> Compiler:
 
 
 def _output(path: str | None, *arguments: str) -> str:
-    if not path:
-        return ""
+    """What it says, of its own accord; nothing where it fails."""
+    return _run(path, *arguments)[0] if path else ""
+
+
+def _run(path: str, *arguments: str) -> tuple[str, str]:
+    """What it says, if all is well, and else what came of it."""
+    words = " ".join(arguments)
     try:
         done = subprocess.run([path, *arguments], capture_output=True, text=True, timeout=60)
-    except (OSError, subprocess.SubprocessError):
-        return ""
-    return done.stdout + done.stderr if done.returncode == 0 else ""
+    except (OSError, subprocess.SubprocessError) as error:
+        return "", f"{words}: {error}"
+    said = done.stdout + done.stderr
+    return (said, f"{words} said nothing") if done.returncode == 0 else ("", f"{words} exited {done.returncode}")
 
 
 def _memory_file(device: str, memory: Path) -> Path:

@@ -51,9 +51,13 @@ def survey(specs: Sequence[KernelSpec]) -> tuple[list[KernelSpec], list[KernelSp
 
 
 def prepare(specs: Sequence[KernelSpec]) -> None:
-    """Creates the cache and identifies the compilers, once for all threads. RuntimeError where one is missing."""
+    """Creates the cache and identifies the compilers, once for all threads. RuntimeError where one is missing, or where
+    kernels cannot be kept: a process may keep them for itself then, but a warm-up is for later ones."""
     from jitnorm.jit import cache, toolchain
 
+    root = cache.default_root()
+    if specs and (why := cache.create(root)):
+        raise RuntimeError(f"cannot keep kernels in {root}: {why}. Set JITNORM_CACHE_DIR")
     for device in dict.fromkeys(spec.target.device for spec in specs):
         toolchain.require(device, cache.writable().root / "toolchains")
 
