@@ -327,6 +327,7 @@ def test_doctor(cache_dir, tmp_path, monkeypatch):
     }  # fmt: skip
     assert facts["environment"]["JITNORM_CACHE_DIR"] == str(cache_dir)
     said = command("doctor").stdout
+    assert "no variable" not in said
     assert str(cache_dir) in said and torch.__version__ in said
     assert not list(tmp_path.iterdir())
 
@@ -356,6 +357,7 @@ def test_doctor_advises(cache_dir, tmp_path, monkeypatch):
     monkeypatch.setenv("JITNORM_CACHE_DIR", str(tmp_path / "file"))
     monkeypatch.setenv("JITNORM_PREBUILT_DIR", str(tmp_path / "nothing"))
     monkeypatch.setenv("JITNORM_DISABLE_JIT", "1")
+    monkeypatch.setenv("JITNORM_CASHE_DIR", "/fast")
     monkeypatch.delattr(torch.Tensor, "__dlpack_c_exchange_api__", raising=False)
     advice = "\n".join(json.loads(command("doctor", "--format", "json").stdout)["advice"])
     for word in (
@@ -363,6 +365,7 @@ def test_doctor_advises(cache_dir, tmp_path, monkeypatch):
         "no such folder",
         "JITNORM_DISABLE_JIT",
         "torch-c-dlpack-ext",
+        "JITNORM_CASHE_DIR is no variable of jitnorm's: is JITNORM_CACHE_DIR meant?",
     ):
         assert word in advice
 

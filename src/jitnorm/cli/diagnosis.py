@@ -3,6 +3,7 @@ here, and no file is created."""
 
 from __future__ import annotations
 
+import difflib
 import os
 import platform
 import subprocess
@@ -25,6 +26,15 @@ from jitnorm.targets import cuda_target
 
 # torch-c-dlpack-ext need not be there, and ninja may be the system's.
 _PACKAGES = ("torch", "apache-tvm-ffi", "torch-c-dlpack-ext", "ninja", "cuda-pathfinder", "flashinfer-python")
+_OWN_VARIABLES = (
+    "JITNORM_CACHE_DIR",
+    "JITNORM_PREBUILT_DIR",
+    "JITNORM_DISABLE_JIT",
+    "JITNORM_CHECK_INDICES",
+    "JITNORM_BACKEND",
+    "JITNORM_BENCH_CI",
+    "JITNORM_BENCH_BANDWIDTH",
+)
 _VARIABLES = ("CXX", "NVCC", "CUDA_HOME", "CUDA_PATH", "CONDA_PREFIX", "OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES")
 # Calls that jitnorm.dispatch may decide differently: (dtype, hidden size)
 _CALLS = ((torch.bfloat16, 4096), (torch.float32, 4096), (torch.bfloat16, 16384), (torch.bfloat16, 111))
@@ -157,7 +167,16 @@ def _advice(facts: dict[str, Any]) -> list[str]:
         advice.append(
             "JITNORM_DISABLE_JIT is set: a kernel that is not in the cache is an error; jitnorm warmup still builds"
         )
-    return advice
+    return [*advice, *(_misspelt(name) for name in facts["environment"] if _is_unknown(name))]
+
+
+def _is_unknown(variable: str) -> bool:
+    return variable.startswith("JITNORM_") and variable not in _OWN_VARIABLES
+
+
+def _misspelt(variable: str) -> str:
+    close = difflib.get_close_matches(variable, _OWN_VARIABLES, n=1)
+    return f"{variable} is no variable of jitnorm's{f': is {close[0]} meant?' if close else ''}"
 
 
 def _remedy(name: str, compilers: dict[str, Any]) -> str | None:
