@@ -1,10 +1,10 @@
 """Tries schedules of the Triton kernel for few queries on this GPU: microseconds beside torch's attention outside the
-mode. The schedule that jitnorm.batch_invariant.triton_attention.choose_schedule takes has a star.
+mode. The schedule that jitnorm.batch_invariant.attention_schedule.choose_schedule takes has a star.
 
     python benchmarks/tune_attention.py [--batch 1 16] [--keys 1024] [--heads 32 --kv-heads 8 --head-dim 128]
 
-A schedule may follow the keys, the queries of a group and head_dim, but not the batch: look for one that is good in
-all columns of the same keys, and see what choose_schedule would have to say.
+A schedule may follow the keys, the queries of a group and head_dim, and its run the batch besides: look for one that
+is good in all columns of the same keys, whatever its run, and see what choose_schedule would have to say.
 """
 
 from __future__ import annotations
@@ -15,12 +15,14 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
-from jitnorm.batch_invariant.triton_attention import Schedule, attend, choose_schedule
+from jitnorm.batch_invariant.attention_schedule import Schedule, choose_schedule
+from jitnorm.batch_invariant.triton_attention import attend
 from jitnorm.benchmark import marker, settings
 
 SHAPES = [(1, 1024), (16, 1024), (64, 1024), (1, 16384)]  # batch, keys
-BLOCKS = [(32, 2, 4), (32, 4, 4), (64, 4, 2), (64, 4, 3), (64, 4, 4), (64, 8, 3), (128, 4, 2), (128, 8, 2), (128, 8, 3)]
-SCHEDULES = [Schedule(piece, *block) for piece in (64, 128, 256, 512) for block in BLOCKS if piece >= block[0]]
+BLOCKS = [(32, 2, 4), (32, 4, 4), (64, 4, 2), (64, 4, 3), (64, 4, 4), (64, 8, 3), (128, 8, 2)]
+LEAVES = [(128, 128), (128, 256), (128, 512), (128, 1024), (256, 2048), (512, 512), (512, 1024), (512, 2048)]
+SCHEDULES = [Schedule(*leaf, *block) for block in BLOCKS for leaf in LEAVES]
 
 Operands = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
@@ -68,14 +70,15 @@ def main() -> None:
         for batch, keys in shapes:
             key, value = (marker.create_random(batch, kv_heads, keys, dim) for _ in range(2))
             operands = marker.create_random(batch, heads, queries, dim), key, value
-            chosen = choose_schedule(heads // kv_heads * queries, keys, dim)
+            processors = torch.cuda.get_device_properties("cuda").multi_processor_count
+            chosen = choose_schedule(heads // kv_heads * queries, keys, dim, batch * kv_heads, processors)
             rows["torch"].append(f"{microseconds(by_torch, operands):.1f}")
             for schedule in dict.fromkeys([*SCHEDULES, chosen]):
                 text = cell(schedule, operands) + ("*" if schedule == chosen else "")
                 rows.setdefault(f"{tuple(schedule)}", []).append(text)
-    print(f"{'piece, block, warps, stages':28}" + "".join(f"{b}x{k}".rjust(13) for b, k in shapes))
+    print(f"{'leaf, run, block, warps, stages':32}" + "".join(f"{b}x{k}".rjust(13) for b, k in shapes))
     for name, cells in rows.items():
-        print(f"{name:28}" + "".join(text.rjust(13) for text in cells))
+        print(f"{name:32}" + "".join(text.rjust(13) for text in cells))
 
 
 if __name__ == "__main__":

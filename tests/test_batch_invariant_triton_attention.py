@@ -11,7 +11,7 @@ from conftest import relative_error, same_bits
 
 pytest.importorskip("triton")
 from jitnorm.batch_invariant import triton_attention
-from jitnorm.batch_invariant.triton_attention import Schedule, choose_schedule
+from jitnorm.batch_invariant.attention_schedule import Schedule, choose_schedule, tree_levels
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
@@ -115,22 +115,68 @@ def test_without_keys():
     assert attend(random(0, 4, 1, 64), random(0, 2, 9, 64), random(0, 2, 9, 64)).numel() == 0
 
 
-def test_every_schedule_is_right():
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("rows", "dim", "keys"),
+    # a program has 3, 2 or no levels of the tree; the last run and the last leaf are not full, or are
+    [(1, 64, 1000), (1, 64, 512), (20, 128, 200), (5, 256, 140), (33, 128, 140)],
+)
+def test_runs_of_all_lengths_give_the_same_bits(dtype, rows, dim, keys):
+    q, k, v = (random(2, length, 1, dim, dtype=dtype).transpose(1, 2) for length in (rows, keys, keys))
+    levels = tree_levels(rows, dim)
+    outs = [attend(q, k, v, schedule=Schedule(32, 32 << level, 16, 4, 2)) for level in range(levels + 1)]
+    assert relative_error(outs[0], exact(q, k, v)) <= TOLERANCE[dtype]
+    assert all(same_bits(out, outs[0]) for out in outs)
+
+
+@pytest.mark.parametrize(
+    "schedule", [Schedule(32, 32, 16, 4, 2), Schedule(128, 1024, 32, 2, 4), Schedule(512, 512, 128, 8, 2)]
+)
+def test_every_schedule_is_right(schedule):
     q, k, v = random(2, 4, 1, 64), random(2, 1, 1000, 64), random(2, 1, 1000, 64)
-    expected = exact(q, k, v)
-    for schedule in (
-        Schedule(16, 16, 4, 2),
-        Schedule(128, 32, 2, 4),
-        Schedule(512, 128, 8, 2),
-        Schedule(1024, 64, 4, 3),
-    ):
-        assert relative_error(attend(q, k, v, schedule=schedule), expected) <= TOLERANCE[q.dtype]
+    assert relative_error(attend(q, k, v, schedule=schedule), exact(q, k, v)) <= TOLERANCE[q.dtype]
 
 
-def test_pieces_are_whole_blocks_and_not_too_many():
-    for rows in (1, 8, 256):
-        for keys in (1, 128, 1024, 2049, 16384, 10**6):
-            schedule = choose_schedule(rows, keys, 128)
-            assert schedule.piece % schedule.block == 0
-            assert math.ceil(keys / schedule.piece) <= 32
-    assert math.ceil(1024 / choose_schedule(4, 1024, 128).piece) * 8 >= 32  # programs of one sequence
+@pytest.mark.gpu
+@pytest.mark.parametrize("keys", [1024, 2049])
+def test_a_sequence_alone_among_many(keys):
+    q, k, v = (
+        random(100, heads, length, 128, dtype=torch.bfloat16) for heads, length in ((8, 1), (2, keys), (2, keys))
+    )
+    out = attend(q, k, v)
+    for batch in (1, 2, 9, 33):  # which have programs of different lengths
+        assert same_bits(attend(*(t[-batch:] for t in (q, k, v))), out[-batch:])
+
+
+@pytest.mark.gpu
+def test_kernels_first_met_in_a_capture():
+    """As one with more keys or sequences than the calls before it may want."""
+    q, k, v = random(2, 4, 1, 48), random(2, 2, 3000, 48), random(2, 2, 3000, 48)
+    attend(*(t[:1, :, :100] for t in (q, k, v)))
+    graphs = []
+    for batch, keys in ((1, 200), (1, 500), (2, 1000), (1, 1500), (2, 3000)):
+        operands = [t[:batch, :, :keys] for t in (q, k, v)]
+        out = torch.full_like(operands[0], NAN)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            triton_attention.attend(
+                *operands, None, False, 0.1, out, out.new_empty(*out.shape[:3], dtype=torch.float32)
+            )
+        graphs.append((graph, operands, out))
+    for graph, operands, out in graphs:
+        graph.replay()
+        assert relative_error(out, exact(*operands, scale=0.1)) <= TOLERANCE[q.dtype]
+
+
+def test_schedules():
+    for rows in (1, 8, 20, 256):
+        for dim in (64, 128, 256):
+            for keys in (1, 128, 1024, 2049, 16384, 10**6):
+                levels = tree_levels(rows, dim)
+                schedules = {choose_schedule(rows, keys, dim, groups, 132) for groups in (1, 8, 64, 512, 10**5)}
+                assert len({schedule._replace(run=0) for schedule in schedules}) == 1  # but for that, the same for all
+                for leaf, run, block, *_ in schedules:
+                    assert leaf % block == 0 and run in [leaf << level for level in range(levels + 1)]
+                    assert math.ceil(keys / run) <= 32
+    assert math.ceil(1024 / choose_schedule(4, 1024, 128, 8, 132).run) * 8 >= 32  # one sequence has many programs
+    assert choose_schedule(4, 1024, 128, 512, 132).run == 1024  # and many sequences no more than there must be

@@ -3,7 +3,7 @@
 On CUDA, flash attention splits the keys where sequences, heads and blocks of queries together are too few to fill the
 GPU, and cuDNN chooses a plan by sizes and strides. Called with one sequence at a time, for cuDNN in one layout, they do
 what this sequence asks for; all are one call where that is found to give the same bits. The few queries of decoding
-have no work for that many calls: they go to a kernel of this package, which splits the keys by their number.
+have no work for that many calls: they go to a kernel of this package, which adds the keys up in a tree of its own.
 """
 
 from __future__ import annotations

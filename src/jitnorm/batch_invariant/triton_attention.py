@@ -1,41 +1,32 @@
-"""Attention of few queries in Triton, as in decoding: the keys are split, by how many there are and nothing else.
+"""Attention of few queries in Triton, as in decoding, with a sum whose order follows from the number of keys alone.
 
-A program goes through a piece of one sequence's keys, for all queries of the heads that share them. A second kernel
-adds up the pieces, in their order. The number of sequences shows in the number of programs only: Triton compiles
-another kernel where an argument is 1 or a multiple of 16, so no number is specialised, and strides come in units of 16
-bytes, which tells the compiler as much about addresses.
+The keys are leaves of a binary tree: each leaf is summed from its first key to its last, then neighbours are added up,
+and their sums likewise. A program makes the sum of some leaves that have a place of their own in that tree, for all
+queries of the heads that share the keys, and a second kernel makes the rest. So which programs there are, and how many
+leaves each has, is chosen by what fills the GPU, the number of sequences included.
+
+Triton compiles another kernel where an argument is 1 or a multiple of 16, so no number is specialised, and strides come
+in units of 16 bytes, which tells the compiler as much about addresses. Additions of sums are the same instructions in
+both kernels, as every multiplication and addition that could be fused there already is.
 """
 
 from __future__ import annotations
 
+import functools
 import math
-from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from jitnorm.batch_invariant.attention_schedule import Schedule, choose_schedule, rows_of, tree_levels
 from jitnorm.batch_invariant.triton_pdl import pdl
 
-_MOST = 32  # pieces of a sequence
 
-
-class Schedule(NamedTuple):
-    """What a program does; benchmarks/tune_attention.py tries others."""
-
-    piece: int  # its keys
-    block: int  # of them at a time
-    warps: int
-    stages: int
-
-
-def choose_schedule(rows: int, keys: int, head_dim: int) -> Schedule:
-    """By the queries of a group of heads, the keys, and the larger head_dim: never by the number of sequences."""
-    # Small pieces fill the GPU with a single sequence. What a piece writes is as long as it has rows, so that many
-    # rows want long pieces.
-    piece = triton.next_power_of_2(max(128, triton.cdiv(keys, _MOST), 8 * rows))
-    return Schedule(piece, 64 if head_dim <= 128 else 32, 4, 3)
+@functools.cache
+def _processors(device: torch.device) -> int:
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
 def attend(
@@ -65,13 +56,14 @@ def attend(
         out.zero_()  # a query that sees no key
         logsumexp.fill_(float("-inf"))
         return
-    group = heads // kv_heads
+    group, head_dim = heads // kv_heads, max(dim, value_dim)
     rows = group * queries
-    piece, block, warps, stages = schedule or choose_schedule(rows, keys, max(dim, value_dim))
-    pieces = triton.cdiv(keys, piece)
-    height = min(64 if max(dim, value_dim) <= 128 else 32, max(16, triton.next_power_of_2(rows)))
+    processors = _processors(query.device) if query.is_cuda else 1
+    leaf, run, block, warps, stages = schedule or choose_schedule(rows, keys, head_dim, batch * kv_heads, processors)
+    pieces = triton.cdiv(keys, run)
+    height = rows_of(rows, head_dim)
     unit = 1 if dim % 8 or value_dim % 8 else 8
-    parts = stats = None
+    parts = stats = logsumexp  # where there is one piece these are not used
     if pieces > 1:
         parts = torch.empty(batch * heads * queries, pieces, value_dim, dtype=torch.float32, device=out.device)
         stats = torch.empty(batch * heads * queries, pieces, 2, dtype=torch.float32, device=out.device)
@@ -88,7 +80,8 @@ def attend(
         keys,
         kv_heads,
         pieces,
-        piece,
+        leaf,
+        run,
         scale * math.log2(math.e),
         *_strides(query, unit),
         *_strides(key, unit),
@@ -97,7 +90,7 @@ def attend(
         *((0, 0, 0, 0) if bias is None else bias.expand(batch, heads, queries, key.shape[2]).stride()),
         CAUSAL=is_causal,
         HAS_BIAS=bias is not None,
-        SPLIT=pieces > 1,
+        LEVELS=tree_levels(rows, head_dim),
         GROUP=group,
         DIM=dim,
         VALUE_DIM=value_dim,
@@ -111,7 +104,7 @@ def attend(
         **pdl(out.device),
     )
     if pieces > 1:
-        _combine_pieces[(batch * heads * queries,)](
+        _add_pieces[(batch * heads * queries,)](
             parts,
             stats,
             out,
@@ -120,10 +113,9 @@ def attend(
             queries,
             pieces,
             *_strides(out, unit),
+            LEVELS=(pieces - 1).bit_length(),
             VALUE_DIM=value_dim,
             VALUE_WIDTH=triton.next_power_of_2(value_dim),
-            MOST=max(_MOST, triton.next_power_of_2(pieces)),
-            AT_ONCE=16,
             UNIT=unit,
             num_warps=4,
             **pdl(out.device),
@@ -136,8 +128,18 @@ def _strides(tensor: torch.Tensor, unit: int) -> list[int]:
     return [stride // unit if size > 1 else 0 for size, stride in zip(sizes, strides, strict=True)]
 
 
-_NUMBERS = ["queries", "keys", "kv_heads", "pieces", "piece_keys"]
+_NUMBERS = ["queries", "keys", "kv_heads", "pieces", "leaf_keys", "run_keys"]
 _NUMBERS += [f"{name}_{of}" for name in ("q", "k", "v", "out", "bias") for of in ("sequence", "head", "row")]
+
+
+@triton.jit
+def _add(most_a, total_a, result_a, most_b, total_b, result_b):
+    """Two sums of exponentials, each relative to its largest score. Nothing added to a sum leaves it as it is."""
+    most = tl.maximum(most_a, most_b)
+    base = tl.where(most == float("-inf"), 0.0, most)
+    fade_a, fade_b = tl.exp2(most_a - base), tl.exp2(most_b - base)
+    total = tl.fma(total_a, fade_a, total_b * fade_b)
+    return most, total, tl.fma(result_a, fade_a[:, None], result_b * fade_b[:, None])
 
 
 @triton.jit(do_not_specialize=[*_NUMBERS, "bias", "bias_key"])
@@ -154,7 +156,8 @@ def _attend_piece(
     keys,
     kv_heads,
     pieces,
-    piece_keys,
+    leaf_keys,
+    run_keys,
     scale,
     q_sequence,
     q_head,
@@ -174,7 +177,7 @@ def _attend_piece(
     bias_key,
     CAUSAL: tl.constexpr,
     HAS_BIAS: tl.constexpr,
-    SPLIT: tl.constexpr,
+    LEVELS: tl.constexpr,
     GROUP: tl.constexpr,
     DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr,
@@ -209,8 +212,14 @@ def _attend_piece(
     largest = tl.full((ROWS,), float("-inf"), tl.float32)
     total = tl.zeros((ROWS,), tl.float32)
     result = tl.zeros((ROWS, VALUE_WIDTH), tl.float32)
-    first = piece * piece_keys
-    for start in range(first, min(first + piece_keys, keys), BLOCK):
+    # The sums of 1, 2 and 4 leaves that wait for as many more: as a binary number counts, so they are added.
+    most_1, most_2, most_4 = largest, largest, largest
+    total_1, total_2, total_4 = total, total, total
+    result_1, result_2, result_4 = result, result, result
+    leaves = 0
+    first = piece * run_keys
+    last = min(first + run_keys, keys)
+    for start in range(first, last, BLOCK):
         index = start + tl.arange(0, BLOCK).to(tl.int64)
         there = index < keys
         in_k = there[None, :] & (lane < DIM)[:, None]
@@ -232,25 +241,59 @@ def _attend_piece(
         total = total * fade + tl.sum(weight, axis=1)
         result = tl.dot(weight.to(z.dtype), z, result * fade[:, None], input_precision="ieee")
         largest = most
+        if LEVELS > 0:  # known to the compiler, unlike what follows  # noqa: SIM102
+            if (start + BLOCK - first) % leaf_keys == 0 and start + BLOCK < last:
+                if leaves & 1 == 0:
+                    most_1, total_1, result_1 = largest, total, result
+                else:
+                    largest, total, result = _add(most_1, total_1, result_1, largest, total, result)
+                    if leaves & 2 == 0:
+                        most_2, total_2, result_2 = largest, total, result
+                    elif LEVELS > 2:
+                        most_4, total_4, result_4 = _add(most_2, total_2, result_2, largest, total, result)
+                leaves += 1
+                largest = tl.full((ROWS,), float("-inf"), tl.float32)
+                total = tl.zeros((ROWS,), tl.float32)
+                result = tl.zeros((ROWS, VALUE_WIDTH), tl.float32)
 
     if PDL:
         gdc_launch_dependents()
+    if LEVELS > 0:
+        if leaves & 1 != 0:
+            largest, total, result = _add(most_1, total_1, result_1, largest, total, result)
+        if leaves & 2 != 0:
+            largest, total, result = _add(most_2, total_2, result_2, largest, total, result)
+    if LEVELS > 2:  # noqa: SIM102
+        if leaves & 4 != 0:
+            largest, total, result = _add(most_4, total_4, result_4, largest, total, result)
+
     in_out = inside[:, None] & (value_lane < VALUE_DIM)[None, :]
     at = (sequence * kv_heads * GROUP + head) * queries + query
-    if SPLIT:
+    if pieces > 1:
         at = at * pieces + piece
         tl.store(parts + at[:, None] * VALUE_DIM + value_lane[None, :], result, mask=in_out)
         tl.store(stats + at * 2, largest, mask=inside)
         tl.store(stats + at * 2 + 1, total, mask=inside)
     else:
-        tl.store(logsumexp + at, (largest + tl.log2(total)) * 0.6931471805599453, mask=inside)
-        result /= tl.where(total == 0.0, 1.0, total)[:, None]
+        tl.store(logsumexp + at, _log(largest, total), mask=inside)
         at = (sequence * out_sequence + head * out_head + query * out_row) * UNIT
-        tl.store(out + at[:, None] + value_lane[None, :], result.to(out.dtype.element_ty), mask=in_out)
+        y = _divide(result, total[:, None])
+        tl.store(out + at[:, None] + value_lane[None, :], y.to(out.dtype.element_ty), mask=in_out)
+
+
+@triton.jit
+def _log(most, total):
+    return (most + tl.log2(total)) * 0.6931471805599453
+
+
+@triton.jit
+def _divide(result, total):
+    """Zeros where no key is seen. Adding nothing to a sum makes its -0 a 0, so there is only one of them."""
+    return result / tl.where(total == 0.0, 1.0, total) + 0.0
 
 
 @triton.jit(do_not_specialize=["heads", "queries", "pieces", "out_sequence", "out_head", "out_row"])
-def _combine_pieces(
+def _add_pieces(
     parts,
     stats,
     out,
@@ -261,34 +304,31 @@ def _combine_pieces(
     out_sequence,
     out_head,
     out_row,
+    LEVELS: tl.constexpr,
     VALUE_DIM: tl.constexpr,
     VALUE_WIDTH: tl.constexpr,
-    MOST: tl.constexpr,
-    AT_ONCE: tl.constexpr,
     UNIT: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """One query of one head. A NaN in a piece makes the total NaN."""
     row = tl.program_id(0).to(tl.int64)
-    lane = tl.arange(0, VALUE_WIDTH)
-    parts += row * pieces * VALUE_DIM
-    stats += row * pieces * 2
-    every = tl.arange(0, MOST)
+    lane, piece = tl.arange(0, VALUE_WIDTH), tl.arange(0, 1 << LEVELS)
+    there = piece < pieces
+    at = row * pieces + piece
     if PDL:
         gdc_wait()
-    largest = tl.load(stats + every * 2, mask=every < pieces, other=float("-inf"))
-    total = tl.load(stats + every * 2 + 1, mask=every < pieces, other=0.0)
-    base = tl.max(largest, axis=0)
-    base = tl.where(base == float("-inf"), 0.0, base)
-    total = tl.sum(total * tl.exp2(largest - base), axis=0)
-    tl.store(logsumexp + row, (base + tl.log2(total)) * 0.6931471805599453)
-    result = tl.zeros((AT_ONCE, VALUE_WIDTH), tl.float32)
-    for first in range(0, pieces, AT_ONCE):
-        piece = first + tl.arange(0, AT_ONCE)
-        weight = tl.exp2(tl.load(stats + piece * 2, mask=piece < pieces, other=float("-inf")) - base)
-        mask = (piece < pieces)[:, None] & (lane < VALUE_DIM)[None, :]
-        result += tl.load(parts + piece[:, None] * VALUE_DIM + lane[None, :], mask=mask, other=0.0) * weight[:, None]
-    y = tl.sum(result, axis=0) / tl.where(total == 0.0, 1.0, total)
+    most = tl.load(stats + at * 2, mask=there, other=float("-inf"))
+    total = tl.load(stats + at * 2 + 1, mask=there, other=0.0)
+    mask = there[:, None] & (lane < VALUE_DIM)[None, :]
+    result = tl.load(parts + at[:, None] * VALUE_DIM + lane[None, :], mask=mask, other=0.0)
+    for _ in tl.static_range(LEVELS):
+        most_a, most_b = tl.split(tl.reshape(most, [most.shape[0] // 2, 2]))
+        total_a, total_b = tl.split(tl.reshape(total, [total.shape[0] // 2, 2]))
+        result_a, result_b = tl.split(tl.permute(tl.reshape(result, [most_a.shape[0], 2, VALUE_WIDTH]), [0, 2, 1]))
+        most, total, result = _add(most_a, total_a, result_a, most_b, total_b, result_b)
+    only = tl.arange(0, 1)
+    tl.store(logsumexp + row + only, _log(most, total))
     head, query = row // queries % heads, row % queries
     at = (row // queries // heads * out_sequence + head * out_head + query * out_row) * UNIT
-    tl.store(out + at + lane, y.to(out.dtype.element_ty), mask=lane < VALUE_DIM)
+    y = _divide(result, total[:, None])
+    tl.store(out + at + lane[None, :], y.to(out.dtype.element_ty), mask=(lane < VALUE_DIM)[None, :])
