@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -69,8 +71,16 @@ def test_a_bad_manifest_is_said(tmp_path):
     entry = Entry(tmp_path)
     with pytest.raises(BadEntry, match="manifest"):
         entry.verify()
-    (tmp_path / "manifest.json").write_text('{"name": "x", "library": "../../etc/passwd", "sha256": "", "size": 0}')
-    assert Entry(tmp_path).library.parent == tmp_path
+    for library in ("../../etc/passwd", None, "x-\0.so", "", ["x-.so"]):
+        manifest = {"name": "x", "library": library, "sha256": "", "size": 0}
+        (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+        with pytest.raises(BadEntry, match="its library cannot be named"):
+            Entry(tmp_path).verify()
+    for name in ("../x", None, 5):
+        manifest = {"name": name, "library": f"{name}-.so", "sha256": "", "size": 0}
+        (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+        with pytest.raises(BadEntry, match="manifest cannot be read"):
+            Entry(tmp_path).verify()
 
 
 def test_a_passing_trouble_is_no_damage(cache_dir, monkeypatch, capfd):
@@ -113,11 +123,48 @@ def test_sources_that_change_under_a_process_are_not_published(cache_dir, tmp_pa
 
 
 def test_leftovers(cache_dir):
-    build(SPEC)
-    for name, age in (("staging/young", 60), ("staging/old", 2 * 86400), ("aside/bad", 60)):
+    home = build(SPEC).path.parent.name
+    name = home.rpartition(".")[0]
+    young, old = f"{name}.some.host.12.abcd_123", f"{name}.host.12.efgh5678"
+    aside = {f"{home}.0123abcd", f"failed.{name}.0123abcd"}
+    for folder, age in ((f"staging/{young}", 60), (f"staging/{old}", 2 * 86400), *((f"aside/{n}", 60) for n in aside)):
+        (cache_dir / folder).mkdir(parents=True)
+        os.utime(cache_dir / folder, (time.time() - age,) * 2)
+    assert {p.name for p in Cache(cache_dir).leftovers()} == {old, *aside}
+    with Cache(cache_dir).staging(SPEC):
+        assert len(list(Cache(cache_dir).leftovers(older_than_s=-60))) == 5
+
+
+def test_what_is_not_ours_is_left_alone(cache_dir):
+    for name in ("kernels/cuda/softmax", "kernels/cuda.sm_90a.tuned/best", "staging/dataset", "aside/notes"):
         (cache_dir / name).mkdir(parents=True)
-        os.utime(cache_dir / name, (time.time() - age,) * 2)
-    assert {p.name for p in Cache(cache_dir).leftovers()} == {"old", "bad"}
+        os.utime(cache_dir / name, (0, 0))
+    entry = build(SPEC)
+    assert not (cache_dir / "CACHEDIR.TAG").exists()  # with which backups would leave it out
+    assert list(Cache(cache_dir).entries()) == [entry] and not Cache(cache_dir).leftovers()
+
+
+def test_an_entry_that_another_process_removed(cache_dir):
+    entry = build(SPEC)
+    entry.release()
+    assert Cache(cache_dir).remove(entry) and Cache(cache_dir).remove(entry)
+
+
+def test_nowhere_to_keep_a_kernel(cache_dir, monkeypatch):
+    def fail(**_):
+        raise FileNotFoundError(2, "No usable temporary directory found")
+
+    monkeypatch.setattr(cache.tempfile, "mkdtemp", fail)
+    cache_dir.write_text("")
+    with pytest.raises(RuntimeError, match=r"is not a folder; nor for this process: .*No usable temporary directory"):
+        build(SPEC)
+
+
+def test_a_folder_from_which_nothing_can_be_loaded(cache_dir, monkeypatch):
+    cache_dir.mkdir()
+    assert cache.unusable(cache_dir) is None
+    monkeypatch.setattr(cache.os, "statvfs", lambda _: SimpleNamespace(f_flag=os.ST_NOEXEC | os.ST_NOSUID))
+    assert "mounted noexec" in cache.unusable(cache_dir)
 
 
 @pytest.mark.parametrize(
@@ -138,6 +185,23 @@ def test_leftovers(cache_dir):
         ),
         ("ld: cannot find -ltvm_ffi\nninja: build stopped\n", "ld: cannot find -ltvm_ffi"),
         ("Killed\n", "Killed"),
+        ("FAILED: x\nKilled\nninja: build stopped: subcommand failed.\n", "Killed"),
+        (
+            "x.cc: In function f:\nx.cc:3:5: internal compiler error: Segmentation fault\nninja: build stopped\n",
+            "x.cc:3:5: internal compiler error: Segmentation fault",
+        ),
+        (
+            "c++: internal compiler error: File size limit exceeded signal terminated program cc1plus\nninja: y\n",
+            "c++: internal compiler error: File size limit exceeded signal terminated program cc1plus",
+        ),
+        (
+            "nvcc error   : 'cicc' died due to signal 9 (Kill signal)\nninja: build stopped\n",
+            "nvcc error   : 'cicc' died due to signal 9 (Kill signal)",
+        ),
+        (
+            "ptxas error   : Entry function uses too much shared data\n",
+            "ptxas error   : Entry function uses too much shared data",
+        ),
         ("", "the compiler said nothing"),
     ],
 )

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import tempfile
 import time
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -204,7 +205,35 @@ def break_the_manifest(library):
     (library.parent / "manifest.json").write_text("{")
 
 
-@pytest.mark.parametrize("damage", [truncate, flip_a_bit, replace_by_text, remove, open_to_others, break_the_manifest])
+def replace_by_a_folder(library):
+    library.unlink()
+    library.mkdir()
+
+
+def name_no_library(library):
+    manifest = library.parent / "manifest.json"
+    manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "library": None}))
+
+
+def put_another_kernel_there(library):
+    shutil.rmtree(library.parent)
+    shutil.copytree(build(cpu_spec(768)).path, library.parent)
+
+
+DAMAGE = [
+    truncate,
+    flip_a_bit,
+    replace_by_text,
+    remove,
+    open_to_others,
+    break_the_manifest,
+    replace_by_a_folder,
+    name_no_library,
+    put_another_kernel_there,
+]
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
 def test_a_damaged_entry_is_rebuilt_and_said_once(cache_dir, damage):
     damage(build(cpu_spec()).library)
     done = run(ONE_CALL)
@@ -212,7 +241,41 @@ def test_a_damaged_entry_is_rebuilt_and_said_once(cache_dir, damage):
     assert done.stderr.count("is not used") == 1
     again = run(ONE_CALL)
     assert (again.stdout.strip(), again.stderr) == ("right", "")
-    assert len(entries(cache_dir)) == 1
+    assert len([entry for entry in entries(cache_dir) if "_512_" in entry.parent.name]) == 1
+
+
+def test_a_damaged_entry_that_cannot_be_moved(cache_dir, tmp_path):
+    """The process keeps a kernel of its own; a warm-up, which is for others, fails."""
+    flip_a_bit(build(cpu_spec()).library)
+    (cache_dir / "aside").touch()
+    (tmp_path / "own").mkdir()
+    done = run(ONE_CALL, ONE_CALL, TMPDIR=str(tmp_path / "own"))
+    assert done.stdout.split() == ["right", "right"], done.stderr
+    assert done.stderr.count("cannot be moved") == 1 and done.stderr.count("This process keeps its own") == 1
+    assert not list((tmp_path / "own").iterdir())
+    said = run("import jitnorm; print(jitnorm.warmup(hidden_size=512, dtype='fp32', device='cpu').failed[0][1])")
+    assert "cannot be kept as" in said.stdout and "Directory not empty" in said.stdout
+
+
+def test_ctrl_c_ends_the_compiler(cache_dir, watched_cxx):
+    process = start(ONE_CALL, CXX=str(watched_cxx.path), SLOW="60")
+    while watched_cxx.compilations == 0:
+        time.sleep(0.01)
+    started = time.monotonic()
+    process.send_signal(signal.SIGINT)
+    assert "KeyboardInterrupt" in process.communicate(timeout=60)[1]
+    mark = f"JITNORM_CACHE_DIR={cache_dir}\0".encode()
+
+    def still_running():
+        for place in Path("/proc").glob("[0-9]*/environ"):
+            with suppress(OSError):
+                if int(place.parent.name) != os.getpid() and mark in place.read_bytes():
+                    return True
+        return False
+
+    while still_running():  # what was killed may take a moment
+        assert time.monotonic() < started + 30
+        time.sleep(0.05)
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a file away")
@@ -236,6 +299,20 @@ def test_no_home_folder(tmp_path):
     assert done.stdout.strip() == "right"
     assert done.stderr.count("cannot keep kernels in /dev/null") == 1
     assert not list(tmp_path.iterdir())  # the folder of the process went with it
+
+
+def test_workers_without_a_cache_leave_nothing(tmp_path):
+    script = """
+        import multiprocessing, torch
+        def work():
+            import jitnorm
+            jitnorm.rmsnorm(torch.randn(5, 512), torch.randn(512))
+        worker = multiprocessing.get_context("fork").Process(target=work)
+        worker.start(), worker.join(), print(worker.exitcode)
+    """
+    done = run(script, HOME="/dev/null", XDG_CACHE_HOME=None, JITNORM_CACHE_DIR=None, TMPDIR=str(tmp_path))
+    assert done.stdout.strip() == "0" and "This process keeps its own" in done.stderr
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="drops root's rights")

@@ -29,7 +29,7 @@ _LOCK_S = 120.0  # a lock saves work; after this long, doing the work is the bet
 
 
 def build(spec: KernelSpec, announce: bool = True) -> cache.Entry:
-    """Builds `spec` into the cache unless another process does first. RuntimeError if it cannot be built.
+    """Builds `spec` into the cache unless another process does first. RuntimeError if it cannot be built, or kept.
 
     A build that lasts says so on stderr, unless `announce` is false: the caller shows its own progress.
     """
@@ -103,8 +103,9 @@ def _run_ninja(spec: KernelSpec, place: cache.Cache, staging: Path, announce: bo
     ninja = toolchain.find_ninja()
     if not ninja:
         raise RuntimeError("jitnorm needs ninja and found none, beside this Python or on the PATH: pip install ninja")
-    # Flags that nobody sees are in no key.
+    # Flags that nobody sees are in no key, and errors are looked for in English.
     environment = {k: v for k, v in os.environ.items() if k not in ("NVCC_APPEND_FLAGS", "NVCC_PREPEND_FLAGS")}
+    environment["LC_ALL"] = "C"
     run = subprocess.Popen(
         [ninja, "-C", str(staging)],
         stdout=subprocess.PIPE,
@@ -118,9 +119,10 @@ def _run_ninja(spec: KernelSpec, place: cache.Cache, staging: Path, announce: bo
     except subprocess.TimeoutExpired:
         say(f"building {spec} in {place.root} (once; kept for the next time)")
         output, _ = run.communicate()
-    finally:
-        if run.poll() is None:
-            run.kill()
+    except BaseException:  # Ctrl-C, for one
+        run.terminate()  # ninja then ends the compilers, which killing it would not
+        run.wait()
+        raise
     if run.returncode != 0:
         (staging / "build.log").write_text(output)
         kept = place.root / "aside" / f"failed.{spec.name}.{spec.target.sm}.{secrets.token_hex(4)}"
@@ -129,17 +131,27 @@ def _run_ninja(spec: KernelSpec, place: cache.Cache, staging: Path, announce: bo
         raise BuildError(f"jitnorm cannot build {spec}: {first_error(output)}\nThe whole log: {kept / 'build.log'}")
 
 
+# The compilers' own errors; how one of them ended; what the linker and the shell say.
+_ERRORS = [
+    re.compile(pattern)
+    for pattern in (
+        r"(^|[:)] )((fatal|internal compiler) )?error\b.*:|^\S+ (fatal|error)\s*:",
+        r"died due to signal|^(Killed|Terminated)\b",
+        r"undefined reference|cannot find|not found|No space|denied",
+    )
+]
+_NOISE = re.compile(r"^ninja:|^FAILED:|linker command failed|ld returned")
+
+
 def first_error(log: str) -> str:
     """The compiler's first real error line, without ninja's and the build folder's noise."""
     lines = [line.strip() for line in log.splitlines() if line.strip()]
-    for pattern in (
-        r"(^|[:)] )(fatal )?error\b.*:|^\S+ fatal\s*:",
-        r"undefined reference|cannot find|not found|No space|denied",
-    ):
-        for line in lines:
-            if re.search(pattern, line) and not re.search(r"^ninja:|linker command failed|ld returned", line):
+    words = [line for line in lines if not _NOISE.search(line)]
+    for pattern in _ERRORS:
+        for line in words:
+            if pattern.search(line):
                 return line
-    return lines[-1] if lines else "the compiler said nothing"
+    return next(iter(words[-1:] or lines[-1:]), "the compiler said nothing")
 
 
 class _lock:

@@ -13,12 +13,12 @@ compared before it is loaded, since loading a damaged one can kill the process.
 
 from __future__ import annotations
 
-import atexit
 import fcntl
 import functools
 import hashlib
 import json
 import os
+import re
 import secrets
 import shutil
 import socket
@@ -37,11 +37,20 @@ from jitnorm.jit.report import say
 from jitnorm.jit.spec import KernelSpec
 
 MANIFEST = "manifest.json"
+# The names of what is ours: in a folder that holds other things too, those are nobody's to list or remove.
+_HOME = re.compile(r"\w+\.(sm|cpu)_\w+\.[0-9a-f]{16}")
+_TOOLCHAIN = re.compile(r"[0-9a-f]{12}")
+_STAGED = re.compile(r"\w+\.(sm|cpu)_\w+\.(.+)\.\d+\.\w{8}|removed\.[0-9a-f]{16}")
+_ASIDE = re.compile(r"(failed\.\w+\.(sm|cpu)_\w+|" + _HOME.pattern + r")\.[0-9a-f]{8}")
 _CACHEDIR_TAG = "Signature: 8a477f597d28d172789f06886806bc55\n# Compiled kernels of jitnorm; safe to delete.\n"
 
 
 class BadEntry(Exception):
     """Why an entry cannot be used."""
+
+
+class CannotKeep(RuntimeError):
+    """Why a build cannot become an entry."""
 
 
 @dataclass(frozen=True)
@@ -58,14 +67,16 @@ class Entry:
     def manifest(self) -> dict[str, Any]:
         try:
             manifest: dict[str, Any] = json.loads((self.path / MANIFEST).read_bytes())
-            manifest["name"], manifest["library"], manifest["sha256"], manifest["size"]
-        except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError) as error:
+            name, digest, _ = manifest["name"], manifest["sha256"], manifest["size"]
+            if manifest["library"] != _library_name(name, digest):
+                raise ValueError(f"its library cannot be named {manifest['library']!r}")
+        except (FileNotFoundError, NotADirectoryError, PermissionError, ValueError, KeyError, TypeError) as error:
             raise BadEntry(f"its manifest cannot be read ({error})") from None
         return manifest
 
     @property
     def library(self) -> Path:
-        return self.path / Path(self.manifest["library"]).name
+        return self.path / str(self.manifest["library"])
 
     @property
     def size(self) -> int:
@@ -77,14 +88,21 @@ class Entry:
         """Seconds since the epoch: every process that loads the entry touches its manifest."""
         return (self.path / MANIFEST).stat().st_mtime
 
-    def verify(self, any_owner: bool = False) -> None:
-        """Raises BadEntry unless the library is the one that was built and nobody else could have put it there."""
+    def verify(self, any_owner: bool = False, home: str | None = None) -> None:
+        """Raises BadEntry unless this is what was built for the folder `home`, by default the one that it is in, and
+        nobody else could have put it there."""
         for place in (self.path, self.library):
             if why := untrusted(place, any_owner):
                 raise BadEntry(why)
-        content = self.library.read_bytes()
+        try:
+            content = self.library.read_bytes()
+        except (IsADirectoryError, PermissionError) as error:
+            raise BadEntry(f"its library cannot be read ({error.strerror})") from None
         if len(content) != self.manifest["size"] or hashlib.sha256(content).hexdigest() != self.manifest["sha256"]:
             raise BadEntry("its library is not the one that was built: the hash differs")
+        built = ".".join(str(self.manifest.get(field)) for field in ("name", "arch", "key"))
+        if built != (home or self.path.parent.name):
+            raise BadEntry(f"it is another kernel, {built}")
 
     def hold(self) -> None:
         """Marks the entry as in use until this process ends, so that `clear` and `prune` leave it alone."""
@@ -138,7 +156,7 @@ class Cache:
 
     def entries(self) -> Iterator[Entry]:
         for folder in sorted((self.root / "kernels").glob("*/*")):
-            if folder.is_dir():
+            if _HOME.fullmatch(folder.parent.name) and _TOOLCHAIN.fullmatch(folder.name) and folder.is_dir():
                 yield Entry(folder)
 
     def _home(self, spec: KernelSpec) -> Path:
@@ -183,10 +201,12 @@ class Cache:
         except FileNotFoundError:
             return  # another process was first, and said so
         except OSError as error:
-            say(f"{entry.path} is not used: {why}. It cannot be moved out of the way: {error.strerror}")
+            _say_once(f"{entry.path} is not used: {why}. It cannot be moved out of the way: {error.strerror}")
             return
         with suppress(BadEntry, OSError):
-            Entry(to).verify()  # somebody rebuilt it between the look and the move: it goes back
+            Entry(to).verify(
+                home=entry.path.parent.name
+            )  # somebody rebuilt it between the look and the move: it goes back
             to.rename(entry.path)
             return
         say(f"{entry.path} is not used: {why}. It is built again; the old one is in {to}")
@@ -213,7 +233,10 @@ class Cache:
         return [f"process {pid} on {host}" for host, pid, _ in parts]
 
     def publish(self, staging: Path, spec: KernelSpec, toolchain: str) -> Entry:
-        """Makes a finished build an entry, whole or not at all. Who comes second uses the first one's."""
+        """Makes a finished build an entry, whole or not at all. Who comes second uses the first one's.
+
+        CannotKeep where what is there can neither be used nor moved away.
+        """
         entry = self.entry(spec, toolchain)
         entry.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         for last_try in (False, False, True):
@@ -224,7 +247,7 @@ class Cache:
                 if winner := self.find(spec, toolchain):
                     return winner
                 if last_try:
-                    raise RuntimeError(f"jitnorm cannot publish {spec} as {entry.path}: {error.strerror}") from None
+                    raise CannotKeep(f"{spec} cannot be kept as {entry.path} ({error.strerror})") from None
         _fsync(entry.path.parent)
         entry.hold()
         return entry
@@ -235,8 +258,9 @@ class Cache:
             return False
         (self.root / "staging").mkdir(mode=0o700, exist_ok=True)
         doomed = self.root / "staging" / f"removed.{secrets.token_hex(8)}"
-        entry.path.rename(doomed)
-        shutil.rmtree(doomed)
+        with suppress(FileNotFoundError):  # another process removed it
+            entry.path.rename(doomed)
+            shutil.rmtree(doomed)
         with suppress(OSError):  # it may hold another toolchain's
             entry.path.parent.rmdir()
         return True
@@ -245,14 +269,27 @@ class Cache:
         """What is in staging and aside and no longer of use: other processes' unfinished builds count after a day."""
         now = time.time()
         found = []
-        for folder in ("staging", "aside"):
+        for folder, ours in (("staging", _STAGED), ("aside", _ASIDE)):
             for path in sorted((self.root / folder).glob("*")):
+                if not ours.fullmatch(path.name):
+                    continue
                 try:
                     if folder == "aside" or now - path.stat().st_mtime > older_than_s:
                         found.append(path)
                 except OSError:
                     continue
         return found
+
+
+_say_once = functools.cache(say)
+
+
+def _library_name(name: str, digest: str) -> str:
+    """The hash is part of the path because dlopen gives back the old library for a path it has seen, even if the file
+    there is another by now."""
+    if not re.fullmatch(r"\w+", name):
+        raise ValueError(f"{name!r} is no kernel's name")
+    return f"{name}-{digest[:16]}.so"
 
 
 def _fsync(path: Path) -> None:
@@ -264,14 +301,10 @@ def _fsync(path: Path) -> None:
 
 
 def seal(staging: Path, library: str, manifest: dict[str, Any]) -> None:
-    """Names the library by its hash, writes the manifest, and sees both to the disk.
-
-    The hash is part of the path because dlopen gives back the old library for a path it has seen, even if the file
-    there is another by now.
-    """
+    """Names the library by its hash, writes the manifest, and sees both to the disk."""
     content = (staging / library).read_bytes()
     digest = hashlib.sha256(content).hexdigest()
-    final = staging / f"{manifest['name']}-{digest[:16]}.so"
+    final = staging / _library_name(manifest["name"], digest)
     (staging / library).rename(final)
     manifest = {**manifest, "library": final.name, "sha256": digest, "size": len(content)}
     (staging / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
@@ -284,7 +317,7 @@ def seal(staging: Path, library: str, manifest: dict[str, Any]) -> None:
 def prebuilt() -> Cache | None:
     """The read-only layer that JITNORM_PREBUILT_DIR names."""
     folder = os.environ.get("JITNORM_PREBUILT_DIR")
-    return Cache(Path(folder).absolute(), prebuilt=True) if folder else None
+    return Cache(Path(os.path.expanduser(folder)).absolute(), prebuilt=True) if folder else None
 
 
 def default_root() -> Path:
@@ -295,23 +328,38 @@ def default_root() -> Path:
 
 
 def readable() -> Cache:
-    """The cache to look in; it need not exist."""
+    """The cache, which need not exist, or what stands in for it."""
     return _replacement or Cache(default_root())
+
+
+def own() -> list[Cache]:
+    """All to look in, beside the prebuilt layer. What stands in for a cache need not have what that has."""
+    return [*([_replacement] if _replacement else []), Cache(default_root())]
 
 
 def writable() -> Cache:
     """The cache to build into, created if need be; where that cannot be, or is unsafe, a folder of this process."""
-    global _replacement
     if _replacement:
         return _replacement
     root = default_root()
     why = create(root)
-    if why is None:
-        return Cache(root)
-    temporary = Path(tempfile.mkdtemp(prefix="jitnorm-"))
+    return replace(root, why) if why else Cache(root)
+
+
+def replace(root: Path, why: str) -> Cache:
+    """From now on this process keeps what it builds in a folder of its own, and not in `root`."""
+    global _replacement
+    from multiprocessing.util import Finalize  # unlike atexit, it also serves workers that a process forked
+
+    try:
+        temporary = Path(tempfile.mkdtemp(prefix="jitnorm-"))
+    except OSError as error:
+        raise RuntimeError(
+            f"jitnorm cannot keep kernels in {root}: {why}; nor for this process: {error}. Set JITNORM_CACHE_DIR"
+        ) from None
     say(f"cannot keep kernels in {root}: {why}. This process keeps its own in {temporary}; set JITNORM_CACHE_DIR")
     _replacement = Cache(temporary)
-    atexit.register(_forget, temporary, os.getpid())
+    Finalize(None, shutil.rmtree, args=(temporary, True), exitpriority=0)
     return _replacement
 
 
@@ -327,6 +375,8 @@ def unusable(root: Path) -> str | None:
         return f"{place} is not a folder"
     if not os.access(place, os.W_OK | os.X_OK):
         return "it is read-only"
+    if os.statvfs(place).f_flag & os.ST_NOEXEC:
+        return "no code can be loaded from its file system, which is mounted noexec"
     for name in ("kernels", "staging"):  # somebody else may have made them, as with sudo
         if os.path.isdir(root / name) and not os.access(root / name, os.W_OK | os.X_OK):
             return f"{root / name} is read-only"
@@ -340,13 +390,8 @@ def create(root: Path) -> str | None:
     try:
         root.mkdir(mode=0o700, parents=True, exist_ok=True)
         tag = root / "CACHEDIR.TAG"
-        if not tag.exists():
+        if not any(root.iterdir()):  # backups leave out what has this tag, which others' files may not want
             tag.write_text(_CACHEDIR_TAG)
     except OSError as error:
         return error.strerror or str(error)
     return untrusted(root)
-
-
-def _forget(folder: Path, pid: int) -> None:
-    if os.getpid() == pid:
-        shutil.rmtree(folder, ignore_errors=True)

@@ -37,12 +37,13 @@ def find(spec: KernelSpec, hold: bool = True) -> cache.Entry | None:
     prebuilt = cache.prebuilt()
     if prebuilt and (entry := prebuilt.find(spec, None, hold)):
         return entry
-    place = cache.readable()
-    if not os.path.isdir(place.root) or cache.untrusted(place.root):
-        return None
-    tools = toolchain.identify(spec.target.device, place.root / "toolchains")
-    # Where nothing can be built there is nothing to be newer than: what is there is good.
-    return place.find(spec, tools.key if tools else None, hold)
+    for place in cache.own():
+        if os.path.isdir(place.root) and not cache.untrusted(place.root):
+            tools = toolchain.identify(spec.target.device, place.root / "toolchains")
+            # Where nothing can be built there is nothing to be newer than: what is there is good.
+            if entry := place.find(spec, tools.key if tools else None, hold):
+                return entry
+    return None
 
 
 def _build(spec: KernelSpec) -> cache.Entry:
@@ -61,21 +62,28 @@ def _build(spec: KernelSpec) -> cache.Entry:
     from jitnorm.jit.build import BuildError, build
 
     try:
-        return build(spec)
+        try:
+            return build(spec)
+        except cache.CannotKeep as error:
+            cache.replace(cache.default_root(), str(error))
+            return build(spec)
     except BuildError as error:
         _failed[spec] = str(error)
         raise
 
 
 def _open(spec: KernelSpec, entry: cache.Entry) -> tvm_ffi.Module:
-    module = tvm_ffi.load_module(str(entry.library))
+    try:
+        module = tvm_ffi.load_module(str(entry.library))
+    except Exception as error:  # tvm-ffi's own
+        raise RuntimeError(f"jitnorm cannot load {entry.library}: {error}") from error
     if spec.target.device == "cpu" and _forked:
         module.run_serially()
     return module
 
 
 def _folders() -> str:
-    places = [p for p in (cache.prebuilt(), cache.readable()) if p]
+    places = [p for p in (cache.prebuilt(), *cache.own()) if p]
     return " and ".join(str(p.root) for p in places)
 
 

@@ -169,7 +169,7 @@ def _run(path: str, *arguments: str) -> tuple[str, str]:
     """What it says, if all is well, and else what came of it."""
     words = " ".join(arguments)
     try:
-        done = subprocess.run([path, *arguments], capture_output=True, text=True, timeout=60)
+        done = subprocess.run([path, *arguments], capture_output=True, text=True, errors="replace", timeout=60)
     except (OSError, subprocess.SubprocessError) as error:
         return "", f"{words}: {error}"
     said = done.stdout + done.stderr
