@@ -80,7 +80,9 @@ def used_days_ago(entries: list[Entry], days: tuple[float, ...]) -> None:
 
 def leave_behind(cache: Path) -> tuple[Path, Path, Path]:
     """What an old unfinished build, a running one and a failed one leave."""
-    old, running, failed = cache / "staging" / "old", cache / "staging" / "running", cache / "aside" / "failed"
+    kernel = "rmsnorm_64_bf16.cpu_x86_64"
+    old, running = cache / "staging" / f"{kernel}.host.12.abcdefgh", cache / "staging" / f"{kernel}.host.13.abcdefgh"
+    failed = cache / "aside" / f"failed.{kernel}.01234567"
     for folder in (old, running, failed):
         folder.mkdir(parents=True)
         (folder / "library.so").write_bytes(bytes(1000))
@@ -189,7 +191,7 @@ def test_show(kernels):
 def test_show_of_none_and_of_several(kernels, cache_dir):
     said = command("cache", "show", "rmsnorm_6", exit_code=1)  # no prefix of a name is a name
     assert said.stderr.count("\n") == 1 and "rmsnorm_6" in said.stderr and str(cache_dir) in said.stderr
-    other = kernels[1].path.with_name("another-toolchain")
+    other = kernels[1].path.with_name("0123456789ab")
     shutil.copytree(kernels[1].path, other)
     said = command("cache", "show", "rmsnorm_64_bf16", exit_code=1)
     first, *lines = said.stderr.splitlines()
