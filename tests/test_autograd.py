@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from conftest import relative_error, rmsnorm_reference, same_bits
@@ -150,6 +152,19 @@ def test_second_derivatives(norm, offset, device):
     (of_x64,) = torch.autograd.grad(rmsnorm_reference(x64, w64 + offset, EPS).square().sum(), x64, create_graph=True)
     (of_x64 * direction.double()).sum().backward()
     assert_gradients((x, w), (x64, w64), 1e-4)
+
+
+@pytest.mark.parametrize("op", [jitnorm.silu_and_mul, jitnorm.gelu_and_mul, jitnorm.gelu_tanh_and_mul])
+def test_second_derivatives_of_activations(op, device):
+    x, direction = torch.randn(3, 32, device=device, requires_grad=True), torch.randn(3, 32, device=device)
+    forward = {"silu": torch.nn.functional.silu, "gelu": torch.nn.functional.gelu}.get(
+        op.__name__.removesuffix("_and_mul"), partial(torch.nn.functional.gelu, approximate="tanh")
+    )
+    x64 = x.detach().double().requires_grad_()
+    for leaf, out in ((x, op(x)), (x64, forward(x64[:, :16]) * x64[:, 16:])):
+        (grad,) = torch.autograd.grad(out.square().sum(), leaf, create_graph=True)
+        (grad * direction).sum().backward()
+    assert relative_error(x.grad, x64.grad) < 1e-5
 
 
 def test_torch_func_says_what_it_cannot_do(device):

@@ -93,6 +93,7 @@ def test_aten_operators(mode, device, dtype):
         "mm.out": (torch.mm(a, b, out=nan.clone()), exact),
         "addmm": (torch.addmm(c, a, b, beta=0.5, alpha=2), 0.5 * c.double() + 2 * exact),
         "addmm, a column": (torch.addmm(c[:, :1], a, b), c[:, :1].double() + exact),
+        "addmm, a number": (torch.addmm(c[0, :1], a, b), c[0, :1].double() + exact),
         "addmm, beta 0": (torch.addmm(nan, a, b, beta=0), exact),
         "addmm.out": (torch.addmm(bias, a, b, out=nan.clone()), bias.double() + exact),
         "linear": (F.linear(a, b.t(), bias), bias.double() + exact),

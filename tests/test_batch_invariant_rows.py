@@ -77,6 +77,9 @@ def test_mean_of_dimensions(device):
     assert mean_dim(torch.arange(4, device=device), 0, dtype=torch.float32) == 1.5
     assert mean_dim(torch.empty(2, 0, device=device), 1).isnan().all()
     assert mean_dim(torch.empty(0, 2, device=device), 1).shape == (0,)
+    scalar = torch.tensor(3.0, device=device)
+    with set_batch_invariant_mode():
+        assert [scalar.mean(), scalar.mean(0), scalar.mean(-1, keepdim=True)] == [scalar] * 3
 
 
 @pytest.mark.parametrize(

@@ -714,6 +714,24 @@ def test_what_has_no_gradient_says_so(hidden_size):
         dispatch.fused_add_rmsnorm(x.requires_grad_(), residual, w)
 
 
+@pytest.mark.parametrize("hidden_size", [256, 300])
+def test_nothing_is_written_where_one_of_two_cannot_be(hidden_size):
+    x, residual, w = inputs(hidden_size, torch.float32)
+    before = residual.clone()
+    overlapping = torch.randn(x.numel()).as_strided(x.shape, (hidden_size // 2, 1))
+    for bad, error in (
+        (torch.randn(1, hidden_size).expand_as(x), ValueError),
+        (overlapping, ValueError),
+        (x.clone().requires_grad_(), RuntimeError),
+    ):
+        with pytest.raises(error, match=r"input (must not overlap itself|is a leaf that requires grad)"):
+            dispatch.fused_add_rmsnorm(bad, residual, w)
+        assert same_bits(residual, before)
+    for bad in (torch.empty(1, hidden_size).expand_as(x), w.expand(1, -1)):
+        with pytest.raises(ValueError, match="out must"):
+            dispatch.rmsnorm(x[: len(bad)], w, out=bad)
+
+
 def test_rows_of_no_one_stride_that_lie_between_each_other_count_as_shared():
     both = torch.randn(3, 5, 2 * 300)
     before = both.clone()

@@ -127,6 +127,34 @@ def test_autocast_gives_what_torch_gives():
         assert relative_error(out, expected.double()) < TOLERANCE[dtype]
 
 
+def test_what_torch_alone_interprets_is_torchs(device):
+    """Nested and sharded tensors, and gradients of torch.func."""
+    ours, theirs = (module.to(device) for module in twins(256))
+    nested = torch.nested.nested_tensor([torch.randn(n, 256, device=device) for n in (2, 3)], layout=torch.jagged)
+    assert same_bits(ours(nested).values(), theirs(nested).values())
+    x = torch.randn(3, 256, device=device)
+    for what in (torch.func.grad, lambda f: torch.vmap(torch.func.grad(f)), torch.func.jacrev):
+        got, want = (what(lambda x, module=module: module(x).square().sum())(x) for module in (ours, theirs))
+        assert relative_error(got, want.double()) < 1e-6
+
+
+def test_sharded_tensors(tmp_path):
+    from torch import distributed
+    from torch.distributed import tensor as sharded
+
+    distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        mesh = sharded.init_device_mesh("cpu", (1,))
+        ours, theirs = twins(256)
+        x = sharded.distribute_tensor(torch.randn(4, 256), mesh, [sharded.Shard(0)])
+        for module in (ours, theirs):
+            weight = sharded.distribute_tensor(module.weight.detach(), mesh, [sharded.Replicate()])
+            module.weight = torch.nn.Parameter(weight)
+        assert same_bits(ours(x).to_local(), theirs(x).to_local())
+    finally:
+        distributed.destroy_process_group()
+
+
 @pytest.mark.parametrize("cls", [nn.RMSNorm, nn.GemmaRMSNorm])
 def test_an_eps_that_no_call_would_take(cls):
     for eps, error, words in (("a", TypeError, "must be a float, got str"), (-1, ValueError, "zero or more, got -1")):

@@ -16,7 +16,7 @@ D, Q_HEADS, K_HEADS = 64, 4, 2
 TOLERANCE = {torch.float16: 8e-4, torch.bfloat16: 6e-3, torch.float32: 1e-6}
 
 
-class Norm(torch.nn.Module):
+class RMSNorm(torch.nn.Module):
     """As engines have it: rounds before it multiplies by the weight, too."""
 
     def __init__(self, eps=1e-5, size=D, dtype=torch.float32, device="cpu", eps_name="variance_epsilon"):
@@ -30,6 +30,23 @@ class Norm(torch.nn.Module):
         eps = getattr(self, "variance_epsilon", getattr(self, "eps", None))
         wide = x.float()
         return self.weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)).to(x.dtype)
+
+
+class OnePlusWeight(RMSNorm):
+    """As many models have it, under a name of their own."""
+
+    def forward(self, x):
+        return super().forward(x) + super().forward(x) / self.weight
+
+
+def hooked(norm):
+    norm.register_forward_hook(lambda module, arguments, out: out * 2)
+    return norm
+
+
+def with_another_forward(norm):
+    norm.forward = lambda x, forward=norm.forward: forward(x) * 2
+    return norm
 
 
 @pytest.fixture(autouse=True)
@@ -63,7 +80,7 @@ def expected(x, norm, eps=1e-5):
 def test_every_form_gives_the_same(form, dtype, leading, fused_calls, device):
     qkv, q, k = projection(*leading, dtype=dtype, device=device)
     before = qkv.clone()
-    q_norm, k_norm = (Norm(dtype=dtype, device=device) for _ in range(2))
+    q_norm, k_norm = (RMSNorm(dtype=dtype, device=device) for _ in range(2))
     want = expected(q, q_norm), expected(k, k_norm)
     options = {"fused": {}, "not in place": {"allow_inplace": False}, "inductor": {"compiler": "inductor"}}[form]
     got = apply_qk_norm(q, k, q_norm, k_norm, D, **options)
@@ -81,23 +98,26 @@ def test_every_form_gives_the_same(form, dtype, leading, fused_calls, device):
 @pytest.mark.parametrize(
     "change",
     [
-        {"k_norm": lambda: Norm(eps=1e-3)},
-        {"q_norm": lambda: Norm(dtype=torch.bfloat16), "k_norm": lambda: Norm(dtype=torch.bfloat16)},
+        {"k_norm": lambda: RMSNorm(eps=1e-3)},
+        {"q_norm": lambda: RMSNorm(dtype=torch.bfloat16), "k_norm": lambda: RMSNorm(dtype=torch.bfloat16)},
         {"q_norm": lambda: jitnorm.nn.GemmaRMSNorm(D)},
         {"q_norm": lambda: torch.nn.LayerNorm(D, bias=False), "k_norm": lambda: torch.nn.LayerNorm(D, bias=False)},
         {"q_norm": lambda: torch.nn.RMSNorm(D), "k_norm": lambda: torch.nn.RMSNorm(D)},  # eps of None
         {"q_norm": lambda: torch.nn.RMSNorm(D, 1e-5, elementwise_affine=False)},
+        {"q_norm": OnePlusWeight},
+        {"k_norm": lambda: hooked(RMSNorm())},
+        {"k_norm": lambda: with_another_forward(RMSNorm())},
         {"q": lambda: torch.randn(1, Q_HEADS * D).expand(7, -1)},
         {"q": lambda: torch.randn(Q_HEADS * D, 7).T},
         {"k": lambda: torch.randn(5, K_HEADS * D)},  # of other tokens
-        {"k": lambda: torch.randn(7, K_HEADS * D).double(), "k_norm": lambda: Norm(dtype=torch.float64)},
-        {"head_dim": lambda: 32, "q_norm": lambda: Norm(size=32), "k_norm": lambda: Norm(size=32)},
+        {"k": lambda: torch.randn(7, K_HEADS * D).double(), "k_norm": lambda: RMSNorm(dtype=torch.float64)},
+        {"head_dim": lambda: 32, "q_norm": lambda: RMSNorm(size=32), "k_norm": lambda: RMSNorm(size=32)},
     ],
     ids=lambda change: "-".join(change),
 )
 def test_modules_where_the_kernel_would_do_something_else(change, fused_calls):
     _, q, k = projection(7)
-    arguments = {"q": q, "k": k, "q_norm": Norm(), "k_norm": Norm(), "head_dim": D}
+    arguments = {"q": q, "k": k, "q_norm": RMSNorm(), "k_norm": RMSNorm(), "head_dim": D}
     arguments |= {name: make() for name, make in change.items()}
     before = arguments["q"].clone(), arguments["k"].clone()
     got = apply_qk_norm(**arguments)
@@ -109,9 +129,9 @@ def test_modules_where_the_kernel_would_do_something_else(change, fused_calls):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("norm", [Norm, jitnorm.nn.RMSNorm, torch.nn.RMSNorm], ids=lambda norm: norm.__module__)
+@pytest.mark.parametrize("norm", [RMSNorm, jitnorm.nn.RMSNorm, torch.nn.RMSNorm], ids=lambda norm: norm.__module__)
 def test_both_names_of_eps(norm, fused_calls):
-    q_norm, k_norm = (Norm(eps_name="eps"), Norm()) if norm is Norm else (norm(D, 1e-5), norm(D, 1e-5))
+    q_norm, k_norm = (RMSNorm(eps_name="eps"), RMSNorm()) if norm is RMSNorm else (norm(D, 1e-5), norm(D, 1e-5))
     _, q, k = projection(7)
     want = expected(q, q_norm), expected(k, k_norm)
     for a, b in zip(apply_qk_norm(q, k, q_norm, k_norm, D), want, strict=True):
@@ -121,7 +141,7 @@ def test_both_names_of_eps(norm, fused_calls):
 
 def test_gradients_are_not_lost(fused_calls, device):
     qkv, *_ = projection(7, device=device)
-    leaf, norms = qkv.requires_grad_(), (Norm(device=device), Norm(device=device))
+    leaf, norms = qkv.requires_grad_(), (RMSNorm(device=device), RMSNorm(device=device))
     q, k = leaf[:, : Q_HEADS * D], leaf[:, Q_HEADS * D : (Q_HEADS + K_HEADS) * D]
     sum(t.sum() for t in apply_qk_norm(q, k, *norms, D)).backward()
     grads = leaf.grad, norms[0].weight.grad, norms[1].weight.grad
@@ -138,9 +158,31 @@ def test_gradients_are_not_lost(fused_calls, device):
 
 
 @torch.no_grad()
+@torch.no_grad()
+def test_a_model_that_was_patched(fused_calls):
+    modeling = pytest.importorskip("transformers.models.llama.modeling_llama")
+    norm = torch.nn.Sequential(modeling.LlamaRMSNorm(D, 1e-5))
+    norm[0].weight.normal_()
+    jitnorm.patch_transformers(norm)
+    _, q, k = projection(7)
+    want = expected(q, norm[0]), expected(k, norm[0])
+    for got, exact in zip(apply_qk_norm(q, k, norm[0], norm[0], D), want, strict=True):
+        assert relative_error(got, exact) <= 1e-6
+    assert fused_calls.call_count == 1
+
+
+@torch.no_grad()
+def test_no_heads():
+    q, k = torch.randn(7, Q_HEADS * D), torch.randn(7, 0)
+    norm = RMSNorm()
+    want = expected(q, norm)
+    got, none = apply_qk_norm(q, k, norm, norm, D, allow_inplace=False)
+    assert relative_error(got, want) <= 1e-6 and none.shape == (7, 0)
+
+
 def test_a_stream_means_nothing_on_the_cpu():
     _, q, k = projection(3)
-    norms = Norm(), Norm()
+    norms = RMSNorm(), RMSNorm()
     want = expected(q, norms[0]), expected(k, norms[1])
     for a, b in zip(apply_qk_norm(q, k, *norms, D, object(), allow_inplace=False), want, strict=True):
         assert relative_error(a, b) <= 1e-6
@@ -149,7 +191,7 @@ def test_a_stream_means_nothing_on_the_cpu():
 @torch.no_grad()
 def test_the_setting_and_the_argument(fused_calls):
     _, q, k = projection(3)
-    norms = Norm(), Norm()
+    norms = RMSNorm(), RMSNorm()
     for setting, argument, fused in (
         ("eager", None, True),
         ("eager", "inductor", False),
@@ -184,18 +226,26 @@ def test_compiles_whole(compiler, backend, device):
         assert relative_error(a, b.double()) < 2e-3
 
 
+def test_what_is_no_tensor_or_size():
+    q, norm = torch.randn(2, D), RMSNorm()
+    with pytest.raises(TypeError, match=r"q must be a torch\.Tensor, got list"):
+        apply_qk_norm([1.0], q, norm, norm, D)
+    with pytest.raises(TypeError, match="head_dim must be an int, got str"):
+        apply_qk_norm(q, q, norm, norm, "64")
+
+
 def test_heads_that_are_not_whole():
     _, q, k = projection(3)
     for arguments, name in (((q[:, 1:], k), "q"), ((q, k[:, 1:]), "k")):
         with pytest.raises(ValueError, match=rf"{name} must have whole heads of 64 in its last dimension, got \[3, "):
-            apply_qk_norm(*arguments, Norm(), Norm(), D)
+            apply_qk_norm(*arguments, RMSNorm(), RMSNorm(), D)
 
 
 @pytest.mark.parametrize("backend", [None, "eager"])
-@pytest.mark.parametrize("norm", [torch.nn.RMSNorm, torch.nn.LayerNorm, jitnorm.nn.GemmaRMSNorm, Norm])
+@pytest.mark.parametrize("norm", [torch.nn.RMSNorm, torch.nn.LayerNorm, jitnorm.nn.GemmaRMSNorm, RMSNorm])
 def test_norms_over_another_size(norm, backend):
     _, q, k = projection(3)
-    good, other = torch.nn.RMSNorm(D, 1e-5), norm(size=32) if norm is Norm else norm(32)
+    good, other = torch.nn.RMSNorm(D, 1e-5), norm(size=32) if norm is RMSNorm else norm(32)
     function = torch.compile(apply_qk_norm, backend=backend) if backend else apply_qk_norm
     for norms, name in (((other, good), "q_norm"), ((good, other), "k_norm")):
         with pytest.raises(ValueError, match=f"{name} must be over head_dim 64, got 32"):
@@ -206,7 +256,7 @@ def test_norms_over_another_size(norm, backend):
 def test_a_weight_that_is_there_only_in_the_call():
     """As where parameters are sharded, and gathered by a hook; and one that broadcasts."""
     _, q, k = projection(3)
-    gathered, one = torch.nn.RMSNorm(D, 1e-5), Norm(size=1)
+    gathered, one = torch.nn.RMSNorm(D, 1e-5), RMSNorm(size=1)
     want = gathered(q.unflatten(-1, (-1, D))).flatten(-2)
     weight, gathered.weight = gathered.weight, torch.nn.Parameter(torch.empty(0))
     gathered.register_forward_pre_hook(lambda module, _: setattr(module, "weight", weight))
@@ -241,7 +291,7 @@ def test_the_view_is_for_inductor_on_nvidias_gpus_alone(monkeypatch):
 def test_rocm_has_no_fused_kernel(monkeypatch, fused_calls):
     monkeypatch.setattr(torch.version, "hip", "6.4")
     q, k = (x.as_subclass(SaysCuda) for x in projection(5)[1:])
-    q_norm, k_norm = Norm(), Norm()
+    q_norm, k_norm = RMSNorm(), RMSNorm()
     for got, x, norm in zip(apply_qk_norm(q, k, q_norm, k_norm, D), (q, k), (q_norm, k_norm), strict=True):
         assert relative_error(got.as_subclass(torch.Tensor), expected(x, norm)) <= 1e-6
         assert norm.inputs == [(torch.Size((x.numel() // D, D)), True)]

@@ -141,6 +141,27 @@ def test_gradients_through_a_fused_projection(dtype, compiler, device):
         assert relative_error(a.detach(), b.detach()) < tolerance
 
 
+@pytest.mark.parametrize("compiler", [None, "aot_eager"])
+def test_gradients_where_heads_are_contiguous(compiler, device):
+    """Each projection alone, one of them without a gradient, so that nothing of it but the weight has one."""
+    q, k = torch.randn(5, 256, device=device, requires_grad=True), torch.randn(5, 2, 64, device=device)
+    weights = [torch.randn(64, device=device, requires_grad=True) for _ in range(2)]
+
+    def function(q, k, *weights):
+        q, k = (q * 1).view(5, 4, 64), k * 1
+        fused_inplace_qknorm(q, k, *weights, 1e-5)
+        return q, k
+
+    got = (torch.compile(function, fullgraph=True, backend=compiler) if compiler else function)(q, k, *weights)
+    grads = [torch.randn_like(t) for t in got]
+    torch.autograd.backward(got, grads)
+    doubles = [t.detach().double().requires_grad_() for t in (q, *weights)]
+    want = [rmsnorm_reference(x, w, 1e-5) for x, w in ((doubles[0].view(5, 4, 64), doubles[1]), (k, doubles[2]))]
+    torch.autograd.backward(want, [g.double() for g in grads])
+    for leaf, double in zip((q, *weights), doubles, strict=True):
+        assert relative_error(leaf.grad, double.grad) < 2e-6
+
+
 def test_a_leaf_is_not_overwritten(device):
     q, k, w = torch.randn(2, 3, 64, device=device), torch.randn(2, 1, 64, device=device), torch.ones(64, device=device)
     before = q.clone()

@@ -131,7 +131,7 @@ def _check_kinds(op: str, input: torch.Tensor, out: Any, expert_ids: Any, expert
         checks.dtype("out", out, (input.dtype,))
         checks.shape("out", out, [*input.shape[:-1], width], "input with half its last dimension")
         checks.device("out", out, "input", input)
-    if isinstance(expert_step, bool) or not isinstance(expert_step, int):
+    if not checks.is_integer(expert_step):
         raise TypeError(f"expert_step must be an int, got {type(expert_step).__name__}")
     if not 1 <= expert_step < 1 << 63:
         raise ValueError(f"expert_step must be 1 or more, and fit 64 bits, got {expert_step}")
@@ -179,6 +179,12 @@ def dispatch_activation(
     return out
 
 
+def _silu_backward(grad: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
+    """Written out, as aten's has no derivative."""
+    sigmoid = gate.sigmoid()
+    return grad * sigmoid * (1 + gate * (1 - sigmoid))
+
+
 def _gelu_backward(grad: torch.Tensor, gate: torch.Tensor, approximate: str) -> Any:
     return torch.ops.aten.gelu_backward(grad, gate, approximate=approximate)
 
@@ -186,7 +192,7 @@ def _gelu_backward(grad: torch.Tensor, gate: torch.Tensor, approximate: str) -> 
 # By policy, of a gate in float32: the activation, and what it makes of a gradient. Looked up in aten when called, as
 # that takes time.
 _FORMULAS: dict[str, tuple[Any, Any]] = {
-    "SiLU": (F.silu, lambda grad, gate: torch.ops.aten.silu_backward(grad, gate)),
+    "SiLU": (F.silu, _silu_backward),
     "GELU": (F.gelu, partial(_gelu_backward, approximate="none")),
     "GELUTanh": (partial(F.gelu, approximate="tanh"), partial(_gelu_backward, approximate="tanh")),
 }

@@ -6,7 +6,9 @@ guard before a kernel is built. Both sides hold the same conditions, and tests/t
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Sequence
+from typing import TypeGuard
 
 import torch
 
@@ -121,6 +123,17 @@ def written_rows(name: str, value: torch.Tensor) -> None:
         raise ValueError(f"{name} must not overlap itself, got a row stride of {stride} for {hidden_size} elements")
 
 
+def written(name: str, value: torch.Tensor) -> None:
+    """Of any strides, each dimension steps over all that lies within it."""
+    taken = 1
+    for stride, size in sorted(zip(value.stride(), value.shape, strict=True)):
+        if size > 1:
+            if stride < taken:
+                layout = f"shape {list(value.shape)} and strides {list(value.stride())}"
+                raise ValueError(f"{name} must not overlap itself, got {layout}")
+            taken += (size - 1) * stride
+
+
 def no_overlap(name: str, value: torch.Tensor, like_name: str, like: torch.Tensor, even_exactly: bool = False) -> None:
     """They share no memory or, unless `even_exactly`, are the same rows.
 
@@ -160,12 +173,17 @@ def _extent(value: torch.Tensor) -> int:
 
 
 def eps(value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"eps must be a float, got {type(value).__name__}")
     if value != value or value < 0:
         raise ValueError(f"eps must be zero or more, got {value}")
     if isinstance(value, int) and value.bit_length() > 63:
         raise ValueError(f"eps must be a float or a 64-bit integer, got one of {value.bit_length()} bits")
+
+
+def is_integer(value: object) -> TypeGuard[int]:
+    """NumPy's integers are, and True is none."""
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
 
 
 def enable_pdl(value: object) -> None:

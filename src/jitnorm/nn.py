@@ -30,7 +30,8 @@ _EPS_OF_FLOAT32 = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 7)
 def serves(input: torch.Tensor, weight: torch.Tensor) -> bool:
     """Whether a kernel normalises `input`, whatever its strides, with `weight`."""
     return (
-        weight.dim() == 1
+        not _is_interpreted(input, weight)
+        and weight.dim() == 1
         and input.dim() > 0
         and input.shape[-1] == weight.shape[0]
         and is_supported_hidden_size(weight.shape[0])
@@ -39,6 +40,15 @@ def serves(input: torch.Tensor, weight: torch.Tensor) -> bool:
         and weight.device == input.device
         and input.device.type in ("cpu", "cuda")
         and is_rows(weight)
+    )
+
+
+def _is_interpreted(input: torch.Tensor, weight: torch.Tensor) -> bool:
+    """Whether what these mean is known to torch's own operators alone: nested, sharded, inside torch.func."""
+    return not torch.compiler.is_compiling() and (
+        input.is_nested
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or "DTensor" in (type(input).__name__, type(weight).__name__)
     )
 
 

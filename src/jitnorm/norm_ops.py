@@ -25,6 +25,7 @@ from jitnorm.torch_library import (
     build_while_tracing,
     count_version,
     needs_grad,
+    refuse_leaves,
     refuse_tangents,
     register,
     register_autograd,
@@ -61,9 +62,7 @@ def dispatch_fused_add_rmsnorm(
     """A call by way of torch's dispatcher; with gradients, what it writes is copied from the functional form."""
     refuse_tangents(norm)
     if needs_grad(input, residual, weight):
-        for name, written in (("input", input), ("residual", residual)):
-            if written.requires_grad and written.is_leaf:
-                raise RuntimeError(f"{name} is a leaf that requires grad, which {norm.op} cannot overwrite")
+        refuse_leaves(norm.op, input=input, residual=residual)
         functional = getattr(torch.ops.jitnorm, f"{norm.op}_functional")
         normalised, total = functional(input, residual, weight, eps, enable_pdl)
         input.copy_(normalised)

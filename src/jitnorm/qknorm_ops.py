@@ -15,6 +15,7 @@ from jitnorm.torch_library import (
     count_version,
     is_traced,
     needs_grad,
+    refuse_leaves,
     refuse_tangents,
     register,
 )
@@ -71,7 +72,7 @@ def check_kinds(
     checks.dtype("q_weight", q_weight, (q.dtype, torch.float32))
     checks.dtype("k_weight", k_weight, (q_weight.dtype,))
     size = int(q.shape[-1])
-    if isinstance(head_dim, bool) or not isinstance(head_dim, int):
+    if not checks.is_integer(head_dim):
         raise TypeError(f"head_dim must be an int, got {type(head_dim).__name__}")
     if head_dim not in (0, size):
         raise ValueError(f"head_dim must be q's last dimension, {size}, or 0 for that, got {head_dim}")
@@ -91,13 +92,8 @@ def _check_heads(name: str, value: torch.Tensor) -> None:
         return
     if value.data_ptr() == 0:
         raise ValueError(f"{name} must have storage, got a tensor without any")
-    steps = sorted((value.stride(dim), value.shape[dim]) for dim in (0, 1) if value.shape[dim] > 1)
-    taken = value.shape[-1]
-    for stride, size in steps:
-        if stride < taken:
-            raise ValueError(f"{name} must not overlap itself, got {layout}")
-        taken += (size - 1) * stride
-    checks.aligned(name, value, *(stride for stride, _ in steps))
+    checks.written(name, value)
+    checks.aligned(name, value, *(value.stride(dim) for dim in (0, 1) if value.shape[dim] > 1))
 
 
 def _check_overlap(q: torch.Tensor, k: torch.Tensor) -> None:
@@ -157,11 +153,11 @@ def dispatch_qknorm(
         torch.ops.jitnorm.fused_inplace_qknorm(q, k, q_weight, k_weight, eps, head_dim, enable_pdl)
         return
     check_kinds(q, k, q_weight, k_weight, head_dim)
-    for name, written in (("q", q), ("k", k)):
-        if written.requires_grad and written.is_leaf:
-            raise RuntimeError(f"{name} is a leaf that requires grad, which {QKNORM.op} cannot overwrite")
+    refuse_leaves(QKNORM.op, q=q, k=k)
     for written, weight in ((q, q_weight), (k, k_weight)):
-        written.copy_(dispatch_rmsnorm(norms.RMSNORM, written.contiguous(), weight, eps, None, enable_pdl))
+        # A copy, as the backward needs what is overwritten.
+        rows = written.clone(memory_format=torch.contiguous_format)
+        written.copy_(dispatch_rmsnorm(norms.RMSNORM, rows, weight, eps, None, enable_pdl))
 
 
 def _run(

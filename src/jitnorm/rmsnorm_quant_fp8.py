@@ -23,7 +23,7 @@ def rmsnorm_quant_fp8(
 
     `out = e4m3(clip(y / scale, +-448))` with `y = input / sqrt(mean(input^2) + eps) * weight` in float32, not rounded
     to the input's dtype in between. The quotient is rounded as float32's, and then to the nearest e4m3 number, ties to
-    even. Infinities saturate, a NaN becomes a NaN. `out * scale` is about `y`.
+    even. Infinities saturate where a scale is given, a NaN becomes a NaN. `out * scale` is about `y`.
 
     With `scale`, one for the whole tensor, this is vLLM's rms_norm_static_fp8_quant and FlashInfer's rmsnorm_quant.
     Without, each row gets its own, `max(abs(y)) / 448` and at least `1 / (448 * 512)`, which a row of zeros has: vLLM's

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-import os
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from jitnorm import checks
+from jitnorm.environment import is_on
 from jitnorm.jit.spec import KernelSpec, Target
 from jitnorm.operators import Operator
 from jitnorm.targets import target_of
@@ -20,7 +20,7 @@ _MOST_ROW_BYTES = 1 << 30
 
 # Whether an index that is out of range is looked for, which waits for the GPU. Read once: asking costs as much as a
 # launch.
-check_indices = os.environ.get("JITNORM_CHECK_INDICES", "0") not in ("", "0")
+check_indices = is_on("JITNORM_CHECK_INDICES")
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,7 @@ def _check_kinds(
     if slots != v_slots:
         raise ValueError(f"v_cache must have {slots} slots like k_cache, got {v_slots}")
     for name, number in (("row_bytes", row_bytes), ("num_split", num_split), ("skip_index", skip_index)):
-        if (isinstance(number, bool) or not isinstance(number, int)) and (name != "skip_index" or number is not None):
+        if not checks.is_integer(number) and (name != "skip_index" or number is not None):
             raise TypeError(f"{name} must be an int, got {type(number).__name__}")
     if row_bytes not in (0, _row_bytes(k)):
         raise ValueError(f"row_bytes must be 0 or {_row_bytes(k)}, the bytes in a row of k, got {row_bytes}")

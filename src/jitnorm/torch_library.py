@@ -48,6 +48,13 @@ def needs_grad(*tensors: object) -> bool:
     return torch.is_grad_enabled() and any(isinstance(t, torch.Tensor) and t.requires_grad for t in tensors)
 
 
+def refuse_leaves(op: str, **written: torch.Tensor) -> None:
+    """RuntimeError where autograd would not let one of these be overwritten."""
+    for name, tensor in written.items():
+        if torch.is_grad_enabled() and tensor.requires_grad and tensor.is_leaf:
+            raise RuntimeError(f"{name} is a leaf that requires grad, which {op} cannot overwrite")
+
+
 def refuse_tangents(operator: Operator) -> None:
     """RuntimeError inside forward-mode differentiation."""
     if torch.autograd.forward_ad._current_level >= 0:

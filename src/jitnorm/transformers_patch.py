@@ -28,27 +28,23 @@ class _Kind:
     eps: str
 
 
-# Whose factor is 1 + weight.
-GEMMA_CLASSES = ("GemmaRMSNorm", "Gemma2RMSNorm", "Gemma3RMSNorm", "Qwen3NextRMSNorm")
 # Exact names: Gemma3n's and Gemma 4's classes, for one, multiply by the weight alone.
-_LLAMA, _GEMMA = _Kind(rmsnorm, "variance_epsilon"), _Kind(gemma_rmsnorm, "eps")
+LLAMA_CLASSES = (
+    "LlamaRMSNorm",
+    "MistralRMSNorm",
+    "MixtralRMSNorm",
+    "Qwen2RMSNorm",
+    "Qwen2MoeRMSNorm",
+    "Qwen2_5_VLRMSNorm",
+    "Qwen3RMSNorm",
+    "Qwen3MoeRMSNorm",
+    "Qwen3VLTextRMSNorm",
+    "Phi3RMSNorm",
+)
+_GEMMA_CLASSES = ("GemmaRMSNorm", "Gemma2RMSNorm", "Gemma3RMSNorm", "Qwen3NextRMSNorm")  # whose factor is 1 + weight
 _KINDS = {
-    **dict.fromkeys(
-        (
-            "LlamaRMSNorm",
-            "MistralRMSNorm",
-            "MixtralRMSNorm",
-            "Qwen2RMSNorm",
-            "Qwen2MoeRMSNorm",
-            "Qwen2_5_VLRMSNorm",
-            "Qwen3RMSNorm",
-            "Qwen3MoeRMSNorm",
-            "Qwen3VLTextRMSNorm",
-            "Phi3RMSNorm",
-        ),
-        _LLAMA,
-    ),
-    **dict.fromkeys(GEMMA_CLASSES, _GEMMA),
+    **dict.fromkeys(LLAMA_CLASSES, _Kind(rmsnorm, "variance_epsilon")),
+    **dict.fromkeys(_GEMMA_CLASSES, _Kind(gemma_rmsnorm, "eps")),
 }
 
 
@@ -67,7 +63,12 @@ class _Patched(torch.nn.Module):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # Pickle finds classes by name, and this one is made at run time.
-        return _rebuild, (type(self).__mro__[2],), self.__dict__
+        return _rebuild, (original_class(self),), self.__dict__
+
+
+def original_class(module: torch.nn.Module) -> type[torch.nn.Module]:
+    """What the module's class is, or was before it was patched."""
+    return type(module).__mro__[2] if isinstance(module, _Patched) else type(module)
 
 
 _classes: dict[type[torch.nn.Module], type[torch.nn.Module]] = {}

@@ -86,7 +86,7 @@ def add_product(
     addend: torch.Tensor, a: torch.Tensor, b: torch.Tensor, beta: float = 1, alpha: float = 1
 ) -> torch.Tensor:
     """`beta * addend + alpha * a @ b`, two-dimensional or a batch; `addend` expands to the result's shape."""
-    if addend.dim() == 1 and a.dim() == 2 and beta == alpha == 1:
+    if a.dim() == 2 and addend.shape == b.shape[1:] and beta == alpha == 1:
         return product(a, b, addend)
     _check(a, b, a.dim())
     checks.tensor("input", addend)

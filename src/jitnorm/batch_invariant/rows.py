@@ -74,7 +74,7 @@ def mean_override(
     dims = _dims(dim, input.dim())
     kept = [d for d in range(input.dim()) if d not in dims]
     count = math.prod(input.shape[d] for d in dims)
-    rows = input.permute(*kept, *dims).reshape(*(input.shape[d] for d in kept), count)
+    rows = input.permute([*kept, *dims]).reshape(*(input.shape[d] for d in kept), count)
     result = _mean(rows, dtype).contiguous()  # as ATen has it, which compiled code counts on
     return result.view([1 if d in dims else size for d, size in enumerate(input.shape)]) if keepdim else result
 

@@ -20,6 +20,7 @@ from jitnorm.checks import DTYPE_NAMES
 from jitnorm.cli.entries import places, rows_of
 from jitnorm.dispatch import explain
 from jitnorm.dispatch.wanted import wanted
+from jitnorm.environment import is_on
 from jitnorm.jit import cache, toolchain
 from jitnorm.packages import installed_versions
 from jitnorm.targets import cuda_target
@@ -163,7 +164,7 @@ def _advice(facts: dict[str, Any]) -> list[str]:
             advice.append(f"kernels cannot be kept in {place['root']}: {place['problem']}. Set JITNORM_CACHE_DIR")
     if facts["dispatch"]["problem"]:
         advice.append(f"no call of jitnorm.dispatch is served: {facts['dispatch']['problem']}")
-    if os.environ.get("JITNORM_DISABLE_JIT", "0") not in ("", "0"):
+    if is_on("JITNORM_DISABLE_JIT"):
         advice.append(
             "JITNORM_DISABLE_JIT is set: a kernel that is not in the cache is an error; jitnorm warmup still builds"
         )

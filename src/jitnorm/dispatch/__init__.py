@@ -143,7 +143,7 @@ def fused_add_rmsnorm(
     if name == "jit":
         return _jit_fused_add_rmsnorm(input, residual, weight, eps, enable_pdl)
     if name == "torch":
-        return torch_backend.fused_add_rmsnorm(0.0, input, residual, weight, eps, enable_pdl)
+        return torch_backend.fused_add_rmsnorm("fused_add_rmsnorm", 0.0, input, residual, weight, eps, enable_pdl)
     flashinfer_backend.call(
         fused_add_rmsnorm, torch_backend.check_fused_add_rmsnorm, input, residual, weight, eps, enable_pdl=enable_pdl
     )
@@ -173,7 +173,7 @@ def gemma_fused_add_rmsnorm(
     if name == "jit":
         return _jit_gemma_fused_add_rmsnorm(input, residual, weight, eps, enable_pdl)
     if name == "torch":
-        return torch_backend.fused_add_rmsnorm(1.0, input, residual, weight, eps, enable_pdl)
+        return torch_backend.fused_add_rmsnorm("gemma_fused_add_rmsnorm", 1.0, input, residual, weight, eps, enable_pdl)
     flashinfer_backend.call(
         gemma_fused_add_rmsnorm,
         torch_backend.check_fused_add_rmsnorm,

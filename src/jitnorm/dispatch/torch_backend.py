@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from jitnorm import checks
 from jitnorm.operators import DTYPES
-from jitnorm.torch_library import is_traced, needs_grad
+from jitnorm.torch_library import is_traced, needs_grad, refuse_leaves
 
 
 def rmsnorm(
@@ -33,6 +33,7 @@ def rmsnorm(
 
 
 def fused_add_rmsnorm(
+    op: str,
     offset: float,
     input: torch.Tensor,
     residual: torch.Tensor,
@@ -42,6 +43,7 @@ def fused_add_rmsnorm(
 ) -> None:
     """`residual += input; input = rmsnorm(residual) * (offset + weight)`, the float32 sum normalised."""
     check_fused_add_rmsnorm(input, residual, weight, eps, enable_pdl)
+    refuse_leaves(op, input=input, residual=residual)
     total = input.float() + residual.float()
     normalised = _normalised(total, weight, eps, offset)
     residual.copy_(total)
@@ -58,6 +60,9 @@ def check_rmsnorm(input: Any, weight: Any, eps: Any = 1e-6, out: Any = None, ena
     _check_input_and_weight(input, weight, eps, enable_pdl)
     if out is not None:
         _check_like_input("out", out, input)
+        if not is_traced(out, weight):
+            checks.written("out", out)
+            checks.no_shared_memory("out", out, "weight", weight)
 
 
 def check_fused_add_rmsnorm(
@@ -67,6 +72,8 @@ def check_fused_add_rmsnorm(
     _check_input_and_weight(input, weight, eps, enable_pdl)
     _check_like_input("residual", residual, input)
     if not is_traced(input, residual):
+        checks.written("input", input)
+        checks.written("residual", residual)
         checks.no_overlap("residual", residual, "input", input, even_exactly=True)
 
 

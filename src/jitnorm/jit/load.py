@@ -10,6 +10,7 @@ from collections import defaultdict
 import torch
 import tvm_ffi
 
+from jitnorm.environment import is_on
 from jitnorm.jit import cache, toolchain
 from jitnorm.jit.spec import KernelSpec
 
@@ -49,7 +50,7 @@ def find(spec: KernelSpec, hold: bool = True) -> cache.Entry | None:
 def _build(spec: KernelSpec) -> cache.Entry:
     if spec in _failed:
         raise RuntimeError(f"{_failed[spec]}\n(It failed earlier in this process, and is not tried again.)")
-    if os.environ.get("JITNORM_DISABLE_JIT", "0") not in ("", "0"):
+    if is_on("JITNORM_DISABLE_JIT"):
         raise RuntimeError(
             f"{spec} is not in the cache ({_folders()}), and JITNORM_DISABLE_JIT forbids building it. "
             f"Build it ahead of time: {spec.warmup_command}"

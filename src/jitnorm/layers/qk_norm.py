@@ -6,11 +6,14 @@ from typing import Any
 
 import torch
 
+from jitnorm import checks
 from jitnorm.layers.compiler import Compiler, resolve_compiler
 from jitnorm.nn import is_rows, serves
 from jitnorm.qknorm import can_use_fused_inplace_qknorm, fused_inplace_qknorm
 from jitnorm.torch_library import needs_grad
-from jitnorm.transformers_patch import GEMMA_CLASSES
+from jitnorm.transformers_patch import LLAMA_CLASSES, original_class
+
+_PLAIN_CLASSES = ("RMSNorm", *LLAMA_CLASSES)
 
 
 def apply_qk_norm(
@@ -33,8 +36,9 @@ def apply_qk_norm(
     Args:
         q: `[..., q_heads * head_dim]`, such as a slice of a fused QKV projection. **Overwritten if allowed.**
         k: `[..., kv_heads * head_dim]`, likewise.
-        q_norm: an RMSNorm module over head_dim, called with a tensor, that multiplies by its `weight` and has its eps
-            as `variance_epsilon` or `eps`. Modules that multiply by 1 + weight, as Gemma's, are always called.
+        q_norm: an RMSNorm module over head_dim, called with a tensor. The kernel may stand for it where its class is
+            named RMSNorm or is one of the Llama kind that `jitnorm.patch_transformers` knows, it has no hooks, a
+            `weight` to multiply by, and its eps as `variance_epsilon` or `eps`.
         k_norm: likewise.
         head_dim: elements of a head.
         alt_stream: where k's norm runs beside q's if there are two of them and a CUDA graph is being captured.
@@ -45,10 +49,14 @@ def apply_qk_norm(
         q and k, normalised, in their shapes: the arguments themselves where these were overwritten.
 
     Raises:
+        TypeError: q or k is not a tensor, or head_dim no int.
         ValueError: head_dim does not divide the last dimension of q or of k, a norm is over another size, or compiler
             is no such name.
     """
+    if not checks.is_integer(head_dim):
+        raise TypeError(f"head_dim must be an int, got {type(head_dim).__name__}")
     for name, x in (("q", q), ("k", k)):
+        checks.tensor(name, x)
         if head_dim < 1 or x.dim() == 0 or x.shape[-1] % head_dim:
             raise ValueError(f"{name} must have whole heads of {head_dim} in its last dimension, got {list(x.shape)}")
     compiler = resolve_compiler(compiler)
@@ -78,7 +86,7 @@ def _reshape_for_qk_norm(x: torch.Tensor, head_dim: int, compiler: Compiler | No
     """
     if x.is_cuda and torch.version.hip is None and resolve_compiler(compiler) == "inductor":
         return x.view(*x.shape[:-1], -1, head_dim)
-    return x.reshape(-1, head_dim)
+    return x.reshape(x.numel() // head_dim, head_dim)
 
 
 def _check_size(name: str, norm: torch.nn.Module, head_dim: int) -> None:
@@ -124,9 +132,11 @@ def _is_in_place(x: torch.Tensor, weight: torch.Tensor, head_dim: int) -> bool:
 
 
 def _is_plain(norm: torch.nn.Module) -> bool:
-    """Not one that has a weight and an eps but does something else with them."""
-    return not isinstance(norm, torch.nn.LayerNorm) and not any(
-        base.__name__ in GEMMA_CLASSES for base in type(norm).__mro__
+    """Whether it is known to multiply by its weight and do nothing else: others have a weight and an eps too."""
+    return (
+        original_class(norm).__name__ in _PLAIN_CLASSES
+        and "forward" not in norm.__dict__
+        and not (norm._forward_hooks or norm._forward_pre_hooks or torch.nn.modules.module._has_any_global_hook())
     )
 
 
