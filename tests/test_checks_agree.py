@@ -39,6 +39,7 @@ class Draw:
 
     def view(self, dtype, shape, strides, step=16):
         offset = self.pick((0, 0, H, 2 * H, 3 * H, 5 * H, 4000, self.pick(range(100)) * step))
+        offset = max(0, offset + self.pick((0, 0, 0, 0, 1, -1)))  # what just touches another
         return self.pick(self.buffers).view(dtype).as_strided(shape, strides, offset)
 
     def leading(self):

@@ -244,6 +244,30 @@ def test_what_is_written_is_looked_at_too(op, flashinfer):
     assert flashinfer == []
 
 
+@pytest.mark.parametrize("op", OPS)
+def test_flashinfer_is_not_asked_for_what_nobody_could_take(op, flashinfer):
+    x, residual, w = cuda_inputs()
+    arguments = (x, residual, w) if "fused" in op else (x, w)
+    for more, error, words in (
+        ({"eps": -1.0}, ValueError, "eps must be zero or more"),
+        ({"eps": float("nan")}, ValueError, "eps must be zero or more"),
+        ({"eps": True}, TypeError, "eps must be a float"),
+        ({"enable_pdl": "yes"}, TypeError, "enable_pdl must be"),
+    ):
+        with pytest.raises(error, match=words):
+            getattr(dispatch, op)(*arguments, **more)
+    assert flashinfer == []
+    same = (x, x, w) if "fused" in op else (x, w, x.as_strided(x.shape, x.stride(), 0)[:1].expand_as(x))
+    other = same[1] if "fused" in op else same[2]
+    assert explained(op, input=x, weight=w, other=other)[0] == "jit"
+
+
+def test_in_place_is_for_flashinfer(flashinfer):
+    x, _, w = cuda_inputs()
+    dispatch.rmsnorm(x, w, out=x)
+    assert len(flashinfer) == 1
+
+
 def test_more_elements_than_32_bits_count(flashinfer):
     huge = on_cuda(torch.zeros(1, 1).bfloat16()).expand(2**24, 256)
     assert "fewer than 2^31" in explained(input=huge)[1]
@@ -508,7 +532,7 @@ def test_auto_fast(flashinfer):
         for other in (None, on_cuda(torch.randn(ROWS, 3, 64).bfloat16())):
             assert dispatch.explain("rmsnorm", rows, rows[0, 0], other)[0] == "flashinfer"
         packed = on_cuda(torch.randn(ROWS, 3, 64).bfloat16())
-        assert dispatch.explain("rmsnorm", packed, rows[0, 0], rows)[0] == "flashinfer"
+        assert dispatch.explain("rmsnorm", packed, packed[0, 0], rows)[0] == "flashinfer"
         assert dispatch.explain("rmsnorm", rows[:, 0], rows[0, 0])[0] == "jit"
         assert explained(weight=on_cuda(torch.randn(256).half()))[0] == "jit"  # which says what is wrong with it
 

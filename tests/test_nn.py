@@ -245,6 +245,20 @@ def test_a_residual_without_an_affine_weight_or_in_odd_strides(cls, device):
                 assert relative_error(new_residual, total) < 1e-6
 
 
+@pytest.mark.parametrize("size", [256, 300])
+def test_a_residual_of_the_same_memory_or_of_rows_that_overlap(size):
+    module, x = nn.RMSNorm(size, 1e-6), torch.randn(5, size)
+    with torch.no_grad():
+        for residual in (x, x[:]):
+            with pytest.raises(ValueError, match="residual must share no memory with"):
+                module(x, residual)
+        windows = torch.randn(2 * size).unfold(0, size, 2)[:5]
+        total = x.double() + windows.double()
+        out, new_residual = module(x, windows)
+    assert relative_error(out, rmsnorm_reference(total, module.weight, 1e-6)) < 1e-6
+    assert relative_error(new_residual, total) < 1e-6
+
+
 @pytest.mark.parametrize("cls", RESIDUAL_MODULES)
 @pytest.mark.parametrize("size", [256, 300])
 def test_gradients_with_a_residual(cls, size, device):

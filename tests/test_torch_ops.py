@@ -4,9 +4,17 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import compiled, same_bits
+from conftest import compiled, relative_error, rmsnorm_reference, same_bits
 
-from jitnorm import fused_add_rmsnorm, rmsnorm
+from jitnorm import (
+    fused_add_rmsnorm,
+    fused_inplace_qknorm,
+    nn,
+    rmsnorm,
+    rmsnorm_quant_fp8,
+    silu_and_mul,
+    store_cache,
+)
 
 
 def test_compiles_without_a_graph_break(device):
@@ -70,6 +78,80 @@ def test_forward_mode_is_refused_not_lost():
     x, w = torch.randn(4, 64), torch.randn(64)
     with pytest.raises(RuntimeError, match="rmsnorm has no forward-mode derivative"):
         torch.func.jvp(lambda a: rmsnorm(a, w), (x,), (torch.ones_like(x),))
+    for call in (lambda a: torch.ops.jitnorm.rmsnorm(a, w), lambda a: torch.ops.jitnorm.silu_and_mul(a)):
+        with pytest.raises(RuntimeError, match="has no forward-mode derivative"):
+            torch.func.jvp(call, (x,), (torch.ones_like(x),))
+    module, residual, tangent = nn.RMSNorm(64), torch.randn(4, 64), torch.randn(4, 64)
+    _, got = torch.func.jvp(lambda a: module(a, residual)[0], (x,), (tangent,))  # which PyTorch computes
+    total = x.double() + residual.double()
+    exact = lambda a: rmsnorm_reference(a, torch.ones(64), module._eps(x))  # noqa: E731
+    _, want = torch.func.jvp(exact, (total,), (tangent.double(),))
+    assert relative_error(got, want) < 1e-5
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda x, y: torch.ops.jitnorm.fused_add_rmsnorm(x, y, torch.ones(64)),
+        lambda x, y: torch.ops.jitnorm.fused_add_rmsnorm(y, x, torch.ones(64)),
+        lambda x, y: torch.ops.jitnorm.silu_and_mul_out(torch.randn(4, 128), y),
+    ],
+)
+def test_operators_in_place_count_versions(write):
+    y, leaf = torch.randn(4, 64), torch.randn(4, 64, requires_grad=True)
+    product = (leaf * y).sum()
+    write(torch.randn(4, 64), y)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        product.backward()
+
+
+def test_windows_one_element_apart():
+    """Whose strides torch takes for those of columns."""
+    windows, w = torch.randn(600).unfold(0, 512, 1), torch.randn(512)
+    expected = rmsnorm_reference(windows, w, 1e-6)
+    for norm in (rmsnorm, torch.ops.jitnorm.rmsnorm):
+        assert relative_error(norm(windows, w), expected) < 1e-6
+    scale = torch.ones(1)
+    assert same_bits(rmsnorm_quant_fp8(windows, w, scale)[0], rmsnorm_quant_fp8(windows.contiguous(), w, scale)[0])
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda x: rmsnorm(x, torch.ones(64)),
+        lambda x: rmsnorm(torch.randn(4, 64), torch.ones(64), out=x),
+        lambda x: fused_add_rmsnorm(x, torch.randn(4, 64), torch.ones(64)),
+        lambda x: fused_inplace_qknorm(x.view(4, 1, 64), torch.randn(4, 1, 64), torch.ones(64), torch.ones(64)),
+        lambda x: silu_and_mul(x),
+        lambda x: rmsnorm_quant_fp8(x, torch.ones(64)),
+        lambda x: store_cache(x, torch.randn(4, 64), torch.randn(9, 64), torch.randn(9, 64), torch.arange(4)),
+    ],
+)
+def test_storage_that_was_freed(call):
+    call(torch.randn(4, 64))  # so that there is a kernel to ask
+    x = torch.randn(4, 64)
+    x.untyped_storage().resize_(0)
+    with pytest.raises(ValueError, match="must have storage"):
+        call(x)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda shifted: rmsnorm_quant_fp8(torch.randn(4, 64), torch.ones(64), shifted(torch.ones(1))),
+        lambda shifted: silu_and_mul(torch.randn(4, 64), expert_ids=shifted(torch.zeros(4, dtype=torch.int64))),
+        lambda shifted: store_cache(*torch.randn(2, 4, 64), *torch.randn(2, 9, 64), shifted(torch.arange(4))),
+    ],
+)
+def test_numbers_that_lie_between_two_words(call):
+    def shifted(tensor):
+        buffer = bytearray(tensor.nbytes + 1)
+        buffer[1:] = tensor.numpy().tobytes()
+        return torch.frombuffer(buffer, dtype=tensor.dtype, offset=1)
+
+    call(lambda tensor: tensor)  # so that there is a kernel to ask
+    with pytest.raises(ValueError, match=r"must be aligned to . bytes, got an address of 1 modulo"):
+        call(shifted)
 
 
 def test_the_operators_count_versions():

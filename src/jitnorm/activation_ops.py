@@ -21,7 +21,6 @@ from jitnorm.torch_library import (
     count_version,
     is_traced,
     needs_grad,
-    refuse_tangents,
     register,
     register_autograd,
 )
@@ -111,6 +110,7 @@ def check(op: str, input: Any, out: Any, expert_ids: Any, expert_step: Any, enab
     if expert_ids is None:
         return
     checks.storage("expert_ids", expert_ids)
+    checks.address("expert_ids", expert_ids, expert_ids.element_size())
     rows = input.numel() // input.shape[-1]
     needed = -(-rows // expert_step)
     if expert_ids.shape[0] < needed:
@@ -168,7 +168,6 @@ def dispatch_activation(
     enable_pdl: bool | None,
 ) -> torch.Tensor:
     """A call by way of torch's dispatcher."""
-    refuse_tangents(activation)
     if out is None:
         operator = getattr(torch.ops.jitnorm, activation.op)
         result: torch.Tensor = operator(input, expert_ids, expert_step, enable_pdl)

@@ -96,7 +96,12 @@ def elements(name: str, value: torch.Tensor, count: int, why: str, alignment: in
     if not value.is_contiguous():
         raise ValueError(f"{name} must be contiguous, got shape {list(value.shape)} and strides {list(value.stride())}")
     storage(name, value)
-    if value.is_cuda and value.numel() and value.data_ptr() % alignment:
+    if alignment == 1 or value.is_cuda:
+        address(name, value, max(alignment, value.element_size()))
+
+
+def address(name: str, value: torch.Tensor, alignment: int) -> None:
+    if value.numel() and value.data_ptr() % alignment:
         raise ValueError(
             f"{name} must be aligned to {alignment} bytes, "
             f"got an address of {value.data_ptr() % alignment} modulo {alignment}"
@@ -146,7 +151,7 @@ def no_overlap(name: str, value: torch.Tensor, like_name: str, like: torch.Tenso
     offset = value.data_ptr() - like.data_ptr()
     if not even_exactly and offset == 0 and (stride == like_stride or value.nbytes == row):
         return
-    if offset >= _extent(like) or -offset >= _extent(value):
+    if offset >= extent(like) or -offset >= extent(value):
         return
     if stride and stride == like_stride and like_row <= offset % stride <= stride - row:
         return
@@ -156,17 +161,21 @@ def no_overlap(name: str, value: torch.Tensor, like_name: str, like: torch.Tenso
 
 def no_shared_memory(name: str, value: torch.Tensor, like_name: str, like: torch.Tensor) -> None:
     """For a written tensor and another, whatever lies between their rows."""
-    if not value.numel() or not like.numel():
-        return
-    if like.data_ptr() < value.data_ptr() + _extent(value) and value.data_ptr() < like.data_ptr() + _extent(like):
+    if extents_meet(value, like):
         raise ValueError(f"{name} must share no memory with {like_name}, got a view that overlaps it")
+
+
+def extents_meet(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether any of `b` lies between the first and the last element of `a`, or the other way round."""
+    start, other = a.data_ptr(), b.data_ptr()
+    return a.numel() > 0 and b.numel() > 0 and start < other + extent(b) and other < start + extent(a)
 
 
 def _bytes(value: torch.Tensor, elements: int | None) -> int:
     return (elements or 0) * value.element_size()
 
 
-def _extent(value: torch.Tensor) -> int:
+def extent(value: torch.Tensor) -> int:
     """Bytes from the first element to the end of the last."""
     last = sum((size - 1) * step for size, step in zip(value.shape, value.stride(), strict=True))
     return _bytes(value, last + 1)

@@ -19,7 +19,7 @@ from jitnorm.gemma_rmsnorm import gemma_rmsnorm
 from jitnorm.norms import is_supported_hidden_size
 from jitnorm.operators import DTYPES
 from jitnorm.rmsnorm import rmsnorm
-from jitnorm.torch_library import needs_grad
+from jitnorm.torch_library import is_traced, needs_grad
 
 _HALF = (torch.float16, torch.bfloat16)
 
@@ -96,8 +96,13 @@ def _takes_sum(input: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor
         and residual.shape == input.shape
         and residual.dtype == input.dtype
         and residual.device == input.device
-        and all(is_rows(written) and 0 not in written.stride() for written in (input, residual))
+        and all(is_rows(written) and _is_separate(written) for written in (input, residual))
     )
+
+
+def _is_separate(rows: torch.Tensor) -> bool:
+    """Whether each has memory of its own."""
+    return rows.is_contiguous() or (checks.row_stride(rows) or 0) >= rows.shape[-1]
 
 
 class RMSNorm(torch.nn.RMSNorm):
@@ -252,6 +257,8 @@ def _check_residual(x: torch.Tensor, residual: torch.Tensor) -> None:
             f"residual must be like x, {list(x.shape)} {x.dtype} on {x.device}, "
             f"got {list(residual.shape)} {residual.dtype} on {residual.device}"
         )
+    if not is_traced(x, residual):
+        checks.no_overlap("residual", residual, "x", x, even_exactly=True)
 
 
 def _wide(tensor: torch.Tensor) -> torch.Tensor:

@@ -20,13 +20,13 @@ from jitnorm.norms import (
     check_fused_add_rmsnorm,
     check_kinds,
     check_rmsnorm,
+    new_like,
 )
 from jitnorm.torch_library import (
     build_while_tracing,
     count_version,
     needs_grad,
     refuse_leaves,
-    refuse_tangents,
     register,
     register_autograd,
 )
@@ -41,7 +41,6 @@ def dispatch_rmsnorm(
     enable_pdl: bool | None,
 ) -> torch.Tensor:
     """A call by way of torch's dispatcher."""
-    refuse_tangents(norm)
     if out is None:
         result: torch.Tensor = getattr(torch.ops.jitnorm, norm.op)(input, weight, eps, enable_pdl)
         return result
@@ -60,7 +59,6 @@ def dispatch_fused_add_rmsnorm(
     enable_pdl: bool | None,
 ) -> None:
     """A call by way of torch's dispatcher; with gradients, what it writes is copied from the functional form."""
-    refuse_tangents(norm)
     if needs_grad(input, residual, weight):
         refuse_leaves(norm.op, input=input, residual=residual)
         functional = getattr(torch.ops.jitnorm, f"{norm.op}_functional")
@@ -81,7 +79,7 @@ def _gradients(
     norm: Norm, x: torch.Tensor, weight: torch.Tensor, eps: float, grad: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Of x and the weight, in float32, by the formula."""
-    x, g, w = x.float(), grad.float(), weight.float() + (1.0 if norm.policy.startswith("Gemma") else 0.0)
+    x, g, w = x.float(), grad.float(), weight.float() + norm.weight_offset
     scale = torch.rsqrt((x * x).mean(dim=-1, keepdim=True) + eps)
     normalised, gw = x * scale, g * w
     of_x = scale * (gw - normalised * (gw * normalised).mean(dim=-1, keepdim=True))
@@ -91,7 +89,7 @@ def _gradients(
 
 def _register_rmsnorm(norm: Norm) -> None:
     def run(input: Any, weight: Any, eps: float = 1e-6, enable_pdl: bool | None = None) -> torch.Tensor:
-        out = torch.empty_like(input)
+        out = new_like(input)
         arguments = input, weight, out, eps, enable_pdl
         if not norm.call_last((weight.nbytes, input.dtype), *arguments):
             check_rmsnorm(norm, input, weight, eps, None, enable_pdl)
@@ -107,7 +105,7 @@ def _register_rmsnorm(norm: Norm) -> None:
 
     def fake(input: Any, weight: Any, eps: float = 1e-6, enable_pdl: bool | None = None) -> torch.Tensor:
         _trace(norm, input, weight)
-        return torch.empty_like(input)
+        return new_like(input)
 
     def fake_out(input: Any, weight: Any, out: Any, eps: float = 1e-6, enable_pdl: bool | None = None) -> None:
         _trace(norm, input, weight, out=out)

@@ -43,6 +43,7 @@ class Norm(Operator):
 
     policy: str  # what sets its kernels apart, in csrc/include/jitnorm/rms_policy.h
     family: str = field(default="rmsnorm", kw_only=True)  # the files in csrc/elementwise that have its kernels
+    weight_offset: float = field(default=0.0, kw_only=True)  # what the weight gets before it multiplies
 
     def kernel_class(self, hidden_size: int) -> str:
         """The class in csrc/elementwise that serves `hidden_size`; RuntimeError if none does."""
@@ -79,12 +80,12 @@ class Norm(Operator):
 
 
 RMSNORM = Norm("rmsnorm", "rmsnorm", "Plain")
-GEMMA_RMSNORM = Norm("gemma_rmsnorm", "rmsnorm", "Gemma")
+GEMMA_RMSNORM = Norm("gemma_rmsnorm", "rmsnorm", "Gemma", weight_offset=1.0)
 FUSED_ADD_RMSNORM = Norm("fused_add_rmsnorm", "fused_add_rmsnorm", "FusedAdd")
 FUSED_ADD_RMSNORM_ROUND_SUM = Norm("fused_add_rmsnorm_round_sum", "fused_add_rmsnorm", "FusedAddRounded")
-GEMMA_FUSED_ADD_RMSNORM = Norm("gemma_fused_add_rmsnorm", "fused_add_rmsnorm", "GemmaFusedAdd")
+GEMMA_FUSED_ADD_RMSNORM = Norm("gemma_fused_add_rmsnorm", "fused_add_rmsnorm", "GemmaFusedAdd", weight_offset=1.0)
 GEMMA_FUSED_ADD_RMSNORM_ROUND_SUM = Norm(
-    "gemma_fused_add_rmsnorm_round_sum", "fused_add_rmsnorm", "GemmaFusedAddRounded"
+    "gemma_fused_add_rmsnorm_round_sum", "fused_add_rmsnorm", "GemmaFusedAddRounded", weight_offset=1.0
 )
 NORMS = (
     RMSNORM,
@@ -94,6 +95,12 @@ NORMS = (
     GEMMA_FUSED_ADD_RMSNORM,
     GEMMA_FUSED_ADD_RMSNORM_ROUND_SUM,
 )
+
+
+def new_like(input: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """Rows in the order of the input's. torch takes windows that begin one element apart for columns."""
+    out = torch.empty_like(input, dtype=dtype)
+    return out if out.stride(-1) == 1 else input.new_empty(input.shape, dtype=dtype)
 
 
 def check_rmsnorm(norm: Norm, input: Any, weight: Any, eps: Any, out: Any, enable_pdl: Any) -> None:

@@ -62,6 +62,8 @@ def per_tensor_quant_fp8(
 
 def _first(input: torch.Tensor, output_q: torch.Tensor, output_s: torch.Tensor, is_static: bool) -> None:
     """The way of a call that finds no kernel or is refused by it: says what is wrong, or gets the right kernel."""
+    if not isinstance(is_static, bool):
+        raise TypeError(f"is_static must be True or False, got {type(is_static).__name__}")
     if is_traced(input, output_q, output_s):
         refuse_gradient(STATIC, input)
         operator = (
@@ -76,8 +78,6 @@ def _first(input: torch.Tensor, output_q: torch.Tensor, output_s: torch.Tensor, 
 
 def _check(input: Any, output_q: Any, output_s: Any, is_static: Any) -> None:
     """Raises for what the glue `per_tensor_quant_fp8` in csrc/elementwise/quant_fp8.h refuses."""
-    if not isinstance(is_static, bool):
-        raise TypeError(f"is_static must be True or False, got {type(is_static).__name__}")
     check_kinds(input, output_q, output_s)
     checks.supported_device("input", input)
     for name, value in (("input", input), ("output_q", output_q)):
@@ -95,10 +95,19 @@ def _run(input: torch.Tensor, output_q: torch.Tensor, output_s: torch.Tensor, is
     DYNAMIC.run(input, output_q, output_s, maxima)
 
 
+def _run_last(input: torch.Tensor, output_q: torch.Tensor, output_s: torch.Tensor, is_static: bool) -> bool:
+    """By the kernels that served last; False if one is missing, or refuses these arguments."""
+    if is_static:
+        return STATIC.call_last(input.dtype, input, output_q, output_s, None)
+    arguments = input, output_q, output_s, torch.empty(_MOST_MAXIMA, dtype=torch.float32, device=input.device)
+    return MAXIMA.call_last(input.dtype, *arguments) and DYNAMIC.call_last(input.dtype, *arguments)
+
+
 def _register(is_static: bool) -> None:
     def run(input: Any, output_q: Any, output_s: Any) -> None:
-        _check(input, output_q, output_s, is_static)
-        _run(input, output_q, output_s, is_static)
+        if not _run_last(input, output_q, output_s, is_static):
+            _check(input, output_q, output_s, is_static)
+            _run(input, output_q, output_s, is_static)
         count_version(output_q, *([] if is_static else [output_s]))
 
     def fake(input: Any, output_q: Any, output_s: Any) -> None:

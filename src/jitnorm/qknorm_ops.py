@@ -16,7 +16,6 @@ from jitnorm.torch_library import (
     is_traced,
     needs_grad,
     refuse_leaves,
-    refuse_tangents,
     register,
 )
 
@@ -56,7 +55,7 @@ def check(q: Any, k: Any, q_weight: Any, k_weight: Any, eps: Any, head_dim: Any,
     _check_overlap(q, k)
     for name, value in (("q", q), ("k", k)):
         for weight_name, weight in (("q_weight", q_weight), ("k_weight", k_weight)):
-            if _meet(value, weight):
+            if checks.extents_meet(value, weight):
                 raise ValueError(f"{name} must share no memory with {weight_name}, got a view that overlaps it")
 
 
@@ -90,34 +89,21 @@ def _check_heads(name: str, value: torch.Tensor) -> None:
         raise ValueError(f"{name} must have a last stride of 1, got {layout}")
     if value.numel() == 0:
         return
-    if value.data_ptr() == 0:
-        raise ValueError(f"{name} must have storage, got a tensor without any")
+    checks.storage(name, value)
     checks.written(name, value)
     checks.aligned(name, value, *(value.stride(dim) for dim in (0, 1) if value.shape[dim] > 1))
 
 
 def _check_overlap(q: torch.Tensor, k: torch.Tensor) -> None:
-    if not _meet(q, k):
+    if not checks.extents_meet(q, k):
         return
     # The tokens of one may lie between those of the other, as in a fused projection.
     step = q.stride(0) * q.element_size()
     if q.shape[0] > 1 and q.stride(0) == k.stride(0):
         offset = (k.data_ptr() - q.data_ptr()) % step
-        if _span(q[0]) <= offset <= step - _span(k[0]):
+        if checks.extent(q[0]) <= offset <= step - checks.extent(k[0]):
             return
     raise ValueError("k must share no memory with q, got a view that overlaps it")
-
-
-def _meet(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Whether any of `b` lies between the first and the last element of `a`, or the other way round."""
-    start, other = a.data_ptr(), b.data_ptr()
-    return a.numel() > 0 and b.numel() > 0 and start < other + _span(b) and other < start + _span(a)
-
-
-def _span(value: torch.Tensor) -> int:
-    """Bytes from the first element to the end of the last."""
-    last = sum((size - 1) * stride for size, stride in zip(value.shape, value.stride(), strict=True))
-    return (last + 1) * value.element_size()
 
 
 def first_qknorm(
@@ -148,7 +134,6 @@ def dispatch_qknorm(
     enable_pdl: bool | None,
 ) -> None:
     """A call by way of torch's dispatcher; with gradients, what it writes is copied from the norm that has them."""
-    refuse_tangents(QKNORM)
     if not needs_grad(q, k, q_weight, k_weight):
         torch.ops.jitnorm.fused_inplace_qknorm(q, k, q_weight, k_weight, eps, head_dim, enable_pdl)
         return

@@ -11,7 +11,7 @@ from jitnorm import checks
 from jitnorm.jit.spec import KernelSpec, Target
 from jitnorm.operators import CPP_TYPES, DTYPES, Operator
 from jitnorm.targets import target_of
-from jitnorm.torch_library import needs_grad, refuse_tangents
+from jitnorm.torch_library import needs_grad
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,6 @@ def check_memory(input: torch.Tensor, output_q: torch.Tensor, output_s: torch.Te
         checks.no_shared_memory("output_s", output_s, "input", input)
 
 
-def refuse_gradient(operator: Operator, input: object) -> None:
-    refuse_tangents(operator)
-    if needs_grad(input):
+def refuse_gradient(operator: Operator, *read: object) -> None:
+    if needs_grad(*read):
         raise RuntimeError(f"{operator.op} has no gradient: call it under torch.no_grad()")

@@ -5,27 +5,40 @@ Each has two forms, which are operators of their own there: with a given scale, 
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from jitnorm import checks
-from jitnorm.norms import Norm, check_input_and_weight, check_kinds, check_like_input
+from jitnorm.norms import Norm, check_input_and_weight, check_kinds, check_like_input, new_like
 from jitnorm.torch_library import (
     build_while_tracing,
     count_version,
     is_traced,
     needs_grad,
-    refuse_tangents,
     register,
 )
 
-RMSNORM_QUANT_FP8 = Norm("rmsnorm_quant_fp8", "rmsnorm_quant_fp8", "StaticFp8<Plain>")
-RMSNORM_QUANT_FP8_DYNAMIC = Norm("rmsnorm_quant_fp8_dynamic", "rmsnorm_quant_fp8", "DynamicFp8<Plain>")
-FUSED_ADD_RMSNORM_QUANT_FP8 = Norm("fused_add_rmsnorm_quant_fp8", "fused_add_rmsnorm_quant_fp8", "StaticFp8<FusedAdd>")
-FUSED_ADD_RMSNORM_QUANT_FP8_DYNAMIC = Norm(
-    "fused_add_rmsnorm_quant_fp8_dynamic", "fused_add_rmsnorm_quant_fp8", "DynamicFp8<FusedAdd>"
-)
+
+@dataclass(frozen=True)
+class QuantNorm(Norm):
+    """A norm whose outputs are quantised."""
+
+    adds: bool  # the input to a residual first
+    finds_scales: bool  # one for each row; else one is given
+
+
+def _make(entry: str, policy: str, adds: bool, finds_scales: bool) -> QuantNorm:
+    op = f"{entry}_dynamic" if finds_scales else entry
+    quantised = f"{'DynamicFp8' if finds_scales else 'StaticFp8'}<{policy}>"
+    return QuantNorm(op, entry, quantised, adds, finds_scales)
+
+
+RMSNORM_QUANT_FP8 = _make("rmsnorm_quant_fp8", "Plain", adds=False, finds_scales=False)
+RMSNORM_QUANT_FP8_DYNAMIC = _make("rmsnorm_quant_fp8", "Plain", adds=False, finds_scales=True)
+FUSED_ADD_RMSNORM_QUANT_FP8 = _make("fused_add_rmsnorm_quant_fp8", "FusedAdd", adds=True, finds_scales=False)
+FUSED_ADD_RMSNORM_QUANT_FP8_DYNAMIC = _make("fused_add_rmsnorm_quant_fp8", "FusedAdd", adds=True, finds_scales=True)
 QUANT_NORMS = (
     RMSNORM_QUANT_FP8,
     RMSNORM_QUANT_FP8_DYNAMIC,
@@ -35,7 +48,7 @@ QUANT_NORMS = (
 
 
 def first_quant_norm(
-    norm: Norm,
+    norm: QuantNorm,
     input: torch.Tensor,
     residual: torch.Tensor | None,
     weight: torch.Tensor,
@@ -46,16 +59,15 @@ def first_quant_norm(
     scales: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The way of a call that finds no kernel or is refused by it: says what is wrong, or gets the right kernel."""
-    refuse_tangents(norm)
     if scale is not None and scales is not None:
         raise ValueError("scales must be None where scale is given, which is used for all rows, got both")
     given = scales if scale is None else scale
     traced = is_traced(input, residual, weight, given, out)
     if not traced:
         check(norm, input, residual, weight, out, given, eps, enable_pdl)
-    _refuse_gradients(norm, input, residual, weight)
+    _refuse_gradients(norm, input, residual, weight, scale)
     to, by = new_outputs(input, out, given)
-    arguments = (*((input, residual) if _adds(norm) else (input,)), weight, to, by, eps, enable_pdl)
+    arguments = (*((input, residual) if norm.adds else (input,)), weight, to, by, eps, enable_pdl)
     if traced:
         getattr(torch.ops.jitnorm, norm.op)(*arguments)
     else:
@@ -68,28 +80,30 @@ def new_outputs(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """What is not given, to be written: the quantised rows, and a scale for each."""
     return (
-        torch.empty_like(input, dtype=torch.float8_e4m3fn) if out is None else out,
+        new_like(input, torch.float8_e4m3fn) if out is None else out,
         input.new_empty((*input.shape[:-1], 1), dtype=torch.float32) if scale is None else scale,
     )
 
 
-def check(norm: Norm, input: Any, residual: Any, weight: Any, out: Any, scale: Any, eps: Any, enable_pdl: Any) -> None:
+def check(
+    norm: QuantNorm, input: Any, residual: Any, weight: Any, out: Any, scale: Any, eps: Any, enable_pdl: Any
+) -> None:
     """Raises for what the glue `quantised` in csrc/elementwise/rmsnorm.h refuses."""
     check_input_and_weight(norm, input, weight, eps, enable_pdl)
-    if _adds(norm):
+    if norm.adds:
         check_like_input("residual", residual, input)
         checks.written_rows("residual", residual)
         checks.no_shared_memory("residual", residual, "weight", weight)
         checks.no_overlap("residual", residual, "input", input, even_exactly=True)
-    read = {"input": input, "weight": weight} | ({"residual": residual} if _adds(norm) else {})
+    read = {"input": input, "weight": weight} | ({"residual": residual} if norm.adds else {})
     if scale is not None:
-        name = "scales" if _finds_scales(norm) else "scale"
+        name = "scales" if norm.finds_scales else "scale"
         if name == "scale" and not isinstance(scale, torch.Tensor):
             raise TypeError(f"scale must be a float32 tensor of one element, got {type(scale).__name__}")
         checks.tensor(name, scale)
         _check_scale_kinds(norm, input, scale)
         checks.elements(name, scale, *_scale_count(norm, input))
-        for other in ("input", "weight", "residual") if _finds_scales(norm) else ("residual",):
+        for other in ("input", "weight", "residual") if norm.finds_scales else ("residual",):
             if other in read:
                 checks.no_shared_memory(name, scale, other, read[other])
         read[name] = scale
@@ -102,22 +116,14 @@ def check(norm: Norm, input: Any, residual: Any, weight: Any, out: Any, scale: A
             checks.no_shared_memory("out", out, name, value)
 
 
-def _adds(norm: Norm) -> bool:
-    return norm.entry.startswith("fused_add")
-
-
-def _finds_scales(norm: Norm) -> bool:
-    return norm.policy.startswith("Dynamic")
-
-
-def _scale_count(norm: Norm, input: torch.Tensor) -> tuple[int, str]:
-    if _finds_scales(norm):
+def _scale_count(norm: QuantNorm, input: torch.Tensor) -> tuple[int, str]:
+    if norm.finds_scales:
         return input.numel() // input.shape[-1], "one for each row of input"
     return 1, "one scale for all"
 
 
-def _check_scale_kinds(norm: Norm, input: torch.Tensor, scale: torch.Tensor) -> None:
-    name = "scales" if _finds_scales(norm) else "scale"
+def _check_scale_kinds(norm: QuantNorm, input: torch.Tensor, scale: torch.Tensor) -> None:
+    name = "scales" if norm.finds_scales else "scale"
     checks.dtype(name, scale, (torch.float32,))
     checks.device(name, scale, "input", input)
 
@@ -128,13 +134,13 @@ def _check_out_kinds(input: torch.Tensor, out: torch.Tensor) -> None:
     checks.device("out", out, "input", input)
 
 
-def _refuse_gradients(norm: Norm, *tensors: object) -> None:
+def _refuse_gradients(norm: QuantNorm, *tensors: object) -> None:
     if needs_grad(*tensors):
         raise RuntimeError(f"{norm.op} has no gradient: call it under torch.no_grad()")
 
 
-def _register(norm: Norm) -> None:
-    adds, finds = _adds(norm), _finds_scales(norm)
+def _register(norm: QuantNorm) -> None:
+    adds, finds = norm.adds, norm.finds_scales
 
     def run(*arguments: Any) -> None:
         *tensors, eps, enable_pdl = arguments

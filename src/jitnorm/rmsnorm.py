@@ -77,7 +77,7 @@ def first_rmsnorm(
     norms.check_rmsnorm(norm, input, weight, eps, out, enable_pdl)
     if needs_grad(input, weight):
         return dispatch_rmsnorm(norm, input, weight, eps, out, enable_pdl)
-    to = torch.empty_like(input) if out is None else out
+    to = norms.new_like(input) if out is None else out
     norm.run(input, weight, input, weight, to, eps, enable_pdl)
     return to
 

@@ -13,7 +13,7 @@ from jitnorm.environment import is_on
 from jitnorm.jit.spec import KernelSpec, Target
 from jitnorm.operators import Operator
 from jitnorm.targets import target_of
-from jitnorm.torch_library import build_while_tracing, count_version, is_traced, needs_grad, refuse_tangents, register
+from jitnorm.torch_library import build_while_tracing, count_version, is_traced, needs_grad, register
 
 _NUM_SPLITS = (0, 1, 2, 4)
 _MOST_ROW_BYTES = 1 << 30
@@ -82,6 +82,7 @@ def check(
     alignment = _vector_bytes(k, v)
     rows = {name: _as_rows(name, value, alignment) for name, value in named.items()}
     checks.storage("indices", indices)
+    checks.address("indices", indices, indices.element_size())
     if not indices.numel():
         return
     for cache, others in (("k_cache", ("k", "v")), ("v_cache", ("k", "v", "k_cache"))):
@@ -135,6 +136,7 @@ def _as_rows(name: str, value: torch.Tensor, alignment: int) -> torch.Tensor:
             layout = f"shape {list(value.shape)} and strides {list(value.stride())}"
             raise ValueError(f"{name} must be contiguous within a row, got {layout}")
         step *= size
+    checks.storage(name, value)
     rows = value.as_strided((value.shape[0], step), (value.stride(0), 1))
     checks.rows(name, rows, alignment)
     return rows
@@ -173,7 +175,6 @@ def _run_checked(*arguments: Any) -> None:
 
 def dispatch_store_cache(*arguments: Any) -> None:
     """A call by way of torch's dispatcher."""
-    refuse_tangents(STORE_CACHE)
     if needs_grad(*arguments[:5]):
         raise RuntimeError("store_cache has no gradient: call it under torch.no_grad()")
     *tensors, row_bytes, num_split, skip_index = arguments

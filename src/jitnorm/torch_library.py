@@ -55,12 +55,6 @@ def refuse_leaves(op: str, **written: torch.Tensor) -> None:
             raise RuntimeError(f"{name} is a leaf that requires grad, which {op} cannot overwrite")
 
 
-def refuse_tangents(operator: Operator) -> None:
-    """RuntimeError inside forward-mode differentiation."""
-    if torch.autograd.forward_ad._current_level >= 0:
-        raise RuntimeError(f"{operator.op} has no forward-mode derivative")
-
-
 def count_version(*written: torch.Tensor) -> None:
     """So that autograd notices if one of these was saved for a backward."""
     for tensor in written:
@@ -78,8 +72,14 @@ def register(schema: str, implementation: Any, fake: Any) -> str:
     """Makes torch.ops.jitnorm.<name> of a schema, what runs on either device, and what traces."""
     _library.define(schema)
     name = schema.partition("(")[0]
+
+    def run(*arguments: Any, **keywords: Any) -> Any:
+        if torch.autograd.forward_ad._current_level >= 0:  # tangents would be lost, and not be missed
+            raise RuntimeError(f"{name} has no forward-mode derivative")
+        return implementation(*arguments, **keywords)
+
     for key in ("CPU", "CUDA"):
-        _library.impl(name, implementation, key)
+        _library.impl(name, run, key)
     torch.library.register_fake(f"jitnorm::{name}", fake, lib=_library)
     return f"jitnorm::{name}"
 

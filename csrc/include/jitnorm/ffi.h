@@ -176,7 +176,8 @@ inline const DLTensor* as_indices(const TVMFFIAny& arg, DLDevice device) {
   const bool fits = t && t->ndim == 1 && t->dtype.code == kDLInt && t->dtype.lanes == 1 &&
                     (t->dtype.bits == 32 || t->dtype.bits == 64) && (t->shape[0] <= 1 || t->strides[0] == 1) &&
                     (t->shape[0] == 0 || t->data) && t->device.device_type == device.device_type &&
-                    t->device.device_id == device.device_id;
+                    t->device.device_id == device.device_id &&
+                    (reinterpret_cast<uintptr_t>(t->data) + t->byte_offset) % (t->dtype.bits / 8) == 0;
   return fits ? t : nullptr;
 }
 

@@ -26,10 +26,10 @@ constexpr bool kHasCodeFor = kGrid == GridLength::kShort  ? Kernel::kShortGrid !
 constexpr int kProcessorThreads = 0;  // device code alone asks
 #elif __CUDA_ARCH__ == 750
 constexpr int kProcessorThreads = 1024;
-#elif __CUDA_ARCH__ == 860 || __CUDA_ARCH__ == 870 || __CUDA_ARCH__ == 890 || __CUDA_ARCH__ >= 1200
-constexpr int kProcessorThreads = 1536;
-#else
+#elif __CUDA_ARCH__ == 800 || __CUDA_ARCH__ == 900 || __CUDA_ARCH__ / 100 == 10
 constexpr int kProcessorThreads = 2048;
+#else
+constexpr int kProcessorThreads = 1536;
 #endif
 
 }  // namespace jitnorm

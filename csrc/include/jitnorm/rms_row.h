@@ -49,7 +49,7 @@ constexpr int residual_threads_per_row(int row_bytes) {
 }
 
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
-constexpr int kMostThreads = 1024;  // that a multiprocessor holds
+constexpr int kMostThreads = 1024;  // that any multiprocessor of this age holds
 #else
 constexpr int kMostThreads = 1536;
 #endif

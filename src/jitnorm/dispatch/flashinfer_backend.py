@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from jitnorm import checks
 from jitnorm.torch_library import is_traced
 
 # The operators, and the ranks that both of FlashInfer's implementations take (its CUDA one is the stricter).
@@ -103,6 +104,9 @@ def refusal(op: str, input: torch.Tensor, weight: torch.Tensor, other: torch.Ten
         return "FlashInfer takes a residual or out of the input's dtype, device and shape"
     if not _has_aligned_rows(other, hidden_size):
         return "FlashInfer takes a residual or out with rows of adjacent, aligned elements that do not overlap"
+    in_place = "fused" not in op and other.data_ptr() == input.data_ptr() and other.stride() == input.stride()
+    if checks.extents_meet(other, weight) or (checks.extents_meet(other, input) and not in_place):
+        return "FlashInfer takes a residual or out that shares no memory with the other tensors"
     return ""
 
 
@@ -119,20 +123,31 @@ def _has_aligned_rows(rows: torch.Tensor, hidden_size: int) -> bool:
     )
 
 
-def call(ours: Callable[..., Any], check: Callable[..., None], *arguments: Any, **keywords: Any) -> Any:
+def call(
+    ours: Callable[..., Any],
+    check: Callable[..., None],
+    *tensors: torch.Tensor,
+    eps: float,
+    enable_pdl: bool | None,
+    **out: torch.Tensor | None,
+) -> Any:
     """FlashInfer's function of the same name as `ours`, on a call that `refusal` has nothing against.
 
     One that imports may still not work, for lack of a compiler or with a driver that is too old for its runtime
     (https://github.com/sgl-project/sglang/pull/30777): it fails before it launches anything. Then it counts as absent,
     and `ours` decides again.
     """
+    checks.eps(eps)
+    checks.enable_pdl(enable_pdl)
     try:
-        return getattr(_norm, ours.__name__)(*arguments, **keywords)
+        return getattr(_norm, ours.__name__)(*tensors, eps=eps, enable_pdl=enable_pdl, **out)
     except torch.OutOfMemoryError:
         raise
     except Exception as error:
-        check(*arguments, **keywords)  # an argument that nobody could take is no fault of FlashInfer's
+        check(
+            *tensors, eps=eps, enable_pdl=enable_pdl, **out
+        )  # an argument that nobody could take is no fault of FlashInfer's
         if torch.cuda.is_current_stream_capturing():
             raise  # nor is what a capture forbids, and the capture is lost anyway
         _give_up(error)
-    return ours(*arguments, **keywords)
+    return ours(*tensors, eps=eps, enable_pdl=enable_pdl, **out)

@@ -62,6 +62,7 @@ def check_rmsnorm(input: Any, weight: Any, eps: Any = 1e-6, out: Any = None, ena
         _check_like_input("out", out, input)
         if not is_traced(out, weight):
             checks.written("out", out)
+            checks.no_overlap("out", out, "input", input)
             checks.no_shared_memory("out", out, "weight", weight)
 
 

@@ -193,7 +193,7 @@ def _check(
         raise ValueError("input_scale must be given for an input that is quantised already, got None")
     if bias is not None:
         checks.shape("bias", bias, [weight.shape[1]], "one for each of out_features")
-    if needs_grad(input, bias):
+    if needs_grad(input, bias, weight_scale, input_scale):
         raise RuntimeError("apply_fp8_linear has no gradient: call it under torch.no_grad()")
 
 
