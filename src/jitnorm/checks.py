@@ -1,7 +1,7 @@
 """What is wrong with an argument, in one line: its name, what it was, what is accepted.
 
 The glue in csrc decides in nanoseconds whether a kernel can take its arguments; these functions say why not, and stand
-guard before a kernel is built. Both sides hold the same conditions, and tests/test_checks.py that they agree.
+guard before a kernel is built. Both sides hold the same conditions; tests/test_checks_agree.py sees to that.
 """
 
 from __future__ import annotations

@@ -24,7 +24,8 @@ constexpr int least(int a, int b) { return a < b ? a : b; }
 constexpr int most(int a, int b) { return a > b ? a : b; }
 constexpr int round_up(int n, int to) { return (n + to - 1) / to * to; }
 
-// Short rows share a block that reads 4 KiB: with less, the launch of blocks costs more than their memory traffic.
+// Short rows share a block that reads about 4 KiB: with less, the launch of blocks costs more than their memory
+// traffic.
 constexpr int rows_per_block(int read_bytes) { return at_least_one(4096 / read_bytes); }
 
 // A row of up to 256 elements: two 16-byte vectors to a thread.
