@@ -157,6 +157,17 @@ def test_cudnn_gets_one_sequence_at_a_time(monkeypatch, layout, value_dim, bias_
         assert same_bits(attention.cudnn_attention(*alone, lone_bias, True, scale=0.2)[0], result[0][:1])
 
 
+def test_random_operands_in_any_strides():
+    for like in (
+        torch.randn(3, 1, 70, 64).expand(3, 4, 70, 64),
+        torch.randn(2, 70, 4, 64).transpose(1, 2),
+        torch.randn(1, 1, 1, 1),
+    ):
+        random = attention_proof._random_like(like)
+        assert (random.shape, random.stride()) == (like.shape, like.stride())
+        assert not random.isnan().any() and not same_bits(random, like)
+
+
 def test_nothing_is_asked_while_a_graph_is_captured(monkeypatch):
     monkeypatch.setattr(attention_proof, "_known", {})
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)

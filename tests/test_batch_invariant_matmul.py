@@ -131,6 +131,31 @@ def test_integers_and_float64(mode):
     assert torch.equal(torch.addmm(torch.ones(33, 6).long(), a, b), a @ b + 1)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_linear_is_one_product_whatever_the_strides(mode, device, dtype):
+    """Of some tokens of each sequence: these fold for one sequence, and not for five."""
+    hidden, weight = torch.randn(5, 6, 256, device=device).to(dtype), torch.randn(300, 256, device=device).to(dtype)
+    for bias in (None, torch.randn(300, device=device).to(dtype)):
+        out = F.linear(hidden[:, -2:], weight, bias)
+        exact = hidden[:, -2:].double() @ weight.double().t() + (0 if bias is None else bias.double())
+        assert relative_error(out, exact) <= TOLERANCE[dtype]
+        for i in range(5):
+            assert same_bits(F.linear(hidden[i : i + 1, -2:], weight, bias), out[i : i + 1])
+        assert same_bits(F.linear(hidden[0, -1], weight, bias), out[0, -1])
+    assert F.linear(hidden, weight[0]).shape == (5, 6) and F.linear(hidden[:0], weight).shape == (0, 6, 300)
+
+
+@pytest.mark.parametrize("n", [1, 2, 5, 9, 15])
+def test_few_columns(mode, device, n):
+    """In the layouts that attention makes of one sequence and of several."""
+    b = torch.randn(65, n, device=device)
+    a = torch.randn(1, 65, device=device).repeat(70, 1)
+    for layout in ("contiguous", "transposed", "a slice"):
+        out = a @ LAYOUTS[layout](b)
+        assert relative_error(out, a.double() @ b.double()) < 1e-5
+        assert all(same_bits(row, out[0]) for row in out)
+
+
 def test_gradients(mode, device):
     x = torch.randn(9, 12, device=device, requires_grad=True)
     weight, bias = (

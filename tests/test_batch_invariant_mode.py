@@ -226,6 +226,83 @@ def test_code_compiled_outside_is_not_used_inside():
     assert called == [False, True, False]
 
 
+def test_what_another_thread_compiles(monkeypatch):
+    """Its settings are its own from torch 2.12 on, and what was compiled outside the mode is on disk."""
+    from jitnorm.batch_invariant import overrides
+
+    asked = []
+
+    def softmax(self, dim, half_to_float, original=overrides.BACKEND["_softmax"]):
+        asked.append(dim)
+        return original(self, dim, half_to_float)
+
+    monkeypatch.setitem(overrides.BACKEND, "_softmax", softmax)
+    x = torch.randn(3, 8)
+    compiled = torch.compile(lambda x: torch.softmax(x * 2, -1))
+    compiled(x)
+    assert not asked
+    with set_batch_invariant_mode():
+        thread = threading.Thread(target=lambda: compiled(x))
+        thread.start()
+        thread.join()
+    assert asked
+
+
+def test_a_removal_that_fails(monkeypatch):
+    from jitnorm.batch_invariant import installed
+
+    remove = installed.Installed.remove
+
+    def fails_at_the_end(self):
+        remove(self)
+        raise RuntimeError("at the end")
+
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="at the end"):
+        patch.setattr(installed.Installed, "remove", fails_at_the_end)
+        with set_batch_invariant_mode():
+            pass
+    assert not is_on()
+    with set_batch_invariant_mode():
+        assert is_on()
+
+
+def test_an_error_while_the_mode_changes(monkeypatch):
+    from jitnorm.batch_invariant import installed
+
+    override = installed._override
+
+    def fails_without_bmm(library, bmm):
+        if not bmm:
+            raise RuntimeError("without bmm")
+        override(library, bmm)
+
+    monkeypatch.setattr(installed, "_override", fails_without_bmm)
+    with set_batch_invariant_mode():
+        with pytest.raises(RuntimeError, match="without bmm"):
+            enable_batch_invariant_mode(enable_bmm=False)
+        assert is_on()
+
+
+def test_ones_of_many_threads():
+    def work():
+        for size in range(1, 300):
+            F.rms_norm(torch.randn(2, size % 40 + 1), (size % 40 + 1,))
+
+    errors = []
+    monitored = threading.excepthook
+    threading.excepthook = errors.append
+    try:
+        with set_batch_invariant_mode():
+            threads = [threading.Thread(target=work) for _ in range(6)]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+    finally:
+        threading.excepthook = monitored
+    assert not errors
+
+
 def test_ones_are_bounded_and_go_with_the_mode():
     with set_batch_invariant_mode():
         for size in range(1, 100):

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 
@@ -24,14 +24,17 @@ class Operator:
 
     op: str  # its name
     entry: str  # the glue in csrc/elementwise that its kernels are called through
+    # Each operator has its own, but not as fields, of which dynamo before torch 2.8 wants to understand the keys.
     # The last kernel used for what is cheapest to ask of tensors, such as (weight's bytes, input's dtype). It may be
     # for another device, or for tensors that this does not tell apart: then it refuses, and a detour finds the right
     # one.
-    kernels: dict[Hashable, Callable[..., int]] = field(default_factory=dict, compare=False, kw_only=True)
+    kernels: ClassVar[dict[Hashable, Callable[..., int]]]
     # Every kernel used so far, by all that tells one from another: the arguments of `spec`.
-    exact: dict[tuple[Any, ...], Any] = field(default_factory=dict, compare=False, kw_only=True)
+    exact: ClassVar[dict[tuple[Any, ...], Any]]
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "kernels", {})
+        object.__setattr__(self, "exact", {})
         OPERATORS.append(self)
 
     def spec(self, *args: Any, **kwargs: Any) -> KernelSpec:

@@ -258,7 +258,9 @@ def test_a_damaged_entry_that_cannot_be_moved(cache_dir, tmp_path):
 
 
 def test_ctrl_c_ends_the_compiler(cache_dir, watched_cxx):
-    process = start(ONE_CALL, CXX=str(watched_cxx.path), SLOW="60")
+    # A shell's background jobs ignore it, and so would this one's.
+    listen = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
+    process = start(listen, ONE_CALL, CXX=str(watched_cxx.path), SLOW="60")
     while watched_cxx.compilations == 0:
         time.sleep(0.01)
     started = time.monotonic()

@@ -58,5 +58,6 @@ def _compare(call: Call, alone: Call, operands: Sequence[torch.Tensor]) -> bool:
 def _random_like(tensor: torch.Tensor) -> torch.Tensor:
     """In the same strides. The user's random numbers stay what they were."""
     generator = torch.Generator(tensor.device).manual_seed(0)
-    like = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device)
-    return like.copy_(torch.randn(tensor.shape, dtype=tensor.dtype, device=tensor.device, generator=generator))
+    size = 1 + sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True))
+    numbers = torch.randn(size, dtype=tensor.dtype, device=tensor.device, generator=generator)
+    return numbers.as_strided(tensor.shape, tensor.stride())

@@ -6,7 +6,9 @@ A library chooses its way by the shapes that it sees, so it is shown one shape. 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 
+_COLUMNS = 16  # at least: with fewer, a row's way through the library depends on its place, and on b's strides
 _ROWS = 32  # a block begins at a multiple of 64 bytes then, as an allocation does, whatever the row's length
 
 
@@ -15,6 +17,10 @@ def add_product(
 ) -> torch.Tensor:
     """`beta * addend + alpha * a @ b` of `[m, k]` and `[k, n]`; `addend` expands to `[m, n]`, and None is zero."""
     rows, columns = a.shape[0], b.shape[1]
+    if 0 < columns < _COLUMNS:
+        more = _COLUMNS - columns
+        wide = None if addend is None else F.pad(addend.expand(rows, columns), (0, more))
+        return add_product(wide, a, F.pad(b, (0, more)), beta, alpha)[:, :columns].contiguous()
     out = a.new_empty(rows, columns)
     a = aligned(a)
     if addend is not None:

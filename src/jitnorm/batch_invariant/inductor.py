@@ -21,7 +21,7 @@ _COMPOSITE = ("softmax.int", "log_softmax.int")
 @contextmanager
 def operators_kept_whole(bmm: bool) -> Iterator[None]:
     import torch._inductor.config as config
-    from torch._inductor import decomposition, lowering
+    from torch._inductor import compile_fx, decomposition, lowering
 
     whole = _operators((*WHOLE, *(WHOLE_BMM if bmm else ())))
     tables: tuple[tuple[Any, dict[Any, Any]], ...] = (
@@ -33,13 +33,21 @@ def operators_kept_whole(bmm: bool) -> Iterator[None]:
     settings = {"force_disable_caches": True, "pattern_matcher": False}
     before = [{op: table[op] for op in new if op in table} for table, new in tables]
     settings_before = {name: getattr(config, name) for name in settings}
-    for table, new in tables:
-        _put(table, new)
-    _set(config, settings)
-    _forget_compiled_code()
+    compile_before = compile_fx.compile_fx
+
+    def compile_with_settings(*arguments: Any, **keywords: Any) -> Any:
+        with config.patch(settings):  # from torch 2.12 on, a thread has settings of its own
+            return compile_before(*arguments, **keywords)
+
     try:
+        for table, new in tables:
+            _put(table, new)
+        _set(config, settings)
+        compile_fx.compile_fx = compile_with_settings
+        _forget_compiled_code()
         yield
     finally:
+        compile_fx.compile_fx = compile_before
         for (table, new), old in zip(tables, before, strict=True):
             _put(table, {op: old.get(op) for op in new})
         _set(config, settings_before)

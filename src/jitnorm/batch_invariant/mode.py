@@ -46,6 +46,7 @@ def set_batch_invariant_mode(enabled: bool = True) -> Iterator[None]:
             _apply()
         except BaseException:
             _remove(wish)
+            _apply()
             raise
     try:
         yield
@@ -88,6 +89,7 @@ def _set(enabled: bool, bmm: bool) -> None:
             _apply()
         except BaseException:
             wish.enabled, wish.bmm = before
+            _apply()
             raise
 
 
@@ -100,8 +102,8 @@ def _apply() -> None:
     global _installed
     wish = _wishes[-1]
     if _installed and (not wish.enabled or _installed.bmm != wish.bmm):
-        _installed.remove()
-        _installed = None
+        old, _installed = _installed, None  # whatever comes of its removal
+        old.remove()
     if wish.enabled and not _installed:
         _installed = Installed(wish.bmm)
 

@@ -1,6 +1,6 @@
 """The ATen operators of the mode, by the arguments that ATen gives them.
 
-They are what models were found to reach: `linear` and `matmul` become `mm`, `addmm` and `bmm`; `softmax` becomes
+They are what models were found to reach: `matmul` becomes `mm`, `addmm` and `bmm`; `softmax` becomes
 `_softmax`; the RMSNorm of transformers reaches `mean.dim`, and torch's own `rms_norm`; `out` overloads come from
 callers that write into buffers of their own. tests/test_batch_invariant_model.py keeps the list true.
 """
@@ -100,6 +100,17 @@ def _into(out: torch.Tensor, result: torch.Tensor) -> torch.Tensor:
     return out.copy_(result)
 
 
+def _linear(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """One product, rounded once. torch adds the bias afterwards where the input's strides do not fold, which for one
+    sequence they may."""
+    if weight.dim() != 2:
+        out = input @ weight
+        return out if bias is None else out + bias
+    rows = input.flatten(0, -2) if input.dim() > 1 else input.unsqueeze(0)
+    out = torch.mm(rows, weight.t()) if bias is None else torch.addmm(bias, rows, weight.t())
+    return out.view(*input.shape[:-1], weight.shape[0])
+
+
 BACKEND: dict[str, Callable[..., Any]] = {
     "mm": _mm,
     "mm.out": _mm_out,
@@ -120,5 +131,5 @@ OF_ONE_KEY: dict[str, dict[str, Callable[..., Any]]] = {
     },
     "CPU": {"_scaled_dot_product_flash_attention_for_cpu": composed_attention},
     # Defined by torch in terms of other operators, for every device at once; autograd sees what it calls.
-    "CompositeImplicitAutograd": {"rms_norm": rms_norm},
+    "CompositeImplicitAutograd": {"rms_norm": rms_norm, "linear": _linear},
 }

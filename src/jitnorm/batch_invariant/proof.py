@@ -58,7 +58,8 @@ def holds(road: str, library: str, code: tuple[Path, ...], run: Road, problem: P
         library: whose kernels they are, with the version and what is asked of it.
         code: the files that choose them.
     """
-    gpu = torch.cuda.get_device_name(problem.device)
+    found = torch.cuda.get_device_properties(problem.device)
+    gpu = f"{found.name}, {found.multi_processor_count} multiprocessors"  # fewer where a process is given a part
     subject = functools.partial(Proof, road, str(problem), gpu, driver_version(), library, _hash_of(code))
     if (known := _recall(subject(False, "").name)) is not None:
         return known.holds

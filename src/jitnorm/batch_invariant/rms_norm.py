@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections import OrderedDict
 from collections.abc import Sequence
 
@@ -18,7 +19,8 @@ from jitnorm.torch_library import is_traced, needs_grad
 
 _KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _MAX_ONES = 16
-_ones: OrderedDict[tuple[tuple[int, ...], torch.device, torch.dtype], torch.Tensor] = OrderedDict()
+_ones: OrderedDict[tuple[tuple[int, ...], torch.device, torch.dtype, int | None], torch.Tensor] = OrderedDict()
+_ones_lock = threading.Lock()
 
 
 def rms_norm_batch_invariant(input: torch.Tensor, weight: torch.Tensor, eps: float = 1e-6) -> torch.Tensor:
@@ -103,12 +105,18 @@ def _ones_like_row(input: torch.Tensor) -> torch.Tensor:
     """A weight of ones, kept for the next call; the one that was used longest ago makes room."""
     if is_traced(input):
         return input.new_ones(input.shape[-1:])
-    key = tuple(input.shape[-1:]), input.device, input.dtype
-    if (found := _ones.get(key)) is None:
-        with torch.inference_mode(False):
-            found = _ones[key] = torch.ones(key[0], device=key[1], dtype=key[2])
+    stream = None
+    if input.is_cuda:
+        if torch.cuda.is_current_stream_capturing():  # a graph outlives the mode, and fills its own when it runs
+            return input.new_ones(input.shape[-1:])
+        stream = torch.cuda.current_stream(input.device).cuda_stream  # nobody else waits for their being written
+    key = tuple(input.shape[-1:]), input.device, input.dtype, stream
+    with _ones_lock:
+        found = _ones.pop(key, None)
+        if found is None:
+            with torch.inference_mode(False):
+                found = torch.ones(key[0], device=key[1], dtype=key[2])
+        _ones[key] = found
         if len(_ones) > _MAX_ONES:
             _ones.popitem(last=False)
-    else:
-        _ones.move_to_end(key)
     return found

@@ -136,7 +136,7 @@ def prune(older_than: float | None, max_size: int | None, dry_run: bool, yes: bo
         else:
             chosen = select(rows, (), older_than, time.time()) if older_than is not None else []
             if max_size is not None:
-                chosen += _least_recently_used([row for row in rows if row not in chosen], max_size)
+                chosen += _least_recently_used([row for row in rows if row.in_use or row not in chosen], max_size)
         remove(place, chosen, place.leftovers(), dry_run, yes)
 
 

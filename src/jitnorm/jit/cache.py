@@ -109,7 +109,7 @@ class Entry:
         with suppress(OSError):  # a file system without locks, or a read-only one: the entry is usable all the same
             self.release()  # what this path was when it was held before may be gone
             fd = _held[self.path] = os.open(self.path / MANIFEST, os.O_RDONLY | os.O_CLOEXEC)
-            fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            fcntl.flock(fd, fcntl.LOCK_SH)  # another process that asks whether it is in use is done in a moment
             os.utime(fd)
 
     def release(self) -> None:

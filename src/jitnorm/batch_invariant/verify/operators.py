@@ -34,7 +34,7 @@ class Operator:
     dtypes: tuple[torch.dtype, ...] = (torch.bfloat16, torch.float16, torch.float32)
 
 
-_LAYERS: tuple[Shape, ...] = ((4096, 4096), (4096, 14336), (5120, 25600), (1000, 1001))
+_LAYERS: tuple[Shape, ...] = ((4096, 4096), (4096, 14336), (5120, 25600), (1000, 1001), (8, 4096))
 _HEADS: tuple[Shape, ...] = ((128, 1000), (300, 128))
 
 
@@ -49,11 +49,17 @@ def _product(
         b = b.t().contiguous().t() if transposed else b
         return Case(row, lambda x: call(x, b))
 
-    return Operator(make, "NxK", {"cuda": shapes, "cpu": ((128, 512), (33, 257))})
+    return Operator(make, "NxK", {"cuda": shapes, "cpu": ((128, 512), (33, 257), (5, 64))})
 
 
 def _addmm(x: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return torch.addmm(torch.ones_like(b[0]), x, b)
+
+
+def _linear(x: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """Of the last of each sequence's tokens: strides that fold for one sequence, and not for several."""
+    tokens = torch.stack((x.flip(-1), x), 1)
+    return F.linear(tokens[:, -1:], b.t(), torch.ones_like(b[0])).flatten(1)
 
 
 def _mm_dtype(x: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
@@ -145,8 +151,8 @@ def _attention(shape: Shape, dtype: torch.dtype, device: torch.device) -> Case:
 
     def call(x: torch.Tensor) -> torch.Tensor:
         q, k, v = x.split(sizes, 1)
-        q = q.reshape(-1, 2 * heads, queries, head_dim)
-        k, v = (t.reshape(-1, heads, length, head_dim) for t in (k, v))
+        q = q.reshape(-1, queries, 2 * heads, head_dim).transpose(1, 2)  # as a projection has them
+        k, v = (t.reshape(-1, length, heads, head_dim).transpose(1, 2) for t in (k, v))
         return F.scaled_dot_product_attention(q, k, v, is_causal=queries > 1, enable_gqa=True).flatten(1)
 
     return Case(torch.randn(1, sum(sizes), device=device).to(dtype), call)
@@ -157,6 +163,7 @@ OPERATORS: dict[str, Operator] = {
     "mm": _product(torch.mm, transposed=False),
     "mm_transposed": _product(torch.mm, transposed=True),
     "addmm": _product(_addmm, transposed=True),
+    "linear": _product(_linear, transposed=True),
     "mm.dtype": _product(_mm_dtype, transposed=True),
     "bmm": _product(_bmm, transposed=True, shapes=_HEADS),
     "bmm_batch": _product(_bmm_batch, transposed=False, shapes=_HEADS),
