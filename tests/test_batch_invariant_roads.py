@@ -9,6 +9,7 @@ import json
 import math
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -25,6 +26,9 @@ from jitnorm.jit.toolchain import find_nvcc
 def problem(n=48, k=77, dtype=torch.float32, **other):
     fields = {"out_dtype": dtype, "b_transposed": True, "b_stride": k, "bias": False, "tf32": False, **other}
     return Problem(device=torch.device("cpu"), n=n, k=k, dtype=dtype, **fields)
+
+
+A_GPU = SimpleNamespace(name="a GPU", multi_processor_count=8)
 
 
 def row_by_row(a, b, bias, out):
@@ -86,7 +90,7 @@ def test_operands_that_cancel_show_every_order(k):
 
 
 def test_proofs_are_kept(cache_dir, monkeypatch, few_batches):
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: A_GPU)
     runs = []
 
     def road(a, b, bias, out):
@@ -110,10 +114,13 @@ def test_proofs_are_kept(cache_dir, monkeypatch, few_batches):
         monkeypatch.setattr(proof, name, lambda *_: "another")
         assert holds("road True")
         assert runs
+    monkeypatch.setattr(A_GPU, "multi_processor_count", 4)  # as is a part of this GPU
+    assert holds("road True")
+    assert runs
 
 
 def test_no_memory_is_no_proof(cache_dir, monkeypatch, few_batches, capsys):
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: A_GPU)
 
     def road(a, b, bias, out):
         raise torch.cuda.OutOfMemoryError
@@ -124,7 +131,7 @@ def test_no_memory_is_no_proof(cache_dir, monkeypatch, few_batches, capsys):
 
 
 def test_a_proof_that_was_changed_is_none(cache_dir, monkeypatch, few_batches):
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: A_GPU)
     question = "road", "a library", (), splits_k_for_few_rows, problem(n=8)
     assert not proof.holds(*question)
     (file,) = (cache_dir / "proofs").glob("*.json")

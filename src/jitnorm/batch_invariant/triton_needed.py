@@ -17,7 +17,8 @@ def triton_module(name: str) -> Any:
         return importlib.import_module(f"jitnorm.batch_invariant.{name}")
     except ImportError as error:
         raise RuntimeError(
-            f"batch-invariant mode needs Triton here and cannot import it ({error}): pip install 'jitnorm[triton]'"
+            f"batch-invariant mode needs Triton 3.4 here, which is torch 2.8's, and cannot import it ({error}): "
+            "pip install 'jitnorm[triton]'"
         ) from error
 
 
