@@ -157,6 +157,28 @@ def test_cudnn_gets_one_sequence_at_a_time(monkeypatch, layout, value_dim, bias_
         assert same_bits(attention.cudnn_attention(*alone, lone_bias, True, scale=0.2)[0], result[0][:1])
 
 
+def test_every_kind_of_call_is_a_question_of_its_own(monkeypatch):
+    asked = []
+    monkeypatch.setattr(attention_proof, "_known", {})
+    monkeypatch.setattr(attention_proof, "_compare", lambda call, alone, operands: asked.append(1) is None)
+    q = torch.randn(2, 4, 70, 64)
+    for name in ("causal", "not causal"):
+        for tensor in (q, q.half(), q[:, :, :69], q.transpose(1, 2).contiguous().transpose(1, 2)):
+            for bias in ([], [q[..., :1]]):
+                for _ in range(2):
+                    assert attention_proof.one_call_keeps_the_bits(name, None, None, [tensor], bias)
+    assert len(asked) == 2 * 4 * 2
+
+
+def test_no_memory_is_no_answer(monkeypatch, capsys):
+    def fails(*_):
+        raise torch.cuda.OutOfMemoryError
+
+    monkeypatch.setattr(attention_proof, "_known", {})
+    assert not attention_proof.one_call_keeps_the_bits("name", fails, fails, [torch.randn(2, 1, 3, 4)], [])
+    assert not attention_proof._known and "no memory to find out" in capsys.readouterr().err
+
+
 def test_random_operands_in_any_strides():
     for like in (
         torch.randn(3, 1, 70, 64).expand(3, 4, 70, 64),

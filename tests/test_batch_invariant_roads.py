@@ -117,6 +117,11 @@ def test_proofs_are_kept(cache_dir, monkeypatch, few_batches):
     monkeypatch.setattr(A_GPU, "multi_processor_count", 4)  # as is a part of this GPU
     assert holds("road True")
     assert runs
+    runs.clear()
+    assert proof.holds("road True", "another library", (), road, problem(n=8))
+    assert runs
+    for other in ({"b_stride": 128}, {"bias": True}, {"tf32": True}, {"b_transposed": False}, {"dtype": torch.float64}):
+        assert str(problem(n=8, **other)) != str(problem(n=8))
 
 
 def test_no_memory_is_no_proof(cache_dir, monkeypatch, few_batches, capsys):
