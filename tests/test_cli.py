@@ -278,6 +278,12 @@ def test_prune_by_size(kernels, cache_dir):
     assert names() == ["rmsnorm_512_bf16"]
 
 
+def test_prune_by_size_counts_an_old_kernel_in_use(kernels, held):
+    used_days_ago(kernels, (9, 3, 2))
+    command("cache", "prune", "--older-than", "5d", "--max-size", held.size + kernels[2].size, "--yes")
+    assert names() == ["rmsnorm_512_bf16", "rmsnorm_768_bf16"]
+
+
 def test_prune_by_size_passes_over_what_is_in_use(kernels, held):
     used_days_ago([held], (9,))
     command("cache", "prune", "--max-size", held.size, "--yes")

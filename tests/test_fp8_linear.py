@@ -182,6 +182,8 @@ def test_refusals():
         (ValueError, r"bias must have shape \[96\]", lambda: apply_fp8_linear(x, weight, one, None, torch.ones(95))),
         (ValueError, "compiler must be 'eager'", lambda: apply_fp8_linear(x, weight, one, compiler="xla")),
         (RuntimeError, "has no gradient", lambda: apply_fp8_linear(x.clone().requires_grad_(), weight, one)),
+        (RuntimeError, "has no gradient", lambda: apply_fp8_linear(x, weight, one.clone().requires_grad_())),
+        (RuntimeError, "has no gradient", lambda: apply_fp8_linear(x, weight, one, one.clone().requires_grad_())),
     ):
         with pytest.raises(kind, match=words) as caught:
             call()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from conftest import compiled, relative_error, rmsnorm_reference, same_bits
@@ -15,6 +16,7 @@ from jitnorm import (
     silu_and_mul,
     store_cache,
 )
+from jitnorm.environment import is_on
 
 
 def test_compiles_without_a_graph_break(device):
@@ -152,6 +154,29 @@ def test_numbers_that_lie_between_two_words(call):
     call(lambda tensor: tensor)  # so that there is a kernel to ask
     with pytest.raises(ValueError, match=r"must be aligned to . bytes, got an address of 1 modulo"):
         call(shifted)
+
+
+def test_numbers_of_numpy(cache_dir):
+    """The first call of a size, which builds, takes what the next one takes."""
+    eps, one, size = np.float32(1e-6), np.int64(1), np.int32(64)
+    x, w = torch.randn(4, 64), torch.randn(64)
+    heads = [x.clone().view(4, 1, 64) for _ in range(2)]
+    for _ in range(2):
+        assert same_bits(rmsnorm(x, w, eps), rmsnorm(x, w, float(eps)))
+        silu_and_mul(x, expert_ids=torch.zeros(4, dtype=torch.int64), expert_step=one)
+        fused_inplace_qknorm(*heads, w, w, eps, head_dim=size)
+        store_cache(x, x.clone(), torch.randn(9, 64), torch.randn(9, 64), torch.arange(4), skip_index=one)
+    for bad in (True, np.array(1e-6), "1e-6"):
+        with pytest.raises(TypeError, match="eps must be a float"):
+            rmsnorm(torch.randn(4, 128), torch.randn(128), bad)
+
+
+@pytest.mark.parametrize(("value", "on"), [("1", True), ("yes", True), ("0", False), ("", False), ("False", False)])
+def test_switches(monkeypatch, value, on):
+    monkeypatch.setenv("JITNORM_DISABLE_JIT", value)
+    assert is_on("JITNORM_DISABLE_JIT") is on
+    monkeypatch.delenv("JITNORM_DISABLE_JIT")
+    assert not is_on("JITNORM_DISABLE_JIT")
 
 
 def test_the_operators_count_versions():

@@ -80,9 +80,7 @@ def rmsnorm(
         return _jit_rmsnorm(input, weight, eps, out, enable_pdl)
     if name == "torch":
         return torch_backend.rmsnorm("rmsnorm", 0.0, input, weight, eps, out, enable_pdl)
-    result: torch.Tensor = flashinfer_backend.call(
-        rmsnorm, torch_backend.check_rmsnorm, input, weight, eps=eps, out=out, enable_pdl=enable_pdl
-    )
+    result: torch.Tensor = flashinfer_backend.call(rmsnorm, input, weight, eps=eps, out=out, enable_pdl=enable_pdl)
     return result
 
 
@@ -114,7 +112,7 @@ def gemma_rmsnorm(
     if name == "torch":
         return torch_backend.rmsnorm("gemma_rmsnorm", 1.0, input, weight, eps, out, enable_pdl)
     result: torch.Tensor = flashinfer_backend.call(
-        gemma_rmsnorm, torch_backend.check_rmsnorm, input, weight, eps=eps, out=out, enable_pdl=enable_pdl
+        gemma_rmsnorm, input, weight, eps=eps, out=out, enable_pdl=enable_pdl
     )
     return result
 
@@ -144,15 +142,7 @@ def fused_add_rmsnorm(
         return _jit_fused_add_rmsnorm(input, residual, weight, eps, enable_pdl)
     if name == "torch":
         return torch_backend.fused_add_rmsnorm("fused_add_rmsnorm", 0.0, input, residual, weight, eps, enable_pdl)
-    flashinfer_backend.call(
-        fused_add_rmsnorm,
-        torch_backend.check_fused_add_rmsnorm,
-        input,
-        residual,
-        weight,
-        eps=eps,
-        enable_pdl=enable_pdl,
-    )
+    flashinfer_backend.call(fused_add_rmsnorm, input, residual, weight, eps=eps, enable_pdl=enable_pdl)
     return None
 
 
@@ -180,13 +170,5 @@ def gemma_fused_add_rmsnorm(
         return _jit_gemma_fused_add_rmsnorm(input, residual, weight, eps, enable_pdl)
     if name == "torch":
         return torch_backend.fused_add_rmsnorm("gemma_fused_add_rmsnorm", 1.0, input, residual, weight, eps, enable_pdl)
-    flashinfer_backend.call(
-        gemma_fused_add_rmsnorm,
-        torch_backend.check_fused_add_rmsnorm,
-        input,
-        residual,
-        weight,
-        eps=eps,
-        enable_pdl=enable_pdl,
-    )
+    flashinfer_backend.call(gemma_fused_add_rmsnorm, input, residual, weight, eps=eps, enable_pdl=enable_pdl)
     return None

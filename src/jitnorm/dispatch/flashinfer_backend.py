@@ -125,7 +125,6 @@ def _has_aligned_rows(rows: torch.Tensor, hidden_size: int) -> bool:
 
 def call(
     ours: Callable[..., Any],
-    check: Callable[..., None],
     *tensors: torch.Tensor,
     eps: float,
     enable_pdl: bool | None,
@@ -144,10 +143,7 @@ def call(
     except torch.OutOfMemoryError:
         raise
     except Exception as error:
-        check(
-            *tensors, eps=eps, enable_pdl=enable_pdl, **out
-        )  # an argument that nobody could take is no fault of FlashInfer's
         if torch.cuda.is_current_stream_capturing():
-            raise  # nor is what a capture forbids, and the capture is lost anyway
+            raise  # what a capture forbids is no fault of FlashInfer's, and the capture is lost anyway
         _give_up(error)
     return ours(*tensors, eps=eps, enable_pdl=enable_pdl, **out)
