@@ -195,6 +195,10 @@ def test_there_is_no_gradient(device, adds, given):
         assert same_bits(residual, before)
         with torch.no_grad():
             run(adds, x, residual.clone(), w, scale)
+        if given is not None:
+            with pytest.raises(RuntimeError, match="has no gradient"):
+                run(adds, x.detach(), residual, w, scale.clone().requires_grad_())
+            assert same_bits(residual, before)
     torch._dynamo.reset()
     with pytest.raises(RuntimeError, match="has no gradient"):
         torch.compile(lambda: run(adds, x, residual, w, scale), fullgraph=True, backend="eager")()

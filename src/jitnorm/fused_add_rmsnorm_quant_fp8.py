@@ -59,7 +59,7 @@ def fused_add_rmsnorm_quant_fp8(
             if scale is None or scales is None:
                 to, by = new_outputs(input, out, given)
                 if (
-                    not (weight.requires_grad or input.requires_grad or residual.requires_grad)
+                    not (weight.requires_grad or input.requires_grad or residual.requires_grad or by.requires_grad)
                     or not torch.is_grad_enabled()
                 ) and not norm.kernels[weight.nbytes, input.dtype](input, residual, weight, to, by, eps, enable_pdl):
                     return to, by

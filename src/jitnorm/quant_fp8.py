@@ -63,6 +63,6 @@ def check_memory(input: torch.Tensor, output_q: torch.Tensor, output_s: torch.Te
         checks.no_shared_memory("output_s", output_s, "input", input)
 
 
-def refuse_gradient(operator: Operator, *read: object) -> None:
-    if needs_grad(*read):
+def refuse_gradient(operator: Operator, input: object) -> None:
+    if needs_grad(input):
         raise RuntimeError(f"{operator.op} has no gradient: call it under torch.no_grad()")

@@ -54,9 +54,9 @@ def rmsnorm_quant_fp8(
         try:
             if scale is None or scales is None:
                 to, by = new_outputs(input, out, given)
-                if (not (weight.requires_grad or input.requires_grad) or not torch.is_grad_enabled()) and not (
-                    norm.kernels[weight.nbytes, input.dtype](input, weight, to, by, eps, enable_pdl)
-                ):
+                if (
+                    not (weight.requires_grad or input.requires_grad or by.requires_grad) or not torch.is_grad_enabled()
+                ) and not norm.kernels[weight.nbytes, input.dtype](input, weight, to, by, eps, enable_pdl):
                     return to, by
         except Exception:  # no kernel yet, or arguments that have no such attributes: the way below says what it was
             pass
