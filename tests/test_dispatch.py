@@ -257,9 +257,10 @@ def test_flashinfer_is_not_asked_for_what_nobody_could_take(op, flashinfer):
         with pytest.raises(error, match=words):
             getattr(dispatch, op)(*arguments, **more)
     assert flashinfer == []
-    same = (x, x, w) if "fused" in op else (x, w, x.as_strided(x.shape, x.stride(), 0)[:1].expand_as(x))
-    other = same[1] if "fused" in op else same[2]
-    assert explained(op, input=x, weight=w, other=other)[0] == "jit"
+    rows = on_cuda(torch.randn(len(x) + 1, w.shape[0]).to(x.dtype))  # an out or a residual that the others lie in
+    assert explained(op, input=x, weight=rows[0], other=rows[:-1])[0] == "jit"
+    assert explained(op, input=rows[1:], weight=w, other=rows[:-1])[0] == "jit"
+    assert explained(op, input=x, weight=w, other=x)[0] == ("jit" if "fused" in op else "flashinfer")
 
 
 def test_in_place_is_for_flashinfer(flashinfer):
