@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import datetime
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from jitnorm.jit import cache
+from jitnorm.jit.folder import Unfit
 
 
 @dataclass(frozen=True)
@@ -55,10 +57,8 @@ def places() -> list[cache.Cache]:
 def rows_of(place: cache.Cache) -> Iterator[Row]:
     """The kernels of one cache, those with damaged manifests among them."""
     for entry in place.entries():
-        try:
+        with suppress(FileNotFoundError):  # removed meanwhile, by another process
             yield _row(entry, place.prebuilt)
-        except FileNotFoundError:
-            continue  # removed meanwhile, by another process
 
 
 def all_rows() -> list[Row]:
@@ -84,9 +84,10 @@ def _row(entry: cache.Entry, prebuilt: bool) -> Row:
     except cache.BadEntry:
         manifest = {}
     try:
-        last_used = entry.last_used
-    except FileNotFoundError:
-        last_used = entry.path.stat().st_mtime  # it has no manifest
+        last_used, size = entry.last_used, entry.size
+    except (Unfit, OSError):  # it has no manifest, or others can write to it
+        info = entry.path.lstat()
+        last_used, size = info.st_mtime, info.st_size
 
     def said(field: str) -> str:
         return str(manifest.get(field, ""))
@@ -98,7 +99,7 @@ def _row(entry: cache.Entry, prebuilt: bool) -> Row:
         kernel=said("kernel"),
         device=said("device"),
         arch=said("arch"),
-        size=entry.size,
+        size=size,
         built=said("built"),
         last_used=last_used,
         in_use=not prebuilt and entry.in_use(),

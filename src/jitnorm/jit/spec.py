@@ -12,7 +12,7 @@ from pathlib import Path
 
 import tvm_ffi
 
-_FORMAT = 1  # of a cache entry; raise it when what an entry holds changes its meaning
+_FORMAT = 2  # of a cache entry; raise it when what an entry holds changes its meaning
 
 _PACKAGE = Path(__file__).resolve().parents[1]
 # In a wheel the sources lie inside the package, in a checkout beside src.
@@ -97,7 +97,10 @@ class KernelSpec:
     @property
     def sources_changed(self) -> bool:
         """Whether csrc is no longer what this process took it for, as in the middle of an upgrade."""
-        return any((CSRC / name).read_bytes() != _read(name) for name in self.includes)
+        try:
+            return any((CSRC / name).read_bytes() != _read(name) for name in self.includes)
+        except OSError:
+            return True
 
     @functools.cached_property
     def key(self) -> str:
@@ -158,7 +161,10 @@ def _arch_flags(target: Target) -> dict[str, str]:
 
 @functools.cache
 def _read(name: str) -> bytes:
-    return (CSRC / name).read_bytes()
+    try:
+        return (CSRC / name).read_bytes()
+    except OSError as error:
+        raise RuntimeError(f"jitnorm cannot read its own source {CSRC / name}: {error.strerror}") from error
 
 
 def _included(source: str) -> set[str]:
