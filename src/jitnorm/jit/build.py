@@ -196,7 +196,7 @@ def _run_ninja(spec: KernelSpec, place: cache.Cache, staging: Path, announce: bo
         try:
             ended = _wait(run, spec, place, announce)
         finally:
-            if run.poll() is None:
+            if run.poll() != 0:  # compilers may go on where ninja was killed
                 cancel.close()
                 _end_session(run)
     with Folder.root(staging) as folder:

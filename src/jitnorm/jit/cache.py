@@ -53,7 +53,8 @@ _HOME = re.compile(rf"{_SPEC}\.[0-9a-f]{{16}}")
 _TOOLCHAIN = re.compile(r"[0-9a-f]{12}")
 _OURS = {
     STAGING: re.compile(rf"{_SPEC}\.(?P<host>.+)\.\d+\.[0-9a-z_]{{8}}|removed\.[0-9a-f]{{16}}"),
-    QUARANTINE: re.compile(r"\S+\.[0-9a-f]{8}"),
+    # What lay where one of the folders should be is not among them: it may be somebody's, and stays in quarantine.
+    QUARANTINE: re.compile(rf"(?:failed\.{_SPEC}|{_HOME.pattern}.*|(?:cpu|cuda)-[0-9a-f]{{16}}.*)\.[0-9a-f]{{8}}"),
     _FORMER_QUARANTINE: re.compile(rf"(?:failed\.{_SPEC}|{_HOME.pattern})\.[0-9a-f]{{8}}"),
     LOCKS: re.compile(rf"{_HOME.pattern}\.[0-9a-f]{{12}}"),
     TOOLCHAINS: re.compile(r"(?:cpu|cuda)-[0-9a-f]{16}\.\S*"),
@@ -338,10 +339,11 @@ class Cache:
         names = [name for name in there if name == toolchain or (not toolchain and _TOOLCHAIN.fullmatch(name))]
         return [self.entry(spec, name) for name in names]
 
-    def quarantine(self, path: Path, why: str) -> None:
+    def quarantine(self, path: Path, why: str, even_if_sound: bool = False) -> None:
         """Move `path`, which lies in this cache, out of the way, and say so. The newest few are kept.
 
-        Nothing is raised where it cannot be moved.
+        Nothing is raised where it cannot be moved. An entry that turns out to be what was built stays: another process
+        has built it meanwhile. `even_if_sound` is for one that cannot be loaded all the same.
         """
         names = path.relative_to(self.root).parts
         if self.prebuilt:
@@ -353,7 +355,7 @@ class Cache:
                 if names == (QUARANTINE,):
                     return  # opening it has moved away what was there
                 folder.move(names[-1], quarantine, kept)
-                if len(names) == 3 and _is_sound(quarantine, kept, names[1]):
+                if len(names) == 3 and not even_if_sound and _is_sound(quarantine, kept, names[1]):
                     quarantine.move(kept, folder, names[-1])  # somebody rebuilt it between the look and the move
                     return
                 say(f"{path} is not used: {why}. It is now in {quarantine.path / kept}")
@@ -634,7 +636,10 @@ def default_root() -> Path:
     It is not absolute where there is no home folder, or no working directory to start from.
     """
     own = os.environ.get("JITNORM_CACHE_DIR")
-    root = os.path.expanduser(own or platformdirs.user_cache_dir("jitnorm", appauthor=False))
+    try:
+        root = os.path.expanduser(own or platformdirs.user_cache_dir("jitnorm", appauthor=False))
+    except RuntimeError:  # neither HOME nor an entry in passwd
+        root = "~/.cache/jitnorm"
     return Path(root) if root.startswith("~") else _absolute(root)
 
 

@@ -52,7 +52,8 @@ def _load(spec: KernelSpec) -> tvm_ffi.Module:
             entry.release()
             again = entry.path in refused
             refused[entry.path] = str(error)
-            cache.Cache(entry.root, entry.prebuilt).quarantine(entry.path, f"it cannot be loaded: {error}")
+            place = cache.Cache(entry.root, entry.prebuilt)
+            place.quarantine(entry.path, f"it cannot be loaded: {error}", even_if_sound=True)
             if again:
                 break
     why = " and ".join(f"{path}: {why}" for path, why in refused.items()) or "its entry vanishes from the cache"

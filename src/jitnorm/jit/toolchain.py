@@ -253,7 +253,7 @@ def _recall(device: str, memory: Cache | None) -> Toolchain | None:
     try:
         toolchain = Toolchain(Compiler.of_json(said["cxx"]), Compiler.of_json(said["nvcc"]) if said["nvcc"] else None)
     except (KeyError, TypeError):
-        return None
+        return None  # nothing is remembered, or something else lies there
     return toolchain if all(c.unchanged() for c in (toolchain.cxx, toolchain.nvcc) if c) else None
 
 
