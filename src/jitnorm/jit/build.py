@@ -182,9 +182,9 @@ def _run_ninja(spec: KernelSpec, place: cache.Cache, staging: Path, announce: bo
     log = staging / "build.log"
     with ExitStack() as stack:
         output = stack.enter_context(log.open("wb"))
-        theirs, ours = os.pipe()
-        cancel = stack.enter_context(_closing(ours))
-        with _closing(theirs):
+        theirs, ours = (os.fdopen(fd, mode, 0) for fd, mode in zip(os.pipe(), ("rb", "wb"), strict=True))
+        stack.enter_context(ours)
+        with theirs:
             run = subprocess.Popen(
                 ["/bin/sh", "-c", _SUPERVISOR, ninja, str(staging)],
                 stdin=theirs,
@@ -197,7 +197,7 @@ def _run_ninja(spec: KernelSpec, place: cache.Cache, staging: Path, announce: bo
             ended = _wait(run, spec, place, announce)
         finally:
             if run.poll() != 0:  # compilers may go on where ninja was killed
-                cancel.close()
+                ours.close()
                 _end_session(run)
     with Folder.root(staging) as folder:
         try:
@@ -211,25 +211,6 @@ def _run_ninja(spec: KernelSpec, place: cache.Cache, staging: Path, announce: bo
         if run.returncode < 0 or run.returncode >= 128 or _ENDED_BY_SIGNAL.search(words):
             raise BuildInterrupted(f"the build of {spec} was interrupted: {first_error(words)}")
         raise _failed(spec, place, staging, first_error(words))
-
-
-@contextmanager
-def _closing(fd: int) -> Iterator[_Descriptor]:
-    descriptor = _Descriptor(fd)
-    try:
-        yield descriptor
-    finally:
-        descriptor.close()
-
-
-class _Descriptor:
-    def __init__(self, fd: int) -> None:
-        self._fd = fd
-
-    def close(self) -> None:
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
 
 
 def _wait(run: subprocess.Popen[bytes], spec: KernelSpec, place: cache.Cache, announce: bool) -> bool:

@@ -33,7 +33,7 @@ from typing import Any
 
 import platformdirs
 
-from jitnorm.jit.folder import Folder, Unfit, lock, untrusted
+from jitnorm.jit.folder import Folder, Unfit, close, lock, untrusted
 from jitnorm.jit.report import say
 from jitnorm.jit.spec import KernelSpec
 
@@ -164,7 +164,7 @@ class Entry:
     def release(self) -> None:
         """Take the mark away again, for a caller that does not load the entry."""
         if (fd := _held.pop(self.path, None)) is not None:
-            os.close(fd)
+            close(fd)
 
     def in_use(self) -> bool:
         """Return whether a process has loaded the entry, or that cannot be known."""
@@ -183,7 +183,7 @@ class Entry:
                     if error.errno != errno.EROFS:
                         raise
                     fd = folder.open_file(MANIFEST, os.O_RDONLY)
-                stack.callback(os.close, fd)
+                stack.callback(close, fd)
                 free = lock(fd) is not False
             except (Unfit, FileNotFoundError):
                 free = True  # damaged: nobody can have loaded it
@@ -714,7 +714,7 @@ def unusable(root: Path) -> str | None:
         if os.statvfs(place).f_flag & os.ST_NOEXEC:
             return "no code can be loaded from its file system, which is mounted noexec"
         for name in (KERNELS, STAGING):  # somebody else may have made them, as with sudo
-            if os.path.isdir(root / name) and not os.access(root / name, os.W_OK | os.X_OK):
+            if os.access(root / name, os.R_OK) and not os.access(root / name, os.W_OK | os.X_OK):
                 return f"{root / name} is read-only"
         why = untrusted(os.stat(root)) if place == root else None
     except OSError as error:

@@ -95,9 +95,9 @@ class Folder:
 
     def close(self) -> None:
         """Close the descriptor."""
-        if self.fd >= 0:
-            os.close(self.fd)
-            self.fd = -1
+        fd, self.fd = self.fd, -1
+        if fd >= 0:
+            close(fd)
 
     def __enter__(self) -> Folder:
         return self
@@ -138,7 +138,7 @@ class Folder:
                 raise Unfit(self.path / name, f"has more than {limit} bytes")
             return content
         finally:
-            os.close(fd)
+            close(fd)
 
     def open_file(self, name: str, flags: int) -> int:
         """Return a descriptor of the regular file `name`. Raises Unfit where it is something else."""
@@ -152,7 +152,7 @@ class Folder:
             if not stat.S_ISREG(os.fstat(fd).st_mode):
                 raise Unfit(self.path / name, "is not a regular file")
         except BaseException:
-            os.close(fd)
+            close(fd)
             raise
         return fd
 
@@ -173,11 +173,17 @@ class Folder:
                 os.unlink(draft, dir_fd=self.fd)
             raise
         finally:
-            os.close(fd)
+            close(fd)
 
     def move(self, name: str, to: Folder, new_name: str) -> None:
         """Rename what lies at `name`, whatever it is, into another folder of the same file system."""
-        os.rename(name, new_name, src_dir_fd=self.fd, dst_dir_fd=to.fd)
+        try:
+            os.rename(name, new_name, src_dir_fd=self.fd, dst_dir_fd=to.fd)
+        except PermissionError:
+            if not self.is_folder(name):
+                raise
+            os.chmod(name, 0o700, dir_fd=self.fd)  # the ".." of a folder that its owner cannot write cannot be changed
+            os.rename(name, new_name, src_dir_fd=self.fd, dst_dir_fd=to.fd)
 
     def remove(self, name: str) -> None:
         """Remove what lies at `name`, a folder with all that is in it; of a link, the link itself.
@@ -231,7 +237,7 @@ class Folder:
             yield abandoned
         finally:
             if fd >= 0:
-                os.close(fd)
+                close(fd)
 
     @contextmanager
     def temporary_folder(self, prefix: str) -> Iterator[Folder]:
@@ -269,7 +275,7 @@ class Folder:
                     with suppress(OSError):
                         os.unlink(name, dir_fd=self.fd)
         finally:
-            os.close(fd)
+            close(fd)
 
     def _is_at(self, name: str, fd: int) -> bool:
         with suppress(FileNotFoundError):
@@ -279,6 +285,12 @@ class Folder:
     def sync(self) -> None:
         """Write this folder's names to the disk."""
         os.fsync(self.fd)
+
+
+def close(fd: int) -> None:
+    """Close a descriptor of something that was only read, or that fsync has seen to the disk: an error says nothing."""
+    with suppress(OSError):
+        os.close(fd)
 
 
 def lock(fd: int, shared: bool = False) -> bool | None:

@@ -23,6 +23,8 @@ from types import TracebackType
 
 import tvm_ffi
 
+from jitnorm.jit.folder import close
+
 EM_CUDA = 190
 _EM_HOST = {"x86_64": 62, "aarch64": 183}
 _ET_DYN, _PT_LOAD, _PT_DYNAMIC = 3, 1, 2
@@ -285,12 +287,12 @@ class _Loadable:
         try:
             _write(fd, self._content)
         finally:
-            os.close(fd)
+            close(fd)
         return self._file
 
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, _: TracebackType | None) -> None:
         if self._fd >= 0:
-            os.close(self._fd)
+            close(self._fd)
             self._fd = -1
         if self._file:
             with suppress(OSError):
