@@ -7,6 +7,12 @@ from typing import Any
 import click
 
 
+class BadValue(click.ClickException):
+    """What was typed cannot be: one line, and the exit status of a usage error."""
+
+    exit_code = 2
+
+
 class Command(click.Command):
     """A command whose expected errors, those that jitnorm raises on purpose, are for people to read."""
 
