@@ -156,9 +156,87 @@ def test_bad_filters(bad):
     assert "Invalid value for '--filter'" in said.stderr
 
 
-@pytest.mark.parametrize(("option", "bad"), [("--older-than", "30"), ("--older-than", "soon"), ("--max-size", "-1")])
-def test_bad_ages_and_sizes(option, bad):
-    assert f"Invalid value for '{option}'" in command("cache", "prune", option, bad, exit_code=2).stderr
+@pytest.mark.parametrize(
+    ("option", "bad"),
+    [
+        ("--older-than", "30"),
+        ("--older-than", "soon"),
+        ("--older-than", "99999999d"),
+        ("--older-than", "9" * 400 + "w"),
+        ("--older-than", "9" * 5000 + "s"),
+        ("--max-size", "-1"),
+        ("--max-size", "9" * 20 + "TB"),
+        ("--max-size", "9" * 400 + "TB"),
+        ("--max-size", "9" * 5000),
+    ],
+)
+def test_bad_ages_and_sizes(cache_dir, option, bad):
+    said = command("cache", "prune", option, bad, exit_code=2).stderr
+    assert f"Invalid value for '{option}'" in said and len(said) < 400
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"built": "9999-12-31T23:59:59-23:59"},
+        {"built": "0001-01-01T00:00:00"},
+        {"built": 10**400, "op": ["rmsnorm"], "kernel": {"a": 1}, "device": None, "includes": 5},
+        {"built": "now\n\x1b[2J", "kernel": "\ud800\x1b]0;title\x07"},
+    ],
+)
+def test_manifests_with_other_values(kernels, values):
+    entry = kernels[1]
+    (entry.path / MANIFEST).write_text(json.dumps({**entry.manifest, **values}))
+    os.utime(entry.path / MANIFEST, (2**34, 2**34))  # of a clock that was wrong
+    table = command("cache", "ls").stdout
+    assert "rmsnorm_64_bf16" in table and "\x1b" not in table and "\x07" not in table
+    assert len(table.splitlines()) == 2 + 3 + 2
+    assert [row["name"] for row in listed()] == ["rmsnorm_512_bf16", "rmsnorm_64_bf16", "rmsnorm_768_bf16"]
+    for words in (
+        ["verify"],
+        ["show", entry.label],
+        ["prune", "--dry-run"],
+        ["clear", "--older-than", "1d", "--dry-run"],
+    ):
+        command("cache", *words)
+    command("doctor")
+
+
+def test_a_time_beyond_the_calendar(kernels, monkeypatch):
+    monkeypatch.setattr(Entry, "last_used", property(lambda entry: 2.0**60))
+    assert [row["last_used"] for row in listed()] == [None] * 3
+    assert "just now" in command("cache", "ls").stdout
+
+
+@pytest.mark.parametrize(
+    ("condition", "says"),
+    [
+        ("arch=9.0", "arch must be such as sm_90a, sm_120 or cpu_x86_64, or a pattern such as sm_*, got '9.0'"),
+        ("arch=90a", "arch must be such as sm_90a"),
+        ("arch!=hopper", "arch must be such as sm_90a"),
+        ("arch=9*", "arch must be such as sm_90a"),
+        ("device=gpu", "device must be cuda or cpu, got 'gpu'"),
+        ("device!=CPU", "device must be cuda or cpu, got 'CPU'"),
+        ("device=g*", "device must be cuda or cpu"),
+        ("op=rms_norm", "'rms_norm' is no operator with kernels: is rmsnorm meant?"),
+        ("op=softmax", "one of rmsnorm, gemma_rmsnorm"),
+        ("name=rmsnorm-64", "name must be a kernel's name such as rmsnorm_4096_bf16"),
+        (f"size>{'9' * 29}TB", "more than a file system can hold"),
+        (f"size>{'9' * 400}", "is not a size"),
+    ],
+)
+def test_filters_that_no_kernel_can_meet(kernels, condition, says):
+    for words in (["ls"], ["clear", "--yes"]):
+        said = command("cache", *words, "--filter", condition, exit_code=2).stderr
+        assert says in " ".join(said.split()) and len(said) < 800
+    assert len(names()) == 3
+
+
+@pytest.mark.parametrize(
+    "condition", ["arch=*_90a", "arch=[sc]*", "device=c*", "op=*norm", "op=older_*", "name=?msnorm_*"]
+)
+def test_patterns_are_not_refused(kernels, condition):
+    command("cache", "ls", "--filter", condition)
 
 
 def test_units():
