@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from jitnorm.cli.output import printable
 from jitnorm.jit import cache
 from jitnorm.jit.folder import Unfit
 
@@ -37,13 +38,20 @@ class Row:
     def as_json(self) -> dict[str, Any]:
         """For programs: sizes in bytes, times in ISO 8601."""
         row = {k: v for k, v in vars(self).items() if k != "entry"}
-        used = datetime.datetime.fromtimestamp(self.last_used, datetime.timezone.utc)
         return {
             **row,
-            "last_used": used.isoformat(timespec="seconds"),
+            "last_used": _utc(self.last_used),
             "id": self.entry.label,
             "path": str(self.entry.path),
         }
+
+
+def _utc(seconds: float) -> str | None:
+    """ISO 8601; None for a time beyond the calendar, which a file system can hold."""
+    try:
+        return datetime.datetime.fromtimestamp(seconds, datetime.timezone.utc).isoformat(timespec="seconds")
+    except (ValueError, OverflowError, OSError):
+        return None
 
 
 def places() -> list[cache.Cache]:
@@ -90,7 +98,8 @@ def _row(entry: cache.Entry, prebuilt: bool) -> Row:
         last_used, size = info.st_mtime, info.st_size
 
     def said(field: str) -> str:
-        return str(manifest.get(field, ""))
+        value = manifest.get(field)
+        return printable(value) if isinstance(value, str) else ""
 
     return Row(
         entry=entry,

@@ -18,7 +18,8 @@ _PACKAGE = Path(__file__).resolve().parents[1]
 # In a wheel the sources lie inside the package, in a checkout beside src.
 CSRC = next((d for d in (_PACKAGE / "csrc", _PACKAGE.parents[1] / "csrc") if d.is_dir()), _PACKAGE / "csrc")
 
-_ARCH = re.compile(r"(?:sm_?)?(\d{1,2})\.?(\d)([af]?)")
+_ARCH = re.compile(r"(?:sm_?)?(?:([0-9]{1,2})\.([0-9])|([2-9]|1[0-9])([0-9]))([af]?)")
+_MAJOR = re.compile(r"(?:sm_?)?([0-9]|1[0-9])([af]?)")  # such as 9 and 12, which are no 0.9 and 1.2
 
 
 @dataclass(frozen=True)
@@ -30,11 +31,13 @@ class Target:
 
     @classmethod
     def cuda(cls, arch: str) -> Target:
-        """From "9.0a", "90a" or "sm_90a"."""
+        """From "9.0a", "90a" or "sm_90a". ValueError for anything else, such as a major version alone."""
         match = _ARCH.fullmatch(str(arch))
         if not match:
-            raise ValueError(f"arch must be a CUDA architecture such as '9.0a' or 'sm_90a', got {arch!r}")
-        return cls("cuda", f"{match[1]}.{match[2]}{match[3]}")
+            major = _MAJOR.fullmatch(str(arch))
+            meant = f": is '{major[1]}.0{major[2]}' meant?" if major else ""
+            raise ValueError(f"arch must be a CUDA architecture such as '9.0a', '90a' or 'sm_90a', got {arch!r}{meant}")
+        return cls("cuda", f"{match[1] or match[3]}.{match[2] or match[4]}{match[5]}")
 
     @property
     def sm(self) -> str:
