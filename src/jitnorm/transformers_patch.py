@@ -7,24 +7,21 @@ optimiser state and `isinstance` all stay as they were, and undoing is giving th
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
-from jitnorm.gemma_rmsnorm import gemma_rmsnorm
-from jitnorm.nn import normalise, serves
+from jitnorm.nn import KERNELS, Kernels, normalise, refuse_script
 from jitnorm.norms import is_supported_hidden_size
-from jitnorm.rmsnorm import rmsnorm
 
 
 @dataclass(frozen=True)
 class _Kind:
     """What a family of classes computes, and the attribute that holds its eps."""
 
-    norm: Callable[..., torch.Tensor]
+    kernels: Kernels
     eps: str
 
 
@@ -43,8 +40,8 @@ LLAMA_CLASSES = (
 )
 _GEMMA_CLASSES = ("GemmaRMSNorm", "Gemma2RMSNorm", "Gemma3RMSNorm", "Qwen3NextRMSNorm")  # whose factor is 1 + weight
 _KINDS = {
-    **dict.fromkeys(LLAMA_CLASSES, _Kind(rmsnorm, "variance_epsilon")),
-    **dict.fromkeys(_GEMMA_CLASSES, _Kind(gemma_rmsnorm, "eps")),
+    **dict.fromkeys(LLAMA_CLASSES, _Kind(KERNELS["rmsnorm"], "variance_epsilon")),
+    **dict.fromkeys(_GEMMA_CLASSES, _Kind(KERNELS["gemma_rmsnorm"], "eps")),
 }
 
 
@@ -56,10 +53,14 @@ class _Patched(torch.nn.Module):
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         kind, weight = self._jitnorm_kind, self.weight
+        forms = kind.kernels.find(hidden_states, weight)
         # A weight of another dtype is left alone: Llama's class promotes the result to it.
-        if weight.dtype == hidden_states.dtype and serves(hidden_states, weight):
-            return normalise(kind.norm, hidden_states, weight, getattr(self, kind.eps))
+        if forms is not None and weight.dtype == hidden_states.dtype:
+            return normalise(forms.norm, hidden_states, weight, getattr(self, kind.eps))
         return super().forward(hidden_states)  # type: ignore[no-any-return]
+
+    def __prepare_scriptable__(self) -> NoReturn:
+        refuse_script(self)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # Pickle finds classes by name, and this one is made at run time.
