@@ -2,7 +2,7 @@
 
 What the kernels do not serve (a size, a dtype, several normalised dimensions) is PyTorch's to compute, with the same
 meaning: a module never refuses an input that `torch.nn.RMSNorm` accepts. Nor does it matter what traces or transforms
-the call, see `is_eager` and `is_recorded`.
+the call.
 """
 
 from __future__ import annotations
@@ -34,68 +34,16 @@ _HALF = (torch.float16, torch.bfloat16)
 _EPS_OF_FLOAT32 = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 7)
 
 _ORDINARY = torch.Tensor.__torch_dispatch__
-_PRE_DISPATCH = torch._C.DispatchKey.PreDispatch
 _is_dynamo_compiling = torch.compiler.is_dynamo_compiling
-_count_dispatch_modes = torch._C._len_torch_dispatch_stack
 _jit_tracing_state = torch._C._get_tracing_state
 _functorch_level = torch._C._functorch.peek_interpreter_stack
-_is_key_included = torch._C._dispatch_tls_is_dispatch_key_included
 
 
-def is_eager(input: Any, weight: Any) -> bool:
-    """Return whether nothing traces or transforms a call on these, so that a kernel may read and write their memory."""
-    return (
-        not _is_dynamo_compiling()  # first: dynamo must not trace into the rest
-        and getattr(type(input), "__torch_dispatch__", None) is _ORDINARY
-        and getattr(type(weight), "__torch_dispatch__", None) is _ORDINARY
-        and _count_dispatch_modes() == 0
-        and _jit_tracing_state() is None
-        and _functorch_level() is None
-        and forward_ad._current_level < 0
-        and not _is_key_included(_PRE_DISPATCH)  # the modes of make_fx(pre_dispatch=True) are on another stack
-        and not input.is_nested
-    )
-
-
-def is_recorded(input: Any, weight: Any) -> bool:
-    """Return whether what traces a call on these takes `torch.ops.jitnorm.*` for an operator like PyTorch's own.
-
-    torch.compile, torch.export, make_fx, FakeTensors and dispatch modes do. PyTorch has to compute the rest: torch.func
-    and forward-mode derivatives know its operators alone, other tensor subclasses may, and what torch.jit.trace and the
-    ONNX exporter record should run without this package.
-    """
-    if _needs_torch():
-        return False
-    return _is_dynamo_compiling() or all(
-        isinstance(t, torch.Tensor)
-        and not t.is_nested
-        and (type(t).__torch_dispatch__ is _ORDINARY or isinstance(t, (FakeTensor, FunctionalTensor)))
-        for t in (input, weight)
-    )
-
-
-def _needs_torch() -> bool:
-    onnx = sys.modules.get("torch.onnx")  # no import: it would take 0.1 s
-    return (
-        _functorch_level() is not None
-        or _jit_tracing_state() is not None
-        or forward_ad._current_level >= 0
-        or (onnx is not None and onnx.is_in_onnx_export())
-    )
-
-
-mark_constant(_needs_torch)
-
-
-def serves(input: torch.Tensor, weight: torch.Tensor) -> bool:
+def serves(input: Any, weight: Any) -> bool:
     """Return whether a kernel normalises `input`, whatever its strides, with `weight`."""
-    return _takes(input, weight) and (is_eager(input, weight) or is_recorded(input, weight))
-
-
-def _takes(input: torch.Tensor, weight: torch.Tensor) -> bool:
-    """Return whether a kernel takes these, if it may be called at all."""
     return (
-        weight.dim() == 1
+        may_call_kernels(input, weight)
+        and weight.dim() == 1
         and input.dim() > 0
         and input.shape[-1] == weight.shape[0]
         and is_supported_hidden_size(weight.shape[0])
@@ -107,43 +55,57 @@ def _takes(input: torch.Tensor, weight: torch.Tensor) -> bool:
     )
 
 
-@dataclass(frozen=True)
-class _Forms:
-    """An operator without a residual and with one."""
+def may_call_kernels(input: Any, weight: Any) -> bool:
+    """Return whether this package's operators mean the same as PyTorch's own to whatever interprets this call.
 
-    norm: Callable[..., torch.Tensor]
-    fused_add: Callable[..., None]
+    They do in eager mode, and to torch.compile, torch.export, make_fx, FakeTensors and dispatch modes, which see them
+    as operators of torch.ops. PyTorch's own are needed by torch.func and forward-mode derivatives, which have rules for
+    these alone, by other tensor subclasses, which may have, by torch.fx's proxies, which have no dtype, and by
+    torch.jit.trace and the ONNX exporter, whose results run without this package.
+    """
+    if _is_dynamo_compiling():  # first: dynamo must not trace into the rest
+        return not _needs_torch()
+    return (
+        (getattr(type(input), "__torch_dispatch__", None) is _ORDINARY or _is_fake(input))
+        and (getattr(type(weight), "__torch_dispatch__", None) is _ORDINARY or _is_fake(weight))
+        and _jit_tracing_state() is None
+        and _functorch_level() is None
+        and forward_ad._current_level < 0
+        and not input.is_nested
+    )
+
+
+def _is_fake(tensor: Any) -> bool:
+    """Return whether this stands for an ordinary tensor while a graph is traced that may hold kernels."""
+    return isinstance(tensor, (FakeTensor, FunctionalTensor)) and not _needs_torch()
+
+
+def _needs_torch() -> bool:
+    onnx = sys.modules.get("torch.onnx")  # not imported here, as that takes 0.1 s
+    return (
+        _functorch_level() is not None
+        or forward_ad._current_level >= 0
+        or (onnx is not None and onnx.is_in_onnx_export())
+    )
+
+
+mark_constant(_needs_torch)
 
 
 @dataclass(frozen=True)
 class Kernels:
-    """What a kind of module calls."""
+    """The operators that a kind of module calls."""
 
-    eager: _Forms
-    recorded: _Forms  # the same in torch.ops
-    functional: Callable[..., tuple[torch.Tensor, torch.Tensor]]  # with a residual, and nothing overwritten
+    norm: Callable[..., torch.Tensor]
+    fused_add: Callable[..., None]
+    functional: Callable[..., tuple[torch.Tensor, torch.Tensor]]  # fused_add, with nothing overwritten
     weight_offset: float
 
-    def find(self, input: Any, weight: Any) -> _Forms | None:
-        """Return what normalises `input`, whatever its strides, with `weight`; None where PyTorch has to."""
-        if is_eager(input, weight):
-            return self.eager if _takes(input, weight) else None
-        return self.recorded if is_recorded(input, weight) and _takes(input, weight) else None
 
-
-_ops = torch.ops.jitnorm
 KERNELS = {
-    "rmsnorm": Kernels(
-        _Forms(rmsnorm, fused_add_rmsnorm),
-        _Forms(_ops.rmsnorm, _ops.fused_add_rmsnorm),
-        _ops.fused_add_rmsnorm_functional,
-        weight_offset=0.0,
-    ),
+    "rmsnorm": Kernels(rmsnorm, fused_add_rmsnorm, torch.ops.jitnorm.fused_add_rmsnorm_functional, 0.0),
     "gemma_rmsnorm": Kernels(
-        _Forms(gemma_rmsnorm, gemma_fused_add_rmsnorm),
-        _Forms(_ops.gemma_rmsnorm, _ops.gemma_fused_add_rmsnorm),
-        _ops.gemma_fused_add_rmsnorm_functional,
-        weight_offset=1.0,
+        gemma_rmsnorm, gemma_fused_add_rmsnorm, torch.ops.jitnorm.gemma_fused_add_rmsnorm_functional, 1.0
     ),
 }
 
@@ -193,16 +155,15 @@ def rms_norm(
         normalized_shape, eps: the module's.
     """
     kernels, factor = KERNELS[kind], ones if weight is None else weight
-    forms = None if factor is None else kernels.find(x, factor)
     if residual is not None:
         _check_residual(x, residual)
-        if forms is not None and factor is not None and _takes_residual(x, residual):
-            return _fused_add(kernels, forms, x, residual, factor, _eps(eps, x))
+        if factor is not None and _takes_residual(x, residual, factor):
+            return _fused_add(kernels, x, residual, factor, _eps(eps, x))
         total = _wide(x) + _wide(residual)
         normalised = _in_torch(kernels, total, weight, normalized_shape, _eps(eps, x))
         return normalised.to(x.dtype), total.to(x.dtype)
-    if forms is not None and factor is not None:
-        return normalise(forms.norm, x, factor, _eps(eps, x))
+    if factor is not None and serves(x, factor):
+        return normalise(kernels.norm, x, factor, _eps(eps, x))
     if kernels.weight_offset:
         return _in_torch(kernels, _wide(x), weight, normalized_shape, eps).to(x.dtype)
     return F.rms_norm(x, normalized_shape, weight, eps)
@@ -212,18 +173,22 @@ torch.fx.wrap("rms_norm")
 
 
 def _fused_add(
-    kernels: Kernels, forms: _Forms, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
+    kernels: Kernels, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """In place, except where autograd needs what would be overwritten."""
     if needs_grad(x, residual, weight):
         return kernels.functional(x, residual, weight, eps)
-    forms.fused_add(x, residual, weight, eps)
+    kernels.fused_add(x, residual, weight, eps)
     return x, residual
 
 
-def _takes_residual(x: torch.Tensor, residual: torch.Tensor) -> bool:
+def _takes_residual(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor) -> bool:
     """Whether a fused kernel takes these as they are; what it overwrites cannot be a copy or an expanded view."""
-    return all(is_rows(written) and _is_separate(written) for written in (x, residual))
+    return (
+        serves(x, weight)
+        and may_call_kernels(residual, weight)
+        and all(is_rows(written) and _is_separate(written) for written in (x, residual))
+    )
 
 
 def _is_separate(rows: torch.Tensor) -> bool:

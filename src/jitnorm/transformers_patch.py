@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 
 import torch
 
-from jitnorm.nn import KERNELS, Kernels, normalise, refuse_script
+from jitnorm.nn import KERNELS, Kernels, normalise, refuse_script, serves
 from jitnorm.norms import is_supported_hidden_size
 
 
@@ -53,10 +53,9 @@ class _Patched(torch.nn.Module):
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         kind, weight = self._jitnorm_kind, self.weight
-        forms = kind.kernels.find(hidden_states, weight)
         # A weight of another dtype is left alone: Llama's class promotes the result to it.
-        if forms is not None and weight.dtype == hidden_states.dtype:
-            return normalise(forms.norm, hidden_states, weight, getattr(self, kind.eps))
+        if serves(hidden_states, weight) and weight.dtype == hidden_states.dtype:
+            return normalise(kind.kernels.norm, hidden_states, weight, getattr(self, kind.eps))
         return super().forward(hidden_states)  # type: ignore[no-any-return]
 
     def __prepare_scriptable__(self) -> NoReturn:
