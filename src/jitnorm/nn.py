@@ -5,7 +5,7 @@ meaning: a module never refuses an input that `torch.nn.RMSNorm` accepts. Nor do
 the call.
 """
 
-from __future__ import annotations
+# No `from __future__ import annotations`: torch.fx writes the annotations of forward into its code, as types, not text.
 
 import sys
 from collections.abc import Callable
@@ -249,7 +249,7 @@ class RMSNorm(torch.nn.RMSNorm):
         ones = None if elementwise_affine else torch.ones(self.normalized_shape, device=device, dtype=torch.float32)
         self.register_buffer("_ones", ones, persistent=False)
 
-    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> RMSNorm:
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> "RMSNorm":
         super()._apply(fn, recurse)
         if self._ones is not None:  # half() rounds its dtype, to_empty() leaves it unwritten
             self._ones = torch.ones_like(self._ones, dtype=torch.float32)

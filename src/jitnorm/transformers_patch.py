@@ -5,7 +5,7 @@ forward calls a kernel, and the original forward where no kernel serves. So the 
 optimiser state and `isinstance` all stay as they were, and undoing is giving the class back.
 """
 
-from __future__ import annotations
+# No `from __future__ import annotations`: torch.fx writes the annotations of forward into its code, as types, not text.
 
 from dataclasses import dataclass
 from types import TracebackType
@@ -119,7 +119,7 @@ class TransformersPatch:
                 module.__class__ = original
         self._originals.clear()
 
-    def __enter__(self) -> TransformersPatch:
+    def __enter__(self) -> "TransformersPatch":
         return self
 
     def __exit__(
