@@ -7,12 +7,12 @@ traced runs again on other data, and is compared with a float64 reference.
 from __future__ import annotations
 
 import copy
+import importlib
 import pickle
 
 import pytest
 import torch
 import torch.autograd.forward_ad as forward_ad
-import transformers
 from conftest import relative_error, rmsnorm_reference
 from fp8_reference import codes
 from operator_calls import forget_kernels
@@ -20,12 +20,11 @@ from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
-from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
-from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from jitnorm import dispatch, nn, patch_transformers
 from jitnorm.layers import apply_fp8_linear, apply_qk_norm
 
+transformers = pytest.importorskip("transformers")
 SIZE = 256
 
 
@@ -58,8 +57,9 @@ class Boxed(torch.Tensor):
         return tree_map(lambda v: Boxed(v) if isinstance(v, torch.Tensor) else v, func(*args, **kwargs))
 
 
-def patched(cls):
-    module = cls(SIZE, eps=1e-6)
+def patched(name):
+    family = importlib.import_module(f"transformers.models.{name.lower()}.modeling_{name.lower()}")
+    module = getattr(family, f"{name}RMSNorm")(SIZE, eps=1e-6)
     patch_transformers(module)
     return module
 
@@ -68,8 +68,8 @@ MODULES = {
     "RMSNorm": lambda: nn.RMSNorm(SIZE, eps=1e-6),
     "without weight": lambda: nn.RMSNorm(SIZE, eps=1e-6, elementwise_affine=False),
     "GemmaRMSNorm": lambda: nn.GemmaRMSNorm(SIZE),
-    "patched Llama": lambda: patched(LlamaRMSNorm),
-    "patched Gemma": lambda: patched(GemmaRMSNorm),
+    "patched Llama": lambda: patched("Llama"),
+    "patched Gemma": lambda: patched("Gemma"),
 }
 WITH_RESIDUAL = [*MODULES][:3]
 modules = pytest.mark.parametrize("name", MODULES)

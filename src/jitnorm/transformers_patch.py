@@ -7,6 +7,8 @@ optimiser state and `isinstance` all stay as they were, and undoing is giving th
 
 # No `from __future__ import annotations`: torch.fx writes the annotations of forward into its code, as types, not text.
 
+import warnings
+from collections import Counter
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, NoReturn
@@ -45,6 +47,11 @@ _KINDS = {
 }
 
 
+def replaces_norms_of(family: str) -> bool:
+    """Return whether the models of a family, a model_type without "_" and a final "text", have a known class."""
+    return family in {name.removesuffix("RMSNorm").replace("_", "").lower().removesuffix("text") for name in _KINDS}
+
+
 class _Patched(torch.nn.Module):
     """Goes before the original class in the bases of what a module becomes."""
 
@@ -68,7 +75,12 @@ class _Patched(torch.nn.Module):
 
 def original_class(module: torch.nn.Module) -> type[torch.nn.Module]:
     """What the module's class is, or was before it was patched."""
-    return type(module).__mro__[2] if isinstance(module, _Patched) else type(module)
+    return _original(type(module)) if isinstance(module, _Patched) else type(module)
+
+
+def _original(patched: type[torch.nn.Module]) -> type[torch.nn.Module]:
+    mro = patched.__mro__
+    return mro[mro.index(_Patched) + 1]
 
 
 _classes: dict[type[torch.nn.Module], type[torch.nn.Module]] = {}
@@ -150,12 +162,13 @@ def _reason_to_leave(module: torch.nn.Module) -> str | None:
     return None
 
 
-def patch_transformers(model: torch.nn.Module) -> TransformersPatch:
-    """Has this package's kernels compute the RMSNorm modules of a Hugging Face model, in place.
+def patch_transformers(model: torch.nn.Module, *, strict: bool = False) -> TransformersPatch:
+    """Have this package's kernels compute the RMSNorm modules of a Hugging Face model, in place.
 
     Llama's, Mistral's, Mixtral's, Qwen 2's and 3's, Phi 3's and Gemma 1 to 3's classes are known, by their names
     and attributes, wherever they are in the model: layer norms, q and k norms, the final norm. Training, `generate`,
-    `torch.compile`, saving and loading work as before.
+    `torch.compile`, tracing, saving and loading work as before; torch.jit.trace, torch.fx.symbolic_trace, the ONNX
+    exporter and torch.func get the original forward.
 
     The result is the kernels': normalised in float32 and rounded once. Llama's class and its likes round before they
     multiply by the weight as well, so float16 and bfloat16 logits differ by that rounding, the kernels' being the
@@ -164,14 +177,68 @@ def patch_transformers(model: torch.nn.Module) -> TransformersPatch:
 
     Args:
         model: any module that has such modules in it. Its parameters, hooks and state dict are not touched.
+        strict: raise where nothing is replaced, instead of warning.
 
     Returns:
         What was replaced, what was left and why. Its `undo()` restores the model; as a context manager it does so at
-        the end: `with patch_transformers(model): ...`.
+        the end: `with patch_transformers(model): ...`. `unpatch_transformers` restores copies of the model too.
+
+    Raises:
+        TypeError: `model` is no module.
+        RuntimeError: nothing was replaced, and `strict` is true.
+    """
+    _check_model(model)
+    patch = TransformersPatch(model)
+    if not patch.replaced:
+        message = f"patch_transformers replaced nothing in {type(model).__name__}: {_summary(patch.left)}"
+        if strict:
+            raise RuntimeError(message)
+        warnings.warn(message, RuntimeWarning, stacklevel=2)
+    return patch
+
+
+def unpatch_transformers(model: torch.nn.Module) -> dict[str, str]:
+    """Give every RMSNorm module that `patch_transformers` replaced its own class back.
+
+    Unlike `undo()` of the patch it needs nothing but the model, which may be a deep copy of the one that was patched,
+    or one that was unpickled.
+
+    Args:
+        model: any module.
+
+    Returns:
+        The name in the model of every module that was restored, with its class's name; none the second time.
 
     Raises:
         TypeError: `model` is no module.
     """
+    _check_model(model)
+    restored = {}
+    for name, module in model.named_modules():
+        if isinstance(module, _Patched):
+            original = original_class(module)
+            if type(module) is not _patched_class(original):
+                cls = type(module).__name__
+                warnings.warn(
+                    f"unpatch_transformers left {name}: {cls} was derived from the patched class",
+                    RuntimeWarning,
+                    stacklevel=2,
+                )
+                continue
+            torch.nn.Module.__setattr__(module, "__class__", original)
+            restored[name] = original.__name__
+    return restored
+
+
+def _check_model(model: object) -> None:
     if not isinstance(model, torch.nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    return TransformersPatch(model)
+
+
+def _summary(left: dict[str, str]) -> str:
+    """Why each of these was left, the same reason once."""
+    counts = Counter(left.values())
+    return (
+        "; ".join(f"{reason} ({n} module{'s' * (n != 1)})" for reason, n in counts.items())
+        or "it has no RMSNorm modules"
+    )
