@@ -215,18 +215,18 @@ def unpatch_transformers(model: torch.nn.Module) -> dict[str, str]:
     _check_model(model)
     restored = {}
     for name, module in model.named_modules():
-        if isinstance(module, _Patched):
-            original = original_class(module)
-            if type(module) is not _patched_class(original):
-                cls = type(module).__name__
-                warnings.warn(
-                    f"unpatch_transformers left {name}: {cls} was derived from the patched class",
-                    RuntimeWarning,
-                    stacklevel=2,
-                )
-                continue
-            torch.nn.Module.__setattr__(module, "__class__", original)
-            restored[name] = original.__name__
+        original = original_class(module)
+        if original is type(module):
+            continue
+        if type(module) is not _patched_class(original):
+            warnings.warn(
+                f"unpatch_transformers left {name}: {type(module).__name__} was derived from the patched class",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+            continue
+        module.__class__ = original
+        restored[name] = original.__name__
     return restored
 
 
