@@ -15,7 +15,7 @@ from jitnorm.torch_library import (
     count_version,
     is_traced,
     needs_grad,
-    refuse_leaves,
+    refuse_unwritable,
     register,
 )
 
@@ -138,18 +138,24 @@ def dispatch_qknorm(
         torch.ops.jitnorm.fused_inplace_qknorm(q, k, q_weight, k_weight, eps, head_dim, enable_pdl)
         return
     check_kinds(q, k, q_weight, k_weight, head_dim)
-    refuse_leaves(QKNORM.op, q=q, k=k)
-    for written, weight in ((q, q_weight), (k, k_weight)):
-        # A copy, as the backward needs what is overwritten.
-        rows = written.clone(memory_format=torch.contiguous_format)
-        written.copy_(dispatch_rmsnorm(norms.RMSNORM, rows, weight, eps, None, enable_pdl))
+    refuse_unwritable(QKNORM.op, q_weight, q=q)
+    refuse_unwritable(QKNORM.op, k_weight, k=k)
+    # Of copies, as the backward needs what is overwritten; and both before either is, as the second may fail.
+    results = [
+        dispatch_rmsnorm(
+            norms.RMSNORM, heads.clone(memory_format=torch.contiguous_format), weight, eps, None, enable_pdl
+        )
+        for heads, weight in ((q, q_weight), (k, k_weight))
+    ]
+    for written, result in zip((q, k), results, strict=True):
+        written.copy_(result)
 
 
 def _run(
     q: Any, k: Any, q_weight: Any, k_weight: Any, eps: float = 1e-6, head_dim: int = 0, enable_pdl: bool | None = None
 ) -> None:
     arguments = q, k, q_weight, k_weight, eps, head_dim, enable_pdl
-    if not QKNORM.call_last((q_weight.nbytes, q.dtype), *arguments):
+    if not QKNORM.call_last((q.dtype, q_weight.nbytes), *arguments):
         check(*arguments)
         QKNORM.run(q, q_weight, *arguments)
     count_version(q, k)
