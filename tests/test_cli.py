@@ -589,6 +589,13 @@ def test_doctor_with_a_variable_that_is_wrong(cache_dir, monkeypatch, variable, 
     assert says in said and "apt-get" not in said and "pip install 'jitnorm[nvcc]'" not in said
 
 
+def test_doctor_of_a_folder_that_cannot_be_looked_at(monkeypatch):
+    """What it can say of the rest, it says."""
+    monkeypatch.setenv("JITNORM_CACHE_DIR", f"/tmp/{'a' * 5000}")
+    said = command("doctor").stdout
+    assert "File name too long. Set JITNORM_CACHE_DIR" in said and re.search(r"cpu +yes", said)
+
+
 def test_doctor_shows_proofs_of_any_kind(cache_dir, monkeypatch):
     """They come from files."""
     fields = {"road": "a", "problem": 5, "gpu": None, "driver": "\x1b[2J", "library": ["b"], "first": 7}
