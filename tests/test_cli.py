@@ -689,6 +689,12 @@ def test_demo_finds_that_nothing_was_kept(cache_dir, monkeypatch):
     assert said.startswith("Error: a new process does not find the kernel in the cache") and said.count("\n") == 1
 
 
+def test_demo_of_a_process_that_says_nothing(cache_dir, monkeypatch):
+    monkeypatch.setattr(demo.subprocess, "run", lambda *_, **__: subprocess.CompletedProcess([], 0, "", ""))
+    with pytest.raises(RuntimeError, match="it ended with status 0 and said nothing"):
+        demo._first_call_elsewhere(128, "cpu")
+
+
 # How it is run, and how it fails
 
 
