@@ -591,6 +591,13 @@ def test_doctor_with_a_variable_that_is_wrong(cache_dir, monkeypatch, variable, 
     assert says in said and "apt-get" not in said and "pip install 'jitnorm[nvcc]'" not in said
 
 
+def test_doctor_of_a_folder_that_cannot_be_looked_at(monkeypatch):
+    """What it can say of the rest, it says."""
+    monkeypatch.setenv("JITNORM_CACHE_DIR", f"/tmp/{'a' * 5000}")
+    said = command("doctor").stdout
+    assert "File name too long. Set JITNORM_CACHE_DIR" in said and re.search(r"cpu +yes", said)
+
+
 def test_doctor_shows_proofs_of_any_kind(cache_dir, monkeypatch):
     """They come from files."""
     fields = {"road": "a", "problem": 5, "gpu": None, "driver": "\x1b[2J", "library": ["b"], "first": 7}
@@ -682,6 +689,12 @@ def test_demo_finds_that_nothing_was_kept(cache_dir, monkeypatch):
     )
     said = command("demo", exit_code=1).stderr
     assert said.startswith("Error: a new process does not find the kernel in the cache") and said.count("\n") == 1
+
+
+def test_demo_of_a_process_that_says_nothing(cache_dir, monkeypatch):
+    monkeypatch.setattr(demo.subprocess, "run", lambda *_, **__: subprocess.CompletedProcess([], 0, "", ""))
+    with pytest.raises(RuntimeError, match="it ended with status 0 and said nothing"):
+        demo._first_call_elsewhere(128, "cpu")
 
 
 # How it is run, and how it fails
