@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import fcntl
 import json
 import os
@@ -322,7 +321,8 @@ def test_clear_asks_first(kernels):
     said = command("cache", "clear", exit_code=1)
     assert "--yes" in said.stderr and len(names()) == 3
     said = command("cache", "clear", "--dry-run")
-    assert said.stdout.count("would remove  rmsnorm_") == 3 and "nothing was removed" in said.stdout and len(names()) == 3
+    assert said.stdout.count("would remove  rmsnorm_") == 3 and "nothing was removed" in said.stdout
+    assert len(names()) == 3
 
 
 def test_clear(kernels, cache_dir):
@@ -485,24 +485,6 @@ def test_doctor_does_not_wait_for_ever(cache_dir, tmp_path, monkeypatch, real_tr
         ("cpu", "cuda"), trial.Trial(False, problem="not done after 0.3 s, and ended")
     )
     assert not [*real_trials.iterdir()]
-
-
-def test_what_a_trial_started_is_ended_with_it(tmp_path):
-    """In whatever process group: ninja gives each command one of its own."""
-    code = "import os, sys, time; os.setpgid(0, 0); open(sys.argv[1], 'w').write(str(os.getpid())); time.sleep(1000)"
-    words = "import subprocess, sys; [subprocess.Popen([sys.executable, '-c', *sys.argv[1:3]]) for _ in 'a']"
-    pid = tmp_path / "pid"
-    run = subprocess.Popen([sys.executable, "-c", words, code, str(pid)], start_new_session=True)
-    ends = time.monotonic() + 60
-    while not (pid.exists() and pid.read_text()):
-        assert time.monotonic() < ends
-        time.sleep(0.01)
-    child = int(pid.read_text())
-    assert trial._session(run.pid)
-    trial._end(run)
-    assert run.returncode is not None and not trial._session(run.pid)
-    with contextlib.suppress(FileNotFoundError):  # whoever takes in orphans may not have done so yet
-        assert Path(f"/proc/{child}/stat").read_text().rpartition(")")[2].split()[0] in "ZX"
 
 
 def test_a_trial_that_kills_its_process(tmp_path):
