@@ -404,7 +404,7 @@ class Box:
                 if report.output:
                     self.wrong(report.output[-500:])
         staging = self.cache / "staging"
-        if staging.is_dir() and (left := os.listdir(staging)):
+        if staging.is_dir() and (left := [p.name for p in staging.iterdir() if p.is_dir() and not p.is_symlink()]):
             self.wrong(f"left in staging after the next build: {', '.join(left)}")
         toolchains = self.cache / "toolchains"
         if toolchains.is_dir() and (drafts := [n for n in os.listdir(toolchains) if n.endswith(".tmp")]):
