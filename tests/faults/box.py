@@ -36,14 +36,22 @@ from jitnorm.jit.load import find, load
 from jitnorm.jit.spec import Target
 
 # What jitnorm imports only when it builds; in a child each import would be paid for again.
-for _module in (
-    "filelock multiprocessing.util ninja jitnorm.jit.build jitnorm.cli.diagnosis jitnorm.warmup.run cuda.pathfinder "
-    "concurrent.futures.thread encodings.idna encodings.latin_1"
-).split():
+for _module in [
+    "filelock",
+    "multiprocessing.util",
+    "ninja",
+    "jitnorm.jit.build",
+    "jitnorm.cli.diagnosis",
+    "jitnorm.warmup.run",
+    "cuda.pathfinder",
+    "concurrent.futures.thread",
+    "encodings.idna",
+    "encodings.latin_1",
+]:
     with contextlib.suppress(ImportError):
         __import__(_module)
 
-HANG_S = 60.0
+HANG_S = float(os.environ.get("FAULTS_HANG_S", "60"))  # only to notice a hang: nothing takes so long
 ORPHANS_S = 15.0  # in which what a dead process started must have ended
 FOREIGN_USER = 12345
 
@@ -260,9 +268,7 @@ class Box:
         if not self.prebuilt.is_dir():
             return None
         # Who loads an entry touches its manifest where it can.
-        return {
-            name: what if "manifest" not in name else what[:3] for name, what in snapshot(self.prebuilt).items()
-        }
+        return {name: what if "manifest" not in name else what[:3] for name, what in snapshot(self.prebuilt).items()}
 
     def random_state(self, rng: random.Random, needs: Sequence[str] = (), leftovers: bool = True) -> list[str]:
         """Makes the cache empty, warm or littered, and returns what it holds."""
@@ -352,7 +358,7 @@ class Box:
         os._exit(0)
 
     def _environment(self, tools: Injection | None) -> dict[str, str]:
-        made = {
+        return {
             "JITNORM_CACHE_DIR": str(self.cache),
             "CXX": str(self.bin / "c++"),
             "TMPDIR": str(self.folder / "tmp"),
@@ -361,7 +367,6 @@ class Box:
             "FAULT_MARKER": str(self.marker),
             **(tools.environment(self.cache) if tools else {}),
         }
-        return made
 
     # The oracle
 
@@ -538,8 +543,13 @@ def described(error: BaseException) -> str:
     if is_documented and (not text.strip() or "please report" in text):
         return f"a RuntimeError that says nothing: {text!r}"
     name = "RuntimeError" if is_documented else kind.__name__
-    where = "" if is_documented else " at " + " < ".join(
-        f"{Path(f.filename).name}:{f.lineno}" for f in reversed(traceback.extract_tb(error.__traceback__)[-4:])
+    where = (
+        ""
+        if is_documented
+        else " at "
+        + " < ".join(
+            f"{Path(f.filename).name}:{f.lineno}" for f in reversed(traceback.extract_tb(error.__traceback__)[-4:])
+        )
     )
     return f"{name}: {text[:300]}{where}".replace("\n", " | ")
 

@@ -122,7 +122,13 @@ def norm(draw: Draw, operator: str) -> Call:
         out = replace(x, inside=("input", 0))
     return Call(
         operator,
-        {"input": x, "weight": draw.vector(weight_dtype, hidden), "eps": draw.eps(), "out": out, "enable_pdl": draw.pdl()},
+        {
+            "input": x,
+            "weight": draw.vector(weight_dtype, hidden),
+            "eps": draw.eps(),
+            "out": out,
+            "enable_pdl": draw.pdl(),
+        },
     )
 
 
@@ -233,7 +239,9 @@ def store_cache(draw: Draw, operator: str) -> Call:
 
     def rows(count: int, size: int, **more: Any) -> Tensor:
         stride = size + draw.rng.choice((0, 0, 64, 192))
-        shape = draw.rng.choice(((count, size), (count, 1, size), (count, size // 2, 2) if size % 2 == 0 else (count, size)))
+        shape = draw.rng.choice(
+            ((count, size), (count, 1, size), (count, size // 2, 2) if size % 2 == 0 else (count, size))
+        )
         inner = {2: (1,), 3: (shape[-1], 1)}[len(shape)]
         return Tensor(dtype, shape, (stride, *inner), **more)
 
@@ -281,9 +289,7 @@ def per_token(draw: Draw, operator: str) -> Call:
         {
             "input": draw.rows(dtype, leading, hidden, scale=draw.rng.choice((1.0, 1000.0, 0.0))),
             "output_q": draw.rows(E4M3, leading, hidden, written=True, read=False),
-            "output_s": draw.contiguous(
-                F32, draw.rng.choice(((*leading, 1), (count,))), written=True, read=False
-            ),
+            "output_s": draw.contiguous(F32, draw.rng.choice(((*leading, 1), (count,))), written=True, read=False),
         },
     )
 
@@ -356,7 +362,11 @@ def change(call: Call, rng: random.Random) -> None:
             expects = ("TypeError", "RuntimeError")
         how = wrap
     elif how == "dtype":
-        wrong = [d for d in (torch.int8, torch.int16, torch.float64, torch.bool, torch.complex64, E4M3, F16) if d != value.dtype]
+        wrong = [
+            d
+            for d in (torch.int8, torch.int16, torch.float64, torch.bool, torch.complex64, E4M3, F16)
+            if d != value.dtype
+        ]
         value = replace(value, dtype=rng.choice(wrong), values=None if value.values is None else value.values)
         if call.operator == "store_cache" and name != "indices":
             expects = None  # of one width it may be k's
@@ -378,7 +388,9 @@ def change(call: Call, rng: random.Random) -> None:
         others = [n for n, v in call.arguments.items() if n != name and isinstance(v, Tensor)]
         if not others:
             return
-        value = replace(value, inside=(rng.choice(others), rng.choice((0, 0, 1, 16, 64, -16, 128, rng.randrange(-300, 300)))))
+        value = replace(
+            value, inside=(rng.choice(others), rng.choice((0, 0, 1, 16, 64, -16, 128, rng.randrange(-300, 300))))
+        )
     elif how == "empty":
         value = replace(value, shape=tuple(0 for _ in value.shape), values=() if value.values is not None else None)
     elif how == "special":
@@ -400,28 +412,35 @@ def _expect(call: Call, expects: tuple[str, ...] | None) -> None:
     call.expects = expects if len(call.changes) == 1 else None
 
 
-NUMBERS: dict[str, tuple[Any, ...]] = {
-    "TypeError": ("x", 1j, [], {}, object, b"1", decimal.Decimal(1)),
-    "eps:ValueError": (-1.0, float("nan"), -1, -0.5, np.float64(-1)),
-    "eps:None": (
-        True, None, np.uint8(2), np.float16(1), fractions.Fraction(1, 3), fractions.Fraction(10**400), 10**400, 2**63, 2**64,
-        -(2**70), float("inf"), 5e-324, np.int64(1), np.bool_(True), torch.tensor(1e-6), np.array(1e-6), np.longdouble(1),
+# What stands for a number: of other types, of the right one with a wrong value, and what may be taken or refused.
+_OTHER_TYPES: tuple[Any, ...] = ("x", 1j, [], {}, object, b"1", decimal.Decimal(1))
+_BAD_EPS: tuple[Any, ...] = (-1.0, float("nan"), -1, -0.5, np.float64(-1))
+_HUGE = fractions.Fraction(10**400)
+_NUMBERS: dict[str, tuple[Any, ...]] = {
+    "eps": (
+        *(True, None, np.uint8(2), np.float16(1), np.longdouble(1), np.int64(1), np.bool_(True), 5e-324, float("inf")),
+        *(fractions.Fraction(1, 3), _HUGE, 10**400, 2**63, 2**64, -(2**70), torch.tensor(1e-6), np.array(1e-6)),
     ),
-    "int:None": (True, None, 1.0, 1.5, np.uint8(2), np.int64(1), 2**63, 2**64, -(2**63), 10**400, -1, 0, 3, torch.tensor(1),
-                 np.array(1), fractions.Fraction(1), float("nan")),
-    "bool:None": (1, 0, np.bool_(True), torch.tensor(True), 2, -1.0),
-}  # fmt: skip
+    "int": (
+        *(True, None, 1.0, 1.5, np.uint8(2), np.int64(1), 2**63, 2**64, -(2**63), 10**400, -1, 0, 3, float("nan")),
+        *(torch.tensor(1), np.array(1), fractions.Fraction(1), _HUGE),
+    ),
+    "bool": (1, 0, np.bool_(True), torch.tensor(True), 2, -1.0),
+}
 
 
 def _changed_number(name: str, value: Any, rng: random.Random) -> tuple[Any, tuple[str, ...] | None]:
     if name in OPTIONAL:  # which was None
-        return rng.choice((1, "x", [], np.zeros(3, np.float32), np.zeros(3, np.int32), object())), ("TypeError", "ValueError")
+        return rng.choice((1, "x", [], np.zeros(3, np.float32), np.zeros(3, np.int32), object())), (
+            "TypeError",
+            "ValueError",
+        )
     kind = "eps" if name == "eps" else "bool" if name in ("enable_pdl", "is_static", "round_sum") else "int"
     if rng.random() < 0.3:
-        return rng.choice(NUMBERS["TypeError"]), None if name == "round_sum" else ("TypeError",)
+        return rng.choice(_OTHER_TYPES), None if name == "round_sum" else ("TypeError",)
     if kind == "eps" and rng.random() < 0.4:
-        return rng.choice(NUMBERS["eps:ValueError"]), ("ValueError",)
-    return rng.choice(NUMBERS[f"{kind}:None"]), None
+        return rng.choice(_BAD_EPS), ("ValueError",)
+    return rng.choice(_NUMBERS[kind]), None
 
 
 # Making it
@@ -523,7 +542,11 @@ def wrapped(view: torch.Tensor, how: str) -> Any:
     if how == "class":
         return torch.Tensor
     if how == "numpy":
-        plain = view if view.dtype in (F32, F16, torch.int32, torch.int64, torch.float64, torch.uint8) else view.view(torch.uint8)
+        plain = (
+            view
+            if view.dtype in (F32, F16, torch.int32, torch.int64, torch.float64, torch.uint8)
+            else view.view(torch.uint8)
+        )
         return plain.numpy() if not view.is_inference() else np.zeros(view.shape, np.float32)
     if how == "dlpack":
         return _DLPack(view)
@@ -553,8 +576,8 @@ def wrapped(view: torch.Tensor, how: str) -> Any:
             return torch.nn.Parameter(view.detach())
         if how == "view of a leaf":
             return leaf[:] if leaf.dim() else leaf
-        if how == "split of a leaf":
-            return leaf.unbind(0)[0][None] if leaf.dim() and leaf.shape[0] == 1 else leaf.split(max(1, leaf.shape[0] or 1))[0] if leaf.dim() else leaf
+        if how == "split of a leaf" and leaf.dim():
+            return leaf.split(max(1, leaf.shape[0]))[0]
         if how == "result":
             return view.detach().copy_(view.detach().clone().requires_grad_())
         return leaf
@@ -667,7 +690,10 @@ def _problems_of(call: Call, outcome: Outcome, arena: Arena) -> Iterator[str]:
     if strangers:
         yield f"accepted {strangers[0]}, which is no tensor"
         return
-    if any(isinstance(v, Tensor) and v.wrap in ("meta", "no storage", "sparse", "quantised") for v in call.arguments.values()):
+    if any(
+        isinstance(v, Tensor) and v.wrap in ("meta", "no storage", "sparse", "quantised")
+        for v in call.arguments.values()
+    ):
         if not torch.equal(outcome.memory, outcome.arguments["_laid"]) and "meta" in str(call):
             yield "accepted with a meta tensor, and memory was written"
         return

@@ -11,12 +11,16 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 # The classes of calls, in the order of inject.c.
-CLASSES = tuple("open read write rename mkdir unlink stat flock fsync mmap mode list close link".split())
-ACTIONS = tuple("fail kill stop delay short".split())
+CLASSES = (
+    *("open", "read", "write", "rename", "mkdir", "unlink", "stat", "flock", "fsync", "mmap", "mode", "list", "close"),
+    "link",
+)
+ACTIONS = ("fail", "kill", "stop", "delay", "short")
 ERRORS = (
-    "EIO ENOSPC ESTALE EACCES EPERM EMFILE ENFILE ETIMEDOUT EROFS EBADF EDQUOT ENOENT ENOTDIR ELOOP EBUSY ENOTEMPTY "
-    "EEXIST EXDEV EFBIG ENOMEM ENAMETOOLONG EINVAL ENOSYS EOPNOTSUPP ENOLCK EAGAIN ETXTBSY EISDIR EHOSTDOWN EREMOTEIO"
-).split()
+    *("EIO", "ENOSPC", "ESTALE", "EACCES", "EPERM", "EMFILE", "ENFILE", "ETIMEDOUT", "EROFS", "EBADF", "EDQUOT"),
+    *("ENOENT", "ENOTDIR", "ELOOP", "EBUSY", "ENOTEMPTY", "EEXIST", "EXDEV", "EFBIG", "ENOMEM", "ENAMETOOLONG"),
+    *("EINVAL", "ENOSYS", "EOPNOTSUPP", "ENOLCK", "EAGAIN", "ETXTBSY", "EISDIR", "EHOSTDOWN", "EREMOTEIO"),
+)
 
 
 @dataclass(frozen=True)

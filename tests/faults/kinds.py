@@ -318,7 +318,23 @@ def put(box: Box, path: Path, what: str, rng: random.Random) -> None:
         path.write_text("[" * 100_000 + "]" * 100_000 if rng.random() < 0.5 else '{"name":' * 50_000)
     elif what == "wrong types":
         values = (1, -1, None, [], {}, True, "", "x" * 5000, 1e400, "\0", "../../outside/file", 10**30, "\ud800")
-        keys = "name sha256 size library key arch op kernel device built cxx nvcc jitnorm tvm_ffi compilers".split()
+        keys = [
+            "name",
+            "sha256",
+            "size",
+            "library",
+            "key",
+            "arch",
+            "op",
+            "kernel",
+            "device",
+            "built",
+            "cxx",
+            "nvcc",
+            "jitnorm",
+            "tvm_ffi",
+            "compilers",
+        ]
         document = {key: rng.choice(values) for key in keys if rng.random() < 0.8}
         path.write_text(json.dumps(rng.choice((document, document, document, *values))))
     elif what == "year 9999":
@@ -519,7 +535,7 @@ def race(box: Box, rng: random.Random) -> None:
     box.seal_canaries()
     first = rng.choice(("load rmsnorm", "load rmsnorm", "load rmsnorm", "warmup", *REMOVALS, "ls", "verify"))
     nth = int(2 ** rng.uniform(0, 7))
-    child = box.start(first, arm=Injection(CHANGES + ("stat", "mmap"), nth, "stop"))
+    child = box.start(first, arm=Injection((*CHANGES, "stat", "mmap"), nth, "stop"))
     stopped = child.wait_for_stop()
     others = [rng.choice((*LOADS, *REMOVALS, *REMOVALS, "ls", "verify")) for _ in range(rng.choice((1, 1, 2)))]
     jump = 86400 * 2 if rng.random() < 0.2 else 0
@@ -558,7 +574,9 @@ def in_use(box: Box, rng: random.Random) -> None:
     if rng.random() < 0.5:
         error = rng.choice(("EMFILE", "ENFILE", "EIO", "ESTALE", "ETIMEDOUT", "EACCES", "ENOMEM"))
         arm = Injection((rng.choice(("open", "flock")),), rng.randrange(1, 20), "fail", error, rng.random() < 0.5)
-    box.say(f"{operation} while the kernel is in use{', locks as on NFS' if nfs else ''}{f', with {arm}' if arm else ''}")
+    box.say(
+        f"{operation} while the kernel is in use{', locks as on NFS' if nfs else ''}{f', with {arm}' if arm else ''}"
+    )
     spec = KERNELS["rmsnorm"].spec
     box.judge(box.run(operation, arm=arm, before=_nfs if nfs else None))
     if not list((box.cache / "kernels").glob(f"{spec.name}.*/*/manifest.json")):
@@ -628,7 +646,7 @@ def compiler(box: Box, rng: random.Random) -> None:
     box.compiler("ok")
 
 
-VERSION_MODES = "exit killed crash empty blank binary long".split()
+VERSION_MODES = ["exit", "killed", "crash", "empty", "blank", "binary", "long"]
 
 
 def version(box: Box, rng: random.Random) -> None:
@@ -797,4 +815,3 @@ WEIGHTS: dict[Kind, int] = {
 def draw(rng: random.Random) -> Kind:
     """Draw a kind, by its weight."""
     return rng.choices(list(WEIGHTS), list(WEIGHTS.values()))[0]
-

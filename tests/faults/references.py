@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-
 from fp8_reference import codes, encode, quotient
 
 # Relative, of one rounding to the dtype and float32's own on the way.
