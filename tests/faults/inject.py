@@ -23,6 +23,9 @@ ERRORS = (
 )
 
 
+CLOSE_ERRORS = ("EIO", "ENOSPC", "EDQUOT")  # what a close can really end with, on NFS
+
+
 @dataclass(frozen=True)
 class Injection:
     """One fault: what happens to the n-th call on the folder, and to all after it where `repeat` is set."""
@@ -40,7 +43,8 @@ class Injection:
 
     @property
     def _numbers(self) -> tuple[int, int, int, int, int]:
-        mask = sum(1 << CLASSES.index(name) for name in self.classes)
+        met = [c for c in self.classes if c != "close" or self.action != "fail" or self.error in CLOSE_ERRORS]
+        mask = sum(1 << CLASSES.index(name) for name in met)
         return mask, self.nth, getattr(errno, self.error), ACTIONS.index(self.action), int(self.repeat)
 
     def arm(self, folder: Path) -> None:

@@ -18,7 +18,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from faults.box import COMMANDS, FOREIGN_USER, HANG_S, KERNELS, Box, Report, remove
-from faults.inject import CLASSES, ERRORS, Injection
+from faults.inject import CLASSES, CLOSE_ERRORS, ERRORS, Injection
 
 Kind = Callable[[Box, random.Random], None]
 
@@ -67,6 +67,8 @@ def errno(box: Box, rng: random.Random) -> None:
     box.seal_canaries()
     classes = tuple(rng.sample(CLASSES, rng.choice((1, 1, 1, 2, len(CLASSES)))))
     error, again = rng.choice(ERRORS), rng.random() < 0.3
+    if classes == ("close",):
+        error = rng.choice(CLOSE_ERRORS)
     action = "short" if rng.random() < 0.04 else "fail"
     if action == "short":
         classes, again = ("write",), False
@@ -364,6 +366,8 @@ def structure(box: Box, rng: random.Random) -> None:
     box.say(operation)
     can_be_kept = place != "cache" and what not in ("foreign", "group-writable", "world-writable")
     tolerant = operation not in ("verify", "show", "doctor") and place != "cache"
+    if operation == "warmup" and not can_be_kept:
+        tolerant = False  # it says that nothing can be kept there
     box.judge(box.run(operation), must_succeed=tolerant or operation.startswith("load"))
     if can_be_kept:
         return
@@ -661,6 +665,7 @@ def version(box: Box, rng: random.Random) -> None:
     box.say(f"{operation} with a compiler whose --version gives {mode}")
     box.judge(box.run(operation))
     box.compiler("ok")
+    remove(box.cache / "toolchains")  # a compiler that says something else is another file, which this is not
 
 
 NAMES = (
@@ -677,7 +682,6 @@ NAMES = (
     b"x" * 200,
     b"tab\there",
     b"-o",
-    b"%s",
     "\u00e9\u4e2d\U0001f600".encode(),
 )
 
@@ -705,7 +709,7 @@ def path_names(box: Box, rng: random.Random) -> None:
     operation = rng.choice(("load rmsnorm", "load rmsnorm", *OPERATIONS))
     box.say(operation)
     box.judge(box.run(operation))
-    for ran in box.folder.rglob("ran"):
+    for ran in (path for path in box.folder.rglob("ran") if path.is_file()):
         box.wrong(f"the name of a path was run as a command: {ran}")
     box.cache.parent.chmod(0o700)
     box.environment.clear()

@@ -60,7 +60,16 @@ def _differs_in_codes(name: str, out: torch.Tensor, values: torch.Tensor, scale:
 
 def compare(operator: str, before: dict[str, Any], after: dict[str, Any], result: Any) -> Iterator[str]:
     """Yield what is wrong with an accepted call's results, from its arguments before and after."""
+    if operator != "store_cache" and any(_is_beyond_float32(value) for value in before.values()):
+        return
     yield from _COMPARE[operator](operator, before, after, result)
+
+
+def _is_beyond_float32(value: Any) -> bool:
+    """Whether squares of a tensor's numbers, of which the memory may hold other things too, overflow in float32."""
+    if not isinstance(value, torch.Tensor) or value.dtype not in _TOLERANCE:
+        return False
+    return bool(((value.abs() > 1e15) & value.isfinite()).any())
 
 
 def _compare_norm(operator: str, before: dict[str, Any], after: dict[str, Any], result: Any) -> Iterator[str]:
