@@ -52,7 +52,7 @@ def device(request: pytest.FixtureRequest) -> str:
 def cache_dir(tmp_path, monkeypatch):
     """An empty cache of the test's own, and an engine that remembers nothing of the session's."""
     import jitnorm.rmsnorm  # noqa: F401
-    from jitnorm.jit import load
+    from jitnorm.jit import cache, load, toolchain
     from jitnorm.operators import OPERATORS
     from jitnorm.rmsnorm import _jit_rmsnorm_module
 
@@ -60,6 +60,9 @@ def cache_dir(tmp_path, monkeypatch):
     monkeypatch.setenv("JITNORM_CACHE_DIR", str(folder))
     monkeypatch.setattr(load, "_loaded", {})
     monkeypatch.setattr(load, "_failed", {})
+    monkeypatch.setattr(cache, "_replacement", None)
+    monkeypatch.setattr(toolchain, "_given_up", {})
+    cache._say_once.cache_clear()
     known = [table for operator in OPERATORS for table in (operator.kernels, operator.exact)]
     before = [dict(table) for table in known]
     for table in known:

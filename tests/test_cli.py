@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import os
@@ -12,17 +13,19 @@ import shutil
 import struct
 import subprocess
 import sys
+import tempfile
 import termios
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from click.testing import CliRunner, Result
 
 import jitnorm
-from jitnorm.cli import demo, filters, main, output
+from jitnorm.cli import demo, filters, main, output, trial
 from jitnorm.dispatch import wanted
 from jitnorm.jit import toolchain
 from jitnorm.jit.cache import MANIFEST, Cache, Entry
@@ -156,9 +159,87 @@ def test_bad_filters(bad):
     assert "Invalid value for '--filter'" in said.stderr
 
 
-@pytest.mark.parametrize(("option", "bad"), [("--older-than", "30"), ("--older-than", "soon"), ("--max-size", "-1")])
-def test_bad_ages_and_sizes(option, bad):
-    assert f"Invalid value for '{option}'" in command("cache", "prune", option, bad, exit_code=2).stderr
+@pytest.mark.parametrize(
+    ("option", "bad"),
+    [
+        ("--older-than", "30"),
+        ("--older-than", "soon"),
+        ("--older-than", "99999999d"),
+        ("--older-than", "9" * 400 + "w"),
+        ("--older-than", "9" * 5000 + "s"),
+        ("--max-size", "-1"),
+        ("--max-size", "9" * 20 + "TB"),
+        ("--max-size", "9" * 400 + "TB"),
+        ("--max-size", "9" * 5000),
+    ],
+)
+def test_bad_ages_and_sizes(cache_dir, option, bad):
+    said = command("cache", "prune", option, bad, exit_code=2).stderr
+    assert f"Invalid value for '{option}'" in said and len(said) < 400
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"built": "9999-12-31T23:59:59-23:59"},
+        {"built": "0001-01-01T00:00:00"},
+        {"built": 10**400, "op": ["rmsnorm"], "kernel": {"a": 1}, "device": None, "includes": 5},
+        {"built": "now\n\x1b[2J", "kernel": "\ud800\x1b]0;title\x07"},
+    ],
+)
+def test_manifests_with_other_values(kernels, values):
+    entry = kernels[1]
+    (entry.path / MANIFEST).write_text(json.dumps({**entry.manifest, **values}))
+    os.utime(entry.path / MANIFEST, (2**34, 2**34))  # of a clock that was wrong
+    table = command("cache", "ls").stdout
+    assert "rmsnorm_64_bf16" in table and "\x1b" not in table and "\x07" not in table
+    assert len(table.splitlines()) == 2 + 3 + 2
+    assert [row["name"] for row in listed()] == ["rmsnorm_512_bf16", "rmsnorm_64_bf16", "rmsnorm_768_bf16"]
+    for words in (
+        ["verify"],
+        ["show", entry.label],
+        ["prune", "--dry-run"],
+        ["clear", "--older-than", "1d", "--dry-run"],
+    ):
+        command("cache", *words)
+    command("doctor")
+
+
+def test_a_time_beyond_the_calendar(kernels, monkeypatch):
+    monkeypatch.setattr(Entry, "last_used", property(lambda entry: 2.0**60))
+    assert [row["last_used"] for row in listed()] == [None] * 3
+    assert "just now" in command("cache", "ls").stdout
+
+
+@pytest.mark.parametrize(
+    ("condition", "says"),
+    [
+        ("arch=9.0", "arch must be such as sm_90a, sm_120 or cpu_x86_64, or a pattern such as sm_*, got '9.0'"),
+        ("arch=90a", "arch must be such as sm_90a"),
+        ("arch!=hopper", "arch must be such as sm_90a"),
+        ("arch=9*", "arch must be such as sm_90a"),
+        ("device=gpu", "device must be cuda or cpu, got 'gpu'"),
+        ("device!=CPU", "device must be cuda or cpu, got 'CPU'"),
+        ("device=g*", "device must be cuda or cpu"),
+        ("op=rms_norm", "'rms_norm' is no operator with kernels: is rmsnorm meant?"),
+        ("op=softmax", "one of rmsnorm, gemma_rmsnorm"),
+        ("name=rmsnorm-64", "name must be a kernel's name such as rmsnorm_4096_bf16"),
+        (f"size>{'9' * 29}TB", "more than a file system can hold"),
+        (f"size>{'9' * 400}", "is not a size"),
+    ],
+)
+def test_filters_that_no_kernel_can_meet(kernels, condition, says):
+    for words in (["ls"], ["clear", "--yes"]):
+        said = command("cache", *words, "--filter", condition, exit_code=2).stderr
+        assert says in " ".join(said.split()) and len(said) < 800
+    assert len(names()) == 3
+
+
+@pytest.mark.parametrize(
+    "condition", ["arch=*_90a", "arch=[sc]*", "device=c*", "op=*norm", "op=older_*", "name=?msnorm_*"]
+)
+def test_patterns_are_not_refused(kernels, condition):
+    command("cache", "ls", "--filter", condition)
 
 
 def test_units():
@@ -325,19 +406,151 @@ def test_prebuilt_layer_is_read_only(stock, kernels, tmp_path, monkeypatch):
 # The doctor
 
 
-def test_doctor(cache_dir, tmp_path, monkeypatch):
+@pytest.fixture(autouse=True)
+def trials(monkeypatch) -> list[dict]:
+    """What the doctor would have tried to build: to do so takes seconds, which most tests are not about."""
+    asked: list[dict] = []
+
+    def try_builds(archs):
+        asked.append(archs)
+        return {device: trial.Trial(True, 0.1) for device in archs}
+
+    monkeypatch.setattr("jitnorm.cli.diagnosis.try_builds", try_builds)
+    return asked
+
+
+@pytest.fixture
+def real_trials(trials, tmp_path, monkeypatch) -> Path:
+    """The folder in which the doctor does build."""
+    folder = tmp_path / "temporary"
+    folder.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(folder))
+    monkeypatch.setattr("jitnorm.cli.diagnosis.try_builds", trial.try_builds)
+    return folder
+
+
+def compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str) -> Path:
+    """A host compiler that says its version, and runs `script` instead of building."""
+    wrapper = tmp_path / "compiler"
+    wrapper.write_text(f'#!/bin/sh\ncase "$*" in *--version*) echo c++ 1.0; exit 0;; esac\n{script}\n')
+    wrapper.chmod(0o755)
+    monkeypatch.setenv("CXX", str(wrapper))
+    return wrapper
+
+
+def test_doctor(cache_dir, tmp_path, monkeypatch, real_trials):
     monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("JITNORM_DISABLE_JIT", "1")  # which is about calls
     facts = json.loads(command("doctor", "--format", "json").stdout)
     assert facts["versions"]["jitnorm"] == jitnorm.__version__ and facts["can_build"]["cpu"]
     assert facts["compilers"]["c++"]["path"] == toolchain.find_cxx()
+    free = facts["caches"][0].pop("free")
+    assert free > 0 and facts["temporary"]["root"] == str(real_trials) and facts["temporary"]["free"] > 0
     assert facts["caches"][0] == {
         "root": str(cache_dir), "prebuilt": False, "exists": False, "problem": None, "kernels": 0, "size": 0,
     }  # fmt: skip
+    for device in ("cpu", "cuda") if toolchain.find_nvcc() else ("cpu",):
+        assert facts["builds"][device]["works"] and facts["builds"][device]["seconds"] > 0, facts["builds"]
     assert facts["environment"]["JITNORM_CACHE_DIR"] == str(cache_dir)
+    assert [*tmp_path.iterdir()] == [real_trials] and not [*real_trials.iterdir()]  # it leaves nothing behind
+
+
+def test_doctor_prints(cache_dir):
     said = command("doctor").stdout
     assert "no variable" not in said
     assert str(cache_dir) in said and torch.__version__ in said
-    assert not list(tmp_path.iterdir())
+    assert re.search(r"cpu +yes  built and loaded a kernel in 0\.10 s\n", said)
+    assert re.search(rf"{cache_dir}  0 kernels, 0 B; \d+\.\d GB free; usable", said)
+    assert re.search(rf"^temporary folder\n +{tempfile.gettempdir()} +\d+\.\d GB free$", said, re.MULTILINE)
+
+
+def test_doctor_tries_what_a_compiler_only_claims(cache_dir, tmp_path, monkeypatch, real_trials):
+    """It says its version, and that is all that it can do."""
+    wrapper = compiler(tmp_path, monkeypatch, "echo 'x.h:1:2: error: boom'; echo later; exit 1")
+    monkeypatch.setattr(toolchain, "find_nvcc", lambda: None)
+    said = command("doctor", exit_code=1).stdout
+    assert re.search(r"^  cpu +no +jitnorm cannot build .*x\.h:1:2: error: boom$", said, re.MULTILINE), said
+    assert re.search(r"^  cuda +no +no nvcc that works$", said, re.MULTILINE)
+    advice = f"error: boom; CXX is {wrapper}: unset or mend CXX\n"
+    assert re.search(rf"^advice: building for cpu fails: .*{re.escape(advice)}", said, re.MULTILINE)
+    assert "apt-get" not in said and not cache_dir.exists() and not [*real_trials.iterdir()]
+
+
+def test_doctor_does_not_wait_for_ever(cache_dir, tmp_path, monkeypatch, real_trials):
+    monkeypatch.setattr(trial, "_SECONDS", 0.3)
+    compiler(tmp_path, monkeypatch, "sleep 1000")
+    assert trial.try_builds({"cpu": None, "cuda": "9.0a"}) == dict.fromkeys(
+        ("cpu", "cuda"), trial.Trial(False, problem="not done after 0.3 s, and ended")
+    )
+    assert not [*real_trials.iterdir()]
+
+
+def test_what_a_trial_started_is_ended_with_it(tmp_path):
+    """In whatever process group: ninja gives each command one of its own."""
+    code = "import os, sys, time; os.setpgid(0, 0); open(sys.argv[1], 'w').write(str(os.getpid())); time.sleep(1000)"
+    words = "import subprocess, sys; [subprocess.Popen([sys.executable, '-c', *sys.argv[1:3]]) for _ in 'a']"
+    pid = tmp_path / "pid"
+    run = subprocess.Popen([sys.executable, "-c", words, code, str(pid)], start_new_session=True)
+    ends = time.monotonic() + 60
+    while not (pid.exists() and pid.read_text()):
+        assert time.monotonic() < ends
+        time.sleep(0.01)
+    child = int(pid.read_text())
+    assert trial._session(run.pid)
+    trial._end(run)
+    assert run.returncode is not None and not trial._session(run.pid)
+    with contextlib.suppress(FileNotFoundError):  # whoever takes in orphans may not have done so yet
+        assert Path(f"/proc/{child}/stat").read_text().rpartition(")")[2].split()[0] in "ZX"
+
+
+def test_a_trial_that_kills_its_process(tmp_path):
+    (tmp_path / "log").write_text("jitnorm: building\n")
+    assert trial._outcome(-11, tmp_path / "log").problem == (
+        "the process that built and loaded a kernel was ended by signal 11"
+    )
+    assert trial._outcome(1, tmp_path / "log") == trial.Trial(False, problem="jitnorm: building")
+    assert trial._outcome(0, tmp_path / "log").works is False  # it ended before it was done
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "says"),
+    [
+        ("os.statvfs", lambda path: SimpleNamespace(f_flag=os.ST_NOEXEC), "is mounted noexec: TMPDIR names another"),
+        ("tempfile.mkdtemp", lambda **_: (_ for _ in ()).throw(OSError(28, "No space left")), "No space left"),
+    ],
+)
+def test_a_trial_that_is_not_possible(monkeypatch, name, value, says):
+    monkeypatch.setattr(f"jitnorm.cli.trial.{name}", value)
+    found = trial.try_builds({"cpu": None})["cpu"]
+    assert found.works is None and found.problem.startswith("not tried, as") and says in found.problem
+
+
+def test_doctor_without_a_trial(cache_dir, monkeypatch):
+    """The compilers may work all the same."""
+    monkeypatch.setattr(
+        "jitnorm.cli.diagnosis.try_builds",
+        lambda archs: dict.fromkeys(archs, trial.Trial(None, problem="not tried: x")),
+    )
+    said = command("doctor").stdout
+    assert re.search(r"cpu +yes +not tried: x\n", said) and "advice: building for cpu was not tried: x\n" in said
+
+
+@pytest.mark.parametrize(("inodes", "free"), [((0, 0), 5_000_000), ((100, 7), 5_000_000), ((100, 0), 0)])
+def test_room_in_the_file_system(cache_dir, tmp_path, monkeypatch, inodes, free):
+    asked = []
+
+    def statvfs(place):
+        asked.append(Path(place))
+        if not Path(place).exists():
+            raise FileNotFoundError
+        return SimpleNamespace(f_files=inodes[0], f_favail=inodes[1], f_bavail=5000, f_frsize=1000, f_flag=0)
+
+    monkeypatch.setattr("jitnorm.cli.diagnosis.os.statvfs", statvfs)
+    facts = json.loads(command("doctor", "--format", "json").stdout)
+    assert facts["caches"][0]["free"] == facts["temporary"]["free"] == free
+    assert {cache_dir, tmp_path} <= {*asked}  # the cache is not there yet: its folder's file system is
+    full = f"the file system of {cache_dir} is full, or nearly: {output.size(free)} can be written"
+    assert full in facts["advice"]
 
 
 def test_doctor_without_compilers(cache_dir, monkeypatch):
@@ -347,17 +560,47 @@ def test_doctor_without_compilers(cache_dir, monkeypatch):
     assert "advice: no C++ compiler" in said and re.search(r"cpu +no", said)
 
 
-def test_doctor_with_a_broken_compiler(cache_dir, monkeypatch):
+def test_doctor_with_a_broken_compiler(cache_dir, monkeypatch, trials):
     monkeypatch.setenv("CXX", "false")
     said = command("doctor", exit_code=1).stdout
-    assert "bin/false does not work, so nothing can be built" in said and re.search(r"c\+\+ +unknown .*bin/false", said)
+    assert re.search(
+        r"advice: CXX=false \(.*bin/false\) does not work, so nothing can be built: unset or mend CXX\n", said
+    )
+    assert re.search(r"c\+\+ +unknown .*bin/false", said) and "apt-get" not in said and trials == [{}]
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "says"),
+    [
+        ("CXX", "/nowhere/g++", "CXX=/nowhere/g++ is not found, so nothing can be built: unset or mend CXX"),
+        ("CXX", "g++ -m32", "CXX=g++ -m32 is not found, so nothing can be built: unset or mend CXX"),
+        ("CXX", os.fsdecode(b"/\xff/c++"), "CXX=/\ufffd/c++ is not found, so nothing can be built: unset or mend CXX"),
+        (
+            "NVCC",
+            "/nowhere/nvcc",
+            "NVCC=/nowhere/nvcc is not found, so no CUDA kernel can be built: unset or mend NVCC",
+        ),
+        ("NVCC", "true", "does not work, so no CUDA kernel can be built: unset or mend NVCC"),
+    ],
+)
+def test_doctor_with_a_variable_that_is_wrong(cache_dir, monkeypatch, variable, value, says):
+    monkeypatch.setenv(variable, value)
+    said = command("doctor", exit_code=int(variable == "CXX")).stdout
+    assert says in said and "apt-get" not in said and "pip install 'jitnorm[nvcc]'" not in said
+
+
+def test_doctor_shows_proofs_of_any_kind(cache_dir, monkeypatch):
+    """They come from files."""
+    fields = {"road": "a", "problem": 5, "gpu": None, "driver": "\x1b[2J", "library": ["b"], "first": 7}
+    monkeypatch.setattr("jitnorm.cli.diagnosis.known_proofs", lambda: iter([SimpleNamespace(**fields)]))
+    assert "\x1b" not in command("doctor").stdout
 
 
 def test_doctor_without_nvcc(cache_dir, monkeypatch):
     monkeypatch.setattr(toolchain, "find_nvcc", lambda: None)
     said = command("doctor").stdout
     assert "advice: no nvcc, so no CUDA kernel can be built: pip install 'jitnorm[nvcc]'" in said
-    assert re.search(r"cpu +yes\n +cuda +no", said)
+    assert re.search(r"cpu +yes .*\n +cuda +no +no nvcc that works\n", said)
 
 
 def test_doctor_advises(cache_dir, tmp_path, monkeypatch):

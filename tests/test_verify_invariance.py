@@ -155,6 +155,64 @@ def test_catches(call, words, monkeypatch):
     assert result.difference.startswith(words)
 
 
+@pytest.mark.parametrize("words", [["captured"], ["eager,captured"], ["eager", "captured"]])
+def test_a_way_that_is_for_another_device(words):
+    """What is not compared is not the same."""
+    done = run("--op", "rmsnorm", *(word for way in words for word in ("--way", way)))
+    assert done.exit_code == 2 and "--way captured is for CUDA" in done.stderr and "same" not in done.stdout
+
+
+@pytest.mark.parametrize("as_json", [False, True])
+def test_nothing_compared_is_a_failure(as_json, monkeypatch):
+    monkeypatch.setattr(compare, "_situations", lambda *_: iter(()))
+    done = run("--op", "rmsnorm", "--dtype", "fp32", *(["--json"] if as_json else []))
+    assert done.exit_code == 1 and done.stderr == "Error: nothing was compared of rmsnorm\n"
+    if as_json:
+        assert [result["compared"] for result in json.loads(done.stdout)] == [0, 0]
+    else:
+        assert [line.split()[-3:] for line in done.stdout.splitlines()[2:]] == [["0", "not", "compared"]] * 2
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        ({"ways": ("eger",)}, "ways must be of eager, captured, compiled, got eger"),
+        ({"ways": ()}, "ways must be of"),
+        ({"max_batch": 1}, "max_batch must be 2 or more, got 1"),
+    ],
+)
+def test_arguments_that_compare_nothing(words, says):
+    arguments = {"max_batch": 17, "ways": ("eager",), **words}
+    with pytest.raises(ValueError, match=says):
+        verify("rmsnorm", OPERATORS["rmsnorm"], (128,), torch.float32, "cpu", **arguments)
+
+
+def test_batches_of_one_row_are_no_company():
+    assert (
+        CliRunner().invoke(main, ["verify-invariance", "--op", "mean", "--way", "eager", "--max-batch", "1"]).exit_code
+        == 2
+    )
+
+
+@pytest.mark.parametrize(("most", "last"), [(2, [1, 2]), (17, [16, 17]), (300, [256, 300]), (1500, [1024, 1500])])
+def test_the_largest_batch_is_the_one_asked_for(most, last):
+    assert compare._batches(most)[-2:] == last
+
+
+def test_lists_of_operators_and_dtypes(monkeypatch):
+    monkeypatch.setattr(
+        "jitnorm.cli.verify.verify", lambda name, _, shape, d, *rest: compare.Result(name, shape, str(d), "cpu", 1, "")
+    )
+    done = run("--op", "mm,bmm", "--dtype", "fp16,fp32", "--shape", "4x4,8x8", "--json")
+    assert len(json.loads(done.stdout)) == 2 * 2 * 2
+
+
+@pytest.mark.parametrize("shape", ["9" * 10, "9" * 30, "9" * 5000, "\u0664"])
+def test_shapes_that_are_no_sizes(shape):
+    done = run("--op", "rmsnorm", "--shape", shape, "--dtype", "fp32")
+    assert done.exit_code == 2 and "--shape must be N for rmsnorm" in done.stderr and len(done.stderr) < 300
+
+
 @pytest.mark.parametrize("shape", ["4096", "4096x", "0x4", "axb"])
 def test_shapes_that_are_none(shape):
     done = run("--op", "mm", "--shape", shape)

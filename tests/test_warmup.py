@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -216,6 +217,79 @@ def test_plan_is_the_product():
     }
 
 
+@pytest.mark.parametrize(
+    ("arch", "sm"),
+    [
+        ("9.0a", "sm_90a"),
+        ("90", "sm_90a"),
+        ("sm_90a", "sm_90a"),
+        ("sm90a", "sm_90a"),
+        ("8.6", "sm_86"),
+        ("12.0", "sm_120a"),
+        ("120", "sm_120a"),
+        ("sm_103f", "sm_103f"),
+        (8.9, "sm_89"),
+    ],
+)
+def test_architectures(arch, sm):
+    assert [s.target.sm for s in make_plan(hidden_size=64, arch=arch).specs] == [sm]
+
+
+@pytest.mark.parametrize(
+    ("arch", "says"),
+    [
+        *((major, f"is '{major}.0' meant") for major in ("9", "10", "11", "12")),
+        ("sm_12", r"is '12\.0' meant"),
+        ("10a", r"is '10\.0a' meant"),
+        *(
+            (arch, "must be a CUDA architecture")
+            for arch in ("1200", "9.0b", "9.", ".9", "sm_", "9.0+PTX", "\u0669.\u0660")
+        ),
+        *((arch, r"must be 7\.5 or later") for arch in ("60", "sm_35", "1.2", "7.0")),
+    ],
+)
+def test_architectures_that_are_none(arch, says):
+    with pytest.raises(ValueError, match=says):
+        make_plan(hidden_size=64, arch=arch)
+    assert re.search(says, command("--hidden-size", 64, "--arch", arch, exit_code=1).stderr)
+
+
+def test_lists_as_people_type_them(monkeypatch):
+    plans = []
+    monkeypatch.setattr("jitnorm.cli.warmup.survey", lambda specs: plans.append(specs) or (specs, []))
+    command("--hidden-size", "512,1024", "--hidden-size", "64, 128", "--arch", "9.0,8.0", "--dtype", "bf16,fp16")
+    assert len(plans[0]) == 4 * 2 * 2 and {s.target.sm for s in plans[0]} == {"sm_90a", "sm_80"}
+    command("--op", "rmsnorm,gemma_rmsnorm", "--hidden-size", 64, "--weight-dtype", "bf16,fp32", "--device", "cpu")
+    assert [s.name for s in plans[1]] == [
+        f"{op}_64_bf16{weight}" for op in ("rmsnorm", "gemma_rmsnorm") for weight in ("", "_fp32_weight")
+    ]
+    for option, bad in (("--hidden-size", "512,,1024"), ("--hidden-size", ""), ("--dtype", "bf16,int8"), ("--op", ",")):
+        assert f"Invalid value for '{option}'" in command("--hidden-size", 64, option, bad, exit_code=2).stderr
+
+
+def test_a_wrong_operator_is_named_first():
+    said = command("--hidden-size", "wide", "--dtype", "int8", "--op", "softmax", exit_code=2).stderr
+    assert "Invalid value for '--op': 'softmax' is not one of" in said
+
+
+def test_options_that_no_operator_takes():
+    for words, says in (
+        (
+            ["--op", "per_token_quant_fp8", "--hidden-size", 4096],
+            "--hidden-size is not accepted: per_token_quant_fp8 has",
+        ),
+        (["--op", "per_token_quant_fp8,per_tensor_quant_fp8", "--hidden-size", 4096], "per_tensor_quant_fp8 have one"),
+        (
+            ["--op", "silu_and_mul", "--weight-dtype", "fp32"],
+            "--weight-dtype is not accepted: silu_and_mul has no weight",
+        ),
+    ):
+        assert says in command(*words, "--device", "cpu", exit_code=2).stderr
+    # A size that one of them takes is not ignored.
+    plan = make_plan(op=["rmsnorm", "per_token_quant_fp8"], hidden_size=64, dtype="bf16", device="cpu")
+    assert [s.name for s in plan.specs] == ["rmsnorm_64_bf16", "per_token_quant_fp8_bf16"]
+
+
 def test_plan_of_one_kernel_asked_for_twice():
     plan = make_plan(hidden_size=[64, 64], dtype=["bf16", "bfloat16", "torch.bfloat16"], device="cpu")
     assert [s.name for s in plan.specs] == ["rmsnorm_64_bf16"]
@@ -274,6 +348,19 @@ def test_operators_that_need_no_size(cache_dir):
         ({"hidden_size": 64, "config": "x"}, ValueError, "hidden_size or config, not both"),
         ({"config": ""}, ValueError, "config must be"),
         ({"hidden_size": 64, "op": "softmax"}, ValueError, "rmsnorm"),
+        ({"op": "softmax"}, ValueError, r"op must be one of .*, got 'softmax'"),  # the first of all complaints
+        ({"op": "softmax", "config": "nowhere"}, ValueError, "op must be one of"),
+        ({"op": ["rmsnorm", "softmax"], "hidden_size": "64", "dtype": "int8"}, ValueError, "op must be one of"),
+        ({"op": [["rmsnorm"]], "hidden_size": 64}, ValueError, "op must be one of"),
+        (
+            {"op": "per_token_quant_fp8", "hidden_size": 4096},
+            ValueError,
+            "hidden_size is not accepted: per_token_quant",
+        ),
+        ({"op": "silu_and_mul", "weight_dtype": "fp32"}, ValueError, "weight_dtype is not accepted: silu_and_mul has"),
+        ({"hidden_size": 64, "arch": ""}, ValueError, "arch must be a CUDA architecture"),
+        ({"hidden_size": 64, "arch": "12"}, ValueError, r"'9\.0a', '90a' or 'sm_90a', got '12': is '12\.0' meant\?"),
+        ({"hidden_size": 64, "arch": 9}, ValueError, r"got 9: is '9\.0' meant\?"),
         ({"hidden_size": 64, "dtype": "int8"}, TypeError, "fp16, bf16, fp32"),
         ({"hidden_size": 64, "dtype": "bf16", "weight_dtype": "fp16"}, TypeError, "weights"),
         ({"hidden_size": 64, "dtype": [["bf16"]]}, TypeError, "fp16, bf16, fp32"),

@@ -35,14 +35,14 @@ def resolve_target(device: str | None = None, arch: str | None = None) -> Target
     """From words: `device` "cpu" or "cuda" (None: CUDA where torch sees a GPU), `arch` such as "9.0a" for a GPU that
     is not here. ValueError for anything else, RuntimeError where the architecture cannot be known."""
     if device is None:
-        device = "cuda" if arch or torch.cuda.is_available() else "cpu"
+        device = "cuda" if arch is not None or torch.cuda.is_available() else "cpu"
     if device not in ("cpu", "cuda"):
         raise ValueError(f"device must be 'cpu' or 'cuda', got {device!r}")
     if device == "cpu":
         if arch not in (None, "native"):
             raise ValueError(f"arch is for CUDA: the CPU's code is built for the machine it runs on, got {arch!r}")
         return _CPU
-    if arch:
+    if arch is not None:
         target = _as_called(arch)
         if float(target.arch.rstrip("af")) < _OLDEST:
             raise ValueError(f"arch (--arch) must be {_OLDEST} or later, got {arch!r}")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import random
+import re
 import statistics
 import subprocess
 import sys
@@ -12,7 +14,7 @@ import pytest
 from click.testing import CliRunner
 
 from jitnorm.benchmark import stats
-from jitnorm.benchmark.compare import Verdict, compare, unlike, verdict
+from jitnorm.benchmark.compare import Verdict, compare, judge, unlike, verdict
 from jitnorm.benchmark.report import Failed, Report, Row, Skipped
 from jitnorm.benchmark.result import BenchResult
 from jitnorm.cli import main
@@ -106,6 +108,27 @@ def test_what_makes_two_runs_unlike():
     assert unlike(report([]), report([], gpu="B200", commit="abc")) == ["gpu differs: H200 and B200"]
 
 
+def test_says_why_it_is_ambiguous():
+    good, few = samples(1, 0.001, 1), samples(1, 0.001, 2, rounds=2)
+    slow = BenchResult.of([[2.0] * 9] * 5, notes=("clocks throttled: temperature",))
+    noisy = BenchResult.of([[m] * 9 for m in (1.0, 1.05, 0.95, 1.06, 0.94)])
+    reasons = [judge(*pair)[1] for pair in ((few, good), (good, few), (good, slow), (good, noisy), (good, good))]
+    assert reasons[:3] == [
+        "A has 2 of the 3 rounds that are needed",
+        "B has 2 of the 3 rounds that are needed",
+        "B: clocks throttled: temperature",
+    ]
+    assert re.fullmatch(r"-\d+\.\d% to \+\d+\.\d% reaches across \+2\.0%", reasons[3]) and not reasons[4]
+    slower = BenchResult.of([[m] * 9 for m in (0.98, 0.99, 0.97, 0.985, 0.975)])
+    assert judge(good, slower)[1].endswith("reaches across -2.0%")
+
+
+@pytest.mark.parametrize("threshold", [math.nan, math.inf, -0.1])
+def test_thresholds_that_are_none(threshold):
+    with pytest.raises(ValueError, match="threshold must be a finite number"):
+        compare(report([]), report([]), threshold)
+
+
 # The command
 
 
@@ -129,6 +152,49 @@ def test_command(command):
     assert command(report(before[:2]), report(after[:2], driver="1")).exit_code == 0
     assert command(report(before), report(after), "--threshold", "20").exit_code == 0
     assert command(report(before), report([Failed("boom")])).exit_code == 1
+
+
+def test_command_says_why_nothing_can_be_told(command):
+    good, few = samples(1e-6, 0.0005, 1), samples(1e-6, 0.0005, 2, rounds=2)
+    done = command(report([few]), report([good]))
+    assert done.exit_code == 1 and "AMBIGUOUS  A has 2 of the 3 rounds that are needed\n" in done.stdout, done.output
+    assert done.stderr == "Error: every row is AMBIGUOUS, so that these two runs tell nothing: see WHY\n"
+    assert command(report([few, good]), report([good, good])).exit_code == 0  # the other row is compared
+    for threshold in ("nan", "inf"):
+        done = command(report([good]), report([good]), "--threshold", threshold)
+        assert done.exit_code == 1 and done.stderr.startswith("Error: threshold must be") and not done.stdout
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ('"unit": "us"', '"unit": "weeks"'),
+        ('"unit": "us"', '"unit": ["us"]'),
+        ('"name": "rmsnorm"', '"name": 7'),
+        ('"cold": true', '"cold": %s' % ("[" * 100000)),
+        ('"machine": {', '"machine": 1, "x": {'),
+        ('"point": {"n": 0}', '"point": 5'),
+        ('"rounds": [[1e-06]]', '"rounds": [[0]]'),
+        ('"rounds": [[1e-06]]', '"rounds": [[NaN]]'),
+        ('"rounds": [[1e-06]]', '"rounds": [[-1]]'),
+        ('"rounds": [[1e-06]]', '"rounds": [[1%s]]' % ("0" * 400)),
+        ('"rounds": [[1e-06]]', '"rounds": [["1"]]'),
+        ('"rounds": [[1e-06]]', '"rounds": [[]]'),
+        ('"rounds": [[1e-06]]', '"rounds": 3'),
+        ('"times": [1e-06, 1e-06]', '"times": []'),
+        ('"notes": []', '"notes": [1]'),
+    ],
+)
+def test_files_that_are_damaged(tmp_path, old, new):
+    text = report([BenchResult.of([[1e-6]])]).to_json()
+    (tmp_path / "a.json").write_text(text)
+    assert old in text
+    (tmp_path / "b.json").write_text(text.replace(old, new))
+    if '"times"' in old:
+        (tmp_path / "b.json").write_text(text.replace(old, new).replace("[[1e-06]]", "[]"))
+    done = CliRunner().invoke(main, ["bench", "compare", str(tmp_path / "a.json"), str(tmp_path / "b.json")])
+    assert done.exit_code == 1 and isinstance(done.exception, SystemExit), done.exception
+    assert done.stderr == f"Error: {tmp_path / 'b.json'} was not written by a benchmark's --json\n"
 
 
 def test_command_warns_and_refuses(command, tmp_path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import socket
 import time
 from types import SimpleNamespace
 
@@ -14,6 +15,7 @@ import torch
 from jitnorm.jit import build as builder
 from jitnorm.jit import cache
 from jitnorm.jit import spec as spec_module
+from jitnorm.jit import toolchain as toolchain_module
 from jitnorm.jit.build import build, first_error
 from jitnorm.jit.cache import BadEntry, Cache, Entry
 from jitnorm.jit.spec import Target
@@ -48,36 +50,35 @@ def test_publishing_over_a_damaged_entry(cache_dir, capfd):
 
 
 def test_a_lock_that_is_never_released_delays_a_build_and_no_more(cache_dir, monkeypatch, capfd):
-    from filelock import FileLock
-
     build(SPEC)
-    (lock,) = (cache_dir / "locks").iterdir()
     monkeypatch.setattr(builder, "_QUIET_S", 0.05)
     monkeypatch.setattr(builder, "_LOCK_S", 0.2)
     other = rmsnorm_spec(128, torch.float32, torch.float32, Target("cpu"))
-    held = FileLock(
-        str(lock).replace(f"{SPEC.name}.{SPEC.target.sm}.{SPEC.key}", f"{other.name}.{other.target.sm}.{other.key}")
-    )
-    (cache_dir / "staging" / f"{other.name}.{other.target.sm}.some.host.4711.abc").mkdir()
-    with held:
+    toolchain = toolchain_module.require("cpu", None).key
+    (cache_dir / "staging" / f"{other.name}.{other.target.sm}.some.host.4711.0123abcd").mkdir()
+    with Cache(cache_dir).build_lock(other, toolchain) as taken:
+        assert taken
         started = time.monotonic()
         build(other).verify()
-        assert time.monotonic() - started < 10
+        assert time.monotonic() - started < 60
     said = capfd.readouterr().err
     assert "waiting for process 4711 on some.host" in said and "no longer waiting" in said
+    assert not list((cache_dir / "locks").iterdir())
 
 
 def test_a_bad_manifest_is_said(tmp_path):
+    tmp_path = tmp_path / "kernels" / "home" / "toolchain"
+    tmp_path.mkdir(mode=0o700, parents=True)
     entry = Entry(tmp_path)
     with pytest.raises(BadEntry, match="manifest"):
         entry.verify()
     for library in ("../../etc/passwd", None, "x-\0.so", "", ["x-.so"]):
-        manifest = {"name": "x", "library": library, "sha256": "", "size": 0}
+        manifest = {"name": "x", "library": library, "sha256": "0" * 64, "size": 0}
         (tmp_path / "manifest.json").write_text(json.dumps(manifest))
         with pytest.raises(BadEntry, match="its library cannot be named"):
             Entry(tmp_path).verify()
     for name in ("../x", None, 5):
-        manifest = {"name": name, "library": f"{name}-.so", "sha256": "", "size": 0}
+        manifest = {"name": name, "library": f"{name}-.so", "sha256": "0" * 64, "size": 0}
         (tmp_path / "manifest.json").write_text(json.dumps(manifest))
         with pytest.raises(BadEntry, match="manifest cannot be read"):
             Entry(tmp_path).verify()
@@ -96,7 +97,7 @@ def test_a_passing_trouble_is_no_damage(cache_dir, monkeypatch, capfd):
 
 def test_an_entry_that_was_rebuilt_meanwhile_goes_back(cache_dir, capfd):
     entry = build(SPEC)
-    Cache(cache_dir).set_aside(entry, "it was damaged a moment ago")
+    Cache(cache_dir).quarantine(entry.path, "it was damaged a moment ago")
     entry.verify()
     assert capfd.readouterr().err == ""
 
@@ -125,19 +126,31 @@ def test_sources_that_change_under_a_process_are_not_published(cache_dir, tmp_pa
 def test_leftovers(cache_dir):
     home = build(SPEC).path.parent.name
     name = home.rpartition(".")[0]
-    young, old = f"{name}.some.host.12.abcd_123", f"{name}.host.12.efgh5678"
-    aside = {f"{home}.0123abcd", f"failed.{name}.0123abcd"}
-    for folder, age in ((f"staging/{young}", 60), (f"staging/{old}", 2 * 86400), *((f"aside/{n}", 60) for n in aside)):
-        (cache_dir / folder).mkdir(parents=True)
+    young, old = f"{name}.some.host.12.abcd_123", f"{name}.other.13.efgh5678"
+    dead = f"{name}.{socket.gethostname()}.14.01234567"
+    quarantined = {f"{home}.0123abcd", f"failed.{name}.0123abcd"}
+    ages = {f"staging/{young}": 60, f"staging/{old}": 2 * 86400, f"staging/{dead}": 0}
+    for folder, age in (ages | {f"quarantine/{n}": 60 for n in quarantined}).items():
+        (cache_dir / folder).mkdir(parents=True, mode=0o700)
         os.utime(cache_dir / folder, (time.time() - age,) * 2)
-    assert {p.name for p in Cache(cache_dir).leftovers()} == {old, *aside}
-    with Cache(cache_dir).staging(SPEC):
-        assert len(list(Cache(cache_dir).leftovers(older_than_s=-60))) == 5
+    (cache_dir / "quarantine").chmod(0o700)
+    assert {p.name for p in Cache(cache_dir).leftovers()} == {old, dead, *quarantined}
+    with Cache(cache_dir).staging(SPEC) as staging:
+        # A build under way is its process's, and one on another host may be under way. The dead one is removed.
+        assert {p.name for p in Cache(cache_dir).leftovers()} == {old, *quarantined}
+        assert {p.name for p in (cache_dir / "staging").iterdir()} == {young, old, staging.name}
 
 
 def test_what_is_not_ours_is_left_alone(cache_dir):
-    for name in ("kernels/cuda/softmax", "kernels/cuda.sm_90a.tuned/best", "staging/dataset", "aside/notes"):
+    for name in (
+        "kernels/cuda/softmax",
+        "kernels/cuda.sm_90a.tuned/best",
+        "staging/dataset",
+        "quarantine/notes",
+        "aside/notes",
+    ):
         (cache_dir / name).mkdir(parents=True)
+        (cache_dir / name).parent.chmod(0o700)
         os.utime(cache_dir / name, (0, 0))
     entry = build(SPEC)
     assert not (cache_dir / "CACHEDIR.TAG").exists()  # with which backups would leave it out

@@ -247,13 +247,22 @@ def test_a_damaged_entry_is_rebuilt_and_said_once(cache_dir, damage):
 def test_a_damaged_entry_that_cannot_be_moved(cache_dir, tmp_path):
     """The process keeps a kernel of its own; a warm-up, which is for others, fails."""
     flip_a_bit(build(cpu_spec()).library)
-    (cache_dir / "aside").touch()
     (tmp_path / "own").mkdir()
-    done = run(ONE_CALL, ONE_CALL, TMPDIR=str(tmp_path / "own"))
+    cannot_move = """
+        from jitnorm.jit.folder import Folder
+        move = Folder.move
+        def refuse(self, name, to, new_name):
+            if to.path.name == "quarantine":
+                raise PermissionError(13, "Permission denied")
+            move(self, name, to, new_name)
+        Folder.move = refuse
+    """
+    done = run(cannot_move, ONE_CALL, ONE_CALL, TMPDIR=str(tmp_path / "own"))
     assert done.stdout.split() == ["right", "right"], done.stderr
     assert done.stderr.count("cannot be moved") == 1 and done.stderr.count("This process keeps its own") == 1
     assert not list((tmp_path / "own").iterdir())
-    said = run("import jitnorm; print(jitnorm.warmup(hidden_size=512, dtype='fp32', device='cpu').failed[0][1])")
+    warm_up = "import jitnorm; print(jitnorm.warmup(hidden_size=512, dtype='fp32', device='cpu').failed[0][1])"
+    said = run(cannot_move, warm_up)
     assert "cannot be kept as" in said.stdout and "Directory not empty" in said.stdout
 
 
@@ -321,7 +330,7 @@ def test_workers_without_a_cache_leave_nothing(tmp_path):
 def test_a_read_only_cache():
     """A hit works; a miss says where it builds instead."""
     script = """
-        import os, shutil, torch, jitnorm.rmsnorm, jitnorm.jit.build, filelock, ninja
+        import os, shutil, torch, jitnorm.rmsnorm, jitnorm.jit.build, ninja
         x, w = torch.randn(5, 512), torch.randn(512)
         os.setuid(65534)
         expected = torch.nn.functional.rms_norm(x, (512,), w, 1e-6)

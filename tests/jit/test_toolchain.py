@@ -8,6 +8,7 @@ import shutil
 import pytest
 
 from jitnorm.jit import toolchain
+from jitnorm.jit.cache import Cache
 
 
 @pytest.fixture
@@ -20,9 +21,9 @@ def asked(monkeypatch):
 
 
 def test_a_compiler_is_asked_once(tmp_path, asked):
-    first = toolchain.identify("cpu", tmp_path / "memory")
+    first = toolchain.identify("cpu", Cache(tmp_path))
     assert len(asked) == 1 and first.cxx.version
-    assert toolchain.identify("cpu", tmp_path / "memory") == first
+    assert toolchain.identify("cpu", Cache(tmp_path)) == first
     assert len(asked) == 1
 
 
@@ -31,9 +32,9 @@ def test_an_exchanged_compiler_is_asked_again(tmp_path, asked, monkeypatch):
     compiler.write_text("#!/bin/sh\necho my compiler 1.0\n")
     compiler.chmod(0o755)
     monkeypatch.setenv("CXX", str(compiler))
-    old = toolchain.identify("cpu", tmp_path / "memory")
+    old = toolchain.identify("cpu", Cache(tmp_path))
     compiler.write_text("#!/bin/sh\necho my compiler 2.0 and longer\n")
-    new = toolchain.identify("cpu", tmp_path / "memory")
+    new = toolchain.identify("cpu", Cache(tmp_path))
     assert (old.cxx.version, new.cxx.version) == ("my compiler 1.0", "my compiler 2.0 and longer")
     assert old.key != new.key
 
@@ -47,29 +48,29 @@ def test_one_version_has_one_key_wherever_it_lies(tmp_path, monkeypatch):
         compiler.chmod(0o755)
         os.utime(compiler, (1, len(keys)))
         monkeypatch.setenv("CXX", str(compiler))
-        keys.add(toolchain.identify("cpu", tmp_path / "memory").key)
+        keys.add(toolchain.identify("cpu", Cache(tmp_path)).key)
     assert len(keys) == 1
 
 
 def test_another_environment_looks_again(tmp_path, asked, monkeypatch):
-    toolchain.identify("cpu", tmp_path / "memory")
+    toolchain.identify("cpu", Cache(tmp_path))
     monkeypatch.setenv("CXX", shutil.which("g++") or shutil.which("c++"))
-    toolchain.identify("cpu", tmp_path / "memory")
+    toolchain.identify("cpu", Cache(tmp_path))
     assert len(asked) == 2
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"cxx": {}}', '{"cxx": null, "nvcc": null}'])
 def test_a_spoilt_memory_is_no_memory(tmp_path, asked, content):
-    toolchain.identify("cpu", tmp_path / "memory")
-    (file,) = (tmp_path / "memory").iterdir()
+    toolchain.identify("cpu", Cache(tmp_path))
+    (file,) = (tmp_path / "toolchains").iterdir()
     file.write_text(content)
-    assert toolchain.identify("cpu", tmp_path / "memory").cxx.version
+    assert toolchain.identify("cpu", Cache(tmp_path)).cxx.version
     assert len(asked) == 2
 
 
 def test_a_memory_that_cannot_be_written_is_done_without(tmp_path):
-    (tmp_path / "memory").write_text("a file where the folder should be")
-    assert toolchain.identify("cpu", tmp_path / "memory").cxx.version
+    (tmp_path / "toolchains").write_text("a file where the folder should be")
+    assert toolchain.identify("cpu", Cache(tmp_path)).cxx.version
     assert toolchain.identify("cpu", None).cxx.version
 
 

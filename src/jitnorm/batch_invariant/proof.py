@@ -10,17 +10,17 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-import os
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
 from jitnorm.batch_invariant import cublaslt
 from jitnorm.jit import cache
+from jitnorm.jit.folder import Unfit
 from jitnorm.jit.report import say
 
 if TYPE_CHECKING:
@@ -134,7 +134,7 @@ def cancelling_operands(
 
 def known_proofs() -> Iterator[Proof]:
     """All that are on disk, for `jitnorm doctor`."""
-    names = (file.name for file in (cache.readable().root / "proofs").glob("*.json"))
+    names = (path.name for path in cache.readable().remembered() if path.parent.name == cache.PROOFS)
     known = [proof for name in names if (proof := _recall(name))]
     yield from sorted(known, key=lambda proof: (proof.gpu, proof.problem, proof.road))
 
@@ -171,23 +171,15 @@ def _stored(b: torch.Tensor, problem: Problem) -> torch.Tensor:
 
 
 def _recall(name: str) -> Proof | None:
-    root = cache.readable().root
-    if cache.untrusted(root):
-        return None
     try:
-        values: dict[str, Any] = json.loads((root / "proofs" / name).read_text())
-        proof = Proof(**values)
-    except (OSError, ValueError, TypeError):
+        proof = Proof(**cache.readable().recall(cache.PROOFS, name))
+    except TypeError:
         return None
     return proof if proof.name == name else None
 
 
 def _remember(proof: Proof) -> None:
-    file = cache.writable().root / "proofs" / proof.name
     try:
-        file.parent.mkdir(mode=0o700, exist_ok=True)
-        draft = file.with_suffix(f".{os.getpid()}.tmp")
-        draft.write_text(json.dumps(vars(proof), indent=1))
-        draft.replace(file)
-    except OSError as error:
+        cache.writable().remember(cache.PROOFS, proof.name, vars(proof))
+    except (OSError, Unfit) as error:
         say(f"cannot keep what was found of {proof.problem}: {error}")

@@ -39,17 +39,21 @@ class Comparison:
     verdict: Verdict
     difference: float  # relative: 0.05 for 5% slower; NaN where there is no figure
     noise: float
+    why: str = ""  # it is ambiguous
 
 
 def compare(a: Report, b: Report, threshold: float = THRESHOLD) -> list[Comparison]:
-    """Every cell of `b` that has a figure in `a`."""
+    """Every cell of `b` that has a figure in `a`. ValueError for a threshold that is none."""
+    if not 0 <= threshold < math.inf:
+        raise ValueError(f"threshold must be a finite number and 0 or more, got {threshold:g}")
     before = {str(row): row for row in a.rows}
     found = []
     for row, line, now in b.cells():
         then = before[str(row)].cells.get(line) if str(row) in before else None
         if isinstance(then, BenchResult):
             if isinstance(now, BenchResult):
-                found.append(Comparison(row, line, then, now, verdict(then, now, threshold), *interval(then, now)))
+                decided, why = judge(then, now, threshold)
+                found.append(Comparison(row, line, then, now, decided, *interval(then, now), why))
             elif isinstance(now, Failed):
                 found.append(Comparison(row, line, then, now, Verdict.FAILED, math.nan, math.nan))
     return found
@@ -57,15 +61,25 @@ def compare(a: Report, b: Report, threshold: float = THRESHOLD) -> list[Comparis
 
 def verdict(before: BenchResult, after: BenchResult, threshold: float = THRESHOLD) -> Verdict:
     """See the top of this file."""
+    return judge(before, after, threshold)[0]
+
+
+def judge(before: BenchResult, after: BenchResult, threshold: float = THRESHOLD) -> tuple[Verdict, str]:
+    """The verdict and, where it is AMBIGUOUS, why."""
+    for name, result in (("A", before), ("B", after)):
+        if len(result.rounds) < _MIN_ROUNDS:
+            return Verdict.AMBIGUOUS, f"{name} has {len(result.rounds)} of the {_MIN_ROUNDS} rounds that are needed"
+        if throttled := next((note for note in result.notes if "throttled" in note), None):
+            return Verdict.AMBIGUOUS, f"{name}: {throttled}"
     difference, noise = interval(before, after)
-    throttled = any("throttled" in note for note in (*before.notes, *after.notes))
-    if throttled or min(len(before.rounds), len(after.rounds)) < _MIN_ROUNDS:
-        return Verdict.AMBIGUOUS
     if difference - noise > threshold:
-        return Verdict.SLOWER
+        return Verdict.SLOWER, ""
     if difference + noise < -threshold:
-        return Verdict.FASTER
-    return Verdict.SAME if abs(difference) + noise <= threshold else Verdict.AMBIGUOUS
+        return Verdict.FASTER, ""
+    if abs(difference) + noise <= threshold:
+        return Verdict.SAME, ""
+    crossed = threshold if difference + noise > threshold else -threshold
+    return Verdict.AMBIGUOUS, f"{difference - noise:+.1%} to {difference + noise:+.1%} reaches across {crossed:+.1%}"
 
 
 def interval(before: BenchResult, after: BenchResult) -> tuple[float, float]:
@@ -86,12 +100,12 @@ def unlike(a: Report, b: Report) -> list[str]:
 
 
 def rows_of(comparisons: list[Comparison], unit: str) -> list[list[str]]:
-    """For a table: row, implementation, both figures, difference with noise, verdict."""
+    """For a table: row, implementation, both figures, difference with noise, verdict, why it is ambiguous."""
     rows = []
     for c in comparisons:
         figures = [
             f"{r.seconds / UNITS[unit]:.4g}" if isinstance(r, BenchResult) else "error" for r in (c.before, c.after)
         ]
         difference = "" if math.isnan(c.difference) else f"{c.difference:+.1%} +-{c.noise:.1%}"
-        rows.append([str(c.row), c.line, *figures, difference, c.verdict.value])
+        rows.append([str(c.row), c.line, *figures, difference, c.verdict.value, c.why])
     return rows

@@ -16,6 +16,7 @@ docs/benchmarking.md tells the rest.
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -104,9 +105,11 @@ class Benchmark:
 
         Raises:
             TypeError: a parameter of the function that no axis gives.
-            ValueError: a filter or an implementation that does not exist.
+            ValueError: a filter or an implementation that does not exist; seconds that would never end.
         """
         points, lines = self.points(full, filters), self.lines(impl)
+        if seconds is not None and not 0 <= seconds < math.inf:
+            raise ValueError(f"seconds must be a finite number and 0 or more, got {seconds}")
         if copy and COPY in lines:
             raise ValueError(f"{COPY!r} is the name of the framework's own copy")
         axes = [name for axis in self.axes for name in axis.names]

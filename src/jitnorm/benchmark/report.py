@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -81,11 +82,16 @@ class Report:
             if data.pop("format") != FORMAT:
                 raise ValueError("of another format")
             rows = [
-                Row(row["point"], {line: _to_cell(cell) for line, cell in row["cells"].items()})
+                Row(dict(row["point"]), {line: _to_cell(cell) for line, cell in row["cells"].items()})
                 for row in data.pop("rows")
             ]
-            return cls(**data, rows=rows)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            report = cls(**data, rows=rows)
+            if not (isinstance(report.name, str) and report.unit in UNITS):
+                raise ValueError("without a name and a unit")
+            if not (isinstance(report.machine, dict) and isinstance(report.settings, dict)):
+                raise ValueError("without the machine and the settings")
+            return report
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
             raise ValueError(f"{path} was not written by a benchmark's --json") from error
 
 
@@ -108,4 +114,13 @@ def _to_cell(data: dict[str, Any]) -> Cell:
     if "failed" in data:
         return Failed(data["failed"])
     data = {key: tuple(value) if isinstance(value, list) else value for key, value in data.items()}
-    return BenchResult(**data | {"rounds": tuple(map(tuple, data["rounds"]))})
+    result = BenchResult(**data | {"rounds": tuple(map(tuple, data["rounds"]))})
+    # What figures are made of: a division by zero, say, is met here rather than later.
+    numbers = [*(sample for samples in result.rounds for sample in samples), *result.times]
+    if not (all(result.rounds) and numbers and all(isinstance(n, (int, float)) and float(n) > 0 for n in numbers)):
+        raise ValueError("times that are none")
+    if not math.isfinite(sum(numbers)) or not result.seconds:
+        raise ValueError("times without a figure")
+    if not all(isinstance(note, str) for note in result.notes):
+        raise ValueError("notes that are none")
+    return result

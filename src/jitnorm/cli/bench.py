@@ -9,7 +9,7 @@ from pathlib import Path
 import click
 
 from jitnorm.cli import output
-from jitnorm.cli.base import Group, json_option
+from jitnorm.cli.base import BadValue, Group, json_option
 
 _JSON = click.Path(exists=True, dir_okay=False, path_type=Path)
 
@@ -28,7 +28,8 @@ def bench() -> None:
 def compare(a: Path, b: Path, threshold: float) -> None:
     """Say for each row what is SAME, FASTER, SLOWER or AMBIGUOUS in B, from the samples of both.
 
-    A.json and B.json are what a benchmark's --json wrote. Exits 1 when something got slower beyond noise, or failed.
+    A.json and B.json are what a benchmark's --json wrote. Exits 1 when something got slower beyond noise, or failed,
+    and when nothing can be told: every row is AMBIGUOUS.
     """
     from jitnorm.benchmark.compare import Verdict, rows_of, unlike
     from jitnorm.benchmark.compare import compare as compared
@@ -43,12 +44,14 @@ def compare(a: Path, b: Path, threshold: float) -> None:
         raise ValueError(f"{a} and {b} have no row and implementation in common")
     for text in unlike(before, after):
         click.echo(f"warning: {text}", err=True)
-    header = ("ROW", "IMPL", f"A {before.unit}", f"B {before.unit}", "CHANGE", "VERDICT")
+    header = ("ROW", "IMPL", f"A {before.unit}", f"B {before.unit}", "CHANGE", "VERDICT", "WHY")
     output.table(header, rows_of(found, before.unit), right=[2, 3, 4])
     counts = Counter(comparison.verdict for comparison in found)
     click.echo("\n" + ", ".join(f"{counts[v]} {v.value}" for v in Verdict if counts[v]))
     if gone := sum(isinstance(cell, BenchResult) for _, _, cell in before.cells()) - len(found):
         click.echo(f"{gone} more in {a} have no counterpart in {b}")
+    if counts[Verdict.AMBIGUOUS] == len(found):
+        raise RuntimeError("every row is AMBIGUOUS, so that these two runs tell nothing: see WHY")
     if counts[Verdict.SLOWER] or counts[Verdict.FAILED]:
         raise click.exceptions.Exit(1)
 
@@ -73,7 +76,10 @@ def server(
 
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", RuntimeWarning)
-        result = run_batch(url, api, model, batch_size, input_len, output_len, timeout)
+        try:
+            result = run_batch(url, api, model, batch_size, input_len, output_len, timeout)
+        except ValueError as error:  # an argument: what goes wrong with a request is in the result
+            raise BadValue(str(error)) from error
     for warning in caught:
         click.echo(f"warning: {warning.message}", err=True)
     if form == "json":

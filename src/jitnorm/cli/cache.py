@@ -14,6 +14,10 @@ from jitnorm.cli.entries import Row, all_rows, find_rows, places, rows_of
 from jitnorm.cli.filters import Filter, filter_option, max_size_option, older_than_option, select
 from jitnorm.cli.removal import remove
 from jitnorm.jit import cache as store
+from jitnorm.jit.folder import Folder, Unfit
+from jitnorm.jit.library import BadLibrary, ChildCheck, check_library
+
+_MAX_SHOWN_BYTES = 1 << 20
 
 dry_run_option = click.option("--dry-run", is_flag=True, help="Say what would be removed, and remove nothing.")
 yes_option = click.option("--yes", "-y", is_flag=True, help="Do not ask.")
@@ -71,18 +75,28 @@ def show(name: str) -> None:
     row = found[0]
     for field, value in row.as_json().items():
         click.echo(f"{field:10} {value}")
-    click.echo("\nfiles")
-    for file in sorted(f for f in row.entry.path.iterdir() if f.is_file()):
-        click.echo(f"  {output.size(file.stat().st_size):>9}  {file.name}")
-    for file in (row.entry.path / store.MANIFEST, *sorted(row.entry.path.glob("module.*"))):
-        if file.is_file():
-            click.echo(f"\n{file.name}\n{file.read_text(errors='replace').rstrip()}")
+    with row.entry.open() as folder:
+        sizes = {name: folder.size(name) for name in folder.names()}
+        click.echo("\nfiles")
+        for name, weight in sizes.items():
+            click.echo(f"  {output.size(weight):>9}  {name}")
+        for name in (store.MANIFEST, *(name for name in sizes if name.startswith("module."))):
+            if name in sizes:
+                click.echo(f"\n{name}\n{_text(folder, name)}")
+
+
+def _text(folder: Folder, name: str) -> str:
+    try:
+        return folder.read(name, _MAX_SHOWN_BYTES).decode(errors="replace").rstrip()
+    except (Unfit, OSError) as error:
+        return f"cannot be read: {error}"
 
 
 @cache.command("verify")
 @json_option
 def verify(form: str) -> None:
-    """Compare every kernel's library with the hash it was built with, and check that only you can have put it there.
+    """Compare every kernel's library with the hash it was built with, open it in a process of its own, and check that
+    only you can have put it there.
 
     Removes nothing: a bad kernel is never loaded, and is built again when it is called. Exits 1 if one is bad.
     """
@@ -108,13 +122,18 @@ def verify(form: str) -> None:
 def clear(filters: tuple[Filter, ...], older_than: float | None, dry_run: bool, yes: bool) -> None:
     """Remove kernels from the cache: all of them, or those that were chosen.
 
-    Kernels that a process has loaded are left alone. Without --filter and --older-than, what failed and unfinished
-    builds left behind goes as well. The prebuilt layer is never touched.
+    Kernels that a process has loaded are left alone. Without --filter and --older-than, everything else that is
+    jitnorm's goes as well: what failed, damaged and unfinished builds left behind, and what was remembered of compilers
+    and of batch-invariant mode's products. The prebuilt layer is never touched.
     """
+    done = True
     for place in _own():
         everything = not filters and older_than is None
         chosen = select(list(rows_of(place)), filters, older_than, time.time())
-        remove(place, chosen, place.leftovers() if everything else [], dry_run, yes)
+        others = [*place.leftovers(), *place.remembered()] if everything else []
+        done &= remove(place, chosen, others, dry_run, yes)
+    if not done:
+        raise click.exceptions.Exit(1)
 
 
 @cache.command("prune")
@@ -125,10 +144,12 @@ def clear(filters: tuple[Filter, ...], older_than: float | None, dry_run: bool, 
 def prune(older_than: float | None, max_size: int | None, dry_run: bool, yes: bool) -> None:
     """Remove what is no longer of use.
 
-    That is what failed and unfinished builds left behind, and kernels that nobody has used for long (--older-than) or
-    for the longest time (--max-size); with neither option, kernels that another version of jitnorm or tvm-ffi built.
+    That is what failed, damaged and unfinished builds left behind, and kernels that nobody has used for long
+    (--older-than) or for the longest time (--max-size); with neither option, kernels that another version of jitnorm or
+    tvm-ffi built.
     Kernels that a process has loaded are left alone.
     """
+    done = True
     for place in _own():
         rows = list(rows_of(place))
         if older_than is None and max_size is None:
@@ -137,7 +158,9 @@ def prune(older_than: float | None, max_size: int | None, dry_run: bool, yes: bo
             chosen = select(rows, (), older_than, time.time()) if older_than is not None else []
             if max_size is not None:
                 chosen += _least_recently_used([row for row in rows if row.in_use or row not in chosen], max_size)
-        remove(place, chosen, place.leftovers(), dry_run, yes)
+        done &= remove(place, chosen, place.leftovers(), dry_run, yes)
+    if not done:
+        raise click.exceptions.Exit(1)
 
 
 def _own() -> list[store.Cache]:
@@ -170,8 +193,11 @@ def _least_recently_used(rows: list[Row], max_size: int) -> list[Row]:
 
 def _problem(row: Row) -> str | None:
     try:
-        row.entry.verify(any_owner=row.prebuilt)
-    except (store.BadEntry, OSError) as problem:
+        content = row.entry.verify()
+        library = check_library(content, [])
+        with ChildCheck() as child:
+            child.check(str(row.entry.library), library)
+    except (store.BadEntry, BadLibrary, OSError) as problem:
         return str(problem)
     return None
 

@@ -1,5 +1,5 @@
-"""What this machine has and what it lacks. Compilers are asked for their versions, FlashInfer is imported if a GPU is
-here, and no file is created."""
+"""What this machine has and what it lacks. Compilers are asked for their versions and tried, in a temporary folder that
+is removed; FlashInfer is imported if a GPU is here; nothing is written to the cache."""
 
 from __future__ import annotations
 
@@ -8,7 +8,10 @@ import os
 import platform
 import subprocess
 import sys
+import tempfile
 import warnings
+from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +21,8 @@ from jitnorm._version import __version__
 from jitnorm.batch_invariant.proof import known_proofs
 from jitnorm.checks import DTYPE_NAMES
 from jitnorm.cli.entries import places, rows_of
+from jitnorm.cli.output import size
+from jitnorm.cli.trial import Trial, try_builds
 from jitnorm.dispatch import explain
 from jitnorm.dispatch.wanted import wanted
 from jitnorm.environment import is_on
@@ -39,26 +44,31 @@ _OWN_VARIABLES = (
 _VARIABLES = ("CXX", "NVCC", "CUDA_HOME", "CUDA_PATH", "CONDA_PREFIX", "OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES")
 # Calls that jitnorm.dispatch may decide differently: (dtype, hidden size)
 _CALLS = ((torch.bfloat16, 4096), (torch.float32, 4096), (torch.bfloat16, 16384), (torch.bfloat16, 111))
-# What each tool is called, what cannot be built without it, and how to get it.
+# What each tool is called, what cannot be built without it, how to get it, and the variable that names another.
 _REMEDIES = {
-    "c++": ("C++ compiler", "nothing", "apt-get install g++, or conda install cxx-compiler"),
-    "ninja": ("ninja", "nothing", "pip install ninja"),
-    "nvcc": ("nvcc", "no CUDA kernel", "pip install 'jitnorm[nvcc]'"),
+    "c++": ("C++ compiler", "nothing", "apt-get install g++, or conda install cxx-compiler", "CXX"),
+    "ninja": ("ninja", "nothing", "pip install ninja", None),
+    "nvcc": ("nvcc", "no CUDA kernel", "pip install 'jitnorm[nvcc]'", "NVCC"),
 }
+_NEEDED = {"cpu": ("c++", "ninja"), "cuda": ("c++", "ninja", "nvcc")}
+_ARCH = "9.0a"  # what is compiled where no GPU says another
+_LITTLE_ROOM = 64_000_000  # bytes: a kernel takes up to 2 MB, with what its build leaves for a moment
 
 
 def diagnose() -> dict[str, Any]:
     """All that `jitnorm doctor` says, as plain data."""
     compilers = _compilers()
-    works = {name: _says_version(found) for name, found in compilers.items()}
-    ready = works["c++"] and works["ninja"]
+    builds = _builds(compilers)
     facts: dict[str, Any] = {
         "versions": {"jitnorm": __version__, "python": platform.python_version(), **installed_versions(_PACKAGES)},
         "python": sys.executable,
         "devices": _devices(),
         "compilers": compilers,
-        "can_build": {"cpu": ready, "cuda": ready and works["nvcc"]},
+        "builds": {device: asdict(trial) for device, trial in builds.items()},
+        # Where a trial was not possible, what the compilers say of themselves has to do.
+        "can_build": {device: trial.works is not False for device, trial in builds.items()},
         "caches": [_cache(place) for place in places()],
+        "temporary": _temporary(),
         "dispatch": _dispatch(),
         "batch_invariant": [vars(proof) for proof in known_proofs()],
         "environment": {k: v for k, v in sorted(os.environ.items()) if k.startswith("JITNORM_") or k in _VARIABLES},
@@ -93,6 +103,18 @@ def _compilers() -> dict[str, dict[str, str | None] | None]:
     }
 
 
+def _builds(compilers: dict[str, dict[str, str | None] | None]) -> dict[str, Trial]:
+    """For each device what came of building a kernel for it; nothing is started where a tool is missing."""
+    builds: dict[str, Trial] = {}
+    for device, tools in _NEEDED.items():
+        missing = [name for name in tools if not _says_version(compilers[name])]
+        if missing:
+            builds[device] = Trial(False, problem=f"no {missing[0]} that works")
+    archs = {"cpu": None, "cuda": cuda_target(None).arch if torch.cuda.is_available() else _ARCH}
+    builds |= try_builds({device: arch for device, arch in archs.items() if device not in builds})
+    return {device: builds[device] for device in _NEEDED}
+
+
 def _ninja_version(path: str) -> str | None:
     try:
         done = subprocess.run([path, "--version"], capture_output=True, text=True, timeout=60)
@@ -110,7 +132,30 @@ def _cache(place: cache.Cache) -> dict[str, Any]:
         "problem": _prebuilt_problem(place.root) if place.prebuilt else cache.unusable(place.root),
         "kernels": len(rows),
         "size": sum(row.size for row in rows),
+        "free": _free(place.root),
     }
+
+
+def _temporary() -> dict[str, Any]:
+    """The folder that stands in for a cache that cannot be written, and that compilers write to."""
+    try:
+        root = tempfile.gettempdir()
+    except OSError as error:
+        return {"root": None, "free": None, "problem": str(error)}
+    return {"root": root, "free": _free(Path(root)), "problem": None}
+
+
+def _free(root: Path) -> int | None:
+    """Bytes that can be written in the file system of `root`, which need not exist; 0 where it has no more inodes."""
+    for place in (root, *root.parents):
+        try:
+            room = os.statvfs(place)
+        except (FileNotFoundError, NotADirectoryError):
+            continue
+        except OSError:
+            break
+        return 0 if room.f_files and not room.f_favail else room.f_bavail * room.f_frsize
+    return None
 
 
 def _prebuilt_problem(root: Path) -> str | None:
@@ -146,6 +191,9 @@ def _choice(dtype: torch.dtype, hidden_size: int, device: str) -> dict[str, str 
 def _advice(facts: dict[str, Any]) -> list[str]:
     """One line for each thing that is missing: what, what it costs, and how to get it."""
     advice = [line for name in _REMEDIES if (line := _remedy(name, facts["compilers"]))]
+    for device, trial in facts["builds"].items():
+        if all(_says_version(facts["compilers"][name]) for name in _NEEDED[device]) and not trial["works"]:
+            advice.append(f"building for {device} {_fails(device, trial)}")
     if not torch.cuda.is_available() and Path("/dev/nvidiactl").exists():
         why = (
             "this torch is built without CUDA"
@@ -162,6 +210,7 @@ def _advice(facts: dict[str, Any]) -> list[str]:
             advice.append(f"JITNORM_PREBUILT_DIR is {place['root']}: {place['problem']}")
         elif place["problem"]:
             advice.append(f"kernels cannot be kept in {place['root']}: {place['problem']}. Set JITNORM_CACHE_DIR")
+    advice += _room(facts)
     if facts["dispatch"]["problem"]:
         advice.append(f"no call of jitnorm.dispatch is served: {facts['dispatch']['problem']}")
     if is_on("JITNORM_DISABLE_JIT"):
@@ -180,15 +229,36 @@ def _misspelt(variable: str) -> str:
     return f"{variable} is no variable of jitnorm's{f': is {close[0]} meant?' if close else ''}"
 
 
+def _fails(device: str, trial: dict[str, Any]) -> str:
+    """What came of a trial, and which variables chose the compilers, if any."""
+    if trial["works"] is None:
+        return f"was {trial['problem']}"
+    own = [v for name in _NEEDED[device] if (v := _REMEDIES[name][3]) and os.environ.get(v)]
+    return f"fails: {trial['problem']}" + "".join(f"; {v} is {os.environ[v]}: unset or mend {v}" for v in own)
+
+
+def _room(facts: dict[str, Any]) -> Iterator[str]:
+    """A line for each folder whose file system is nearly full."""
+    folders = [place for place in facts["caches"] if not place["prebuilt"]] + [facts["temporary"]]
+    for folder in folders:
+        if folder["free"] is not None and folder["free"] < _LITTLE_ROOM:
+            yield f"the file system of {folder['root']} is full, or nearly: {size(folder['free'])} can be written"
+    if facts["temporary"]["problem"]:
+        yield f"there is no temporary folder, which compilers need: {facts['temporary']['problem']}"
+
+
 def _remedy(name: str, compilers: dict[str, Any]) -> str | None:
-    what, unbuilt, remedy = _REMEDIES[name]
+    what, unbuilt, remedy, variable = _REMEDIES[name]
     found = compilers[name]
+    own = os.environ.get(variable) if variable else None
+    if found and (found["version"] or (name == "nvcc" and not _says_version(compilers["c++"]))):
+        return None  # nvcc is not asked without a C++ compiler
+    if own:
+        state = f"({found['path']}) does not work" if found else "is not found"
+        return f"{variable}={own} {state}, so {unbuilt} can be built: unset or mend {variable}"
     if not found:
-        asked = f" ($CXX is {os.environ['CXX']})" if name == "c++" and os.environ.get("CXX") else ""
-        return f"no {what}{asked}, so {unbuilt} can be built: {remedy}"
-    if not found["version"] and (name != "nvcc" or _says_version(compilers["c++"])):  # else nvcc was not asked
-        return f"{found['path']} does not work, so {unbuilt} can be built: {remedy}"
-    return None
+        return f"no {what}, so {unbuilt} can be built: {remedy}"
+    return f"{found['path']} does not work, so {unbuilt} can be built: {remedy}"
 
 
 def _says_version(found: dict[str, str | None] | None) -> bool:

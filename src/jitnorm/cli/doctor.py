@@ -15,7 +15,10 @@ from jitnorm.cli.diagnosis import diagnose
 @click.command(cls=Command, short_help="Say what this machine can build.")
 @json_option
 def doctor(form: str) -> None:
-    """Say what this machine can build, with what, and what is missing. Creates no file.
+    """Say what this machine can build, with what, and what is missing.
+
+    Compilers are tried: a small kernel is built and loaded as a first call does it, for the CPU and for CUDA, at the
+    same time and for two minutes at most, in a temporary folder that is removed. No other file is created.
 
     Exits 1 if nothing can be built, neither for the CPU nor for CUDA.
     """
@@ -35,25 +38,29 @@ def _print(facts: dict[str, Any]) -> None:
     _section(
         "compilers", ((n, f"{c['version'] or 'unknown'}  {c['path']}" if c else "not found") for n, c in compilers)
     )
-    _section("can build for", ((name, "yes" if ok else "no") for name, ok in facts["can_build"].items()))
+    builds = facts["builds"].items()
+    _section("can build for", ((name, _build(facts["can_build"][name], trial)) for name, trial in builds))
     _section("caches", (("prebuilt" if c["prebuilt"] else "own", _cache(c)) for c in facts["caches"]))
+    temporary = facts["temporary"]
+    _section("temporary folder", [(temporary["root"] or temporary["problem"], _room(temporary["free"]))])
     _dispatch(facts["dispatch"])
     _proofs(facts["batch_invariant"])
     _section("environment", facts["environment"].items())
-    click.echo("\n".join(f"advice: {line}" for line in facts["advice"]) or "nothing is missing")
+    for line in [f"advice: {line}" for line in facts["advice"]] or ["nothing is missing"]:
+        click.echo(output.printable(line))
 
 
 def _section(title: str, lines: Iterable[tuple[str, str]]) -> None:
     click.echo(title)
     for name, value in list(lines) or [("none", "")]:
-        click.echo(f"  {name:20} {value}".rstrip())
+        click.echo(output.printable(f"  {name:20} {value}".rstrip()))
     click.echo()
 
 
 def _dispatch(dispatch: dict[str, Any]) -> None:
     click.echo(f"jitnorm.dispatch, backend {dispatch['backend'] or 'unknown'}")
     if dispatch["problem"]:
-        click.echo(f"  {dispatch['problem']}")
+        click.echo(output.printable(f"  {dispatch['problem']}"))
     else:
         calls = [(call["call"], call["backend"] or "none", call["why"]) for call in dispatch["calls"]]
         output.table(("CALL", "BACKEND", "WHY"), calls)
@@ -65,7 +72,8 @@ def _proofs(proofs: list[dict[str, Any]]) -> None:
     if not proofs:
         return
     click.echo("batch-invariant products, as proven here")
-    rows = [(p["road"], p["problem"], p["gpu"], p["driver"], p["library"], p["first"] or "same bits") for p in proofs]
+    fields = ("road", "problem", "gpu", "driver", "library")
+    rows = [[*(str(proof[field]) for field in fields), str(proof["first"] or "same bits")] for proof in proofs]
     output.table(("ROAD", "PRODUCT", "GPU", "DRIVER", "LIBRARY", "FOUND"), rows)
     click.echo()
 
@@ -74,4 +82,16 @@ def _cache(place: dict[str, Any]) -> str:
     state = place["problem"] or ("usable" if place["exists"] else "usable; created when the first kernel is built")
     if place["problem"] and not place["prebuilt"]:
         state += "; each process would use a temporary folder of its own instead"
-    return f"{place['root']}  {output.plural(place['kernels'], 'kernel')}, {output.size(place['size'])}; {state}"
+    kernels = f"{output.plural(place['kernels'], 'kernel')}, {output.size(place['size'])}"
+    return f"{place['root']}  {kernels}; {_room(place['free'])}; {state}"
+
+
+def _room(free: int | None) -> str:
+    return "free space unknown" if free is None else f"{output.size(free)} free"
+
+
+def _build(ok: bool, trial: dict[str, Any]) -> str:
+    """Whether it can build, and what that is known from."""
+    if trial["works"]:
+        return f"yes  built and loaded a kernel in {trial['seconds']:.2f} s"
+    return f"{'yes' if ok else 'no '}  {trial['problem']}"

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import datetime
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from jitnorm.cli.output import printable
 from jitnorm.jit import cache
+from jitnorm.jit.folder import Unfit
 
 
 @dataclass(frozen=True)
@@ -35,13 +38,20 @@ class Row:
     def as_json(self) -> dict[str, Any]:
         """For programs: sizes in bytes, times in ISO 8601."""
         row = {k: v for k, v in vars(self).items() if k != "entry"}
-        used = datetime.datetime.fromtimestamp(self.last_used, datetime.timezone.utc)
         return {
             **row,
-            "last_used": used.isoformat(timespec="seconds"),
+            "last_used": _utc(self.last_used),
             "id": self.entry.label,
             "path": str(self.entry.path),
         }
+
+
+def _utc(seconds: float) -> str | None:
+    """ISO 8601; None for a time beyond the calendar, which a file system can hold."""
+    try:
+        return datetime.datetime.fromtimestamp(seconds, datetime.timezone.utc).isoformat(timespec="seconds")
+    except (ValueError, OverflowError, OSError):
+        return None
 
 
 def places() -> list[cache.Cache]:
@@ -55,10 +65,8 @@ def places() -> list[cache.Cache]:
 def rows_of(place: cache.Cache) -> Iterator[Row]:
     """The kernels of one cache, those with damaged manifests among them."""
     for entry in place.entries():
-        try:
+        with suppress(FileNotFoundError):  # removed meanwhile, by another process
             yield _row(entry, place.prebuilt)
-        except FileNotFoundError:
-            continue  # removed meanwhile, by another process
 
 
 def all_rows() -> list[Row]:
@@ -84,12 +92,14 @@ def _row(entry: cache.Entry, prebuilt: bool) -> Row:
     except cache.BadEntry:
         manifest = {}
     try:
-        last_used = entry.last_used
-    except FileNotFoundError:
-        last_used = entry.path.stat().st_mtime  # it has no manifest
+        last_used, size = entry.last_used, entry.size
+    except (Unfit, OSError):  # it has no manifest, or others can write to it
+        info = entry.path.lstat()
+        last_used, size = info.st_mtime, info.st_size
 
     def said(field: str) -> str:
-        return str(manifest.get(field, ""))
+        value = manifest.get(field)
+        return printable(value) if isinstance(value, str) else ""
 
     return Row(
         entry=entry,
@@ -98,7 +108,7 @@ def _row(entry: cache.Entry, prebuilt: bool) -> Row:
         kernel=said("kernel"),
         device=said("device"),
         arch=said("arch"),
-        size=entry.size,
+        size=size,
         built=said("built"),
         last_used=last_used,
         in_use=not prebuilt and entry.in_use(),

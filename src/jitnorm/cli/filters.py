@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import difflib
 import fnmatch
 import operator
 import re
 from collections.abc import Callable, Sequence
+from fractions import Fraction
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -25,35 +27,83 @@ _COMPARISONS = {
     "=": operator.eq,
     "!=": operator.ne,
 }
-_WORDS = ("name", "op", "arch", "device")
+_NUMBER = r"([0-9]{1,30}(?:\.[0-9]{1,30})?)"
+_MAX_BYTES = 1 << 63
+_MAX_DAYS = 36500
+_WILDCARD = re.compile(r"[*?\[]")
+# What a value without wildcards must be, how one with wildcards may begin, and what to say to others.
+_WORDS = {
+    "name": (r"\w+", (), "a kernel's name such as rmsnorm_4096_bf16, or a pattern such as rmsnorm_*"),
+    "op": (r"\w+", (), "an operator"),
+    "arch": (
+        r"sm_\d{2,3}[af]?|cpu_\w+",
+        ("sm_", "cpu_"),
+        "such as sm_90a, sm_120 or cpu_x86_64, or a pattern such as sm_*",
+    ),
+    "device": (r"cuda|cpu", ("cuda", "cpu"), "cuda or cpu"),
+}
 
 
 def parse_size(text: str) -> int:
     """Bytes, from "500MB" (powers of 1000), "1.5GiB" (of 1024) or "300". ValueError for anything else."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?", text.strip().lower())
+    match = re.fullmatch(_NUMBER + r"\s*([kmgt]?)(i?)b?", text.strip().lower())
     if not match or (match[3] and not match[2]):
-        raise ValueError(f"{text!r} is not a size such as 10KB, 500MB or 1GiB")
-    return int(float(match[1]) * (1024 if match[3] else 1000) ** _POWERS.index(match[2] or "b"))
+        raise ValueError(f"{_shown(text)} is not a size such as 10KB, 500MB or 1GiB")
+    count = Fraction(match[1]) * (1024 if match[3] else 1000) ** _POWERS.index(match[2] or "b")
+    if count >= _MAX_BYTES:
+        raise ValueError(f"{_shown(text)} is more than a file system can hold")
+    return int(count)
 
 
 def parse_age(text: str) -> float:
     """Seconds, from "45m", "12h", "30d" or "2w". ValueError for anything else."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([smhdw])", text.strip().lower())
+    match = re.fullmatch(_NUMBER + r"\s*([smhdw])", text.strip().lower())
     if not match:
-        raise ValueError(f"{text!r} is not an age such as 45m, 12h, 30d or 2w")
-    return float(match[1]) * _SECONDS[match[2]]
+        raise ValueError(f"{_shown(text)} is not an age such as 45m, 12h, 30d or 2w")
+    seconds = float(match[1]) * _SECONDS[match[2]]
+    if seconds > _MAX_DAYS * _SECONDS["d"]:
+        raise ValueError(f"{_shown(text)} is more than {_MAX_DAYS} days")
+    return seconds
 
 
 def parse_filter(text: str) -> Filter:
-    """A condition such as "size>1MB", "name=rmsnorm_*" or "device!=cpu". ValueError for anything else."""
+    """A condition such as "size>1MB", "name=rmsnorm_*" or "device!=cpu". ValueError for anything else, and for a value
+    that no kernel can have."""
     match = re.fullmatch(r"\s*(\w+)\s*([<>]=?|!=|=)\s*(\S.*?)\s*", text)
     field, sign, value = match.groups() if match else ("", "", "")
     if field == "size":
         bound, compare = parse_size(value), _COMPARISONS[sign]
         return lambda row: compare(row.size, bound)
     if field in _WORDS and sign in ("=", "!="):
+        _check_word(field, value)
         return lambda row: fnmatch.fnmatchcase(getattr(row, field), value) == (sign == "=")
-    raise ValueError(f"{text!r} is not a filter: use size with > < >= <= = !=, or {', '.join(_WORDS)} with = and !=")
+    raise ValueError(
+        f"{_shown(text)} is not a filter: use size with > < >= <= = !=, or {', '.join(_WORDS)} with = and !="
+    )
+
+
+def _check_word(field: str, value: str) -> None:
+    """ValueError for a value that no kernel's `field` can have: such a filter would choose none, or all."""
+    pattern, starts, accepted = _WORDS[field]
+    start = _WILDCARD.split(value)[0]
+    if start != value:
+        if starts and not any(known.startswith(start) or start.startswith(known) for known in starts):
+            raise ValueError(f"{field} must be {accepted}, got {_shown(value)}")
+    elif not re.fullmatch(pattern, value):
+        raise ValueError(f"{field} must be {accepted}, got {_shown(value)}")
+    elif field == "op":
+        from jitnorm.warmup import OPS
+
+        if value not in OPS:
+            close = difflib.get_close_matches(value, OPS, n=1)
+            meant = f": is {close[0]} meant?" if close else f": one of {', '.join(OPS)}"
+            raise ValueError(
+                f"{_shown(value)} is no operator with kernels{meant} (a pattern such as {value}* is not checked)"
+            )
+
+
+def _shown(text: str) -> str:
+    return repr(text if len(text) <= 40 else f"{text[:40]}...")
 
 
 def _parsed(parse: Callable[[str], Any]) -> Callable[[click.Context, click.Parameter, Any], Any]:
@@ -76,7 +126,8 @@ filter_option = click.option(
     metavar="CONDITION",
     multiple=True,
     callback=_parsed(parse_filter),
-    help="Only kernels whose size, name, op, arch or device is so: 'size>1MB', 'name=rmsnorm_*'. Repeatable.",
+    help="Only kernels whose size, name, op, arch or device is so: 'size>1MB', 'name=rmsnorm_*', 'arch=sm_90a'. "
+    "Repeatable.",
 )
 older_than_option = click.option(
     "--older-than",

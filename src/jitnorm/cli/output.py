@@ -12,7 +12,7 @@ import click
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> None:
     """Columns as wide as they need to be, two spaces apart; those in `right` are aligned to the right."""
-    widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
+    widths = [max(len(printable(row[i])) for row in (header, *rows)) for i in range(len(header))]
     head(header, widths, right)
     for row in rows:
         line(row, widths, right)
@@ -25,8 +25,15 @@ def head(header: Sequence[str], widths: Sequence[int], right: Sequence[int] = ()
 
 
 def line(row: Sequence[str], widths: Sequence[int], right: Sequence[int] = ()) -> None:
+    row = [printable(cell) for cell in row]
     cells = [row[i].rjust(w) if i in right else row[i].ljust(w) for i, w in enumerate(widths)]
     click.echo("  ".join(cells).rstrip())
+
+
+def printable(text: str) -> str:
+    """Return `text` without what would command a terminal, break a line or not be encoded: what it holds may come from
+    a file that anybody wrote."""
+    return text if text.isprintable() else "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
 
 
 def as_json(value: Any) -> None:
@@ -52,10 +59,11 @@ def age(seconds: float) -> str:
 
 
 def date(iso: str) -> str:
-    """In local time and to the minute; as it is where it is no date."""
+    """In local time and to the minute; as it is where it is no date, or one that has no local time: that of year 9999
+    may be in year 10000."""
     try:
         return datetime.datetime.fromisoformat(iso).astimezone().strftime("%Y-%m-%d %H:%M")
-    except ValueError:
+    except (ValueError, OverflowError, OSError):
         return iso
 
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import click
@@ -12,19 +11,29 @@ import click
 from jitnorm.cli.entries import Row
 from jitnorm.cli.output import plural, size
 from jitnorm.jit.cache import Cache
+from jitnorm.jit.folder import Unfit
 
 
-def remove(place: Cache, rows: Sequence[Row], leftovers: Sequence[Path], dry_run: bool, yes: bool) -> None:
-    """Removes kernels and leftovers, once that is agreed to. RuntimeError where nobody can be asked."""
+def remove(place: Cache, rows: Sequence[Row], leftovers: Sequence[Path], dry_run: bool, yes: bool) -> bool:
+    """Remove kernels and leftovers, once that is agreed to.
+
+    What cannot be removed is said, and does not stop the rest.
+
+    Returns:
+        Whether everything that is not in use is gone.
+
+    Raises:
+        RuntimeError: nobody can be asked.
+    """
     for row in rows:
         if row.in_use:
             _left_alone(row)
     rows = [row for row in rows if not row.in_use]
-    weights = {path: _bytes_under(path) for path in leftovers}
+    weights = {path: place.bytes_at(path) for path in leftovers}
     what = " and ".join(plural(n, noun) for n, noun in ((len(rows), "kernel"), (len(leftovers), "leftover")) if n)
     if not what:
         click.echo(f"nothing to remove in {place.root}")
-        return
+        return True
     for row in rows:
         click.echo(f"{'would remove' if dry_run else 'to remove'}  {row.entry.label}  {size(row.size)}")
     for path, weight in weights.items():
@@ -33,21 +42,32 @@ def remove(place: Cache, rows: Sequence[Row], leftovers: Sequence[Path], dry_run
         click.echo(
             f"{what}, {size(sum(r.size for r in rows) + sum(weights.values()))}: nothing was removed (--dry-run)"
         )
-        return
+        return True
     if not yes and not _agreed(f"Remove {what} from {place.root}?"):
         click.echo("nothing removed")
         raise click.exceptions.Exit(1)
-    removed, freed = 0, 0
+    kernels, others, freed, failed = 0, 0, 0, 0
     for row in rows:
-        if place.remove(row.entry):
-            removed, freed = removed + 1, freed + row.size
-        else:
+        gone = _attempt(row.entry.label, lambda row=row: place.remove(row.entry))  # type: ignore[misc]
+        if gone is False:
             _left_alone(row)
+        kernels, freed, failed = kernels + bool(gone), freed + bool(gone) * row.size, failed + (gone is None)
     for path, weight in weights.items():
-        _discard(path)
-        freed += weight
-    gone = " and ".join(plural(n, noun) for n, noun in ((removed, "kernel"), (len(leftovers), "leftover")) if n)
-    click.echo(f"removed {gone or 'nothing'}, freed {size(freed)}")
+        label = str(path.relative_to(place.root))
+        gone = _attempt(label, lambda path=path: place.discard(path))  # type: ignore[misc]
+        others, freed, failed = others + bool(gone), freed + bool(gone) * weight, failed + (gone is None)
+    removed = " and ".join(plural(n, noun) for n, noun in ((kernels, "kernel"), (others, "leftover")) if n)
+    click.echo(f"removed {removed or 'nothing'}, freed {size(freed)}")
+    return not failed
+
+
+def _attempt(label: str, action: Callable[[], bool]) -> bool | None:
+    """What `action` returns; None, and a line that says why, where it fails."""
+    try:
+        return action()
+    except (OSError, Unfit) as error:
+        click.echo(f"cannot be removed  {label}: {error}", err=True)
+        return None
 
 
 def _agreed(question: str) -> bool:
@@ -58,17 +78,3 @@ def _agreed(question: str) -> bool:
 
 def _left_alone(row: Row) -> None:
     click.echo(f"in use, left alone  {row.entry.label}")
-
-
-def _discard(path: Path) -> None:
-    try:
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        else:
-            path.unlink()
-    except FileNotFoundError:
-        pass  # another process was first
-
-
-def _bytes_under(path: Path) -> int:
-    return sum(p.lstat().st_size for p in (path, *path.rglob("*")) if p.is_symlink() or p.is_file())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import warnings
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -15,21 +16,24 @@ from jitnorm.batch_invariant import set_batch_invariant_mode
 from jitnorm.batch_invariant.verify import OPERATORS, WAYS, Result, verify
 from jitnorm.checks import DTYPE_NAMES
 from jitnorm.cli import output
-from jitnorm.cli.base import Command
+from jitnorm.cli.base import Command, several
 
 _DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 _NAMES = ", ".join(OPERATORS)
 _HEADER = ("OP", "SHAPE", "DTYPE", "DEVICE", "COMPARED", "RESULT")
 _RIGHT = (4,)
+_SIZE = re.compile(r"0*[1-9][0-9]{0,8}")  # more than a thousand millions is no row or matrix
 
 
 @click.command("verify-invariance", cls=Command, short_help="Compare rows alone and in batches, bit by bit.")
-@click.option("--op", type=click.Choice(list(OPERATORS)), multiple=True, metavar="NAME", help=f"{_NAMES}. Repeatable.")
-@click.option("--shape", multiple=True, help="4096x14336: N and K of a product; 4096: the length of a row. Repeatable.")
-@click.option("--dtype", type=click.Choice(list(_DTYPES)), multiple=True, help="Repeatable; by default all.")
+@click.option("--op", **several(click.Choice(list(OPERATORS))), metavar="NAME", help=f"{_NAMES}.")
+@click.option("--shape", **several(click.STRING), help="4096x14336: N and K of a product; 4096: the length of a row.")
+@click.option("--dtype", **several(click.Choice(list(_DTYPES))), help="By default all.")
 @click.option("--device", type=click.Choice(["cuda", "cpu"]), help="By default CUDA where torch sees a GPU.")
-@click.option("--way", type=click.Choice(WAYS), multiple=True, help="Repeatable; by default all. The last is slow.")
-@click.option("--max-batch", type=click.IntRange(min=1), default=256, show_default=True, help="Rows at most.")
+@click.option(
+    "--way", **several(click.Choice(WAYS)), help="By default all; captured is for CUDA, and compiled is slow."
+)
+@click.option("--max-batch", type=click.IntRange(min=2), default=256, show_default=True, help="Rows at most.")
 @click.option("--outside", is_flag=True, help="Without the mode, to see what it is for.")
 @click.option("--json", "as_json", is_flag=True, help="For programs.")
 def verify_invariance(
@@ -46,11 +50,14 @@ def verify_invariance(
 
     At the first, the middle and the last place of batches of 1 to --max-batch rows; beside zeros, large values and
     NaNs; in other strides; eager, compiled and, on CUDA, captured in a graph. Stops at the first bit that differs, and
-    exits 1. All operators take some minutes.
+    exits 1; also where nothing was compared. All operators take some minutes. Options that take several values take a
+    list (mm,bmm) or are repeated.
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device == "cuda" and not torch.cuda.is_available():
         raise click.UsageError("torch sees no GPU here")
+    if device == "cpu" and "captured" in way:
+        raise click.UsageError("--way captured is for CUDA: on the CPU there is no graph to compare")
     dtypes = [_DTYPES[text] for text in dtype]
     plan = [
         (name, size, d)
@@ -81,14 +88,17 @@ def verify_invariance(
         click.echo(f"{last.op}, {last.dtype}, {_text(last.shape)}: {last.difference}", err=True)
     if last.difference:
         raise click.exceptions.Exit(1)
+    if nothing := dict.fromkeys(result.op for result in results if not result.compared):
+        raise RuntimeError(f"nothing was compared of {', '.join(nothing)}")
 
 
 def _shape(text: str, op: str) -> tuple[int, ...]:
     sizes = OPERATORS[op].sizes
     numbers = text.split("x")
-    if len(numbers) != len(sizes.split("x")) or not all(n.isdecimal() and int(n) for n in numbers):
+    if len(numbers) != len(sizes.split("x")) or not all(_SIZE.fullmatch(n) for n in numbers):
         example = _text((4096,) * len(sizes.split("x")))
-        raise click.UsageError(f"--shape must be {sizes} for {op}, such as {example}, got {text!r}")
+        shown = text if len(text) <= 60 else f"{text[:60]}..."
+        raise click.UsageError(f"--shape must be {sizes} for {op}, such as {example}, got {shown!r}")
     return tuple(int(n) for n in numbers)
 
 
@@ -98,10 +108,10 @@ def _text(shape: tuple[int, ...]) -> str:
 
 def _widths(plan: Sequence[tuple[str, tuple[int, ...], torch.dtype]], device: str) -> list[int]:
     """Of the columns, before their cells are there."""
-    rows = [(name, _text(size), DTYPE_NAMES[d], device, "", "differs") for name, size, d in plan]
+    rows = [(name, _text(size), DTYPE_NAMES[d], device, "", "not compared") for name, size, d in plan]
     return [max(map(len, column)) for column in zip(_HEADER, *rows, strict=True)]
 
 
 def _cells(result: Result) -> list[str]:
-    found = "differs" if result.difference else "same"
+    found = "differs" if result.difference else "same" if result.compared else "not compared"
     return [result.op, _text(result.shape), result.dtype, result.device, str(result.compared), found]

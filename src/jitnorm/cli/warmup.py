@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 from tqdm import tqdm
 
-from jitnorm.cli.base import Command
+from jitnorm.cli.base import Command, several
 from jitnorm.jit import cache
 from jitnorm.jit.spec import KernelSpec
 from jitnorm.warmup import DTYPES, OPS, make_plan, problem_of_sources
@@ -21,27 +21,26 @@ _DTYPE = click.Choice(list(DTYPES))
 )
 @click.option(
     "--op",
-    type=click.Choice(list(OPS)),
-    multiple=True,
+    **several(click.Choice(list(OPS))),
+    is_eager=True,  # a wrong one is named before all else
     metavar="NAME",
-    help=f"By default all that the model of --config calls, or rmsnorm. One of {', '.join(OPS)}. Repeatable.",
+    help=f"By default all that the model of --config calls, or rmsnorm. One of {', '.join(OPS)}.",
 )
 @click.option(
     "--hidden-size",
-    type=int,
-    multiple=True,
-    help="The size of the normalised dimension, which may be head_dim. Activations, store_cache and quantisation "
-    "alone do without. Repeatable.",
+    **several(click.INT),
+    help="The size of the normalised dimension, which may be head_dim. Activations and store_cache do without; "
+    "quantisation alone takes none.",
 )
-@click.option(
-    "--dtype", type=_DTYPE, multiple=True, help="The input's; by default the config's own, or bf16. Repeatable."
-)
-@click.option("--weight-dtype", type=_DTYPE, multiple=True, help="The weight's; by default the input's. Repeatable.")
+@click.option("--dtype", **several(_DTYPE), help="The input's; by default the config's own, or bf16.")
+@click.option("--weight-dtype", **several(_DTYPE), help="The weight's; by default the input's.")
 @click.option("--config", metavar="PATH", help="A Hugging Face config.json, or the folder that holds one.")
 @click.option(
     "--device", type=click.Choice(["cuda", "cpu"]), help="By default CUDA where torch sees a GPU, else the CPU."
 )
-@click.option("--arch", multiple=True, help="A CUDA architecture such as 9.0a, with no GPU of it here. Repeatable.")
+@click.option(
+    "--arch", **several(click.STRING), help="A CUDA architecture such as 9.0a or sm_90a, with no GPU of it here."
+)
 @click.option("--jobs", type=click.IntRange(min=1), help="Builds at a time; by default one for each CPU.")
 @click.option("--skip-unsupported", is_flag=True, help="A size that is not supported is reported, and is no failure.")
 def warmup(
@@ -57,16 +56,18 @@ def warmup(
 ) -> None:
     """Build kernels ahead of their first call, for this machine or another.
 
-    Every combination of the given sizes, dtypes and architectures is built, several at a time. Sizes that are not
+    Every combination of the given operators, sizes, dtypes and architectures is built, several at a time; of each,
+    several are given as a list (512,1024) or by repeating the option. Sizes that are not
     supported are listed first. One given as --hidden-size then stops everything; with one from a config the rest is
     built. Either way the exit status is 1 unless all that was asked for is in the cache (see --skip-unsupported).
 
     \b
     jitnorm warmup --config Qwen3-32B/config.json
-    jitnorm warmup --hidden-size 4096 --dtype bf16 --arch 9.0a
-    jitnorm warmup --op silu_and_mul --op store_cache --dtype bf16
+    jitnorm warmup --hidden-size 4096,128 --dtype bf16 --arch 8.0,9.0a
+    jitnorm warmup --op silu_and_mul,store_cache --dtype bf16
     """
-    if problem := problem_of_sources(op, hidden_size, config, names=("--hidden-size", "--config")):
+    names = ("--hidden-size", "--config", "--weight-dtype")
+    if problem := problem_of_sources(op, hidden_size, weight_dtype, config, names):
         raise click.UsageError(problem)
     plan = make_plan(op or None, hidden_size, dtype, weight_dtype, device, arch, config, skip_unsupported)
     for note in plan.notes:

@@ -1,14 +1,17 @@
-"""Building one kernel: a private folder, ninja, and the compiler's first real words where it fails."""
+"""Building one kernel: a private folder, ninja, a check of what the compilers wrote, and their first error."""
 
 from __future__ import annotations
 
 import datetime
 import os
 import re
-import secrets
 import shlex
+import shutil
+import signal
 import subprocess
 import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import tvm_ffi
@@ -16,6 +19,8 @@ from tvm_ffi import libinfo
 
 from jitnorm._version import __version__
 from jitnorm.jit import cache, toolchain
+from jitnorm.jit.folder import Folder, Unfit
+from jitnorm.jit.library import BadLibrary, ChildCheck, check_cubin, check_library
 from jitnorm.jit.report import say
 from jitnorm.jit.spec import CSRC, CUBIN_ASSEMBLY, KernelSpec
 
@@ -24,43 +29,108 @@ class BuildError(RuntimeError):
     """The compiler ran and failed."""
 
 
+class BuildInterrupted(RuntimeError):
+    """A signal ended the compiler. Nothing is wrong with the kernel, and the next call builds it again."""
+
+
+class _Damaged(Exception):
+    """The compilers succeeded, and what they wrote is not whole."""
+
+
 _QUIET_S = 1.0  # a build that lasts longer says what it is
-_LOCK_S = 120.0  # a lock saves work; after this long, doing the work is the better way
+_REPORT_S = 30.0  # and then, this often, what it waits for
+_BUILD_LIMIT_S = 900.0
+_LOCK_S = 120.0  # a lock saves work; after this long, doing the work is quicker
+_MAX_LOG_BYTES = 1 << 22
+_MAX_OUTPUT_BYTES = 1 << 28
+
+# Its standard input is a pipe that nobody writes to: it ends when the process that wants the build closes it or ends,
+# however it ends. Then ninja is terminated, which terminates the compilers. Both have a session of their own, so that
+# Ctrl-C on a terminal reaches the process that wants the build alone.
+_SUPERVISOR = """
+exec 3<&0 </dev/null
+"$0" -C "$1" 3<&- &
+ninja=$!
+{ read -r _ <&3; kill -TERM $ninja; } >/dev/null 2>&1 &
+watcher=$!
+wait $ninja
+status=$?
+kill -KILL $watcher
+exit $status
+"""
 
 
 def build(spec: KernelSpec, announce: bool = True) -> cache.Entry:
-    """Builds `spec` into the cache unless another process does first. RuntimeError if it cannot be built, or kept.
+    """Build `spec` into the cache unless another process does first.
 
-    A build that lasts says so on stderr, unless `announce` is false: the caller shows its own progress.
+    Args:
+        spec: what to build.
+        announce: whether a build that lasts says so on stderr; false for a caller that shows its own progress.
+
+    Returns:
+        The entry, marked as in use.
+
+    Raises:
+        CannotKeep: the cache's folder cannot be written, or is full.
+        BuildError: a compiler failed.
+        BuildInterrupted: a signal ended it.
+        RuntimeError: a compiler or ninja is missing.
     """
+    spec.key  # noqa: B018  sources that cannot be read are no fault of the cache's
     place = cache.writable()
-    tools = toolchain.require(spec.target.device, place.root / "toolchains")
-    if entry := place.find(spec, tools.key):
-        return entry
+    tools = toolchain.require(spec.target.device, place)
     try:
+        if entry := place.find(spec, tools.key):
+            return entry
         with _lock(place, spec, tools.key):
             return place.find(spec, tools.key) or _build(spec, place, tools, announce)
-    except OSError as error:  # a full disk, say
-        raise RuntimeError(f"jitnorm cannot build {spec} in {place.root}: {error}") from error
+    except (OSError, Unfit) as error:  # a full disk, say
+        raise cache.CannotKeep(f"jitnorm cannot build {spec} in {place.root}: {error}") from error
 
 
 def _build(spec: KernelSpec, place: cache.Cache, tools: toolchain.Toolchain, announce: bool) -> cache.Entry:
-    started = time.monotonic()
-    with place.staging(spec) as staging:
-        write_sources(spec, staging, tools)
-        _run_ninja(spec, place, staging, announce)
-        if not (staging / "library.so").is_file():
-            raise BuildError(f"jitnorm cannot build {spec}: the compiler {tools.cxx.path} wrote no library")
-        if spec.sources_changed:
-            raise RuntimeError("jitnorm's sources changed after this process read them: start it anew")
-        for scrap in (".ninja_log", ".ninja_deps", "host.o", "kernel.cubin"):
-            (staging / scrap).unlink(missing_ok=True)
-        cache.seal(staging, "library.so", manifest(spec, tools, time.monotonic() - started))
-        return place.publish(staging, spec, tools.key)
+    for last_try in (False, True):
+        started = time.monotonic()
+        with place.staging(spec) as staging, ChildCheck() as child:
+            write_sources(spec, staging, tools)
+            _run_ninja(spec, place, staging, announce)
+            try:
+                content = _checked_output(spec, staging, child)
+            except _Damaged as damage:
+                _raise_if_full(place, spec, str(damage))
+                if last_try:
+                    raise _failed(spec, place, staging, f"{tools.cxx.path} succeeded, but {damage}") from None
+                continue  # once may be chance: a full disk, a killed linker
+            if spec.sources_changed:
+                raise RuntimeError("jitnorm's sources changed after this process read them: start it anew")
+            for scrap in (".ninja_log", ".ninja_deps", "build.log", "host.o", "kernel.cubin", "library.so"):
+                (staging / scrap).unlink(missing_ok=True)
+            cache.seal(staging, content, manifest(spec, tools, time.monotonic() - started))
+            return place.publish(staging, spec, tools.key)
+    raise AssertionError
+
+
+def _checked_output(spec: KernelSpec, staging: Path, child: ChildCheck) -> bytes:
+    """The library that the compilers wrote. Raises _Damaged unless it is whole, and can be opened."""
+    with Folder.root(staging) as folder:
+        try:
+            content = folder.read("library.so", _MAX_OUTPUT_BYTES)
+            library = check_library(content, [spec.entry])
+            if spec.target.device == "cuda":
+                cubin = folder.read("kernel.cubin", _MAX_OUTPUT_BYTES)
+                check_cubin(cubin, spec.name)
+                if cubin not in content:
+                    raise BadLibrary("it does not hold the cubin")
+            child.check(str(staging / "library.so"), library)
+        except FileNotFoundError:
+            raise _Damaged("wrote no library") from None
+        except (BadLibrary, Unfit) as error:
+            raise _Damaged(f"wrote a library that cannot be used: {error}") from None
+    return content
 
 
 def write_sources(spec: KernelSpec, folder: Path, tools: toolchain.Toolchain) -> None:
-    """All that ninja needs to build `spec` in `folder`."""
+    """Write all that ninja needs to build `spec` in `folder`."""
     ffi_library = Path(libinfo.find_libtvm_ffi())
     paths = {
         "cxx": tools.cxx.path,
@@ -74,15 +144,18 @@ def write_sources(spec: KernelSpec, folder: Path, tools: toolchain.Toolchain) ->
         (folder / "cubin.s").write_text(CUBIN_ASSEMBLY)
     (folder / spec.source_name).write_text(spec.source)
     (folder / "build.ninja").write_text(spec.ninja)
-    (folder / "paths.ninja").write_text("".join(f"{name} = {_ninja_path(path)}\n" for name, path in paths.items()))
+    (folder / "paths.ninja").write_bytes(b"".join(_ninja_variable(name, path) for name, path in paths.items()))
 
 
-def _ninja_path(path: str) -> str:
-    """For a shell, by way of ninja."""
-    return shlex.quote(path).replace("$", "$$")
+def _ninja_variable(name: str, path: str) -> bytes:
+    """One line of a build file: for a shell, by way of ninja. A path is bytes, of any encoding."""
+    if re.search(r"[\0-\x1f\x7f]", path):  # ninja has no way to write a newline
+        raise RuntimeError(f"jitnorm cannot build with the path {path!r} ({name}): it has control characters")
+    return os.fsencode(f"{name} = {shlex.quote(path).replace('$', '$$')}\n")
 
 
 def manifest(spec: KernelSpec, tools: toolchain.Toolchain, seconds: float) -> dict[str, object]:
+    """Return what an entry says of itself, all but the library's name, hash and size."""
     return {
         "name": spec.name,
         "op": spec.op,
@@ -106,31 +179,108 @@ def _run_ninja(spec: KernelSpec, place: cache.Cache, staging: Path, announce: bo
     # Flags that nobody sees are in no key, and errors are looked for in English.
     environment = {k: v for k, v in os.environ.items() if k not in ("NVCC_APPEND_FLAGS", "NVCC_PREPEND_FLAGS")}
     environment["LC_ALL"] = "C"
-    run = subprocess.Popen(
-        [ninja, "-C", str(staging)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        errors="replace",
-        env=environment,
-    )
-    try:
-        output, _ = run.communicate(timeout=_QUIET_S if announce else None)
-    except subprocess.TimeoutExpired:
-        say(f"building {spec} in {place.root} (once; kept for the next time)")
-        output, _ = run.communicate()
-    except BaseException:  # Ctrl-C, for one
-        run.terminate()  # ninja then ends the compilers, which killing it would not
-        run.wait()
-        raise
-    if run.returncode != 0:
-        (staging / "build.log").write_text(output)
-        kept = place.root / "aside" / f"failed.{spec.name}.{spec.target.sm}.{secrets.token_hex(4)}"
-        kept.parent.mkdir(mode=0o700, exist_ok=True)
-        staging.rename(kept)
-        raise BuildError(f"jitnorm cannot build {spec}: {first_error(output)}\nThe whole log: {kept / 'build.log'}")
+    log = staging / "build.log"
+    with ExitStack() as stack:
+        output = stack.enter_context(log.open("wb"))
+        theirs, ours = (os.fdopen(fd, mode, 0) for fd, mode in zip(os.pipe(), ("rb", "wb"), strict=True))
+        stack.enter_context(ours)
+        with theirs:
+            run = subprocess.Popen(
+                ["/bin/sh", "-c", _SUPERVISOR, ninja, str(staging)],
+                stdin=theirs,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env=environment,
+                start_new_session=True,
+            )
+        try:
+            ended = _wait(run, spec, place, announce)
+        finally:
+            if run.poll() != 0:  # compilers may go on where ninja was killed
+                ours.close()
+                _end_session(run)
+    with Folder.root(staging) as folder:
+        try:
+            words = folder.read("build.log", _MAX_LOG_BYTES).decode(errors="replace")
+        except (OSError, Unfit) as error:
+            words = f"error: the log cannot be read: {error}"
+    if not ended:
+        raise _failed(spec, place, staging, f"the compilers did not end within {_BUILD_LIMIT_S:.0f} s")
+    if run.returncode:
+        _raise_if_full(place, spec, words)
+        if run.returncode < 0 or run.returncode >= 128 or _ENDED_BY_SIGNAL.search(words):
+            raise BuildInterrupted(f"the build of {spec} was interrupted: {first_error(words)}")
+        raise _failed(spec, place, staging, first_error(words))
 
 
+def _wait(run: subprocess.Popen[bytes], spec: KernelSpec, place: cache.Cache, announce: bool) -> bool:
+    """Wait for a build, and say what it is if it lasts. False where it does not end."""
+    started = time.monotonic()
+    for patience in (_QUIET_S, *[_REPORT_S] * int(_BUILD_LIMIT_S / _REPORT_S)):
+        with suppress(subprocess.TimeoutExpired):
+            run.wait(patience)
+            return True
+        if announce and patience == _QUIET_S:
+            say(f"building {spec} in {place.root} (once; kept for the next time)")
+        elif announce:
+            names = sorted({name for _, name in _session(run.pid)} - {"sh", "ninja"})
+            say(f"still building {spec} after {time.monotonic() - started:.0f} s: {', '.join(names)} runs")
+    return False
+
+
+def _end_session(run: subprocess.Popen[bytes]) -> None:
+    """End a build: by ninja, which ends the compilers, and by force what does not listen."""
+    with suppress(subprocess.TimeoutExpired):
+        run.wait(2)
+    for _ in range(100):
+        remaining = _session(run.pid)
+        for pid, _ in remaining:
+            with suppress(OSError):
+                os.kill(pid, signal.SIGKILL)
+        if run.poll() is not None and not remaining:
+            return
+        time.sleep(0.01)
+
+
+def _session(leader: int) -> list[tuple[int, str]]:
+    """The processes of a session, and their names; those that have ended apart."""
+    found = []
+    for pid in filter(str.isdigit, os.listdir("/proc") if os.path.isdir("/proc") else []):
+        with suppress(OSError, ValueError, IndexError):
+            with open(f"/proc/{pid}/stat", errors="replace") as file:
+                name, _, rest = file.read().partition("(")[2].rpartition(")")
+            state, _, _, session = rest.split()[:4]
+            if int(session) == leader and state != "Z":
+                found.append((int(pid), name))
+    return found
+
+
+def _failed(spec: KernelSpec, place: cache.Cache, staging: Path, why: str) -> BuildError:
+    """The error of a failed build, whose folder is kept for its log."""
+    kept = place.keep_failed(staging, spec)
+    log = f"\nThe whole log: {kept / 'build.log'}" if kept else ""
+    return BuildError(f"jitnorm cannot build {spec}: {why}{log}")
+
+
+def _raise_if_full(place: cache.Cache, spec: KernelSpec, words: str) -> None:
+    """Raise CannotKeep where a build failed for want of room."""
+    found = _NO_ROOM.search(words)
+    with suppress(OSError):
+        if found or shutil.disk_usage(place.root).free < _MIN_FREE_BYTES:
+            raise cache.CannotKeep(
+                f"jitnorm cannot build {spec} in {place.root}: {found[0] if found else 'No space left on device'}"
+            )
+
+
+_MIN_FREE_BYTES = 1 << 16
+_NO_ROOM = re.compile(
+    "No space left on device|Disk quota exceeded|Read-only file system|File too large|File size limit exceeded"
+)
+_ENDED_BY_SIGNAL = re.compile(
+    r"^(Killed|Terminated|Hangup|Interrupt)\b|died due to signal (1|2|9|15)\b"
+    r"|(Killed|Terminated|Hangup|Interrupt) signal terminated program",
+    re.MULTILINE,
+)
 # The compilers' own errors; how one of them ended; what the linker and the shell say.
 _ERRORS = [
     re.compile(pattern)
@@ -144,7 +294,7 @@ _NOISE = re.compile(r"^ninja:|^FAILED:|linker command failed|ld returned")
 
 
 def first_error(log: str) -> str:
-    """The compiler's first real error line, without ninja's and the build folder's noise."""
+    """Return the compiler's first real error line, without ninja's and the build folder's noise."""
     lines = [line.strip() for line in log.splitlines() if line.strip()]
     words = [line for line in lines if not _NOISE.search(line)]
     for pattern in _ERRORS:
@@ -154,32 +304,22 @@ def first_error(log: str) -> str:
     return next(iter(words[-1:] or lines[-1:]), "the compiler said nothing")
 
 
-class _lock:
+@contextmanager
+def _lock(place: cache.Cache, spec: KernelSpec, key: str) -> Iterator[None]:
     """One builder at a time, where the file system can do that. Nothing but work is lost without."""
-
-    def __init__(self, place: cache.Cache, spec: KernelSpec, key: str) -> None:
-        self._place, self._spec = place, spec
-        self._path = place.root / "locks" / f"{spec.name}.{spec.target.sm}.{spec.key}.{key}"
-        self._held = False
-
-    def __enter__(self) -> None:
-        from filelock import FileLock, Timeout
-
-        try:
-            self._path.parent.mkdir(mode=0o700, exist_ok=True)
-            self._lock = FileLock(self._path, mode=0o600)
-            try:
-                self._lock.acquire(timeout=_QUIET_S, poll_interval=0.01)
-            except Timeout:
-                holders = " and ".join(self._place.builders(self._spec)) or "another process"
-                say(f"waiting for {holders}, which builds {self._spec} (lock {self._path})")
-                self._lock.acquire(timeout=_LOCK_S, poll_interval=0.05)
-            self._held = True
-        except Timeout:
-            say(f"no longer waiting for the lock {self._path}: building {self._spec} as well")
-        except (OSError, NotImplementedError):
-            pass  # no locks on this file system
-
-    def __exit__(self, *_: object) -> None:
-        if self._held:
-            self._lock.release()
+    started = time.monotonic()
+    announced = False
+    while True:
+        with place.build_lock(spec, key) as taken:
+            waited = time.monotonic() - started
+            if not taken and waited > _QUIET_S + _LOCK_S:
+                say(f"no longer waiting for another process that builds {spec}: building it as well")
+                taken = True
+            if taken:
+                yield
+                return
+        if not announced and waited > _QUIET_S:
+            announced = True
+            holders = " and ".join(place.builders(spec)) or "another process"
+            say(f"waiting for {holders}, which builds {spec}")
+        time.sleep(0.05 if announced else 0.01)

@@ -1,19 +1,20 @@
 """Keeping what was built. A cache is a folder:
 
     kernels/<name>.<sm>.<key>/<toolchain>/   an entry: sources, build files, manifest.json, the library
-    staging/                                 builds under way, each in a folder of its own
-    aside/                                   entries that were found damaged, and builds that failed
-    locks/                                   one file for each build that several processes wanted at once
-    toolchains/                              what compilers said of themselves
+    staging/                                 builds under way, each in a folder of its own, which its process locks
+    quarantine/                              what lay where an entry or folder should be, and builds that failed
+    locks/                                   one file for each build that is under way
+    toolchains/                              the versions that compilers have answered with
     proofs/                                  which products batch-invariant mode found to keep its promise
 
-An entry appears whole, by one rename, and is never changed afterwards. Nothing in it is trusted: the library's hash is
-compared before it is loaded, since loading a damaged one can kill the process.
+An entry appears whole, by one rename, and is never changed afterwards. Nothing in it is trusted: every folder on the
+way to it must be private, and the bytes of the library whose hash was compared are the bytes that are loaded. What does
+not belong where it lies is moved to quarantine, once.
 """
 
 from __future__ import annotations
 
-import fcntl
+import errno
 import functools
 import hashlib
 import json
@@ -22,27 +23,51 @@ import re
 import secrets
 import shutil
 import socket
-import stat
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import platformdirs
 
+from jitnorm.jit.folder import Folder, Unfit, close, lock, untrusted
 from jitnorm.jit.report import say
 from jitnorm.jit.spec import KernelSpec
 
 MANIFEST = "manifest.json"
+KERNELS, STAGING, QUARANTINE, LOCKS, TOOLCHAINS, PROOFS = (
+    "kernels",
+    "staging",
+    "quarantine",
+    "locks",
+    "toolchains",
+    "proofs",
+)
+_FORMER_QUARANTINE = "aside"  # as it was called before the first release
 # The names of what is ours: in a folder that holds other things too, those are nobody's to list or remove.
-_HOME = re.compile(r"\w+\.(sm|cpu)_\w+\.[0-9a-f]{16}")
+_SPEC = r"\w+\.(?:sm|cpu)_\w+"
+_HOME = re.compile(rf"{_SPEC}\.[0-9a-f]{{16}}")
 _TOOLCHAIN = re.compile(r"[0-9a-f]{12}")
-_STAGED = re.compile(r"\w+\.(sm|cpu)_\w+\.(.+)\.\d+\.\w{8}|removed\.[0-9a-f]{16}")
-_ASIDE = re.compile(r"(failed\.\w+\.(sm|cpu)_\w+|" + _HOME.pattern + r")\.[0-9a-f]{8}")
-_CACHEDIR_TAG = "Signature: 8a477f597d28d172789f06886806bc55\n# Compiled kernels of jitnorm; safe to delete.\n"
+_OURS = {
+    STAGING: re.compile(rf"{_SPEC}\.(?P<host>.+)\.\d+\.[0-9a-z_]{{8}}|removed\.[0-9a-f]{{16}}"),
+    # What lay where one of the folders should be is not among them: it may be somebody's, and stays in quarantine.
+    QUARANTINE: re.compile(rf"(?:failed\.{_SPEC}|{_HOME.pattern}.*|(?:cpu|cuda)-[0-9a-f]{{16}}.*)\.[0-9a-f]{{8}}"),
+    _FORMER_QUARANTINE: re.compile(rf"(?:failed\.{_SPEC}|{_HOME.pattern})\.[0-9a-f]{{8}}"),
+    LOCKS: re.compile(rf"{_HOME.pattern}\.[0-9a-f]{{12}}"),
+    TOOLCHAINS: re.compile(r"(?:cpu|cuda)-[0-9a-f]{16}\.\S*"),
+    PROOFS: re.compile(r"[0-9a-f]{24}\.\S*"),
+}
+_DRAFT = ".tmp"
+_MAX_QUARANTINED = 16
+_MAX_REMEMBERED = 64  # files of `toolchains`: one for each environment
+_MAX_MANIFEST_BYTES = 1 << 20
+_MAX_LIBRARY_BYTES = 1 << 28
+_CLEANING_S = 0.5
+_DAY_S = 86400.0
+_CACHEDIR_TAG = b"Signature: 8a477f597d28d172789f06886806bc55\n# Compiled kernels of jitnorm; safe to delete.\n"
 
 
 class BadEntry(Exception):
@@ -55,290 +80,591 @@ class CannotKeep(RuntimeError):
 
 @dataclass(frozen=True)
 class Entry:
-    """One kernel on disk."""
+    """One kernel on disk.
+
+    Attributes:
+        path: `<root>/kernels/<name>.<sm>.<key>/<toolchain>`.
+        prebuilt: whether it is in the prebuilt layer, whose files may belong to any user.
+    """
 
     path: Path
+    prebuilt: bool = field(default=False, compare=False)
 
     @property
     def label(self) -> str:
+        """Return the kernel's id, as `jitnorm cache ls` prints it."""
         return f"{self.path.parent.name}/{self.path.name}"
+
+    @property
+    def root(self) -> Path:
+        """Return the folder of the cache that the entry is in."""
+        return self.path.parents[2]
+
+    def open(self) -> Folder:
+        """Open the entry's folder. Raises Unfit or OSError, as `Folder.root`."""
+        return _open(self.root, self.path.parts[-3:], self.prebuilt)
 
     @functools.cached_property
     def manifest(self) -> dict[str, Any]:
+        """Return what was written when the entry was built. Raises BadEntry where that cannot be read."""
         try:
-            manifest: dict[str, Any] = json.loads((self.path / MANIFEST).read_bytes())
-            name, digest, _ = manifest["name"], manifest["sha256"], manifest["size"]
-            if manifest["library"] != _library_name(name, digest):
-                raise ValueError(f"its library cannot be named {manifest['library']!r}")
-        except (FileNotFoundError, NotADirectoryError, PermissionError, ValueError, KeyError, TypeError) as error:
+            with self.open() as folder:
+                return _read_manifest(folder)
+        except (Unfit, OSError) as error:
             raise BadEntry(f"its manifest cannot be read ({error})") from None
-        return manifest
 
     @property
     def library(self) -> Path:
+        """Return the path of the library."""
         return self.path / str(self.manifest["library"])
 
     @property
     def size(self) -> int:
-        """Bytes on disk, of all its files."""
-        return sum(f.stat().st_size for f in self.path.iterdir() if f.is_file())
+        """Return the bytes on disk, of all files."""
+        with _open(self.root, self.path.parts[-3:-1], self.prebuilt) as home:
+            return home.size(self.path.name)
 
     @property
     def last_used(self) -> float:
-        """Seconds since the epoch: every process that loads the entry touches its manifest."""
-        return (self.path / MANIFEST).stat().st_mtime
+        """Return seconds since the epoch: every process that loads the entry touches its manifest."""
+        with self.open() as folder:
+            return folder.stat(MANIFEST).st_mtime
 
-    def verify(self, any_owner: bool = False, home: str | None = None) -> None:
-        """Raises BadEntry unless this is what was built for the folder `home`, by default the one that it is in, and
-        nobody else could have put it there."""
-        for place in (self.path, self.library):
-            if why := untrusted(place, any_owner):
-                raise BadEntry(why)
+    @functools.cached_property
+    def content(self) -> bytes:
+        """Return the bytes of the library, which are those that were built. Raises as `verify`."""
+        return self.verify()
+
+    def verify(self) -> bytes:
+        """Return the library's bytes, if they are what was built for the folder that the entry is in.
+
+        Raises:
+            BadEntry: they are not, or another user could have written them.
+            FileNotFoundError: the entry is gone.
+            OSError: it cannot be read at the moment.
+        """
         try:
-            content = self.library.read_bytes()
-        except (IsADirectoryError, PermissionError) as error:
-            raise BadEntry(f"its library cannot be read ({error.strerror})") from None
-        if len(content) != self.manifest["size"] or hashlib.sha256(content).hexdigest() != self.manifest["sha256"]:
-            raise BadEntry("its library is not the one that was built: the hash differs")
-        built = ".".join(str(self.manifest.get(field)) for field in ("name", "arch", "key"))
-        if built != (home or self.path.parent.name):
-            raise BadEntry(f"it is another kernel, {built}")
+            with self.open() as folder:
+                return _verified(folder, self.path.parent.name)
+        except Unfit as error:
+            raise BadEntry(str(error)) from None
 
     def hold(self) -> None:
-        """Marks the entry as in use until this process ends, so that `clear` and `prune` leave it alone."""
-        with suppress(OSError):  # a file system without locks, or a read-only one: the entry is usable all the same
-            self.release()  # what this path was when it was held before may be gone
-            fd = _held[self.path] = os.open(self.path / MANIFEST, os.O_RDONLY | os.O_CLOEXEC)
-            fcntl.flock(fd, fcntl.LOCK_SH)  # another process that asks whether it is in use is done in a moment
+        """Mark the entry as in use until this process ends, so that `clear` and `prune` leave it alone.
+
+        Nothing waits for the lock: somebody else may hold it for ever.
+        """
+        self.release()  # what this path was when it was held before may be gone
+        with suppress(OSError, Unfit), self.open() as folder:
+            fd = folder.open_file(MANIFEST, os.O_RDONLY)
+            _held[self.path] = fd
+            lock(fd, shared=True)
             os.utime(fd)
 
     def release(self) -> None:
-        """Takes the mark away again, for a caller that does not load the entry."""
+        """Take the mark away again, for a caller that does not load the entry."""
         if (fd := _held.pop(self.path, None)) is not None:
-            os.close(fd)
+            close(fd)
 
     def in_use(self) -> bool:
-        try:
-            fd = os.open(self.path / MANIFEST, os.O_RDONLY | os.O_CLOEXEC)
-        except OSError:
-            return False
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-        except OSError:  # a file system without such locks: nobody can hold one
-            return False
-        finally:
-            os.close(fd)
-        return False
+        """Return whether a process has loaded the entry, or that cannot be known."""
+        with self._removable() as removable:
+            return not removable
+
+    @contextmanager
+    def _removable(self) -> Iterator[bool]:
+        """Whether nobody has the entry loaded. Nobody marks it as in use before the block ends."""
+        with ExitStack() as stack:
+            try:
+                folder = stack.enter_context(self.open())
+                try:
+                    fd = folder.open_file(MANIFEST, os.O_RDWR)  # as NFS grants no exclusive lock without
+                except OSError as error:
+                    if error.errno != errno.EROFS:
+                        raise
+                    fd = folder.open_file(MANIFEST, os.O_RDONLY)
+                stack.callback(close, fd)
+                free = lock(fd) is not False
+            except (Unfit, FileNotFoundError):
+                free = True  # damaged: nobody can have loaded it
+            except OSError:
+                free = False
+            yield free
 
 
 _held: dict[Path, int] = {}
 
 
-def untrusted(place: Path, any_owner: bool = False) -> str | None:
-    """Why a file or folder may not be what this user put there; None where it is fine."""
+def _read_manifest(folder: Folder) -> dict[str, Any]:
     try:
-        info = place.stat()
-    except (FileNotFoundError, NotADirectoryError, PermissionError) as error:
-        return f"{place} cannot be read ({error.strerror})"
-    if not any_owner and info.st_uid not in (os.geteuid(), 0):
-        return f"{place} belongs to user {info.st_uid}, and this is user {os.geteuid()}"
-    if info.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-        return f"{place} can be written by other users (mode {stat.S_IMODE(info.st_mode):o})"
-    return None
+        manifest = json.loads(folder.read(MANIFEST, _MAX_MANIFEST_BYTES))
+        name, digest, size = manifest["name"], manifest["sha256"], manifest["size"]
+        if manifest["library"] != _library_name(name, digest):
+            raise ValueError(f"its library cannot be named {manifest['library']!r}")
+        if type(size) is not int or size < 0:
+            raise ValueError(f"its library cannot have {size!r} bytes")
+    except (Unfit, FileNotFoundError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise BadEntry(f"its manifest cannot be read ({error})") from None
+    return manifest  # type: ignore[no-any-return]
+
+
+def _verified(folder: Folder, home: str) -> bytes:
+    """The library in the entry `folder`, if it is what was built for the folder `home`. Raises BadEntry or OSError."""
+    manifest = _read_manifest(folder)
+    size = manifest["size"]
+    try:
+        content = folder.read(manifest["library"], min(size, _MAX_LIBRARY_BYTES))
+    except (Unfit, FileNotFoundError) as error:
+        raise BadEntry(f"its library cannot be read ({error})") from None
+    if len(content) != size or hashlib.sha256(content).hexdigest() != manifest["sha256"]:
+        raise BadEntry("its library is not the one that was built: the hash differs")
+    built = ".".join(str(manifest.get(name)) for name in ("name", "arch", "key"))
+    if built != home:
+        raise BadEntry(f"it is another kernel, {built}")
+    return content
+
+
+def _open(root: Path, names: tuple[str, ...], prebuilt: bool) -> Folder:
+    """The folder `root/names[0]/names[1]/...`, each step of which only its owner can write to."""
+    folder = Folder.root(root, any_owner=prebuilt)
+    for name in names:
+        with folder:
+            folder = folder.folder(name)
+    return folder
 
 
 @dataclass(frozen=True)
 class Cache:
+    """A cache's folder, which need not exist.
+
+    Attributes:
+        root: the folder.
+        prebuilt: whether it is read-only and was put there on purpose: any owner, any compiler.
+    """
+
     root: Path
-    prebuilt: bool = False  # read-only, put there on purpose: any owner, any compiler
+    prebuilt: bool = False
+
+    def open(self, *names: str, create: bool = False) -> Folder:
+        """Open the folder `root/names[0]/...`; with `create`, it is made where it is not there.
+
+        What lies there instead is moved to quarantine, and not in the prebuilt layer.
+
+        Raises:
+            Unfit: the root itself is no folder or not private, or this is the prebuilt layer.
+            OSError: it is not there, or cannot be opened or made.
+        """
+        for last_try in (False, False, True):
+            try:
+                folder = Folder.root(self.root, any_owner=self.prebuilt)
+                for name in names:
+                    with folder:
+                        folder = folder.make_folder(name) if create else folder.folder(name)
+                return folder
+            except Unfit as unfit:
+                if last_try or self.prebuilt or unfit.path == self.root:
+                    raise
+                self.quarantine(unfit.path, str(unfit))
+        raise AssertionError
+
+    def exists(self) -> bool:
+        """Return whether there is such a folder, and nobody else can write to it."""
+        with suppress(OSError, Unfit), Folder.root(self.root, any_owner=self.prebuilt):
+            return True
+        return False
 
     def entries(self) -> Iterator[Entry]:
-        for folder in sorted((self.root / "kernels").glob("*/*")):
-            if _HOME.fullmatch(folder.parent.name) and _TOOLCHAIN.fullmatch(folder.name) and folder.is_dir():
-                yield Entry(folder)
+        """Yield what looks like an entry, whole or not, sorted by name."""
+        for names, is_entry in self._in_kernels():
+            if is_entry:
+                yield Entry(self.root.joinpath(KERNELS, *names), self.prebuilt)
 
-    def _home(self, spec: KernelSpec) -> Path:
-        return self.root / "kernels" / f"{spec.name}.{spec.target.sm}.{spec.key}"
+    def _in_kernels(self) -> Iterator[tuple[tuple[str, ...], bool]]:
+        """Where entries, and the folders that they are in, should be: the names, and whether it looks like an entry."""
+        try:
+            folder = _open(self.root, (KERNELS,), self.prebuilt)
+        except (Unfit, OSError):
+            return
+        with folder:
+            for home in filter(_HOME.fullmatch, folder.names()):
+                there: list[tuple[tuple[str, ...], bool]]
+                try:
+                    with folder.folder(home) as inner:
+                        there = [((home, n), inner.is_folder(n)) for n in filter(_TOOLCHAIN.fullmatch, inner.names())]
+                except Unfit:
+                    there = [((home,), False)]
+                except OSError:
+                    continue  # removed meanwhile, or not to be read now
+                yield from there
+
+    def _home(self, spec: KernelSpec) -> str:
+        return f"{spec.name}.{spec.target.sm}.{spec.key}"
 
     def entry(self, spec: KernelSpec, toolchain: str) -> Entry:
-        return Entry(self._home(spec) / toolchain)
+        """Return the entry that `toolchain` makes of `spec`, which need not exist."""
+        return Entry(self.root / KERNELS / self._home(spec) / toolchain, self.prebuilt)
 
     def find(self, spec: KernelSpec, toolchain: str | None, hold: bool = True) -> Entry | None:
-        """The usable entry that was built by `toolchain`; by any where that is None. A bad one is set aside."""
-        if not toolchain:
-            try:
-                candidates = [Entry(path) for path in sorted(self._home(spec).iterdir())]
-            except OSError:
-                return None
-        else:
-            candidates = [self.entry(spec, toolchain)]
-        for entry in candidates:
-            if not os.path.isdir(entry.path):
-                continue
+        """Return the usable entry that was built by `toolchain`; by any where that is None.
+
+        A bad one is moved to quarantine. The entry is marked as in use, unless `hold` is false, and its `content` is
+        verified.
+        """
+        for entry in self._candidates(spec, toolchain):
             if hold:
                 entry.hold()
             try:
-                entry.verify(any_owner=self.prebuilt)
+                entry.content  # noqa: B018
                 return entry
+            except FileNotFoundError:
+                entry.release()  # there is none, or another process is removing it
             except BadEntry as error:
                 entry.release()
-                self.set_aside(entry, str(error))
+                self.quarantine(entry.path, str(error))
             except OSError as error:  # too many open files, a server that does not answer: no fault of the entry's
                 entry.release()
                 say(f"{entry.path} is not used this time: {error}")
         return None
 
-    def set_aside(self, entry: Entry, why: str) -> None:
-        if self.prebuilt:
-            say(f"{entry.path} is not used: {why}")
-            return
-        to = self.root / "aside" / f"{entry.path.parent.name}.{secrets.token_hex(4)}"
+    def _candidates(self, spec: KernelSpec, toolchain: str | None) -> list[Entry]:
+        """What lies where `spec` should be. What is in the way of its folder is moved to quarantine."""
         try:
-            to.parent.mkdir(mode=0o700, exist_ok=True)
-            entry.path.rename(to)
+            with self.open(KERNELS, self._home(spec)) as home:
+                there = home.names()
+        except FileNotFoundError:
+            return []
+        except (Unfit, OSError) as error:
+            _say_once(f"{self.root} is not used: {error}")
+            return []
+        names = [name for name in there if name == toolchain or (not toolchain and _TOOLCHAIN.fullmatch(name))]
+        return [self.entry(spec, name) for name in names]
+
+    def quarantine(self, path: Path, why: str, even_if_sound: bool = False) -> None:
+        """Move `path`, which lies in this cache, out of the way, and say so. The newest few are kept.
+
+        Nothing is raised where it cannot be moved. An entry that turns out to be what was built stays: another process
+        has built it meanwhile. `even_if_sound` is for one that cannot be loaded all the same.
+        """
+        names = path.relative_to(self.root).parts
+        if self.prebuilt:
+            _say_once(f"{path} is not used: {why}")
+            return
+        kept = f"{names[-2] if len(names) == 3 else names[-1]}.{secrets.token_hex(4)}"
+        try:
+            with _open(self.root, names[:-1], False) as folder, self._quarantine() as quarantine:
+                if names == (QUARANTINE,):
+                    return  # opening it has moved away what was there
+                folder.move(names[-1], quarantine, kept)
+                if len(names) == 3 and not even_if_sound and _is_sound(quarantine, kept, names[1]):
+                    quarantine.move(kept, folder, names[-1])  # somebody rebuilt it between the look and the move
+                    return
+                say(f"{path} is not used: {why}. It is now in {quarantine.path / kept}")
+                _remove_oldest(quarantine, _OURS[QUARANTINE], _MAX_QUARANTINED)
         except FileNotFoundError:
             return  # another process was first, and said so
-        except OSError as error:
-            _say_once(f"{entry.path} is not used: {why}. It cannot be moved out of the way: {error.strerror}")
-            return
-        with suppress(BadEntry, OSError):
-            Entry(to).verify(
-                home=entry.path.parent.name
-            )  # somebody rebuilt it between the look and the move: it goes back
-            to.rename(entry.path)
-            return
-        say(f"{entry.path} is not used: {why}. It is built again; the old one is in {to}")
+        except (Unfit, OSError) as error:
+            reason = getattr(error, "strerror", None) or error
+            _say_once(f"{path} is not used: {why}. It cannot be moved out of the way: {reason}")
+
+    def _quarantine(self) -> Folder:
+        with Folder.root(self.root) as root:
+            try:
+                return root.make_folder(QUARANTINE)
+            except Unfit as unfit:
+                blocked = f"{QUARANTINE}.{secrets.token_hex(4)}"
+                root.move(QUARANTINE, root, blocked)
+                folder = root.make_folder(QUARANTINE)
+                root.move(blocked, folder, blocked)
+                say(f"{unfit.path} is not used: {unfit}. It is now in {folder.path / blocked}")
+                return folder
 
     @contextmanager
     def staging(self, spec: KernelSpec) -> Iterator[Path]:
-        """A private folder to build in, on the file system of the cache. Gone afterwards, unless it was renamed."""
-        holder = f"{spec.name}.{spec.target.sm}.{socket.gethostname()}.{os.getpid()}"
-        (self.root / "staging").mkdir(mode=0o700, exist_ok=True)
-        folder = Path(tempfile.mkdtemp(prefix=f"{holder}.", dir=self.root / "staging"))
-        try:
-            yield folder
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
+        """Create a private folder to build in, on the file system of the cache.
+
+        It is removed at the end of the block, unless it was renamed. What dead processes left there is removed first.
+        """
+        with self.open(STAGING, create=True) as staging:
+            self.clean(_CLEANING_S)
+            holder = f"{spec.name}.{spec.target.sm}.{socket.gethostname()}.{os.getpid()}"
+            with staging.temporary_folder(holder) as folder:
+                yield folder.path
 
     def builders(self, spec: KernelSpec) -> list[str]:
-        """Who is building this kernel, as "process 12 on host"."""
+        """Return who is building this kernel, as "process 12 on host"."""
         start = f"{spec.name}.{spec.target.sm}."
         try:
-            names = [n for n in os.listdir(self.root / "staging") if n.startswith(start)]
-        except OSError:
+            with _open(self.root, (STAGING,), False) as staging:
+                names = [name for name in staging.names() if name.startswith(start) and name.count(".") >= 4]
+        except (Unfit, OSError):
             return []
         parts = [name[len(start) :].rsplit(".", 2) for name in names]
         return [f"process {pid} on {host}" for host, pid, _ in parts]
 
     def publish(self, staging: Path, spec: KernelSpec, toolchain: str) -> Entry:
-        """Makes a finished build an entry, whole or not at all. Who comes second uses the first one's.
+        """Make a finished build an entry, whole or not at all. Who comes second uses the first one's.
 
-        CannotKeep where what is there can neither be used nor moved away.
+        Raises:
+            CannotKeep: what is there can neither be used nor moved away.
         """
         entry = self.entry(spec, toolchain)
-        entry.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        for last_try in (False, False, True):
+        problem: OSError | Unfit | None = None
+        for _ in range(3):
             try:
-                os.rename(staging, entry.path)
-                break
-            except OSError as error:
+                with (
+                    self.open(STAGING) as source,
+                    self.open(KERNELS, entry.path.parent.name, create=True) as home,
+                ):
+                    source.move(staging.name, home, toolchain)
+                    home.sync()
+                entry.hold()
+                return entry
+            except (OSError, Unfit) as error:
+                problem = error
                 if winner := self.find(spec, toolchain):
                     return winner
-                if last_try:
-                    raise CannotKeep(f"{spec} cannot be kept as {entry.path} ({error.strerror})") from None
-        _fsync(entry.path.parent)
-        entry.hold()
-        return entry
+                # What is no folder at all, find() has not seen: an entry is one.
+        reason = getattr(problem, "strerror", None) or problem
+        raise CannotKeep(f"{spec} cannot be kept as {entry.path} ({reason})") from None
 
     def remove(self, entry: Entry) -> bool:
-        """False where it is in use. It disappears by one rename, so that nobody sees half of it."""
-        if entry.in_use():
-            return False
-        (self.root / "staging").mkdir(mode=0o700, exist_ok=True)
-        doomed = self.root / "staging" / f"removed.{secrets.token_hex(8)}"
-        with suppress(FileNotFoundError):  # another process removed it
-            entry.path.rename(doomed)
-            shutil.rmtree(doomed)
-        with suppress(OSError):  # it may hold another toolchain's
-            entry.path.parent.rmdir()
+        """Remove an entry, by one rename, so that nobody sees half of it. Return False where it is in use."""
+        home, toolchain = entry.path.parts[-2:]
+        with entry._removable() as removable:
+            if not removable:
+                return False
+            with suppress(FileNotFoundError):  # another process removed it
+                self._discard((KERNELS, home), toolchain)
+        with suppress(OSError, Unfit), _open(self.root, (KERNELS,), False) as kernels:
+            os.rmdir(home, dir_fd=kernels.fd)  # which it may not, as it holds another toolchain's
         return True
 
-    def leftovers(self, older_than_s: float = 86400) -> list[Path]:
-        """What is in staging and aside and no longer of use: other processes' unfinished builds count after a day."""
-        now = time.time()
-        found = []
-        for folder, ours in (("staging", _STAGED), ("aside", _ASIDE)):
-            for path in sorted((self.root / folder).glob("*")):
-                if not ours.fullmatch(path.name):
+    def _discard(self, names: tuple[str, ...], name: str) -> None:
+        """Remove what lies at `root/names/name`, first by one rename."""
+        with _open(self.root, names, False) as folder, self.open(STAGING, create=True) as staging:
+            doomed = f"removed.{secrets.token_hex(8)}"
+            folder.move(name, staging, doomed)
+            staging.remove(doomed)
+
+    def keep_failed(self, staging: Path, spec: KernelSpec) -> Path | None:
+        """Move the folder of a failed build to quarantine, for its log. Return where it is; None where that fails."""
+        kept = f"failed.{spec.name}.{spec.target.sm}.{secrets.token_hex(4)}"
+        try:
+            with self.open(STAGING) as source, self._quarantine() as quarantine:
+                source.move(staging.name, quarantine, kept)
+                _remove_oldest(quarantine, _OURS[QUARANTINE], _MAX_QUARANTINED)
+                return quarantine.path / kept
+        except (OSError, Unfit):
+            return None
+
+    def clean(self, seconds: float) -> None:
+        """Remove what dead processes of this host left, and what is kept in bounded number. Nothing is raised.
+
+        Args:
+            seconds: after this long no more is begun.
+        """
+        deadline = time.monotonic() + seconds
+        for path in self._abandoned():
+            if time.monotonic() > deadline:
+                return
+            with suppress(OSError, Unfit), _open(self.root, (path.parent.name,), False) as folder:
+                folder.remove_abandoned(path.name)
+        with suppress(OSError, Unfit), _open(self.root, (TOOLCHAINS,), False) as folder:
+            _remove_oldest(folder, _OURS[TOOLCHAINS], _MAX_REMEMBERED)
+
+    def _abandoned(self) -> Iterator[Path]:
+        """What no living process of this host holds, of what one process makes: staging, drafts, locks."""
+        for part in (STAGING, LOCKS, TOOLCHAINS, PROOFS):
+            for name in self._ours(part):
+                if part in (TOOLCHAINS, PROOFS) and not name.endswith(_DRAFT):
                     continue
+                if part == STAGING and _host(name) not in (None, socket.gethostname()):
+                    continue  # on NFS, the locks of folders are each host's own
+                with suppress(OSError, Unfit), _open(self.root, (part,), False) as folder:
+                    if folder.is_abandoned(name):
+                        yield folder.path / name
+
+    def _ours(self, part: str) -> list[str]:
+        try:
+            with _open(self.root, (part,), False) as folder:
+                return [name for name in folder.names() if _OURS[part].fullmatch(name)]
+        except (Unfit, OSError):
+            return []
+
+    def leftovers(self) -> list[Path]:
+        """Return what is of no more use: what failed, damaged and unfinished builds left behind.
+
+        Unfinished builds of other hosts count a day after their last change, by the clock of the file system.
+        """
+        found = {*self._abandoned(), *self._overdue()}
+        for part in (QUARANTINE, _FORMER_QUARANTINE):
+            found |= {self.root / part / name for name in self._ours(part)}
+        found |= {self.root.joinpath(KERNELS, *names) for names, is_entry in self._in_kernels() if not is_entry}
+        return sorted(found)
+
+    def _overdue(self) -> Iterator[Path]:
+        """Unfinished builds of other hosts, a day old."""
+        others = [name for name in self._ours(STAGING) if _host(name) not in (None, socket.gethostname())]
+        if not others:
+            return
+        with suppress(OSError, Unfit), _open(self.root, (STAGING,), False) as staging:
+            # This host's clock may be wrong, and a file server's is another.
+            with staging.temporary_folder("removed") as probe:
+                now = os.fstat(probe.fd).st_mtime
+            for name in others:
+                if now - staging.stat(name).st_mtime > _DAY_S:
+                    yield staging.path / name
+
+    def remembered(self) -> list[Path]:
+        """Return the files of `toolchains` and `proofs`, which are found out again where they are missing."""
+        return [self.root / part / name for part in (TOOLCHAINS, PROOFS) for name in self._ours(part)]
+
+    def discard(self, path: Path) -> bool:
+        """Remove one of `leftovers` or `remembered`, following no link. Return True, also where it was gone."""
+        *names, name = path.relative_to(self.root).parts
+        with suppress(FileNotFoundError):
+            self._discard(tuple(names), name)
+        return True
+
+    def bytes_at(self, path: Path) -> int:
+        """Return the bytes on disk under one of `leftovers` or `remembered`."""
+        *names, name = path.relative_to(self.root).parts
+        try:
+            with _open(self.root, tuple(names), False) as folder:
+                return folder.size(name)
+        except (OSError, Unfit):
+            return 0
+
+    def recall(self, part: str, name: str) -> Any:
+        """Return the JSON value that `remember` wrote; None where there is none that can be trusted and read."""
+        try:
+            with _open(self.root, (part,), self.prebuilt) as folder:
+                return json.loads(folder.read(name, _MAX_MANIFEST_BYTES))
+        except (Unfit, OSError, ValueError, RecursionError):
+            return None
+
+    def remember(self, part: str, name: str, value: Any) -> None:
+        """Write a JSON value to the file `name` of the folder `part`, whole or not at all.
+
+        Raises:
+            OSError, Unfit: it cannot be written.
+        """
+        content = json.dumps(value, indent=1).encode()
+        with self.open(part, create=True) as folder:
+            try:
+                folder.write(name, content)
+            except IsADirectoryError:
+                self.quarantine(folder.path / name, "it is a folder")
+                folder.write(name, content)
+
+    @contextmanager
+    def build_lock(self, spec: KernelSpec, toolchain: str) -> Iterator[bool]:
+        """Try to become the one process that builds `spec`; say whether that succeeded.
+
+        It also counts as success where there are no locks. Nothing but work is lost without.
+        """
+        name = f"{self._home(spec)}.{toolchain}"
+        with ExitStack() as stack:
+            taken = True
+            for _ in range(2):
                 try:
-                    if folder == "aside" or now - path.stat().st_mtime > older_than_s:
-                        found.append(path)
+                    locks = stack.enter_context(self.open(LOCKS, create=True))
+                    taken = stack.enter_context(locks.lock_file(name))
+                    break
+                except Unfit as unfit:
+                    self.quarantine(unfit.path, str(unfit))
                 except OSError:
-                    continue
-        return found
+                    break
+            yield taken
 
 
 _say_once = functools.cache(say)
 
 
+def _host(staged: str) -> str | None:
+    """The host that builds in a folder of `staging`; None for what is only to be removed."""
+    match = _OURS[STAGING].fullmatch(staged)
+    return match["host"] if match else None
+
+
+def _is_sound(quarantine: Folder, name: str, home: str) -> bool:
+    """Whether what was moved into quarantine from the folder `home` is a good entry after all."""
+    with suppress(BadEntry, OSError, Unfit), quarantine.folder(name) as folder:
+        _verified(folder, home)
+        return True
+    return False
+
+
+def _remove_oldest(folder: Folder, ours: re.Pattern[str], most: int) -> None:
+    """Remove all but the newest `most` of the names that match."""
+    times = {}
+    for name in filter(ours.fullmatch, folder.names()):
+        with suppress(OSError):
+            times[name] = folder.stat(name).st_ctime_ns
+    for name in sorted(times, key=lambda name: times[name])[:-most]:
+        with suppress(OSError):
+            folder.remove(name)
+
+
 def _library_name(name: str, digest: str) -> str:
-    """The hash is part of the path because dlopen gives back the old library for a path it has seen, even if the file
-    there is another by now."""
-    if not re.fullmatch(r"\w+", name):
-        raise ValueError(f"{name!r} is no kernel's name")
+    """The hash is part of the name, so that an entry's files say which library they are."""
+    if not re.fullmatch(r"\w+", name) or not re.fullmatch(r"[0-9a-f]{64}", digest):
+        raise ValueError(f"{name!r} is no kernel's name, or {digest!r} is no hash")
     return f"{name}-{digest[:16]}.so"
 
 
-def _fsync(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
-def seal(staging: Path, library: str, manifest: dict[str, Any]) -> None:
-    """Names the library by its hash, writes the manifest, and sees both to the disk."""
-    content = (staging / library).read_bytes()
+def seal(staging: Path, content: bytes, manifest: dict[str, Any]) -> None:
+    """Write the library, named by its hash, and the manifest into `staging`, and see both to the disk."""
     digest = hashlib.sha256(content).hexdigest()
-    final = staging / _library_name(manifest["name"], digest)
-    (staging / library).rename(final)
-    manifest = {**manifest, "library": final.name, "sha256": digest, "size": len(content)}
-    (staging / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
-    final.chmod(0o600)
-    staging.chmod(0o700)
-    for path in (final, staging / MANIFEST, staging):
-        _fsync(path)
+    name = _library_name(manifest["name"], digest)
+    manifest = {**manifest, "library": name, "sha256": digest, "size": len(content)}
+    with Folder.root(staging) as folder:
+        folder.write(name, content, sync=True)
+        folder.write(MANIFEST, json.dumps(manifest, indent=2).encode() + b"\n", sync=True)
+        folder.sync()
 
 
 def prebuilt() -> Cache | None:
-    """The read-only layer that JITNORM_PREBUILT_DIR names."""
+    """Return the read-only layer that JITNORM_PREBUILT_DIR names, if any."""
     folder = os.environ.get("JITNORM_PREBUILT_DIR")
-    return Cache(Path(os.path.expanduser(folder)).absolute(), prebuilt=True) if folder else None
+    return Cache(_absolute(os.path.expanduser(folder)), prebuilt=True) if folder else None
 
 
 def default_root() -> Path:
-    """JITNORM_CACHE_DIR, or the platform's cache folder. Nothing is created. Not absolute where there is no home."""
+    """Return JITNORM_CACHE_DIR, or the platform's cache folder. Nothing is created.
+
+    It is not absolute where there is no home folder, or no working directory to start from.
+    """
     own = os.environ.get("JITNORM_CACHE_DIR")
-    root = Path(os.path.expanduser(own or platformdirs.user_cache_dir("jitnorm", appauthor=False)))
-    return root if str(root).startswith("~") else root.absolute()
+    try:
+        root = os.path.expanduser(own or platformdirs.user_cache_dir("jitnorm", appauthor=False))
+    except RuntimeError:  # neither HOME nor an entry in passwd
+        root = "~/.cache/jitnorm"
+    return Path(root) if root.startswith("~") else _absolute(root)
+
+
+def _absolute(path: str) -> Path:
+    try:
+        return Path(path).absolute()
+    except OSError:  # the working directory was deleted
+        return Path(path)
 
 
 def readable() -> Cache:
-    """The cache, which need not exist, or what stands in for it."""
+    """Return the cache, which need not exist, or what stands in for it."""
     return _replacement or Cache(default_root())
 
 
 def own() -> list[Cache]:
-    """All to look in, beside the prebuilt layer. What stands in for a cache need not have what that has."""
+    """Return all caches to look in, beside the prebuilt layer. What stands in for one need not have what that has."""
     return [*([_replacement] if _replacement else []), Cache(default_root())]
 
 
 def writable() -> Cache:
-    """The cache to build into, created if need be; where that cannot be, or is unsafe, a folder of this process."""
+    """Return the cache to build into, created if need be.
+
+    Where it cannot be created, or is not safe, that is a temporary folder of this process.
+    """
     if _replacement:
         return _replacement
     root = default_root()
@@ -347,7 +673,11 @@ def writable() -> Cache:
 
 
 def replace(root: Path, why: str) -> Cache:
-    """From now on this process keeps what it builds in a folder of its own, and not in `root`."""
+    """Keep what this process builds in a temporary folder of its own from now on, and not in `root`.
+
+    Raises:
+        RuntimeError: no temporary folder can be made either.
+    """
     global _replacement
     from multiprocessing.util import Finalize  # unlike atexit, it also serves workers that a process forked
 
@@ -363,35 +693,53 @@ def replace(root: Path, why: str) -> Cache:
     return _replacement
 
 
+def is_replaced() -> bool:
+    """Return whether this process keeps what it builds in a temporary folder."""
+    return _replacement is not None
+
+
 _replacement: Cache | None = None
 
 
 def unusable(root: Path) -> str | None:
-    """Why kernels cannot be kept in `root`, which need not exist; None where they can. Nothing is created."""
+    """Return why kernels cannot be kept in `root`, which need not exist; None where they can. Nothing is created."""
     if not root.is_absolute():
-        return "there is no home folder"
-    place = next(p for p in (root, *root.parents) if os.path.lexists(p))
-    if not os.path.isdir(place):
-        return f"{place} is not a folder"
-    if not os.access(place, os.W_OK | os.X_OK):
-        return "it is read-only"
-    if os.statvfs(place).f_flag & os.ST_NOEXEC:
-        return "no code can be loaded from its file system, which is mounted noexec"
-    for name in ("kernels", "staging"):  # somebody else may have made them, as with sudo
-        if os.path.isdir(root / name) and not os.access(root / name, os.W_OK | os.X_OK):
-            return f"{root / name} is read-only"
-    return untrusted(root) if place == root else None
+        return "there is no home folder" if str(root).startswith("~") else "the working directory is gone"
+    try:
+        place = next(p for p in (root, *root.parents) if os.path.lexists(p))
+        if not os.path.isdir(place):
+            return f"{place} is not a folder"
+        if not os.access(place, os.W_OK | os.X_OK):
+            return "it is read-only"
+        if os.statvfs(place).f_flag & os.ST_NOEXEC:
+            return "no code can be loaded from its file system, which is mounted noexec"
+        for name in (KERNELS, STAGING):  # somebody else may have made them, as with sudo
+            if os.access(root / name, os.R_OK) and not os.access(root / name, os.W_OK | os.X_OK):
+                return f"{root / name} is read-only"
+        why = untrusted(os.stat(root)) if place == root else None
+    except OSError as error:
+        return f"{root} cannot be read ({error.strerror})"
+    return f"{root} {why}" if why else None
 
 
 def create(root: Path) -> str | None:
-    """Creates `root` if need be. Why kernels cannot be kept there; None where they can."""
+    """Create `root`, and the folders on the way to it, for this user alone, if need be.
+
+    Returns:
+        Why kernels cannot be kept there; None where they can.
+    """
     if why := unusable(root):
         return why
     try:
-        root.mkdir(mode=0o700, parents=True, exist_ok=True)
-        tag = root / "CACHEDIR.TAG"
-        if not any(root.iterdir()):  # backups leave out what has this tag, which others' files may not want
-            tag.write_text(_CACHEDIR_TAG)
+        for folder in (*reversed(root.parents), root):
+            if not folder.is_dir():
+                with suppress(FileExistsError):
+                    folder.mkdir(mode=0o700)
+        with Folder.root(root) as opened:
+            if not opened.names():  # backups leave out what has this tag, which others' files may not want
+                opened.write("CACHEDIR.TAG", _CACHEDIR_TAG)
     except OSError as error:
         return error.strerror or str(error)
-    return untrusted(root)
+    except Unfit as unfit:
+        return str(unfit)
+    return None

@@ -6,41 +6,74 @@ import os
 import sys
 import threading
 from collections import defaultdict
+from collections.abc import Container
+from pathlib import Path
 
 import torch
 import tvm_ffi
 
 from jitnorm.environment import is_on
 from jitnorm.jit import cache, toolchain
+from jitnorm.jit.library import BadLibrary, open_library
 from jitnorm.jit.spec import KernelSpec
 
 _loaded: dict[KernelSpec, tvm_ffi.Module] = {}
 _failed: dict[KernelSpec, str] = {}  # so that a size that failed does not start the compiler at every call
 _locks: defaultdict[KernelSpec, threading.RLock] = defaultdict(threading.RLock)
 _forked = False
+_MAX_TRIES = 4
 
 
 def load(spec: KernelSpec) -> tvm_ffi.Module:
-    """The loaded module of `spec`, built if this is the first time anywhere.
+    """Return the loaded module of `spec`, built if this is the first time anywhere.
 
-    RuntimeError where it cannot be: no compiler, a failed build, JITNORM_DISABLE_JIT, or a CUDA graph being captured.
+    Raises:
+        RuntimeError: it cannot be: no compiler, a failed build, a library that the loader refuses, JITNORM_DISABLE_JIT,
+            or a CUDA graph being captured.
     """
     if module := _loaded.get(spec):
         return module
     with _locks[spec]:
         if spec not in _loaded:
-            _loaded[spec] = _open(spec, find(spec) or _build(spec))
+            _loaded[spec] = _load(spec)
         return _loaded[spec]
 
 
-def find(spec: KernelSpec, hold: bool = True) -> cache.Entry | None:
-    """The entry that serves `spec`, without building anything. It is in use from now on, unless `hold` is false."""
+def _load(spec: KernelSpec) -> tvm_ffi.Module:
+    """From the cache or the compiler. An entry that cannot be loaded is moved to quarantine, and built once more."""
+    refused: dict[Path, str] = {}
+    for _ in range(_MAX_TRIES):
+        entry = find(spec, ignore=refused) or _build(spec)
+        try:
+            return _open(spec, entry)
+        except (cache.BadEntry, FileNotFoundError):
+            continue  # it vanished after it was published: another process is clearing the cache
+        except (BadLibrary, OSError) as error:
+            entry.release()
+            again = entry.path in refused
+            refused[entry.path] = str(error)
+            place = cache.Cache(entry.root, entry.prebuilt)
+            place.quarantine(entry.path, f"it cannot be loaded: {error}", even_if_sound=True)
+            if again:
+                break
+    why = " and ".join(f"{path}: {why}" for path, why in refused.items()) or "its entry vanishes from the cache"
+    raise RuntimeError(f"jitnorm cannot load {spec}: {why}")
+
+
+def find(spec: KernelSpec, hold: bool = True, ignore: Container[Path] = ()) -> cache.Entry | None:
+    """Return the entry that serves `spec`, without building anything.
+
+    It is in use from now on, unless `hold` is false. An entry of the prebuilt layer whose path is in `ignore` is passed
+    over.
+    """
     prebuilt = cache.prebuilt()
     if prebuilt and (entry := prebuilt.find(spec, None, hold)):
-        return entry
+        if entry.path not in ignore:
+            return entry
+        entry.release()
     for place in cache.own():
-        if os.path.isdir(place.root) and not cache.untrusted(place.root):
-            tools = toolchain.identify(spec.target.device, place.root / "toolchains")
+        if place.exists():
+            tools = toolchain.identify(spec.target.device, place)
             # Where nothing can be built there is nothing to be newer than: what is there is good.
             if entry := place.find(spec, tools.key if tools else None, hold):
                 return entry
@@ -66,6 +99,8 @@ def _build(spec: KernelSpec) -> cache.Entry:
         try:
             return build(spec)
         except cache.CannotKeep as error:
+            if cache.is_replaced():
+                raise
             cache.replace(cache.default_root(), str(error))
             return build(spec)
     except BuildError as error:
@@ -74,10 +109,7 @@ def _build(spec: KernelSpec) -> cache.Entry:
 
 
 def _open(spec: KernelSpec, entry: cache.Entry) -> tvm_ffi.Module:
-    try:
-        module = tvm_ffi.load_module(str(entry.library))
-    except Exception as error:  # tvm-ffi's own
-        raise RuntimeError(f"jitnorm cannot load {entry.library}: {error}") from error
+    module = open_library(spec.name, entry.content, spec.entry)
     if spec.target.device == "cpu" and _forked:
         module.run_serially()
     return module

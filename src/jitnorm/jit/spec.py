@@ -12,13 +12,14 @@ from pathlib import Path
 
 import tvm_ffi
 
-_FORMAT = 1  # of a cache entry; raise it when what an entry holds changes its meaning
+_FORMAT = 2  # of a cache entry; raise it when what an entry holds changes its meaning
 
 _PACKAGE = Path(__file__).resolve().parents[1]
 # In a wheel the sources lie inside the package, in a checkout beside src.
 CSRC = next((d for d in (_PACKAGE / "csrc", _PACKAGE.parents[1] / "csrc") if d.is_dir()), _PACKAGE / "csrc")
 
-_ARCH = re.compile(r"(?:sm_?)?(\d{1,2})\.?(\d)([af]?)")
+_ARCH = re.compile(r"(?:sm_?)?(?:([0-9]{1,2})\.([0-9])|([2-9]|1[0-9])([0-9]))([af]?)")
+_MAJOR = re.compile(r"(?:sm_?)?([0-9]|1[0-9])([af]?)")  # such as 9 and 12, which are no 0.9 and 1.2
 
 
 @dataclass(frozen=True)
@@ -30,11 +31,13 @@ class Target:
 
     @classmethod
     def cuda(cls, arch: str) -> Target:
-        """From "9.0a", "90a" or "sm_90a"."""
+        """From "9.0a", "90a" or "sm_90a". ValueError for anything else, such as a major version alone."""
         match = _ARCH.fullmatch(str(arch))
         if not match:
-            raise ValueError(f"arch must be a CUDA architecture such as '9.0a' or 'sm_90a', got {arch!r}")
-        return cls("cuda", f"{match[1]}.{match[2]}{match[3]}")
+            major = _MAJOR.fullmatch(str(arch))
+            meant = f": is '{major[1]}.0{major[2]}' meant?" if major else ""
+            raise ValueError(f"arch must be a CUDA architecture such as '9.0a', '90a' or 'sm_90a', got {arch!r}{meant}")
+        return cls("cuda", f"{match[1] or match[3]}.{match[2] or match[4]}{match[5]}")
 
     @property
     def sm(self) -> str:
@@ -97,7 +100,10 @@ class KernelSpec:
     @property
     def sources_changed(self) -> bool:
         """Whether csrc is no longer what this process took it for, as in the middle of an upgrade."""
-        return any((CSRC / name).read_bytes() != _read(name) for name in self.includes)
+        try:
+            return any((CSRC / name).read_bytes() != _read(name) for name in self.includes)
+        except OSError:
+            return True
 
     @functools.cached_property
     def key(self) -> str:
@@ -158,7 +164,10 @@ def _arch_flags(target: Target) -> dict[str, str]:
 
 @functools.cache
 def _read(name: str) -> bytes:
-    return (CSRC / name).read_bytes()
+    try:
+        return (CSRC / name).read_bytes()
+    except OSError as error:
+        raise RuntimeError(f"jitnorm cannot read its own source {CSRC / name}: {error.strerror}") from error
 
 
 def _included(source: str) -> set[str]:

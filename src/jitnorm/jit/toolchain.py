@@ -10,15 +10,25 @@ import hashlib
 import json
 import os
 import re
+import select
 import shutil
+import signal
 import subprocess
 import sys
-from dataclasses import asdict, dataclass
+import time
+from contextlib import suppress
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Any
+
+from jitnorm.jit.cache import TOOLCHAINS, Cache
+from jitnorm.jit.folder import Unfit
 
 _HOST_COMPILERS = ("c++", "g++", "clang++")
 # Where a search for compilers looks; a change of one of these makes it look again.
 _ENVIRONMENT = ("PATH", "CXX", "NVCC", "CUDA_HOME", "CUDA_PATH", "CONDA_PREFIX")
+_ANSWER_LIMIT_S = 20.0  # for the version of a compiler, which may lie on a slow file system
+_ANSWER_LIMIT_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -29,10 +39,18 @@ class Compiler:
     mtime_ns: int
     top: str = ""  # nvcc: the toolkit's folder
 
+    @classmethod
+    def of_json(cls, value: Any) -> Compiler:
+        """Return the compiler that `asdict` made `value` of. Raises TypeError for anything else."""
+        compiler = cls(**value)
+        if any(type(getattr(compiler, f.name)).__name__ != f.type for f in fields(cls)):
+            raise TypeError("a field has another type")
+        return compiler
+
     def unchanged(self) -> bool:
         try:
             stat = os.stat(self.path)
-        except OSError:
+        except (OSError, ValueError):
             return False
         return (stat.st_size, stat.st_mtime_ns) == (self.size, self.mtime_ns)
 
@@ -85,10 +103,10 @@ def _which(name: str) -> str | None:
     return shutil.which(name, path=os.environ.get("PATH", ""))
 
 
-def identify(device: str, memory: Path | None) -> Toolchain | None:
-    """The compilers that would build for `device` here, or None where something is missing.
+def identify(device: str, memory: Cache | None) -> Toolchain | None:
+    """Return the compilers that would build for `device` here, or None where something is missing.
 
-    `memory` is a folder that keeps what compilers said; where it holds nothing of this environment, they are started.
+    `memory` is a cache that keeps the versions of compilers; where it has none of this environment, they are started.
     """
     if not find_cxx():
         return None  # without it nothing can be built, and nvcc need not be looked for
@@ -101,8 +119,8 @@ def identify(device: str, memory: Path | None) -> Toolchain | None:
     return found
 
 
-def require(device: str, memory: Path | None) -> Toolchain:
-    """The compilers for a build, or a RuntimeError that says what is missing, where it was looked for, what to do."""
+def require(device: str, memory: Cache | None) -> Toolchain:
+    """Return the compilers for a build, or raise a RuntimeError that says what is missing and what to do about it."""
     # Asked anew: what stands for a compiler may be a script, which stays as it is when the compiler changes.
     cxx = find_cxx()
     toolchain = _ask(device) if cxx else None
@@ -141,7 +159,7 @@ def _ask(device: str) -> Toolchain | None:
 
 def _identify_cxx(path: str | None) -> Compiler | None:
     output = _output(path, "--version")
-    return _compiler(path, output.splitlines()[0]) if path and output else None
+    return _compiler(path, output.splitlines()[0]) if path and output.strip() else None
 
 
 def _identify_nvcc(path: str | None) -> Compiler | None:
@@ -154,52 +172,92 @@ def _identify_nvcc(path: str | None) -> Compiler | None:
     return _compiler(path, ".".join(v[1] for v in version if v), os.path.realpath(top[1].strip()))
 
 
-def _compiler(path: str, version: str, top: str = "") -> Compiler:
-    stat = os.stat(os.path.realpath(path))
+def _compiler(path: str, version: str, top: str = "") -> Compiler | None:
+    try:
+        stat = os.stat(os.path.realpath(path))
+    except OSError:
+        return None  # it was removed after it answered
     # Some compilers look for their parts beside argv[0], so the path is kept as found; its target's size and time tell.
     return Compiler(path, version, stat.st_size, stat.st_mtime_ns, top)
 
 
 def _output(path: str | None, *arguments: str) -> str:
-    """What it says, of its own accord; nothing where it fails."""
+    """What the program prints; nothing where it fails."""
     return _run(path, *arguments)[0] if path else ""
 
 
+# Why a program was given up, by its path, arguments, size and time: so that it costs its time limit only once.
+_given_up: dict[tuple[object, ...], str] = {}
+
+
 def _run(path: str, *arguments: str) -> tuple[str, str]:
-    """What it says, if all is well, and else what came of it."""
+    """What the program prints if it succeeds, and else why it did not."""
     words = " ".join(arguments)
     try:
-        done = subprocess.run([path, *arguments], capture_output=True, text=True, errors="replace", timeout=60)
-    except (OSError, subprocess.SubprocessError) as error:
+        stat = os.stat(path)
+        key = (path, arguments, stat.st_size, stat.st_mtime_ns)
+        if why := _given_up.get(key):
+            return "", f"{words}: {why}"
+        process = subprocess.Popen(
+            [path, *arguments],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+    except (OSError, ValueError) as error:
         return "", f"{words}: {error}"
-    said = done.stdout + done.stderr
-    return (said, f"{words} said nothing") if done.returncode == 0 else ("", f"{words} exited {done.returncode}")
+    try:
+        output, why = _read_answer(process)
+    finally:
+        with suppress(ProcessLookupError, PermissionError):
+            os.killpg(process.pid, signal.SIGKILL)  # what it started too, which may hold the pipe open
+        process.wait()
+        assert process.stdout
+        process.stdout.close()
+    if why:
+        _given_up[key] = why
+        return "", f"{words}: {why}"
+    return (
+        (output, f"{words} said nothing") if process.returncode == 0 else ("", f"{words} exited {process.returncode}")
+    )
 
 
-def _memory_file(device: str, memory: Path) -> Path:
+def _read_answer(process: subprocess.Popen[bytes]) -> tuple[str, str]:
+    """What `process` prints until it ends, and why it was given up, if it was."""
+    assert process.stdout
+    content = b""
+    deadline = time.monotonic() + _ANSWER_LIMIT_S
+    while len(content) <= _ANSWER_LIMIT_BYTES:
+        ready, _, _ = select.select([process.stdout], [], [], max(0.0, deadline - time.monotonic()))
+        if not ready:
+            return "", f"it did not answer within {_ANSWER_LIMIT_S:.0f} s"
+        if not (part := os.read(process.stdout.fileno(), 1 << 16)):
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(max(0.1, deadline - time.monotonic()))
+                return content.decode(errors="replace"), ""
+            return "", f"it did not end within {_ANSWER_LIMIT_S:.0f} s"
+        content += part
+    return "", f"it printed more than {_ANSWER_LIMIT_BYTES} bytes"
+
+
+def _memory_file(device: str) -> str:
     environment = json.dumps([sys.prefix, device, *(os.environ.get(name) for name in _ENVIRONMENT)])
-    return memory / f"{device}-{hashlib.sha256(environment.encode()).hexdigest()[:16]}.json"
+    return f"{device}-{hashlib.sha256(environment.encode()).hexdigest()[:16]}.json"
 
 
-def _recall(device: str, memory: Path | None) -> Toolchain | None:
+def _recall(device: str, memory: Cache | None) -> Toolchain | None:
     if not memory:
         return None
+    said = memory.recall(TOOLCHAINS, _memory_file(device))
     try:
-        said = json.loads(_memory_file(device, memory).read_text())
-        toolchain = Toolchain(Compiler(**said["cxx"]), Compiler(**said["nvcc"]) if said["nvcc"] else None)
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
+        toolchain = Toolchain(Compiler.of_json(said["cxx"]), Compiler.of_json(said["nvcc"]) if said["nvcc"] else None)
+    except (KeyError, TypeError):
+        return None  # nothing is remembered, or something else lies there
     return toolchain if all(c.unchanged() for c in (toolchain.cxx, toolchain.nvcc) if c) else None
 
 
-def _remember(device: str, memory: Path | None, toolchain: Toolchain) -> None:
-    if not memory:
-        return
-    file = _memory_file(device, memory)
-    try:
-        file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        draft = file.with_suffix(f".{os.getpid()}.tmp")
-        draft.write_text(json.dumps(asdict(toolchain), indent=1))
-        draft.replace(file)
-    except OSError:
-        pass  # a read-only cache: the next process asks again
+def _remember(device: str, memory: Cache | None, toolchain: Toolchain) -> None:
+    if memory and _recall(device, memory) != toolchain:
+        with suppress(OSError, Unfit):  # a read-only cache: the next process asks again
+            memory.remember(TOOLCHAINS, _memory_file(device), asdict(toolchain))

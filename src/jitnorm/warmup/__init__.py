@@ -35,10 +35,9 @@ if TYPE_CHECKING:
 __all__ = ["DTYPES", "OPS", "Plan", "Result", "make_plan", "warmup"]
 
 Specs: TypeAlias = dict[str, Callable[[Any, torch.dtype, torch.dtype, Target], KernelSpec]]
-# Operators with kernels for every size, or for those of whole 16 bytes, which None stands for.
-_OF_ANY_SIZE: Specs = {
-    each.op: each.warmup_spec for each in (*ACTIVATIONS, STORE_CACHE, STATIC, MAXIMA, DYNAMIC, PER_TOKEN)
-}
+# Operators with one kernel for all sizes, and those with kernels by what divides a row's bytes: 16, or less.
+_OF_ALL_SIZES: Specs = {each.op: each.warmup_spec for each in (STATIC, MAXIMA, DYNAMIC, PER_TOKEN)}
+_OF_ANY_SIZE: Specs = {each.op: each.warmup_spec for each in (*ACTIVATIONS, STORE_CACHE)} | _OF_ALL_SIZES
 # The operators that can be built ahead of time: (hidden size, input's dtype, weight's dtype, target) -> what to build.
 OPS: Specs = {norm.op: norm.spec for norm in (*NORMS, QKNORM, *QUANT_NORMS)} | _OF_ANY_SIZE
 
@@ -81,9 +80,9 @@ def warmup(
             without a residual, its activation and its cache among them; without a config for "rmsnorm".
         hidden_size: the size of the normalised dimension; for fused_inplace_qknorm that is head_dim, for activations d,
             and for store_cache the elements in a row. The last two do without one, and are built for sizes of whole 16
-            bytes then, as nearly all are; so does quantisation alone, of which one kernel serves all sizes.
+            bytes then, as nearly all are. Quantisation alone takes none: one kernel serves all sizes.
         dtype: the input's, such as "bf16", "bfloat16" or torch.bfloat16. None for the config's own, or else "bf16".
-        weight_dtype: the weight's; None for the input's.
+        weight_dtype: the weight's; None for the input's. Only norms have one.
         device: "cuda" or "cpu"; None for CUDA where torch sees a GPU or `arch` is given, else the CPU.
         arch: CUDA architectures, such as "9.0a" for an H100 or H200. None for this machine's GPU.
         config: a Hugging Face config.json, or the folder that holds one, instead of `hidden_size`.
@@ -122,8 +121,11 @@ def make_plan(
     """From `warmup`'s words to kernels. Nothing is built, created or started."""
     from jitnorm.warmup.config import read_config  # here, as `import jitnorm` would pay for it
 
-    sizes, ops = _several(hidden_size), _several(op)
-    if problem := problem_of_sources(ops, sizes, config):
+    sizes, ops, weights = _several(hidden_size), _several(op), _several(weight_dtype)
+    for name in ops:
+        if not isinstance(name, str) or name not in OPS:
+            raise ValueError(f"op must be one of {', '.join(OPS)}, got {name!r}")
+    if problem := problem_of_sources(ops, sizes, weights, config):
         raise ValueError(problem)
     model = None if config is None else read_config(config)
     sizes = [_whole("hidden_size", size) for size in sizes] or [None]
@@ -131,13 +133,11 @@ def make_plan(
     specs: dict[KernelSpec, None] = {}
     refused: dict[str, None] = {}
     targets = [resolve_target(device, a) for a in _several(arch) or [None]]
-    inputs, weights = _several(dtype), _several(weight_dtype) or [None]
+    inputs, weights = _several(dtype), weights or [None]
     if model and not inputs:
         inputs = [_dtype_of(model)]
         notes = notes if model.dtype else [*notes, f"{model.path} has no dtype: bf16 is built (--dtype names another)"]
     for name in ops or (_ops_of(model) if model else ["rmsnorm"]):
-        if name not in OPS:
-            raise ValueError(f"op must be one of {', '.join(OPS)}, got {name!r}")
         if model:
             sizes, lacking = _sizes_of(model, name)
             if not sizes:
@@ -153,12 +153,23 @@ def make_plan(
 
 
 def problem_of_sources(
-    ops: Collection[str], sizes: Collection[int], config: object, names: tuple[str, str] = ("hidden_size", "config")
+    ops: Collection[str],
+    sizes: Collection[int],
+    weights: Collection[DType],
+    config: object,
+    names: tuple[str, str, str] = ("hidden_size", "config", "weight_dtype"),
 ) -> str | None:
-    """None where either sizes or a config are given, or neither and no operator needs any."""
+    """What is wrong with where the sizes come from; None where either sizes or a config are given, or neither and no
+    operator needs any, and where nothing is given that no operator takes."""
+    size, source, weight = names
+    what = "have" if len(ops) > 1 else "has"
+    if weights and ops and all(name in _OF_ANY_SIZE for name in ops):
+        return f"{weight} is not accepted: {' and '.join(ops)} {what} no weight"
     if config is not None:
-        return f"give {' or '.join(names)}, not both" if sizes else None
-    return None if sizes or (ops and all(name in _OF_ANY_SIZE for name in ops)) else f"give {' or '.join(names)}"
+        return f"give {size} or {source}, not both" if sizes else None
+    if sizes and ops and all(name in _OF_ALL_SIZES for name in ops):
+        return f"{size} is not accepted: {' and '.join(ops)} {what} one kernel for all sizes, which is built without it"
+    return None if sizes or (ops and all(name in _OF_ANY_SIZE for name in ops)) else f"give {size} or {source}"
 
 
 def _ops_of(model: Model) -> list[str]:

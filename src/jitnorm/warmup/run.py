@@ -59,7 +59,7 @@ def prepare(specs: Sequence[KernelSpec]) -> None:
     if specs and (why := cache.create(root)):
         raise RuntimeError(f"cannot keep kernels in {root}: {why}. Set JITNORM_CACHE_DIR")
     for device in dict.fromkeys(spec.target.device for spec in specs):
-        toolchain.require(device, cache.writable().root / "toolchains")
+        toolchain.require(device, cache.writable())
 
 
 def build_all(specs: Sequence[KernelSpec], jobs: int | None = None) -> Iterator[Outcome]:

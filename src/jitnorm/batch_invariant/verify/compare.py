@@ -36,7 +36,7 @@ class Result:
     shape: Shape
     dtype: str
     device: str
-    compared: int  # rows, each with the one alone
+    compared: int  # rows, each with the one alone; 0 where no way is for the device
     difference: str  # the first; empty where there is none
 
 
@@ -49,7 +49,15 @@ def verify(
     max_batch: int,
     ways: Collection[str] = WAYS,
 ) -> Result:
-    """Compares until the first difference. Under the mode that the caller has set."""
+    """Compares until the first difference. Under the mode that the caller has set.
+
+    Raises:
+        ValueError: a way that is none, or a `max_batch` in which a row has no company: that would compare nothing.
+    """
+    if unknown := [way for way in ways if way not in WAYS] or (not ways and ["none"]):
+        raise ValueError(f"ways must be of {', '.join(WAYS)}, got {', '.join(map(str, unknown))}")
+    if max_batch < 2:
+        raise ValueError(f"max_batch must be 2 or more, got {max_batch}")
     compared, difference = 0, ""
     with torch.random.fork_rng(), torch.inference_mode():
         torch.manual_seed(0)
@@ -121,7 +129,8 @@ def _captured(call: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[torch.T
 
 
 def _batches(most: int) -> list[int]:
-    return [*range(1, min(most, 33) + 1), *(m for m in (48, 63, 64, 65, 100, 128, 129, 200, 255, 256) if m <= most)]
+    larger = (48, 63, 64, 65, 100, 128, 129, 200, 255, 256, *(1 << i for i in range(9, 40)), most)
+    return sorted({*range(1, min(most, 33) + 1), *(m for m in larger if m <= most)})
 
 
 def _different(a: torch.Tensor, b: torch.Tensor) -> int:

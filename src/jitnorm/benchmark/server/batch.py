@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import operator
 import random
 import statistics
 import threading
@@ -12,11 +13,14 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from jitnorm.benchmark.server.client import Connection, events, split
+from jitnorm.benchmark.server.client import Connection, Deadline, events, one_line, split
 from jitnorm.benchmark.server.metrics import get_cache_tokens_from_metrics
 from jitnorm.benchmark.stats import quantile
 
-_TOKENS = range(1000, 10000)  # ids that every vocabulary has, and that are no special ones
+_TOKENS = [*range(1000, 10000)]  # ids that every vocabulary has, and that are no special ones
+MAX_BATCH = 4096  # requests, of which each takes a thread
+MAX_TOKENS = 1 << 24  # of all prompts, and of an answer
+MAX_SECONDS = 604800.0
 
 
 @dataclass
@@ -116,25 +120,47 @@ def run_batch(
 
     Prompts are `input_len` random token ids, other ones each time; the same with the same `seed`, to meet the server's
     cache. `api` is "openai" (`/v1/completions`) or "sglang" (`/generate`). What goes wrong with a request is in its
-    `error`; ValueError for arguments that are not accepted.
+    `error`. The server's metrics are read before and after, for 5 seconds at most each.
+
+    Raises:
+        ValueError: an argument that is not accepted: `batch_size` is at most 4096, `output_len` and all prompts
+            together are at most 2^24 tokens, `timeout` is at most a week.
+        TypeError: a number is of another type.
     """
     if api not in _APIS:
         raise ValueError(f"api must be one of {', '.join(_APIS)}, got {api!r}")
-    for name, value in (("batch_size", batch_size), ("input_len", input_len), ("output_len", output_len)):
-        if value < 1:
-            raise ValueError(f"{name} must be 1 or more, got {value}")
-    if not timeout > 0:
-        raise ValueError(f"timeout must be above 0 seconds, got {timeout}")
+    batch_size = _whole("batch_size", batch_size, MAX_BATCH)
+    input_len = _whole("input_len", input_len, MAX_TOKENS)
+    output_len = _whole("output_len", output_len, MAX_TOKENS)
+    if batch_size * input_len > MAX_TOKENS:
+        raise ValueError(f"batch_size * input_len must be {MAX_TOKENS} at most, got {batch_size * input_len}")
+    if not 0 < timeout <= MAX_SECONDS:  # NaN is neither
+        raise ValueError(f"timeout must be above 0 seconds and {MAX_SECONDS:.0f} at most, got {timeout}")
     split(url)
     choose = random.Random(seed)
     prompts = [choose.choices(_TOKENS, k=input_len) for _ in range(batch_size)]
     before = get_cache_tokens_from_metrics(url)
     requests = _send(url, _APIS[api](model, output_len), prompts, timeout)
     after = get_cache_tokens_from_metrics(url) if before else None
-    rate = None
-    if before and after and after[1] > before[1]:
-        rate = (after[0] - before[0]) / (after[1] - before[1])
-    return BatchResult(input_len, output_len, requests, rate)
+    return BatchResult(input_len, output_len, requests, _hit_rate(before, after))
+
+
+def _whole(name: str, value: Any, most: int) -> int:
+    try:
+        number = operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name} must be an int, got {value!r}") from None
+    if not 1 <= number <= most:
+        raise ValueError(f"{name} must be from 1 to {most}, got {_digits(number)}")
+    return number
+
+
+def _hit_rate(before: tuple[float, float] | None, after: tuple[float, float] | None) -> float | None:
+    """Of the prompts' tokens between two readings; None where they tell none, as after a restart of the server."""
+    if not before or not after or not after[1] > before[1]:
+        return None
+    rate = (after[0] - before[0]) / (after[1] - before[1])
+    return rate if 0 <= rate <= 1 else None
 
 
 @dataclass(frozen=True)
@@ -142,6 +168,7 @@ class _Api:
     path: str
     body: Callable[[list[int]], dict[str, Any]]
     read: Callable[[dict[str, Any], Request], bool]  # counts the event's tokens; whether it brought any
+    max_events: int  # that bring tokens: one for each token, and some that say how it ended
 
 
 def _openai(model: str, output_len: int) -> _Api:
@@ -152,20 +179,36 @@ def _openai(model: str, output_len: int) -> _Api:
         brought = bool(event["choices"])
         request.tokens += brought
         if event.get("usage"):
-            request.tokens = int(event["usage"]["completion_tokens"])
+            request.tokens = _count(event["usage"]["completion_tokens"])
         return brought
 
-    return _Api("/v1/completions", lambda ids: {"prompt": ids, **common}, read)
+    return _Api("/v1/completions", lambda ids: {"prompt": ids, **common}, read, 2 * output_len + 16)
 
 
 def _sglang(model: str, output_len: int) -> _Api:
     sampling = {"max_new_tokens": output_len, "temperature": 0, "ignore_eos": True}
 
     def read(event: dict[str, Any], request: Request) -> bool:
-        before, request.tokens = request.tokens, int(event["meta_info"]["completion_tokens"])
+        before, request.tokens = request.tokens, _count(event["meta_info"]["completion_tokens"])
         return request.tokens > before
 
-    return _Api("/generate", lambda ids: {"input_ids": ids, "sampling_params": sampling, "stream": True}, read)
+    def body(ids: list[int]) -> dict[str, Any]:
+        return {"input_ids": ids, "sampling_params": sampling, "stream": True}
+
+    return _Api("/generate", body, read, 2 * output_len + 16)
+
+
+def _count(value: Any) -> int:
+    """Check a number of tokens that a server sent."""
+    if type(value) is not int or not 0 <= value <= MAX_TOKENS:
+        shown = _digits(value) if type(value) is int else repr(value)
+        raise ValueError(f"completion_tokens must be a whole number from 0 to {MAX_TOKENS}, got {one_line(shown)}")
+    return value
+
+
+def _digits(number: int) -> str:
+    """As text, which Python refuses to make of an int with thousands of digits."""
+    return str(number) if abs(number) < 10**20 else f"{'-' * (number < 0)}2^{number.bit_length() - 1} or more"
 
 
 _APIS = {"openai": _openai, "sglang": _sglang}
@@ -174,28 +217,45 @@ _APIS = {"openai": _openai, "sglang": _sglang}
 def _send(url: str, api: _Api, prompts: list[list[int]], timeout: float) -> list[Request]:
     """A thread each. All connect first, then all send; the clock starts when the last has connected, or failed to."""
     requests = [Request() for _ in prompts]
-    started: list[float] = []
-    barrier = threading.Barrier(len(prompts), action=lambda: started.append(time.perf_counter()))
+    deadline = Deadline(timeout)
+    connected, go = threading.Semaphore(0), threading.Event()
+    start = 0.0
 
     def work(request: Request, prompt: list[int]) -> None:
-        connection = None
         try:
-            connection = Connection(url, timeout)
-        except OSError as error:
-            request.error = f"cannot connect to {url}: {error}"
-        barrier.wait()
-        if connection:
+            try:
+                connection = Connection(url, deadline)
+            except OSError as error:
+                raise ValueError(f"cannot connect to {url}: {error}") from error
+            finally:
+                connected.release()
             with contextlib.closing(connection):
-                try:
-                    _stream(connection, api, prompt, request, started[0])
-                except Exception as error:  # whatever it is, the others' figures are worth having
-                    request.error = str(error) or type(error).__name__
+                go.wait()
+                _stream(connection, api, prompt, request, start)
+        except Exception as error:  # whatever it is, the others' figures are worth having
+            request.error = one_line(str(error) or type(error).__name__)
 
-    threads = [threading.Thread(target=work, args=pair, daemon=True) for pair in zip(requests, prompts, strict=True)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    threads: dict[threading.Thread, int] = {}
+    try:
+        for i, pair in enumerate(zip(requests, prompts, strict=True)):
+            thread = threading.Thread(target=work, args=pair, daemon=True)
+            try:
+                thread.start()
+            except (RuntimeError, MemoryError) as error:  # the limit on processes: nobody waits for this one
+                requests[i].error = f"cannot start its thread: {error}"
+            else:
+                threads[thread] = i
+        for _ in threads:
+            connected.acquire(timeout=deadline.left())
+        start = time.perf_counter()
+        go.set()
+        deadline.wait(threads)
+    finally:  # after Ctrl-C nobody is left waiting
+        deadline.cut()
+        go.set()
+    for thread, i in threads.items():
+        if thread.is_alive():  # it looks up a name, which nothing ends; what it still does is not looked at
+            requests[i] = Request(error=deadline.message)
     return requests
 
 
@@ -203,9 +263,7 @@ def _stream(connection: Connection, api: _Api, prompt: list[int], request: Reque
     with connection.request("POST", api.path, json.dumps(api.body(prompt)).encode()) as response:
         kind = response.getheader("Content-Type", "")
         if response.status != 200:
-            raise ValueError(
-                f"HTTP status {response.status}: {_beginning(response.read(1000).decode(errors='replace'))}"
-            )
+            raise ValueError(f"HTTP status {response.status}: {one_line(response.read(1000).decode(errors='replace'))}")
         if "text/event-stream" not in kind:
             raise ValueError(f"answered with {kind or 'no content type'} instead of a stream of events")
         for data in events(response):
@@ -214,8 +272,9 @@ def _stream(connection: Connection, api: _Api, prompt: list[int], request: Reque
             now = time.perf_counter() - start
             if _read(api, data, request):
                 request.times.append(now)
+                if len(request.times) > api.max_events:
+                    raise ValueError(f"the stream went on after {len(request.times)} events with tokens")
         else:
-            connection.check()
             raise ValueError(f"the stream ended without [DONE], after {request.tokens} tokens")
         if not request.times:
             raise ValueError("the stream brought no tokens")
@@ -224,15 +283,11 @@ def _stream(connection: Connection, api: _Api, prompt: list[int], request: Reque
 def _read(api: _Api, data: str, request: Request) -> bool:
     try:
         event = json.loads(data)
-    except ValueError as error:
-        raise ValueError(f"an event is not JSON: {_beginning(data)}") from error
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"an event is not JSON: {one_line(data)}") from error
     try:
         if "error" in event:
-            raise ValueError(f"the server reports an error: {_beginning(json.dumps(event['error']))}")
+            raise ValueError(f"the server reports an error: {one_line(json.dumps(event['error']))}")
         return api.read(event, request)
     except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"an event is not as expected ({error!r}): {_beginning(data)}") from error
-
-
-def _beginning(text: str) -> str:
-    return text[:200].replace("\n", " ")
+        raise ValueError(f"an event is not as expected ({error!r}): {one_line(data)}") from error

@@ -1,0 +1,444 @@
+"""What goes wrong while a kernel is built, kept or loaded, and that the next call finds it mended."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import shlex
+import shutil
+import signal
+import socket
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner
+
+from jitnorm.cli import main
+from jitnorm.jit import build as builder
+from jitnorm.jit import library, toolchain
+from jitnorm.jit import load as engine
+from jitnorm.jit.build import BuildError, BuildInterrupted, build
+from jitnorm.jit.cache import Cache, Entry
+from jitnorm.jit.folder import Folder
+from jitnorm.jit.library import BadLibrary, Elf, check_library
+
+from .conftest import entries, run, start
+from .test_untrusted import SPEC, call, forget
+
+PYTHON = shlex.quote(sys.executable)
+EDIT = f'{PYTHON} -c \'import sys; p = sys.argv[1]; b = open(p, "rb").read(); open(p, "wb").write({{}})\' $out'
+DAMAGE = {
+    "truncated": EDIT.format("b[:5000]"),
+    "its end truncated": EDIT.format("b[:-8]"),
+    "zeroed": EDIT.format("bytes(len(b))"),
+    "a hole in its code": EDIT.format("b[:4096] + bytes(4096) + b[8192:]"),
+    "empty": ": > $out",
+    "text": "echo not a library > $out",
+    "no symbols": "echo | g++ -shared -x c++ - -o $out",
+    "for another machine": EDIT.format('b[:18] + b"\\x28\\0" + b[20:]'),
+    "no file": "rm $out",
+    "a folder": "rm $out; mkdir $out",
+    "a FIFO": "rm $out; mkfifo $out",
+    "a constructor that crashes": "echo '__attribute__((constructor)) static void f() { *(volatile int*)8 = 0; }"
+    ' extern "C" int __tvm_ffi_rmsnorm() { return 0; }\' | g++ -shared -fPIC -x c++ - -o $out',
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_damaged_output_is_not_published(copier, cache_dir, damage):
+    """Once may be chance: it is built again. Twice is an error that says so."""
+    once = copier.log.with_name("once")
+    copier.then(f"[ -e {once} ] || {{ touch {once}; {DAMAGE[damage]}; }}")
+    call()
+    assert copier.builds == 2 and len(entries(cache_dir)) == 1
+    shutil.rmtree(cache_dir)
+    copier.then(DAMAGE[damage])
+    forget()
+    with pytest.raises(BuildError, match=r"g\+\+ succeeded, but wrote"):
+        engine.load(SPEC)
+    assert not entries(cache_dir)
+
+
+def test_a_whole_library_passes(built_library):
+    content = built_library.read_bytes()
+    assert "libc.so.6" in check_library(content, ["rmsnorm"]).needed()
+    with pytest.raises(BadLibrary, match="does not define __tvm_ffi_softmax"):
+        check_library(content, ["softmax"])
+
+
+def test_any_damage_to_the_tables_is_found_without_a_crash(built_library):
+    """Elf reads what a damaged file says of itself: no offset may lead out of it."""
+    content = built_library.read_bytes()
+    for seed in range(300):
+        damaged = bytearray(content)
+        for i in range(4):
+            place = int.from_bytes(hashlib.sha256(f"{seed} {i}".encode()).digest()[:8], "little")
+            damaged[place % (64 if seed % 2 else len(damaged))] = place >> 56
+        with contextlib.suppress(BadLibrary):
+            check_library(bytes(damaged), ["rmsnorm"]).needed()
+    for length in range(0, len(content), 97):
+        with pytest.raises(BadLibrary):
+            Elf(content[:length])
+
+
+def test_a_published_library_that_does_not_load_is_rebuilt_once(copier, cache_dir, capfd):
+    """Its hash is right: it was built where other libraries are, or it is of an earlier release."""
+    entry = build(SPEC)
+    entry.release()
+    publish_content(entry, b"\x7fELF, and no more")
+    call()
+    assert copier.builds == 2 and "it cannot be loaded" in capfd.readouterr().err
+    forget()
+    copier.then("")
+    monkey = pytest.MonkeyPatch()
+    monkey.setattr(engine, "open_library", lambda *_: (_ for _ in ()).throw(BadLibrary("cannot be opened")))
+    with monkey.context(), pytest.raises(RuntimeError, match=r"cannot load .*cannot be opened"):
+        engine.load(SPEC)
+    monkey.undo()
+    assert copier.builds == 3
+    call()
+
+
+def publish_content(entry: Entry, content: bytes) -> None:
+    """Makes `content` the library of an entry, as if it had been built."""
+    manifest = json.loads((entry.path / "manifest.json").read_text())
+    digest = hashlib.sha256(content).hexdigest()
+    entry.library.unlink()
+    manifest |= {"sha256": digest, "size": len(content), "library": f"{manifest['name']}-{digest[:16]}.so"}
+    (entry.path / "manifest.json").write_text(json.dumps(manifest))
+    (entry.path / manifest["library"]).write_bytes(content)
+    (entry.path / manifest["library"]).chmod(0o600)
+
+
+@pytest.mark.parametrize("content", [b"", b"text", "hole"])
+def test_verify_finds_a_library_that_cannot_be_loaded(copier, cache_dir, built_library, content):
+    entry = build(SPEC)
+    whole = built_library.read_bytes()
+    publish_content(entry, whole[:4096] + bytes(4096) + whole[8192:] if content == "hole" else content)
+    result = CliRunner().invoke(main, ["cache", "verify"])
+    assert result.exit_code == 1 and "1 bad" in result.output
+
+
+def test_a_prebuilt_library_that_does_not_load_is_built(copier, cache_dir, tmp_path, monkeypatch):
+    entry = build(SPEC)
+    entry.release()
+    shutil.move(cache_dir, tmp_path / "prebuilt")
+    monkeypatch.setenv("JITNORM_PREBUILT_DIR", str(tmp_path / "prebuilt"))
+    moved = Entry(tmp_path / "prebuilt" / entry.path.relative_to(cache_dir))
+    publish_content(moved, b"\x7fELF")
+    call()
+    assert copier.builds == 2 and moved.path.exists()
+
+
+def host_folder(name: str) -> str:
+    return f"{SPEC.name}.{SPEC.target.sm}.{socket.gethostname()}.4711.{name}"
+
+
+def test_a_build_removes_what_dead_processes_left(copier, cache_dir):
+    (cache_dir / "staging" / host_folder("00000001") / "deep").mkdir(parents=True, mode=0o700)
+    (cache_dir / "staging" / "removed.0123456789abcdef").mkdir()
+    (cache_dir / "locks").mkdir(mode=0o700)
+    (cache_dir / "locks" / f"{SPEC.name}.{SPEC.target.sm}.0123456789abcdef.0123456789ab").touch()
+    (cache_dir / "toolchains").mkdir(mode=0o700)
+    for i in range(100):
+        (cache_dir / "toolchains" / f"cpu-{i:016x}.json").touch()
+    (cache_dir / "toolchains" / "cpu-0123456789abcdef.json.01234567.tmp").touch()
+    (cache_dir / "staging").chmod(0o700)
+    cache_dir.chmod(0o700)
+    (cache_dir / "staging" / host_folder("00000002")).mkdir()
+    alive = os.open(cache_dir / "staging" / host_folder("00000002"), os.O_RDONLY)
+    fcntl.flock(alive, fcntl.LOCK_EX)
+    try:
+        build(SPEC)
+    finally:
+        os.close(alive)
+    assert [p.name for p in (cache_dir / "staging").iterdir()] == [host_folder("00000002")]
+    assert not list((cache_dir / "locks").iterdir())
+    toolchains = [p.name for p in (cache_dir / "toolchains").iterdir()]
+    assert len(toolchains) <= 65 and not [name for name in toolchains if name.endswith(".tmp")]
+
+
+def test_quarantine_keeps_the_newest_few(copier, cache_dir):
+    for _ in range(20):
+        entry = build(SPEC)
+        entry.release()
+        entry.library.write_bytes(b"damaged")
+        assert Cache(cache_dir).find(SPEC, entry.path.name) is None
+    assert len(list((cache_dir / "quarantine").iterdir())) == 16
+
+
+def test_clear_removes_all_that_is_jitnorms(copier, cache_dir):
+    build(SPEC).release()
+    copier.then("exit 1")
+    with pytest.raises(BuildError):
+        build(cpu_spec(64))
+    (cache_dir / "aside" / f"failed.{SPEC.name}.{SPEC.target.sm}.01234567").mkdir(parents=True)
+    (cache_dir / "aside").chmod(0o700)
+    Cache(cache_dir).remember("proofs", "0123456789abcdef01234567.json", {})
+    assert CliRunner().invoke(main, ["cache", "clear", "--yes"]).exit_code == 0
+    assert [p.name for p in cache_dir.rglob("*") if not p.is_dir()] == ["CACHEDIR.TAG"]
+    assert not list(cache_dir.glob("*/*"))
+
+
+def cpu_spec(hidden_size: int):
+    from jitnorm.jit.spec import Target
+    from jitnorm.rmsnorm import rmsnorm_spec
+
+    return rmsnorm_spec(hidden_size, torch.float32, torch.float32, Target("cpu"))
+
+
+def test_an_entry_is_locked_until_it_is_gone(copier, cache_dir, monkeypatch):
+    entry = build(SPEC)
+    entry.release()
+    locked = []
+    move = Folder.move
+
+    def watched(self, name, to, new_name):
+        if to.path.name == "staging":
+            with open(entry.path / "manifest.json") as manifest:
+                try:
+                    fcntl.flock(manifest, fcntl.LOCK_SH | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    locked.append(name)
+        move(self, name, to, new_name)
+
+    monkeypatch.setattr(Folder, "move", watched)
+    assert Cache(cache_dir).remove(entry)
+    assert locked == [entry.path.name]
+
+
+def test_an_entry_that_vanishes_before_it_is_loaded_is_built_again(copier, cache_dir, monkeypatch):
+    real, vanished = engine.find, []
+
+    def find(*arguments, **keywords):
+        entry = real(*arguments, **keywords)
+        if entry and not vanished:
+            vanished.append(entry)
+            shutil.rmtree(entry.path)
+            return Entry(entry.path)  # which has read nothing yet
+        return entry
+
+    build(SPEC).release()
+    monkeypatch.setattr(engine, "find", find)
+    call()
+    assert vanished and copier.builds == 2
+
+
+def test_on_nfs_a_kernel_in_use_is_known_to_be(copier, cache_dir, monkeypatch):
+    """There an exclusive lock needs a descriptor that can write, and EBADF is no word about others' locks."""
+    entry = build(SPEC)
+    real = fcntl.flock
+
+    def nfs(fd, operation):
+        writable = fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE != os.O_RDONLY
+        if operation & fcntl.LOCK_EX and not writable and not os.path.isdir(f"/proc/self/fd/{fd}"):
+            raise OSError(errno.EBADF, "Bad file descriptor")
+        real(fd, operation)
+
+    monkeypatch.setattr(fcntl, "flock", nfs)
+    assert entry.in_use() and not Cache(cache_dir).remove(entry)
+    entry.release()
+    assert not entry.in_use() and Cache(cache_dir).remove(entry)
+
+
+@pytest.mark.parametrize("code", [errno.ESTALE, errno.EIO, errno.ETIMEDOUT, errno.ENOSPC, errno.EDQUOT, errno.EROFS])
+@pytest.mark.parametrize("place", ["root", "staging", "kernels"])
+def test_a_failing_file_system_gets_the_temporary_folder(copier, cache_dir, monkeypatch, capfd, place, code):
+    build(cpu_spec(64)).release()
+    root, failed = os.fspath(cache_dir), []
+
+    def failing(real):
+        def call(name, *arguments, dir_fd=None, **keywords):
+            path = os.fspath(name) if dir_fd is None else f"{os.readlink(f'/proc/self/fd/{dir_fd}')}/{name}"
+            if path == root if place == "root" else path.startswith(f"{root}/{place}/"):
+                failed.append(path)
+                raise OSError(code, os.strerror(code), path)
+            return real(name, *arguments, **keywords, **({} if dir_fd is None else {"dir_fd": dir_fd}))
+
+        return call
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "open", failing(os.open))
+        patch.setattr(os, "mkdir", failing(os.mkdir))
+        call()
+    assert failed and "This process keeps its own" in capfd.readouterr().err
+
+
+def test_sources_that_cannot_be_read_are_said(copier, monkeypatch):
+    from jitnorm.jit import spec as spec_module
+
+    def stale(self):
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+    spec_module._read.cache_clear()
+    monkeypatch.setattr(Path, "read_bytes", stale)
+    with pytest.raises(RuntimeError, match=r"cannot read its own source .*Stale file handle"):
+        engine.load(cpu_spec(1024))
+    monkeypatch.undo()
+    spec_module._read.cache_clear()
+
+
+def test_a_deleted_working_directory(copier, tmp_path, monkeypatch, capfd):
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    monkeypatch.setenv("JITNORM_CACHE_DIR", "relative")
+    call()
+    assert "the working directory is gone" in capfd.readouterr().err
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="becomes a user that no file knows")
+def test_a_user_without_a_home_and_an_entry_in_passwd(tmp_path):
+    script = """
+        import os, torch, jitnorm.rmsnorm, jitnorm.jit.build, ninja
+        from jitnorm.jit import cache
+        os.setuid(54321)
+        del os.environ["HOME"]
+        place = cache.writable()
+        print(place.root, cache.is_replaced())
+    """
+    tmp_path.chmod(0o777)
+    for parent in tmp_path.parents[:-2]:
+        parent.chmod(parent.stat().st_mode | 0o011)
+    done = run(script, TMPDIR=str(tmp_path), JITNORM_CACHE_DIR=None, XDG_CACHE_HOME=None)
+    assert str(tmp_path) in done.stdout and "True" in done.stdout, done.stderr
+    assert "there is no home folder" in done.stderr
+
+
+def test_a_disk_that_is_full_for_the_compiler(copier, cache_dir, capfd):
+    copier.then(f'case "$PWD" in {cache_dir}/*) echo "ld: final link failed: No space left on device"; exit 1;; esac')
+    call()
+    said = capfd.readouterr().err
+    assert "No space left on device" in said and "This process keeps its own" in said
+
+
+def test_a_compiler_that_does_not_answer_costs_its_time_limit_once(copier, cache_dir, monkeypatch):
+    asked = copier.log.with_name("asked")
+    copier.path.write_text(f"#!/bin/sh\necho asked >> {asked}\nsleep 1000 & sleep 1000\n")
+    monkeypatch.setattr(toolchain, "_ANSWER_LIMIT_S", 0.3)
+    for _ in range(3):
+        with pytest.raises(RuntimeError, match="it did not answer within 0 s"):
+            engine.load(SPEC)
+    assert asked.read_text().split() == ["asked"]
+    copier.then("")  # another file: it is asked again
+    call()
+
+
+def test_a_compiler_that_talks_without_end_is_given_up(copier):
+    copier.path.write_text("#!/bin/sh\nexec yes\n")
+    with pytest.raises(RuntimeError, match="it printed more than 1048576 bytes"):
+        engine.load(SPEC)
+
+
+def running(mark: str) -> bool:
+    for place in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            if mark.encode() in place.read_bytes():
+                return True
+    return False
+
+
+def test_a_build_without_end_is_ended(copier, cache_dir, monkeypatch, capfd):
+    seconds = f"1000.{os.getpid()}"
+    copier.then(f"trap '' TERM; sleep {seconds}")  # and it does not listen
+    monkeypatch.setattr(builder, "_QUIET_S", 0.05)
+    monkeypatch.setattr(builder, "_REPORT_S", 0.2)
+    monkeypatch.setattr(builder, "_BUILD_LIMIT_S", 0.4)
+    with pytest.raises(BuildError, match="the compilers did not end within 0 s"):
+        engine.load(SPEC)
+    said = capfd.readouterr().err
+    assert "building RMSNormKernel<512" in said and "still building" in said and "sleep" in said
+    assert not running(seconds)
+
+
+@pytest.mark.parametrize("signal_to_ninja", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_a_signal_is_no_failure(copier, cache_dir, signal_to_ninja):
+    """Whoever ends ninja: the next call builds."""
+    go, seconds = copier.log.with_name("go"), f"1000.{os.getpid()}"
+    copier.then(f"touch {go}; exec sleep {seconds}")
+
+    def interrupt():
+        while not go.exists():
+            time.sleep(0.01)
+        for process in Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(OSError):
+                arguments = (process / "cmdline").read_bytes().split(b"\0")
+                if arguments[0].endswith(b"ninja") and os.fsencode(cache_dir) in arguments[2]:
+                    os.kill(int(process.name), signal_to_ninja)
+
+    thread = threading.Thread(target=interrupt)
+    thread.start()
+    with pytest.raises(BuildInterrupted, match="was interrupted"):
+        engine.load(SPEC)
+    thread.join()
+    assert not running(seconds)
+    copier.then("")
+    call()
+
+
+def test_a_compiler_that_is_killed_is_no_failure(copier, cache_dir):
+    copier.then("kill -KILL $$")  # as the kernel does for want of memory
+    with pytest.raises(BuildInterrupted, match=r"was interrupted: .*Killed"):
+        engine.load(SPEC)
+    copier.then("")
+    call()
+
+
+def test_ctrl_c_on_the_terminal_does_not_reach_the_compiler(copier, cache_dir):
+    """The program has a handler of its own, and goes on."""
+    go = copier.log.with_name("go")
+    copier.then(f"touch {go}; sleep 1")
+    script = """
+        import os, signal, torch, jitnorm.rmsnorm
+        os.setpgid(0, 0)
+        signal.signal(signal.SIGINT, lambda *_: None)
+        signal.signal(signal.SIGUSR1, lambda *_: os.killpg(0, signal.SIGINT))  # as a terminal does it
+        x = torch.randn(5, 512)
+        jitnorm.rmsnorm(x, x[0])
+        print("right")
+    """
+    process = start(script)
+    while not go.exists():
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.01)
+    process.send_signal(signal.SIGUSR1)
+    out, err = process.communicate(timeout=100)
+    assert out.strip() == "right", err
+    assert copier.builds == 1
+
+
+def test_compilers_end_with_the_process_that_started_them(copier, cache_dir):
+    seconds = f"1000.{os.getpid()}"
+    copier.then(f"sleep {seconds}")
+    process = start("import torch, jitnorm.rmsnorm\nx = torch.randn(5, 512)\njitnorm.rmsnorm(x, x[0])")
+    while not running(f"sleep\0{seconds}"):
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    deadline = time.monotonic() + 60
+    while running(seconds):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    copier.then("")
+    call()
+    assert not list((cache_dir / "staging").iterdir())
+
+
+def test_a_library_without_memory_files_is_loaded_from_a_private_file(copier, cache_dir, tmp_path, monkeypatch):
+    def missing(*_):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    (tmp_path / "own").mkdir()
+    monkeypatch.setattr(library.tempfile, "tempdir", str(tmp_path / "own"))
+    monkeypatch.setattr(library.os, "memfd_create", missing)
+    call()
+    assert not list((tmp_path / "own").iterdir())
