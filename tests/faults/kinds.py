@@ -366,8 +366,8 @@ def structure(box: Box, rng: random.Random) -> None:
     box.say(operation)
     can_be_kept = place != "cache" and what not in ("foreign", "group-writable", "world-writable")
     tolerant = operation not in ("verify", "show", "doctor") and place != "cache"
-    if operation == "warmup" and not can_be_kept:
-        tolerant = False  # it says that nothing can be kept there
+    if operation in ("warmup", *REMOVALS) and not can_be_kept:
+        tolerant = False  # it says that nothing can be kept there, or cannot be removed
     box.judge(box.run(operation), must_succeed=tolerant or operation.startswith("load"))
     if can_be_kept:
         return

@@ -14,8 +14,8 @@ from faults import calls, campaign
 from faults.inject import Injection, compile_library
 
 SEED = 12
-FAULTS = 60
-CALLS = 900
+FAULTS = 40
+CALLS = 700
 
 
 def lines(counts: campaign.Counts) -> str:
