@@ -9,6 +9,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import ctypes
+import functools
 import hashlib
 import io
 import json
@@ -235,6 +236,19 @@ class Box:
         self.environment, self.deleted_cwd, self.ordinary = {}, None, True
         self._canaries = snapshot(self.outside)
         self._prebuilt_before: dict[str, tuple[Any, ...]] | None = None
+
+    @functools.cached_property
+    def has_powers(self) -> bool:
+        """Whether this process may give files away and make devices, as root mostly may."""
+        probe = self.folder / "probe"
+        try:
+            os.mknod(probe, stat.S_IFCHR | 0o600, os.makedev(1, 5))
+            os.chown(probe, FOREIGN_USER, FOREIGN_USER)
+        except OSError:
+            return False
+        finally:
+            probe.unlink(missing_ok=True)
+        return True
 
     def compiler(self, mode: str) -> None:
         """Tells the stand-in compiler what to do."""

@@ -155,27 +155,27 @@ static size_t shortened(int fd, size_t size) {
 #define REAL(name) ((__typeof__(&name))real(#name))
 static void* real(const char* name) { return dlsym(RTLD_NEXT, name); }
 
-#define OPEN(name)                                                          \
-  int name(const char* path, int flags, ...) {                              \
-    va_list more;                                                           \
-    va_start(more, flags);                                                  \
-    mode_t mode = va_arg(more, mode_t);                                     \
-    va_end(more);                                                           \
-    if (hit_path(kOpen, AT_FDCWD, path)) return -1;                         \
-    static int (*next)(const char*, int, ...);                              \
-    if (!next) next = REAL(name);                                           \
-    return next(path, flags, mode);                                         \
+#define OPEN(name)                                  \
+  int name(const char* path, int flags, ...) {      \
+    va_list more;                                   \
+    va_start(more, flags);                          \
+    mode_t mode = va_arg(more, mode_t);             \
+    va_end(more);                                   \
+    if (hit_path(kOpen, AT_FDCWD, path)) return -1; \
+    static int (*next)(const char*, int, ...);      \
+    if (!next) next = REAL(name);                   \
+    return next(path, flags, mode);                 \
   }
-#define OPENAT(name)                                                        \
-  int name(int folder, const char* path, int flags, ...) {                  \
-    va_list more;                                                           \
-    va_start(more, flags);                                                  \
-    mode_t mode = va_arg(more, mode_t);                                     \
-    va_end(more);                                                           \
-    if (hit_path(kOpen, folder, path)) return -1;                           \
-    static int (*next)(int, const char*, int, ...);                         \
-    if (!next) next = REAL(name);                                           \
-    return next(folder, path, flags, mode);                                 \
+#define OPENAT(name)                                       \
+  int name(int folder, const char* path, int flags, ...) { \
+    va_list more;                                          \
+    va_start(more, flags);                                 \
+    mode_t mode = va_arg(more, mode_t);                    \
+    va_end(more);                                          \
+    if (hit_path(kOpen, folder, path)) return -1;          \
+    static int (*next)(int, const char*, int, ...);        \
+    if (!next) next = REAL(name);                          \
+    return next(folder, path, flags, mode);                \
   }
 OPEN(open)
 OPEN(open64)
@@ -199,9 +199,11 @@ WRAP(int, renameat, (int a, const char* from, int b, const char* to), (a, from, 
 WRAP(int, renameat2, (int a, const char* from, int b, const char* to, unsigned flags), (a, from, b, to, flags),
      hit_path(kRename, a, from), -1)
 WRAP(int, mkdir, (const char* path, mode_t mode), (path, mode), hit_path(kMkdir, AT_FDCWD, path), -1)
-WRAP(int, mkdirat, (int folder, const char* path, mode_t mode), (folder, path, mode), hit_path(kMkdir, folder, path), -1)
+WRAP(int, mkdirat, (int folder, const char* path, mode_t mode), (folder, path, mode), hit_path(kMkdir, folder, path),
+     -1)
 WRAP(int, unlink, (const char* path), (path), hit_path(kUnlink, AT_FDCWD, path), -1)
-WRAP(int, unlinkat, (int folder, const char* path, int flags), (folder, path, flags), hit_path(kUnlink, folder, path), -1)
+WRAP(int, unlinkat, (int folder, const char* path, int flags), (folder, path, flags), hit_path(kUnlink, folder, path),
+     -1)
 WRAP(int, rmdir, (const char* path), (path), hit_path(kUnlink, AT_FDCWD, path), -1)
 WRAP(int, stat, (const char* path, struct stat* to), (path, to), hit_path(kStat, AT_FDCWD, path), -1)
 WRAP(int, stat64, (const char* path, struct stat64* to), (path, to), hit_path(kStat, AT_FDCWD, path), -1)
@@ -241,8 +243,7 @@ WRAP(int, symlink, (const char* from, const char* to), (from, to), hit_path(kLin
 WRAP(ssize_t, readlink, (const char* path, char* to, size_t n), (path, to, n), hit_path(kLink, AT_FDCWD, path), -1)
 WRAP(ssize_t, readlinkat, (int folder, const char* path, char* to, size_t n), (folder, path, to, n),
      hit_path(kLink, folder, path), -1)
-WRAP(int, memfd_create, (const char* name, unsigned flags), (name, flags),
-     (mask >> kOpen & 1) && strike(), -1)
+WRAP(int, memfd_create, (const char* name, unsigned flags), (name, flags), (mask >> kOpen & 1) && strike(), -1)
 
 // The file is closed all the same, as Linux does.
 int close(int fd) {

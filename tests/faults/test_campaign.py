@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 
@@ -23,6 +24,10 @@ def lines(counts: campaign.Counts) -> str:
     return "\n".join(f"seed {SEED}, {answer}" for answer in counts.wrong)
 
 
+needs_cc = pytest.mark.skipif(not shutil.which("cc"), reason="no C compiler named cc")
+
+
+@needs_cc
 @pytest.mark.campaign
 def test_random_faults_of_the_engine(monkeypatch):
     answers = []
@@ -40,6 +45,7 @@ def test_random_calls():
     assert ended[0] == CALLS and min(ended) > CALLS // 20, counts.rows
 
 
+@needs_cc
 def test_the_injection_fails_the_call_that_it_is_told_to(tmp_path):
     """In a process of its own, under the library."""
     (tmp_path / "cache").mkdir()
