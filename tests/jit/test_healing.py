@@ -62,7 +62,7 @@ def test_damaged_output_is_not_published(copier, cache_dir, damage):
     shutil.rmtree(cache_dir)
     copier.then(DAMAGE[damage])
     forget()
-    with pytest.raises(BuildError, match=r"g\+\+ succeeded, but wrote"):
+    with pytest.raises(BuildError, match=r"the compiler .*g\+\+ wrote (no|a) library"):
         engine.load(SPEC)
     assert not entries(cache_dir)
 

@@ -99,7 +99,7 @@ def _build(spec: KernelSpec, place: cache.Cache, tools: toolchain.Toolchain, ann
             except _Damaged as damage:
                 _raise_if_full(place, spec, str(damage))
                 if last_try:
-                    raise _failed(spec, place, staging, f"{tools.cxx.path} succeeded, but {damage}") from None
+                    raise BuildError(f"jitnorm cannot build {spec}: the compiler {tools.cxx.path} {damage}") from None
                 continue  # once may be chance: a full disk, a killed linker
             if spec.sources_changed:
                 raise RuntimeError("jitnorm's sources changed after this process read them: start it anew")

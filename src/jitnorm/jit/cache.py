@@ -346,7 +346,7 @@ class Cache:
         has built it meanwhile. `even_if_sound` is for one that cannot be loaded all the same.
         """
         names = path.relative_to(self.root).parts
-        if self.prebuilt:
+        if self.prebuilt or not names:
             _say_once(f"{path} is not used: {why}")
             return
         kept = f"{names[-2] if len(names) == 3 else names[-1]}.{secrets.token_hex(4)}"
@@ -714,8 +714,10 @@ def unusable(root: Path) -> str | None:
         if os.statvfs(place).f_flag & os.ST_NOEXEC:
             return "no code can be loaded from its file system, which is mounted noexec"
         for name in (KERNELS, STAGING):  # somebody else may have made them, as with sudo
-            if os.access(root / name, os.R_OK) and not os.access(root / name, os.W_OK | os.X_OK):
-                return f"{root / name} is read-only"
+            # What is no folder, or is closed to its owner too, is moved to quarantine.
+            folder = root / name
+            if folder.is_dir() and os.access(folder, os.R_OK) and not os.access(folder, os.W_OK | os.X_OK):
+                return f"{folder} is read-only"
         why = untrusted(os.stat(root)) if place == root else None
     except OSError as error:
         return f"{root} cannot be read ({error.strerror})"
