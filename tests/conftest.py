@@ -63,7 +63,7 @@ def cache_dir(tmp_path, monkeypatch):
     monkeypatch.setattr(cache, "_replacement", None)
     monkeypatch.setattr(toolchain, "_given_up", {})
     cache._say_once.cache_clear()
-    known = [table for operator in OPERATORS for table in (operator.kernels, operator.exact)]
+    known = [table for operator in OPERATORS for table in (operator.kernels, operator.dispatched, operator.exact)]
     before = [dict(table) for table in known]
     for table in known:
         table.clear()

@@ -12,9 +12,12 @@ import sys
 import pytest
 import torch
 from conftest import relative_error, rmsnorm_reference, same_bits
+from operator_calls import forget_kernels
 
 import jitnorm
 from jitnorm import patch_transformers, transformers_patch
+from jitnorm.operators import OPERATORS
+from jitnorm.warmup import make_plan
 
 transformers = pytest.importorskip("transformers")
 
@@ -216,9 +219,10 @@ class LlamaRMSNorm(Gemma3nRMSNorm):
 
 
 @pytest.mark.parametrize("model", [None, "llama"])
-def test_what_is_no_module(model):
+@pytest.mark.parametrize("function", [jitnorm.patch_transformers, jitnorm.unpatch_transformers])
+def test_what_is_no_module(model, function):
     with pytest.raises(TypeError, match=f"model must be a torch.nn.Module, got {type(model).__name__}"):
-        jitnorm.patch_transformers(model)
+        function(model)
 
 
 def test_what_is_left_and_why():
@@ -246,7 +250,8 @@ def test_what_is_left_and_why():
         "instance": "its forward has been replaced on",
         "parametrised": "ParametrizedLlamaRMSNorm is not ",
     }
-    again = patch_transformers(model)
+    with pytest.warns(RuntimeWarning, match="replaced nothing in ModuleDict"):
+        again = patch_transformers(model)
     assert not again.replaced and again.left["hooked"] == "already replaced"
     again.undo()
     assert type(hooked) is not llama
@@ -288,6 +293,70 @@ def test_copies_and_pickles_are_replaced_too():
         assert same_bits(logits(twin, ids), after)
     patch.undo()
     assert not any(type(m).__name__.startswith("Jitnorm") for m in norms(model))
+
+
+def class_names(model):
+    return [type(m).__name__ for m in norms(model)]
+
+
+def test_copies_and_pickles_can_be_restored():
+    model, ids = make("Qwen3"), tokens()
+    before, names = logits(model, ids), class_names(model)
+    patch = patch_transformers(model)
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), model):
+        assert jitnorm.unpatch_transformers(twin) == patch.replaced
+        assert class_names(twin) == names and same_bits(logits(twin, ids), before)
+        assert not jitnorm.unpatch_transformers(twin)
+    patch.undo()
+    assert class_names(model) == names
+    assert patch_transformers(model).replaced == patch.replaced
+
+
+def test_a_class_derived_from_a_patched_one_is_left():
+    model = torch.nn.ModuleList([class_of("LlamaRMSNorm")(256)])
+    patch_transformers(model)
+    torch.nn.utils.parametrizations.weight_norm(model[0], dim=None)
+    with pytest.warns(RuntimeWarning, match="left 0: ParametrizedJitnormLlamaRMSNorm was derived from"):
+        assert not jitnorm.unpatch_transformers(model)
+
+
+@pytest.mark.parametrize(
+    ("model", "why"),
+    [
+        (torch.nn.Linear(3, 3), "in Linear: it has no RMSNorm modules"),
+        (
+            torch.nn.Sequential(torch.nn.RMSNorm(256), torch.nn.RMSNorm(256), Gemma3nRMSNorm()),
+            "in Sequential: RMSNorm is not a class that this package knows (2 modules); "
+            "Gemma3nRMSNorm is not a class that this package knows (1 module)",
+        ),
+    ],
+)
+def test_nothing_replaced_is_said(model, why):
+    with pytest.warns(RuntimeWarning) as warned:
+        patch = patch_transformers(model)
+    assert not patch.replaced and [str(w.message) for w in warned] == [f"patch_transformers replaced nothing {why}"]
+    assert warned[0].filename == __file__
+    with pytest.raises(RuntimeError, match="replaced nothing") as raised:
+        patch_transformers(model, strict=True)
+    assert str(raised.value) == f"patch_transformers replaced nothing {why}"
+
+
+def test_strict_is_silent_where_something_is_replaced(recwarn):
+    assert patch_transformers(class_of("LlamaRMSNorm")(256), strict=True).replaced
+    assert not recwarn.list
+
+
+@models
+def test_a_warm_up_builds_all_that_a_patched_model_calls(name, tmp_path):
+    model, ids = make(name), tokens()
+    model.config.save_pretrained(tmp_path)
+    plan = make_plan(config=tmp_path, dtype="fp32", device="cpu")
+    assert "the norms alone" in plan.notes[-1]
+    forget_kernels()
+    with patch_transformers(model):
+        logits(model, ids)
+    called = {op.spec(*key).name for op in OPERATORS for key in op.exact}
+    assert called and called <= {spec.name for spec in plan.specs}
 
 
 def test_a_replaced_model_compiles_whole():

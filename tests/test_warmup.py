@@ -179,12 +179,32 @@ LLAMA = {"model_type": "llama", "hidden_size": 64, "intermediate_size": 128, "dt
 def test_notes_on_what_a_config_leaves_out(cache_dir, tmp_path, monkeypatch, config, says):
     file = config_file(tmp_path, **config)
     monkeypatch.setattr("jitnorm.cli.warmup._build", lambda *_: None)
-    said = command("--config", file, "--device", "cpu").stderr.splitlines()
+    *said, on_patch = command("--config", file, "--device", "cpu").stderr.splitlines()
+    assert "patch_transformers replaces" in on_patch
     assert len(said) == len(says)
     assert all(line.startswith(f"note: {file} {start}") for line, start in zip(said, says, strict=True))
     plan = make_plan(op="silu_and_mul", dtype="bf16", config=file, device="cpu")
     assert not plan.notes  # all that was asked for is built, or refused
     assert bool(plan.refused) == (config.get("hidden_act") == "relu2")
+
+
+@pytest.mark.parametrize(
+    ("config", "says"),
+    [
+        (LLAMA, "the norms alone, which call rmsnorm: other code calls fused_add_rmsnorm, silu_and_mul, store_cache"),
+        (
+            {**LLAMA, "model_type": "gemma3_text", "head_dim": 64},
+            "the norms alone, which call gemma_rmsnorm: "
+            "other code calls gemma_fused_add_rmsnorm, gelu_tanh_and_mul, store_cache",
+        ),
+        ({**LLAMA, "model_type": "glm4_moe"}, "no module of this model_type: other code calls these"),
+        ({**LLAMA, "model_type": None}, "no module of this model_type: other code calls these"),
+    ],
+)
+def test_says_what_patch_transformers_does_not_call(tmp_path, config, says):
+    file = config_file(tmp_path, **config)
+    assert make_plan(config=file, device="cpu").notes[-1] == f"{file}: patch_transformers replaces {says}"
+    assert not make_plan(op="rmsnorm", config=file, device="cpu").notes
 
 
 def test_widths_of_every_layer(tmp_path):

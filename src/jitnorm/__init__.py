@@ -15,7 +15,7 @@ from jitnorm.qknorm import can_use_fused_inplace_qknorm, fused_inplace_qknorm
 from jitnorm.rmsnorm import rmsnorm
 from jitnorm.rmsnorm_quant_fp8 import rmsnorm_quant_fp8
 from jitnorm.store_cache import store_cache
-from jitnorm.transformers_patch import patch_transformers
+from jitnorm.transformers_patch import patch_transformers, unpatch_transformers
 from jitnorm.warmup import warmup
 
 __all__ = [
@@ -36,5 +36,6 @@ __all__ = [
     "rmsnorm_quant_fp8",
     "silu_and_mul",
     "store_cache",
+    "unpatch_transformers",
     "warmup",
 ]

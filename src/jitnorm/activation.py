@@ -15,6 +15,7 @@ from jitnorm.activation_ops import (
 )
 
 _is_dynamo_compiling = torch.compiler.is_dynamo_compiling
+_Tensor = torch.Tensor
 
 
 def silu_and_mul(
@@ -33,8 +34,8 @@ def silu_and_mul(
 
     Args:
         input: `[..., 2 * d]`, float16, bfloat16 or float32, on the CPU or a CUDA device. The last stride is 1 and the
-            leading dimensions collapse to one row stride. d is any positive number, in half precision an even one; on
-            CUDA rows are aligned to 16 bytes where d is a multiple of 16 bytes, and else to 8 or 4, as d is.
+            leading dimensions collapse to one row stride. d is any number, zero included, in half precision an even
+            one; on CUDA rows are aligned to 16 bytes where d is a multiple of 16 bytes, and else to 8 or 4, as d is.
         out: `[..., d]`, written; of the input's dtype and device, sharing no memory with it. Allocated where None. A
             call with it has no gradient; whether it requires one itself is not asked: it is data, as under no_grad.
         enable_pdl: programmatic dependent launch; None means on where the GPU has it. The bits are the same.
@@ -123,7 +124,12 @@ def _gated(
     if _is_dynamo_compiling():
         return dispatch_activation(activation, input, out, expert_ids, expert_step, enable_pdl)
     try:
-        if not input.requires_grad or not torch.is_grad_enabled():
+        if (
+            input.__class__ is _Tensor
+            and (out is None or out.__class__ is _Tensor)
+            and (expert_ids is None or expert_ids.__class__ is _Tensor)
+            and (not input.requires_grad or not torch.is_grad_enabled())
+        ):
             to = new_out(input, expert_ids) if out is None else out
             if not activation.kernels[input.dtype](input, to, expert_ids, expert_step, enable_pdl):
                 return to

@@ -1,16 +1,23 @@
 """RMSNorm modules: `torch.nn.RMSNorm`'s drop-in, and Gemma's, both with an optional residual.
 
 What the kernels do not serve (a size, a dtype, several normalised dimensions) is PyTorch's to compute, with the same
-meaning: a module never refuses an input that `torch.nn.RMSNorm` accepts.
+meaning: a module never refuses an input that `torch.nn.RMSNorm` accepts. Nor does it matter what traces or transforms
+the call.
 """
 
-from __future__ import annotations
+# No `from __future__ import annotations`: torch.fx writes the annotations of forward into its code, as types, not text.
 
+import sys
 from collections.abc import Callable
-from typing import Any, overload
+from dataclasses import dataclass
+from typing import Any, NoReturn, overload
 
 import torch
+import torch.fx
 import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
+from torch.autograd import forward_ad
 
 from jitnorm import checks
 from jitnorm.fused_add_rmsnorm import fused_add_rmsnorm
@@ -19,18 +26,23 @@ from jitnorm.gemma_rmsnorm import gemma_rmsnorm
 from jitnorm.norms import is_supported_hidden_size
 from jitnorm.operators import DTYPES
 from jitnorm.rmsnorm import rmsnorm
-from jitnorm.torch_library import is_traced, needs_grad
+from jitnorm.torch_library import is_traced, mark_constant, needs_grad
 
 _HALF = (torch.float16, torch.bfloat16)
 
 # Where eps is None, F.rms_norm takes the epsilon of the dtype it computes in; before 2.7, of the input's.
 _EPS_OF_FLOAT32 = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 7)
 
+_ORDINARY = torch.Tensor.__torch_dispatch__
+_is_dynamo_compiling = torch.compiler.is_dynamo_compiling
+_jit_tracing_state = torch._C._get_tracing_state
+_functorch_level = torch._C._functorch.peek_interpreter_stack
 
-def serves(input: torch.Tensor, weight: torch.Tensor) -> bool:
-    """Whether a kernel normalises `input`, whatever its strides, with `weight`."""
+
+def serves(input: Any, weight: Any) -> bool:
+    """Return whether a kernel normalises `input`, whatever its strides, with `weight`."""
     return (
-        not _is_interpreted(input, weight)
+        may_call_kernels(input, weight)
         and weight.dim() == 1
         and input.dim() > 0
         and input.shape[-1] == weight.shape[0]
@@ -43,13 +55,59 @@ def serves(input: torch.Tensor, weight: torch.Tensor) -> bool:
     )
 
 
-def _is_interpreted(input: torch.Tensor, weight: torch.Tensor) -> bool:
-    """Whether what these mean is known to torch's own operators alone: nested, sharded, inside torch.func."""
-    return not torch.compiler.is_compiling() and (
-        input.is_nested
-        or torch._C._functorch.peek_interpreter_stack() is not None
-        or "DTensor" in (type(input).__name__, type(weight).__name__)
+def may_call_kernels(input: Any, weight: Any) -> bool:
+    """Return whether this package's operators mean the same as PyTorch's own to whatever interprets this call.
+
+    They do in eager mode, and to torch.compile, torch.export, make_fx, FakeTensors and dispatch modes, which see them
+    as operators of torch.ops. PyTorch's own are needed by torch.func and forward-mode derivatives, which have rules for
+    these alone, by other tensor subclasses, which may have, by torch.fx's proxies, which have no dtype, and by
+    torch.jit.trace and the ONNX exporter, whose results run without this package.
+    """
+    if _is_dynamo_compiling():  # first: dynamo must not trace into the rest
+        return not _needs_torch()
+    return (
+        (getattr(type(input), "__torch_dispatch__", None) is _ORDINARY or _is_fake(input))
+        and (getattr(type(weight), "__torch_dispatch__", None) is _ORDINARY or _is_fake(weight))
+        and _jit_tracing_state() is None
+        and _functorch_level() is None
+        and forward_ad._current_level < 0
+        and not input.is_nested
     )
+
+
+def _is_fake(tensor: Any) -> bool:
+    """Return whether this stands for an ordinary tensor while a graph is traced that may hold kernels."""
+    return isinstance(tensor, (FakeTensor, FunctionalTensor)) and not _needs_torch()
+
+
+def _needs_torch() -> bool:
+    onnx = sys.modules.get("torch.onnx")  # not imported here, as that takes 0.1 s
+    return (
+        _functorch_level() is not None
+        or forward_ad._current_level >= 0
+        or (onnx is not None and onnx.is_in_onnx_export())
+    )
+
+
+mark_constant(_needs_torch)
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """The operators that a kind of module calls."""
+
+    norm: Callable[..., torch.Tensor]
+    fused_add: Callable[..., None]
+    functional: Callable[..., tuple[torch.Tensor, torch.Tensor]]  # fused_add, with nothing overwritten
+    weight_offset: float
+
+
+KERNELS = {
+    "rmsnorm": Kernels(rmsnorm, fused_add_rmsnorm, torch.ops.jitnorm.fused_add_rmsnorm_functional, 0.0),
+    "gemma_rmsnorm": Kernels(
+        gemma_rmsnorm, gemma_fused_add_rmsnorm, torch.ops.jitnorm.gemma_fused_add_rmsnorm_functional, 1.0
+    ),
+}
 
 
 def normalise(norm: Callable[..., torch.Tensor], input: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
@@ -65,8 +123,7 @@ def normalise(norm: Callable[..., torch.Tensor], input: torch.Tensor, weight: to
 
 def is_rows(tensor: torch.Tensor) -> bool:
     """Whether a kernel takes these strides."""
-    # What a compiler traces has no address yet; it allocates aligned, and the kernel refuses what is not.
-    if tensor.is_cuda and not torch.compiler.is_compiling() and tensor.data_ptr() % checks.CUDA_ALIGNMENT:
+    if tensor.is_cuda and _has_address(tensor) and tensor.data_ptr() % checks.CUDA_ALIGNMENT:
         return False
     if tensor.is_contiguous():
         return True
@@ -74,35 +131,89 @@ def is_rows(tensor: torch.Tensor) -> bool:
     return stride is not None and not (tensor.is_cuda and stride * tensor.element_size() % checks.CUDA_ALIGNMENT)
 
 
+def _has_address(tensor: torch.Tensor) -> bool:
+    """What a compiler traces has none yet; it allocates aligned, and the kernel refuses what is not."""
+    return not _is_dynamo_compiling() and type(tensor).__torch_dispatch__ is _ORDINARY
+
+
+def rms_norm(
+    kind: str,
+    x: torch.Tensor,
+    residual: torch.Tensor | None,
+    weight: torch.Tensor | None,
+    ones: torch.Tensor | None,
+    normalized_shape: tuple[int, ...],
+    eps: float | None,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """Compute what the forward methods of the modules document. A call of this is what torch.fx.symbolic_trace records.
+
+    Args:
+        kind: a key of `KERNELS`.
+        x, residual: the module's arguments.
+        weight: the module's parameter.
+        ones: what a kernel multiplies by where there is no weight.
+        normalized_shape, eps: the module's.
+    """
+    kernels, factor = KERNELS[kind], ones if weight is None else weight
+    if residual is not None:
+        _check_residual(x, residual)
+        if factor is not None and _takes_residual(x, residual, factor):
+            return _fused_add(kernels, x, residual, factor, _eps(eps, x))
+        total = _wide(x) + _wide(residual)
+        normalised = _in_torch(kernels, total, weight, normalized_shape, _eps(eps, x))
+        return normalised.to(x.dtype), total.to(x.dtype)
+    if factor is not None and serves(x, factor):
+        return normalise(kernels.norm, x, factor, _eps(eps, x))
+    if kernels.weight_offset:
+        return _in_torch(kernels, _wide(x), weight, normalized_shape, eps).to(x.dtype)
+    return F.rms_norm(x, normalized_shape, weight, eps)
+
+
+torch.fx.wrap("rms_norm")
+
+
 def _fused_add(
-    op: Callable[..., None],
-    functional: Callable[..., tuple[torch.Tensor, torch.Tensor]],
-    input: torch.Tensor,
-    residual: torch.Tensor,
-    weight: torch.Tensor,
-    eps: float,
+    kernels: Kernels, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """In place, except where autograd needs what would be overwritten."""
-    if needs_grad(input, residual, weight):
-        return functional(input, residual, weight, eps)
-    op(input, residual, weight, eps)
-    return input, residual
+    if needs_grad(x, residual, weight):
+        return kernels.functional(x, residual, weight, eps)
+    kernels.fused_add(x, residual, weight, eps)
+    return x, residual
 
 
-def _takes_sum(input: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor) -> bool:
+def _takes_residual(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor) -> bool:
     """Whether a fused kernel takes these as they are; what it overwrites cannot be a copy or an expanded view."""
     return (
-        serves(input, weight)
-        and residual.shape == input.shape
-        and residual.dtype == input.dtype
-        and residual.device == input.device
-        and all(is_rows(written) and _is_separate(written) for written in (input, residual))
+        serves(x, weight)
+        and may_call_kernels(residual, weight)
+        and all(is_rows(written) and _is_separate(written) for written in (x, residual))
     )
 
 
 def _is_separate(rows: torch.Tensor) -> bool:
     """Whether each has memory of its own."""
     return rows.is_contiguous() or (checks.row_stride(rows) or 0) >= rows.shape[-1]
+
+
+def _in_torch(
+    kernels: Kernels,
+    x: torch.Tensor,
+    weight: torch.Tensor | None,
+    normalized_shape: tuple[int, ...],
+    eps: float | None,
+) -> torch.Tensor:
+    """Of an `x` that is wide already."""
+    factor = None if weight is None else _wide(weight)
+    if factor is not None and kernels.weight_offset:
+        factor = factor + kernels.weight_offset
+    return F.rms_norm(x, normalized_shape, factor, eps)
+
+
+def _eps(eps: float | None, x: torch.Tensor) -> float:
+    if eps is not None:
+        return eps
+    return torch.finfo(torch.float32 if x.dtype in _HALF and _EPS_OF_FLOAT32 else x.dtype).eps
 
 
 class RMSNorm(torch.nn.RMSNorm):
@@ -138,7 +249,7 @@ class RMSNorm(torch.nn.RMSNorm):
         ones = None if elementwise_affine else torch.ones(self.normalized_shape, device=device, dtype=torch.float32)
         self.register_buffer("_ones", ones, persistent=False)
 
-    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> RMSNorm:
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> "RMSNorm":
         super()._apply(fn, recurse)
         if self._ones is not None:  # half() rounds its dtype, to_empty() leaves it unwritten
             self._ones = torch.ones_like(self._ones, dtype=torch.float32)
@@ -172,23 +283,10 @@ class RMSNorm(torch.nn.RMSNorm):
             ValueError: `x` and `residual` share memory, or have other shapes, dtypes or devices.
             RuntimeError: as `F.rms_norm`; or a kernel cannot be built.
         """
-        weight = self._ones if self.weight is None else self.weight
-        if residual is None:
-            if weight is None or not serves(x, weight):
-                return super().forward(x)
-            return normalise(rmsnorm, x, weight, self._eps(x))
-        _check_residual(x, residual)
-        if weight is not None and _takes_sum(x, residual, weight):
-            functional = torch.ops.jitnorm.fused_add_rmsnorm_functional
-            return _fused_add(fused_add_rmsnorm, functional, x, residual, weight, self._eps(x))
-        total, to = _wide(x) + _wide(residual), None if self.weight is None else _wide(self.weight)
-        out = F.rms_norm(total, self.normalized_shape, to, self._eps(x))
-        return out.to(x.dtype), total.to(x.dtype)
+        return rms_norm("rmsnorm", x, residual, self.weight, self._ones, self.normalized_shape, self.eps)
 
-    def _eps(self, x: torch.Tensor) -> float:
-        if self.eps is not None:
-            return self.eps
-        return torch.finfo(torch.float32 if x.dtype in _HALF and _EPS_OF_FLOAT32 else x.dtype).eps
+    def __prepare_scriptable__(self) -> NoReturn:
+        refuse_script(self)
 
 
 class GemmaRMSNorm(torch.nn.Module):
@@ -235,19 +333,18 @@ class GemmaRMSNorm(torch.nn.Module):
         self, x: torch.Tensor, residual: torch.Tensor | None = None
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         """As `RMSNorm.forward`, and as there **a residual and its `x` are consumed**."""
-        if residual is None:
-            if serves(x, self.weight):
-                return normalise(gemma_rmsnorm, x, self.weight, self.eps)
-            return self._norm(_wide(x)).to(x.dtype)
-        _check_residual(x, residual)
-        if _takes_sum(x, residual, self.weight):
-            functional = torch.ops.jitnorm.gemma_fused_add_rmsnorm_functional
-            return _fused_add(gemma_fused_add_rmsnorm, functional, x, residual, self.weight, self.eps)
-        total = _wide(x) + _wide(residual)
-        return self._norm(total).to(x.dtype), total.to(x.dtype)
+        return rms_norm("gemma_rmsnorm", x, residual, self.weight, None, self.normalized_shape, self.eps)
 
-    def _norm(self, x: torch.Tensor) -> torch.Tensor:
-        return F.rms_norm(x, self.normalized_shape, 1 + _wide(self.weight), self.eps)
+    def __prepare_scriptable__(self) -> NoReturn:
+        refuse_script(self)
+
+
+def refuse_script(module: torch.nn.Module) -> NoReturn:
+    """Raise for torch.jit.script, which compiles Python and cannot compile the choice between kernels and PyTorch."""
+    raise RuntimeError(
+        f"torch.jit.script cannot compile jitnorm's {type(module).__name__}: use torch.jit.trace, torch.export or "
+        "torch.compile"
+    )
 
 
 def _check_residual(x: torch.Tensor, residual: torch.Tensor) -> None:

@@ -76,7 +76,7 @@ class Norm(Operator):
     def run(self, input: torch.Tensor, weight: torch.Tensor, *arguments: Any) -> None:
         """Calls the kernel that serves `input` and `weight` on `arguments`, which have been checked."""
         key = input.shape[-1], input.dtype, weight.dtype, target_of(input)
-        self.call((weight.nbytes, input.dtype), key, *arguments)
+        self.call((input.dtype, weight.nbytes), key, *arguments)
 
 
 RMSNORM = Norm("rmsnorm", "rmsnorm", "Plain")
@@ -100,7 +100,7 @@ NORMS = (
 def new_like(input: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
     """Rows in the order of the input's. torch takes windows that begin one element apart for columns."""
     out = torch.empty_like(input, dtype=dtype)
-    return out if out.stride(-1) == 1 else input.new_empty(input.shape, dtype=dtype)
+    return out if out.dim() == 0 or out.stride(-1) == 1 else input.new_empty(input.shape, dtype=dtype)
 
 
 def check_rmsnorm(norm: Norm, input: Any, weight: Any, eps: Any, out: Any, enable_pdl: Any) -> None:

@@ -15,7 +15,8 @@ from jitnorm.torch_library import (
     count_version,
     is_traced,
     needs_grad,
-    refuse_leaves,
+    refuse_torch_func,
+    refuse_unwritable,
     register,
 )
 
@@ -71,9 +72,7 @@ def check_kinds(
     checks.dtype("q_weight", q_weight, (q.dtype, torch.float32))
     checks.dtype("k_weight", k_weight, (q_weight.dtype,))
     size = int(q.shape[-1])
-    if not checks.is_integer(head_dim):
-        raise TypeError(f"head_dim must be an int, got {type(head_dim).__name__}")
-    if head_dim not in (0, size):
+    if checks.integer("head_dim", head_dim) not in (0, size):
         raise ValueError(f"head_dim must be q's last dimension, {size}, or 0 for that, got {head_dim}")
     QKNORM.kernel_class(size)
     checks.shape("k", k, [q.shape[0], k.shape[1], size], "q's tokens and head_dim, with any number of heads")
@@ -116,11 +115,15 @@ def first_qknorm(
     enable_pdl: bool | None,
 ) -> None:
     """The way of a call that finds no kernel or is refused by it: says what is wrong, or gets the right kernel."""
-    if is_traced(q, k, q_weight, k_weight):
-        return dispatch_qknorm(q, k, q_weight, k_weight, eps, head_dim, enable_pdl)
-    check(q, k, q_weight, k_weight, eps, head_dim, enable_pdl)
-    if needs_grad(q, k, q_weight, k_weight):
-        return dispatch_qknorm(q, k, q_weight, k_weight, eps, head_dim, enable_pdl)
+    tensors = q, k, q_weight, k_weight
+    traced = is_traced(*tensors)
+    if traced:
+        checks.types(eps, enable_pdl, q=q, k=k, q_weight=q_weight, k_weight=k_weight)
+        refuse_torch_func(QKNORM.op, *tensors)
+    else:
+        check(*tensors, eps, head_dim, enable_pdl)
+    if traced or needs_grad(*tensors):
+        return dispatch_qknorm(*tensors, float(eps), checks.integer("head_dim", head_dim), enable_pdl)
     return QKNORM.run(q, q_weight, q, k, q_weight, k_weight, eps, head_dim, enable_pdl)
 
 
@@ -138,18 +141,24 @@ def dispatch_qknorm(
         torch.ops.jitnorm.fused_inplace_qknorm(q, k, q_weight, k_weight, eps, head_dim, enable_pdl)
         return
     check_kinds(q, k, q_weight, k_weight, head_dim)
-    refuse_leaves(QKNORM.op, q=q, k=k)
-    for written, weight in ((q, q_weight), (k, k_weight)):
-        # A copy, as the backward needs what is overwritten.
-        rows = written.clone(memory_format=torch.contiguous_format)
-        written.copy_(dispatch_rmsnorm(norms.RMSNORM, rows, weight, eps, None, enable_pdl))
+    refuse_unwritable(QKNORM.op, q_weight, q=q)
+    refuse_unwritable(QKNORM.op, k_weight, k=k)
+    # Of copies, as the backward needs what is overwritten; and both before either is, as the second may fail.
+    results = [
+        dispatch_rmsnorm(
+            norms.RMSNORM, heads.clone(memory_format=torch.contiguous_format), weight, eps, None, enable_pdl
+        )
+        for heads, weight in ((q, q_weight), (k, k_weight))
+    ]
+    for written, result in zip((q, k), results, strict=True):
+        written.copy_(result)
 
 
 def _run(
     q: Any, k: Any, q_weight: Any, k_weight: Any, eps: float = 1e-6, head_dim: int = 0, enable_pdl: bool | None = None
 ) -> None:
     arguments = q, k, q_weight, k_weight, eps, head_dim, enable_pdl
-    if not QKNORM.call_last((q_weight.nbytes, q.dtype), *arguments):
+    if not QKNORM.call_last((q.dtype, q_weight.nbytes), *arguments):
         check(*arguments)
         QKNORM.run(q, q_weight, *arguments)
     count_version(q, k)

@@ -7,15 +7,16 @@ from typing import Any
 
 import torch
 
-from jitnorm import norms
+from jitnorm import checks, norms
 from jitnorm.jit.load import load
 from jitnorm.norm_ops import dispatch_rmsnorm
 from jitnorm.targets import resolve_target
-from jitnorm.torch_library import is_traced, needs_grad
+from jitnorm.torch_library import is_traced, needs_grad, refuse_torch_func
 
 _NORM = norms.RMSNORM
 _kernels = _NORM.kernels
 _is_dynamo_compiling = torch.compiler.is_dynamo_compiling
+_Tensor, _Parameter = torch.Tensor, torch.nn.Parameter
 
 
 def rmsnorm(
@@ -54,9 +55,12 @@ def rmsnorm(
         return dispatch_rmsnorm(_NORM, input, weight, eps, out, enable_pdl)
     try:
         to = torch.empty_like(input) if out is None else out
-        if (not (weight.requires_grad or input.requires_grad) or not torch.is_grad_enabled()) and not _kernels[
-            weight.nbytes, input.dtype
-        ](input, weight, to, eps, enable_pdl):
+        if (
+            input.__class__ is to.__class__ is _Tensor
+            and (weight.__class__ is _Parameter or weight.__class__ is _Tensor)
+            and (not (weight.requires_grad or input.requires_grad) or not torch.is_grad_enabled())
+            and not _kernels[input.dtype][weight.nbytes](input, weight, to, eps, enable_pdl)
+        ):
             return to
     except Exception:  # no kernel yet, or arguments that have no such attributes: the way below says what it was
         pass
@@ -72,11 +76,14 @@ def first_rmsnorm(
     enable_pdl: bool | None,
 ) -> torch.Tensor:
     """The way of a call that finds no kernel or is refused by it: says what is wrong, or gets the right kernel."""
-    if is_traced(input, weight, out):
-        return dispatch_rmsnorm(norm, input, weight, eps, out, enable_pdl)
-    norms.check_rmsnorm(norm, input, weight, eps, out, enable_pdl)
-    if needs_grad(input, weight):
-        return dispatch_rmsnorm(norm, input, weight, eps, out, enable_pdl)
+    traced = is_traced(input, weight, out)
+    if traced:
+        checks.types(eps, enable_pdl, input=input, weight=weight, **({} if out is None else {"out": out}))
+        refuse_torch_func(norm.op, input, weight)
+    else:
+        norms.check_rmsnorm(norm, input, weight, eps, out, enable_pdl)
+    if traced or needs_grad(input, weight):
+        return dispatch_rmsnorm(norm, input, weight, float(eps), out, enable_pdl)
     to = norms.new_like(input) if out is None else out
     norm.run(input, weight, input, weight, to, eps, enable_pdl)
     return to

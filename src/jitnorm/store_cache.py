@@ -9,6 +9,7 @@ from jitnorm.store_cache_ops import STORE_CACHE, dispatch_store_cache, first_sto
 
 _kernels = STORE_CACHE.kernels
 _is_dynamo_compiling = torch.compiler.is_dynamo_compiling
+_Tensor = torch.Tensor
 
 
 def store_cache(
@@ -30,9 +31,10 @@ def store_cache(
     or a mixture of both, is not defined.
 
     Args:
-        k: `[num_tokens, ...]`, of any dtype, on the CPU or a CUDA device; contiguous within a row, with any stride from
-            row to row, as of a slice of fused QKV. A row is a multiple of 4 bytes; on CUDA rows are aligned to 16
-            bytes where those of k and v both are multiples of 16, and else to 8 or 4.
+        k: `[num_tokens, ...]`, of any dtype but PyTorch's quantised ones, on the CPU or a CUDA device; contiguous
+            within a row, with any stride from row to row, as of a slice of fused QKV. No conjugate view, like those
+            below. A row is a multiple of 4 bytes; on CUDA rows are aligned to 16 bytes where those of k and v both are
+            multiples of 16, and else to 8 or 4.
         v: `[num_tokens, ...]`, likewise, of k's dtype and device; its rows may have another width.
         k_cache: `[num_slots, ...]`, written; of k's dtype and device, its rows of as many bytes as k's, with any stride
             that keeps them apart. Shares no memory with any other argument.
@@ -57,6 +59,7 @@ def store_cache(
     try:
         if (
             not store_cache_ops.check_indices
+            and k.__class__ is v.__class__ is k_cache.__class__ is v_cache.__class__ is indices.__class__ is _Tensor
             and (
                 not (k.requires_grad or v.requires_grad or k_cache.requires_grad or v_cache.requires_grad)
                 or not torch.is_grad_enabled()

@@ -5,26 +5,25 @@ forward calls a kernel, and the original forward where no kernel serves. So the 
 optimiser state and `isinstance` all stay as they were, and undoing is giving the class back.
 """
 
-from __future__ import annotations
+# No `from __future__ import annotations`: torch.fx writes the annotations of forward into its code, as types, not text.
 
-from collections.abc import Callable
+import warnings
+from collections import Counter
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
-from jitnorm.gemma_rmsnorm import gemma_rmsnorm
-from jitnorm.nn import normalise, serves
+from jitnorm.nn import KERNELS, Kernels, normalise, refuse_script, serves
 from jitnorm.norms import is_supported_hidden_size
-from jitnorm.rmsnorm import rmsnorm
 
 
 @dataclass(frozen=True)
 class _Kind:
     """What a family of classes computes, and the attribute that holds its eps."""
 
-    norm: Callable[..., torch.Tensor]
+    kernels: Kernels
     eps: str
 
 
@@ -43,9 +42,14 @@ LLAMA_CLASSES = (
 )
 _GEMMA_CLASSES = ("GemmaRMSNorm", "Gemma2RMSNorm", "Gemma3RMSNorm", "Qwen3NextRMSNorm")  # whose factor is 1 + weight
 _KINDS = {
-    **dict.fromkeys(LLAMA_CLASSES, _Kind(rmsnorm, "variance_epsilon")),
-    **dict.fromkeys(_GEMMA_CLASSES, _Kind(gemma_rmsnorm, "eps")),
+    **dict.fromkeys(LLAMA_CLASSES, _Kind(KERNELS["rmsnorm"], "variance_epsilon")),
+    **dict.fromkeys(_GEMMA_CLASSES, _Kind(KERNELS["gemma_rmsnorm"], "eps")),
 }
+
+
+def replaces_norms_of(family: str) -> bool:
+    """Return whether the models of a family, a model_type without "_" and a final "text", have a known class."""
+    return family in {name.removesuffix("RMSNorm").replace("_", "").lower().removesuffix("text") for name in _KINDS}
 
 
 class _Patched(torch.nn.Module):
@@ -57,9 +61,12 @@ class _Patched(torch.nn.Module):
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         kind, weight = self._jitnorm_kind, self.weight
         # A weight of another dtype is left alone: Llama's class promotes the result to it.
-        if weight.dtype == hidden_states.dtype and serves(hidden_states, weight):
-            return normalise(kind.norm, hidden_states, weight, getattr(self, kind.eps))
+        if serves(hidden_states, weight) and weight.dtype == hidden_states.dtype:
+            return normalise(kind.kernels.norm, hidden_states, weight, getattr(self, kind.eps))
         return super().forward(hidden_states)  # type: ignore[no-any-return]
+
+    def __prepare_scriptable__(self) -> NoReturn:
+        refuse_script(self)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # Pickle finds classes by name, and this one is made at run time.
@@ -68,7 +75,12 @@ class _Patched(torch.nn.Module):
 
 def original_class(module: torch.nn.Module) -> type[torch.nn.Module]:
     """What the module's class is, or was before it was patched."""
-    return type(module).__mro__[2] if isinstance(module, _Patched) else type(module)
+    return _original(type(module)) if isinstance(module, _Patched) else type(module)
+
+
+def _original(patched: type[torch.nn.Module]) -> type[torch.nn.Module]:
+    mro = patched.__mro__
+    return mro[mro.index(_Patched) + 1]
 
 
 _classes: dict[type[torch.nn.Module], type[torch.nn.Module]] = {}
@@ -119,7 +131,7 @@ class TransformersPatch:
                 module.__class__ = original
         self._originals.clear()
 
-    def __enter__(self) -> TransformersPatch:
+    def __enter__(self) -> "TransformersPatch":
         return self
 
     def __exit__(
@@ -150,12 +162,13 @@ def _reason_to_leave(module: torch.nn.Module) -> str | None:
     return None
 
 
-def patch_transformers(model: torch.nn.Module) -> TransformersPatch:
-    """Has this package's kernels compute the RMSNorm modules of a Hugging Face model, in place.
+def patch_transformers(model: torch.nn.Module, *, strict: bool = False) -> TransformersPatch:
+    """Have this package's kernels compute the RMSNorm modules of a Hugging Face model, in place.
 
     Llama's, Mistral's, Mixtral's, Qwen 2's and 3's, Phi 3's and Gemma 1 to 3's classes are known, by their names
     and attributes, wherever they are in the model: layer norms, q and k norms, the final norm. Training, `generate`,
-    `torch.compile`, saving and loading work as before.
+    `torch.compile`, tracing, saving and loading work as before; torch.jit.trace, torch.fx.symbolic_trace, the ONNX
+    exporter and torch.func get the original forward.
 
     The result is the kernels': normalised in float32 and rounded once. Llama's class and its likes round before they
     multiply by the weight as well, so float16 and bfloat16 logits differ by that rounding, the kernels' being the
@@ -164,14 +177,68 @@ def patch_transformers(model: torch.nn.Module) -> TransformersPatch:
 
     Args:
         model: any module that has such modules in it. Its parameters, hooks and state dict are not touched.
+        strict: raise where nothing is replaced, instead of warning.
 
     Returns:
         What was replaced, what was left and why. Its `undo()` restores the model; as a context manager it does so at
-        the end: `with patch_transformers(model): ...`.
+        the end: `with patch_transformers(model): ...`. `unpatch_transformers` restores copies of the model too.
+
+    Raises:
+        TypeError: `model` is no module.
+        RuntimeError: nothing was replaced, and `strict` is true.
+    """
+    _check_model(model)
+    patch = TransformersPatch(model)
+    if not patch.replaced:
+        message = f"patch_transformers replaced nothing in {type(model).__name__}: {_summary(patch.left)}"
+        if strict:
+            raise RuntimeError(message)
+        warnings.warn(message, RuntimeWarning, stacklevel=2)
+    return patch
+
+
+def unpatch_transformers(model: torch.nn.Module) -> dict[str, str]:
+    """Give every RMSNorm module that `patch_transformers` replaced its own class back.
+
+    Unlike `undo()` of the patch it needs nothing but the model, which may be a deep copy of the one that was patched,
+    or one that was unpickled.
+
+    Args:
+        model: any module.
+
+    Returns:
+        The name in the model of every module that was restored, with its class's name; none the second time.
 
     Raises:
         TypeError: `model` is no module.
     """
+    _check_model(model)
+    restored = {}
+    for name, module in model.named_modules():
+        original = original_class(module)
+        if original is type(module):
+            continue
+        if type(module) is not _patched_class(original):
+            warnings.warn(
+                f"unpatch_transformers left {name}: {type(module).__name__} was derived from the patched class",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+            continue
+        module.__class__ = original
+        restored[name] = original.__name__
+    return restored
+
+
+def _check_model(model: object) -> None:
     if not isinstance(model, torch.nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    return TransformersPatch(model)
+
+
+def _summary(left: dict[str, str]) -> str:
+    """Why each of these was left, the same reason once."""
+    counts = Counter(left.values())
+    return (
+        "; ".join(f"{reason} ({n} module{'s' * (n != 1)})" for reason, n in counts.items())
+        or "it has no RMSNorm modules"
+    )

@@ -315,6 +315,25 @@ def test_exit_status_of_an_exception_and_of_mistakes():
     assert "no bandwidth to plot" in command(*CPU, "--impl", "bad", "--plot", "a.png", exit_code=1).stderr
 
 
+@pytest.mark.parametrize("seconds", ["nan", "inf"])
+def test_seconds_that_never_end(seconds):
+    said = command("--device", "cpu", "--seconds", seconds, exit_code=1)
+    assert said.stderr == f"Error: seconds must be a finite number and 0 or more, got {seconds}\n" and not said.stdout
+
+
+def test_a_run_that_measures_nothing_fails(tmp_path):
+    @marker.benchmark("impl", ["peer"])
+    def bench(impl):
+        marker.skip("not installed")
+
+    words = [*CPU, "--json", str(tmp_path / "a.json")]
+    for copy in (False, True):
+        done = CliRunner().invoke(options.command(bench, copy=copy), words)
+        assert done.exit_code == 1 and "N/A peer: not installed" in done.stdout
+        assert done.stderr == "Error: nothing was measured: no implementation is available here\n"
+    assert json.loads((tmp_path / "a.json").read_text())["rows"]
+
+
 def test_main_of_a_file(tmp_path):
     file = tmp_path / "bench_sizes.py"
     file.write_text(

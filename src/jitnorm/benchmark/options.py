@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 import click
 import torch
 
+from jitnorm.benchmark.report import COPY
+from jitnorm.benchmark.result import BenchResult
 from jitnorm.benchmark.table import as_csv
 from jitnorm.checks import DTYPE_NAMES
 
@@ -98,6 +100,8 @@ def command(benchmark: Benchmark, copy: bool) -> click.Command:
             raise click.ClickException(str(error)) from error
         if report.failed:
             raise click.exceptions.Exit(1)
+        if not any(isinstance(cell, BenchResult) for _, line, cell in report.cells() if line != COPY):
+            raise click.ClickException("nothing was measured: no implementation is available here")
 
     return run
 

@@ -74,20 +74,21 @@ def show(name: str) -> None:
         raise RuntimeError(f"{name!r} is the name of {len(found)} kernels. Give one of these:{labels}")
     row = found[0]
     for field, value in row.as_json().items():
-        click.echo(f"{field:10} {value}")
+        click.echo(f"{field:10} {output.printable(str(value))}")
     with row.entry.open() as folder:
         sizes = {name: folder.size(name) for name in folder.names()}
         click.echo("\nfiles")
         for name, weight in sizes.items():
-            click.echo(f"  {output.size(weight):>9}  {name}")
+            click.echo(f"  {output.size(weight):>9}  {output.printable(name)}")
         for name in (store.MANIFEST, *(name for name in sizes if name.startswith("module."))):
             if name in sizes:
-                click.echo(f"\n{name}\n{_text(folder, name)}")
+                click.echo(f"\n{output.printable(name)}\n{_text(folder, name)}")
 
 
 def _text(folder: Folder, name: str) -> str:
     try:
-        return folder.read(name, _MAX_SHOWN_BYTES).decode(errors="replace").rstrip()
+        text = folder.read(name, _MAX_SHOWN_BYTES).decode(errors="replace").rstrip()
+        return "\n".join(output.printable(line.expandtabs()) for line in text.split("\n"))
     except (Unfit, OSError) as error:
         return f"cannot be read: {error}"
 
@@ -124,7 +125,8 @@ def clear(filters: tuple[Filter, ...], older_than: float | None, dry_run: bool, 
 
     Kernels that a process has loaded are left alone. Without --filter and --older-than, everything else that is
     jitnorm's goes as well: what failed, damaged and unfinished builds left behind, and what was remembered of compilers
-    and of batch-invariant mode's products. The prebuilt layer is never touched.
+    and of batch-invariant mode's products. Builds under way stay, and so do those of other hosts, which may be under
+    way, for a day. The prebuilt layer is never touched.
     """
     done = True
     for place in _own():

@@ -76,8 +76,8 @@ def _first_call_elsewhere(hidden_size: int, device: str) -> float:
     code = _FRESH_PROCESS.format(path=sys.path, hidden_size=hidden_size, dtype=_DTYPE, device=device)
     environment = {**os.environ, "JITNORM_CACHE_DIR": str(cache.readable().root), "JITNORM_DISABLE_JIT": "1"}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
-    if done.returncode:
-        said = done.stderr.strip().splitlines() or [f"it ended with status {done.returncode}"]
+    if done.returncode or not done.stdout.split():
+        said = done.stderr.strip().splitlines() or [f"it ended with status {done.returncode} and said nothing"]
         raise RuntimeError(f"a new process does not find the kernel in the cache: {said[-1]}")
     return float(done.stdout.split()[-1])
 

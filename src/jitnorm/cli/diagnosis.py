@@ -20,7 +20,7 @@ import torch
 from jitnorm._version import __version__
 from jitnorm.batch_invariant.proof import known_proofs
 from jitnorm.checks import DTYPE_NAMES
-from jitnorm.cli.entries import places, rows_of
+from jitnorm.cli.entries import Row, places, rows_of
 from jitnorm.cli.output import size
 from jitnorm.cli.trial import Trial, try_builds
 from jitnorm.dispatch import explain
@@ -70,7 +70,7 @@ def diagnose() -> dict[str, Any]:
         "caches": [_cache(place) for place in places()],
         "temporary": _temporary(),
         "dispatch": _dispatch(),
-        "batch_invariant": [vars(proof) for proof in known_proofs()],
+        "batch_invariant": _proofs(),
         "environment": {k: v for k, v in sorted(os.environ.items()) if k.startswith("JITNORM_") or k in _VARIABLES},
     }
     facts["advice"] = _advice(facts)
@@ -124,16 +124,23 @@ def _ninja_version(path: str) -> str | None:
 
 
 def _cache(place: cache.Cache) -> dict[str, Any]:
-    rows = list(rows_of(place))
-    return {
-        "root": str(place.root),
-        "prebuilt": place.prebuilt,
-        "exists": place.root.is_dir(),
-        "problem": _prebuilt_problem(place.root) if place.prebuilt else cache.unusable(place.root),
-        "kernels": len(rows),
-        "size": sum(row.size for row in rows),
-        "free": _free(place.root),
-    }
+    facts = {"root": str(place.root), "prebuilt": place.prebuilt, "exists": False, "problem": None}
+    rows: list[Row] = []
+    try:
+        facts["exists"] = place.root.is_dir()
+        facts["problem"] = _prebuilt_problem(place.root) if place.prebuilt else cache.unusable(place.root)
+        rows = list(rows_of(place))
+    except OSError as error:  # a name that is too long, a server that does not answer
+        facts["problem"] = facts["problem"] or error.strerror or str(error)
+    return {**facts, "kernels": len(rows), "size": sum(row.size for row in rows), "free": _free(place.root)}
+
+
+def _proofs() -> list[dict[str, Any]]:
+    """Those that can be read: what is wrong with the folder is said of the cache."""
+    try:
+        return [vars(proof) for proof in known_proofs()]
+    except OSError:
+        return []
 
 
 def _temporary() -> dict[str, Any]:

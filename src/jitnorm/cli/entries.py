@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import os
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -57,7 +58,7 @@ def _utc(seconds: float) -> str | None:
 def places() -> list[cache.Cache]:
     """The cache and the prebuilt layer; where they are one folder, it counts as prebuilt and is never written."""
     prebuilt, own = cache.prebuilt(), cache.readable()
-    if prebuilt and prebuilt.root.resolve() == own.root.resolve():
+    if prebuilt and os.path.realpath(prebuilt.root) == os.path.realpath(own.root):
         return [prebuilt]
     return [own, prebuilt] if prebuilt else [own]
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
@@ -97,7 +96,7 @@ def _start(device: str, arch: str | None, folder: Path) -> subprocess.Popen[byte
             stdout=log,
             stderr=log,
             env=environment,
-            start_new_session=True,
+            start_new_session=True,  # Ctrl-C is for this process, which then ends that one
         )
 
 
@@ -113,27 +112,8 @@ def _outcome(status: int, log: Path) -> Trial:
 
 
 def _end(run: subprocess.Popen[bytes]) -> None:
-    """End the process and all that it started: they are of its session, whatever their process groups."""
-    for _ in range(100):  # what waits for a disk or a server cannot be ended; nobody waits for it
-        if run.poll() is None:
-            run.kill()
-        members = _session(run.pid)
-        for pid in members:
-            with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.kill(pid, signal.SIGKILL)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            run.wait(timeout=0.05)
-            if not members:
-                return
-
-
-def _session(leader: int) -> list[int]:
-    """The living processes of a session."""
-    found = []
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            with contextlib.suppress(OSError, ValueError, IndexError):
-                state, _, _, session = (entry / "stat").read_text(errors="replace").rpartition(")")[2].split()[:4]
-                if int(session) == leader and state not in "ZX":
-                    found.append(int(entry.name))
-    return found
+    """End the process, if it goes on: its compilers end with it."""
+    if run.poll() is None:
+        run.kill()
+        with contextlib.suppress(subprocess.TimeoutExpired):  # what waits for a disk or a server cannot be ended
+            run.wait(timeout=5)

@@ -25,7 +25,11 @@ A compiled graph keeps the backend it was traced with, which is never FlashInfer
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
+import torch.fx
 
 from jitnorm.dispatch import flashinfer_backend, torch_backend
 from jitnorm.dispatch.choice import choose as _choose
@@ -80,6 +84,8 @@ def rmsnorm(
         return _jit_rmsnorm(input, weight, eps, out, enable_pdl)
     if name == "torch":
         return torch_backend.rmsnorm("rmsnorm", 0.0, input, weight, eps, out, enable_pdl)
+    if name == "torch.fx":
+        return _record(rmsnorm, input, weight, eps, out, enable_pdl)  # type: ignore[no-any-return]
     result: torch.Tensor = flashinfer_backend.call(rmsnorm, input, weight, eps=eps, out=out, enable_pdl=enable_pdl)
     return result
 
@@ -111,6 +117,8 @@ def gemma_rmsnorm(
         return _jit_gemma_rmsnorm(input, weight, eps, out, enable_pdl)
     if name == "torch":
         return torch_backend.rmsnorm("gemma_rmsnorm", 1.0, input, weight, eps, out, enable_pdl)
+    if name == "torch.fx":
+        return _record(gemma_rmsnorm, input, weight, eps, out, enable_pdl)  # type: ignore[no-any-return]
     result: torch.Tensor = flashinfer_backend.call(
         gemma_rmsnorm, input, weight, eps=eps, out=out, enable_pdl=enable_pdl
     )
@@ -142,6 +150,8 @@ def fused_add_rmsnorm(
         return _jit_fused_add_rmsnorm(input, residual, weight, eps, enable_pdl)
     if name == "torch":
         return torch_backend.fused_add_rmsnorm("fused_add_rmsnorm", 0.0, input, residual, weight, eps, enable_pdl)
+    if name == "torch.fx":
+        return _record(fused_add_rmsnorm, input, residual, weight, eps, enable_pdl)  # type: ignore[no-any-return]
     flashinfer_backend.call(fused_add_rmsnorm, input, residual, weight, eps=eps, enable_pdl=enable_pdl)
     return None
 
@@ -170,5 +180,17 @@ def gemma_fused_add_rmsnorm(
         return _jit_gemma_fused_add_rmsnorm(input, residual, weight, eps, enable_pdl)
     if name == "torch":
         return torch_backend.fused_add_rmsnorm("gemma_fused_add_rmsnorm", 1.0, input, residual, weight, eps, enable_pdl)
+    if name == "torch.fx":
+        return _record(gemma_fused_add_rmsnorm, input, residual, weight, eps, enable_pdl)  # type: ignore[no-any-return]
     flashinfer_backend.call(gemma_fused_add_rmsnorm, input, residual, weight, eps=eps, enable_pdl=enable_pdl)
     return None
+
+
+def _record(operator: Callable[..., Any], *arguments: Any) -> Any:
+    """A call that torch.fx.symbolic_trace finds in its graph."""
+    return torch.overrides.handle_torch_function(operator, arguments[:1], *arguments)
+
+
+# Their calls stay in a graph of torch.fx though nothing uses what they return.
+torch.fx.node.has_side_effect(fused_add_rmsnorm)
+torch.fx.node.has_side_effect(gemma_fused_add_rmsnorm)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.fx
 
 from jitnorm import checks, norms
 from jitnorm.dispatch import flashinfer_backend
@@ -10,6 +11,8 @@ from jitnorm.dispatch.wanted import wanted
 
 # norms.is_supported_hidden_size as a set: a third of the time, and dynamo can look up a symbolic size in it.
 _KERNEL_SIZES = frozenset((*norms._WARP_SIZES, *norms._BLOCK_SIZES))
+# For torch.fx.symbolic_trace, which records the call: its graph chooses when it runs.
+TRACED = "torch.fx", "torch.fx is tracing"
 _is_dynamo_compiling = torch.compiler.is_dynamo_compiling
 
 
@@ -53,6 +56,8 @@ def choose(op: str, input: torch.Tensor, weight: torch.Tensor, other: torch.Tens
         if input.shape[-1] in _KERNEL_SIZES:
             return "jit", why
         return "torch", f"{why}, and {_no_kernel(input)}"
+    except torch.fx.proxy.TraceError:
+        return TRACED
     except (AttributeError, IndexError):
         _check_tensors(input, weight, other)
         raise
@@ -62,6 +67,8 @@ def _without_flashinfer(
     name: str, op: str, input: torch.Tensor, weight: torch.Tensor, other: torch.Tensor | None
 ) -> tuple[str, str] | None:
     """What `name` settles whatever FlashInfer could do; None where it matters."""
+    if isinstance(input, torch.fx.Proxy):
+        return TRACED
     if name == "torch":
         return name, "it was asked for"
     if name == "jit":

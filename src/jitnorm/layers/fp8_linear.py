@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import torch
+import torch.fx
+from torch.autograd import forward_ad
 
 from jitnorm import checks
 from jitnorm.layers.compiler import Compiler, resolve_compiler
-from jitnorm.nn import is_rows
+from jitnorm.nn import is_rows, may_call_kernels
 from jitnorm.operators import DTYPES
 from jitnorm.per_tensor_quant_fp8 import per_tensor_quant_fp8
 from jitnorm.per_token_quant_fp8 import per_token_quant_fp8
@@ -41,7 +43,8 @@ def apply_fp8_linear(
     With a given scale, compressed_tensor_quant and the compiler "inductor", the input is quantised in plain PyTorch: a
     product with the scale's reciprocal, a clamp and a cast, which inductor fuses with the norm and the residual's
     addition before them into one kernel. Where the product meets a tie the code may differ by one from the kernels',
-    which divide. In every other case one of this package's kernels does it. An input that is quantised already, as by
+    which divide. In every other case one of this package's kernels does it, or PyTorch with the same codes where no
+    kernel may be called, as under torch.jit.trace and torch.func. An input that is quantised already, as by
     `jitnorm.rmsnorm_quant_fp8`, is taken as it is.
 
     The product is torch._scaled_mm's on GPUs that multiply float8 (sm_89 and later), for an out_features that is a
@@ -68,6 +71,10 @@ def apply_fp8_linear(
         TypeError, ValueError: a dtype, shape or stride that is not accepted; ValueError too for an unknown compiler.
         RuntimeError: in_features is not supported; a gradient is needed, which this has none of.
     """
+    if isinstance(input, torch.fx.Proxy):  # torch.fx.symbolic_trace records the call as it is
+        arguments = input, weight, weight_scale, input_scale, bias
+        options = compressed_tensor_quant, use_per_token_if_dynamic, compiler
+        return torch.overrides.handle_torch_function(apply_fp8_linear, (input,), *arguments, *options)
     compiler = resolve_compiler(compiler)
     _check(input, weight, weight_scale, input_scale, bias)
     x = input.reshape(-1, input.shape[-1])
@@ -75,27 +82,51 @@ def apply_fp8_linear(
         q, scale = x.contiguous(), input_scale
     elif input_scale is not None:
         in_graph = compressed_tensor_quant and compiler == "inductor"
-        q, scale = _in_plain_pytorch(x, input_scale) if in_graph else _per_tensor(x, input_scale), input_scale
+        q, scale = _times_reciprocal(x, input_scale) if in_graph else _per_tensor(x, input_scale), input_scale
     elif use_per_token_if_dynamic or not compressed_tensor_quant:
-        scale = x.new_empty((x.shape[0], 1), dtype=torch.float32)
-        q = torch.empty(x.shape, dtype=_E4M3, device=x.device)
-        per_token_quant_fp8(x if is_rows(x) else _copy(x), q, scale)
-    else:
+        q, scale = _per_token(x)
+    elif may_call_kernels(x, weight):
         scale = x.new_empty((), dtype=torch.float32)
         q = _per_tensor(x, scale, is_static=False)
+    else:
+        scale = (torch.cat((_largest(x).flatten(), x.new_zeros(1).float())).amax() / _LARGEST).clamp(min=2.0**-90)
+        q = _quotient(x, scale)
     dtype = torch.bfloat16 if input.dtype == _E4M3 else input.dtype
     out = _product(q, weight, scale, weight_scale, bias, dtype)
     return out.reshape(*input.shape[:-1], weight.shape[1])
 
 
-def _in_plain_pytorch(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+def _times_reciprocal(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     return (x.float() * scale.reciprocal()).clamp(-_LARGEST, _LARGEST).to(_E4M3).contiguous()
 
 
+def _quotient(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """The kernels' codes in plain PyTorch, for what cannot call a kernel."""
+    return (x.float() / scale).clamp(-_LARGEST, _LARGEST).to(_E4M3).contiguous()
+
+
+def _largest(x: torch.Tensor) -> torch.Tensor:
+    """Of each row the largest magnitude, NaNs not counted, in float32."""
+    return x.float().abs().nan_to_num(nan=0.0, posinf=torch.inf).amax(dim=-1, keepdim=True)
+
+
 def _per_tensor(x: torch.Tensor, scale: torch.Tensor, is_static: bool = True) -> torch.Tensor:
+    if is_static and not may_call_kernels(x, scale):
+        return _quotient(x, scale)
     q = torch.empty(x.shape, dtype=_E4M3, device=x.device)
     per_tensor_quant_fp8(x if is_rows(x) and x.is_contiguous() else _copy(x), q, scale, is_static)
     return q
+
+
+def _per_token(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The codes and each row's scale."""
+    if not may_call_kernels(x, x):
+        scale = (_largest(x) / _LARGEST).clamp(min=1 / (_LARGEST * 512))
+        return _quotient(x, scale), scale
+    scale = x.new_empty((x.shape[0], 1), dtype=torch.float32)
+    q = torch.empty(x.shape, dtype=_E4M3, device=x.device)
+    per_token_quant_fp8(x if is_rows(x) else _copy(x), q, scale)
+    return q, scale
 
 
 def _copy(x: torch.Tensor) -> torch.Tensor:
@@ -193,7 +224,7 @@ def _check(
         raise ValueError("input_scale must be given for an input that is quantised already, got None")
     if bias is not None:
         checks.shape("bias", bias, [weight.shape[1]], "one for each of out_features")
-    if needs_grad(input, bias, weight_scale, input_scale):
+    if needs_grad(input, bias, weight_scale, input_scale) or forward_ad._current_level >= 0:
         raise RuntimeError("apply_fp8_linear has no gradient: call it under torch.no_grad()")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.fx
 
 from jitnorm import checks
 from jitnorm.layers.compiler import Compiler, resolve_compiler
@@ -56,10 +57,14 @@ def apply_qk_norm(
     if not checks.is_integer(head_dim):
         raise TypeError(f"head_dim must be an int, got {type(head_dim).__name__}")
     for name, x in (("q", q), ("k", k)):
+        if isinstance(x, torch.fx.Proxy):  # which torch.fx.symbolic_trace records, and which has no shape yet
+            continue
         checks.tensor(name, x)
         if head_dim < 1 or x.dim() == 0 or x.shape[-1] % head_dim:
             raise ValueError(f"{name} must have whole heads of {head_dim} in its last dimension, got {list(x.shape)}")
     compiler = resolve_compiler(compiler)
+    if isinstance(q, torch.fx.Proxy):
+        return _per_head(q, q_norm, head_dim), _per_head(k, k_norm, head_dim)
     if allow_inplace and compiler != "inductor" and _is_fused(q, k, q_norm, k_norm, head_dim):
         q_heads, k_heads = (x.view(-1, x.shape[-1] // head_dim, head_dim) for x in (q, k))
         fused_inplace_qknorm(q_heads, k_heads, _weight(q_norm), _weight(k_norm), _eps(q_norm), head_dim=head_dim)
@@ -99,6 +104,12 @@ def _check_size(name: str, norm: torch.nn.Module, head_dim: int) -> None:
 def _normalised(x: torch.Tensor, norm: torch.nn.Module, head_dim: int, compiler: Compiler) -> torch.Tensor:
     out: torch.Tensor = norm(_reshape_for_qk_norm(x, head_dim, compiler))
     return out.reshape(x.shape)
+
+
+def _per_head(x: torch.Tensor, norm: torch.nn.Module, head_dim: int) -> torch.Tensor:
+    """Of any shape, device and strides."""
+    out: torch.Tensor = norm(x.unflatten(-1, (-1, head_dim)))
+    return out.flatten(-2)
 
 
 def _is_fused(

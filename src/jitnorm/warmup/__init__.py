@@ -55,7 +55,7 @@ class Plan:
 
     specs: list[KernelSpec]
     refused: list[str]  # a line for each size that no kernel serves, as the operator itself says it
-    notes: list[str]  # what the config does not tell, a line each
+    notes: list[str]  # what the config does not tell, and what patch_transformers does not call, a line each
 
 
 def warmup(
@@ -129,14 +129,14 @@ def make_plan(
         raise ValueError(problem)
     model = None if config is None else read_config(config)
     sizes = [_whole("hidden_size", size) for size in sizes] or [None]
-    notes = model.notes if model and not ops else []
+    notes = [*model.notes, model.note_on_patch(_ops_of(model))] if model and not ops else []
     specs: dict[KernelSpec, None] = {}
     refused: dict[str, None] = {}
     targets = [resolve_target(device, a) for a in _several(arch) or [None]]
     inputs, weights = _several(dtype), weights or [None]
     if model and not inputs:
         inputs = [_dtype_of(model)]
-        notes = notes if model.dtype else [*notes, f"{model.path} has no dtype: bf16 is built (--dtype names another)"]
+        notes = notes if model.dtype else [f"{model.path} has no dtype: bf16 is built (--dtype names another)", *notes]
     for name in ops or (_ops_of(model) if model else ["rmsnorm"]):
         if model:
             sizes, lacking = _sizes_of(model, name)

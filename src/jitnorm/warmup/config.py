@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from jitnorm.activation_ops import GELU_AND_MUL, GELU_TANH_AND_MUL, SILU_AND_MUL
+from jitnorm.transformers_patch import replaces_norms_of
 
 # What models call the activations that have kernels.
 HIDDEN_ACTS = {
@@ -73,6 +75,15 @@ class Model:
     kv_sizes: list[int]  # elements in a token's row of the caches
     dtype: str | None
     notes: list[str]  # what the model may call that cannot be told from the config, a line each
+    is_patchable: bool  # whether patch_transformers knows the class of its norms
+
+    def note_on_patch(self, ops: Sequence[str]) -> str:
+        """Return which of `ops`, all that is built for the model, the modules of patch_transformers do not call."""
+        norm = "gemma_rmsnorm" if self.adds_one else "rmsnorm"
+        if not self.is_patchable:
+            return f"{self.path}: patch_transformers replaces no module of this model_type: other code calls these"
+        rest = ", ".join(op for op in ops if op != norm)
+        return f"{self.path}: patch_transformers replaces the norms alone, which call {norm}: other code calls {rest}"
 
 
 @dataclass(frozen=True)
@@ -158,6 +169,7 @@ def read_config(path: str | os.PathLike[str]) -> Model:
         kv_sizes=_kv_sizes(config),
         dtype=config.text("dtype") or config.text("torch_dtype"),
         notes=[*_notes_on_family(config), *_notes_on_activation(file, hidden_act, intermediate_sizes)],
+        is_patchable=replaces_norms_of(config.family),
     )
 
 
