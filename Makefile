@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test test-gpu lint format wheel clean
+.PHONY: demo test test-gpu campaign lint format wheel clean
 
 demo: $(VENV)/installed  ## build a kernel on demand, check it against PyTorch, load it again from the cache
 	$(BIN)/jitnorm demo
@@ -14,6 +14,13 @@ test: $(VENV)/installed-dev  ## all tests that this machine can run
 
 test-gpu: $(VENV)/installed-dev
 	$(BIN)/python -m pytest -m gpu
+
+FAULTS ?= 10000
+CALLS ?= 100000
+SEED ?= 1
+WORKERS ?= 2
+campaign: $(VENV)/installed-dev  ## random faults of the engine and random calls: docs/faults.md
+	PYTHONPATH=tests $(BIN)/python -m faults --faults $(FAULTS) --calls $(CALLS) --seed $(SEED) --workers $(WORKERS)
 
 lint: $(VENV)/installed-dev  ## ruff, mypy and clang-format; changes nothing
 	$(BIN)/ruff check .
