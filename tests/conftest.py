@@ -60,7 +60,7 @@ def cache_dir(tmp_path, monkeypatch):
     monkeypatch.setenv("JITNORM_CACHE_DIR", str(folder))
     monkeypatch.setattr(load, "_loaded", {})
     monkeypatch.setattr(load, "_failed", {})
-    known = [table for operator in OPERATORS for table in (operator.kernels, operator.exact)]
+    known = [table for operator in OPERATORS for table in (operator.kernels, operator.dispatched, operator.exact)]
     before = [dict(table) for table in known]
     for table in known:
         table.clear()

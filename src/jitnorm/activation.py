@@ -15,6 +15,7 @@ from jitnorm.activation_ops import (
 )
 
 _is_dynamo_compiling = torch.compiler.is_dynamo_compiling
+_Tensor = torch.Tensor
 
 
 def silu_and_mul(
@@ -123,7 +124,12 @@ def _gated(
     if _is_dynamo_compiling():
         return dispatch_activation(activation, input, out, expert_ids, expert_step, enable_pdl)
     try:
-        if not input.requires_grad or not torch.is_grad_enabled():
+        if (
+            input.__class__ is _Tensor
+            and (out is None or out.__class__ is _Tensor)
+            and (expert_ids is None or expert_ids.__class__ is _Tensor)
+            and (not input.requires_grad or not torch.is_grad_enabled())
+        ):
             to = new_out(input, expert_ids) if out is None else out
             if not activation.kernels[input.dtype](input, to, expert_ids, expert_step, enable_pdl):
                 return to

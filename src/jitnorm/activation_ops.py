@@ -61,7 +61,7 @@ class Activation(Operator):
     def run(self, input: torch.Tensor, *arguments: Any) -> None:
         """Calls the kernel that serves `input` on it and on `arguments`, which have been checked."""
         key = input.dtype, checks.vector_bytes(input.shape[-1] // 2 * input.itemsize), target_of(input)
-        self.call(input.dtype, key, input, *arguments)
+        self.call((input.dtype,), key, input, *arguments)
 
 
 SILU_AND_MUL = Activation("silu_and_mul", "activation", "SiLU")
@@ -200,7 +200,7 @@ _FORMULAS: dict[str, tuple[Any, Any]] = {
 def _register(activation: Activation) -> None:
     def run(input: Any, expert_ids: Any = None, expert_step: int = 1, enable_pdl: bool | None = None) -> torch.Tensor:
         arguments = expert_ids, expert_step, enable_pdl
-        if input.dim() and activation.call_last(input.dtype, input, out := new_out(input, expert_ids), *arguments):
+        if input.dim() and activation.call_last((input.dtype,), input, out := new_out(input, expert_ids), *arguments):
             return out
         check(activation.op, input, None, *arguments)
         activation.run(input, out := new_out(input, expert_ids), *arguments)
@@ -210,7 +210,7 @@ def _register(activation: Activation) -> None:
         input: Any, out: Any, expert_ids: Any = None, expert_step: int = 1, enable_pdl: bool | None = None
     ) -> None:
         arguments = input, out, expert_ids, expert_step, enable_pdl
-        if not activation.call_last(input.dtype, *arguments):
+        if not activation.call_last((input.dtype,), *arguments):
             check(activation.op, *arguments)
             activation.run(*arguments)
         count_version(out)

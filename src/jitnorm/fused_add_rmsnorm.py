@@ -10,6 +10,7 @@ from jitnorm.torch_library import is_traced, needs_grad
 
 _NORM, _ROUNDED = norms.FUSED_ADD_RMSNORM, norms.FUSED_ADD_RMSNORM_ROUND_SUM
 _is_dynamo_compiling = torch.compiler.is_dynamo_compiling
+_Tensor, _Parameter = torch.Tensor, torch.nn.Parameter
 
 
 def fused_add_rmsnorm(
@@ -45,8 +46,14 @@ def fused_add_rmsnorm(
         return dispatch_fused_add_rmsnorm(norm, input, residual, weight, eps, enable_pdl)
     try:
         if (
-            not (weight.requires_grad or input.requires_grad or residual.requires_grad) or not torch.is_grad_enabled()
-        ) and not norm.kernels[weight.nbytes, input.dtype](input, residual, weight, eps, enable_pdl):
+            input.__class__ is residual.__class__ is _Tensor
+            and (weight.__class__ is _Parameter or weight.__class__ is _Tensor)
+            and (
+                not (weight.requires_grad or input.requires_grad or residual.requires_grad)
+                or not torch.is_grad_enabled()
+            )
+            and not norm.kernels[input.dtype][weight.nbytes](input, residual, weight, eps, enable_pdl)
+        ):
             return None
     except Exception:  # no kernel yet, or arguments that have no such attributes: the way below says what it was
         pass

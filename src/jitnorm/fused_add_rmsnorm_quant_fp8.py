@@ -12,6 +12,7 @@ from jitnorm.quant_norms import (
 )
 
 _is_dynamo_compiling = torch.compiler.is_dynamo_compiling
+_Tensor, _Parameter = torch.Tensor, torch.nn.Parameter
 
 
 def fused_add_rmsnorm_quant_fp8(
@@ -56,12 +57,21 @@ def fused_add_rmsnorm_quant_fp8(
     )
     if not _is_dynamo_compiling():
         try:
-            if scale is None or scales is None:
+            if (
+                (scale is None or scales is None)
+                and input.__class__ is residual.__class__ is _Tensor
+                and (weight.__class__ is _Parameter or weight.__class__ is _Tensor)
+            ):
                 to, by = new_outputs(input, out, given)
                 if (
-                    not (weight.requires_grad or input.requires_grad or residual.requires_grad or by.requires_grad)
-                    or not torch.is_grad_enabled()
-                ) and not norm.kernels[weight.nbytes, input.dtype](input, residual, weight, to, by, eps, enable_pdl):
+                    to.__class__ is _Tensor
+                    and (by.__class__ is _Tensor or by.__class__ is _Parameter)
+                    and (
+                        not (weight.requires_grad or input.requires_grad or residual.requires_grad or by.requires_grad)
+                        or not torch.is_grad_enabled()
+                    )
+                    and not norm.kernels[input.dtype][weight.nbytes](input, residual, weight, to, by, eps, enable_pdl)
+                ):
                     return to, by
         except Exception:  # no kernel yet, or arguments that have no such attributes: the way below says what it was
             pass

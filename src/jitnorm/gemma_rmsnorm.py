@@ -11,6 +11,7 @@ from jitnorm.rmsnorm import first_rmsnorm
 _NORM = norms.GEMMA_RMSNORM
 _kernels = _NORM.kernels
 _is_dynamo_compiling = torch.compiler.is_dynamo_compiling
+_Tensor, _Parameter = torch.Tensor, torch.nn.Parameter
 
 
 def gemma_rmsnorm(
@@ -42,9 +43,12 @@ def gemma_rmsnorm(
         return dispatch_rmsnorm(_NORM, input, weight, eps, out, enable_pdl)
     try:
         to = torch.empty_like(input) if out is None else out
-        if (not (weight.requires_grad or input.requires_grad) or not torch.is_grad_enabled()) and not _kernels[
-            weight.nbytes, input.dtype
-        ](input, weight, to, eps, enable_pdl):
+        if (
+            input.__class__ is to.__class__ is _Tensor
+            and (weight.__class__ is _Parameter or weight.__class__ is _Tensor)
+            and (not (weight.requires_grad or input.requires_grad) or not torch.is_grad_enabled())
+            and not _kernels[input.dtype][weight.nbytes](input, weight, to, eps, enable_pdl)
+        ):
             return to
     except Exception:  # the way below says what it was
         pass

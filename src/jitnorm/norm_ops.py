@@ -91,14 +91,14 @@ def _register_rmsnorm(norm: Norm) -> None:
     def run(input: Any, weight: Any, eps: float = 1e-6, enable_pdl: bool | None = None) -> torch.Tensor:
         out = new_like(input)
         arguments = input, weight, out, eps, enable_pdl
-        if not norm.call_last((weight.nbytes, input.dtype), *arguments):
+        if not norm.call_last((input.dtype, weight.nbytes), *arguments):
             check_rmsnorm(norm, input, weight, eps, None, enable_pdl)
             norm.run(input, weight, *arguments)
         return out
 
     def run_out(input: Any, weight: Any, out: Any, eps: float = 1e-6, enable_pdl: bool | None = None) -> None:
         arguments = input, weight, out, eps, enable_pdl
-        if not norm.call_last((weight.nbytes, input.dtype), *arguments):
+        if not norm.call_last((input.dtype, weight.nbytes), *arguments):
             check_rmsnorm(norm, input, weight, eps, out, enable_pdl)
             norm.run(input, weight, *arguments)
         count_version(out)
@@ -128,7 +128,7 @@ def _register_rmsnorm(norm: Norm) -> None:
 def _register_fused_add_rmsnorm(norm: Norm) -> None:
     def run(input: Any, residual: Any, weight: Any, eps: float = 1e-6, enable_pdl: bool | None = None) -> None:
         arguments = input, residual, weight, eps, enable_pdl
-        if not norm.call_last((weight.nbytes, input.dtype), *arguments):
+        if not norm.call_last((input.dtype, weight.nbytes), *arguments):
             check_fused_add_rmsnorm(norm, input, residual, weight, eps, enable_pdl)
             norm.run(input, weight, *arguments)
         count_version(input, residual)

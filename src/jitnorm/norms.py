@@ -76,7 +76,7 @@ class Norm(Operator):
     def run(self, input: torch.Tensor, weight: torch.Tensor, *arguments: Any) -> None:
         """Calls the kernel that serves `input` and `weight` on `arguments`, which have been checked."""
         key = input.shape[-1], input.dtype, weight.dtype, target_of(input)
-        self.call((weight.nbytes, input.dtype), key, *arguments)
+        self.call((input.dtype, weight.nbytes), key, *arguments)
 
 
 RMSNORM = Norm("rmsnorm", "rmsnorm", "Plain")

@@ -18,6 +18,7 @@ DYNAMIC = QuantFp8(f"{_NAME}_dynamic", _NAME, "PerTensorQuantFp8Kernel<{}, Pass:
 _MOST_MAXIMA = 512  # as in csrc/elementwise/quant_fp8.h
 
 _is_dynamo_compiling = torch.compiler.is_dynamo_compiling
+_Tensor = torch.Tensor
 
 
 def per_tensor_quant_fp8(
@@ -46,7 +47,9 @@ def per_tensor_quant_fp8(
     """
     if not _is_dynamo_compiling():
         try:
-            if not input.requires_grad or not torch.is_grad_enabled():
+            if input.__class__ is output_q.__class__ is output_s.__class__ is _Tensor and (
+                not input.requires_grad or not torch.is_grad_enabled()
+            ):
                 if is_static is True:
                     if not STATIC.kernels[input.dtype](input, output_q, output_s, None):
                         return
@@ -98,9 +101,9 @@ def _run(input: torch.Tensor, output_q: torch.Tensor, output_s: torch.Tensor, is
 def _run_last(input: torch.Tensor, output_q: torch.Tensor, output_s: torch.Tensor, is_static: bool) -> bool:
     """By the kernels that served last; False if one is missing, or refuses these arguments."""
     if is_static:
-        return STATIC.call_last(input.dtype, input, output_q, output_s, None)
+        return STATIC.call_last((input.dtype,), input, output_q, output_s, None)
     arguments = input, output_q, output_s, torch.empty(_MOST_MAXIMA, dtype=torch.float32, device=input.device)
-    return MAXIMA.call_last(input.dtype, *arguments) and DYNAMIC.call_last(input.dtype, *arguments)
+    return all(kernel.call_last((input.dtype,), *arguments) for kernel in (MAXIMA, DYNAMIC))
 
 
 def _register(is_static: bool) -> None:

@@ -16,6 +16,7 @@ _kernels = PER_TOKEN.kernels
 _MULTIPLE = 16  # what a product of such matrices asks for; as in csrc/elementwise/quant_fp8.*
 
 _is_dynamo_compiling = torch.compiler.is_dynamo_compiling
+_Tensor = torch.Tensor
 
 
 def per_token_quant_fp8(input: torch.Tensor, output_q: torch.Tensor, output_s: torch.Tensor) -> None:
@@ -40,8 +41,10 @@ def per_token_quant_fp8(input: torch.Tensor, output_q: torch.Tensor, output_s: t
     """
     if not _is_dynamo_compiling():
         try:
-            if (not input.requires_grad or not torch.is_grad_enabled()) and not _kernels[input.dtype](
-                input, output_q, output_s
+            if (
+                input.__class__ is output_q.__class__ is output_s.__class__ is _Tensor
+                and (not input.requires_grad or not torch.is_grad_enabled())
+                and not _kernels[input.dtype](input, output_q, output_s)
             ):
                 return
         except Exception:  # no kernel yet, or arguments that have no such attributes: the way below says what it was
@@ -78,7 +81,7 @@ def _check_kinds(input: Any, output_q: Any, output_s: Any) -> None:
 
 
 def _run(input: Any, output_q: Any, output_s: Any) -> None:
-    if not PER_TOKEN.call_last(input.dtype, input, output_q, output_s):
+    if not PER_TOKEN.call_last((input.dtype,), input, output_q, output_s):
         _check(input, output_q, output_s)
         PER_TOKEN.run(input, output_q, output_s)
     count_version(output_q, output_s)

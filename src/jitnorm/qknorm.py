@@ -9,6 +9,7 @@ from jitnorm.qknorm_ops import HEAD_DIMS, QKNORM, dispatch_qknorm, first_qknorm
 
 _kernels = QKNORM.kernels
 _is_dynamo_compiling = torch.compiler.is_dynamo_compiling
+_Tensor, _Parameter = torch.Tensor, torch.nn.Parameter
 
 
 def can_use_fused_inplace_qknorm(head_dim: int, dtype: torch.dtype) -> bool:
@@ -66,9 +67,17 @@ def fused_inplace_qknorm(
         return dispatch_qknorm(q, k, q_weight, k_weight, eps, head_dim, enable_pdl)
     try:
         if (
-            not (q.requires_grad or k.requires_grad or q_weight.requires_grad or k_weight.requires_grad)
-            or not torch.is_grad_enabled()
-        ) and not _kernels[q_weight.nbytes, q.dtype](q, k, q_weight, k_weight, eps, head_dim, enable_pdl):
+            q.__class__ is k.__class__ is _Tensor
+            and (
+                q_weight.__class__ is k_weight.__class__ is _Parameter
+                or q_weight.__class__ is k_weight.__class__ is _Tensor
+            )
+            and (
+                not (q.requires_grad or k.requires_grad or q_weight.requires_grad or k_weight.requires_grad)
+                or not torch.is_grad_enabled()
+            )
+            and not _kernels[q.dtype][q_weight.nbytes](q, k, q_weight, k_weight, eps, head_dim, enable_pdl)
+        ):
             return None
     except Exception:  # no kernel yet, or arguments that have no such attributes: the way below says what it was
         pass

@@ -149,7 +149,7 @@ def _run(
     q: Any, k: Any, q_weight: Any, k_weight: Any, eps: float = 1e-6, head_dim: int = 0, enable_pdl: bool | None = None
 ) -> None:
     arguments = q, k, q_weight, k_weight, eps, head_dim, enable_pdl
-    if not QKNORM.call_last((q_weight.nbytes, q.dtype), *arguments):
+    if not QKNORM.call_last((q.dtype, q_weight.nbytes), *arguments):
         check(*arguments)
         QKNORM.run(q, q_weight, *arguments)
     count_version(q, k)

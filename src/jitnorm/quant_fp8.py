@@ -41,7 +41,7 @@ class QuantFp8(Operator):
 
     def run(self, input: torch.Tensor, *arguments: Any) -> None:
         """Calls the kernel for `input` on it and on `arguments`, which have been checked."""
-        self.call(input.dtype, (input.dtype, target_of(input)), input, *arguments)
+        self.call((input.dtype,), (input.dtype, target_of(input)), input, *arguments)
 
 
 def check_kinds(input: Any, output_q: Any, output_s: Any) -> None:

@@ -145,7 +145,7 @@ def _register(norm: QuantNorm) -> None:
     def run(*arguments: Any) -> None:
         *tensors, eps, enable_pdl = arguments
         input, *residual, weight, out, scale = tensors
-        if not norm.call_last((weight.nbytes, input.dtype), *arguments):
+        if not norm.call_last((input.dtype, weight.nbytes), *arguments):
             check(norm, input, residual[0] if adds else None, weight, out, scale, eps, enable_pdl)
             norm.run(input, weight, *arguments)
         count_version(*residual, out, *([scale] if finds else []))

@@ -16,6 +16,7 @@ from jitnorm.torch_library import is_traced, needs_grad
 _NORM = norms.RMSNORM
 _kernels = _NORM.kernels
 _is_dynamo_compiling = torch.compiler.is_dynamo_compiling
+_Tensor, _Parameter = torch.Tensor, torch.nn.Parameter
 
 
 def rmsnorm(
@@ -54,9 +55,12 @@ def rmsnorm(
         return dispatch_rmsnorm(_NORM, input, weight, eps, out, enable_pdl)
     try:
         to = torch.empty_like(input) if out is None else out
-        if (not (weight.requires_grad or input.requires_grad) or not torch.is_grad_enabled()) and not _kernels[
-            weight.nbytes, input.dtype
-        ](input, weight, to, eps, enable_pdl):
+        if (
+            input.__class__ is to.__class__ is _Tensor
+            and (weight.__class__ is _Parameter or weight.__class__ is _Tensor)
+            and (not (weight.requires_grad or input.requires_grad) or not torch.is_grad_enabled())
+            and not _kernels[input.dtype][weight.nbytes](input, weight, to, eps, enable_pdl)
+        ):
             return to
     except Exception:  # no kernel yet, or arguments that have no such attributes: the way below says what it was
         pass

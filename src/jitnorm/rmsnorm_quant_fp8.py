@@ -7,6 +7,7 @@ import torch
 from jitnorm.quant_norms import RMSNORM_QUANT_FP8, RMSNORM_QUANT_FP8_DYNAMIC, first_quant_norm, new_outputs
 
 _is_dynamo_compiling = torch.compiler.is_dynamo_compiling
+_Tensor, _Parameter = torch.Tensor, torch.nn.Parameter
 
 
 def rmsnorm_quant_fp8(
@@ -52,11 +53,21 @@ def rmsnorm_quant_fp8(
     norm, given = (RMSNORM_QUANT_FP8_DYNAMIC, scales) if scale is None else (RMSNORM_QUANT_FP8, scale)
     if not _is_dynamo_compiling():
         try:
-            if scale is None or scales is None:
+            if (
+                (scale is None or scales is None)
+                and input.__class__ is _Tensor
+                and (weight.__class__ is _Parameter or weight.__class__ is _Tensor)
+            ):
                 to, by = new_outputs(input, out, given)
                 if (
-                    not (weight.requires_grad or input.requires_grad or by.requires_grad) or not torch.is_grad_enabled()
-                ) and not norm.kernels[weight.nbytes, input.dtype](input, weight, to, by, eps, enable_pdl):
+                    to.__class__ is _Tensor
+                    and (by.__class__ is _Tensor or by.__class__ is _Parameter)
+                    and (
+                        not (weight.requires_grad or input.requires_grad or by.requires_grad)
+                        or not torch.is_grad_enabled()
+                    )
+                    and not norm.kernels[input.dtype][weight.nbytes](input, weight, to, by, eps, enable_pdl)
+                ):
                     return to, by
         except Exception:  # no kernel yet, or arguments that have no such attributes: the way below says what it was
             pass

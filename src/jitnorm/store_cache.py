@@ -9,6 +9,7 @@ from jitnorm.store_cache_ops import STORE_CACHE, dispatch_store_cache, first_sto
 
 _kernels = STORE_CACHE.kernels
 _is_dynamo_compiling = torch.compiler.is_dynamo_compiling
+_Tensor = torch.Tensor
 
 
 def store_cache(
@@ -57,6 +58,7 @@ def store_cache(
     try:
         if (
             not store_cache_ops.check_indices
+            and k.__class__ is v.__class__ is k_cache.__class__ is v_cache.__class__ is indices.__class__ is _Tensor
             and (
                 not (k.requires_grad or v.requires_grad or k_cache.requires_grad or v_cache.requires_grad)
                 or not torch.is_grad_enabled()

@@ -50,7 +50,7 @@ class StoreCache(Operator):
     def run(self, *arguments: Any) -> None:
         """Calls the kernel that serves `arguments`, which have been checked."""
         k, v = arguments[:2]
-        self.call(k.dtype, (_vector_bytes(k, v), target_of(k)), *arguments)
+        self.call((k.dtype,), (_vector_bytes(k, v), target_of(k)), *arguments)
 
 
 STORE_CACHE = StoreCache("store_cache", "store_cache")
@@ -193,7 +193,7 @@ def _run(
     skip_index: int | None = None,
 ) -> None:
     arguments = k, v, k_cache, v_cache, indices, row_bytes, num_split, skip_index
-    if check_indices or not STORE_CACHE.call_last(k.dtype, *arguments):
+    if check_indices or not STORE_CACHE.call_last((k.dtype,), *arguments):
         check(*arguments)
         _run_checked(*arguments)
     count_version(k_cache, v_cache)

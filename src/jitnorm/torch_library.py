@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from jitnorm import torch_modes
 from jitnorm.jit.load import load
 from jitnorm.operators import Operator
 from jitnorm.targets import target_of
@@ -20,8 +21,7 @@ def is_traced(*tensors: object) -> bool:
     """Whether one of these has no storage of its own, so that only torch's dispatcher can tell what a call means."""
     return (
         torch.compiler.is_compiling()
-        or torch._C._get_tracing_state() is not None
-        or torch._C._len_torch_dispatch_stack() > 0
+        or torch_modes.is_active()
         or any(isinstance(t, torch.Tensor) and _is_stand_in(t) for t in tensors)
     )
 

@@ -19,9 +19,44 @@
     return 0;                                                                                                       \
   }
 
+// Exports one operator: NAME, and NAME_fast_path, which refuses every call while a mode of torch wants to see it.
+#define JITNORM_OPERATOR(NAME, KERNEL)                                                                          \
+  JITNORM_EXPORT(NAME, jitnorm::NAME<KERNEL>)                                                                   \
+  JITNORM_EXPORT(watch_modes, jitnorm::watch_modes)                                                             \
+  extern "C" JITNORM_PUBLIC int __tvm_ffi_##NAME##_fast_path(void* self, const TVMFFIAny* args, int32_t n_args, \
+                                                             TVMFFIAny* result) {                               \
+    if (!jitnorm::is_mode_active()) return __tvm_ffi_##NAME(self, args, n_args, result);                        \
+    result->type_index = kTVMFFIInt;                                                                            \
+    result->v_int64 = static_cast<int64_t>(jitnorm::Outcome::kRefused);                                         \
+    return 0;                                                                                                   \
+  }
+
 namespace jitnorm {
 
 enum class Outcome { kDone = 0, kRefused = 1, kRaised = -1 };
+
+// A mode of torch (torch.jit.trace, make_fx, TorchDispatchMode) shows in the dispatch keys that its thread includes.
+// torch's function that looks one up is found by jitnorm.torch_modes, which also knows the keys' numbers: linking to
+// torch would bind a library to one version of it.
+struct ModeKeys {
+  bool (*is_included)(uint16_t key) = nullptr;
+  uint16_t python, pre_dispatch, tracer;
+};
+inline ModeKeys mode_keys;
+
+inline bool is_mode_active() {
+  const ModeKeys& keys = mode_keys;
+  return !keys.is_included || keys.is_included(keys.python) || keys.is_included(keys.pre_dispatch) ||
+         keys.is_included(keys.tracer);
+}
+
+// watch_modes(is_included, python, pre_dispatch, tracer)
+inline Outcome watch_modes(const TVMFFIAny* args, int num_args) {
+  if (num_args != 4) return Outcome::kRefused;
+  mode_keys = {reinterpret_cast<bool (*)(uint16_t)>(args[0].v_int64), static_cast<uint16_t>(args[1].v_int64),
+               static_cast<uint16_t>(args[2].v_int64), static_cast<uint16_t>(args[3].v_int64)};
+  return Outcome::kDone;
+}
 
 template <typename T>
 struct DType;

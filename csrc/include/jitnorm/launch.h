@@ -95,7 +95,7 @@ extern "C" const char jitnorm_cubin[];  // put in by the linker step; see src/ji
 
 #define JITNORM_CUDA_MODULE(NAME, SYMBOL, KERNEL)     \
   const char* const jitnorm::kKernelSymbol = #SYMBOL; \
-  JITNORM_EXPORT(NAME, jitnorm::NAME<KERNEL>)
+  JITNORM_OPERATOR(NAME, KERNEL)
 
 namespace jitnorm {
 

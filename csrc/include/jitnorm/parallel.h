@@ -4,8 +4,8 @@
 #include "jitnorm/ffi.h"
 #include "jitnorm/interpreter.h"
 
-#define JITNORM_CPU_MODULE(NAME, KERNEL)      \
-  JITNORM_EXPORT(NAME, jitnorm::NAME<KERNEL>) \
+#define JITNORM_CPU_MODULE(NAME, KERNEL) \
+  JITNORM_OPERATOR(NAME, KERNEL)         \
   JITNORM_EXPORT(run_serially, jitnorm::run_serially)
 
 namespace jitnorm {
