@@ -26,7 +26,7 @@ from jitnorm.torch_library import (
     build_while_tracing,
     count_version,
     needs_grad,
-    refuse_leaves,
+    refuse_unwritable,
     register,
     register_autograd,
 )
@@ -60,7 +60,7 @@ def dispatch_fused_add_rmsnorm(
 ) -> None:
     """A call by way of torch's dispatcher; with gradients, what it writes is copied from the functional form."""
     if needs_grad(input, residual, weight):
-        refuse_leaves(norm.op, input=input, residual=residual)
+        refuse_unwritable(norm.op, input, residual, weight, input=input, residual=residual)
         functional = getattr(torch.ops.jitnorm, f"{norm.op}_functional")
         normalised, total = functional(input, residual, weight, eps, enable_pdl)
         input.copy_(normalised)

@@ -15,7 +15,7 @@ from jitnorm.torch_library import (
     count_version,
     is_traced,
     needs_grad,
-    refuse_leaves,
+    refuse_unwritable,
     register,
 )
 
@@ -138,11 +138,17 @@ def dispatch_qknorm(
         torch.ops.jitnorm.fused_inplace_qknorm(q, k, q_weight, k_weight, eps, head_dim, enable_pdl)
         return
     check_kinds(q, k, q_weight, k_weight, head_dim)
-    refuse_leaves(QKNORM.op, q=q, k=k)
-    for written, weight in ((q, q_weight), (k, k_weight)):
-        # A copy, as the backward needs what is overwritten.
-        rows = written.clone(memory_format=torch.contiguous_format)
-        written.copy_(dispatch_rmsnorm(norms.RMSNORM, rows, weight, eps, None, enable_pdl))
+    refuse_unwritable(QKNORM.op, q_weight, q=q)
+    refuse_unwritable(QKNORM.op, k_weight, k=k)
+    # Of copies, as the backward needs what is overwritten; and both before either is, as the second may fail.
+    results = [
+        dispatch_rmsnorm(
+            norms.RMSNORM, heads.clone(memory_format=torch.contiguous_format), weight, eps, None, enable_pdl
+        )
+        for heads, weight in ((q, q_weight), (k, k_weight))
+    ]
+    for written, result in zip((q, k), results, strict=True):
+        written.copy_(result)
 
 
 def _run(

@@ -48,11 +48,30 @@ def needs_grad(*tensors: object) -> bool:
     return torch.is_grad_enabled() and any(isinstance(t, torch.Tensor) and t.requires_grad for t in tensors)
 
 
-def refuse_leaves(op: str, **written: torch.Tensor) -> None:
-    """RuntimeError where autograd would not let one of these be overwritten."""
+def refuse_unwritable(op: str, *needed: object, **written: torch.Tensor) -> None:
+    """RuntimeError where torch would not let one of these be overwritten by what is computed from it and from `needed`.
+
+    torch says so in the middle of its own writing, for some of these after it: so all are asked before the first write.
+    """
     for name, tensor in written.items():
-        if torch.is_grad_enabled() and tensor.requires_grad and tensor.is_leaf:
-            raise RuntimeError(f"{name} is a leaf that requires grad, which {op} cannot overwrite")
+        if reason := _reason_not_to_write(tensor, needs_grad(tensor, *needed)):
+            raise RuntimeError(f"{name} is {reason}, which {op} cannot overwrite")
+
+
+def _reason_not_to_write(tensor: torch.Tensor, of_gradient: bool) -> str | None:
+    if of_gradient and tensor.requires_grad and tensor.is_leaf:
+        return "a leaf that requires grad"
+    if torch.compiler.is_compiling():  # what is compiled writes to no view
+        return None
+    if tensor.is_inference() and not torch.is_inference_mode_enabled():
+        return "an inference tensor"
+    if not of_gradient or not tensor._is_view():
+        return None
+    if tensor.requires_grad and tensor._base is not None and tensor._base.is_leaf:
+        return "a view of a leaf that requires grad"
+    if torch._C._autograd._get_creation_meta(tensor) != torch._C._autograd.CreationMeta.DEFAULT:
+        return "a view that autograd guards, as an output of split or unbind or one made under no_grad"
+    return None
 
 
 def count_version(*written: torch.Tensor) -> None:

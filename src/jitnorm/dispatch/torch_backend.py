@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from jitnorm import checks
 from jitnorm.operators import DTYPES
-from jitnorm.torch_library import is_traced, needs_grad, refuse_leaves
+from jitnorm.torch_library import is_traced, needs_grad, refuse_unwritable
 
 
 def rmsnorm(
@@ -43,7 +43,8 @@ def fused_add_rmsnorm(
 ) -> None:
     """`residual += input; input = rmsnorm(residual) * (offset + weight)`, the float32 sum normalised."""
     check_fused_add_rmsnorm(input, residual, weight, eps, enable_pdl)
-    refuse_leaves(op, input=input, residual=residual)
+    refuse_unwritable(op, residual, weight, input=input)
+    refuse_unwritable(op, input, residual=residual)
     total = input.float() + residual.float()
     normalised = _normalised(total, weight, eps, offset)
     residual.copy_(total)
