@@ -173,7 +173,6 @@ def bad_calls(device):
         ("float64", TypeError, "input must be .* got float64", lambda: f(x.double())),
         ("integers", TypeError, "input must be .* got int32", lambda: f(x.int())),
         ("odd columns", ValueError, r"even last dimension.*got shape \[4, 511\]", lambda: f(x[:, :511])),
-        ("no columns", ValueError, "even last dimension", lambda: f(x[:, :0])),
         ("odd width", RuntimeError, "does not support d = 7 in bfloat16: .* of 2", lambda: f(x.bfloat16()[:, :14])),
         ("input strided", ValueError, "last stride of 1", lambda: f(wide[:, ::2])),
         (
@@ -418,3 +417,20 @@ def test_more_rows_than_the_second_dimension_of_a_grid_has_blocks():
     for rows in (slice(0, 9), slice(35_000, 35_009), slice(65_530, 65_540), slice(-9, None)):
         assert same_bits(out[rows], silu_and_mul(x[rows]))
     assert not out.isnan().any()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("op", [silu_and_mul, gelu_and_mul, gelu_tanh_and_mul])
+def test_no_columns(op, dtype, device):
+    """As torch.nn.functional's own: of nothing there is nothing to compute."""
+    x, ids = torch.randn(4, 0, device=device).to(dtype), torch.zeros(4, dtype=torch.int64, device=device)
+    for _ in range(2):
+        assert op(x).shape == (4, 0) and op(x).dtype == dtype
+        assert op(x[0], expert_ids=ids[:1]).shape == (0,)
+        assert op(x, out := x.clone(), expert_ids=ids) is out
+        with pytest.raises(ValueError, match="expert_ids must have 4 elements"):
+            op(x, expert_ids=ids[:3])
+    leaf = x.clone().requires_grad_()
+    op(leaf).sum().backward()
+    assert leaf.grad.shape == (4, 0)
+    assert compiled(op)(x).shape == (4, 0)

@@ -169,8 +169,16 @@ def test_second_derivatives_of_activations(op, device):
 
 def test_torch_func_says_what_it_cannot_do(device):
     x, w = torch.randn(3, 64, device=device), torch.randn(64, device=device)
-    with pytest.raises(RuntimeError, match="functorch"):
-        torch.func.grad(lambda x: jitnorm.rmsnorm(x, w).sum())(x)
+    wide, heads = torch.randn(3, 128, device=device), torch.randn(3, 2, 64, device=device)
+    for name, argument, call in (
+        ("rmsnorm", x, lambda x: jitnorm.rmsnorm(x, w).sum()),
+        ("fused_add_rmsnorm", x, lambda x: jitnorm.fused_add_rmsnorm(y := x * 1, x * 2, w) or y.sum()),
+        ("silu_and_mul", wide, lambda x: jitnorm.silu_and_mul(x).sum()),
+        ("fused_inplace_qknorm", heads, lambda x: jitnorm.fused_inplace_qknorm(y := x * 1, x * 2, w, w) or y.sum()),
+    ):
+        for _ in range(2):
+            with pytest.raises(RuntimeError, match=f"^{name} has no derivative in torch.func: use backward"):
+                torch.func.grad(call)(argument)
 
 
 @fused

@@ -420,3 +420,26 @@ def test_more_than_2_to_the_31_elements():
     for cache in caches:
         cache[slots] = 0
         assert not cache.any()
+
+
+@pytest.mark.parametrize("which", ["k", "v", "k_cache", "v_cache"])
+def test_conjugate_views_are_refused_and_other_complex_numbers_stored(which):
+    """The bytes of a conjugate view are not its values: nothing may move them as they lie."""
+    tensors = {name: torch.randn(count, 8).cfloat() * (1 + 2j) for name, count in (("k", 4), ("v", 4))}
+    tensors |= {name: torch.zeros(9, 8).cfloat() for name in ("k_cache", "v_cache")}
+    indices = torch.tensor([7, 1, 2, 8])
+    for _ in range(2):
+        store_cache(**tensors, indices=indices)
+        for name in ("k", "v"):
+            assert torch.equal(tensors[f"{name}_cache"][indices], tensors[name])
+        before = {name: tensor.clone() for name, tensor in tensors.items()}
+        with pytest.raises(ValueError, match=f"{which} must not be a conjugate view"):
+            store_cache(**tensors | {which: tensors[which].conj()}, indices=indices)
+        assert all(torch.equal(tensors[name], before[name]) for name in tensors)
+
+
+def test_quantised_dtypes_are_refused_in_one_line():
+    k = torch.quantize_per_tensor(torch.randn(4, 64), 0.1, 0, torch.qint8)
+    caches = [torch.quantize_per_tensor(torch.zeros(9, 64), 0.1, 0, torch.qint8) for _ in range(2)]
+    with pytest.raises(TypeError, match=r"^k must not be quantised by PyTorch, got qint8$"):
+        store_cache(k, k.clone(), *caches, torch.arange(4))

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from fractions import Fraction
+
 import numpy as np
 import pytest
 import torch
 from conftest import compiled, relative_error, rmsnorm_reference, same_bits
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from jitnorm import (
     fused_add_rmsnorm,
@@ -169,6 +172,62 @@ def test_numbers_of_numpy(cache_dir):
     for bad in (True, np.array(1e-6), "1e-6"):
         with pytest.raises(TypeError, match="eps must be a float"):
             rmsnorm(torch.randn(4, 128), torch.randn(128), bad)
+
+
+def test_numbers_beyond_a_dtype_or_a_float(cache_dir):
+    """Compared as NumPy's own, np.uint8(2) would overflow; so would a fraction beyond float's range in the kernel."""
+    x, w = torch.randn(4, 64), torch.randn(64)
+    ids, caches = torch.zeros(4, dtype=torch.int64), (torch.zeros(9, 64), torch.zeros(9, 64))
+    two = np.uint8(2)
+    for _ in range(2):
+        silu_and_mul(x, expert_ids=ids, expert_step=two)
+        store_cache(x, x, *caches, torch.arange(4), num_split=two, skip_index=two)
+        assert not caches[0][2].any() and same_bits(caches[0][3], x[3])
+        assert same_bits(rmsnorm(x, w, Fraction(1, 4)), rmsnorm(x, w, 0.25))
+        for huge in (Fraction(10**400), 10**400):
+            with pytest.raises(ValueError, match="eps must be a float"):
+                rmsnorm(x, w, huge)
+        for name, call in (
+            ("expert_step", lambda huge: silu_and_mul(x, expert_step=huge)),
+            ("skip_index", lambda huge: store_cache(x, x, *caches, torch.arange(4), skip_index=huge)),
+        ):
+            with pytest.raises(ValueError, match=f"{name} must fit 64 bits"):
+                call(np.uint64(2**64 - 1))
+    y = x.requires_grad_()  # which goes by torch's dispatcher
+    assert same_bits(rmsnorm(y, w, Fraction(1, 4)).detach(), rmsnorm(y, w, 0.25).detach())
+
+
+def test_a_scalar_is_refused_by_the_operators_too():
+    scalar, w = torch.tensor(1.0), torch.randn(64)
+    ops = torch.ops.jitnorm
+    for call in (
+        lambda: ops.rmsnorm(scalar, w),
+        lambda: ops.gemma_rmsnorm(scalar, w),
+        lambda: ops.fused_add_rmsnorm(scalar, scalar.clone(), w),
+        lambda: ops.fused_add_rmsnorm_functional(scalar, scalar.clone(), w),
+        lambda: ops.silu_and_mul(scalar),
+        lambda: ops.per_token_quant_fp8(scalar, scalar.to(torch.float8_e4m3fn), torch.ones(1)),
+    ):
+        with pytest.raises(ValueError, match="input must have at least one dimension, got a scalar"):
+            call()
+
+
+def test_wrong_objects_are_refused_while_tracing():
+    x, w = torch.randn(4, 64), torch.randn(64)
+    for call, error, words in (
+        (lambda x: rmsnorm(x, None), TypeError, "weight must be a torch.Tensor, got NoneType"),
+        (lambda x: rmsnorm([x], w), TypeError, "input must be a torch.Tensor, got list"),
+        (lambda x: rmsnorm(x, w, "1"), TypeError, "eps must be a float, got str"),
+        (lambda x: fused_add_rmsnorm(x, None, w), TypeError, "residual must be a torch.Tensor, got NoneType"),
+        (lambda x: rmsnorm_quant_fp8(x, None), TypeError, "weight must be a torch.Tensor, got NoneType"),
+        (lambda x: silu_and_mul(x, expert_step=None), TypeError, "expert_step must be an int, got NoneType"),
+        (lambda x: store_cache(x, x, x, x, None), TypeError, "indices must be a torch.Tensor, got NoneType"),
+        (lambda x: rmsnorm(x, w, -1), ValueError, "eps must be zero or more, got -1"),
+    ):
+        with pytest.raises(error, match=f"^{words}$"):
+            make_fx(call)(x)
+        with pytest.raises(error, match=f"^{words}$"):
+            torch.jit.trace(call, (x,), check_trace=False)
 
 
 @pytest.mark.parametrize(("value", "on"), [("1", True), ("yes", True), ("0", False), ("", False), ("False", False)])

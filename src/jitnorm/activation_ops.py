@@ -5,6 +5,7 @@ What the operators in activation.py need where a call finds no kernel, is traced
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -21,6 +22,7 @@ from jitnorm.torch_library import (
     count_version,
     is_traced,
     needs_grad,
+    refuse_torch_func,
     register,
     register_autograd,
 )
@@ -60,6 +62,8 @@ class Activation(Operator):
 
     def run(self, input: torch.Tensor, *arguments: Any) -> None:
         """Calls the kernel that serves `input` on it and on `arguments`, which have been checked."""
+        if input.shape[-1] == 0:
+            return
         key = input.dtype, checks.vector_bytes(input.shape[-1] // 2 * input.itemsize), target_of(input)
         self.call((input.dtype,), key, input, *arguments)
 
@@ -71,13 +75,14 @@ ACTIVATIONS = (SILU_AND_MUL, GELU_AND_MUL, GELU_TANH_AND_MUL)
 
 
 def _width(op: str, input: torch.Tensor) -> int:
-    """d of an input [..., 2 * d]. ValueError where there is none, RuntimeError where no kernel serves it."""
+    """d of an input [..., 2 * d]. ValueError for an odd number, RuntimeError where no kernel serves d."""
     if input.dim() == 0:
         raise ValueError("input must have at least one dimension, got a scalar")
     columns = int(input.shape[-1])
-    if columns % 2 or columns == 0:
+    if columns % 2:
         raise ValueError(f"input must have an even last dimension, gates and factors, got shape {list(input.shape)}")
-    _check_width(op, columns // 2, input.dtype)
+    if columns:  # of none there is nothing to compute
+        _check_width(op, columns // 2, input.dtype)
     return columns // 2
 
 
@@ -97,10 +102,9 @@ def new_out(input: torch.Tensor, expert_ids: object) -> torch.Tensor:
 
 def check(op: str, input: Any, out: Any, expert_ids: Any, expert_step: Any, enable_pdl: Any) -> None:
     """Raises for what the glue in csrc/elementwise/activation.h refuses."""
-    checks.tensor("input", input)
+    _check_types(input, out, expert_ids, expert_step, enable_pdl)
     _check_kinds(op, input, out, expert_ids, expert_step)
     checks.supported_device("input", input)
-    checks.enable_pdl(enable_pdl)
     alignment = checks.vector_bytes(input.shape[-1] // 2 * input.itemsize)
     checks.rows("input", input, alignment)
     if out is not None:
@@ -111,8 +115,8 @@ def check(op: str, input: Any, out: Any, expert_ids: Any, expert_step: Any, enab
         return
     checks.storage("expert_ids", expert_ids)
     checks.address("expert_ids", expert_ids, expert_ids.element_size())
-    rows = input.numel() // input.shape[-1]
-    needed = -(-rows // expert_step)
+    rows = math.prod(input.shape[:-1])
+    needed = -(-rows // int(expert_step))
     if expert_ids.shape[0] < needed:
         raise ValueError(
             f"expert_ids must have {needed} element{'s' * (needed != 1)} or more, for {rows} rows "
@@ -122,21 +126,26 @@ def check(op: str, input: Any, out: Any, expert_ids: Any, expert_step: Any, enab
         checks.no_shared_memory("out", out, "expert_ids", expert_ids)
 
 
+def _check_types(input: Any, out: Any, expert_ids: Any, expert_step: Any, enable_pdl: Any) -> None:
+    """What torch's dispatcher would refuse in words of its own."""
+    for name, value in (("input", input), ("out", out), ("expert_ids", expert_ids)):
+        if value is not None or name == "input":
+            checks.tensor(name, value)
+    checks.integer("expert_step", expert_step)
+    checks.enable_pdl(enable_pdl)
+
+
 def _check_kinds(op: str, input: torch.Tensor, out: Any, expert_ids: Any, expert_step: Any) -> None:
     """What can be said of tensors without storage."""
     checks.dtype("input", input, DTYPES)
     width = _width(op, input)
     if out is not None:
-        checks.tensor("out", out)
         checks.dtype("out", out, (input.dtype,))
         checks.shape("out", out, [*input.shape[:-1], width], "input with half its last dimension")
         checks.device("out", out, "input", input)
-    if not checks.is_integer(expert_step):
-        raise TypeError(f"expert_step must be an int, got {type(expert_step).__name__}")
-    if not 1 <= expert_step < 1 << 63:
-        raise ValueError(f"expert_step must be 1 or more, and fit 64 bits, got {expert_step}")
+    if expert_step < 1:
+        raise ValueError(f"expert_step must be 1 or more, got {expert_step}")
     if expert_ids is not None:
-        checks.tensor("expert_ids", expert_ids)
         checks.indices("expert_ids", expert_ids, "input", input)
 
 
@@ -149,11 +158,14 @@ def first_activation(
     enable_pdl: bool | None,
 ) -> torch.Tensor:
     """The way of a call that finds no kernel or is refused by it: says what is wrong, or gets the right kernel."""
-    if is_traced(input, out, expert_ids):
-        return dispatch_activation(activation, input, out, expert_ids, expert_step, enable_pdl)
-    check(activation.op, input, out, expert_ids, expert_step, enable_pdl)
-    if needs_grad(input):
-        return dispatch_activation(activation, input, out, expert_ids, expert_step, enable_pdl)
+    traced = is_traced(input, out, expert_ids)
+    if traced:
+        _check_types(input, out, expert_ids, expert_step, enable_pdl)
+        refuse_torch_func(activation.op, input)
+    else:
+        check(activation.op, input, out, expert_ids, expert_step, enable_pdl)
+    if traced or needs_grad(input):
+        return dispatch_activation(activation, input, out, expert_ids, int(expert_step), enable_pdl)
     to = new_out(input, expert_ids) if out is None else out
     activation.run(input, to, expert_ids, expert_step, enable_pdl)
     return to
@@ -217,8 +229,9 @@ def _register(activation: Activation) -> None:
 
     def trace(input: Any, out: Any, expert_ids: Any, expert_step: int) -> None:
         _check_kinds(activation.op, input, out, expert_ids, expert_step)
-        vector = checks.vector_bytes(int(input.shape[-1]) // 2 * input.itemsize)
-        build_while_tracing(activation, input, input.dtype, vector)
+        if width := int(input.shape[-1]) // 2:
+            vector = checks.vector_bytes(width * input.itemsize)
+            build_while_tracing(activation, input, input.dtype, vector)
 
     def fake(input: Any, expert_ids: Any = None, expert_step: int = 1, enable_pdl: bool | None = None) -> torch.Tensor:
         trace(input, None, expert_ids, expert_step)
@@ -256,7 +269,7 @@ def _gradient(activation: Activation, input: torch.Tensor, grad: torch.Tensor) -
 
 def _skipped(input: torch.Tensor, expert_ids: torch.Tensor, expert_step: int) -> torch.Tensor:
     """Which rows are, [..., 1]."""
-    rows = input.numel() // input.shape[-1]
+    rows = math.prod(input.shape[:-1])
     each = expert_ids[torch.arange(rows, device=input.device) // expert_step]
     return (each == -1).reshape(*input.shape[:-1], 1)
 

@@ -21,6 +21,16 @@ def tensor(name: str, value: object) -> None:
         raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
     if value.layout != torch.strided:
         raise TypeError(f"{name} must be a dense tensor, got one with layout {value.layout}")
+    if value.is_quantized:
+        raise TypeError(f"{name} must not be quantised by PyTorch, got {str(value.dtype).removeprefix('torch.')}")
+
+
+def types(eps_value: object, enable_pdl_value: object, **tensors: object) -> None:
+    """What torch's dispatcher would refuse in words of its own, so that traced calls are asked before it."""
+    for name, value in tensors.items():
+        tensor(name, value)
+    eps(eps_value)
+    enable_pdl(enable_pdl_value)
 
 
 def dtype(name: str, value: torch.Tensor, accepted: Sequence[torch.dtype]) -> None:
@@ -184,15 +194,29 @@ def extent(value: torch.Tensor) -> int:
 def eps(value: object) -> None:
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"eps must be a float, got {type(value).__name__}")
-    if value != value or value < 0:
-        raise ValueError(f"eps must be zero or more, got {value}")
     if isinstance(value, int) and value.bit_length() > 63:
         raise ValueError(f"eps must be a float or a 64-bit integer, got one of {value.bit_length()} bits")
+    try:
+        number = float(value)
+    except OverflowError:
+        raise ValueError(f"eps must be a float, got a {type(value).__name__} beyond its range") from None
+    if not number >= 0:
+        raise ValueError(f"eps must be zero or more, got {value}")
 
 
 def is_integer(value: object) -> TypeGuard[int]:
     """NumPy's integers are, and True is none."""
     return isinstance(value, numbers.Integral) and not isinstance(value, bool)
+
+
+def integer(name: str, value: object) -> int:
+    """`value` as Python's own int, with which comparisons do not overflow as with NumPy's."""
+    if not is_integer(value):
+        raise TypeError(f"{name} must be an int, got {type(value).__name__}")
+    number = int(value)
+    if not -(1 << 63) <= number < 1 << 63:
+        raise ValueError(f"{name} must fit 64 bits, got one of {number.bit_length()} bits")
+    return number
 
 
 def enable_pdl(value: object) -> None:

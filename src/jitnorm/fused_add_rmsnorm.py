@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from jitnorm import norms
+from jitnorm import checks, norms
 from jitnorm.norm_ops import dispatch_fused_add_rmsnorm
-from jitnorm.torch_library import is_traced, needs_grad
+from jitnorm.torch_library import is_traced, needs_grad, refuse_torch_func
 
 _NORM, _ROUNDED = norms.FUSED_ADD_RMSNORM, norms.FUSED_ADD_RMSNORM_ROUND_SUM
 _is_dynamo_compiling = torch.compiler.is_dynamo_compiling
@@ -69,9 +69,12 @@ def first_fused_add_rmsnorm(
     enable_pdl: bool | None,
 ) -> None:
     """The way of a call that finds no kernel or is refused by it: says what is wrong, or gets the right kernel."""
-    if is_traced(input, residual, weight):
-        return dispatch_fused_add_rmsnorm(norm, input, residual, weight, eps, enable_pdl)
-    norms.check_fused_add_rmsnorm(norm, input, residual, weight, eps, enable_pdl)
-    if needs_grad(input, residual, weight):
-        return dispatch_fused_add_rmsnorm(norm, input, residual, weight, eps, enable_pdl)
+    traced = is_traced(input, residual, weight)
+    if traced:
+        checks.types(eps, enable_pdl, input=input, residual=residual, weight=weight)
+        refuse_torch_func(norm.op, input, residual, weight)
+    else:
+        norms.check_fused_add_rmsnorm(norm, input, residual, weight, eps, enable_pdl)
+    if traced or needs_grad(input, residual, weight):
+        return dispatch_fused_add_rmsnorm(norm, input, residual, weight, float(eps), enable_pdl)
     return norm.run(input, weight, input, residual, weight, eps, enable_pdl)

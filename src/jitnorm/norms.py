@@ -100,7 +100,7 @@ NORMS = (
 def new_like(input: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
     """Rows in the order of the input's. torch takes windows that begin one element apart for columns."""
     out = torch.empty_like(input, dtype=dtype)
-    return out if out.stride(-1) == 1 else input.new_empty(input.shape, dtype=dtype)
+    return out if out.dim() == 0 or out.stride(-1) == 1 else input.new_empty(input.shape, dtype=dtype)
 
 
 def check_rmsnorm(norm: Norm, input: Any, weight: Any, eps: Any, out: Any, enable_pdl: Any) -> None:

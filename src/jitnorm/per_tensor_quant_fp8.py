@@ -68,6 +68,7 @@ def _first(input: torch.Tensor, output_q: torch.Tensor, output_s: torch.Tensor, 
     if not isinstance(is_static, bool):
         raise TypeError(f"is_static must be True or False, got {type(is_static).__name__}")
     if is_traced(input, output_q, output_s):
+        check_kinds(input, output_q, output_s)
         refuse_gradient(STATIC, input)
         operator = (
             torch.ops.jitnorm.per_tensor_quant_fp8 if is_static else torch.ops.jitnorm.per_tensor_quant_fp8_dynamic

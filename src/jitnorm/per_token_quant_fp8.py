@@ -50,6 +50,7 @@ def per_token_quant_fp8(input: torch.Tensor, output_q: torch.Tensor, output_s: t
         except Exception:  # no kernel yet, or arguments that have no such attributes: the way below says what it was
             pass
     if is_traced(input, output_q, output_s):
+        _check_kinds(input, output_q, output_s)
         refuse_gradient(PER_TOKEN, input)
         torch.ops.jitnorm.per_token_quant_fp8(input, output_q, output_s)
         return

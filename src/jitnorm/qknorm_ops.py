@@ -15,6 +15,7 @@ from jitnorm.torch_library import (
     count_version,
     is_traced,
     needs_grad,
+    refuse_torch_func,
     refuse_unwritable,
     register,
 )
@@ -71,9 +72,7 @@ def check_kinds(
     checks.dtype("q_weight", q_weight, (q.dtype, torch.float32))
     checks.dtype("k_weight", k_weight, (q_weight.dtype,))
     size = int(q.shape[-1])
-    if not checks.is_integer(head_dim):
-        raise TypeError(f"head_dim must be an int, got {type(head_dim).__name__}")
-    if head_dim not in (0, size):
+    if checks.integer("head_dim", head_dim) not in (0, size):
         raise ValueError(f"head_dim must be q's last dimension, {size}, or 0 for that, got {head_dim}")
     QKNORM.kernel_class(size)
     checks.shape("k", k, [q.shape[0], k.shape[1], size], "q's tokens and head_dim, with any number of heads")
@@ -116,11 +115,15 @@ def first_qknorm(
     enable_pdl: bool | None,
 ) -> None:
     """The way of a call that finds no kernel or is refused by it: says what is wrong, or gets the right kernel."""
-    if is_traced(q, k, q_weight, k_weight):
-        return dispatch_qknorm(q, k, q_weight, k_weight, eps, head_dim, enable_pdl)
-    check(q, k, q_weight, k_weight, eps, head_dim, enable_pdl)
-    if needs_grad(q, k, q_weight, k_weight):
-        return dispatch_qknorm(q, k, q_weight, k_weight, eps, head_dim, enable_pdl)
+    tensors = q, k, q_weight, k_weight
+    traced = is_traced(*tensors)
+    if traced:
+        checks.types(eps, enable_pdl, q=q, k=k, q_weight=q_weight, k_weight=k_weight)
+        refuse_torch_func(QKNORM.op, *tensors)
+    else:
+        check(*tensors, eps, head_dim, enable_pdl)
+    if traced or needs_grad(*tensors):
+        return dispatch_qknorm(*tensors, float(eps), checks.integer("head_dim", head_dim), enable_pdl)
     return QKNORM.run(q, q_weight, q, k, q_weight, k_weight, eps, head_dim, enable_pdl)
 
 

@@ -63,15 +63,17 @@ def first_quant_norm(
         raise ValueError("scales must be None where scale is given, which is used for all rows, got both")
     given = scales if scale is None else scale
     traced = is_traced(input, residual, weight, given, out)
-    if not traced:
+    if traced:
+        _check_types(norm, input, residual, weight, out, given, eps, enable_pdl)
+    else:
         check(norm, input, residual, weight, out, given, eps, enable_pdl)
     _refuse_gradients(norm, input, residual, weight, scale)
     to, by = new_outputs(input, out, given)
-    arguments = (*((input, residual) if norm.adds else (input,)), weight, to, by, eps, enable_pdl)
+    tensors = (*((input, residual) if norm.adds else (input,)), weight, to, by)
     if traced:
-        getattr(torch.ops.jitnorm, norm.op)(*arguments)
+        getattr(torch.ops.jitnorm, norm.op)(*tensors, float(eps), enable_pdl)
     else:
-        norm.run(input, weight, *arguments)
+        norm.run(input, weight, *tensors, eps, enable_pdl)
     return to, by
 
 
@@ -89,6 +91,7 @@ def check(
     norm: QuantNorm, input: Any, residual: Any, weight: Any, out: Any, scale: Any, eps: Any, enable_pdl: Any
 ) -> None:
     """Raises for what the glue `quantised` in csrc/elementwise/rmsnorm.h refuses."""
+    _check_types(norm, input, residual, weight, out, scale, eps, enable_pdl)
     check_input_and_weight(norm, input, weight, eps, enable_pdl)
     if norm.adds:
         check_like_input("residual", residual, input)
@@ -98,9 +101,6 @@ def check(
     read = {"input": input, "weight": weight} | ({"residual": residual} if norm.adds else {})
     if scale is not None:
         name = "scales" if norm.finds_scales else "scale"
-        if name == "scale" and not isinstance(scale, torch.Tensor):
-            raise TypeError(f"scale must be a float32 tensor of one element, got {type(scale).__name__}")
-        checks.tensor(name, scale)
         _check_scale_kinds(norm, input, scale)
         checks.elements(name, scale, *_scale_count(norm, input))
         for other in ("input", "weight", "residual") if norm.finds_scales else ("residual",):
@@ -108,12 +108,22 @@ def check(
                 checks.no_shared_memory(name, scale, other, read[other])
         read[name] = scale
     if out is not None:
-        checks.tensor("out", out)
         _check_out_kinds(input, out)
         checks.rows("out", out)
         checks.written_rows("out", out)
         for name, value in read.items():
             checks.no_shared_memory("out", out, name, value)
+
+
+def _check_types(
+    norm: QuantNorm, input: Any, residual: Any, weight: Any, out: Any, scale: Any, eps: Any, enable_pdl: Any
+) -> None:
+    """What torch's dispatcher would refuse in words of its own."""
+    if not (norm.finds_scales or isinstance(scale, torch.Tensor)):
+        raise TypeError(f"scale must be a float32 tensor of one element, got {type(scale).__name__}")
+    tensors = {"input": input, "weight": weight} | ({"residual": residual} if norm.adds else {})
+    given = {"out": out, "scales" if norm.finds_scales else "scale": scale}
+    checks.types(eps, enable_pdl, **tensors, **{name: value for name, value in given.items() if value is not None})
 
 
 def _scale_count(norm: QuantNorm, input: torch.Tensor) -> tuple[int, str]:

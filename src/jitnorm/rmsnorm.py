@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 
-from jitnorm import norms
+from jitnorm import checks, norms
 from jitnorm.jit.load import load
 from jitnorm.norm_ops import dispatch_rmsnorm
 from jitnorm.targets import resolve_target
-from jitnorm.torch_library import is_traced, needs_grad
+from jitnorm.torch_library import is_traced, needs_grad, refuse_torch_func
 
 _NORM = norms.RMSNORM
 _kernels = _NORM.kernels
@@ -76,11 +76,14 @@ def first_rmsnorm(
     enable_pdl: bool | None,
 ) -> torch.Tensor:
     """The way of a call that finds no kernel or is refused by it: says what is wrong, or gets the right kernel."""
-    if is_traced(input, weight, out):
-        return dispatch_rmsnorm(norm, input, weight, eps, out, enable_pdl)
-    norms.check_rmsnorm(norm, input, weight, eps, out, enable_pdl)
-    if needs_grad(input, weight):
-        return dispatch_rmsnorm(norm, input, weight, eps, out, enable_pdl)
+    traced = is_traced(input, weight, out)
+    if traced:
+        checks.types(eps, enable_pdl, input=input, weight=weight, **({} if out is None else {"out": out}))
+        refuse_torch_func(norm.op, input, weight)
+    else:
+        norms.check_rmsnorm(norm, input, weight, eps, out, enable_pdl)
+    if traced or needs_grad(input, weight):
+        return dispatch_rmsnorm(norm, input, weight, float(eps), out, enable_pdl)
     to = norms.new_like(input) if out is None else out
     norm.run(input, weight, input, weight, to, eps, enable_pdl)
     return to

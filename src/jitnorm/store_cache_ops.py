@@ -49,6 +49,9 @@ class StoreCache(Operator):
 
     def run(self, *arguments: Any) -> None:
         """Calls the kernel that serves `arguments`, which have been checked."""
+        if arguments[0].is_complex():
+            # As pairs of numbers: so no kernel is kept for complex dtypes, and every call is checked for conjugates.
+            arguments = (*map(torch.view_as_real, arguments[:4]), *arguments[4:])
         k, v = arguments[:2]
         self.call((k.dtype,), (_vector_bytes(k, v), target_of(k)), *arguments)
 
@@ -77,8 +80,12 @@ def check(
 ) -> None:
     """Raises for what the glue in csrc/elementwise/store_cache.h refuses."""
     named = {"k": k, "v": v, "k_cache": k_cache, "v_cache": v_cache}
-    _check_kinds(named, indices, row_bytes, num_split, skip_index)
+    row_bytes, num_split, _ = _check_types(k, v, k_cache, v_cache, indices, row_bytes, num_split, skip_index)
+    _check_kinds(named, indices, row_bytes, num_split)
     checks.supported_device("k", k)
+    for name, value in named.items():
+        if value.is_conj():
+            raise ValueError(f"{name} must not be a conjugate view, whose bytes are not its values: resolve_conj() it")
     alignment = _vector_bytes(k, v)
     rows = {name: _as_rows(name, value, alignment) for name, value in named.items()}
     checks.storage("indices", indices)
@@ -94,13 +101,22 @@ def check(
             checks.no_overlap(cache, rows[cache], other, rows[other], even_exactly=True)
 
 
-def _check_kinds(
-    named: dict[str, torch.Tensor], indices: torch.Tensor, row_bytes: Any, num_split: Any, skip_index: Any
-) -> None:
+def _check_types(
+    k: Any, v: Any, k_cache: Any, v_cache: Any, indices: Any, row_bytes: Any, num_split: Any, skip_index: Any
+) -> tuple[int, int, int | None]:
+    """What torch's dispatcher would refuse in words of its own. Returns the numbers as Python's own."""
+    for name, value in (("k", k), ("v", v), ("k_cache", k_cache), ("v_cache", v_cache), ("indices", indices)):
+        checks.tensor(name, value)
+    return (
+        checks.integer("row_bytes", row_bytes),
+        checks.integer("num_split", num_split),
+        None if skip_index is None else checks.integer("skip_index", skip_index),
+    )
+
+
+def _check_kinds(named: dict[str, torch.Tensor], indices: torch.Tensor, row_bytes: int, num_split: int) -> None:
     """What can be said of tensors without storage."""
     k = named["k"]
-    for name, value in (*named.items(), ("indices", indices)):
-        checks.tensor(name, value)
     for name, value in named.items():
         checks.dtype(name, value, (k.dtype,))
         checks.device(name, value, "k", k)
@@ -117,15 +133,10 @@ def _check_kinds(
     slots, v_slots = named["k_cache"].shape[0], named["v_cache"].shape[0]
     if slots != v_slots:
         raise ValueError(f"v_cache must have {slots} slots like k_cache, got {v_slots}")
-    for name, number in (("row_bytes", row_bytes), ("num_split", num_split), ("skip_index", skip_index)):
-        if not checks.is_integer(number) and (name != "skip_index" or number is not None):
-            raise TypeError(f"{name} must be an int, got {type(number).__name__}")
     if row_bytes not in (0, _row_bytes(k)):
         raise ValueError(f"row_bytes must be 0 or {_row_bytes(k)}, the bytes in a row of k, got {row_bytes}")
     if num_split not in _NUM_SPLITS:
         raise ValueError(f"num_split must be 0, 1, 2 or 4, got {num_split}")
-    if skip_index is not None and not -(1 << 63) <= skip_index < 1 << 63:
-        raise ValueError(f"skip_index must fit 64 bits, got {skip_index}")
 
 
 def _as_rows(name: str, value: torch.Tensor, alignment: int) -> torch.Tensor:
@@ -158,7 +169,7 @@ def first_store_cache(*arguments: Any) -> None:
     """The way of a call that finds no kernel or is refused by it: says what is wrong, or gets the right kernel."""
     tensors = arguments[:5]
     if is_traced(*tensors):
-        return dispatch_store_cache(*arguments)
+        return dispatch_store_cache(*tensors, *_check_types(*arguments))
     check(*arguments)
     if needs_grad(*tensors):
         raise RuntimeError("store_cache has no gradient: call it under torch.no_grad()")
@@ -211,7 +222,7 @@ def _fake(
     skip_index: int | None = None,
 ) -> None:
     named = {"k": k, "v": v, "k_cache": k_cache, "v_cache": v_cache}
-    _check_kinds(named, indices, row_bytes, num_split, skip_index)
+    _check_kinds(named, indices, row_bytes, num_split)
     build_while_tracing(STORE_CACHE, k, _vector_bytes(k, v))
 
 

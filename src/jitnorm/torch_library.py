@@ -48,6 +48,17 @@ def needs_grad(*tensors: object) -> bool:
     return torch.is_grad_enabled() and any(isinstance(t, torch.Tensor) and t.requires_grad for t in tensors)
 
 
+def refuse_torch_func(op: str, *tensors: object) -> None:
+    """RuntimeError where torch.func is to differentiate a call on these, which it cannot."""
+    if any(
+        isinstance(t, torch.Tensor) and torch._C._functorch.is_gradtrackingtensor(t) and needs_grad(t) for t in tensors
+    ):
+        raise RuntimeError(
+            f"{op} has no derivative in torch.func: use backward() or torch.autograd.grad, "
+            "or modules of jitnorm.nn, whose norms PyTorch computes inside torch.func"
+        )
+
+
 def refuse_unwritable(op: str, *needed: object, **written: torch.Tensor) -> None:
     """RuntimeError where torch would not let one of these be overwritten by what is computed from it and from `needed`.
 
