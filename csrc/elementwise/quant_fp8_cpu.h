@@ -12,13 +12,15 @@ float largest_magnitude(const T* x, index_t count) {
   floats most{};
   index_t i = 0;
   for (; i + kLanes <= count; i += kLanes) most = larger(most, magnitude(load(x + i)));
-  return largest(larger(most, magnitude(load_first(x + i, static_cast<int>(count - i)))));
+  if (i < count) most = larger(most, magnitude(load_first(x + i, static_cast<int>(count - i))));
+  return largest(most);
 }
 
 template <typename T>
 void quantise(e4m3_t* y, const T* x, index_t count, float scale) {
   index_t i = 0;
   for (; i + kLanes <= count; i += kLanes) store(y + i, load(x + i) / scale);
+  if (i == count) return;  // an empty tensor has no address
   e4m3_t last[kLanes];
   store(last, load_first(x + i, static_cast<int>(count - i)) / scale);
   __builtin_memcpy(y + i, last, count - i);

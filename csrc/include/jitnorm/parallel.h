@@ -1,8 +1,9 @@
-// Rows over the threads of OpenMP. torch brings its own libgomp and the linker finds that one loaded, so that
-// torch.set_num_threads counts here too.
+// Rows over the threads of OpenMP, as many as torch would use: torch.set_num_threads counts here too.
 #pragma once
 #include "jitnorm/ffi.h"
 #include "jitnorm/interpreter.h"
+
+extern "C" int omp_get_max_threads();
 
 #define JITNORM_CPU_MODULE(NAME, KERNEL) \
   JITNORM_OPERATOR(NAME, KERNEL)         \
@@ -21,6 +22,16 @@ inline Outcome run_serially(const TVMFFIAny*, int) {
 template <typename Kernel>
 bool runs_on(Kernel, DLDevice device) {
   return device.device_type == kDLCPU;
+}
+
+// OpenMP keeps its number for each thread, so that a new Python thread would not know what another one set. torch's
+// at::get_num_threads does. It is found by name, as a library is bound to no version of torch.
+inline int num_threads() {
+  static const auto of_torch = [] {
+    void* torch = dlopen("libtorch_cpu.so", RTLD_LAZY | RTLD_NOLOAD);
+    return reinterpret_cast<int (*)()>(torch ? dlsym(torch, "_ZN2at15get_num_threadsEv") : nullptr);
+  }();
+  return of_torch ? of_torch() : omp_get_max_threads();
 }
 
 constexpr index_t kParallelElements = 1 << 15;  // below, waking the threads takes longer than the work
@@ -55,7 +66,7 @@ Outcome launch(Kernel, const typename Kernel::params_t& params, DLDevice, bool) 
     run_rows<Kernel>(params, 0, rows);
     return Outcome::kDone;
   }
-#pragma omp parallel for schedule(static)
+#pragma omp parallel for schedule(static) num_threads(num_threads())
   for (index_t row = 0; row < rows; row += chunk)
     run_rows<Kernel>(params, row, row + chunk < rows ? row + chunk : rows);
   return Outcome::kDone;
