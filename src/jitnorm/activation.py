@@ -34,8 +34,8 @@ def silu_and_mul(
 
     Args:
         input: `[..., 2 * d]`, float16, bfloat16 or float32, on the CPU or a CUDA device. The last stride is 1 and the
-            leading dimensions collapse to one row stride. d is any positive number, in half precision an even one; on
-            CUDA rows are aligned to 16 bytes where d is a multiple of 16 bytes, and else to 8 or 4, as d is.
+            leading dimensions collapse to one row stride. d is any number, zero included, in half precision an even
+            one; on CUDA rows are aligned to 16 bytes where d is a multiple of 16 bytes, and else to 8 or 4, as d is.
         out: `[..., d]`, written; of the input's dtype and device, sharing no memory with it. Allocated where None. A
             call with it has no gradient; whether it requires one itself is not asked: it is data, as under no_grad.
         enable_pdl: programmatic dependent launch; None means on where the GPU has it. The bits are the same.

@@ -31,9 +31,10 @@ def store_cache(
     or a mixture of both, is not defined.
 
     Args:
-        k: `[num_tokens, ...]`, of any dtype, on the CPU or a CUDA device; contiguous within a row, with any stride from
-            row to row, as of a slice of fused QKV. A row is a multiple of 4 bytes; on CUDA rows are aligned to 16
-            bytes where those of k and v both are multiples of 16, and else to 8 or 4.
+        k: `[num_tokens, ...]`, of any dtype but PyTorch's quantised ones, on the CPU or a CUDA device; contiguous
+            within a row, with any stride from row to row, as of a slice of fused QKV. No conjugate view, like those
+            below. A row is a multiple of 4 bytes; on CUDA rows are aligned to 16 bytes where those of k and v both are
+            multiples of 16, and else to 8 or 4.
         v: `[num_tokens, ...]`, likewise, of k's dtype and device; its rows may have another width.
         k_cache: `[num_slots, ...]`, written; of k's dtype and device, its rows of as many bytes as k's, with any stride
             that keeps them apart. Shares no memory with any other argument.
