@@ -15,8 +15,8 @@ from faults import calls, campaign
 from faults.inject import Injection, compile_library
 
 SEED = 12
-FAULTS = 40
-CALLS = 700
+FAULTS = 30
+CALLS = 500
 
 
 def lines(counts: campaign.Counts) -> str:
