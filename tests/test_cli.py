@@ -83,7 +83,10 @@ def used_days_ago(entries: list[Entry], days: tuple[float, ...]) -> None:
 def leave_behind(cache: Path) -> tuple[Path, Path, Path]:
     """What an old unfinished build, a running one and a failed one leave."""
     kernel = "rmsnorm_64_bf16.cpu_x86_64"
-    old, running = cache / "staging" / f"{kernel}.host.12.abcdefgh", cache / "staging" / f"{kernel}.host.13.abcdefgh"
+    old, running = (
+        cache / "staging" / f"{kernel}.host.0a1b2c3d.12.abcdefgh",
+        cache / "staging" / f"{kernel}.host.0a1b2c3d.13.abcdefgh",
+    )
     failed = cache / "quarantine" / f"failed.{kernel}.01234567"
     for folder in (old, running, failed):
         folder.mkdir(parents=True)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import socket
 import time
 from types import SimpleNamespace
 
@@ -30,7 +29,7 @@ def test_who_comes_second_uses_the_first_ones(cache_dir):
     first = build(SPEC)
     place = Cache(cache_dir)
     with place.staging(SPEC) as staging:
-        (staging / "manifest.json").write_text("{}")
+        staging.write("manifest.json", b"{}")
         assert place.publish(staging, SPEC, first.path.name).path == first.path
     assert entries(cache_dir) == [first.path] and not list((cache_dir / "staging").iterdir())
     first.verify()
@@ -42,9 +41,8 @@ def test_publishing_over_a_damaged_entry(cache_dir, capfd):
     first.library.write_bytes(b"")
     place = Cache(cache_dir)
     with place.staging(SPEC) as staging:
-        (staging / first.library.name).write_bytes(content)
-        (staging / "manifest.json").write_text((first.path / "manifest.json").read_text())
-        os.chmod(staging / first.library.name, 0o600)
+        staging.write(first.library.name, content)
+        staging.write("manifest.json", (first.path / "manifest.json").read_bytes())
         place.publish(staging, SPEC, first.path.name).verify()
     assert capfd.readouterr().err.count("is not used") == 1
 
@@ -55,7 +53,7 @@ def test_a_lock_that_is_never_released_delays_a_build_and_no_more(cache_dir, mon
     monkeypatch.setattr(builder, "_LOCK_S", 0.2)
     other = rmsnorm_spec(128, torch.float32, torch.float32, Target("cpu"))
     toolchain = toolchain_module.require("cpu", None).key
-    (cache_dir / "staging" / f"{other.name}.{other.target.sm}.some.host.4711.0123abcd").mkdir()
+    (cache_dir / "staging" / f"{other.name}.{other.target.sm}.some.host.0a1b2c3d.4711.0123abcd").mkdir()
     with Cache(cache_dir).build_lock(other, toolchain) as taken:
         assert taken
         started = time.monotonic()
@@ -126,8 +124,8 @@ def test_sources_that_change_under_a_process_are_not_published(cache_dir, tmp_pa
 def test_leftovers(cache_dir):
     home = build(SPEC).path.parent.name
     name = home.rpartition(".")[0]
-    young, old = f"{name}.some.host.12.abcd_123", f"{name}.other.13.efgh5678"
-    dead = f"{name}.{socket.gethostname()}.14.01234567"
+    young, old = f"{name}.some.host.0a1b2c3d.12.abcd_123", f"{name}.other.0a1b2c3d.13.efgh5678"
+    dead = f"{name}.this.host.{cache._boot()}.14.01234567"
     quarantined = {f"{home}.0123abcd", f"failed.{name}.0123abcd"}
     ages = {f"staging/{young}": 60, f"staging/{old}": 2 * 86400, f"staging/{dead}": 0}
     for folder, age in (ages | {f"quarantine/{n}": 60 for n in quarantined}).items():
@@ -138,7 +136,7 @@ def test_leftovers(cache_dir):
     with Cache(cache_dir).staging(SPEC) as staging:
         # A build under way is its process's, and one on another host may be under way. The dead one is removed.
         assert {p.name for p in Cache(cache_dir).leftovers()} == {old, *quarantined}
-        assert {p.name for p in (cache_dir / "staging").iterdir()} == {young, old, staging.name}
+        assert {p.name for p in (cache_dir / "staging").iterdir()} == {young, old, staging.path.name}
 
 
 def test_what_is_not_ours_is_left_alone(cache_dir):

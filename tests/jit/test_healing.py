@@ -11,7 +11,6 @@ import os
 import shlex
 import shutil
 import signal
-import socket
 import sys
 import threading
 import time
@@ -23,7 +22,7 @@ from click.testing import CliRunner
 
 from jitnorm.cli import main
 from jitnorm.jit import build as builder
-from jitnorm.jit import library, toolchain
+from jitnorm.jit import cache, library, toolchain
 from jitnorm.jit import load as engine
 from jitnorm.jit.build import BuildError, BuildInterrupted, build
 from jitnorm.jit.cache import Cache, Entry
@@ -139,7 +138,7 @@ def test_a_prebuilt_library_that_does_not_load_is_built(copier, cache_dir, tmp_p
 
 
 def host_folder(name: str) -> str:
-    return f"{SPEC.name}.{SPEC.target.sm}.{socket.gethostname()}.4711.{name}"
+    return f"{SPEC.name}.{SPEC.target.sm}.some.host.{cache._boot()}.4711.{name}"
 
 
 def test_a_build_removes_what_dead_processes_left(copier, cache_dir):
@@ -370,8 +369,8 @@ def test_a_signal_is_no_failure(copier, cache_dir, signal_to_ninja):
             time.sleep(0.01)
         for process in Path("/proc").glob("[0-9]*"):
             with contextlib.suppress(OSError):
-                arguments = (process / "cmdline").read_bytes().split(b"\0")
-                if arguments[0].endswith(b"ninja") and os.fsencode(cache_dir) in arguments[2]:
+                inside = os.readlink(process / "cwd").startswith(os.fspath(cache_dir))
+                if inside and (process / "comm").read_text().strip() == "ninja":
                     os.kill(int(process.name), signal_to_ninja)
 
     thread = threading.Thread(target=interrupt)
@@ -415,9 +414,10 @@ def test_ctrl_c_on_the_terminal_does_not_reach_the_compiler(copier, cache_dir):
     assert copier.builds == 1
 
 
-def test_compilers_end_with_the_process_that_started_them(copier, cache_dir):
+@pytest.mark.parametrize("listens", [True, False])
+def test_compilers_end_with_the_process_that_started_them(copier, cache_dir, listens):
     seconds = f"1000.{os.getpid()}"
-    copier.then(f"sleep {seconds}")
+    copier.then(f"{'' if listens else 'trap : TERM; '}sleep {seconds}; {'' if listens else f'sleep {seconds}'}")
     process = start("import torch, jitnorm.rmsnorm\nx = torch.randn(5, 512)\njitnorm.rmsnorm(x, x[0])")
     while not running(f"sleep\0{seconds}"):
         assert process.poll() is None, process.communicate()
@@ -434,11 +434,134 @@ def test_compilers_end_with_the_process_that_started_them(copier, cache_dir):
 
 
 def test_a_library_without_memory_files_is_loaded_from_a_private_file(copier, cache_dir, tmp_path, monkeypatch):
-    def missing(*_):
-        raise OSError(errno.ENOSYS, "Function not implemented")
-
     (tmp_path / "own").mkdir()
     monkeypatch.setattr(library.tempfile, "tempdir", str(tmp_path / "own"))
-    monkeypatch.setattr(library.os, "memfd_create", missing)
+    monkeypatch.setattr(library, "_can_load_from_memory", lambda: False)
     call()
     assert not list((tmp_path / "own").iterdir())
+
+
+def test_what_this_process_lacks_is_no_fault_of_the_entry(copier, cache_dir, monkeypatch):
+    """Descriptors, memory or room: the entry stays for others."""
+    entry = build(SPEC)
+    entry.release()
+
+    def no_room(*_):
+        raise OSError(errno.EFBIG, "File too large")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(library, "_write", no_room)
+        with pytest.raises(RuntimeError, match=r"at this moment: .*File too large"):
+            engine.load(SPEC)
+    entry.verify()
+    call()
+    assert copier.builds == 1
+
+
+def test_where_the_loader_may_not_use_files_in_memory(copier, cache_dir, monkeypatch):
+    """The rules of some systems forbid it. A private file serves, and the entry is not blamed."""
+    real = library.ctypes.CDLL
+
+    def forbidden(path, *arguments, **keywords):
+        if str(path).startswith("/proc/self/fd"):
+            raise OSError(f"{path}: failed to map segment from shared object")
+        return real(path, *arguments, **keywords)
+
+    monkeypatch.setattr(library.ctypes, "CDLL", forbidden)
+    call()
+    assert copier.builds == 1 and not (cache_dir / "quarantine").exists()
+
+
+def test_where_there_are_no_locks_nothing_looks_abandoned(copier, cache_dir, monkeypatch):
+    def none(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", none)
+    cache.create(cache_dir)
+    with Cache(cache_dir).staging(SPEC) as staging:
+        build(SPEC)
+        assert staging.path.is_dir()
+    assert not list((cache_dir / "staging").iterdir())
+
+
+@pytest.mark.parametrize("status", [1, 139, 200, 255])
+def test_a_compiler_that_crashes_is_not_started_again(copier, status):
+    copier.then(f"exit {status}")
+    for _ in range(2):
+        with pytest.raises(BuildError):
+            engine.load(SPEC)
+    assert copier.builds == 1
+
+
+def test_a_cache_with_a_newline_in_its_path(copier, cache_dir, monkeypatch):
+    monkeypatch.setenv("JITNORM_CACHE_DIR", f"{cache_dir}\nx")
+    call()
+    call()
+    assert copier.builds == 1
+
+
+def test_an_entry_that_neither_loads_nor_moves(copier, cache_dir, monkeypatch, capfd):
+    entry = build(SPEC)
+    entry.release()
+    publish_content(entry, b"\x7fELF")
+    monkeypatch.setattr(Cache, "quarantine", lambda *_, **__: None)  # as in a read-only cache
+    call()
+    assert copier.builds == 2 and "This process keeps its own" in capfd.readouterr().err
+
+
+def test_show_of_an_entry_that_others_can_write(copier):
+    entry = build(SPEC)
+    entry.path.chmod(0o775)
+    result = CliRunner().invoke(main, ["cache", "show", str(entry.path)])
+    assert result.exit_code == 1 and "can be written by other users" in result.output, result.exception
+
+
+def test_nobody_reads_what_is_said(copier, cache_dir, monkeypatch):
+    entry = build(SPEC)
+    entry.release()
+    entry.library.write_bytes(b"damaged")
+    read, write = os.pipe()
+    os.close(read)
+    monkeypatch.setattr(sys, "stderr", os.fdopen(write, "w"))
+    call()
+
+
+def test_more_descriptors_than_select_takes(copier, cache_dir):
+    import resource
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard < 1200:
+        pytest.skip("the hard limit of descriptors is below 1200")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, 1200), hard))
+    held = []
+    try:
+        while not held or held[-1] < 1100:
+            held.append(os.open("/dev/null", os.O_RDONLY))
+        call()
+    finally:
+        for fd in held:
+            os.close(fd)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_removing_stays_inside_though_folders_are_exchanged_for_links(tmp_path, monkeypatch):
+    """Whoever has a folder of the tree open can exchange what lies in it while it is removed."""
+    tree, victim = tmp_path / "cache" / "tree", tmp_path / "victim"
+    (tree / "a" / "b").mkdir(parents=True)
+    (victim / "b").mkdir(parents=True)
+    (victim / "b" / "file").touch()
+    (tmp_path / "cache").chmod(0o700)
+    real, exchanged = os.rmdir, []
+
+    def busy(name, *arguments, **keywords):
+        if name == "b" and not exchanged:
+            exchanged.append(name)
+            (tree / "a").rename(tree / "moved")
+            (tree / "a").symlink_to(victim)
+            raise OSError(errno.ENOTEMPTY, "Directory not empty")
+        real(name, *arguments, **keywords)
+
+    monkeypatch.setattr(os, "rmdir", busy)
+    with Folder.root(tmp_path / "cache") as folder, contextlib.suppress(OSError):
+        folder.remove("tree")
+    assert exchanged and (victim / "b" / "file").exists()

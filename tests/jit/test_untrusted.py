@@ -21,6 +21,7 @@ from jitnorm.jit import cache
 from jitnorm.jit import load as engine
 from jitnorm.jit.build import build, write_sources
 from jitnorm.jit.cache import Cache, Entry
+from jitnorm.jit.folder import Folder
 from jitnorm.jit.spec import Target
 from jitnorm.jit.toolchain import Compiler, Toolchain
 from jitnorm.rmsnorm import rmsnorm_spec
@@ -193,7 +194,8 @@ def test_a_path_of_any_bytes_builds(copier, cache_dir, tmp_path, monkeypatch):
 
 def test_paths_are_quoted_for_the_shell_and_for_ninja(tmp_path):
     odd = Compiler("/x/$HOME `id` 'q'/g++", "1", 0, 0)
-    write_sources(SPEC, tmp_path, Toolchain(odd))
+    with Folder.root(tmp_path) as folder:
+        write_sources(SPEC, folder, Toolchain(odd))
     line = (tmp_path / "paths.ninja").read_text().splitlines()[0]
     assert line == """cxx = '/x/$$HOME `id` '"'"'q'"'"'/g++'"""
 
@@ -298,6 +300,6 @@ def test_a_jump_of_the_clock_removes_no_build_under_way(copier, cache_dir, monke
     with Cache(cache_dir).staging(SPEC) as staging:
         now = time.time()
         monkeypatch.setattr(time, "time", lambda: now + 10 * 86400)
-        assert staging not in Cache(cache_dir).leftovers()
+        assert staging.path not in Cache(cache_dir).leftovers()
         CliRunner().invoke(main, ["cache", "clear", "--yes"])
-        assert staging.is_dir()
+        assert staging.path.is_dir()

@@ -198,7 +198,7 @@ def _problem(row: Row) -> str | None:
         content = row.entry.verify()
         library = check_library(content, [])
         with ChildCheck() as child:
-            child.check(str(row.entry.library), library)
+            child.check(content, library)
     except (store.BadEntry, BadLibrary, OSError) as problem:
         return str(problem)
     return None

@@ -19,7 +19,7 @@ from tvm_ffi import libinfo
 
 from jitnorm._version import __version__
 from jitnorm.jit import cache, toolchain
-from jitnorm.jit.folder import Folder, Unfit
+from jitnorm.jit.folder import Folder, Unfit, close
 from jitnorm.jit.library import BadLibrary, ChildCheck, check_cubin, check_library
 from jitnorm.jit.report import say
 from jitnorm.jit.spec import CSRC, CUBIN_ASSEMBLY, KernelSpec
@@ -41,7 +41,8 @@ _QUIET_S = 1.0  # a build that lasts longer says what it is
 _REPORT_S = 30.0  # and then, this often, what it waits for
 _BUILD_LIMIT_S = 900.0
 _LOCK_S = 120.0  # a lock saves work; after this long, doing the work is quicker
-_MAX_LOG_BYTES = 1 << 22
+_LOG = "build.log"
+_MAX_LOG_BYTES = 1 << 26
 _MAX_OUTPUT_BYTES = 1 << 28
 
 # Its standard input is a pipe that nobody writes to: it ends when the process that wants the build closes it or ends,
@@ -49,9 +50,18 @@ _MAX_OUTPUT_BYTES = 1 << 28
 # Ctrl-C on a terminal reaches the process that wants the build alone.
 _SUPERVISOR = """
 exec 3<&0 </dev/null
-"$0" -C "$1" 3<&- &
+"$0" 3<&- &
 ninja=$!
-{ read -r _ <&3; kill -TERM $ninja; } >/dev/null 2>&1 &
+{
+  read -r _ <&3
+  kill -TERM $ninja
+  sleep 2
+  for process in /proc/[0-9]*; do
+    read -r stat < $process/stat
+    set -- ${stat##*) }
+    [ "$4" != $$ ] || kill -KILL ${process#/proc/}
+  done
+} >/dev/null 2>&1 &
 watcher=$!
 wait $ninja
 status=$?
@@ -103,33 +113,32 @@ def _build(spec: KernelSpec, place: cache.Cache, tools: toolchain.Toolchain, ann
                 continue  # once may be chance: a full disk, a killed linker
             if spec.sources_changed:
                 raise RuntimeError("jitnorm's sources changed after this process read them: start it anew")
-            for scrap in (".ninja_log", ".ninja_deps", "build.log", "host.o", "kernel.cubin", "library.so"):
-                (staging / scrap).unlink(missing_ok=True)
+            for scrap in (".ninja_log", ".ninja_deps", _LOG, "host.o", "kernel.cubin", "library.so"):
+                staging.remove(scrap)
             cache.seal(staging, content, manifest(spec, tools, time.monotonic() - started))
             return place.publish(staging, spec, tools.key)
     raise AssertionError
 
 
-def _checked_output(spec: KernelSpec, staging: Path, child: ChildCheck) -> bytes:
-    """The library that the compilers wrote. Raises _Damaged unless it is whole, and can be opened."""
-    with Folder.root(staging) as folder:
-        try:
-            content = folder.read("library.so", _MAX_OUTPUT_BYTES)
-            library = check_library(content, [spec.entry])
-            if spec.target.device == "cuda":
-                cubin = folder.read("kernel.cubin", _MAX_OUTPUT_BYTES)
-                check_cubin(cubin, spec.name)
-                if cubin not in content:
-                    raise BadLibrary("it does not hold the cubin")
-            child.check(str(staging / "library.so"), library)
-        except FileNotFoundError:
-            raise _Damaged("wrote no library") from None
-        except (BadLibrary, Unfit) as error:
-            raise _Damaged(f"wrote a library that cannot be used: {error}") from None
+def _checked_output(spec: KernelSpec, staging: Folder, child: ChildCheck) -> bytes:
+    """Return the library that the compilers wrote. Raises _Damaged unless it is whole, and can be opened."""
+    try:
+        content = staging.read("library.so", _MAX_OUTPUT_BYTES)
+        library = check_library(content, [spec.entry])
+        if spec.target.device == "cuda":
+            cubin = staging.read("kernel.cubin", _MAX_OUTPUT_BYTES)
+            check_cubin(cubin, spec.name)
+            if cubin not in content:
+                raise BadLibrary("it does not hold the cubin")
+        child.check(content, library)
+    except FileNotFoundError:
+        raise _Damaged("wrote no library") from None
+    except (BadLibrary, Unfit) as error:
+        raise _Damaged(f"wrote a library that cannot be used: {error}") from None
     return content
 
 
-def write_sources(spec: KernelSpec, folder: Path, tools: toolchain.Toolchain) -> None:
+def write_sources(spec: KernelSpec, folder: Folder, tools: toolchain.Toolchain) -> None:
     """Write all that ninja needs to build `spec` in `folder`."""
     ffi_library = Path(libinfo.find_libtvm_ffi())
     paths = {
@@ -141,10 +150,10 @@ def write_sources(spec: KernelSpec, folder: Path, tools: toolchain.Toolchain) ->
     }
     if tools.nvcc:
         paths |= {"nvcc": tools.nvcc.path, "cuda_include": os.path.join(tools.nvcc.top, "include")}
-        (folder / "cubin.s").write_text(CUBIN_ASSEMBLY)
-    (folder / spec.source_name).write_text(spec.source)
-    (folder / "build.ninja").write_text(spec.ninja)
-    (folder / "paths.ninja").write_bytes(b"".join(_ninja_variable(name, path) for name, path in paths.items()))
+        folder.write("cubin.s", CUBIN_ASSEMBLY.encode())
+    folder.write(spec.source_name, spec.source.encode())
+    folder.write("build.ninja", spec.ninja.encode())
+    folder.write("paths.ninja", b"".join(_ninja_variable(name, path) for name, path in paths.items()))
 
 
 def _ninja_variable(name: str, path: str) -> bytes:
@@ -172,24 +181,25 @@ def manifest(spec: KernelSpec, tools: toolchain.Toolchain, seconds: float) -> di
     }
 
 
-def _run_ninja(spec: KernelSpec, place: cache.Cache, staging: Path, announce: bool) -> None:
+def _run_ninja(spec: KernelSpec, place: cache.Cache, staging: Folder, announce: bool) -> None:
     ninja = toolchain.find_ninja()
     if not ninja:
         raise RuntimeError("jitnorm needs ninja and found none, beside this Python or on the PATH: pip install ninja")
     # Flags that nobody sees are in no key, and errors are looked for in English.
     environment = {k: v for k, v in os.environ.items() if k not in ("NVCC_APPEND_FLAGS", "NVCC_PREPEND_FLAGS")}
     environment["LC_ALL"] = "C"
-    log = staging / "build.log"
     with ExitStack() as stack:
-        output = stack.enter_context(log.open("wb"))
+        output = staging.open_file(_LOG, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
+        stack.callback(close, output)
         theirs, ours = (os.fdopen(fd, mode, 0) for fd, mode in zip(os.pipe(), ("rb", "wb"), strict=True))
         stack.enter_context(ours)
         with theirs:
             run = subprocess.Popen(
-                ["/bin/sh", "-c", _SUPERVISOR, ninja, str(staging)],
+                ["/bin/sh", "-c", _SUPERVISOR, ninja],
                 stdin=theirs,
                 stdout=output,
                 stderr=subprocess.STDOUT,
+                cwd=staging.descriptor_path,
                 env=environment,
                 start_new_session=True,
             )
@@ -199,16 +209,15 @@ def _run_ninja(spec: KernelSpec, place: cache.Cache, staging: Path, announce: bo
             if run.poll() != 0:  # compilers may go on where ninja was killed
                 ours.close()
                 _end_session(run)
-    with Folder.root(staging) as folder:
-        try:
-            words = folder.read("build.log", _MAX_LOG_BYTES).decode(errors="replace")
-        except (OSError, Unfit) as error:
-            words = f"error: the log cannot be read: {error}"
+    try:
+        words = staging.read(_LOG, _MAX_LOG_BYTES).decode(errors="replace")
+    except (OSError, Unfit) as error:
+        words = f"error: the log cannot be read: {error}"
     if not ended:
         raise _failed(spec, place, staging, f"the compilers did not end within {_BUILD_LIMIT_S:.0f} s")
     if run.returncode:
         _raise_if_full(place, spec, words)
-        if run.returncode < 0 or run.returncode >= 128 or _ENDED_BY_SIGNAL.search(words):
+        if run.returncode < 0 or run.returncode in _SIGNALLED or _ENDED_BY_SIGNAL.search(words):
             raise BuildInterrupted(f"the build of {spec} was interrupted: {first_error(words)}")
         raise _failed(spec, place, staging, first_error(words))
 
@@ -255,10 +264,10 @@ def _session(leader: int) -> list[tuple[int, str]]:
     return found
 
 
-def _failed(spec: KernelSpec, place: cache.Cache, staging: Path, why: str) -> BuildError:
+def _failed(spec: KernelSpec, place: cache.Cache, staging: Folder, why: str) -> BuildError:
     """The error of a failed build, whose folder is kept for its log."""
     kept = place.keep_failed(staging, spec)
-    log = f"\nThe whole log: {kept / 'build.log'}" if kept else ""
+    log = f"\nThe whole log: {kept / _LOG}" if kept else ""
     return BuildError(f"jitnorm cannot build {spec}: {why}{log}")
 
 
@@ -276,6 +285,7 @@ _MIN_FREE_BYTES = 1 << 16
 _NO_ROOM = re.compile(
     "No space left on device|Disk quota exceeded|Read-only file system|File too large|File size limit exceeded"
 )
+_SIGNALLED = (129, 130, 137, 143)  # SIGHUP, SIGINT, SIGKILL and SIGTERM; ninja passes others on, as of a compiler's bug
 _ENDED_BY_SIGNAL = re.compile(
     r"^(Killed|Terminated|Hangup|Interrupt)\b|died due to signal (1|2|9|15)\b"
     r"|(Killed|Terminated|Hangup|Interrupt) signal terminated program",

@@ -52,7 +52,7 @@ _SPEC = r"\w+\.(?:sm|cpu)_\w+"
 _HOME = re.compile(rf"{_SPEC}\.[0-9a-f]{{16}}")
 _TOOLCHAIN = re.compile(r"[0-9a-f]{12}")
 _OURS = {
-    STAGING: re.compile(rf"{_SPEC}\.(?P<host>.+)\.\d+\.[0-9a-z_]{{8}}|removed\.[0-9a-f]{{16}}"),
+    STAGING: re.compile(rf"{_SPEC}\..+\.(?P<boot>[0-9a-f]{{8}})\.\d+\.[0-9a-z_]{{8}}|removed\.[0-9a-f]{{16}}"),
     # What lay where one of the folders should be is not among them: it may be somebody's, and stays in quarantine.
     QUARANTINE: re.compile(rf"(?:failed\.{_SPEC}|{_HOME.pattern}.*|(?:cpu|cuda)-[0-9a-f]{{16}}.*)\.[0-9a-f]{{8}}"),
     _FORMER_QUARANTINE: re.compile(rf"(?:failed\.{_SPEC}|{_HOME.pattern})\.[0-9a-f]{{8}}"),
@@ -66,6 +66,7 @@ _MAX_REMEMBERED = 64  # files of `toolchains`: one for each environment
 _MAX_MANIFEST_BYTES = 1 << 20
 _MAX_LIBRARY_BYTES = 1 << 28
 _CLEANING_S = 0.5
+_HOLD_TRIES = 5
 _DAY_S = 86400.0
 _CACHEDIR_TAG = b"Signature: 8a477f597d28d172789f06886806bc55\n# Compiled kernels of jitnorm; safe to delete.\n"
 
@@ -104,7 +105,7 @@ class Entry:
         """Open the entry's folder. Raises Unfit or OSError, as `Folder.root`."""
         return _open(self.root, self.path.parts[-3:], self.prebuilt)
 
-    @functools.cached_property
+    @property
     def manifest(self) -> dict[str, Any]:
         """Return what was written when the entry was built. Raises BadEntry where that cannot be read."""
         try:
@@ -130,10 +131,14 @@ class Entry:
         with self.open() as folder:
             return folder.stat(MANIFEST).st_mtime
 
-    @functools.cached_property
+    @property
     def content(self) -> bytes:
-        """Return the bytes of the library, which are those that were built. Raises as `verify`."""
-        return self.verify()
+        """Return the bytes of the library, which are those that were built. They are read once. Raises as `verify`."""
+        # Not functools.cached_property: before Python 3.12 it takes a lock, which a fork in another thread leaves held.
+        content: bytes | None = self.__dict__.get("_content")
+        if content is None:
+            content = self.__dict__["_content"] = self.verify()
+        return content
 
     def verify(self) -> bytes:
         """Return the library's bytes, if they are what was built for the folder that the entry is in.
@@ -158,7 +163,10 @@ class Entry:
         with suppress(OSError, Unfit), self.open() as folder:
             fd = folder.open_file(MANIFEST, os.O_RDONLY)
             _held[self.path] = fd
-            lock(fd, shared=True)
+            for _ in range(_HOLD_TRIES):
+                if lock(fd, shared=True) is not False:
+                    break
+                time.sleep(0.002)  # another process asks whether it is in use, or removes it, or is hostile
             os.utime(fd)
 
     def release(self) -> None:
@@ -167,7 +175,11 @@ class Entry:
             close(fd)
 
     def in_use(self) -> bool:
-        """Return whether a process has loaded the entry, or that cannot be known."""
+        """Return whether a process has marked the entry as in use, or that cannot be found out.
+
+        On a file system without locks nothing can be marked. Removing a loaded kernel harms no process: what it loaded
+        is in its memory.
+        """
         with self._removable() as removable:
             return not removable
 
@@ -379,29 +391,29 @@ class Cache:
                 return folder
 
     @contextmanager
-    def staging(self, spec: KernelSpec) -> Iterator[Path]:
+    def staging(self, spec: KernelSpec) -> Iterator[Folder]:
         """Create a private folder to build in, on the file system of the cache.
 
         It is removed at the end of the block, unless it was renamed. What dead processes left there is removed first.
         """
         with self.open(STAGING, create=True) as staging:
             self.clean(_CLEANING_S)
-            holder = f"{spec.name}.{spec.target.sm}.{socket.gethostname()}.{os.getpid()}"
+            holder = f"{spec.name}.{spec.target.sm}.{socket.gethostname()}.{_boot()}.{os.getpid()}"
             with staging.temporary_folder(holder) as folder:
-                yield folder.path
+                yield folder
 
     def builders(self, spec: KernelSpec) -> list[str]:
         """Return who is building this kernel, as "process 12 on host"."""
         start = f"{spec.name}.{spec.target.sm}."
         try:
             with _open(self.root, (STAGING,), False) as staging:
-                names = [name for name in staging.names() if name.startswith(start) and name.count(".") >= 4]
+                names = [name for name in staging.names() if name.startswith(start) and name.count(".") >= 5]
         except (Unfit, OSError):
             return []
-        parts = [name[len(start) :].rsplit(".", 2) for name in names]
-        return [f"process {pid} on {host}" for host, pid, _ in parts]
+        parts = [name[len(start) :].rsplit(".", 3) for name in names]
+        return [f"process {pid} on {host}" for host, _, pid, _ in parts]
 
-    def publish(self, staging: Path, spec: KernelSpec, toolchain: str) -> Entry:
+    def publish(self, staging: Folder, spec: KernelSpec, toolchain: str) -> Entry:
         """Make a finished build an entry, whole or not at all. Who comes second uses the first one's.
 
         Raises:
@@ -415,7 +427,7 @@ class Cache:
                     self.open(STAGING) as source,
                     self.open(KERNELS, entry.path.parent.name, create=True) as home,
                 ):
-                    source.move(staging.name, home, toolchain)
+                    source.move(staging.path.name, home, toolchain)
                     home.sync()
                 entry.hold()
                 return entry
@@ -446,12 +458,12 @@ class Cache:
             folder.move(name, staging, doomed)
             staging.remove(doomed)
 
-    def keep_failed(self, staging: Path, spec: KernelSpec) -> Path | None:
+    def keep_failed(self, staging: Folder, spec: KernelSpec) -> Path | None:
         """Move the folder of a failed build to quarantine, for its log. Return where it is; None where that fails."""
         kept = f"failed.{spec.name}.{spec.target.sm}.{secrets.token_hex(4)}"
         try:
             with self.open(STAGING) as source, self._quarantine() as quarantine:
-                source.move(staging.name, quarantine, kept)
+                source.move(staging.path.name, quarantine, kept)
                 _remove_oldest(quarantine, _OURS[QUARANTINE], _MAX_QUARANTINED)
                 return quarantine.path / kept
         except (OSError, Unfit):
@@ -478,7 +490,7 @@ class Cache:
             for name in self._ours(part):
                 if part in (TOOLCHAINS, PROOFS) and not name.endswith(_DRAFT):
                     continue
-                if part == STAGING and _host(name) not in (None, socket.gethostname()):
+                if part == STAGING and _boot_of(name) not in (None, _boot()):
                     continue  # on NFS, the locks of folders are each host's own
                 with suppress(OSError, Unfit), _open(self.root, (part,), False) as folder:
                     if folder.is_abandoned(name):
@@ -503,15 +515,15 @@ class Cache:
         return sorted(found)
 
     def _overdue(self) -> Iterator[Path]:
-        """Unfinished builds of other hosts, a day old."""
-        others = [name for name in self._ours(STAGING) if _host(name) not in (None, socket.gethostname())]
-        if not others:
-            return
+        """Unfinished builds of which no lock can tell whether they are under way, a day old."""
         with suppress(OSError, Unfit), _open(self.root, (STAGING,), False) as staging:
+            names = [name for name in self._ours(STAGING) if not staging.is_locked(name)]
+            if not names:
+                return
             # This host's clock may be wrong, and a file server's is another.
             with staging.temporary_folder("removed") as probe:
                 now = os.fstat(probe.fd).st_mtime
-            for name in others:
+            for name in names:
                 if now - staging.stat(name).st_mtime > _DAY_S:
                     yield staging.path / name
 
@@ -581,10 +593,21 @@ class Cache:
 _say_once = functools.cache(say)
 
 
-def _host(staged: str) -> str | None:
-    """The host that builds in a folder of `staging`; None for what is only to be removed."""
+def _boot_of(staged: str) -> str | None:
+    """The running kernel under which a folder of `staging` was made; None for what is only to be removed."""
     match = _OURS[STAGING].fullmatch(staged)
-    return match["host"] if match else None
+    return match["boot"] if match else None
+
+
+@functools.cache
+def _boot() -> str:
+    """What tells the running kernel, which the containers of a host share, from those of other hosts."""
+    try:
+        with open("/proc/sys/kernel/random/boot_id", "rb") as file:
+            identity = file.read(64)
+    except OSError:
+        identity = socket.gethostname().encode()
+    return hashlib.sha256(identity).hexdigest()[:8]
 
 
 def _is_sound(quarantine: Folder, name: str, home: str) -> bool:
@@ -613,15 +636,14 @@ def _library_name(name: str, digest: str) -> str:
     return f"{name}-{digest[:16]}.so"
 
 
-def seal(staging: Path, content: bytes, manifest: dict[str, Any]) -> None:
+def seal(staging: Folder, content: bytes, manifest: dict[str, Any]) -> None:
     """Write the library, named by its hash, and the manifest into `staging`, and see both to the disk."""
     digest = hashlib.sha256(content).hexdigest()
     name = _library_name(manifest["name"], digest)
     manifest = {**manifest, "library": name, "sha256": digest, "size": len(content)}
-    with Folder.root(staging) as folder:
-        folder.write(name, content, sync=True)
-        folder.write(MANIFEST, json.dumps(manifest, indent=2).encode() + b"\n", sync=True)
-        folder.sync()
+    staging.write(name, content, sync=True)
+    staging.write(MANIFEST, json.dumps(manifest, indent=2).encode() + b"\n", sync=True)
+    staging.sync()
 
 
 def prebuilt() -> Cache | None:

@@ -11,7 +11,6 @@ import errno
 import fcntl
 import os
 import secrets
-import shutil
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -27,7 +26,7 @@ _UNFIT_ERRORS = (errno.ELOOP, errno.EMLINK, errno.ENOTDIR, errno.EISDIR, errno.E
 _NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
 
 
-class Unfit(Exception):
+class Unfit(RuntimeError):
     """What lies at a path is not what belongs there: another type, another owner, or open to others.
 
     Attributes:
@@ -182,7 +181,7 @@ class Folder:
         except PermissionError:
             if not self.is_folder(name):
                 raise
-            os.chmod(name, 0o700, dir_fd=self.fd)  # the ".." of a folder that its owner cannot write cannot be changed
+            self._open_up(name)  # the ".." of a folder that its owner cannot write cannot be changed
             os.rename(name, new_name, src_dir_fd=self.fd, dst_dir_fd=to.fd)
 
     def remove(self, name: str) -> None:
@@ -191,32 +190,61 @@ class Folder:
         Nothing is raised where it is already gone.
         """
         try:
-            if not stat.S_ISDIR(self.stat(name).st_mode):
+            if not self.is_folder(name):
                 os.unlink(name, dir_fd=self.fd)
                 return
-            # rmtree follows no links. /proc lets it begin at this very folder: it takes no dir_fd before Python 3.11.
-            base = f"/proc/self/fd/{self.fd}"
-            shutil.rmtree(os.path.join(base if os.path.isdir(base) else self.path, name), onerror=_make_removable)
+            with self._any_folder(name) as folder:
+                for inner in folder.names():
+                    folder.remove(inner)
+            os.rmdir(name, dir_fd=self.fd)
         except FileNotFoundError:
             pass
+        except RecursionError:
+            raise OSError(errno.ENAMETOOLONG, "folders are nested too deep", os.fspath(self.path)) from None
 
     def size(self, name: str) -> int:
         """Return the bytes on disk of all files under `name`; links are not followed."""
         info = self.stat(name)
         if not stat.S_ISDIR(info.st_mode):
             return info.st_size
-        base = f"/proc/self/fd/{self.fd}"
         total = 0
-        for folder, _, files in os.walk(os.path.join(base if os.path.isdir(base) else self.path, name)):
-            for file in files:
+        with suppress(OSError), self._any_folder(name) as folder:
+            for inner in folder.names():
                 with suppress(OSError):
-                    total += os.lstat(os.path.join(folder, file)).st_size
+                    total += folder.size(inner)
         return total
+
+    def _any_folder(self, name: str) -> Folder:
+        """The folder `name`, whoever can write to it: what is removed is not read."""
+        try:
+            fd = os.open(name, _OPEN_FOLDER | os.O_NOFOLLOW, dir_fd=self.fd)
+        except PermissionError:
+            self._open_up(name)
+            fd = os.open(name, _OPEN_FOLDER | os.O_NOFOLLOW, dir_fd=self.fd)
+        return Folder(fd, self.path / name, self._any_owner)
+
+    def _open_up(self, name: str) -> None:
+        """Let this user into its own folder `name`, which is closed to its owner too."""
+        fd = os.open(name, os.O_PATH | _OPEN_FOLDER | os.O_NOFOLLOW, dir_fd=self.fd)
+        try:
+            os.chmod(f"/proc/self/fd/{fd}", 0o700)  # which is this very folder, whatever lies at `name` by now
+        finally:
+            close(fd)
 
     def is_abandoned(self, name: str) -> bool:
         """Return whether whoever made the file or folder `name` no longer holds its lock: it has ended, somehow."""
         with self._if_abandoned(name) as abandoned:
             return abandoned
+
+    def is_locked(self, name: str) -> bool:
+        """Return whether a living process holds the lock of the file or folder `name`."""
+        with suppress(OSError):
+            fd = os.open(name, os.O_RDONLY | _OPEN_FILE, dir_fd=self.fd)
+            try:
+                return lock(fd) is False
+            finally:
+                close(fd)
+        return False
 
     def remove_abandoned(self, name: str) -> bool:
         """Remove the file or folder `name` if it is abandoned; return whether it was."""
@@ -230,7 +258,8 @@ class Folder:
         fd = -1
         try:
             fd = os.open(name, os.O_RDONLY | _OPEN_FILE, dir_fd=self.fd)
-            abandoned = lock(fd) is not False
+            # Where there are no locks, nothing can be said; and whoever held this one may have removed the file.
+            abandoned = lock(fd) is True and self._is_at(name, fd)
         except OSError as error:
             abandoned = error.errno in _UNFIT_ERRORS  # a link or a socket, say, which nobody locks
         try:
@@ -282,6 +311,12 @@ class Folder:
             return os.path.samestat(self.stat(name), os.fstat(fd))
         return False
 
+    @property
+    def descriptor_path(self) -> str:
+        """Return a path that leads to this very folder in this process, whatever is renamed; its name without /proc."""
+        path = f"/proc/self/fd/{self.fd}"
+        return path if os.path.isdir(path) else os.fspath(self.path)
+
     def sync(self) -> None:
         """Write this folder's names to the disk."""
         os.fsync(self.fd)
@@ -311,12 +346,3 @@ def lock(fd: int, shared: bool = False) -> bool | None:
             return None
         raise
     return True
-
-
-def _make_removable(function: object, path: str, _: object) -> None:
-    """Let this user into a folder that was closed to everybody, and remove it."""
-    if os.path.islink(path):
-        return
-    with suppress(OSError):
-        os.chmod(path, 0o700)
-        shutil.rmtree(path, ignore_errors=True)

@@ -8,16 +8,16 @@ from __future__ import annotations
 
 import ctypes
 import fcntl
+import functools
 import itertools
 import os
 import platform
-import signal
 import struct
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from types import TracebackType
 
@@ -27,7 +27,7 @@ from jitnorm.jit.folder import close
 
 EM_CUDA = 190
 _EM_HOST = {"x86_64": 62, "aarch64": 183}
-_ET_DYN, _PT_LOAD, _PT_DYNAMIC = 3, 1, 2
+_ET_DYN = 3
 _SHT_SYMTAB, _SHT_DYNAMIC, _SHT_NOBITS, _SHT_DYNSYM = 2, 6, 8, 11
 _SHF_EXECINSTR = 4
 _DT_NEEDED = 1
@@ -150,22 +150,22 @@ def _symbol(function: str) -> str:
     return f"__tvm_ffi_{function}"
 
 
-# What the child process runs. Like `open_library`, it loads from memory, with what the parent has loaded already.
+# What the child process runs. Its input is the number of bytes of each part, then the parts: the paths of libraries
+# that the parent has loaded, and the library's bytes. Like `open_library`, it loads them from memory.
 _CHILD = """
 import _ctypes, os, sys
-*loaded, library = [os.fsencode(line.rstrip("\\n")) for line in sys.stdin]
+sys.stdout.write("ready")
+sys.stdout.flush()
+sizes = [int(size) for size in sys.stdin.buffer.readline().split()]
+*loaded, content = [sys.stdin.buffer.read(size) for size in sizes]
 try:
     for path in loaded:
         _ctypes.dlopen(path, os.RTLD_NOW | os.RTLD_GLOBAL)
-    with open(library, "rb") as file:
-        content = file.read()
-    if hasattr(os, "memfd_create"):
-        fd = os.memfd_create("checked")
-        os.write(fd, content)
-        if os.path.exists(f"/proc/self/fd/{fd}"):
-            library = os.fsencode(f"/proc/self/fd/{fd}")
-    _ctypes.dlopen(library, os.RTLD_NOW)
-except OSError as error:
+    fd = os.memfd_create("checked")
+    with open(fd, "wb", closefd=False) as file:
+        file.write(content)
+    _ctypes.dlopen(f"/proc/self/fd/{fd}", os.RTLD_NOW)
+except (OSError, AttributeError) as error:
     sys.exit(str(error))
 """
 
@@ -178,33 +178,34 @@ class ChildCheck:
 
     def __init__(self) -> None:
         """Start it. Where Python is embedded into another program there is nothing to start: then it checks nothing."""
-        self._process: subprocess.Popen[str] | None = None
-        if os.path.basename(sys.executable or "").startswith("python"):
+        self._process: subprocess.Popen[bytes] | None = None
+        if os.path.basename(sys.executable or "").startswith("python") and _can_load_from_memory():
             with suppress(OSError):
                 self._process = subprocess.Popen(
                     [sys.executable, "-I", "-S", "-c", _CHILD],
                     stdin=subprocess.PIPE,
-                    stdout=subprocess.DEVNULL,
+                    stdout=subprocess.PIPE,
                     stderr=subprocess.PIPE,
-                    encoding="utf-8",
-                    errors="surrogateescape",
                     start_new_session=True,  # Ctrl-C is for this process
                 )
 
-    def check(self, path: str, library: Elf) -> None:
-        """Raise BadLibrary if opening the library at `path` fails, or ends the process."""
+    def check(self, content: bytes, library: Elf) -> None:
+        """Raise BadLibrary if opening the library in `content` fails, or ends the process."""
         if not self._process:
             return
-        lines = [*_loaded_paths(library), os.path.abspath(path)]
+        parts = [*map(os.fsencode, _loaded_paths(library)), content]
+        message = " ".join(str(len(part)) for part in parts).encode() + b"\n" + b"".join(parts)
         try:
-            _, said = self._process.communicate("".join(f"{line}\n" for line in lines), timeout=_CHECK_LIMIT_S)
+            ready, said = self._process.communicate(message, timeout=_CHECK_LIMIT_S)
         except subprocess.TimeoutExpired:
-            raise BadLibrary(f"opening it does not end within {_CHECK_LIMIT_S:.0f} s") from None
+            return  # a busy machine, or a process that was forked meanwhile and holds a pipe: nothing is known
         code = self._process.returncode
+        if ready != b"ready" or not code:
+            return  # such a Python cannot start like this
         if code < 0:
-            raise BadLibrary(f"opening it ends a process by {signal.Signals(-code).name}")
-        if code:
-            raise BadLibrary(said.strip().splitlines()[-1] if said.strip() else f"opening it fails ({code})")
+            raise BadLibrary(f"opening it ends a process by signal {-code}")
+        words = said.decode(errors="replace").strip().splitlines()
+        raise BadLibrary(words[-1] if words else f"opening it fails ({code})")
 
     def __enter__(self) -> ChildCheck:
         return self
@@ -213,8 +214,23 @@ class ChildCheck:
         if self._process:
             if self._process.poll() is None:
                 self._process.kill()
-            with suppress(OSError):
-                self._process.communicate()
+            for pipe in (self._process.stdin, self._process.stdout, self._process.stderr):
+                with suppress(OSError):
+                    pipe.close()  # type: ignore[union-attr]
+            self._process.wait()
+
+
+@functools.cache
+def _can_load_from_memory() -> bool:
+    """Whether there are files in memory, and paths to them."""
+    try:
+        fd = os.memfd_create("jitnorm", os.MFD_CLOEXEC)
+    except (OSError, AttributeError):  # a kernel or a sandbox without them
+        return False
+    try:
+        return os.path.exists(f"/proc/self/fd/{fd}")
+    finally:
+        close(fd)
 
 
 class _LinkMap(ctypes.Structure):
@@ -229,7 +245,7 @@ def _loaded_paths(library: Elf) -> Iterator[str]:
             found = ctypes.POINTER(_LinkMap)()
             if ctypes.CDLL(None).dlinfo(ctypes.c_void_p(handle), 2, ctypes.byref(found)) == 0:  # RTLD_DI_LINKMAP
                 path = os.fsdecode(found.contents.l_name or b"")
-                if os.path.isabs(path) and "\n" not in path:
+                if os.path.isabs(path):
                     yield path
         except (OSError, AttributeError):
             continue  # not loaded: the loader finds it in the child as it would here
@@ -250,53 +266,56 @@ def open_library(name: str, content: bytes, export: str) -> tvm_ffi.Module:
 
     Raises:
         BadLibrary: the loader refuses it, or the function is missing.
+        OSError: this process cannot give it to the loader, for want of descriptors or room.
     """
-    with _Loadable(name, content) as path:
+    problem = ""
+    for loadable in (_in_memory, _in_private_file):  # some systems' rules allow the loader one of them alone
+        with loadable(name, content) as path:
+            if not path:
+                continue
+            try:
+                library = ctypes.CDLL(path)  # never unloaded: its functions may be called until the process ends
+            except OSError as error:
+                problem = str(error).replace(path, name)
+                continue
+            if not hasattr(library, _symbol(export)):
+                raise BadLibrary(f"it does not define {_symbol(export)}")
+            module: tvm_ffi.Module = tvm_ffi.get_global_func("ffi.Module.load_from_file.so")(path, "so")
+            return module
+    raise BadLibrary(problem)
+
+
+@contextmanager
+def _in_memory(name: str, content: bytes) -> Iterator[str]:
+    """The path of a sealed file in memory; empty where there is none."""
+    if not _can_load_from_memory():
+        yield ""
+        return
+    fd = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    try:
+        _write(fd, content)
+        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SEALS)
+        # dlopen returns the library that it has for a path which it has seen, and descriptors are used again. So each
+        # path is spelled in a way of its own: the digits of a counter as "/" and "./".
+        digits = f"{next(_spellings):b}"
+        yield f"/proc/self/fd/{''.join('./' if digit == '1' else '/' for digit in digits)}{fd}"
+    finally:
+        close(fd)
+
+
+@contextmanager
+def _in_private_file(_: str, content: bytes) -> Iterator[str]:
+    """The path of a temporary file that only this user can write."""
+    fd, path = tempfile.mkstemp(prefix="jitnorm-", suffix=".so")
+    try:
         try:
-            library = ctypes.CDLL(path)  # never unloaded: its functions may be called until the process ends
-        except OSError as error:
-            raise BadLibrary(str(error).replace(path, name)) from None
-        if not hasattr(library, _symbol(export)):
-            raise BadLibrary(f"it does not define {_symbol(export)}")
-        module: tvm_ffi.Module = tvm_ffi.get_global_func("ffi.Module.load_from_file.so")(path, "so")
-        return module
-
-
-class _Loadable:
-    """A path from which the loader gets `content`, for the length of a `with` block."""
-
-    def __init__(self, name: str, content: bytes) -> None:
-        self._name, self._content = name, content
-        self._fd = -1
-        self._file = ""
-
-    def __enter__(self) -> str:
-        try:
-            self._fd = os.memfd_create(self._name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-            if os.path.exists(f"/proc/self/fd/{self._fd}"):
-                _write(self._fd, self._content)
-                fcntl.fcntl(self._fd, fcntl.F_ADD_SEALS, _SEALS)
-                # dlopen returns the library that it has for a path which it has seen, and descriptors are used again.
-                # So each path is spelled in a way of its own: the digits of a counter as "/" and "./".
-                digits = f"{next(_spellings):b}"
-                return f"/proc/self/fd/{''.join('./' if digit == '1' else '/' for digit in digits)}{self._fd}"
-        except (OSError, AttributeError):
-            pass  # a kernel or a sandbox without it
-        self.__exit__(None, None, None)
-        fd, self._file = tempfile.mkstemp(prefix="jitnorm-", suffix=".so")  # for this user alone
-        try:
-            _write(fd, self._content)
+            _write(fd, content)
         finally:
             close(fd)
-        return self._file
-
-    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, _: TracebackType | None) -> None:
-        if self._fd >= 0:
-            close(self._fd)
-            self._fd = -1
-        if self._file:
-            with suppress(OSError):
-                os.unlink(self._file)
+        yield path
+    finally:
+        with suppress(OSError):
+            os.unlink(path)
 
 
 def _write(fd: int, content: bytes) -> None:

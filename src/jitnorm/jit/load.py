@@ -48,14 +48,19 @@ def _load(spec: KernelSpec) -> tvm_ffi.Module:
             return _open(spec, entry)
         except (cache.BadEntry, FileNotFoundError):
             continue  # it vanished after it was published: another process is clearing the cache
-        except (BadLibrary, OSError) as error:
+        except OSError as error:  # no descriptors or no room, which is no fault of the entry's
+            entry.release()
+            raise RuntimeError(f"jitnorm cannot load {spec} at this moment: {error}") from error
+        except BadLibrary as error:
             entry.release()
             again = entry.path in refused
             refused[entry.path] = str(error)
-            place = cache.Cache(entry.root, entry.prebuilt)
-            place.quarantine(entry.path, f"it cannot be loaded: {error}", even_if_sound=True)
             if again:
                 break
+            place = cache.Cache(entry.root, entry.prebuilt)
+            place.quarantine(entry.path, f"it cannot be loaded: {error}", even_if_sound=True)
+            if not entry.prebuilt and entry.path.exists():
+                cache.replace(entry.root, f"{entry.path} cannot be loaded, nor moved out of the way")
     why = " and ".join(f"{path}: {why}" for path, why in refused.items()) or "its entry vanishes from the cache"
     raise RuntimeError(f"jitnorm cannot load {spec}: {why}")
 
@@ -63,20 +68,17 @@ def _load(spec: KernelSpec) -> tvm_ffi.Module:
 def find(spec: KernelSpec, hold: bool = True, ignore: Container[Path] = ()) -> cache.Entry | None:
     """Return the entry that serves `spec`, without building anything.
 
-    It is in use from now on, unless `hold` is false. An entry of the prebuilt layer whose path is in `ignore` is passed
-    over.
+    It is in use from now on, unless `hold` is false. An entry whose path is in `ignore` is passed over.
     """
-    prebuilt = cache.prebuilt()
-    if prebuilt and (entry := prebuilt.find(spec, None, hold)):
-        if entry.path not in ignore:
-            return entry
-        entry.release()
-    for place in cache.own():
-        if place.exists():
-            tools = toolchain.identify(spec.target.device, place)
-            # Where nothing can be built there is nothing to be newer than: what is there is good.
+    for place in (cache.prebuilt(), *cache.own()):
+        if place and (place.prebuilt or place.exists()):
+            # The prebuilt layer is used whatever the toolchain. Where nothing can be built there is nothing to be newer
+            # than: what is there is good.
+            tools = None if place.prebuilt else toolchain.identify(spec.target.device, place)
             if entry := place.find(spec, tools.key if tools else None, hold):
-                return entry
+                if entry.path not in ignore:
+                    return entry
+                entry.release()
     return None
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import sys
+from contextlib import suppress
 
 
 def say(message: str) -> None:
-    print(f"jitnorm: {message}", file=sys.stderr, flush=True)
+    with suppress(OSError, ValueError, AttributeError):  # nobody listens, or there is no stderr
+        print(f"jitnorm: {message}", file=sys.stderr, flush=True)

@@ -105,13 +105,19 @@ class KernelSpec:
         except OSError:
             return True
 
-    @functools.cached_property
+    @property
     def key(self) -> str:
-        """Of the sources and all they are compiled with, the compilers apart.
+        """A hash of the sources and all they are compiled with, the compilers apart.
 
         Contents only: pip and network file systems invent modification times, and two virtual environments should
         share an entry.
         """
+        # Not functools.cached_property: before Python 3.12 it takes a lock, which a fork in another thread leaves held.
+        if "_key" not in self.__dict__:
+            self.__dict__["_key"] = self._hash()
+        return str(self.__dict__["_key"])
+
+    def _hash(self) -> str:
         digest = hashlib.sha256()
         parts = {"format": _FORMAT, "source": self.source, "ninja": self.ninja, "machine": platform.machine()}
         parts["tvm_ffi"] = tvm_ffi.__version__

@@ -227,10 +227,11 @@ def _read_answer(process: subprocess.Popen[bytes]) -> tuple[str, str]:
     """What `process` prints until it ends, and why it was given up, if it was."""
     assert process.stdout
     content = b""
+    poll = select.poll()  # unlike select(), it takes descriptors above 1023
+    poll.register(process.stdout, select.POLLIN)
     deadline = time.monotonic() + _ANSWER_LIMIT_S
     while len(content) <= _ANSWER_LIMIT_BYTES:
-        ready, _, _ = select.select([process.stdout], [], [], max(0.0, deadline - time.monotonic()))
-        if not ready:
+        if not poll.poll(max(0.0, deadline - time.monotonic()) * 1000):
             return "", f"it did not answer within {_ANSWER_LIMIT_S:.0f} s"
         if not (part := os.read(process.stdout.fileno(), 1 << 16)):
             with suppress(subprocess.TimeoutExpired):
