@@ -631,7 +631,8 @@ def _remove_oldest(folder: Folder, ours: re.Pattern[str], most: int) -> None:
 
 def _library_name(name: str, digest: str) -> str:
     """The hash is part of the name, so that an entry's files say which library they are."""
-    if not re.fullmatch(r"\w+", name) or not re.fullmatch(r"[0-9a-f]{64}", digest):
+    fits = isinstance(name, str) and name.replace("_", "").isalnum()
+    if not fits or not isinstance(digest, str) or len(digest) != 64 or not digest.isalnum():
         raise ValueError(f"{name!r} is no kernel's name, or {digest!r} is no hash")
     return f"{name}-{digest[:16]}.so"
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import os
 import platform
 import re
 from dataclasses import dataclass
@@ -181,12 +182,30 @@ def _included(source: str) -> set[str]:
     found: set[str] = set()
     pending = [source]
     while pending:
-        for include in re.findall(r'^\s*#\s*include\s+"([^"]+)"', pending.pop(), re.MULTILINE):
-            name = next((n for n in (include, f"include/{include}") if (CSRC / n).is_file()), None)
+        # Without a regular expression, whose compilation would take a third of the time that a hit has.
+        for line in pending.pop().splitlines():
+            directive = line.strip()
+            if not directive.startswith("#") or not directive[1:].lstrip().startswith("include"):
+                continue
+            _, quote, include = directive.partition('"')
+            include = include.partition('"')[0]
+            name = next((n for n in (include, f"include/{include}") if quote and os.path.isfile(f"{CSRC}/{n}")), None)
             if name and name not in found:
                 found.add(name)
                 pending.append(_read(name).decode())
     return found
+
+
+_CPU_FIELDS = (
+    "vendor_id",
+    "cpu family",
+    "model",
+    "flags",
+    "Features",
+    "CPU implementer",
+    "CPU part",
+    "CPU variant",
+)
 
 
 @functools.cache
@@ -198,7 +217,7 @@ def cpu_features() -> str:
             for line in cpuinfo:
                 if not line.strip():
                     break  # one processor is enough, and the file grows slowly on large machines
-                if re.match(r"(vendor_id|cpu family|model|flags|Features|CPU (implementer|part|variant))\s*:", line):
+                if line.partition(":")[0].rstrip() in _CPU_FIELDS:
                     lines.append(" ".join(line.split()))
         return "\n".join(lines)
     except OSError:
