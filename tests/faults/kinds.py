@@ -19,6 +19,7 @@ from pathlib import Path
 
 from faults.box import COMMANDS, FOREIGN_USER, HANG_S, KERNELS, Box, Report, remove
 from faults.inject import CLASSES, CLOSE_ERRORS, ERRORS, Injection
+from jitnorm.jit import cache
 
 Kind = Callable[[Box, random.Random], None]
 
@@ -255,7 +256,8 @@ def place_of(box: Box, place: str, rng: random.Random) -> Path:
         return next(entry.glob(pattern), entry / pattern.replace("*", "none"))
     if place == "toolchain":
         return next((box.cache / "toolchains").glob("*.json"), box.cache / "toolchains" / "cpu-0.json")
-    staged = f"{spec.name}.{spec.target.sm}.{socket.gethostname()}.{rng.randrange(1, 1 << 22)}.{rng.randbytes(4).hex()}"
+    builder = f"{socket.gethostname()}.{cache._boot()}.{rng.randrange(1, 1 << 22)}"
+    staged = f"{spec.name}.{spec.target.sm}.{builder}.{rng.randbytes(4).hex()}"
     lock = next((box.cache / "locks").glob(f"{spec.name}*"), box.cache / "locks" / f"{home.name}.{entry.name}")
     return {
         "cache": box.cache,
