@@ -57,9 +57,12 @@ FAULT_COLUMNS = ("right", "exit", "raised", "interrupted", "killed", "crash", "h
 
 
 def _environment() -> dict[str, str]:
-    """Return that of the workers: they find the tests, and compute on one thread."""
+    """Return that of the workers: they find the tests, compute on one thread, and see no GPU.
+
+    A forked child cannot use CUDA, whatever jitnorm does.
+    """
     paths = [str(TESTS), *filter(None, [os.environ.get("PYTHONPATH")])]
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 
 
 def _together(work: Callable[[int], None], workers: int) -> None:

@@ -64,7 +64,8 @@ def prepare(specs: Sequence[KernelSpec]) -> None:
 
 def build_all(specs: Sequence[KernelSpec], jobs: int | None = None) -> Iterator[Outcome]:
     """Builds `specs`, and yields each as it is done; one that fails does not stop the others."""
-    if not specs:
+    if len(specs) < 2 or jobs == 1:
+        yield from map(_build, specs)  # a thread that cannot start, for want of memory, would be waited for
         return
     with ThreadPoolExecutor(max_workers=jobs or default_jobs(), thread_name_prefix="jitnorm-warmup") as pool:
         pending = [pool.submit(_build, spec) for spec in specs]
