@@ -110,7 +110,7 @@ def _build(spec: KernelSpec, place: cache.Cache, tools: toolchain.Toolchain, ann
                 _raise_if_full(place, spec, str(damage))
                 if last_try:
                     raise BuildError(f"jitnorm cannot build {spec}: the compiler {tools.cxx.path} {damage}") from None
-                continue  # once may be chance: a full disk, a killed linker
+                continue  # it may have been a full disk or a killed linker: build it once more
             if spec.sources_changed:
                 raise RuntimeError("jitnorm's sources changed after this process read them: start it anew")
             for scrap in (".ninja_log", ".ninja_deps", _LOG, "host.o", "kernel.cubin", "library.so"):
@@ -157,7 +157,7 @@ def write_sources(spec: KernelSpec, folder: Folder, tools: toolchain.Toolchain) 
 
 
 def _ninja_variable(name: str, path: str) -> bytes:
-    """One line of a build file: for a shell, by way of ninja. A path is bytes, of any encoding."""
+    """Return a line of a build file that quotes `path` for ninja and for the shell that it starts."""
     if re.search(r"[\0-\x1f\x7f]", path):  # ninja has no way to write a newline
         raise RuntimeError(f"jitnorm cannot build with the path {path!r} ({name}): it has control characters")
     return os.fsencode(f"{name} = {shlex.quote(path).replace('$', '$$')}\n")
@@ -252,7 +252,7 @@ def _end_session(run: subprocess.Popen[bytes]) -> None:
 
 
 def _session(leader: int) -> list[tuple[int, str]]:
-    """The processes of a session, and their names; those that have ended apart."""
+    """Return the process ids and names of a session's running processes."""
     found = []
     for pid in filter(str.isdigit, os.listdir("/proc") if os.path.isdir("/proc") else []):
         with suppress(OSError, ValueError, IndexError):
@@ -265,7 +265,7 @@ def _session(leader: int) -> list[tuple[int, str]]:
 
 
 def _failed(spec: KernelSpec, place: cache.Cache, staging: Folder, why: str) -> BuildError:
-    """The error of a failed build, whose folder is kept for its log."""
+    """Return the error of a failed build, whose folder is kept in quarantine for its log."""
     kept = place.keep_failed(staging, spec)
     log = f"\nThe whole log: {kept / _LOG}" if kept else ""
     return BuildError(f"jitnorm cannot build {spec}: {why}{log}")
@@ -316,7 +316,7 @@ def first_error(log: str) -> str:
 
 @contextmanager
 def _lock(place: cache.Cache, spec: KernelSpec, key: str) -> Iterator[None]:
-    """One builder at a time, where the file system can do that. Nothing but work is lost without."""
+    """Wait until no other process builds `spec`, at most two minutes. Without locks, two may build the same."""
     started = time.monotonic()
     announced = False
     while True:

@@ -185,7 +185,7 @@ class Entry:
 
     @contextmanager
     def _removable(self) -> Iterator[bool]:
-        """Whether nobody has the entry loaded. Nobody marks it as in use before the block ends."""
+        """Yield whether nobody has the entry loaded. Nobody marks it as in use before the block ends."""
         with ExitStack() as stack:
             try:
                 folder = stack.enter_context(self.open())
@@ -221,7 +221,7 @@ def _read_manifest(folder: Folder) -> dict[str, Any]:
 
 
 def _verified(folder: Folder, home: str) -> bytes:
-    """The library in the entry `folder`, if it is what was built for the folder `home`. Raises BadEntry or OSError."""
+    """Return the library in an entry's folder. Raises BadEntry unless it is what was built for the folder `home`."""
     manifest = _read_manifest(folder)
     size = manifest["size"]
     try:
@@ -237,7 +237,7 @@ def _verified(folder: Folder, home: str) -> bytes:
 
 
 def _open(root: Path, names: tuple[str, ...], prebuilt: bool) -> Folder:
-    """The folder `root/names[0]/names[1]/...`, each step of which only its owner can write to."""
+    """Open `root/names[0]/names[1]/...`, each step of which only its owner can write to."""
     folder = Folder.root(root, any_owner=prebuilt)
     for name in names:
         with folder:
@@ -292,7 +292,7 @@ class Cache:
                 yield Entry(self.root.joinpath(KERNELS, *names), self.prebuilt)
 
     def _in_kernels(self) -> Iterator[tuple[tuple[str, ...], bool]]:
-        """Where entries, and the folders that they are in, should be: the names, and whether it looks like an entry."""
+        """Yield the names under `kernels` where entries or their folders should be, and whether it looks like one."""
         try:
             folder = _open(self.root, (KERNELS,), self.prebuilt)
         except (Unfit, OSError):
@@ -339,7 +339,7 @@ class Cache:
         return None
 
     def _candidates(self, spec: KernelSpec, toolchain: str | None) -> list[Entry]:
-        """What lies where `spec` should be. What is in the way of its folder is moved to quarantine."""
+        """Return the entries of `spec`, unverified. What is in the way of their folder is moved to quarantine."""
         try:
             with self.open(KERNELS, self._home(spec)) as home:
                 there = home.names()
@@ -414,7 +414,7 @@ class Cache:
         return [f"process {pid} on {host}" for host, _, pid, _ in parts]
 
     def publish(self, staging: Folder, spec: KernelSpec, toolchain: str) -> Entry:
-        """Make a finished build an entry, whole or not at all. Who comes second uses the first one's.
+        """Make a finished build an entry, whole or not at all. If another process was first, its entry is returned.
 
         Raises:
             CannotKeep: what is there can neither be used nor moved away.
@@ -435,7 +435,6 @@ class Cache:
                 problem = error
                 if winner := self.find(spec, toolchain):
                     return winner
-                # What is no folder at all, find() has not seen: an entry is one.
         reason = getattr(problem, "strerror", None) or problem
         raise CannotKeep(f"{spec} cannot be kept as {entry.path} ({reason})") from None
 
@@ -485,7 +484,7 @@ class Cache:
             _remove_oldest(folder, _OURS[TOOLCHAINS], _MAX_REMEMBERED)
 
     def _abandoned(self) -> Iterator[Path]:
-        """What no living process of this host holds, of what one process makes: staging, drafts, locks."""
+        """Yield staging folders, drafts and lock files of this host whose process has ended, and no longer locks them."""
         for part in (STAGING, LOCKS, TOOLCHAINS, PROOFS):
             for name in self._ours(part):
                 if part in (TOOLCHAINS, PROOFS) and not name.endswith(_DRAFT):
@@ -515,7 +514,7 @@ class Cache:
         return sorted(found)
 
     def _overdue(self) -> Iterator[Path]:
-        """Unfinished builds of which no lock can tell whether they are under way, a day old."""
+        """Yield unfinished builds, a day old, of which no lock can tell whether they are under way."""
         with suppress(OSError, Unfit), _open(self.root, (STAGING,), False) as staging:
             names = [name for name in self._ours(STAGING) if not staging.is_locked(name)]
             if not names:
@@ -594,14 +593,14 @@ _say_once = functools.cache(say)
 
 
 def _boot_of(staged: str) -> str | None:
-    """The running kernel under which a folder of `staging` was made; None for what is only to be removed."""
+    """Return the `_boot` of the host that made a folder of `staging`; None for what is only to be removed."""
     match = _OURS[STAGING].fullmatch(staged)
     return match["boot"] if match else None
 
 
 @functools.cache
 def _boot() -> str:
-    """What tells the running kernel, which the containers of a host share, from those of other hosts."""
+    """Return what tells this host, with all its containers, from others: a hash of the kernel's boot id."""
     try:
         with open("/proc/sys/kernel/random/boot_id", "rb") as file:
             identity = file.read(64)
@@ -611,7 +610,7 @@ def _boot() -> str:
 
 
 def _is_sound(quarantine: Folder, name: str, home: str) -> bool:
-    """Whether what was moved into quarantine from the folder `home` is a good entry after all."""
+    """Return whether what was moved into quarantine from the folder `home` is a good entry after all."""
     with suppress(BadEntry, OSError, Unfit), quarantine.folder(name) as folder:
         _verified(folder, home)
         return True
@@ -630,7 +629,7 @@ def _remove_oldest(folder: Folder, ours: re.Pattern[str], most: int) -> None:
 
 
 def _library_name(name: str, digest: str) -> str:
-    """The hash is part of the name, so that an entry's files say which library they are."""
+    """Return the file name of a library. Raises ValueError where one cannot be made of `name` and `digest`."""
     fits = isinstance(name, str) and name.replace("_", "").isalnum()
     if not fits or not isinstance(digest, str) or len(digest) != 64 or not digest.isalnum():
         raise ValueError(f"{name!r} is no kernel's name, or {digest!r} is no hash")

@@ -215,7 +215,7 @@ class Folder:
         return total
 
     def _any_folder(self, name: str) -> Folder:
-        """The folder `name`, whoever can write to it: what is removed is not read."""
+        """Open the folder `name`, whoever can write to it: for removing, which reads no content."""
         try:
             fd = os.open(name, _OPEN_FOLDER | os.O_NOFOLLOW, dir_fd=self.fd)
         except PermissionError:
@@ -323,7 +323,7 @@ class Folder:
 
 
 def close(fd: int) -> None:
-    """Close a descriptor of something that was only read, or that fsync has seen to the disk: an error says nothing."""
+    """Close a descriptor of what was only read, or written and synced: an error changes nothing."""
     with suppress(OSError):
         os.close(fd)
 

@@ -90,7 +90,7 @@ class Elf:
         return self._part(table.offset, table.size)
 
     def _records(self, kind: int, form: str) -> Iterator[tuple[tuple[int, ...], bytes]]:
-        """The entries of all sections of one kind, each with the table that its names are in."""
+        """Yield the entries of all sections of one kind, each with the table that its names are in."""
         for section in self.sections:
             if section.kind == kind:
                 part = self._part(section.offset, section.size)
@@ -222,7 +222,7 @@ class ChildCheck:
 
 @functools.cache
 def _can_load_from_memory() -> bool:
-    """Whether there are files in memory, and paths to them."""
+    """Return whether memfd_create works here, and /proc has paths to its files."""
     try:
         fd = os.memfd_create("jitnorm", os.MFD_CLOEXEC)
     except (OSError, AttributeError):  # a kernel or a sandbox without them
@@ -238,7 +238,7 @@ class _LinkMap(ctypes.Structure):
 
 
 def _loaded_paths(library: Elf) -> Iterator[str]:
-    """The files of those needed libraries that this process has loaded already, such as torch's own libgomp."""
+    """Yield the paths of those needed libraries that this process has loaded already, such as torch's own libgomp."""
     for name in library.needed():
         try:
             handle = ctypes.CDLL(name, mode=os.RTLD_NOW | os.RTLD_NOLOAD)._handle
@@ -287,7 +287,7 @@ def open_library(name: str, content: bytes, export: str) -> tvm_ffi.Module:
 
 @contextmanager
 def _in_memory(name: str, content: bytes) -> Iterator[str]:
-    """The path of a sealed file in memory; empty where there is none."""
+    """Yield the path of a sealed memory file; an empty one where memfd_create does not work."""
     if not _can_load_from_memory():
         yield ""
         return
@@ -305,7 +305,7 @@ def _in_memory(name: str, content: bytes) -> Iterator[str]:
 
 @contextmanager
 def _in_private_file(_: str, content: bytes) -> Iterator[str]:
-    """The path of a temporary file that only this user can write."""
+    """Yield the path of a temporary file that only this user can write."""
     fd, path = tempfile.mkstemp(prefix="jitnorm-", suffix=".so")
     try:
         try:

@@ -1,4 +1,4 @@
-"""From a kernel's description to a function that can be called: memory, disk, then the compiler."""
+"""Loading a kernel's library: from this process's memory, from the cache, or from the compiler."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def load(spec: KernelSpec) -> tvm_ffi.Module:
 
 
 def _load(spec: KernelSpec) -> tvm_ffi.Module:
-    """From the cache or the compiler. An entry that cannot be loaded is moved to quarantine, and built once more."""
+    """Find or build an entry and load it. One that cannot be loaded is moved to quarantine and built once more."""
     refused: dict[Path, str] = {}
     for _ in range(_MAX_TRIES):
         entry = find(spec, ignore=refused) or _build(spec)

@@ -1,4 +1,4 @@
-"""With what to build: the host compiler, nvcc and ninja; who they are, and where they were looked for.
+"""Finding the host compiler, nvcc and ninja, and asking for their versions.
 
 A compiler is known by its version, and recognised by real path, size and modification time, so that only the first
 process that meets it has to start it: what it said is remembered in the cache's folder.
@@ -70,7 +70,7 @@ class Toolchain:
 
 
 def find_cxx() -> str | None:
-    """The host compiler's path: $CXX, or the first of the usual names on the PATH."""
+    """Return the host compiler's path: $CXX, or the first of the usual names on the PATH; None without any."""
     names = (os.environ["CXX"],) if os.environ.get("CXX") else _HOST_COMPILERS
     return next((os.path.abspath(path) for name in names if (path := _which(name))), None)
 
@@ -86,7 +86,7 @@ def find_nvcc() -> str | None:
 
 
 def find_ninja() -> str | None:
-    """The ninja that was installed beside this package, or the one on the PATH."""
+    """Return the path of the ninja that was installed beside this package, or of the one on the PATH."""
     try:
         import ninja
 
@@ -99,7 +99,7 @@ def find_ninja() -> str | None:
 
 
 def _which(name: str) -> str | None:
-    """On the PATH that there is: shutil would look in its own idea of one where PATH is not set."""
+    """Return the path of a program on the PATH; shutil would use a default one where PATH is not set."""
     return shutil.which(name, path=os.environ.get("PATH", ""))
 
 
@@ -182,7 +182,7 @@ def _compiler(path: str, version: str, top: str = "") -> Compiler | None:
 
 
 def _output(path: str | None, *arguments: str) -> str:
-    """What the program prints; nothing where it fails."""
+    """Return what the program prints; nothing where it fails."""
     return _run(path, *arguments)[0] if path else ""
 
 
@@ -191,7 +191,7 @@ _given_up: dict[tuple[object, ...], str] = {}
 
 
 def _run(path: str, *arguments: str) -> tuple[str, str]:
-    """What the program prints if it succeeds, and else why it did not."""
+    """Return what the program prints if it succeeds, and else why it did not."""
     words = " ".join(arguments)
     try:
         stat = os.stat(path)
@@ -224,7 +224,7 @@ def _run(path: str, *arguments: str) -> tuple[str, str]:
 
 
 def _read_answer(process: subprocess.Popen[bytes]) -> tuple[str, str]:
-    """What `process` prints until it ends, and why it was given up, if it was."""
+    """Return what `process` prints until it ends, and why it was given up, if it was."""
     assert process.stdout
     content = b""
     poll = select.poll()  # unlike select(), it takes descriptors above 1023
