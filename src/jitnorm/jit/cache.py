@@ -484,7 +484,7 @@ class Cache:
             _remove_oldest(folder, _OURS[TOOLCHAINS], _MAX_REMEMBERED)
 
     def _abandoned(self) -> Iterator[Path]:
-        """Yield staging folders, drafts and lock files of this host whose process has ended, and no longer locks them."""
+        """Yield this host's staging folders, drafts and lock files that no living process has locked."""
         for part in (STAGING, LOCKS, TOOLCHAINS, PROOFS):
             for name in self._ours(part):
                 if part in (TOOLCHAINS, PROOFS) and not name.endswith(_DRAFT):
