@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import os
 import re
+import select
 import shlex
 import shutil
 import signal
@@ -226,8 +227,7 @@ def _wait(run: subprocess.Popen[bytes], spec: KernelSpec, place: cache.Cache, an
     """Wait for a build, and say what it is if it lasts. False where it does not end."""
     started = time.monotonic()
     for patience in (_QUIET_S, *[_REPORT_S] * int(_BUILD_LIMIT_S / _REPORT_S)):
-        with suppress(subprocess.TimeoutExpired):
-            run.wait(patience)
+        if _ends_within(run, patience):
             return True
         if announce and patience == _QUIET_S:
             say(f"building {spec} in {place.root} (once; kept for the next time)")
@@ -237,10 +237,26 @@ def _wait(run: subprocess.Popen[bytes], spec: KernelSpec, place: cache.Cache, an
     return False
 
 
+def _ends_within(run: subprocess.Popen[bytes], seconds: float) -> bool:
+    """Return whether a process ends within `seconds`, as soon as it does: Popen.wait sleeps up to 50 ms too long."""
+    try:
+        fd = os.pidfd_open(run.pid)
+    except (OSError, AttributeError):  # an older kernel
+        with suppress(subprocess.TimeoutExpired):
+            run.wait(seconds)
+        return run.poll() is not None
+    try:
+        end = select.poll()
+        end.register(fd, select.POLLIN)
+        end.poll(seconds * 1000)
+    finally:
+        close(fd)
+    return run.poll() is not None
+
+
 def _end_session(run: subprocess.Popen[bytes]) -> None:
     """End a build: by ninja, which ends the compilers, and by force what does not listen."""
-    with suppress(subprocess.TimeoutExpired):
-        run.wait(2)
+    _ends_within(run, 2)
     for _ in range(100):
         remaining = _session(run.pid)
         for pid, _ in remaining:
