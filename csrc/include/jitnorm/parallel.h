@@ -26,13 +26,13 @@ bool runs_on(Kernel, DLDevice device) {
 
 // OpenMP keeps its number for each thread, so that a new Python thread would not know what another one set. torch's
 // at::get_num_threads does. It is found by name, as a library is bound to no version of torch.
-inline int num_threads() {
-  static const auto of_torch = [] {
-    void* torch = dlopen("libtorch_cpu.so", RTLD_LAZY | RTLD_NOLOAD);
-    return reinterpret_cast<int (*)()>(torch ? dlsym(torch, "_ZN2at15get_num_threadsEv") : nullptr);
-  }();
-  return of_torch ? of_torch() : omp_get_max_threads();
-}
+inline int (*const torch_num_threads)() = [] {
+  void* torch = dlopen("libtorch_cpu.so", RTLD_LAZY | RTLD_NOLOAD);
+  return reinterpret_cast<int (*)()>(torch ? dlsym(torch, "_ZN2at15get_num_threadsEv") : nullptr);
+}();
+
+// Not with a static variable in it: its guard needs libstdc++, and linking that takes a third of a build.
+inline int num_threads() { return torch_num_threads ? torch_num_threads() : omp_get_max_threads(); }
 
 constexpr index_t kParallelElements = 1 << 15;  // below, waking the threads takes longer than the work
 constexpr index_t kChunkElements = 1 << 11;     // a call of run_rows is nothing beside them
