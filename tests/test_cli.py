@@ -741,3 +741,12 @@ def on_a_terminal(*words: str, answer: str = "") -> tuple[str, int]:
             answer = ""
     os.close(ours)
     return said.decode(), run.wait(timeout=10)
+
+
+@pytest.mark.parametrize("words", [("cache", "ls"), ("cache", "show", "none")])
+def test_a_path_that_the_terminal_cannot_show_is_escaped(tmp_path, words):
+    folder = os.fsencode(tmp_path) + b"/caf\xe9"
+    environment = {**os.environ, "PYTHONIOENCODING": "latin-1:strict", "JITNORM_CACHE_DIR": os.fsdecode(folder)}
+    done = subprocess.run([sys.executable, "-m", "jitnorm", *words], env=environment, capture_output=True, text=True)
+    assert "encode" not in done.stdout + done.stderr
+    assert done.returncode == (words[1] == "show")

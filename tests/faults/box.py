@@ -339,7 +339,8 @@ class Box:
         os.dup2(output, 1)
         os.dup2(output, 2)
         sys.stdout = io.TextIOWrapper(io.FileIO(1, "w", closefd=False), write_through=True)
-        sys.stderr = io.TextIOWrapper(io.FileIO(2, "w", closefd=False), write_through=True)
+        # as Python makes it: what cannot be encoded is escaped
+        sys.stderr = io.TextIOWrapper(io.FileIO(2, "w", closefd=False), errors="backslashreplace", write_through=True)
         sys.stdin = open(os.devnull)  # noqa: SIM115 - until the process ends
         os.environ.update(self._environment(tools))
         for name, value in self.environment.items():

@@ -541,7 +541,7 @@ def wrapped(view: torch.Tensor, how: str) -> Any:
         plain = (
             view
             if view.dtype in (F32, F16, torch.int32, torch.int64, torch.float64, torch.uint8)
-            else view.view(torch.uint8)
+            else view.contiguous().view(torch.uint8)
         )
         return plain.numpy() if not view.is_inference() else np.zeros(view.shape, np.float32)
     if how == "dlpack":
@@ -760,13 +760,13 @@ def judge(seed: int, index: int, few: bool) -> Judged:
     forget()
     try:
         cold = make(call, arena, words)
+        problems += [f"cold: {p}" for p in problems_of(call, cold, arena)]
+        # A good call of the same operator brings its kernels into the fast path.
+        good = make(plain, arena, words)
+        problems += [f"unchanged: {p}" for p in problems_of(plain, good, arena)]
+        warm = make(call, arena, words)
     except Undefined:
-        return Judged(call, "undefined", [])
-    problems += [f"cold: {p}" for p in problems_of(call, cold, arena)]
-    # A good call of the same operator brings its kernels into the fast path.
-    good = make(plain, arena, words)
-    problems += [f"unchanged: {p}" for p in problems_of(plain, good, arena)]
-    warm = make(call, arena, words)
+        return Judged(call, "undefined", problems)
     problems += [f"warm: {p}" for p in problems_of(call, warm, arena) if f"cold: {p}" not in problems]
     if cold.kind != warm.kind:
         problems.append(f"cold {cold.kind} ({cold.error}), warm {warm.kind} ({warm.error})"[:400])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import sys
 from typing import Any
 
 import click
@@ -30,6 +32,13 @@ class Group(click.Group):
 
     command_class = Command
     group_class = type
+
+    def main(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the command. What the terminal's encoding lacks, such as a path that is no UTF-8, is escaped."""
+        for stream in (sys.stdout, sys.stderr):
+            if isinstance(stream, io.TextIOWrapper):
+                stream.reconfigure(errors="backslashreplace")
+        return super().main(*args, **kwargs)
 
 
 class _List(click.ParamType):  # type: ignore[type-arg]
