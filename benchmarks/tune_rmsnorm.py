@@ -17,11 +17,11 @@ import torch
 
 from jitnorm.benchmark import marker, settings
 from jitnorm.benchmark.runner import copy_of
-from jitnorm.checks import DTYPE_NAMES
+from jitnorm.core.checks import DTYPE_NAMES
+from jitnorm.core.targets import resolve_target
 from jitnorm.jit.load import load
 from jitnorm.jit.spec import KernelSpec
 from jitnorm.rmsnorm import rmsnorm_spec
-from jitnorm.targets import resolve_target
 
 _DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 

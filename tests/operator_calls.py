@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 import jitnorm
-from jitnorm.operators import OPERATORS
+from jitnorm.core.operators import OPERATORS
 
 TOKENS, HIDDEN = 4, 64
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import DTYPES, TOLERANCE, assert_refused, compiled, relative_error, same_bits
+from helpers import DTYPES, TOLERANCE, assert_refused, compiled, relative_error, same_bits
 
 import jitnorm
 from jitnorm import gelu_and_mul, gelu_tanh_and_mul, silu_and_mul

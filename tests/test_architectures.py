@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from jitnorm.core.norms import FUSED_ADD_RMSNORM, FUSED_ADD_RMSNORM_ROUND_SUM, GEMMA_FUSED_ADD_RMSNORM, RMSNORM
 from jitnorm.jit.build import build
 from jitnorm.jit.spec import Target
-from jitnorm.norms import FUSED_ADD_RMSNORM, FUSED_ADD_RMSNORM_ROUND_SUM, GEMMA_FUSED_ADD_RMSNORM, RMSNORM
 from jitnorm.per_tensor_quant_fp8 import DYNAMIC, MAXIMA, STATIC
 from jitnorm.per_token_quant_fp8 import PER_TOKEN
 from jitnorm.qknorm_ops import HEAD_DIMS, QKNORM

@@ -6,7 +6,7 @@ from functools import partial
 
 import pytest
 import torch
-from conftest import relative_error, rmsnorm_reference, same_bits
+from helpers import relative_error, rmsnorm_reference, same_bits
 
 import jitnorm
 

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import relative_error, same_bits
+from helpers import relative_error, same_bits
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from jitnorm.batch_invariant import attention, attention_proof, set_batch_invariant_mode

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import DTYPES, relative_error, same_bits
+from helpers import DTYPES, relative_error, same_bits
 
 from jitnorm.batch_invariant import bmm_batch_invariant, matmul_persistent, set_batch_invariant_mode
 

@@ -7,7 +7,7 @@ import itertools
 
 import pytest
 import torch
-from conftest import same_bits
+from helpers import same_bits
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from jitnorm.batch_invariant import overrides, set_batch_invariant_mode

@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import tvm_ffi
-from conftest import DTYPES, relative_error, same_bits
+from helpers import DTYPES, relative_error, same_bits
 
 from jitnorm.batch_invariant import cublaslt, cuda_matmul, matmul_persistent, proof
 from jitnorm.batch_invariant.cuda_matmul import Problem

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import DTYPES, relative_error, rmsnorm_reference, same_bits
+from helpers import DTYPES, relative_error, rmsnorm_reference, same_bits
 
 from jitnorm.batch_invariant import log_softmax, mean_dim, rms_norm_batch_invariant, set_batch_invariant_mode, softmax
 

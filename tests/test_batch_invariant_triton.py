@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import relative_error, rmsnorm_reference, same_bits
+from helpers import relative_error, rmsnorm_reference, same_bits
 
 pytest.importorskip("triton")
 from jitnorm.batch_invariant import triton_matmul as matmul

@@ -7,7 +7,7 @@ import math
 
 import pytest
 import torch
-from conftest import relative_error, same_bits
+from helpers import relative_error, same_bits
 
 pytest.importorskip("triton")
 from jitnorm.batch_invariant import triton_attention

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import assert_refused
+from helpers import assert_refused
 
 from jitnorm import rmsnorm
 

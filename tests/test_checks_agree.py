@@ -13,7 +13,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from jitnorm import activation_ops, norms, qknorm_ops, quant_norms, store_cache_ops
+from jitnorm import activation_ops, qknorm_ops, quant_norms, store_cache_ops
+from jitnorm.core import norms
 from jitnorm.jit.load import load
 from jitnorm.jit.spec import Target
 from jitnorm.per_tensor_quant_fp8 import MAXIMA, STATIC

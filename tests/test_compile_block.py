@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import relative_error, same_bits
+from helpers import relative_error, same_bits
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import jitnorm
-from jitnorm import norms
+from jitnorm.core import norms
 
 HEADS, HEAD_DIM, LENGTH = 2, 64, 5
 HIDDEN = HEADS * HEAD_DIM

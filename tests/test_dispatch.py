@@ -15,10 +15,11 @@ import warnings
 
 import pytest
 import torch
-from conftest import DTYPES, compiled, relative_error, rmsnorm_reference, same_bits
+from helpers import DTYPES, compiled, relative_error, rmsnorm_reference, same_bits
 
 import jitnorm
-from jitnorm import dispatch, norms
+from jitnorm import dispatch
+from jitnorm.core import norms
 from jitnorm.dispatch import choice, flashinfer_backend, wanted
 
 OPS = ("rmsnorm", "gemma_rmsnorm", "fused_add_rmsnorm", "gemma_fused_add_rmsnorm")

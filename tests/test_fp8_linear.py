@@ -8,8 +8,8 @@ import sys
 
 import pytest
 import torch
-from conftest import DTYPES, relative_error, same_bits
 from fp8_reference import codes, decode, encode, quotient
+from helpers import DTYPES, relative_error, same_bits
 
 from jitnorm import rmsnorm_quant_fp8
 from jitnorm.layers import apply_fp8_linear, set_compiler

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import DTYPES, TOLERANCE, WEIGHTS, relative_error, rmsnorm_reference, same_bits
+from helpers import DTYPES, TOLERANCE, WEIGHTS, relative_error, rmsnorm_reference, same_bits
 
 from jitnorm import fused_add_rmsnorm, gemma_fused_add_rmsnorm, gemma_rmsnorm, rmsnorm
-from jitnorm.norms import NORMS
+from jitnorm.core.norms import NORMS
 
 OPERATORS = [(fused_add_rmsnorm, 0.0), (gemma_fused_add_rmsnorm, 1.0)]
 

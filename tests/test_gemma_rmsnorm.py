@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import DTYPES, TOLERANCE, relative_error, rmsnorm_reference, same_bits
+from helpers import DTYPES, TOLERANCE, relative_error, rmsnorm_reference, same_bits
 
 from jitnorm import gemma_rmsnorm
 

@@ -7,7 +7,7 @@ import pickle
 
 import pytest
 import torch
-from conftest import relative_error, rmsnorm_reference, same_bits
+from helpers import relative_error, rmsnorm_reference, same_bits
 
 import jitnorm
 from jitnorm import nn

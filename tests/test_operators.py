@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import jitnorm
-from jitnorm.operators import OPERATORS, Operator
+from jitnorm.core.operators import OPERATORS, Operator
 
 H = 128
 E4M3 = torch.float8_e4m3fn

@@ -11,12 +11,13 @@ import sys
 
 import pytest
 import torch
-from conftest import relative_error, rmsnorm_reference, same_bits
+from helpers import relative_error, rmsnorm_reference, same_bits
 from operator_calls import forget_kernels
 
 import jitnorm
-from jitnorm import patch_transformers, transformers_patch
-from jitnorm.operators import OPERATORS
+from jitnorm import patch_transformers
+from jitnorm.core.operators import OPERATORS
+from jitnorm.integrations import transformers as transformers_patch
 from jitnorm.warmup import make_plan
 
 transformers = pytest.importorskip("transformers")

@@ -6,7 +6,7 @@ from unittest import mock
 
 import pytest
 import torch
-from conftest import relative_error, rmsnorm_reference, same_bits
+from helpers import relative_error, rmsnorm_reference, same_bits
 
 import jitnorm.layers
 from jitnorm.layers import apply_qk_norm, qk_norm, set_compiler

@@ -8,7 +8,7 @@ import textwrap
 
 import pytest
 import torch
-from conftest import DTYPES, TOLERANCE, WEIGHTS, relative_error, rmsnorm_reference, same_bits
+from helpers import DTYPES, TOLERANCE, WEIGHTS, relative_error, rmsnorm_reference, same_bits
 
 from jitnorm import can_use_fused_inplace_qknorm, fused_inplace_qknorm
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import assert_refused, same_bits
+from helpers import assert_refused, same_bits
 
 from jitnorm import fused_inplace_qknorm as qknorm
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import relative_error, rmsnorm_reference, same_bits
+from helpers import relative_error, rmsnorm_reference, same_bits
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from jitnorm import can_use_fused_inplace_qknorm, fused_inplace_qknorm

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import DTYPES, same_bits
 from fp8_reference import check_operator, codes, decode, encode, neighbours, quotient, ties
+from helpers import DTYPES, same_bits
 
 import jitnorm
 from jitnorm import per_tensor_quant_fp8, per_token_quant_fp8

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import rmsnorm_reference, same_bits
 from fp8_reference import check_operator, codes, encode, quotient
+from helpers import rmsnorm_reference, same_bits
 
 import jitnorm
 from jitnorm import fused_add_rmsnorm_quant_fp8, rmsnorm_quant_fp8

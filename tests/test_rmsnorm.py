@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import TOLERANCE, WEIGHTS, relative_error, rmsnorm_reference, same_bits
+from helpers import TOLERANCE, WEIGHTS, relative_error, rmsnorm_reference, same_bits
 
 import jitnorm.rmsnorm
 from jitnorm.rmsnorm import _is_supported_rmsnorm_hidden_size, _rmsnorm_kernel_class, rmsnorm

@@ -9,7 +9,7 @@ import threading
 
 import pytest
 import torch
-from conftest import relative_error, rmsnorm_reference, same_bits
+from helpers import relative_error, rmsnorm_reference, same_bits
 
 from jitnorm import fused_add_rmsnorm, rmsnorm
 

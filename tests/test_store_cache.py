@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import torch
-from conftest import assert_refused, compiled, same_bits
+from helpers import assert_refused, compiled, same_bits
 
 import jitnorm
 from jitnorm import store_cache, store_cache_ops

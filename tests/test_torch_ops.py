@@ -7,7 +7,7 @@ from fractions import Fraction
 import numpy as np
 import pytest
 import torch
-from conftest import compiled, relative_error, rmsnorm_reference, same_bits
+from helpers import compiled, relative_error, rmsnorm_reference, same_bits
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from jitnorm import (
@@ -19,7 +19,7 @@ from jitnorm import (
     silu_and_mul,
     store_cache,
 )
-from jitnorm.environment import is_on
+from jitnorm.jit.environment import is_on
 
 
 def test_compiles_without_a_graph_break(device):

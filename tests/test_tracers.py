@@ -7,14 +7,14 @@ import threading
 
 import pytest
 import torch
-from conftest import relative_error, rmsnorm_reference
+from helpers import relative_error, rmsnorm_reference
 from operator_calls import FORMS, Form, bits, forget_kernels
 from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import jitnorm
-from jitnorm import torch_modes
+from jitnorm.core import torch_modes
 
 forms = pytest.mark.parametrize("form", FORMS, ids=lambda form: form.name)
 # The first call of a kernel takes the slow path and every later one the fast path.

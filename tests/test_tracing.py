@@ -13,8 +13,8 @@ import pickle
 import pytest
 import torch
 import torch.autograd.forward_ad as forward_ad
-from conftest import relative_error, rmsnorm_reference
 from fp8_reference import codes
+from helpers import relative_error, rmsnorm_reference
 from operator_calls import forget_kernels
 from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx

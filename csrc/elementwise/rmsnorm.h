@@ -42,7 +42,7 @@ inline bool same_shape_and_device(const DLTensor& a, const DLTensor& b) {
   return same_shape(a, b) && same_device(a, b);
 }
 
-// rmsnorm(input, weight, out, eps, enable_pdl): jitnorm.norms.check_rmsnorm says in words what is refused here.
+// rmsnorm(input, weight, out, eps, enable_pdl): jitnorm.core.norms.check_rmsnorm says in words what is refused here.
 template <typename Kernel>
 Outcome rmsnorm(const TVMFFIAny* args, int num_args) {
   using T = typename Kernel::input_t;
@@ -64,7 +64,7 @@ Outcome rmsnorm(const TVMFFIAny* args, int num_args) {
   return launch(Kernel{}, params, input->device, enable_pdl);
 }
 
-// fused_add_rmsnorm(input, residual, weight, eps, enable_pdl): likewise, jitnorm.norms.check_fused_add_rmsnorm.
+// fused_add_rmsnorm(input, residual, weight, eps, enable_pdl): likewise, jitnorm.core.norms.check_fused_add_rmsnorm.
 template <typename Kernel>
 Outcome fused_add_rmsnorm(const TVMFFIAny* args, int num_args) {
   using T = typename Kernel::input_t;

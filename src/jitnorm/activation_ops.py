@@ -13,11 +13,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from jitnorm import checks
-from jitnorm.jit.spec import KernelSpec, Target
-from jitnorm.operators import CPP_TYPES, DTYPES, Operator
-from jitnorm.targets import target_of
-from jitnorm.torch_library import (
+from jitnorm.core import checks
+from jitnorm.core.operators import CPP_TYPES, DTYPES, Operator
+from jitnorm.core.targets import target_of
+from jitnorm.core.torch_library import (
     build_while_tracing,
     count_version,
     is_traced,
@@ -26,6 +25,7 @@ from jitnorm.torch_library import (
     register,
     register_autograd,
 )
+from jitnorm.jit.spec import KernelSpec, Target
 
 _MOST_WIDTH = 1 << 30
 

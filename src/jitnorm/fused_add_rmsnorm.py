@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from jitnorm import checks, norms
+from jitnorm.core import checks, norms
+from jitnorm.core.torch_library import is_traced, needs_grad, refuse_torch_func
 from jitnorm.norm_ops import dispatch_fused_add_rmsnorm
-from jitnorm.torch_library import is_traced, needs_grad, refuse_torch_func
 
 _NORM, _ROUNDED = norms.FUSED_ADD_RMSNORM, norms.FUSED_ADD_RMSNORM_ROUND_SUM
 _is_dynamo_compiling = torch.compiler.is_dynamo_compiling

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from jitnorm import norms
+from jitnorm.core import norms
 from jitnorm.fused_add_rmsnorm import first_fused_add_rmsnorm
 from jitnorm.norm_ops import dispatch_fused_add_rmsnorm
 

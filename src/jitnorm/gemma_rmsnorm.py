@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from jitnorm import norms
+from jitnorm.core import norms
 from jitnorm.norm_ops import dispatch_rmsnorm
 from jitnorm.rmsnorm import first_rmsnorm
 

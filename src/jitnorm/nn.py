@@ -19,14 +19,14 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.autograd import forward_ad
 
-from jitnorm import checks
+from jitnorm.core import checks
+from jitnorm.core.norms import is_supported_hidden_size
+from jitnorm.core.operators import DTYPES
+from jitnorm.core.torch_library import is_traced, mark_constant, needs_grad
 from jitnorm.fused_add_rmsnorm import fused_add_rmsnorm
 from jitnorm.gemma_fused_add_rmsnorm import gemma_fused_add_rmsnorm
 from jitnorm.gemma_rmsnorm import gemma_rmsnorm
-from jitnorm.norms import is_supported_hidden_size
-from jitnorm.operators import DTYPES
 from jitnorm.rmsnorm import rmsnorm
-from jitnorm.torch_library import is_traced, mark_constant, needs_grad
 
 _HALF = (torch.float16, torch.bfloat16)
 

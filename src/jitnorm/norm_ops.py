@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from jitnorm.norms import (
+from jitnorm.core.norms import (
     FUSED_ADD_RMSNORM,
     FUSED_ADD_RMSNORM_ROUND_SUM,
     GEMMA_FUSED_ADD_RMSNORM,
@@ -22,7 +22,7 @@ from jitnorm.norms import (
     check_rmsnorm,
     new_like,
 )
-from jitnorm.torch_library import (
+from jitnorm.core.torch_library import (
     build_while_tracing,
     count_version,
     needs_grad,

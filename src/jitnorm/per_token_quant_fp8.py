@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 
-from jitnorm import checks
+from jitnorm.core import checks
+from jitnorm.core.torch_library import build_while_tracing, count_version, is_traced, register
 from jitnorm.quant_fp8 import QuantFp8, check_kinds, check_memory, refuse_gradient
-from jitnorm.torch_library import build_while_tracing, count_version, is_traced, register
 
 _NAME = "per_token_quant_fp8"
 PER_TOKEN = QuantFp8(_NAME, _NAME, "PerTokenQuantFp8Kernel<{}>")

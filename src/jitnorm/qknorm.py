@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from jitnorm.operators import DTYPES
+from jitnorm.core.operators import DTYPES
 from jitnorm.qknorm_ops import HEAD_DIMS, QKNORM, dispatch_qknorm, first_qknorm
 
 _kernels = QKNORM.kernels

@@ -7,10 +7,9 @@ from typing import Any
 
 import torch
 
-from jitnorm import checks, norms
-from jitnorm.norm_ops import dispatch_rmsnorm
-from jitnorm.operators import DTYPES
-from jitnorm.torch_library import (
+from jitnorm.core import checks, norms
+from jitnorm.core.operators import DTYPES
+from jitnorm.core.torch_library import (
     build_while_tracing,
     count_version,
     is_traced,
@@ -19,6 +18,7 @@ from jitnorm.torch_library import (
     refuse_unwritable,
     register,
 )
+from jitnorm.norm_ops import dispatch_rmsnorm
 
 HEAD_DIMS = (64, 128, 256, 512, 1024)
 _MOST_ROWS = 2**31 - 1  # kMostRows of the glue

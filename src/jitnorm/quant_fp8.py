@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 
-from jitnorm import checks
+from jitnorm.core import checks
+from jitnorm.core.operators import CPP_TYPES, DTYPES, Operator
+from jitnorm.core.targets import target_of
+from jitnorm.core.torch_library import needs_grad
 from jitnorm.jit.spec import KernelSpec, Target
-from jitnorm.operators import CPP_TYPES, DTYPES, Operator
-from jitnorm.targets import target_of
-from jitnorm.torch_library import needs_grad
 
 
 @dataclass(frozen=True)

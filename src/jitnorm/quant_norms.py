@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 
-from jitnorm import checks
-from jitnorm.norms import Norm, check_input_and_weight, check_kinds, check_like_input, new_like
-from jitnorm.torch_library import (
+from jitnorm.core import checks
+from jitnorm.core.norms import Norm, check_input_and_weight, check_kinds, check_like_input, new_like
+from jitnorm.core.torch_library import (
     build_while_tracing,
     count_version,
     is_traced,

@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 
-from jitnorm import checks, norms
+from jitnorm.core import checks, norms
+from jitnorm.core.targets import resolve_target
+from jitnorm.core.torch_library import is_traced, needs_grad, refuse_torch_func
 from jitnorm.jit.load import load
 from jitnorm.norm_ops import dispatch_rmsnorm
-from jitnorm.targets import resolve_target
-from jitnorm.torch_library import is_traced, needs_grad, refuse_torch_func
 
 _NORM = norms.RMSNORM
 _kernels = _NORM.kernels

@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 
-from jitnorm import checks
-from jitnorm.environment import is_on
+from jitnorm.core import checks
+from jitnorm.core.operators import Operator
+from jitnorm.core.targets import target_of
+from jitnorm.core.torch_library import build_while_tracing, count_version, is_traced, needs_grad, register
+from jitnorm.jit.environment import is_on
 from jitnorm.jit.spec import KernelSpec, Target
-from jitnorm.operators import Operator
-from jitnorm.targets import target_of
-from jitnorm.torch_library import build_while_tracing, count_version, is_traced, needs_grad, register
 
 _NUM_SPLITS = (0, 1, 2, 4)
 _MOST_ROW_BYTES = 1 << 30

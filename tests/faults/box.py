@@ -32,7 +32,8 @@ import torch
 import jitnorm
 import jitnorm.cli
 from faults.inject import Injection, library
-from jitnorm import activation_ops, norms
+from jitnorm import activation_ops
+from jitnorm.core import norms
 from jitnorm.jit.load import find, load
 from jitnorm.jit.spec import Target
 

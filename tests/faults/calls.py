@@ -23,7 +23,7 @@ import torch
 
 import jitnorm
 from faults import references
-from jitnorm.operators import OPERATORS
+from jitnorm.core.operators import OPERATORS
 
 F32, F16, BF16, E4M3 = torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn
 SIZE = 1 << 17

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import rmsnorm_reference
+from helpers import rmsnorm_reference
 
 from jitnorm.jit import load as engine
 from jitnorm.jit.build import build

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from click.testing import CliRunner
-from conftest import relative_error, rmsnorm_reference
+from helpers import relative_error, rmsnorm_reference
 
 from jitnorm.cli import main
 from jitnorm.jit import cache
@@ -43,7 +43,7 @@ def call() -> None:
     import jitnorm
 
     forget()
-    norm = jitnorm.norms.RMSNORM
+    norm = jitnorm.core.norms.RMSNORM
     for table in (norm.kernels, norm.dispatched, norm.exact):
         table.clear()
     x, w = torch.randn(5, 512), torch.randn(512)

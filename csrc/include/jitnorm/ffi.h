@@ -36,7 +36,7 @@ namespace jitnorm {
 enum class Outcome { kDone = 0, kRefused = 1, kRaised = -1 };
 
 // A mode of torch (torch.jit.trace, make_fx, TorchDispatchMode) shows in the dispatch keys that its thread includes.
-// torch's function that looks one up is found by jitnorm.torch_modes, which also knows the keys' numbers: linking to
+// torch's function that looks one up is found by jitnorm.core.torch_modes, which also knows the keys' numbers: linking to
 // torch would bind a library to one version of it.
 struct ModeKeys {
   bool (*is_included)(uint16_t key) = nullptr;

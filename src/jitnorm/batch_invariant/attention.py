@@ -17,7 +17,7 @@ import torch
 
 from jitnorm.batch_invariant.attention_proof import Call, one_call_keeps_the_bits
 from jitnorm.batch_invariant.triton_needed import on_device_of, triton_module
-from jitnorm.torch_library import needs_grad
+from jitnorm.core.torch_library import needs_grad
 
 _FEW = 64  # queries of a sequence, up to which all sequences share one launch
 _aten = torch.ops.aten

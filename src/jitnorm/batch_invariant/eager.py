@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from jitnorm.torch_library import needs_grad
+from jitnorm.core.torch_library import needs_grad
 
 
 def eager_only(name: str, instead: str, *tensors: object) -> None:

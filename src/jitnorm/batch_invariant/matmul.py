@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from jitnorm import checks
 from jitnorm.batch_invariant import cpu_matmul
 from jitnorm.batch_invariant.eager import eager_only
+from jitnorm.core import checks
 
 _CUDA_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 

@@ -8,14 +8,14 @@ from collections.abc import Sequence
 
 import torch
 
-from jitnorm import checks
 from jitnorm.batch_invariant.cpu_matmul import aligned
 from jitnorm.batch_invariant.eager import eager_only
 from jitnorm.batch_invariant.rows import tree_sum
 from jitnorm.batch_invariant.triton_needed import on_device_of, triton_module
-from jitnorm.norms import is_supported_hidden_size
+from jitnorm.core import checks
+from jitnorm.core.norms import is_supported_hidden_size
+from jitnorm.core.torch_library import is_traced, needs_grad
 from jitnorm.rmsnorm import rmsnorm
-from jitnorm.torch_library import is_traced, needs_grad
 
 _KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _MAX_ONES = 16

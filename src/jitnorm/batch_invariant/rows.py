@@ -7,10 +7,10 @@ from collections.abc import Sequence
 
 import torch
 
-from jitnorm import checks
 from jitnorm.batch_invariant.cpu_matmul import aligned
 from jitnorm.batch_invariant.eager import eager_only
 from jitnorm.batch_invariant.triton_needed import on_device_of, triton_module
+from jitnorm.core import checks
 
 _TRITON_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 

@@ -12,7 +12,7 @@ import torch
 
 from jitnorm._version import __version__
 from jitnorm.benchmark import nvml
-from jitnorm.packages import installed_versions
+from jitnorm.jit.environment import installed_versions
 
 _PACKAGES = (
     "apache-tvm-ffi",

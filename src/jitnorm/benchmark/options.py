@@ -11,7 +11,7 @@ import torch
 from jitnorm.benchmark.report import COPY
 from jitnorm.benchmark.result import BenchResult
 from jitnorm.benchmark.table import as_csv
-from jitnorm.checks import DTYPE_NAMES
+from jitnorm.core.checks import DTYPE_NAMES
 
 if TYPE_CHECKING:
     from jitnorm.benchmark.marker import Benchmark

@@ -15,10 +15,10 @@ from jitnorm._version import __version__
 from jitnorm.cli import output
 from jitnorm.cli.base import Command
 from jitnorm.cli.timing import median_us
+from jitnorm.core.targets import resolve_target
 from jitnorm.jit import cache
 from jitnorm.jit.load import find
 from jitnorm.rmsnorm import rmsnorm, rmsnorm_spec
-from jitnorm.targets import resolve_target
 
 _HIDDEN_SIZES = (128, 4096)  # a kernel that reduces a row in a warp, and one that does in a block
 _SHAPES = ((1, 128), (4096, 128), (1, 4096), (64, 4096), (4096, 4096))

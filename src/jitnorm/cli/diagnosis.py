@@ -19,16 +19,15 @@ import torch
 
 from jitnorm._version import __version__
 from jitnorm.batch_invariant.proof import known_proofs
-from jitnorm.checks import DTYPE_NAMES
 from jitnorm.cli.entries import Row, places, rows_of
 from jitnorm.cli.output import size
 from jitnorm.cli.trial import Trial, try_builds
+from jitnorm.core.checks import DTYPE_NAMES
+from jitnorm.core.targets import cuda_target
 from jitnorm.dispatch import explain
 from jitnorm.dispatch.wanted import wanted
-from jitnorm.environment import is_on
 from jitnorm.jit import cache, toolchain
-from jitnorm.packages import installed_versions
-from jitnorm.targets import cuda_target
+from jitnorm.jit.environment import installed_versions, is_on
 
 # torch-c-dlpack-ext need not be there, and ninja may be the system's.
 _PACKAGES = ("torch", "apache-tvm-ffi", "torch-c-dlpack-ext", "ninja", "cuda-pathfinder", "flashinfer-python")

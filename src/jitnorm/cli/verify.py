@@ -14,9 +14,9 @@ from tqdm import tqdm
 
 from jitnorm.batch_invariant import set_batch_invariant_mode
 from jitnorm.batch_invariant.verify import OPERATORS, WAYS, Result, verify
-from jitnorm.checks import DTYPE_NAMES
 from jitnorm.cli import output
 from jitnorm.cli.base import Command, several
+from jitnorm.core.checks import DTYPE_NAMES
 
 _DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 _NAMES = ", ".join(OPERATORS)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 import torch.fx
 
-from jitnorm import checks, norms
+from jitnorm.core import checks, norms
 from jitnorm.dispatch import flashinfer_backend
 from jitnorm.dispatch.wanted import wanted
 

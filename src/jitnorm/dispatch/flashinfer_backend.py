@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-from jitnorm import checks
-from jitnorm.torch_library import is_traced
+from jitnorm.core import checks
+from jitnorm.core.torch_library import is_traced
 
 # The operators, and the ranks that both of FlashInfer's implementations take (its CUDA one is the stricter).
 RANKS = {

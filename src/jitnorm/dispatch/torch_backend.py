@@ -7,9 +7,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from jitnorm import checks
-from jitnorm.operators import DTYPES
-from jitnorm.torch_library import is_traced, needs_grad, refuse_unwritable
+from jitnorm.core import checks
+from jitnorm.core.operators import DTYPES
+from jitnorm.core.torch_library import is_traced, needs_grad, refuse_unwritable
 
 
 def rmsnorm(

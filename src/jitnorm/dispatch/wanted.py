@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from contextvars import ContextVar
 
-from jitnorm.torch_library import mark_constant
+from jitnorm.core.torch_library import mark_constant
 
 BACKENDS = ("auto", "auto-fast", "jit", "flashinfer", "torch")
 VARIABLE = "JITNORM_BACKEND"

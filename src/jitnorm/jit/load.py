@@ -12,8 +12,8 @@ from pathlib import Path
 import torch
 import tvm_ffi
 
-from jitnorm.environment import is_on
 from jitnorm.jit import cache, toolchain
+from jitnorm.jit.environment import is_on
 from jitnorm.jit.library import BadLibrary, open_library
 from jitnorm.jit.spec import KernelSpec
 

@@ -7,12 +7,12 @@ from typing import Any
 import torch
 import torch.fx
 
-from jitnorm import checks
+from jitnorm.core import checks
+from jitnorm.core.torch_library import needs_grad
+from jitnorm.integrations.transformers import LLAMA_CLASSES, original_class
 from jitnorm.layers.compiler import Compiler, resolve_compiler
 from jitnorm.nn import is_rows, serves
 from jitnorm.qknorm import can_use_fused_inplace_qknorm, fused_inplace_qknorm
-from jitnorm.torch_library import needs_grad
-from jitnorm.transformers_patch import LLAMA_CLASSES, original_class
 
 _PLAIN_CLASSES = ("RMSNorm", *LLAMA_CLASSES)
 

@@ -18,15 +18,15 @@ from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 import torch
 
 from jitnorm.activation_ops import ACTIVATIONS
-from jitnorm.checks import DTYPE_NAMES
+from jitnorm.core.checks import DTYPE_NAMES
+from jitnorm.core.norms import NORMS
+from jitnorm.core.targets import resolve_target
 from jitnorm.jit.spec import KernelSpec, Target
-from jitnorm.norms import NORMS
 from jitnorm.per_tensor_quant_fp8 import DYNAMIC, MAXIMA, STATIC
 from jitnorm.per_token_quant_fp8 import PER_TOKEN
 from jitnorm.qknorm_ops import QKNORM
 from jitnorm.quant_norms import QUANT_NORMS
 from jitnorm.store_cache_ops import STORE_CACHE
-from jitnorm.targets import resolve_target
 from jitnorm.warmup.run import Result, build_all, prepare, survey
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from jitnorm.batch_invariant.verify.operators import Case, Operator, Shape
-from jitnorm.checks import DTYPE_NAMES
+from jitnorm.core.checks import DTYPE_NAMES
 
 PLACES = {"first": lambda m: 0, "middle": lambda m: m // 2, "last": lambda m: m - 1}
 NEIGHBOURS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {

@@ -15,8 +15,8 @@ from typing import Any, NoReturn
 
 import torch
 
+from jitnorm.core.norms import is_supported_hidden_size
 from jitnorm.nn import KERNELS, Kernels, normalise, refuse_script, serves
-from jitnorm.norms import is_supported_hidden_size
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from jitnorm import torch_modes
+from jitnorm.core import torch_modes
 from jitnorm.jit.load import load
 from jitnorm.jit.spec import KernelSpec
 

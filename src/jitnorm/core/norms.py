@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 
-from jitnorm import checks
+from jitnorm.core import checks
+from jitnorm.core.operators import CPP_TYPES, DTYPES, Operator
+from jitnorm.core.targets import target_of
 from jitnorm.jit.spec import KernelSpec, Target
-from jitnorm.operators import CPP_TYPES, DTYPES, Operator
-from jitnorm.targets import target_of
 
 _WARP_SIZES = (64, 128, 256)
 _BLOCK_SIZES = range(512, 8192 + 1, 256)

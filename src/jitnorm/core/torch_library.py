@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 
-from jitnorm import torch_modes
+from jitnorm.core import torch_modes
+from jitnorm.core.operators import Operator
+from jitnorm.core.targets import target_of
 from jitnorm.jit.load import load
-from jitnorm.operators import Operator
-from jitnorm.targets import target_of
 
 _library = torch.library.Library("jitnorm", "DEF")
 

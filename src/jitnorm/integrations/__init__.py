@@ -1,0 +1,1 @@
+"""What plugs jitnorm into other projects, a module each."""
