@@ -51,5 +51,5 @@ $(VENV)/installed: $(BIN)/python pyproject.toml constraints.txt
 
 # nvcc comes with it, so that the CUDA sources are compiled, and tested as far as that goes, without a GPU.
 $(VENV)/installed-dev: $(BIN)/python pyproject.toml constraints.txt
-	$(PIP) -e '.[bench,dev,nvcc]'
+	$(PIP) -e '.[bench,dev,docs,nvcc]'
 	touch $@ $(VENV)/installed
