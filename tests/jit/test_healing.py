@@ -30,7 +30,8 @@ from jitnorm.jit.entry import Entry
 from jitnorm.jit.folder import Folder
 from jitnorm.jit.library import BadLibrary, Elf, check_library
 
-from .conftest import entries, run, start
+from .conftest import entries
+from .processes import run, start
 from .test_untrusted import SPEC, call, forget
 
 PYTHON = shlex.quote(sys.executable)
