@@ -7,6 +7,7 @@ import errno
 import fcntl
 import hashlib
 import json
+import logging
 import os
 import shlex
 import shutil
@@ -523,6 +524,7 @@ def test_nobody_reads_what_is_said(copier, cache_dir, monkeypatch):
     entry.library.write_bytes(b"damaged")
     read, write = os.pipe()
     os.close(read)
+    monkeypatch.setattr(logging.getLogger(), "handlers", [])  # pytest's, with which nothing goes to stderr
     monkeypatch.setattr(sys, "stderr", os.fdopen(write, "w"))
     call()
 
