@@ -11,22 +11,18 @@ from __future__ import annotations
 import itertools
 import operator
 import os
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 import torch
 
-from jitnorm.activation_ops import ACTIVATIONS
 from jitnorm.core.checks import DTYPE_NAMES
-from jitnorm.core.norms import NORMS
+from jitnorm.core.operators import OPERATORS
 from jitnorm.core.targets import resolve_target
-from jitnorm.jit.spec import KernelSpec, Target
-from jitnorm.per_tensor_quant_fp8 import DYNAMIC, MAXIMA, STATIC
-from jitnorm.per_token_quant_fp8 import PER_TOKEN
-from jitnorm.qknorm_ops import QKNORM
-from jitnorm.quant_norms import QUANT_NORMS
-from jitnorm.store_cache_ops import STORE_CACHE
+from jitnorm.jit.spec import KernelSpec
+from jitnorm.qknorm import QKNORM
+from jitnorm.store_cache import STORE_CACHE
 from jitnorm.warmup.run import Result, build_all, prepare, survey
 
 if TYPE_CHECKING:
@@ -34,12 +30,8 @@ if TYPE_CHECKING:
 
 __all__ = ["DTYPES", "OPS", "Plan", "Result", "make_plan", "warmup"]
 
-Specs: TypeAlias = dict[str, Callable[[Any, torch.dtype, torch.dtype, Target], KernelSpec]]
-# Operators with one kernel for all sizes, and those with kernels by what divides a row's bytes: 16, or less.
-_OF_ALL_SIZES: Specs = {each.op: each.warmup_spec for each in (STATIC, MAXIMA, DYNAMIC, PER_TOKEN)}
-_OF_ANY_SIZE: Specs = {each.op: each.warmup_spec for each in (*ACTIVATIONS, STORE_CACHE)} | _OF_ALL_SIZES
-# The operators that can be built ahead of time: (hidden size, input's dtype, weight's dtype, target) -> what to build.
-OPS: Specs = {norm.op: norm.spec for norm in (*NORMS, QKNORM, *QUANT_NORMS)} | _OF_ANY_SIZE
+# The operators that can be built ahead of time are those of the registry.
+OPS = OPERATORS
 
 # The words for dtypes.
 DTYPES = {name: d for d, short in DTYPE_NAMES.items() for name in (short, str(d).removeprefix("torch."))}
@@ -144,7 +136,7 @@ def make_plan(
                 refused[f"{model.path} has no {lacking}, which {name} is for"] = None
         for size, d, w, target in itertools.product(sizes, inputs or ["bf16"], weights, targets):
             try:
-                specs[OPS[name](size, _dtype(d), _dtype(w or d), target)] = None
+                specs[OPS[name].warmup_spec(size, _dtype(d), _dtype(w or d), target)] = None
             except RuntimeError as error:
                 refused[str(error)] = None
     if refused and config is None and not skip_unsupported:
@@ -163,13 +155,13 @@ def problem_of_sources(
     operator needs any, and where nothing is given that no operator takes."""
     size, source, weight = names
     what = "have" if len(ops) > 1 else "has"
-    if weights and ops and all(name in _OF_ANY_SIZE for name in ops):
+    if weights and ops and not any(OPS[name].has_weight for name in ops):
         return f"{weight} is not accepted: {' and '.join(ops)} {what} no weight"
     if config is not None:
         return f"give {size} or {source}, not both" if sizes else None
-    if sizes and ops and all(name in _OF_ALL_SIZES for name in ops):
+    if sizes and ops and all(OPS[name].size_name is None for name in ops):
         return f"{size} is not accepted: {' and '.join(ops)} {what} one kernel for all sizes, which is built without it"
-    return None if sizes or (ops and all(name in _OF_ANY_SIZE for name in ops)) else f"give {size} or {source}"
+    return None if sizes or (ops and not any(OPS[name].needs_size for name in ops)) else f"give {size} or {source}"
 
 
 def _ops_of(model: Model) -> list[str]:

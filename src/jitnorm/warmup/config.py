@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jitnorm.activation_ops import GELU_AND_MUL, GELU_TANH_AND_MUL, SILU_AND_MUL
+from jitnorm.activation import GELU_AND_MUL, GELU_TANH_AND_MUL, SILU_AND_MUL
 from jitnorm.integrations.transformers import replaces_norms_of
 
 # What models call the activations that have kernels.
