@@ -73,7 +73,7 @@ def bench(what: str) -> marker.BenchResult:
     if what not in ("import", "CPU cold", "CPU warm") and not find_nvcc():
         marker.skip("no nvcc")
     measure = MEASURES[what]
-    return marker.BenchResult.of([[measure()]], metrics=(0.5, "min", "max"), more=lambda: ([measure()], None))
+    return marker.BenchResult.of([[measure()]], metrics=(0.5, "min", "max"), measure_round=lambda: ([measure()], None))
 
 
 if __name__ == "__main__":

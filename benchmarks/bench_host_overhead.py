@@ -59,7 +59,7 @@ def bench(impl: str) -> marker.BenchResult:
             wait()
         return [seconds / count], None
 
-    return marker.BenchResult.of([one_round()[0]], metrics=(0.5,), more=one_round)
+    return marker.BenchResult.of([one_round()[0]], metrics=(0.5,), measure_round=one_round)
 
 
 if __name__ == "__main__":

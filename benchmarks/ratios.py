@@ -11,7 +11,7 @@ import math
 import sys
 from pathlib import Path
 
-from jitnorm.benchmark.report import COPY, Report
+from jitnorm.benchmark.results import COPY, Report
 
 
 def ratios(report: Report, reference: str) -> None:

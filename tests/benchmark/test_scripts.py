@@ -1,4 +1,4 @@
-"""The files in benchmarks/: each has the command line, and runs on the CPU as far as this machine can."""
+"""Test the files in benchmarks/: each has the command line, and runs on the CPU as far as it can."""
 
 from __future__ import annotations
 
