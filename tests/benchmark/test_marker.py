@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
-import subprocess
+import runpy
 import sys
 
 import pytest
@@ -354,7 +354,8 @@ def test_a_run_that_measures_nothing_fails(tmp_path):
     assert json.loads((tmp_path / "a.json").read_text())["rows"]
 
 
-def test_main_of_a_file(tmp_path):
+def test_main_of_a_file(tmp_path, monkeypatch, capsys):
+    """As `python FILE`, in this process."""
     file = tmp_path / "bench_sizes.py"
     file.write_text(
         "from jitnorm.benchmark import marker\n\n"
@@ -362,6 +363,9 @@ def test_main_of_a_file(tmp_path):
         "def bench(impl):\n    return 1 / 0\n\n"
         "if __name__ == '__main__':\n    bench.main()\n"
     )
-    done = subprocess.run([sys.executable, file, "--device", "cpu"], capture_output=True, text=True, timeout=120)
-    assert done.returncode == 1 and done.stdout.startswith("sizes, us per call"), done
-    assert "error bad: ZeroDivisionError: division by zero" in done.stdout and not done.stderr
+    monkeypatch.setattr(sys, "argv", [str(file), "--device", "cpu"])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(file), run_name="__main__")
+    said = capsys.readouterr()
+    assert ended.value.code == 1 and said.out.startswith("sizes, us per call"), said
+    assert "error bad: ZeroDivisionError: division by zero" in said.out and not said.err
