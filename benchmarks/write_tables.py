@@ -170,7 +170,9 @@ def batch_invariant_h200() -> list[str]:
     layers = _read("llama_layer_h200")
     for title, shapes in LAYERS.items():
         rows = [row for row in layers.rows if tuple(row.point[axis] for axis in layers.axes) in shapes]
-        lines.append(_ratios(f"decoder layer of Llama-8B's size, {title}", replace(layers, rows=rows), "jitnorm", ["torch"]))
+        lines.append(
+            _ratios(f"decoder layer of Llama-8B's size, {title}", replace(layers, rows=rows), "jitnorm", ["torch"])
+        )
     rows_of = _read("row_reductions_h200")
     lines.append(_ratios("softmax, log_softmax, means, RMSNorm", rows_of, "jitnorm", ["torch"]))
     best = "the same, against the faster of torch and torch.compile"

@@ -12,7 +12,7 @@ import posixpath
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
@@ -42,7 +42,9 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
     """Replace the markers of generated sections; point links at plots to where the site has them."""
     markdown = markdown.replace(f"../{_PLOTS}/", "results/")
     markdown = re.sub(r"<!-- api: (.*?) -->", lambda match: "\n".join(_api(*match[1].split())), markdown)
-    return markdown.replace("<!-- commands -->", "\n".join(_commands())) if "<!-- commands -->" in markdown else markdown
+    return (
+        markdown.replace("<!-- commands -->", "\n".join(_commands())) if "<!-- commands -->" in markdown else markdown
+    )
 
 
 def site_links(markdown: str, page: str) -> str:

@@ -3,8 +3,8 @@
     python docs/messages.py            # print messages without an entry, and entries without a message
     python docs/messages.py --update   # reword the entries of messages that were reworded
 
-A message is the text of an exception, a warning or a line of the log, with "…" for each value in it. An entry is a row of
-a table: the message in backticks, and its cure.
+A message is the text of an exception, a warning, or a warning in the log, with "…" for each value in it. An entry is a
+row of a table: the message in backticks, and its cure.
 """
 
 from __future__ import annotations
@@ -117,9 +117,7 @@ class Package:
         return []
 
     def _returns(self, name: str) -> list[ast.Return]:
-        return [
-            node for f in self._functions.get(name, []) for node in _walk_scope(f) if isinstance(node, ast.Return)
-        ]
+        return [node for f in self._functions.get(name, []) for node in _walk_scope(f) if isinstance(node, ast.Return)]
 
 
 def _walk_scope(scope: ast.AST) -> Iterator[ast.AST]:
@@ -133,9 +131,9 @@ def _walk_scope(scope: ast.AST) -> Iterator[ast.AST]:
 def _assigned(name: str, scope: ast.AST) -> Iterator[ast.expr]:
     """Yield what is assigned to a name in a scope."""
     for node in _walk_scope(scope):
-        if isinstance(node, ast.Assign) and any(isinstance(t, ast.Name) and t.id == name for t in node.targets):
-            yield node.value
-        elif isinstance(node, ast.NamedExpr) and node.target.id == name:
+        targets = node.targets if isinstance(node, ast.Assign) else []
+        targets = [node.target] if isinstance(node, ast.NamedExpr) else targets
+        if any(isinstance(target, ast.Name) and target.id == name for target in targets):
             yield node.value
 
 

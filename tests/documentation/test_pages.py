@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import inspect
 import os
 import re
@@ -10,32 +9,20 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
 
 import click
 import pytest
 
+from documentation.pages import FILES, PAGES, ROOT, load
 from jitnorm.benchmark import marker
 from jitnorm.benchmark.marker import Benchmark
 from jitnorm.benchmark.options import command
 from jitnorm.cli import diagnosis, main
 from jitnorm.jit import toolchain
 
-ROOT = Path(__file__).parents[2]
-FILES = [*ROOT.glob("*.md"), *sorted((ROOT / "docs").rglob("*.md"))]
-PAGES = {str(file.relative_to(ROOT)): file.read_text() for file in FILES}
-ADDING = PAGES.pop("docs/contributing/adding-a-kernel.md")  # test_adding_a_kernel.py follows its steps
 README = PAGES["README.md"]
 BENCHMARKING = PAGES["docs/guides/benchmarking.md"]
 ENVIRONMENT = PAGES["docs/reference/environment.md"]
-
-
-def load(file: str) -> ModuleType:
-    """Return a script of the repository as a module."""
-    spec = importlib.util.spec_from_file_location(Path(file).stem, ROOT / file)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def blocks(text: str, language: str) -> list[str]:

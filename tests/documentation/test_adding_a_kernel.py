@@ -10,7 +10,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from docs.test_pages import ADDING, ROOT
+
+from documentation.pages import ADDING, ROOT
 
 # A file's name on a line of its own, then the file.
 FILES = re.findall(r"^`([\w/.]+)`\n\n```\w+\n(.*?)^```", ADDING, re.DOTALL | re.MULTILINE)

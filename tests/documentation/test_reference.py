@@ -9,9 +9,9 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
-from docs.test_pages import PAGES, load
 
 import jitnorm
+from documentation.pages import PAGES, load
 
 hooks = load("docs/hooks.py")
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from docs.test_pages import load
+
+from documentation.pages import load
 
 messages = load("docs/messages.py")
 
