@@ -1,19 +1,21 @@
-"""Writes the README's plot and tables, between `<!-- table:NAME -->` and `<!-- /table -->`, from results/*.json.
+"""Write the plots, and the tables of the pages: what is between `<!-- table:NAME -->` and `<!-- /table -->`.
 
-python benchmarks/readme_table.py
+python benchmarks/write_tables.py
 """
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 
 from jitnorm.benchmark.compare import format_range, summarize_peers
 from jitnorm.benchmark.results import COPY, Report
 
-README = Path(__file__).parents[1] / "README.md"
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", ROOT / "docs" / "performance.md"]  # each table stands in one of them
 RESULTS = Path(__file__).parent / "results"
 
 # Decode, q/k heads, prefill, and more traffic than any cache holds; those that are lost among them.
@@ -46,7 +48,7 @@ PLOTTED: dict[str, dict[str, object]] = {
 
 
 def rmsnorm_h200() -> list[str]:
-    """Microseconds of a call."""
+    """Return the microseconds of a call."""
     report = _only(_read("rmsnorm_h200"), op="rmsnorm")
     rows = {(row.point["hidden_size"], row.point["num_tokens"]): row.results() for row in report.rows}
     columns = {line: title for line, title in GPU_COLUMNS.items() if any(line in cells for cells in rows.values())}
@@ -61,7 +63,7 @@ def rmsnorm_h200() -> list[str]:
 
 
 def operators_h200() -> list[str]:
-    """How the package stands over all shapes that were measured."""
+    """Return the ratios to peers and copies over all shapes that were measured."""
     lines = [
         _row(["benchmark", "shapes", "fastest on", "time / best peer's", "time / copy's, above 100 MB", "peers"]),
         _row(["---", *["---:"] * 4, "---"]),
@@ -87,7 +89,7 @@ def operators_h200() -> list[str]:
 
 
 def rmsnorm_cpu() -> list[str]:
-    """Microseconds of a call, with and without an output of the caller's."""
+    """Return the microseconds of a call, with `out` given and without."""
     report = _read("rmsnorm_cpu")
     axes = ("hidden_size", "num_tokens", "dtype")
     rows = {tuple(row.point[axis] for axis in axes): row.results() for row in report.rows}
@@ -106,7 +108,7 @@ def rmsnorm_cpu() -> list[str]:
 
 
 def build() -> list[str]:
-    """First calls beside the compiler's own time for an empty kernel."""
+    """Return the times of first calls beside that of nvcc for an empty kernel."""
     seconds = {line: result.seconds for line, result in _read("build").rows[0].results().items()}
     empty = seconds["nvcc -c"]
     return [
@@ -121,17 +123,94 @@ def build() -> list[str]:
     ]
 
 
-TABLES: dict[str, Callable[[], list[str]]] = {f.__name__: f for f in (rmsnorm_h200, operators_h200, rmsnorm_cpu, build)}
+HOST_CALLS = {
+    "jitnorm": "`jitnorm.rmsnorm`, `out` given",
+    "sglang": "SGLang JIT",
+    "fi_cuda": "FlashInfer CUDA",
+    "fi_cute": "FlashInfer CuTe",
+    "quack": "quack",
+    "liger": "Liger",
+    "compile": "torch.compile",
+    "torch": "`F.rms_norm`",
+    "torch.ops": "the same kernel through `torch.ops.jitnorm`",
+    "define+impl": "the same kernel through `Library.define` and `impl`",
+    "custom_op": "the same kernel through `torch.library.custom_op`",
+    "compiled": "the same kernel in a compiled function",
+    "torch.add": "`torch.add(x, x, out=out)`",
+    "copy_": "`out.copy_(x)`",
+    "empty_like": "`torch.empty_like(x)`",
+}
 
 
-def with_tables(readme: str) -> str:
-    """`readme` with every table as the results have it."""
-    for name, table in TABLES.items():
-        place = re.search(rf"(?<=<!-- table:{name} -->\n).*?(?=<!-- /table -->)", readme, re.DOTALL)
+def host_overhead() -> list[str]:
+    """Return the host time of a call of one row, on an H200's host and on the CPU of the build table."""
+    cuda, cpu = (_read(f"host_overhead_{name}").rows[0].results() for name in ("h200", "cpu"))
+    cells = [
+        [title, *(_us(times[line].seconds * 1e6) if line in times else "-" for times in (cuda, cpu))]
+        for line, title in HOST_CALLS.items()
+    ]
+    return [_row(["call", "CUDA, H200's host", "CPU"]), _row(["---", "---:", "---:"]), *map(_row, cells)]
+
+
+# What a page calls a part of a decoder layer's run: (batch, new tokens, cached keys).
+LAYERS = {
+    "decode, 1024 keys": [(1, 1, 1024), (16, 1, 1024), (64, 1, 1024)],
+    "decode, 16 sequences of 8192 keys": [(16, 1, 8192)],
+    "decode, 1 sequence of 32768 keys": [(1, 1, 32768)],
+    "prefill of 2048 tokens": [(1, 2048, 0), (4, 2048, 0)],
+}
+
+
+def batch_invariant_h200() -> list[str]:
+    """Return the time in batch-invariant mode divided by that outside it."""
+    lines = [_row(["what", "shapes", "geometric mean", "best", "worst"]), _row(["---", *["---:"] * 4])]
+    products = _read("matmul_h200")
+    for title, line in {"as chosen": "jitnorm", "Triton alone": "triton"}.items():
+        lines.append(_ratios(f"products, GEMM backend {title}", products, line, ["torch"]))
+    layers = _read("llama_layer_h200")
+    for title, shapes in LAYERS.items():
+        rows = [row for row in layers.rows if tuple(row.point[axis] for axis in layers.axes) in shapes]
+        lines.append(
+            _ratios(f"decoder layer of Llama-8B's size, {title}", replace(layers, rows=rows), "jitnorm", ["torch"])
+        )
+    rows_of = _read("row_reductions_h200")
+    lines.append(_ratios("softmax, log_softmax, means, RMSNorm", rows_of, "jitnorm", ["torch"]))
+    best = "the same, against the faster of torch and torch.compile"
+    lines.append(_ratios(best, rows_of, "jitnorm", ["torch", "compile"]))
+    return lines
+
+
+def _ratios(title: str, report: Report, line: str, others: list[str]) -> str:
+    """Return a row of the times of `line` divided by the fastest of `others`."""
+    found = []
+    for row in report.rows:
+        times = {name: result.seconds for name, result in row.results().items()}
+        rivals = [times[name] for name in others if name in times]
+        if line in times and rivals:
+            found.append(times[line] / min(rivals))
+    mean = math.exp(sum(map(math.log, found)) / len(found))
+    return _row([title, str(len(found)), *(f"{ratio:.3f}" for ratio in (mean, min(found), max(found)))])
+
+
+TABLES: dict[str, Callable[[], list[str]]] = {
+    table.__name__: table
+    for table in (rmsnorm_h200, operators_h200, host_overhead, batch_invariant_h200, rmsnorm_cpu, build)
+}
+
+
+def names_in(page: str) -> list[str]:
+    """Return the names of the tables that a page has a place for."""
+    return re.findall(r"<!-- table:(\w+) -->", page)
+
+
+def with_tables(page: str) -> str:
+    """Return a page's text with every table as the results have it."""
+    for name in names_in(page):
+        place = re.search(rf"(?<=<!-- table:{name} -->\n).*?(?=<!-- /table -->)", page, re.DOTALL)
         if not place:
-            raise ValueError(f"the README has no place for the table {name}")
-        readme = readme[: place.start()] + "".join(f"{line}\n" for line in table()) + readme[place.end() :]
-    return readme
+            raise ValueError(f"<!-- table:{name} --> has no <!-- /table -->")
+        page = page[: place.start()] + "".join(f"{line}\n" for line in TABLES[name]()) + page[place.end() :]
+    return page
 
 
 def write_plots() -> None:
@@ -146,7 +225,7 @@ def _read(name: str) -> Report:
 
 
 def _only(report: Report, **point: object) -> Report:
-    """The rows of these values."""
+    """Return a report with only the rows of these values."""
     return replace(report, rows=[row for row in report.rows if point.items() <= row.point.items()])
 
 
@@ -154,7 +233,7 @@ def _header(names: list[str]) -> list[str]:
     return [_row(names), _row(["---:"] * len(names))]
 
 
-def _row(cells: list[str]) -> str:
+def _row(cells: Iterable[str]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
@@ -164,5 +243,6 @@ def _us(value: float, bold: bool = False) -> str:
 
 
 if __name__ == "__main__":
-    README.write_text(with_tables(README.read_text()))
+    for page in PAGES:
+        page.write_text(with_tables(page.read_text()))
     write_plots()

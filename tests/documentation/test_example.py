@@ -1,4 +1,4 @@
-"""examples/fp8_decoder_layer.py: all ways compute the same, and fusion is seen."""
+"""examples/fp8_decoder_layer.py: all variants compute the same, and inductor fuses."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-_FILE = Path(__file__).parents[1] / "examples" / "fp8_decoder_layer.py"
+_FILE = Path(__file__).parents[2] / "examples" / "fp8_decoder_layer.py"
 
 
 @pytest.fixture
@@ -21,7 +21,7 @@ def example():
     del sys.modules[spec.name]
 
 
-def test_every_way(device, example):
+def test_every_variant(device, example):
     sizes = example.Sizes(hidden=512, heads=4, kv_heads=2, head_dim=128, intermediate=768)
     eager, quantising, custom, fused = example.measure(sizes, tokens=33, device=device, repeats=2)
     # A code that is off by one is off by an eighth; so are some where a norm is rounded to bfloat16 before, or is not.
