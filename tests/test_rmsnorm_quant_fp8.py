@@ -204,7 +204,8 @@ def test_there_is_no_gradient(device, has_residual, given):
     with pytest.raises(RuntimeError, match="has no gradient"):
         torch.compile(lambda: run(has_residual, x, residual, w, scale), fullgraph=True, backend="eager")()
     with pytest.raises(RuntimeError, match="has no forward-mode derivative"):
-        torch.func.jvp(lambda a: run(has_residual, a, residual.clone(), w, scale)[1], (x.detach(),), (torch.ones_like(x),))
+        scales_of = lambda a: run(has_residual, a, residual.clone(), w, scale)[1]  # noqa: E731
+        torch.func.jvp(scales_of, (x.detach(),), (torch.ones_like(x),))
 
 
 @pytest.mark.gpu

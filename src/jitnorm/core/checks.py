@@ -8,7 +8,7 @@ the two.
 from __future__ import annotations
 
 import numbers
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TypeGuard
 
 import torch
@@ -69,6 +69,12 @@ def vector_bytes(row_bytes: int) -> int:
 def power(limit: int) -> str:
     """Return a power of two as messages write it, such as 2^30."""
     return f"2^{limit.bit_length() - 1}"
+
+
+def enumeration(values: Iterable[object], conjunction: str = "and") -> str:
+    """Return values as messages enumerate them, such as "1, 2 and 4", and dtypes without their module."""
+    *most, last = (str(value).removeprefix("torch.") for value in values)
+    return f"{', '.join(most)} {conjunction} {last}" if most else last
 
 
 def storage(name: str, value: torch.Tensor) -> None:
