@@ -11,10 +11,10 @@ from jitnorm.core.torch_library import build_while_tracing, count_version, is_tr
 from jitnorm.quant_fp8 import QuantFp8, check_kinds, check_memory, refuse_gradient
 
 _NAME = "per_tensor_quant_fp8"
-STATIC = QuantFp8(_NAME, _NAME, "PerTensorQuantFp8Kernel<{}, Pass::kScaleGiven>")
+STATIC = QuantFp8(_NAME, _NAME, "PerTensorQuantFp8Kernel<{}, Pass::kStatic>")
 # A scale that is to be found takes two passes: the largest magnitudes of parts, and the largest of these.
-MAXIMA = QuantFp8(f"{_NAME}_maxima", _NAME, "PerTensorFp8MaximaKernel<{}>")
-DYNAMIC = QuantFp8(f"{_NAME}_dynamic", _NAME, "PerTensorQuantFp8Kernel<{}, Pass::kScaleFound>")
+MAXIMA = QuantFp8(f"{_NAME}_maxima", _NAME, "PartialAmaxKernel<{}>")
+DYNAMIC = QuantFp8(f"{_NAME}_dynamic", _NAME, "PerTensorQuantFp8Kernel<{}, Pass::kDynamic>")
 _MOST_MAXIMA = 512  # as in csrc/elementwise/quant_fp8.h
 
 _is_dynamo_compiling = torch.compiler.is_dynamo_compiling

@@ -21,7 +21,7 @@ from jitnorm.core.torch_library import (
 from jitnorm.norm_ops import dispatch_rmsnorm
 
 HEAD_DIMS = (64, 128, 256, 512, 1024)
-_MOST_ROWS = 2**31 - 1  # kMostRows of the glue
+_MOST_ROWS = 2**31 - 1  # kMaxRows in csrc/elementwise/qknorm.h
 
 
 @dataclass(frozen=True)
