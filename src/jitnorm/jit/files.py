@@ -64,6 +64,16 @@ def replace_file(
     Raises:
         OSError: The file cannot be written. What was there before is unchanged.
     """
+    for last_try in (False, False, True):
+        try:
+            _replace_file(name, content, dir_fd, mode, sync)
+            return
+        except FileNotFoundError:  # between open and flock the draft looks abandoned, and another process removed it
+            if last_try:
+                raise
+
+
+def _replace_file(name: str, content: bytes, dir_fd: int | None, mode: int, sync: bool) -> None:
     draft = f"{name}.{secrets.token_hex(4)}.tmp"
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
     fd = os.open(draft, flags, mode, dir_fd=dir_fd)

@@ -271,8 +271,11 @@ class Folder:
         while True:
             name = f"{prefix}.{secrets.token_hex(4)}"
             os.mkdir(name, 0o700, dir_fd=self.fd)
-            made = self.folder(name)
-            # Between mkdir and flock it looks abandoned, and another process may have started to remove it.
+            # Between mkdir and flock it looks abandoned, and another process or thread may remove it.
+            try:
+                made = self.folder(name)
+            except FileNotFoundError:
+                continue
             if lock(made.fd) is not False and self._is_at(name, made.fd):
                 break
             made.close()
