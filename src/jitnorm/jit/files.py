@@ -1,4 +1,4 @@
-"""Open, lock and write files: locks that never wait, and files that appear whole or not at all."""
+"""Open, lock and write files: locks that never wait, and files that are written atomically."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def _replace_file(name: str, content: bytes, dir_fd: int | None, mode: int, sync
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:
-    """Write a text file that a user named, whole or not at all.
+    """Write a text file that a user named, atomically.
 
     A link stays a link. Devices and pipes, such as /dev/stdout, are written to directly.
 
@@ -111,5 +111,5 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
 
 
 def write_json(path: str | os.PathLike[str], value: Any) -> None:
-    """Write `value` as indented JSON, whole or not at all. Raises as `write_text`."""
+    """Write `value` as indented JSON, atomically. Raises as `write_text`."""
     write_text(path, json.dumps(value, indent=1) + "\n")
