@@ -1,4 +1,4 @@
-"""Publishing, locking and tidying up."""
+"""Publishing entries, locking, and removing what builds left behind."""
 
 from __future__ import annotations
 

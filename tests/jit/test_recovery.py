@@ -1,4 +1,4 @@
-"""What goes wrong while a kernel is built, kept or loaded, and that the next call finds it mended."""
+"""Failures while a kernel is built, stored or loaded, and that the next call recovers from them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What other users may have put into a cache, or may do to it: nothing of theirs is run, and nothing waits for them."""
+"""What other users may have put into a cache, or may do to it: none of it is executed, and nothing waits for them."""
 
 from __future__ import annotations
 
