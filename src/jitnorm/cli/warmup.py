@@ -88,6 +88,8 @@ def warmup(
 def _build(specs: list[KernelSpec], jobs: int, result: Result) -> None:
     prepare(specs)
     click.echo(f"{len(specs)} to build, {min(jobs, len(specs))} at a time")
+    # A thread that runs out of memory before its first line is waited for forever, and tqdm starts one for each bar.
+    tqdm.monitor_interval = 0
     # disable=None: a bar on a terminal, and elsewhere the lines alone.
     with tqdm(total=len(specs), unit="kernel", disable=None, leave=False) as bar:
         for outcome in build_all(specs, jobs):

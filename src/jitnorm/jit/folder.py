@@ -168,7 +168,7 @@ class Folder:
         return fd
 
     def write(self, name: str, content: bytes, sync: bool = False) -> None:
-        """Write the file `name`, whole or not at all. With `sync`, wait until it is on the disk."""
+        """Write the file `name` atomically. With `sync`, wait until it is on the disk."""
         replace_file(name, content, dir_fd=self.fd, sync=sync)
 
     def move(self, name: str, to: Folder, new_name: str) -> None:
