@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from jitnorm.activation_ops import GELU_AND_MUL, GELU_TANH_AND_MUL, SILU_AND_MUL
-from jitnorm.integrations.transformers import replaces_norms_of
+from jitnorm.integrations.transformers import is_supported_family
 
 # What models call the activations that have kernels.
 HIDDEN_ACTS = {
@@ -169,7 +169,7 @@ def read_config(path: str | os.PathLike[str]) -> Model:
         kv_sizes=_kv_sizes(config),
         dtype=config.text("dtype") or config.text("torch_dtype"),
         notes=[*_notes_on_family(config), *_notes_on_activation(file, hidden_act, intermediate_sizes)],
-        is_patchable=replaces_norms_of(config.family),
+        is_patchable=is_supported_family(config.family),
     )
 
 
