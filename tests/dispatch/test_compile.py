@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import warnings
+from functools import partial
 
 import pytest
 import torch
 from helpers import compiled, relative_error, rmsnorm_reference
 
+import jitnorm
 from dispatch.calls import inputs
 from jitnorm import dispatch
 
@@ -15,27 +17,50 @@ pytestmark = pytest.mark.usefixtures("fresh")
 
 
 # Every size is symbolic; none is, so that another number of rows compiles again; those that changed are.
-@pytest.mark.parametrize("dynamic", [True, False, None])
-# A kernel's size, and PyTorch's.
-@pytest.mark.parametrize("hidden_size", [256, 300])
-def test_compiles_without_a_graph_break(hidden_size, dynamic):
-    gemma = torch.randn(hidden_size)
+every_dynamic = pytest.mark.parametrize("dynamic", [True, False, None])
 
-    def block(x, residual, w, out):
-        y = dispatch.rmsnorm(x + 1, w)
-        dispatch.rmsnorm(y, w, 1e-5, out=out)
-        z = dispatch.gemma_rmsnorm(out, gemma) * 2
-        dispatch.fused_add_rmsnorm(z, residual, w)
-        dispatch.gemma_fused_add_rmsnorm(z, residual, gemma)
-        return z, out + 1
 
-    run = compiled(block, dynamic)
+def block(ops, x, residual, w, out):
+    """Call every operator of `ops`, which is `jitnorm` or `jitnorm.dispatch`."""
+    y = ops.rmsnorm(x + 1, w)
+    ops.rmsnorm(y, w, 1e-5, out=out)
+    z = ops.gemma_rmsnorm(out, w) * 2
+    ops.fused_add_rmsnorm(z, residual, w)
+    ops.gemma_fused_add_rmsnorm(z, residual, w)
+    return z, out + 1
+
+
+@every_dynamic
+def test_graphs_of_sizes_with_a_kernel_are_those_of_jitnorms_operators(dynamic):
+    """Equal graphs compile and run equally, so that tests/test_compile_block.py tests these operators too."""
+    graphs = {}
+    for ops in (jitnorm, dispatch):
+        recorded = graphs[ops] = []
+
+        def record(graph, _, recorded=recorded):
+            recorded.append(graph.code)
+            return graph
+
+        torch._dynamo.reset()
+        run = torch.compile(partial(block, ops), fullgraph=True, backend=record, dynamic=dynamic)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            for rows in (3, 5, 64):
+                x, residual, w = inputs(256, torch.float32, (rows,))
+                run(x, residual, w, torch.empty_like(x))
+        assert len(recorded) == {True: 1, False: 3, None: 2}[dynamic]
+    assert graphs[dispatch] == graphs[jitnorm] and "jitnorm.gemma_fused_add_rmsnorm" in graphs[jitnorm][0]
+
+
+@every_dynamic
+def test_sizes_without_a_kernel_compile_without_a_graph_break(dynamic):
+    run = compiled(partial(block, dispatch), dynamic)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         for rows in (3, 5) if dynamic is False else (3, 5, 64):
-            x, residual, w = inputs(hidden_size, torch.float32, (rows,))
+            x, residual, w = inputs(300, torch.float32, (rows,))
             mine, out, other = residual.clone(), torch.full_like(x, float("nan")), torch.full_like(x, float("nan"))
-            got, expected = run(x, mine, w, out), block(x, residual, w, other)
+            got, expected = run(x, mine, w, out), block(dispatch, x, residual, w, other)
             for a, b in zip((*got, mine, out), (*expected, residual, other), strict=True):
                 assert relative_error(a, b.double()) < 1e-6
 
