@@ -17,10 +17,8 @@ import torch.nn.functional as F
 from jitnorm.core import checks
 from jitnorm.core.eligibility import can_call_operators, can_normalise, has_kernel_layout
 from jitnorm.core.torch_library import is_traced, needs_grad
-from jitnorm.fused_add_rmsnorm import fused_add_rmsnorm
-from jitnorm.gemma_fused_add_rmsnorm import gemma_fused_add_rmsnorm
-from jitnorm.gemma_rmsnorm import gemma_rmsnorm
-from jitnorm.rmsnorm import rmsnorm
+from jitnorm.fused_add_rmsnorm import fused_add_rmsnorm, gemma_fused_add_rmsnorm
+from jitnorm.rmsnorm import gemma_rmsnorm, rmsnorm
 
 _HALF_DTYPES = (torch.float16, torch.bfloat16)
 

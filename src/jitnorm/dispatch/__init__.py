@@ -36,8 +36,8 @@ from jitnorm.dispatch import flashinfer_backend, torch_backend
 from jitnorm.dispatch.selection import BACKENDS, backend, explain
 from jitnorm.dispatch.selection import select_backend as _select_backend
 from jitnorm.fused_add_rmsnorm import fused_add_rmsnorm as _jitnorm_fused_add_rmsnorm
-from jitnorm.gemma_fused_add_rmsnorm import gemma_fused_add_rmsnorm as _jitnorm_gemma_fused_add_rmsnorm
-from jitnorm.gemma_rmsnorm import gemma_rmsnorm as _jitnorm_gemma_rmsnorm
+from jitnorm.fused_add_rmsnorm import gemma_fused_add_rmsnorm as _jitnorm_gemma_fused_add_rmsnorm
+from jitnorm.rmsnorm import gemma_rmsnorm as _jitnorm_gemma_rmsnorm
 from jitnorm.rmsnorm import rmsnorm as _jitnorm_rmsnorm
 
 __all__ = [

@@ -20,7 +20,7 @@ BACKENDS = ("auto", "auto-fast", "jit", "flashinfer", "torch")
 VARIABLE = "JITNORM_BACKEND"
 
 # norms.is_supported_hidden_size as a set: a third of the time, and dynamo can look up a symbolic size in it.
-_KERNEL_SIZES = frozenset((*norms._WARP_SIZES, *norms._BLOCK_SIZES))
+_KERNEL_SIZES = frozenset((*norms._WARP_HIDDEN_SIZES, *norms._BLOCK_HIDDEN_SIZES))
 # torch.fx.symbolic_trace records the call, and its graph selects the backend when it runs.
 _RECORDED = "torch.fx", "torch.fx is tracing"
 _is_dynamo_compiling = torch.compiler.is_dynamo_compiling
