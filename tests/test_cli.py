@@ -25,7 +25,7 @@ from click.testing import CliRunner, Result
 
 import jitnorm
 from jitnorm.cli import demo, filters, main, output, trial
-from jitnorm.dispatch import wanted
+from jitnorm.dispatch import selection
 from jitnorm.jit import cleanup, toolchain
 from jitnorm.jit.cache import Cache
 from jitnorm.jit.entry import MANIFEST, Entry
@@ -618,7 +618,7 @@ def test_doctor_advises(cache_dir, tmp_path, monkeypatch):
 
 def test_doctor_says_who_serves_which_call(cache_dir, monkeypatch):
     def dispatch():
-        wanted._from_environment.cache_clear()
+        selection._backend_from_environment.cache_clear()
         return json.loads(command("doctor", "--format", "json").stdout)["dispatch"]
 
     monkeypatch.delenv("JITNORM_BACKEND", raising=False)
@@ -639,12 +639,12 @@ def test_doctor_says_who_serves_which_call(cache_dir, monkeypatch):
     monkeypatch.setenv("JITNORM_BACKEND", "jit")
     facts = dispatch()
     assert [call["backend"] for call in facts["calls"]] == ["jit", "jit", None, None]
-    assert "jit was asked for and cannot serve" in facts["calls"][2]["why"]
+    assert "jit was requested and does not support" in facts["calls"][2]["why"]
     assert re.search(r"^rmsnorm bf16 111 cpu +none +the backend jit", command("doctor").stdout, re.MULTILINE)
     monkeypatch.setenv("JITNORM_BACKEND", "fast")
     assert dispatch()["calls"] == []
     assert command("doctor").stdout.count("JITNORM_BACKEND must be one of auto, auto-fast, jit") == 2
-    wanted._from_environment.cache_clear()
+    selection._backend_from_environment.cache_clear()
 
 
 # The demo
