@@ -1,28 +1,30 @@
-"""What every command shares: an error that was expected is one line on stderr and a non-zero exit, not a traceback."""
+"""Base classes and options of all commands: expected errors are one line on stderr and a non-zero exit status."""
 
 from __future__ import annotations
 
+import importlib
 import io
 import sys
+from collections.abc import Mapping
 from typing import Any
 
 import click
 
 
 class BadValue(click.ClickException):
-    """What was typed cannot be: one line, and the exit status of a usage error."""
+    """An argument was invalid: one line on stderr, and the exit status of a usage error."""
 
     exit_code = 2
 
 
 class Command(click.Command):
-    """A command whose expected errors, those that jitnorm raises on purpose, are for people to read."""
+    """A command that prints the errors which jitnorm raises as one line, without a traceback."""
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
         except (click.exceptions.Exit, click.Abort, BrokenPipeError):
-            raise  # click's own signals are RuntimeErrors; a reader such as head(1) that went away is no error
+            raise  # Exit and Abort are RuntimeErrors; a broken pipe, as by head(1), is no error
         except (RuntimeError, ValueError, TypeError, OSError) as error:
             raise click.ClickException(str(error)) from error
 
@@ -34,11 +36,38 @@ class Group(click.Group):
     group_class = type
 
     def main(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the command. What the terminal's encoding lacks, such as a path that is no UTF-8, is escaped."""
+        """Run the command. Characters that the terminal's encoding lacks are printed as escapes."""
         for stream in (sys.stdout, sys.stderr):
             if isinstance(stream, io.TextIOWrapper):
                 stream.reconfigure(errors="backslashreplace")
         return super().main(*args, **kwargs)
+
+
+class LazyGroup(Group):
+    """A group that imports a command when it is run, so that `--help` and other commands do not wait for it."""
+
+    def __init__(self, *args: Any, commands_by_name: Mapping[str, tuple[str, str]], **kwargs: Any) -> None:
+        """Create the group.
+
+        Args:
+            commands_by_name: for each command where it is, as "module:attribute", and its line in the group's help.
+        """
+        super().__init__(*args, **kwargs)
+        self._commands_by_name = commands_by_name
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return sorted(self._commands_by_name)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in self._commands_by_name:
+            return None
+        module, _, attribute = self._commands_by_name[cmd_name][0].partition(":")
+        command: click.Command = getattr(importlib.import_module(module), attribute)
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, self._commands_by_name[name][1]) for name in self.list_commands(ctx)])
 
 
 class _List(click.ParamType):  # type: ignore[type-arg]
@@ -70,5 +99,5 @@ json_option = click.option(
     type=click.Choice(["table", "json"]),
     default="table",
     show_default=True,
-    help="For people or programs.",
+    help="Print a table for people, or JSON for programs.",
 )
