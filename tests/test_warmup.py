@@ -16,7 +16,7 @@ from click.testing import CliRunner, Result
 
 import jitnorm
 from jitnorm.cli import main
-from jitnorm.jit import cache, load
+from jitnorm.jit import load, locations
 from jitnorm.rmsnorm import _rmsnorm_kernel_class
 from jitnorm.warmup import make_plan
 from jitnorm.warmup.config import read_config
@@ -444,9 +444,9 @@ def test_disable_jit_does_not_forbid_it(cache_dir, monkeypatch):
 
 def test_damaged_entry_is_built_again(cache_dir):
     spec = jitnorm.warmup(hidden_size=64, device="cpu").built[0]
-    load.find(spec, hold=False).library.write_bytes(b"not a library")
+    load.find(spec, mark_in_use=False).library.write_bytes(b"not a library")
     again = jitnorm.warmup(hidden_size=64, device="cpu")
-    assert again.built == [spec] and load.find(spec, hold=False)
+    assert again.built == [spec] and load.find(spec, mark_in_use=False)
 
 
 def test_loads_nothing_and_keeps_nothing_open(cache_dir, monkeypatch):
@@ -455,7 +455,7 @@ def test_loads_nothing_and_keeps_nothing_open(cache_dir, monkeypatch):
     before = len(os.listdir("/proc/self/fd"))
     jitnorm.warmup(hidden_size=[64, 128, 256, 512], device="cpu")
     assert len(os.listdir("/proc/self/fd")) == before
-    assert not any(entry.in_use() for entry in cache.readable().entries())
+    assert not any(entry.in_use() for entry in locations.readable().entries())
 
 
 @pytest.mark.parametrize(("jobs", "built"), [(2, 2), (1, 0)])

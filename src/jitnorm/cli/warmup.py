@@ -6,7 +6,7 @@ import click
 from tqdm import tqdm
 
 from jitnorm.cli.base import Command, several
-from jitnorm.jit import cache
+from jitnorm.jit import locations
 from jitnorm.jit.spec import KernelSpec
 from jitnorm.warmup import DTYPES, OPS, make_plan, problem_of_sources
 from jitnorm.warmup.run import Result, build_all, default_jobs, prepare, survey
@@ -80,7 +80,7 @@ def warmup(
     result = Result(cached=cached, refused=plan.refused)
     if missing:
         _build(missing, jobs or default_jobs(), result)
-    click.echo(f"{result}; the cache is {cache.readable().root}")
+    click.echo(f"{result}; the cache is {locations.readable().root}")
     if result.failed or (result.refused and not skip_unsupported):
         raise click.exceptions.Exit(1)
 

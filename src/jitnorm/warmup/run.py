@@ -46,20 +46,20 @@ def survey(specs: Sequence[KernelSpec]) -> tuple[list[KernelSpec], list[KernelSp
     cached: list[KernelSpec] = []
     missing: list[KernelSpec] = []
     for spec in specs:
-        (cached if find(spec, hold=False) else missing).append(spec)
+        (cached if find(spec, mark_in_use=False) else missing).append(spec)
     return cached, missing
 
 
 def prepare(specs: Sequence[KernelSpec]) -> None:
     """Creates the cache and identifies the compilers, once for all threads. RuntimeError where one is missing, or where
     kernels cannot be kept: a process may keep them for itself then, but a warm-up is for later ones."""
-    from jitnorm.jit import cache, toolchain
+    from jitnorm.jit import locations, toolchain
 
-    root = cache.default_root()
-    if specs and (why := cache.create(root)):
+    root = locations.default_root()
+    if specs and (why := locations.create(root)):
         raise RuntimeError(f"cannot keep kernels in {root}: {why}. Set JITNORM_CACHE_DIR")
     for device in dict.fromkeys(spec.target.device for spec in specs):
-        toolchain.require(device, cache.writable())
+        toolchain.require(device, locations.writable())
 
 
 def build_all(specs: Sequence[KernelSpec], jobs: int | None = None) -> Iterator[Outcome]:
@@ -88,7 +88,7 @@ def _build(spec: KernelSpec) -> Outcome:
     error = None
     try:
         build(spec, announce=False).release()  # nothing is loaded, so nothing is in use: a file less to hold open
-        if not find(spec, hold=False):
+        if not find(spec, mark_in_use=False):
             error = f"{spec} was built, but the cache does not give it back"
     except (RuntimeError, OSError) as problem:
         error = str(problem)
