@@ -12,15 +12,12 @@ _COMMANDS = {
     "cache": ("jitnorm.cli.cache:cache", "List, verify and remove compiled kernels."),
     "demo": ("jitnorm.cli.demo:demo", "Build two kernels, check them and time them."),
     "doctor": ("jitnorm.cli.doctor:doctor", "Report what this machine can build."),
-    "verify-invariance": (
-        "jitnorm.cli.verify:verify_invariance",
-        "Compare rows alone and in batches, bit by bit.",
-    ),
+    "verify-invariance": ("jitnorm.cli.verify:verify_invariance", "Compare rows alone and in batches, bit by bit."),
     "warmup": ("jitnorm.cli.warmup:warmup", "Build kernels ahead of their first call."),
 }
 
 
-@click.group(cls=LazyGroup, commands_by_name=_COMMANDS, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(cls=LazyGroup, lazy_commands=_COMMANDS, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="jitnorm")
 def main() -> None:
     """Manage just-in-time compiled CUDA and CPU kernels: their cache, builds ahead of time, and benchmarks."""

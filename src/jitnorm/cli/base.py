@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import io
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import click
@@ -43,31 +43,41 @@ class Group(click.Group):
         return super().main(*args, **kwargs)
 
 
-class LazyGroup(Group):
-    """A group that imports a command when it is run, so that `--help` and other commands do not wait for it."""
+class _LazyCommands(Mapping[str, click.Command]):
+    """Commands by name, each imported when it is looked up."""
 
-    def __init__(self, *args: Any, commands_by_name: Mapping[str, tuple[str, str]], **kwargs: Any) -> None:
-        """Create the group.
+    def __init__(self, paths: Mapping[str, str]) -> None:
+        self._paths = paths
 
-        Args:
-            commands_by_name: for each command where it is, as "module:attribute", and its line in the group's help.
-        """
-        super().__init__(*args, **kwargs)
-        self._commands_by_name = commands_by_name
-
-    def list_commands(self, ctx: click.Context) -> list[str]:
-        return sorted(self._commands_by_name)
-
-    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        if cmd_name not in self._commands_by_name:
-            return None
-        module, _, attribute = self._commands_by_name[cmd_name][0].partition(":")
+    def __getitem__(self, name: str) -> click.Command:
+        module, _, attribute = self._paths[name].partition(":")
         command: click.Command = getattr(importlib.import_module(module), attribute)
         return command
 
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._paths)
+
+    def __len__(self) -> int:
+        return len(self._paths)
+
+
+class LazyGroup(Group):
+    """A group that imports a command when it is run, so that `--help` and the other commands do not wait for it."""
+
+    def __init__(self, *args: Any, lazy_commands: Mapping[str, tuple[str, str]], **kwargs: Any) -> None:
+        """Create the group.
+
+        Args:
+            lazy_commands: for each command where it is, as "module:attribute", and its line in the group's help.
+        """
+        super().__init__(*args, **kwargs)
+        self.commands = _LazyCommands({name: path for name, (path, _) in lazy_commands.items()})  # type: ignore[assignment]
+        self._help_lines = [(name, line) for name, (_, line) in sorted(lazy_commands.items())]
+
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the commands into the help, without importing them."""
         with formatter.section("Commands"):
-            formatter.write_dl([(name, self._commands_by_name[name][1]) for name in self.list_commands(ctx)])
+            formatter.write_dl(self._help_lines)
 
 
 class _List(click.ParamType):  # type: ignore[type-arg]
