@@ -18,7 +18,7 @@ import pytest
 from jitnorm.benchmark import marker
 from jitnorm.benchmark.marker import Benchmark
 from jitnorm.benchmark.options import command
-from jitnorm.cli import diagnosis, main
+from jitnorm.cli import diagnostics, main
 from jitnorm.jit import toolchain
 
 ROOT = Path(__file__).parents[1]
@@ -103,9 +103,9 @@ def test_snippets_run(snippet, capsys):
 
 def test_environment_table_is_complete():
     table = set(re.findall(r"^\| `(\w+)` \|", README.partition("## Environment variables")[2], re.MULTILINE))
-    readers = [f for f in (ROOT / "src").rglob("*.py") if f != Path(diagnosis.__file__)]
+    readers = [f for f in (ROOT / "src").rglob("*.py") if f != Path(diagnostics.__file__)]
     read = set(re.findall(r'"(JITNORM_[A-Z_]+)"', "".join(f.read_text() for f in readers)))
-    assert {name for name in table if name.startswith("JITNORM_")} == read == set(diagnosis._OWN_VARIABLES)
+    assert {name for name in table if name.startswith("JITNORM_")} == read == set(diagnostics._OWN_VARIABLES)
     section = README.partition("## Environment variables")[2].partition("\n## ")[0]
     assert not [name for name in toolchain._ENVIRONMENT if f"`{name}`" not in section]
 
