@@ -7,6 +7,7 @@ import errno
 import fcntl
 import hashlib
 import json
+import logging
 import os
 import shlex
 import shutil
@@ -30,7 +31,8 @@ from jitnorm.jit.entry import Entry
 from jitnorm.jit.folder import Folder
 from jitnorm.jit.library import BadLibrary, Elf, check_library
 
-from .conftest import entries, run, start
+from .conftest import entries
+from .processes import run, start
 from .test_untrusted import SPEC, call, forget
 
 PYTHON = shlex.quote(sys.executable)
@@ -522,6 +524,7 @@ def test_nobody_reads_what_is_said(copier, cache_dir, monkeypatch):
     entry.library.write_bytes(b"damaged")
     read, write = os.pipe()
     os.close(read)
+    monkeypatch.setattr(logging.getLogger(), "handlers", [])  # pytest's, with which nothing goes to stderr
     monkeypatch.setattr(sys, "stderr", os.fdopen(write, "w"))
     call()
 

@@ -17,6 +17,7 @@ from click.testing import CliRunner
 from helpers import relative_error, rmsnorm_reference
 
 from jitnorm.cli import main
+from jitnorm.core.operators import OPERATORS
 from jitnorm.jit import cache, cleanup, log
 from jitnorm.jit import entry as _entry
 from jitnorm.jit import load as engine
@@ -45,8 +46,7 @@ def call() -> None:
     import jitnorm
 
     forget()
-    norm = jitnorm.core.norms.RMSNORM
-    for table in (norm.kernels, norm.dispatched, norm.exact):
+    for table in OPERATORS["rmsnorm"].tables:
         table.clear()
     x, w = torch.randn(5, 512), torch.randn(512)
     out = torch.full_like(x, float("nan"))

@@ -11,8 +11,8 @@ from jitnorm.cli import output
 from jitnorm.cli.base import Command, json_option, several
 from jitnorm.jit import locations
 from jitnorm.jit.spec import KernelSpec
-from jitnorm.warmup import DTYPES, OPS, make_plan, problem_of_sources
-from jitnorm.warmup.run import Result, build_all, default_jobs, prepare, survey
+from jitnorm.warmup import DTYPES, OPS, argument_problem, make_plan
+from jitnorm.warmup.run import Result, build_all, default_jobs, find_cached, prepare
 
 _DTYPE = click.Choice(list(DTYPES))
 
@@ -76,14 +76,14 @@ def warmup(
     jitnorm warmup --op silu_and_mul,store_cache --dtype bf16
     """
     names = ("--hidden-size", "--config", "--weight-dtype")
-    if problem := problem_of_sources(op, hidden_size, weight_dtype, config, names):
+    if problem := argument_problem(op, hidden_size, weight_dtype, config, names):
         raise click.UsageError(problem)
     plan = make_plan(op or None, hidden_size, dtype, weight_dtype, device, arch, config, skip_unsupported)
     for note in plan.notes:
         click.echo(f"note: {note}", err=True)
     for why in plan.refused:
         click.echo(f"refused  {why}", err=True)
-    cached, missing = survey(plan.specs)
+    cached, missing = find_cached(plan.specs)
     is_table = form == "table"
     if is_table:
         for spec in cached:
@@ -104,6 +104,8 @@ def _build(specs: list[KernelSpec], jobs: int, result: Result, is_table: bool) -
     prepare(specs)
     if is_table:
         click.echo(f"{len(specs)} to build, {min(jobs, len(specs))} at a time")
+    # A thread that runs out of memory before its first line is waited for forever, and tqdm starts one for each bar.
+    tqdm.monitor_interval = 0
     # disable=None: a progress bar on a terminal only.
     with tqdm(total=len(specs), unit="kernel", disable=None, leave=False) as bar:
         for outcome in build_all(specs, jobs):

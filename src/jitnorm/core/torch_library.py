@@ -51,6 +51,12 @@ def needs_grad(*tensors: object) -> bool:
     return torch.is_grad_enabled() and any(isinstance(t, torch.Tensor) and t.requires_grad for t in tensors)
 
 
+def refuse_gradient(op: str, *tensors: object) -> None:
+    """Raise RuntimeError if a call of an operator without a gradient needs one for these tensors."""
+    if needs_grad(*tensors):
+        raise RuntimeError(f"{op} has no gradient: call it under torch.no_grad()")
+
+
 def refuse_torch_func(op: str, *tensors: object) -> None:
     """RuntimeError where torch.func is to differentiate a call on these, which it cannot."""
     if any(
