@@ -1,4 +1,4 @@
-"""Batch-invariant products of a layer's shapes beside torch's, and each road for itself."""
+"""Measure batch-invariant matrix products of the shapes of a layer, torch's, and each GEMM backend by itself."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from jitnorm.benchmark import marker
 LLAMA_8B = [(6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336)]
 QWEN3_32B = [(10240, 5120), (5120, 8192), (51200, 5120), (5120, 25600)]
 
-# A road of one problem, whether or not the proof lets the mode take it.
-ROADS: dict[str, Callable[[cuda_matmul.Problem], cuda_matmul.Road]] = {
+# The GEMM backends for a problem, whether or not they pass the invariance check.
+BACKENDS: dict[str, Callable[[cuda_matmul.Problem], cuda_matmul.Road]] = {
     "cublaslt": functools.partial(cublaslt.road, workspace=0),
     "cublaslt_1k": functools.partial(cublaslt.road, workspace=1024),
     "triton": lambda problem: functools.partial(cuda_matmul.triton_module("triton_matmul").run, problem, False),
@@ -27,11 +27,11 @@ CALLS = {
 }
 
 
-def by_road(name: str, x: torch.Tensor, weight: torch.Tensor) -> Callable[..., torch.Tensor]:
+def call_backend(name: str, x: torch.Tensor, weight: torch.Tensor) -> Callable[..., torch.Tensor]:
     if not x.is_cuda:
-        marker.skip("roads are CUDA's")
+        marker.skip("GEMM backends need CUDA")
     (n, k), dtype = weight.shape, weight.dtype
-    run = ROADS[name](cuda_matmul.Problem(weight.device, n, k, dtype, dtype, True, k, False, False))
+    run = BACKENDS[name](cuda_matmul.Problem(weight.device, n, k, dtype, dtype, True, k, False, False))
 
     def call(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         out = x.new_empty(x.shape[0], n)
@@ -43,11 +43,11 @@ def by_road(name: str, x: torch.Tensor, weight: torch.Tensor) -> Callable[..., t
 
 @marker.parametrize("n,k", LLAMA_8B + QWEN3_32B, [(4096, 4096)])
 @marker.parametrize("num_tokens", [1, 16, 128, 1024, 8192], [16])
-@marker.benchmark("impl", [*CALLS, *ROADS])
+@marker.benchmark("impl", [*CALLS, *BACKENDS])
 def bench(n: int, k: int, num_tokens: int, impl: str) -> marker.BenchResult:
-    """Batch-invariant products of a layer's shapes beside torch's, and each road for itself."""
+    """Measure batch-invariant matrix products of the shapes of a layer, torch's, and each GEMM backend by itself."""
     x, weight = marker.create_random(num_tokens, k), marker.create_random(n, k)
-    call = CALLS.get(impl) or by_road(impl, x, weight)
+    call = CALLS.get(impl) or call_backend(impl, x, weight)
     return marker.do_bench(call, input_args=(x, weight), check=lambda x, weight: x.double() @ weight.double().t())
 
 

@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 
-from jitnorm.benchmark.report import COPY, Report
-from jitnorm.benchmark.standing import span, standing
+from jitnorm.benchmark.compare import format_range, summarize_peers
+from jitnorm.benchmark.results import COPY, Report
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "docs" / "performance.md"]  # each table stands in one of them
@@ -72,16 +72,16 @@ def operators_h200() -> list[str]:
         report = _read(f"{name}_h200")
         for op in dict.fromkeys(row.point.get("op", name) for row in report.rows):
             part = _only(report, op=op) if "op" in report.axes else report
-            place = standing(part)
-            won = sum(ratio < 1 for ratio, _ in place.to_best)
+            place = summarize_peers(part)
+            won = sum(ratio < 1 for ratio, _ in place.vs_best)
             present = {line for row in part.rows for line in row.results()} - {COPY, place.subject}
             peers = ", ".join(title for line, title in PEERS.items() if line in present)
             cells = (
                 op,
-                len(place.to_best),
+                len(place.vs_best),
                 won,
-                span(place.to_best),
-                span(place.to_copy) if place.to_copy else "-",
+                format_range(place.vs_best),
+                format_range(place.vs_copy) if place.vs_copy else "-",
                 peers,
             )
             lines.append(_row([*map(str, cells)]))
@@ -214,10 +214,10 @@ def with_tables(page: str) -> str:
 
 
 def write_plots() -> None:
-    from jitnorm.benchmark.plot import plot
+    from jitnorm.benchmark.report import save_plot
 
     for name, point in PLOTTED.items():
-        plot(_only(_read(name), **point), RESULTS / f"{name}.png")
+        save_plot(_only(_read(name), **point), RESULTS / f"{name}.png")
 
 
 def _read(name: str) -> Report:

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from jitnorm.jit.report import say
+from jitnorm.jit.log import logger
 
 # Of tensors with all sequences: the result, the logarithms of its sums or None, and more.
 Call = Callable[..., tuple[Any, ...]]
@@ -36,7 +36,9 @@ def one_call_keeps_the_bits(
         try:
             known = _compare(call, alone, [*map(_random_like, tensors), *bias])
         except torch.cuda.OutOfMemoryError:
-            say(f"no memory to find out whether attention of {tensors[0].shape[0]} sequences can be one call")
+            logger.warning(
+                f"no memory to find out whether attention of {tensors[0].shape[0]} sequences can be one call"
+            )
             return False
         if len(_known) >= _MOST:
             _known.clear()

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from jitnorm.jit.load import load
-from jitnorm.jit.report import say
+from jitnorm.jit.log import logger
 from jitnorm.jit.spec import CSRC, KernelSpec, Target
 
 if TYPE_CHECKING:
@@ -73,7 +73,7 @@ def _opened() -> tuple[Any, int]:
         module = load(SPEC)
         return module, int(module.cublaslt_open(ctypes.CDLL(path)._handle))
     except (OSError, RuntimeError) as error:
-        say(f"batch-invariant mode does without cuBLASLt: {error}")
+        logger.warning(f"batch-invariant mode does without cuBLASLt: {error}")
         return None, 0
 
 

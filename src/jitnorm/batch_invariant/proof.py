@@ -19,9 +19,10 @@ from typing import TYPE_CHECKING
 import torch
 
 from jitnorm.batch_invariant import cublaslt
-from jitnorm.jit import cache
-from jitnorm.jit.folder import Unfit
-from jitnorm.jit.report import say
+from jitnorm.jit import cleanup, locations
+from jitnorm.jit.cache import INVARIANCE
+from jitnorm.jit.folder import UntrustedPath
+from jitnorm.jit.log import logger
 
 if TYPE_CHECKING:
     from jitnorm.batch_invariant.cuda_matmul import Problem, Road
@@ -63,13 +64,15 @@ def holds(road: str, library: str, code: tuple[Path, ...], run: Road, problem: P
     subject = functools.partial(Proof, road, str(problem), gpu, driver_version(), library, _hash_of(code))
     if (known := _recall(subject(False, "").name)) is not None:
         return known.holds
-    patience = threading.Timer(2, say, [f"comparing {road} rows of {problem} in batches, once for this GPU"])
+    patience = threading.Timer(2, logger.info, [f"comparing {road} rows of {problem} in batches, once for this GPU"])
     patience.daemon = True
     patience.start()
     try:
         first = first_difference(run, problem)
     except torch.cuda.OutOfMemoryError:  # which says nothing of the road, so that it is not remembered
-        say(f"no memory to find out whether {road} keeps the promise for {problem}: not taken in this process")
+        logger.warning(
+            f"no memory to find out whether {road} keeps the promise for {problem}: not taken in this process"
+        )
         return False
     except cublaslt.Refused as error:
         first = str(error)
@@ -134,7 +137,7 @@ def cancelling_operands(
 
 def known_proofs() -> Iterator[Proof]:
     """All that are on disk, for `jitnorm doctor`."""
-    names = (path.name for path in cache.readable().remembered() if path.parent.name == cache.PROOFS)
+    names = (path.name for path in cleanup.records(locations.readable()) if path.parent.name == INVARIANCE)
     known = [proof for name in names if (proof := _recall(name))]
     yield from sorted(known, key=lambda proof: (proof.gpu, proof.problem, proof.road))
 
@@ -172,7 +175,7 @@ def _stored(b: torch.Tensor, problem: Problem) -> torch.Tensor:
 
 def _recall(name: str) -> Proof | None:
     try:
-        proof = Proof(**cache.readable().recall(cache.PROOFS, name))
+        proof = Proof(**locations.readable().read_record(INVARIANCE, name))
     except TypeError:
         return None
     return proof if proof.name == name else None
@@ -180,6 +183,6 @@ def _recall(name: str) -> Proof | None:
 
 def _remember(proof: Proof) -> None:
     try:
-        cache.writable().remember(cache.PROOFS, proof.name, vars(proof))
-    except (OSError, Unfit) as error:
-        say(f"cannot keep what was found of {proof.problem}: {error}")
+        locations.writable().write_record(INVARIANCE, proof.name, vars(proof))
+    except (OSError, UntrustedPath) as error:
+        logger.warning(f"cannot keep what was found of {proof.problem}: {error}")

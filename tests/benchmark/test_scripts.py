@@ -1,8 +1,9 @@
-"""The files in benchmarks/: each has the command line, and runs on the CPU as far as this machine can."""
+"""Test the files in benchmarks/: each has the command line, and runs on the CPU as far as it can."""
 
 from __future__ import annotations
 
 import importlib
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -10,10 +11,11 @@ from pathlib import Path
 import pytest
 
 from jitnorm.benchmark import marker
+from jitnorm.benchmark.runner import Axis
 
 FOLDER = Path(__file__).parents[2] / "benchmarks"
 FILES = sorted(file.stem for file in FOLDER.glob("bench_*.py"))
-# What runs anywhere, and small. torch.compile takes too long for a test.
+# The implementations that run anywhere. torch.compile takes too long for a test.
 RUNS = {
     "bench_activation": ["jitnorm", "torch"],
     "bench_fused_add_rmsnorm": ["jitnorm", "torch", "liger"],
@@ -27,12 +29,35 @@ RUNS = {
     "bench_rmsnorm_cpu": ["jitnorm", "allocated", "torch"],
     "bench_store_cache": ["jitnorm", "torch"],
 }
+# Smaller constants than the benchmark's, whose sizes take minutes on a CPU.
+CONSTANTS = {
+    "bench_host_overhead": {"CPU_CALLS": 100},
+    "bench_llama_layer": {
+        **{"HIDDEN": 64, "HEADS": 4, "KV_HEADS": 2, "HEAD_DIM": 16, "INTERMEDIATE": 128, "WIDTHS": (64, 32, 32)},
+        "SIZES": [(128, 64), (64, 64), (256, 64), (64, 128)],
+    },
+}
+# A row instead of the short lists.
+ROWS = {
+    "bench_llama_layer": {"batch": 2, "length": 1, "cached": 16},
+    "bench_matmul": {"n": 128, "k": 64, "num_tokens": 4},
+}
 
 
 @pytest.fixture
 def bench(request, monkeypatch):
     monkeypatch.syspath_prepend(str(FOLDER))
     return importlib.import_module(request.param).bench
+
+
+@pytest.fixture
+def small_bench(bench, monkeypatch):
+    name = f"bench_{bench.name}"
+    for constant, value in CONSTANTS.get(name, {}).items():
+        monkeypatch.setattr(sys.modules[name], constant, value)
+    if row := ROWS.get(name):
+        monkeypatch.setattr(bench, "axes", [Axis.of(axis, [value], None) for axis, value in row.items()])
+    return bench
 
 
 def test_every_file_is_here():
@@ -47,8 +72,8 @@ def test_has_rows(bench):
 
 
 @pytest.mark.parametrize(("bench", "impl"), RUNS.items(), indirect=["bench"], ids=RUNS)
-def test_runs_on_the_cpu(bench, impl, capsys):
-    report = bench.run(full=False, impl=impl, device="cpu", cold=False, seconds=0.0)
+def test_runs_on_the_cpu(small_bench, bench, impl, capsys):
+    report = small_bench.run(full=False, impl=impl, device="cpu", cold=False, seconds=0.0)
     said = capsys.readouterr().out
     assert not report.failed, said
     results = [result for row in report.rows for result in row.results().values()]
@@ -98,3 +123,44 @@ def test_lists_its_rows_as_a_script():
     words = [sys.executable, str(FOLDER / "bench_qknorm.py"), "--list", "--short"]
     done = subprocess.run(words, capture_output=True, text=True, timeout=120)
     assert done.stdout == "head_dim=128 num_q_heads=32 num_kv_heads=8 num_tokens=64\n", done
+
+
+def test_ratios(tmp_path, monkeypatch, capsys):
+    """Both formats, for a file whose ratios are known."""
+    monkeypatch.syspath_prepend(str(FOLDER))
+    ratios = importlib.import_module("ratios")
+
+    @marker.parametrize("n", [1, 2])
+    @marker.benchmark("impl", ["jitnorm", "torch"])
+    def bench(n, impl):
+        return marker.BenchResult.of([[n * (2e-6 if impl == "torch" else 1e-6 * n)]])
+
+    file = tmp_path / "a.json"
+    bench.run(device="cpu").write(file)
+    capsys.readouterr()
+
+    def said(*words: str) -> str:
+        monkeypatch.setattr(sys, "argv", ["ratios.py", str(file), *words])
+        ratios.main()
+        return capsys.readouterr().out
+
+    found = json.loads(said("torch", "--format", "json"))
+    assert found["columns"] == ratios.COLUMNS and found["rows"] == [
+        ["jitnorm", pytest.approx(2**0.5), 2, pytest.approx(1.0), "n=2"]
+    ]
+    assert json.loads(said("best", "--format", "json"))["rows"] == found["rows"]
+    assert said("jitnorm").splitlines()[-1].split() == ["torch", "0.7071", "2", "0.5", "n=1"]
+    for words, error in (
+        ((str(tmp_path / "none.json"), "torch"), "No such file"),
+        ((str(file), "none"), "must be best"),
+    ):
+        monkeypatch.setattr(sys, "argv", ["ratios.py", *words])
+        with pytest.raises(SystemExit, match="2"):
+            ratios.main()
+        assert error in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("file", sorted(file.name for file in FOLDER.glob("tune_*.py")))
+def test_tuning_scripts_compile(file):
+    """They run on a GPU only."""
+    compile((FOLDER / file).read_text(), file, "exec")

@@ -13,17 +13,26 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from jitnorm import activation_ops, qknorm_ops, quant_norms, store_cache_ops
-from jitnorm.core import norms
+from jitnorm.activation import SILU_AND_MUL
+from jitnorm.activation import check as check_activation
+from jitnorm.core.operators import OPERATORS
+from jitnorm.fused_add_rmsnorm import FUSED_ADD_RMSNORM
+from jitnorm.fused_add_rmsnorm import check as check_fused_add_rmsnorm
 from jitnorm.jit.load import load
 from jitnorm.jit.spec import Target
-from jitnorm.per_tensor_quant_fp8 import MAXIMA, STATIC
-from jitnorm.per_tensor_quant_fp8 import _check as check_tensor
-from jitnorm.per_token_quant_fp8 import PER_TOKEN
-from jitnorm.per_token_quant_fp8 import _check as check_token
+from jitnorm.qknorm import QKNORM
+from jitnorm.qknorm import check as check_qknorm
+from jitnorm.quant_fp8 import PARTIAL_AMAX, PER_TENSOR, PER_TOKEN, check_per_tensor, check_per_token
+from jitnorm.rmsnorm import RMSNORM
+from jitnorm.rmsnorm import check as check_rmsnorm
+from jitnorm.rmsnorm_quant_fp8 import QuantNorm
+from jitnorm.rmsnorm_quant_fp8 import check as check_quant_norm
+from jitnorm.store_cache import STORE_CACHE
+from jitnorm.store_cache import check as check_store_cache
 
 CPU, F32, E4M3 = Target("cpu"), torch.float32, torch.float8_e4m3fn
 H = 64
+QUANT_NORMS = [operator for operator in OPERATORS.values() if isinstance(operator, QuantNorm)]
 DRAWS = 1500
 
 
@@ -74,34 +83,33 @@ def norm_calls(draw):
     x, other = draw.rows(F32, shape), draw.rows(F32, draw.pick((shape, shape, shape, draw.leading())))
     w, (eps, pdl) = draw.vector(F32, H), draw.flags()
     out = draw.pick((other, other, x))
-    plain, fused = norms.RMSNORM, norms.FUSED_ADD_RMSNORM
-    yield plain, (H, F32, F32), (x, w, out, eps, pdl), lambda: norms.check_rmsnorm(plain, x, w, eps, out, pdl)
+    yield RMSNORM, (H, F32, F32), (x, w, out, eps, pdl), lambda: check_rmsnorm(RMSNORM, x, w, eps, out, pdl)
     yield (
-        fused,
+        FUSED_ADD_RMSNORM,
         (H, F32, F32),
         (x, other, w, eps, pdl),
-        lambda: norms.check_fused_add_rmsnorm(fused, x, other, w, eps, pdl),
+        lambda: check_fused_add_rmsnorm(FUSED_ADD_RMSNORM, x, other, w, eps, pdl),
     )
 
 
 def quant_norm_calls(draw):
-    for norm in quant_norms.QUANT_NORMS:
+    for norm in QUANT_NORMS:
         shape = draw.leading()
-        x, residual = draw.rows(F32, shape), draw.rows(F32, shape) if "fused" in norm.op else None
+        x, residual = draw.rows(F32, shape), draw.rows(F32, shape) if norm.has_residual else None
         w, q, (eps, pdl) = draw.vector(F32, H), draw.rows(E4M3, shape), draw.flags()
-        scale = draw.vector(F32, x.numel() // H if "dynamic" in norm.op else 1)
+        scale = draw.vector(F32, x.numel() // H if norm.is_dynamic else 1)
         tensors = [t for t in (x, residual, w, q, scale) if t is not None]
-        check = quant_norms.check, (norm, x, residual, w, q, scale, eps, pdl)
+        check = check_quant_norm, (norm, x, residual, w, q, scale, eps, pdl)
         yield norm, (H, F32, F32), (*tensors, eps, pdl), lambda check=check: check[0](*check[1])
 
 
 def quant_calls(draw):
     shape = draw.leading()
     x, q = draw.rows(F32, shape), draw.rows(E4M3, draw.pick((shape, shape, shape, draw.leading())))
-    one, each, maxima = draw.vector(F32, 1), draw.vector(F32, x.numel() // H), torch.empty(512)
-    yield STATIC, (F32,), (x, q, one, None), lambda: check_tensor(x, q, one, True)
-    yield MAXIMA, (F32,), (x, q, one, maxima), lambda: check_tensor(x, q, one, False)
-    yield PER_TOKEN, (F32,), (x, q, each), lambda: check_token(x, q, each)
+    one, each, partial_amax = draw.vector(F32, 1), draw.vector(F32, x.numel() // H), torch.empty(512)
+    yield PER_TENSOR, (F32,), (x, q, one, None), lambda: check_per_tensor(x, q, one, True)
+    yield PARTIAL_AMAX, (F32,), (x, q, one, partial_amax), lambda: check_per_tensor(x, q, one, False)
+    yield PER_TOKEN, (F32,), (x, q, each), lambda: check_per_token(x, q, each)
 
 
 def activation_calls(draw):
@@ -109,15 +117,14 @@ def activation_calls(draw):
     x, out = draw.rows(F32, shape, 2 * H), draw.rows(F32, draw.pick((shape, shape, shape, draw.leading())))
     ids = draw.pick((None, *(draw.vector(dtype, draw.pick(range(5))) for dtype in (torch.int32, torch.int64))))
     arguments = x, out, ids, draw.pick((1, 2, 3, 2**63 - 1, 0)), pdl
-    activation = activation_ops.SILU_AND_MUL
-    yield activation, (F32, 16), arguments, lambda: activation_ops.check(activation.op, *arguments)
+    yield SILU_AND_MUL, (F32, 16), arguments, lambda: check_activation(SILU_AND_MUL.op, *arguments)
 
 
 def qknorm_calls(draw):
     tokens, (eps, pdl) = draw.pick(range(4)), draw.flags()
     q, k = draw.heads(tokens, draw.pick((0, 1, 2, 4))), draw.heads(tokens, draw.pick((0, 1, 2)))
     arguments = q, k, draw.vector(F32, H), draw.vector(F32, H), eps, draw.pick((0, 0, H, 32)), pdl
-    yield qknorm_ops.QKNORM, (H, F32, F32), arguments, lambda: qknorm_ops.check(*arguments)
+    yield QKNORM, (H, F32, F32), arguments, lambda: check_qknorm(*arguments)
 
 
 def store_cache_calls(draw):
@@ -128,7 +135,7 @@ def store_cache_calls(draw):
     indices = draw.vector(torch.int64, tokens)
     numbers = draw.pick((0, 0, 64, 128)), draw.pick((0, 1, 2, 3, 4)), draw.pick((None, -1, 0, True))
     arguments = *rows, indices, *numbers
-    yield store_cache_ops.STORE_CACHE, (16,), arguments, lambda: store_cache_ops.check(*arguments)
+    yield STORE_CACHE, (16,), arguments, lambda: check_store_cache(*arguments)
 
 
 FAMILIES = (norm_calls, quant_norm_calls, quant_calls, activation_calls, qknorm_calls, store_cache_calls)

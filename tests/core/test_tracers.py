@@ -11,9 +11,9 @@ from helpers import relative_error, rmsnorm_reference
 from operator_calls import FORMS, Form, bits, forget_kernels
 from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import jitnorm
+from core.intercept import Negated, Seen, real
 from jitnorm.core import torch_modes
 
 forms = pytest.mark.parametrize("form", FORMS, ids=lambda form: form.name)
@@ -70,16 +70,6 @@ def test_jit_trace(form, warm):
     assert_same(traced(*split(arguments)[0].values()), want)
 
 
-class Seen(TorchDispatchMode):
-    def __init__(self):
-        super().__init__()
-        self.names = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.names.append(str(func))
-        return func(*args, **(kwargs or {}))
-
-
 @forms
 @first_and_later
 def test_dispatch_modes_see_the_call(form, warm):
@@ -113,36 +103,6 @@ def test_fake_tensors(form, warm):
             got = form.call(fake | rest)
         assert [(t.shape, t.dtype) for t in got] == [(t.shape, t.dtype) for t in want]
         assert all(isinstance(t, torch._subclasses.FakeTensor) for t in got)
-
-
-class Negated(torch.Tensor):
-    """Means the negative of what its own storage holds."""
-
-    @staticmethod
-    def __new__(cls, value):
-        return torch.Tensor._make_subclass(cls, -value)
-
-    @classmethod
-    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
-        opened = []
-
-        def plain(value):
-            if isinstance(value, Negated):
-                with torch._C._DisableTorchDispatch():
-                    opened.append((value, torch.neg(value).as_subclass(torch.Tensor)))
-                return opened[-1][1]
-            return value
-
-        result = func(*map(plain, args), **{name: plain(value) for name, value in (kwargs or {}).items()})
-        with torch._C._DisableTorchDispatch():
-            for value, real in opened:  # what was written
-                value.as_subclass(torch.Tensor).copy_(-real)
-        return result
-
-
-def real(value):
-    with torch._C._DisableTorchDispatch():
-        return torch.neg(value).as_subclass(torch.Tensor)
 
 
 @forms

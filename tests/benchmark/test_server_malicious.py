@@ -1,8 +1,9 @@
-"""`bench server` against servers that mean harm: no answer fills the memory, takes longer than allowed, or ends it."""
+"""Test `bench server` against malicious servers: none can fill the memory, exceed the timeout or end the command."""
 
 from __future__ import annotations
 
 import contextlib
+import gzip
 import json
 import math
 import socket
@@ -10,13 +11,13 @@ import threading
 import time
 import types
 import warnings
+import zlib
 from collections.abc import Callable, Iterator
 
 import pytest
 from click.testing import CliRunner
 
 from jitnorm.benchmark.server import batch, client, get_cache_tokens_from_metrics, run_batch
-from jitnorm.benchmark.server import metrics as metrics_module
 from jitnorm.cli import main
 
 MIB = 1 << 20
@@ -69,9 +70,8 @@ def hostile() -> Iterator[Hostile]:
 
 
 @pytest.fixture(autouse=True)
-def quick(monkeypatch):
-    if hasattr(client, "_GRACE"):
-        monkeypatch.setattr(client, "_GRACE", 0.2)
+def short_grace(monkeypatch):
+    monkeypatch.setattr(client, "_GRACE", 0.2)
 
 
 def within(seconds: float, call: Callable[[], object]) -> object:
@@ -105,11 +105,11 @@ def repeated(part: bytes, start: bytes = HEAD) -> Callable[[], Iterator[bytes]]:
 
 
 def dripped(part: bytes, start: bytes = b"") -> Callable[[], Iterator[bytes]]:
-    """A piece now and then, which starts a socket's own timeout anew, for 20 seconds."""
+    """Send a piece now and then, which restarts the timeout of the socket, until the client hangs up."""
 
     def answer() -> Iterator[bytes]:
         yield start
-        for _ in range(400):
+        while True:
             yield part
             time.sleep(0.05)
 
@@ -118,17 +118,17 @@ def dripped(part: bytes, start: bytes = b"") -> Callable[[], Iterator[bytes]]:
 
 def warned(url: str) -> str:
     with pytest.warns(RuntimeWarning) as caught:
-        assert within(20, lambda: get_cache_tokens_from_metrics(url)) is None
+        assert within(60, lambda: get_cache_tokens_from_metrics(url)) is None
     assert len(caught) == 1
     return str(caught[0].message)
 
 
-def errors_of(hostile: Hostile, api: str = "openai", timeout: float = 15.0) -> list[str]:
+def errors_of(hostile: Hostile, api: str = "openai", timeout: float = 60.0) -> list[str]:
     """Of a batch whose metrics are not looked at."""
     with warnings.catch_warnings(), pytest.MonkeyPatch.context() as patch:
         patch.setattr(batch, "get_cache_tokens_from_metrics", lambda url: None)
         result = within(
-            timeout + 20, lambda: run_batch(hostile.url, api, input_len=3, output_len=4, timeout=timeout, batch_size=2)
+            timeout + 60, lambda: run_batch(hostile.url, api, input_len=3, output_len=4, timeout=timeout, batch_size=2)
         )
     assert result.as_text() and json.dumps(result.as_dict(), allow_nan=False)
     assert all(error.isprintable() and len(error) < 400 for error in result.errors)
@@ -139,7 +139,8 @@ def errors_of(hostile: Hostile, api: str = "openai", timeout: float = 15.0) -> l
 
 
 @pytest.mark.parametrize("head", [HEAD, HEAD.replace(b"Connection: close", b"Content-Length: %d" % 10**18)])
-def test_metrics_without_an_end(hostile, head):
+def test_metrics_without_an_end(hostile, head, monkeypatch):
+    monkeypatch.setattr(client, "_METRICS_TIMEOUT", 60.0)
     hostile.answer = repeated(b"# a comment\n", head)
     assert "longer than 16 MiB" in warned(hostile.url)
     assert hostile.sent < 16 * MIB + BUFFERS
@@ -147,7 +148,7 @@ def test_metrics_without_an_end(hostile, head):
 
 def test_parsing_is_part_of_the_time(hostile, monkeypatch):
     """Each of these lines goes through the parser, which takes microseconds for one."""
-    monkeypatch.setattr(metrics_module, "_TIMEOUT", 0.3)
+    monkeypatch.setattr(client, "_METRICS_TIMEOUT", 0.3)
     line = b'prompt_tokens_total{model="some model",rank="1",engine="2"} 1\n'
     hostile.answer = lambda: iter((HEAD, line * (15 * MIB // len(line))))
     started = time.monotonic()
@@ -159,7 +160,7 @@ def test_other_metrics_are_not_parsed(hostile, monkeypatch):
     """Were they, this would stop at the first."""
     text = b'time_to_first_token_seconds_bucket{le="0.1" 3 {{\n' * 1000
     hostile.answer = lambda: iter((HEAD, text, b"sglang:prompt_tokens_total 7\n", text))
-    assert within(20, lambda: get_cache_tokens_from_metrics(hostile.url)) == (0.0, 7.0)
+    assert within(60, lambda: get_cache_tokens_from_metrics(hostile.url)) == (0.0, 7.0)
 
 
 def test_a_line_of_metrics_that_is_too_long(hostile):
@@ -205,34 +206,39 @@ def test_answers_that_are_no_http_or_no_events(hostile, answer):
     assert hostile.sent < MOST_SENT
 
 
+@pytest.mark.parametrize("header", ["Content-Encoding: gzip", "Content-Type: text/event-stream; charset=zlib_codec"])
+def test_compressed_answers_are_not_decompressed(hostile, header):
+    """A few of their bytes could become any number in memory."""
+    head = HEAD.replace(b"Connection: close", f"{header}\r\nConnection: close".encode())
+    compress = gzip.compress if "gzip" in header else zlib.compress
+    hostile.answer = lambda: iter((head, compress(EVENT * 4 + b"data: [DONE]\n\n")))
+    errors = errors_of(hostile)
+    assert len(errors) == 2 and all("ended without [DONE], after 0 tokens" in error for error in errors), errors
+
+
 # Time
 
 
 @pytest.mark.parametrize("start", [b"", b"HTTP/1.1 200 OK\r\n", HEAD])
 def test_a_server_that_drips(hostile, start):
     hostile.answer = dripped(b"x", start)
-    started = time.monotonic()
     assert all("not finished within 0.5 s" in error for error in errors_of(hostile, timeout=0.5))
-    assert time.monotonic() - started < 8
 
 
 def test_a_tls_handshake_that_drips(hostile, monkeypatch):
-    monkeypatch.setattr(metrics_module, "_TIMEOUT", 0.3)
+    monkeypatch.setattr(client, "_METRICS_TIMEOUT", 0.3)
     hostile.answer = dripped(b"\x16", b"\x16\x03\x01\x40\x00")  # of a record that is never whole
-    started = time.monotonic()
     assert "not finished within 0.3 s" in warned(f"https://{hostile.address}")
-    assert time.monotonic() - started < 8
 
 
 def test_a_name_that_is_looked_up_for_ever(monkeypatch):
-    monkeypatch.setattr(metrics_module, "_TIMEOUT", 0.2)
+    monkeypatch.setattr(client, "_METRICS_TIMEOUT", 0.2)
     asleep = threading.Event()
-    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: asleep.wait(20) and [])
-    started = time.monotonic()
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: asleep.wait(600) and [])
     with pytest.warns(RuntimeWarning, match="not finished"):
-        result = within(20, lambda: run_batch("http://nowhere.invalid", timeout=0.2))
+        result = within(60, lambda: run_batch("http://nowhere.invalid", timeout=0.2))
     asleep.set()
-    assert result.errors == ["not finished within 0.2 s"] and time.monotonic() - started < 8
+    assert result.errors == ["not finished within 0.2 s"]
 
 
 # Numbers
@@ -249,7 +255,7 @@ def test_numbers_of_tokens_that_are_none(hostile, api, number):
     errors = errors_of(hostile, api)
     assert len(errors) == 2 and all("completion_tokens must be" in e or "is not JSON" in e for e in errors), errors
     words = ["bench", "server", "--url", hostile.url, "--api", api, "--input-len", "3", "--format", "json"]
-    done = within(30, lambda: CliRunner().invoke(main, words))
+    done = within(60, lambda: CliRunner().invoke(main, words))
     assert done.exit_code == 1 and isinstance(done.exception, SystemExit), done.exception
     assert json.loads(done.stdout)["completed"] == 0
 
@@ -261,7 +267,7 @@ def test_numbers_of_tokens_that_are_none(hostile, api, number):
 def test_hit_rates_that_are_none(hostile, monkeypatch, before, after):
     readings = iter((before, after))
     monkeypatch.setattr(batch, "get_cache_tokens_from_metrics", lambda url: next(readings))
-    assert within(20, lambda: run_batch(hostile.url, timeout=5)).cache_hit_rate is None
+    assert within(60, lambda: run_batch(hostile.url, timeout=60)).cache_hit_rate is None
 
 
 # What was typed
@@ -310,7 +316,7 @@ def test_prompts_that_are_too_many(monkeypatch):
 
 def refused(name: str, *words: str) -> None:
     """In one line, by a usage error's exit status, and before anything was done."""
-    done = within(10, lambda: CliRunner().invoke(main, ["bench", "server", *words]))
+    done = within(60, lambda: CliRunner().invoke(main, ["bench", "server", *words]))
     assert done.exit_code == 2 and isinstance(done.exception, SystemExit), (done.output, done.exception)
     assert done.stderr.startswith(f"Error: {name}") and done.stderr.count("\n") == 1 and not done.stdout
     assert len(done.stderr) < 300
@@ -342,7 +348,7 @@ def test_threads_that_do_not_start(hostile, monkeypatch):
     monkeypatch.setattr(batch, "threading", limited)
     monkeypatch.setattr(batch, "get_cache_tokens_from_metrics", lambda url: None)
     hostile.answer = lambda: iter((HEAD, EVENT * 4, b"data: [DONE]\n\n"))
-    result = within(20, lambda: run_batch(hostile.url, batch_size=4, output_len=4, timeout=10))
+    result = within(60, lambda: run_batch(hostile.url, batch_size=4, output_len=4, timeout=60))
     assert result.errors == ["cannot start its thread: can't start new thread"] * 2
     assert [request.tokens for request in result.requests] == [4, 4, 0, 0]
 
@@ -360,7 +366,7 @@ def test_a_connection_that_fails_in_any_way(hostile, monkeypatch, error):
     monkeypatch.setattr(batch, "Connection", Connection)
     monkeypatch.setattr(batch, "get_cache_tokens_from_metrics", lambda url: None)
     hostile.answer = lambda: iter((HEAD, EVENT * 4, b"data: [DONE]\n\n"))
-    result = within(20, lambda: run_batch(hostile.url, batch_size=3, output_len=4, timeout=10))
+    result = within(60, lambda: run_batch(hostile.url, batch_size=3, output_len=4, timeout=60))
     assert len(result.errors) == 1 and "boom" in result.errors[0]
     assert sorted(request.tokens for request in result.requests) == [0, 4, 4]
     assert all(math.isfinite(t) for request in result.requests for t in request.times)

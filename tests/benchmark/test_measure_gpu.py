@@ -1,4 +1,4 @@
-"""The framework's figures on a GPU: against a harness of the test's own, against themselves, against a slower kernel.
+"""Test times on a GPU: against an independent harness, against a second run, against a slower kernel.
 
 Under a minute in all.
 """
@@ -12,10 +12,11 @@ import torch
 from click.testing import CliRunner
 
 import jitnorm
-from jitnorm.benchmark import marker, settings
-from jitnorm.benchmark.arguments import Call
+from jitnorm.benchmark import marker
+from jitnorm.benchmark.call import Call
 from jitnorm.benchmark.compare import Verdict, compare
-from jitnorm.benchmark.timers import GraphTimer, working_set
+from jitnorm.benchmark.measure import CUDAGraphTimer, working_set
+from jitnorm.benchmark.options import override_settings
 from jitnorm.cli import main
 
 pytestmark = pytest.mark.gpu
@@ -34,7 +35,7 @@ def rms_norm(x, weight, out):
 def framework_seconds(hidden_size: int, num_tokens: int) -> float:
     x, weight = marker.create_random(num_tokens, hidden_size), marker.create_random(hidden_size)
     out = torch.empty_like(x)
-    with settings.using(seconds=0.0):
+    with override_settings(seconds=0.0):
         result = marker.do_bench(rms_norm, input_args=(x, weight, out), memory_args=(x, weight), memory_output=(out,))
     assert not any("not cold" in note for note in result.notes)
     return result.seconds
@@ -91,7 +92,7 @@ def test_two_runs_are_the_same(tmp_path):
     reports = [bench.run(copy=True) for _ in files]
     for file, report in zip(files, reports, strict=True):
         assert not report.failed
-        file.write_text(report.to_json())
+        report.write(file)
     said = CliRunner().invoke(main, ["bench", "compare", *map(str, files)])
     print(said.output)
     assert said.exit_code == 0
@@ -139,10 +140,10 @@ def test_every_copy_is_in_the_graph_and_the_results_rotate_too():
 def test_small_calls_fill_a_graph_with_whole_passes():
     x = torch.randn(256, device="cuda")
     calls = [Call(torch.Tensor.add_, (x, i)) for i in range(7)]
-    timer = GraphTimer(calls, torch.cuda.Stream(), 1)
-    assert timer.captured % 7 == 0 and timer.captured > 7
+    timer = CUDAGraphTimer(calls, torch.cuda.Stream(), 1)
+    assert timer.calls_per_replay % 7 == 0 and timer.calls_per_replay > 7
     (seconds,) = timer.samples(1)
-    assert 0.5e-3 < seconds * timer.captured < 20e-3
+    assert 0.5e-3 < seconds * timer.calls_per_replay < 20e-3
 
 
 def test_cold_is_slower_than_warm():

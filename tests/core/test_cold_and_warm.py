@@ -18,7 +18,8 @@ import pytest
 import torch
 import tvm_ffi
 from operator_calls import FORMS, Form, bits, forget_kernels
-from test_tracers import Negated, Seen, real
+
+from core.intercept import Negated, Seen, real
 
 DRAWS = 60
 NUMBERS = {

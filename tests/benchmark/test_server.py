@@ -1,20 +1,22 @@
-"""The one-batch benchmark and the cache metrics, against real servers on this machine."""
+"""Test the benchmark of one batch and the cache metrics against local servers."""
 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import socket
+import sys
 import threading
 import time
+import types
 import warnings
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 from click.testing import CliRunner
 
-from jitnorm.benchmark.server import get_cache_tokens_from_metrics, run_batch
-from jitnorm.benchmark.server import metrics as metrics_module
+from jitnorm.benchmark.server import batch, client, get_cache_tokens_from_metrics, run_batch
 from jitnorm.cli import main
 
 METRICS = """# HELP sglang:prompt_tokens_total Number of prefill tokens processed.
@@ -39,7 +41,7 @@ class Server(ThreadingHTTPServer):
     """Answers /metrics with `status` and `text`; completions as `behaviour` says."""
 
     daemon_threads = True
-    status, text, behaviour, pause = 200, METRICS, "good", 0.005
+    status, text, behaviour = 200, METRICS, "good"
 
     def __init__(self):
         super().__init__(("127.0.0.1", 0), Handler)
@@ -68,7 +70,7 @@ class Handler(BaseHTTPRequestHandler):
         if self.path != "/metrics":
             return self.answer(404, b"no such page")
         if self.server.behaviour == "slow metrics":
-            time.sleep(1)
+            self.rfile.read(1)  # until the client hangs up
         text = self.server.text
         if callable(text):
             text = text() if self.server.status == 200 else ""
@@ -83,14 +85,14 @@ class Handler(BaseHTTPRequestHandler):
         if what == "no stream":
             return self.answer(200, b'{"choices": []}', "application/json")
         if what == "hangs":
-            time.sleep(3)
+            self.rfile.read(1)  # until the client hangs up
         self.send_response(200)
         self.send_header("Content-Type", "text/event-stream; charset=utf-8")
         self.send_header("Transfer-Encoding", "chunked")
         self.end_headers()
         if what == "drips":
             with contextlib.suppress(OSError):
-                for _ in range(60):
+                while True:
                     self.chunk(b":")  # a comment that never ends
                     time.sleep(0.05)
             return None
@@ -104,7 +106,6 @@ class Handler(BaseHTTPRequestHandler):
         openai = self.path == "/v1/completions"
         count = body["max_tokens"] if openai else body["sampling_params"]["max_new_tokens"]
         for i in range(count):
-            time.sleep(self.server.pause)
             event = (
                 {"choices": [{"text": "x"}]} if openai else {"text": "x" * i, "meta_info": {"completion_tokens": i + 1}}
             )
@@ -118,7 +119,7 @@ class Handler(BaseHTTPRequestHandler):
                 if what == "reports an error":
                     event = {"error": {"message": "out of memory"}}
                 if what == "stalls":
-                    time.sleep(3)
+                    self.rfile.read(1)  # until the client hangs up
             self.chunk(f": comment\r\ndata: {json.dumps(event)}\r\n\r\n".encode())
         if openai:
             self.chunk(b'data: {"choices": [], "usage": {"completion_tokens": %d}}\n\n' % count)
@@ -211,11 +212,9 @@ def test_nobody_and_nonsense(nobody):
 
 
 def test_metrics_that_do_not_come(server, monkeypatch):
-    monkeypatch.setattr(metrics_module, "_TIMEOUT", 0.2)
+    monkeypatch.setattr(client, "_METRICS_TIMEOUT", 0.2)
     server.behaviour = "slow metrics"
-    started = time.monotonic()
     assert "not finished within 0.2 s" in warned(server.url)
-    assert time.monotonic() - started < 5
 
 
 def test_a_server_that_is_no_http_server():
@@ -234,16 +233,18 @@ def test_a_server_that_is_no_http_server():
 
 
 @pytest.mark.parametrize(("api", "path"), [("openai", "/v1/completions"), ("sglang", "/generate")])
-def test_a_batch(server, api, path):
-    server.pause = 0.02
+def test_a_batch(server, api, path, monkeypatch):
+    ticks = itertools.count()  # a clock that advances by 20 ms with each reading, however busy the machine is
+    monkeypatch.setattr(batch, "time", types.SimpleNamespace(perf_counter=lambda: 0.02 * next(ticks)))
     result = run_batch(server.url, api, "m", batch_size=3, input_len=7, output_len=6, timeout=20)
     assert not result.errors and [r.tokens for r in result.requests] == [6] * 3
     assert all(len(r.times) == 6 and r.times == sorted(r.times) for r in result.requests)
     facts = result.as_dict()
     assert facts["completed"] == 3 and facts["output_tokens"] == 18
-    # A busy machine reads late, and then what has come meanwhile at once.
-    assert 0.02 <= facts["time_to_first_token"] <= facts["time_to_first_token_max"] < 10
-    assert 0.01 <= facts["inter_token_latency"] < 5 and facts["event_gap_p99"] >= 0.02
+    readings = 3 * (6 + (api == "openai"))  # of the clock after the start: one an event, of which OpenAI's has one more
+    assert 0.02 <= facts["time_to_first_token"] <= facts["time_to_first_token_max"] <= 0.0201 * readings
+    assert 0.0199 <= facts["inter_token_latency"] <= 0.02 * readings and facts["event_gap_p99"] >= 0.0199
+    assert facts["seconds"] == max(r.times[-1] for r in result.requests) <= 0.0201 * readings
     assert facts["output_tokens_per_second"] == pytest.approx(18 / facts["seconds"])
     assert facts["input_tokens_per_second"] == pytest.approx(21 / facts["time_to_first_token_max"])
     assert facts["cache_hit_rate"] is None, "its counters did not move"
@@ -268,6 +269,7 @@ def test_the_cache_hit_rate_is_of_this_batch(server):
 
 @pytest.mark.parametrize("api", ["openai", "sglang"])
 @pytest.mark.parametrize(
+    # Only the last three reach the timeout, before which "stalls" has to send three events on a machine however busy.
     ("behaviour", "words", "tokens"),
     [
         ("half-way", "the stream ended without [DONE], after 3 tokens", 3),
@@ -275,18 +277,17 @@ def test_the_cache_hit_rate_is_of_this_batch(server):
         ("wrong JSON", "an event is not JSON: {not json", 3),
         ("other JSON", "an event is not as expected", 3),
         ("reports an error", 'the server reports an error: {"message": "out of memory"}', 3),
-        ("stalls", "not finished within 0.5 s", 3),
-        ("hangs", "not finished within 0.5 s", 0),
-        ("drips", "not finished within 0.5 s", 0),
         ("refuses", 'HTTP status 503: {"error": "overloaded"}', 0),
         ("no stream", "answered with application/json instead of a stream", 0),
+        ("stalls", "not finished within 2 s", 3),
+        ("hangs", "not finished within 0.3 s", 0),
+        ("drips", "not finished within 0.3 s", 0),
     ],
 )
 def test_what_goes_wrong_is_reported_and_nothing_hangs(server, api, behaviour, words, tokens):
     server.behaviour = behaviour
-    started = time.monotonic()
-    result = run_batch(server.url, api, batch_size=2, input_len=3, output_len=6, timeout=0.5)
-    assert time.monotonic() - started < 2
+    timeout = float(words.split()[-2]) if words.startswith("not finished") else 60
+    result = run_batch(server.url, api, batch_size=2, input_len=3, output_len=6, timeout=timeout)
     assert [r.tokens for r in result.requests] == [tokens] * 2
     assert all(words in error for error in result.errors) and len(result.errors) == 2, result.errors
     assert result.as_dict()["completed"] == 0 and result.as_dict()["time_to_first_token"] is None
@@ -295,7 +296,7 @@ def test_what_goes_wrong_is_reported_and_nothing_hangs(server, api, behaviour, w
 
 def test_nobody_there(nobody):
     with pytest.warns(RuntimeWarning, match="refused"):
-        result = run_batch(nobody, batch_size=2, timeout=2)
+        result = run_batch(nobody, batch_size=2, timeout=60)
     assert len(result.errors) == 2 and all("cannot connect" in error for error in result.errors)
     assert result.as_text().count("cannot connect") == 1 and "2 requests failed after 0 tokens" in result.as_text()
 
@@ -318,3 +319,14 @@ def test_command(server):
     done = CliRunner().invoke(main, words)
     assert done.exit_code == 1 and "2 requests failed after 3 tokens" in done.stdout
     assert CliRunner().invoke(main, ["bench", "server", "--url", "there"]).stderr.startswith("Error: url must be")
+
+
+@pytest.mark.parametrize("package", ["httpx", "httpx_sse"])
+def test_missing_packages_are_one_line(package, monkeypatch):
+    for name in [name for name in sys.modules if name.startswith("jitnorm.benchmark.server")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, package, None)
+    done = CliRunner().invoke(main, ["bench", "server", "--url", "http://localhost:1"])
+    assert done.exit_code == 1 and done.stderr == (
+        "Error: jitnorm.benchmark.server needs httpx and httpx-sse: pip install 'jitnorm[bench]'\n"
+    )
