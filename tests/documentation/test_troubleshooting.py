@@ -45,5 +45,5 @@ def test_messages_are_found(tmp_path, monkeypatch, source, texts):
 
 def test_a_reworded_message_keeps_its_cure(monkeypatch):
     monkeypatch.setattr(messages, "messages", lambda: {"eps must not be negative, got …": "x.py:1"})
-    page = "| `eps must be zero or more, got …` | Pass another. |\n"
-    assert messages.reworded(page) == "| `eps must not be negative, got …` | Pass another. |\n"
+    page = "| `eps must be 0 or more, and not negative, got …` | Pass another. |\n| `unlike it` | Nothing. |\n"
+    assert messages.updated(page) == "| `eps must not be negative, got …` | Pass another. |\n"
