@@ -149,7 +149,7 @@ def _messages_of_cpp() -> Iterator[tuple[str, str]]:
     """Yield the formats of messages that begin with "jitnorm: ", and the reasons that are put into them."""
     for file in sorted((ROOT / "csrc").rglob("*.h")):
         for number, line in enumerate(file.read_text().splitlines(), 1):
-            for what, reason in re.findall(r'raise\("(cannot [^"]+)", (?:"([^"]+)")?', line):
+            for what, reason in re.findall(r'raise\w*\("(cannot [^"]+)", (?:"([^"]+)")?', line):
                 yield f"jitnorm: {what} {VALUE}: {reason or VALUE}", f"{file.relative_to(ROOT)}:{number}"
             for text in re.findall(r'"(jitnorm: [^"]+ [a-z][^"]+)"|return "([^"]+ [^"]+)"', line):
                 yield re.sub(r"%[sd]", VALUE, "".join(text)), f"{file.relative_to(ROOT)}:{number}"

@@ -62,6 +62,6 @@ def test_an_operator(copy):
         assert not (copy / name).exists()
         (copy / name).write_text(content)
     append(copy, ADDITIONS[4:])
-    pytest_in(copy, "tests/test_scale.py", "tests/core/test_operators.py", "-k", "scale")
+    pytest_in(copy, "tests/test_scale.py", "tests/core/test_operators.py", "-k", "scale and not scales")
     run(copy, "-m", "jitnorm", "warmup", "--op", "scale", "--hidden-size", "4096", "--device", "cpu")
     run(copy, "benchmarks/bench_scale.py", "--short", "--device", "cpu", "--warm", "--seconds", "0")
