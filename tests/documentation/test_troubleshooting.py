@@ -7,19 +7,23 @@ import pytest
 from documentation.pages import load
 
 messages = load("docs/messages.py")
+KNOWN = messages.entries(messages.PAGE.read_text())
 
 
-def test_every_message_has_an_entry():
-    found, known = messages.messages(), messages.entries(messages.PAGE.read_text())
+@pytest.fixture(scope="module")
+def found():
+    return messages.messages()
+
+
+def test_every_message_has_an_entry(found):
     assert len(found) > 200
-    missing = {place: text for text, place in found.items() if text not in known}
+    missing = {place: text for text, place in found.items() if text not in KNOWN}
     assert not missing, "python docs/messages.py lists them; --update rewords entries"
 
 
-def test_every_entry_is_a_message():
-    found, known = messages.messages(), messages.entries(messages.PAGE.read_text())
-    assert not [text for text in known if text not in found]
-    assert all(cure.strip() for cure in known.values())
+def test_every_entry_is_a_message(found):
+    assert not [text for text in KNOWN if text not in found]
+    assert all(cure.strip() for cure in KNOWN.values())
 
 
 @pytest.mark.parametrize(
