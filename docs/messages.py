@@ -160,12 +160,10 @@ def updated(page: str) -> str:
     missing = messages().keys() - entries(page).keys()
     for old in sorted(entries(page).keys() - messages().keys()):
         close = difflib.get_close_matches(old, missing, n=1, cutoff=0.6)
-        page = re.sub(
-            rf"^\| `{re.escape(old)}` \| (.*)\n",
-            lambda row: f"| `{close[0]}` | {row[1]}\n" if close else "",
-            page,
-            flags=re.MULTILINE,
-        )
+        if close:
+            page = page.replace(f"| `{old}` |", f"| `{close[0]}` |")
+        else:
+            page = re.sub(rf"^\| `{re.escape(old)}` \|.*\n", "", page, flags=re.MULTILINE)
         missing -= {*close}
     return page
 
