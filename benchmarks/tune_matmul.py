@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 import torch
 from bench_matmul import LLAMA_8B, QWEN3_32B
-from tables import create_parser, print_table
+from table_output import create_parser, print_table
 
 from jitnorm.batch_invariant.proof import cancelling_operands
 from jitnorm.batch_invariant.triton_matmul import TILES, Tile, choose_tile, persistent

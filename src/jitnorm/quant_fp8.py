@@ -30,7 +30,7 @@ class QuantFp8(Operator):
     def spec(self, dtype: torch.dtype, target: Target) -> KernelSpec:
         """Return what to build. TypeError for an unsupported dtype."""
         if dtype not in CPP_TYPES:
-            raise TypeError(f"{self.op} takes float16, bfloat16 and float32, got {dtype}")
+            raise TypeError(f"{self.op} takes {checks.enumeration(DTYPES)}, got {dtype}")
         name = checks.DTYPE_NAMES[dtype]
         return KernelSpec(
             op=self.op,
