@@ -47,6 +47,7 @@ for _module in [
     "jitnorm.cli.doctor",
     "jitnorm.cli.warmup",
     "tabulate",
+    "tvm_ffi",
     "jitnorm.warmup.run",
     "cuda.pathfinder",
     "concurrent.futures.thread",

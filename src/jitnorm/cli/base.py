@@ -103,9 +103,9 @@ def several(of: click.ParamType) -> dict[str, Any]:  # type: ignore[type-arg]
     }
 
 
-json_option = click.option(
+format_option = click.option(
     "--format",
-    "form",
+    "output_format",
     type=click.Choice(["table", "json"]),
     default="table",
     show_default=True,

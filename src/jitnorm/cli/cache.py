@@ -11,7 +11,7 @@ import click
 
 from jitnorm._version import __version__
 from jitnorm.cli import output
-from jitnorm.cli.base import Group, json_option
+from jitnorm.cli.base import Group, format_option
 from jitnorm.cli.filters import Filter, filter_option, max_size_option, older_than_option, select
 from jitnorm.cli.kernels import CachedKernel, all_kernels, caches, find_kernels, kernels_in
 from jitnorm.jit import cleanup, locations
@@ -42,15 +42,15 @@ def dir_() -> None:
 @cache.command("ls")
 @filter_option
 @older_than_option
-@json_option
-def ls(filters: tuple[Filter, ...], older_than: float | None, form: str) -> None:
+@format_option
+def ls(filters: tuple[Filter, ...], older_than: float | None, output_format: str) -> None:
     """List the kernels in the cache and the prebuilt layer.
 
     JITNORM_PREBUILT_DIR is the folder of the prebuilt layer.
     """
     now, kernels = time.time(), all_kernels()
     selected = select(kernels, filters, older_than, now)
-    if form == "json":
+    if output_format == "json":
         output.as_json([kernel.as_json() for kernel in selected])
         return
     where = " and ".join(str(each.root) for each in caches())
@@ -72,8 +72,8 @@ def _cells(kernel: CachedKernel, now: float) -> tuple[str, ...]:
 
 @cache.command("show")
 @click.argument("name", metavar="NAME|PATH")
-@json_option
-def show(name: str, form: str) -> None:
+@format_option
+def show(name: str, output_format: str) -> None:
     """Show a kernel's manifest, files and source.
 
     NAME is as `jitnorm cache ls` prints it; where several kernels have that name, add the first parts of the kernel's
@@ -91,7 +91,7 @@ def show(name: str, form: str) -> None:
         sizes = {file: folder.size(file) for file in folder.names()}
         texts = [file for file in (MANIFEST, *(f for f in sizes if f.startswith("module."))) if file in sizes]
         contents = {file: _text(folder, file) for file in texts}
-    if form == "json":
+    if output_format == "json":
         output.as_json({**kernel.as_json(), "files": sizes, "contents": contents})
         return
     for field, value in kernel.as_json().items():
@@ -112,8 +112,8 @@ def _text(folder: Folder, name: str) -> str:
 
 
 @cache.command("verify")
-@json_option
-def verify(form: str) -> None:
+@format_option
+def verify(output_format: str) -> None:
     """Check that every kernel is intact.
 
     Each kernel's library is compared with the hash that was recorded when it was built, and opened in a process of its
@@ -122,7 +122,7 @@ def verify(form: str) -> None:
     """
     results = [(kernel, _problem(kernel)) for kernel in all_kernels()]
     bad = sum(problem is not None for _, problem in results)
-    if form == "json":
+    if output_format == "json":
         output.as_json(
             [{"id": k.entry.label, "path": str(k.entry.path), "ok": not p, "problem": p} for k, p in results]
         )
@@ -136,7 +136,7 @@ def verify(form: str) -> None:
 
 def _problem(kernel: CachedKernel) -> str | None:
     """Return what is wrong with a kernel, if anything."""
-    from jitnorm.jit.library import BadLibrary, ChildCheck, check_library  # here, as it imports tvm_ffi and torch
+    from jitnorm.jit.library import BadLibrary, ChildCheck, check_library  # here, as no other command needs it
 
     try:
         content = kernel.entry.verify()

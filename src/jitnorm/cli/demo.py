@@ -16,7 +16,7 @@ import torch.nn.functional as F
 
 from jitnorm._version import __version__
 from jitnorm.cli import output
-from jitnorm.cli.base import Command, json_option
+from jitnorm.cli.base import Command, format_option
 from jitnorm.core.targets import resolve_target
 from jitnorm.jit import locations
 from jitnorm.jit.load import find
@@ -47,14 +47,14 @@ print(1000 * (time.perf_counter() - started))
 
 
 @click.command(cls=Command)
-@json_option
-def demo(form: str) -> None:
+@format_option
+def demo(output_format: str) -> None:
     """Build two kernels, compare them with PyTorch, load them in a new process, and time them.
 
     Exits 1 if a result is not as accurate as bfloat16 allows.
     """
     target = resolve_target()
-    echo = click.echo if form == "table" else lambda *_: None
+    echo = click.echo if output_format == "table" else lambda *_: None
     name = torch.cuda.get_device_name() if target.device == "cuda" else f"the CPU, {torch.get_num_threads()} threads"
     echo(f"jitnorm {__version__}, torch {torch.__version__}, on {name} ({target.sm})\n")
     kernels = []
@@ -67,7 +67,7 @@ def demo(form: str) -> None:
         size = kernel["hidden_size"]
         echo(f"a new process found hidden size {size} in the cache: first call {ms:.1f} ms, nothing built")
     times = [_times(*shape, target.device) for shape in _SHAPES]
-    if form == "json":
+    if output_format == "json":
         output.as_json({"device": name, "arch": target.sm, "kernels": kernels, "median_us": times})
         return
     echo("\nmedian time per call in microseconds, bfloat16; the same tensors each time, so small ones stay in cache")

@@ -219,6 +219,8 @@ def _advice(facts: dict[str, Any]) -> list[str]:
             else "check the driver and CUDA_VISIBLE_DEVICES"
         )
         advice.append(f"this machine has an NVIDIA GPU that torch does not see: {why}")
+    import tvm_ffi  # noqa: F401  which sets this attribute where torch-c-dlpack-ext is installed
+
     if not hasattr(torch.Tensor, "__dlpack_c_exchange_api__"):
         advice.append(
             "torch < 2.10 has no fast DLPack exchange, so every call is slower: pip install torch-c-dlpack-ext"

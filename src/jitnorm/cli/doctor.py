@@ -8,12 +8,12 @@ from typing import Any
 import click
 
 from jitnorm.cli import output
-from jitnorm.cli.base import Command, json_option
+from jitnorm.cli.base import Command, format_option
 
 
 @click.command(cls=Command)
-@json_option
-def doctor(form: str) -> None:
+@format_option
+def doctor(output_format: str) -> None:
     """Report what this machine can build, with which tools, and what is missing.
 
     A small kernel is built and loaded for the CPU and for CUDA, as by a first call, at the same time and in two minutes
@@ -24,7 +24,7 @@ def doctor(form: str) -> None:
     from jitnorm.cli.diagnostics import collect_diagnostics  # here, as it imports torch
 
     facts = collect_diagnostics()
-    if form == "json":
+    if output_format == "json":
         output.as_json(facts)
     else:
         _print(facts)

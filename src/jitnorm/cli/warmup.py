@@ -8,7 +8,7 @@ import click
 from tqdm import tqdm
 
 from jitnorm.cli import output
-from jitnorm.cli.base import Command, json_option, several
+from jitnorm.cli.base import Command, format_option, several
 from jitnorm.jit import locations
 from jitnorm.jit.spec import KernelSpec
 from jitnorm.warmup import DTYPES, OPS, argument_problem, make_plan
@@ -51,7 +51,7 @@ _DTYPE = click.Choice(list(DTYPES))
 )
 @click.option("--jobs", type=click.IntRange(min=1), help="Run this many builds at a time; by default one for each CPU.")
 @click.option("--skip-unsupported", is_flag=True, help="Report sizes that are not supported, and exit 0 all the same.")
-@json_option
+@format_option
 def warmup(
     op: tuple[str, ...],
     hidden_size: tuple[int, ...],
@@ -62,7 +62,7 @@ def warmup(
     arch: tuple[str, ...],
     jobs: int | None,
     skip_unsupported: bool,
-    form: str,
+    output_format: str,
 ) -> None:
     """Build kernels ahead of their first call, for this machine or another.
 
@@ -84,7 +84,7 @@ def warmup(
     for why in plan.refused:
         click.echo(f"refused  {why}", err=True)
     cached, missing = find_cached(plan.specs)
-    is_table = form == "table"
+    is_table = output_format == "table"
     if is_table:
         for spec in cached:
             click.echo(f"cached   {_line(spec)}")

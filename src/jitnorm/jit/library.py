@@ -20,10 +20,12 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from types import TracebackType
-
-import tvm_ffi
+from typing import TYPE_CHECKING
 
 from jitnorm.jit.files import close, write_all
+
+if TYPE_CHECKING:
+    import tvm_ffi
 
 EM_CUDA = 190
 _EM_HOST = {"x86_64": 62, "aarch64": 183}
@@ -272,6 +274,8 @@ def open_library(name: str, content: bytes, export: str) -> tvm_ffi.Module:
         BadLibrary: The loader rejects it, or the function is missing.
         OSError: This process has too few descriptors, or no memory or disk space left.
     """
+    import tvm_ffi  # here, as most of the time of `import jitnorm` went to it. The libraries link to its runtime
+
     problem = ""
     for loadable_path in (_in_memory, _in_private_file):  # security policies may forbid to load from either
         with loadable_path(name, content) as path:
