@@ -26,7 +26,12 @@ _LOG_METHODS = ("warning", "error")
 
 def entries(page: str) -> dict[str, str]:
     """Return the cure for each message of the page."""
-    return dict(_ENTRY.findall(page))
+    return dict(entries_with_duplicates(page))
+
+
+def entries_with_duplicates(page: str) -> list[tuple[str, str]]:
+    """Return the rows of the page: each message and its cure."""
+    return _ENTRY.findall(page)
 
 
 def messages() -> dict[str, str]:
