@@ -26,10 +26,10 @@ _LOG_METHODS = ("warning", "error")
 
 def entries(page: str) -> dict[str, str]:
     """Return the cure for each message of the page."""
-    return dict(entries_with_duplicates(page))
+    return dict(rows(page))
 
 
-def entries_with_duplicates(page: str) -> list[tuple[str, str]]:
+def rows(page: str) -> list[tuple[str, str]]:
     """Return the rows of the page: each message and its cure."""
     return _ENTRY.findall(page)
 
