@@ -569,3 +569,21 @@ def test_removing_stays_inside_though_folders_are_exchanged_for_links(tmp_path, 
     with Folder.root(tmp_path / "cache") as folder, contextlib.suppress(OSError):
         folder.remove("tree")
     assert exchanged and (victim / "b" / "file").exists()
+
+
+def test_a_new_folder_may_be_removed_before_it_is_locked(tmp_path, monkeypatch):
+    """Another process takes a folder that nobody has locked yet for abandoned, and removes it."""
+    tmp_path.chmod(0o700)
+    mkdir, made = os.mkdir, []
+
+    def remove_the_first(name, *arguments, **keywords):
+        mkdir(name, *arguments, **keywords)
+        made.append(name)
+        if len(made) == 1:
+            os.rmdir(name, dir_fd=keywords["dir_fd"])
+
+    with Folder.root(tmp_path) as folder:
+        monkeypatch.setattr(os, "mkdir", remove_the_first)
+        with folder.temporary_folder("test"):
+            assert os.listdir(tmp_path) == [made[1]]
+    assert os.listdir(tmp_path) == []

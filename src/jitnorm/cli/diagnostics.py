@@ -28,7 +28,7 @@ from jitnorm.cli.trial_build import TrialBuild, try_builds
 from jitnorm.core.checks import DTYPE_NAMES
 from jitnorm.core.targets import cuda_target
 from jitnorm.dispatch import explain
-from jitnorm.dispatch.wanted import wanted
+from jitnorm.dispatch.selection import requested_backend
 from jitnorm.jit import locations, toolchain
 from jitnorm.jit.cache import Cache
 from jitnorm.jit.environment import installed_versions, is_on
@@ -183,7 +183,7 @@ def _prebuilt_problem(root: Path) -> str | None:
 def _dispatch() -> dict[str, Any]:
     """Return which backend is selected, and which one serves some calls, with real tensors of this machine."""
     try:
-        name = wanted()
+        name = requested_backend()
     except ValueError as error:
         return {"backend": None, "problem": str(error), "calls": []}
     devices = ("cuda", "cpu") if torch.cuda.is_available() else ("cpu",)

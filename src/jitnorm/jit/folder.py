@@ -271,7 +271,7 @@ class Folder:
         while True:
             name = f"{prefix}.{secrets.token_hex(4)}"
             os.mkdir(name, 0o700, dir_fd=self.fd)
-            # Between mkdir and flock it looks abandoned, and another process or thread may remove it.
+            # Until it is locked it looks abandoned: another process may have removed it, or have started to.
             try:
                 made = self.folder(name)
             except FileNotFoundError:
