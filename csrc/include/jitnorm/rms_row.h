@@ -3,7 +3,7 @@
 // and elementwise/qknorm.cuh.
 //
 // Hidden size and dtype fix the schedule, never the number of rows: a row's bits are the same in any batch.
-// benchmarks/tune_rmsnorm.py compares schedules on a GPU; docs/architecture.md has its results.
+// benchmarks/tune_rmsnorm.py compares schedules on a GPU; docs/contributing/decisions.md has its results.
 #pragma once
 #include "jitnorm/cuda_kernel.h"
 #include "jitnorm/rms_policy.h"
