@@ -1,4 +1,4 @@
-"""Batch-invariant products of a layer's shapes beside torch's, and each road for itself."""
+"""Batch-invariant products of a layer's shapes beside torch's, and each GEMM backend by itself."""
 
 from __future__ import annotations
 
@@ -7,19 +7,22 @@ from collections.abc import Callable
 
 import torch
 
-from jitnorm.batch_invariant import cublaslt, cuda_matmul, matmul_persistent
+from jitnorm.batch_invariant import matmul_persistent
+from jitnorm.batch_invariant.matmul import cublaslt
+from jitnorm.batch_invariant.matmul.problem import Gemm, Problem
+from jitnorm.batch_invariant.triton_support import triton_module
 from jitnorm.benchmark import marker
 
 # (n, k) of qkv, o, gate_up and down
 LLAMA_8B = [(6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336)]
 QWEN3_32B = [(10240, 5120), (5120, 8192), (51200, 5120), (5120, 25600)]
 
-# A road of one problem, whether or not the proof lets the mode take it.
-ROADS: dict[str, Callable[[cuda_matmul.Problem], cuda_matmul.Road]] = {
-    "cublaslt": functools.partial(cublaslt.road, workspace=0),
-    "cublaslt_1k": functools.partial(cublaslt.road, workspace=1024),
-    "triton": lambda problem: functools.partial(cuda_matmul.triton_module("triton_matmul").run, problem, False),
-    "triton_one_tile": lambda problem: functools.partial(cuda_matmul.triton_module("triton_matmul").run, problem, True),
+# Each GEMM backend, whether or not the invariance check lets the mode use it.
+BACKENDS: dict[str, Callable[[Problem], Gemm]] = {
+    "cublaslt": functools.partial(cublaslt.gemm, workspace_bytes=0),
+    "cublaslt_1k": functools.partial(cublaslt.gemm, workspace_bytes=1024),
+    "triton": lambda problem: triton_module("matmul.triton_kernels").gemm(problem),
+    "triton_one_tile": lambda problem: triton_module("matmul.triton_kernels").gemm(problem, fixed_tile=True),
 }
 CALLS = {
     "jitnorm": lambda x, weight: matmul_persistent(x, weight.t()),
@@ -27,15 +30,15 @@ CALLS = {
 }
 
 
-def by_road(name: str, x: torch.Tensor, weight: torch.Tensor) -> Callable[..., torch.Tensor]:
+def by_backend(name: str, x: torch.Tensor, weight: torch.Tensor) -> Callable[..., torch.Tensor]:
     if not x.is_cuda:
-        marker.skip("roads are CUDA's")
+        marker.skip("GEMM backends need CUDA")
     (n, k), dtype = weight.shape, weight.dtype
-    run = ROADS[name](cuda_matmul.Problem(weight.device, n, k, dtype, dtype, True, k, False, False))
+    gemm = BACKENDS[name](Problem(weight.device, n, k, dtype, dtype, True, k, False, False))
 
     def call(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         out = x.new_empty(x.shape[0], n)
-        run(x, weight.t(), None, out)
+        gemm(x, weight.t(), None, out)
         return out
 
     return call
@@ -43,11 +46,11 @@ def by_road(name: str, x: torch.Tensor, weight: torch.Tensor) -> Callable[..., t
 
 @marker.parametrize("n,k", LLAMA_8B + QWEN3_32B, [(4096, 4096)])
 @marker.parametrize("num_tokens", [1, 16, 128, 1024, 8192], [16])
-@marker.benchmark("impl", [*CALLS, *ROADS])
+@marker.benchmark("impl", [*CALLS, *BACKENDS])
 def bench(n: int, k: int, num_tokens: int, impl: str) -> marker.BenchResult:
-    """Batch-invariant products of a layer's shapes beside torch's, and each road for itself."""
+    """Batch-invariant products of a layer's shapes beside torch's, and each GEMM backend by itself."""
     x, weight = marker.create_random(num_tokens, k), marker.create_random(n, k)
-    call = CALLS.get(impl) or by_road(impl, x, weight)
+    call = CALLS.get(impl) or by_backend(impl, x, weight)
     return marker.do_bench(call, input_args=(x, weight), check=lambda x, weight: x.double() @ weight.double().t())
 
 

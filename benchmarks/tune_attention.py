@@ -1,5 +1,5 @@
 """Tries schedules of the Triton kernel for few queries on this GPU: microseconds beside torch's attention outside the
-mode. The schedule that jitnorm.batch_invariant.attention_schedule.choose_schedule takes has a star.
+mode. The schedule that jitnorm.batch_invariant.attention.schedule.choose_schedule takes has a star.
 
     python benchmarks/tune_attention.py [--batch 1 16] [--keys 1024] [--heads 32 --kv-heads 8 --head-dim 128]
 
@@ -15,8 +15,8 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
-from jitnorm.batch_invariant.attention_schedule import Schedule, choose_schedule
-from jitnorm.batch_invariant.triton_attention import attend
+from jitnorm.batch_invariant.attention.schedule import Schedule, choose_schedule
+from jitnorm.batch_invariant.attention.triton_kernels import attend
 from jitnorm.benchmark import marker, settings
 
 SHAPES = [(1, 1024), (16, 1024), (64, 1024), (1, 16384)]  # batch, keys
@@ -76,7 +76,7 @@ def main() -> None:
             for schedule in dict.fromkeys([*SCHEDULES, chosen]):
                 text = cell(schedule, operands) + ("*" if schedule == chosen else "")
                 rows.setdefault(f"{tuple(schedule)}", []).append(text)
-    print(f"{'leaf, run, block, warps, stages':32}" + "".join(f"{b}x{k}".rjust(13) for b, k in shapes))
+    print(f"{'leaf, split, block, warps, stages':32}" + "".join(f"{b}x{k}".rjust(13) for b, k in shapes))
     for name, cells in rows.items():
         print(f"{name:32}" + "".join(text.rjust(13) for text in cells))
 

@@ -1,10 +1,11 @@
 """Tries tiles of the persistent Triton kernel on this GPU, for each shape and number of rows: time of torch's product
-over the tile's. The tile that jitnorm.batch_invariant.triton_matmul.choose_tile takes has a star.
+over the tile's. The tile that jitnorm.batch_invariant.matmul.triton_kernels.choose_tile takes has a star.
 
     python benchmarks/tune_matmul.py [--tokens 1 16] [--model llama qwen] [--check]
 
-Look for rows where another tile is better by more than the noise, and see what choose_tile, TILES or FIXED would have
-to say. --check compares the bits of all tiles instead: tiles may follow the number of rows only if they are the same.
+Look for rows where another tile is better by more than the noise, and see what choose_tile, TILES or FIXED_TILE would
+have to say. --check compares the bits of all tiles instead: tiles may follow the number of rows only if they are the
+same.
 """
 
 from __future__ import annotations
@@ -15,8 +16,8 @@ from collections.abc import Callable
 import torch
 from bench_matmul import LLAMA_8B, QWEN3_32B
 
-from jitnorm.batch_invariant.proof import cancelling_operands
-from jitnorm.batch_invariant.triton_matmul import TILES, Tile, choose_tile, persistent
+from jitnorm.batch_invariant.matmul.triton_kernels import TILES, Tile, choose_tile, persistent_gemm
+from jitnorm.batch_invariant.operands import cancelling_operands, count_differing_elements
 from jitnorm.benchmark import marker, settings
 
 FEW = (  # up to 64 rows: what keeps the most bytes of b in flight
@@ -56,7 +57,7 @@ MODELS = {"llama": LLAMA_8B, "qwen": QWEN3_32B}
 def by_tile(tile: Tile, processors: int) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
     def call(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         out = x.new_empty(x.shape[0], weight.shape[0])
-        persistent(x, weight.t(), None, out, True, weight.shape[1], tile, processors)
+        persistent_gemm(x, weight.t(), None, out, True, weight.shape[1], tile, processors)
         return out
 
     return call
@@ -89,7 +90,7 @@ def check(processors: int) -> None:
         results = {tile: by_tile(tile, processors)(x, weight) for tile in {*FEW, *MANY, *TILES}}
         first = results[TILES[0]]
         for tile, out in results.items():
-            different = int((out.view(torch.int16) != first.view(torch.int16)).sum())
+            different = int(count_differing_elements(out, first))
             print(f"k={k} {tuple(tile)!s:38} {different} of {out.numel()} elements differ from {tuple(TILES[0])}'s")
 
 

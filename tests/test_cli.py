@@ -585,8 +585,8 @@ def test_doctor_of_a_folder_that_cannot_be_looked_at(monkeypatch):
 
 def test_doctor_shows_proofs_of_any_kind(cache_dir, monkeypatch):
     """They come from files."""
-    fields = {"road": "a", "problem": 5, "gpu": None, "driver": "\x1b[2J", "library": ["b"], "first": 7}
-    monkeypatch.setattr("jitnorm.cli.diagnosis.known_proofs", lambda: iter([SimpleNamespace(**fields)]))
+    fields = {"backend": "a", "problem": 5, "gpu": None, "driver": "\x1b[2J", "library": ["b"], "first_difference": 7}
+    monkeypatch.setattr("jitnorm.cli.diagnosis.cached_results", lambda: iter([SimpleNamespace(**fields)]))
     assert "\x1b" not in command("doctor").stdout
 
 

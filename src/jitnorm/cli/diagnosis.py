@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from jitnorm._version import __version__
-from jitnorm.batch_invariant.proof import known_proofs
+from jitnorm.batch_invariant.matmul.invariance_check import cached_results
 from jitnorm.cli.entries import Row, places, rows_of
 from jitnorm.cli.output import size
 from jitnorm.cli.trial import Trial, try_builds
@@ -137,7 +137,7 @@ def _cache(place: cache.Cache) -> dict[str, Any]:
 def _proofs() -> list[dict[str, Any]]:
     """Those that can be read: what is wrong with the folder is said of the cache."""
     try:
-        return [vars(proof) for proof in known_proofs()]
+        return [vars(result) for result in cached_results()]
     except OSError:
         return []
 

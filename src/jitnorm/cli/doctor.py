@@ -71,10 +71,10 @@ def _proofs(proofs: list[dict[str, Any]]) -> None:
     """What batch-invariant mode found out on this machine, if it ever had to."""
     if not proofs:
         return
-    click.echo("batch-invariant products, as proven here")
-    fields = ("road", "problem", "gpu", "driver", "library")
-    rows = [[*(str(proof[field]) for field in fields), str(proof["first"] or "same bits")] for proof in proofs]
-    output.table(("ROAD", "PRODUCT", "GPU", "DRIVER", "LIBRARY", "FOUND"), rows)
+    click.echo("batch-invariant products, as checked here")
+    fields = ("backend", "problem", "gpu", "driver", "library")
+    rows = [[*(str(proof[f]) for f in fields), str(proof["first_difference"] or "same bits")] for proof in proofs]
+    output.table(("BACKEND", "PRODUCT", "GPU", "DRIVER", "LIBRARY", "FOUND"), rows)
     click.echo()
 
 
