@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test test-gpu campaign lint format wheel clean
+.PHONY: demo test test-gpu campaign lint format docs wheel clean
 
 demo: $(VENV)/installed  ## build a kernel on demand, check it against PyTorch, load it again from the cache
 	$(BIN)/jitnorm demo
@@ -33,12 +33,15 @@ format: $(VENV)/installed-dev
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CXX_SOURCES)
 
+docs: $(VENV)/installed-dev  ## the documentation, into build/site; without the network, and every warning is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build
+
 wheel: $(VENV)/installed-dev  ## dist/jitnorm-*.whl
 	rm -rf dist
 	$(BIN)/python -m build --wheel --outdir dist .
 
 clean:
-	rm -rf $(VENV) dist .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache
 
 CXX_SOURCES := $(wildcard csrc/include/jitnorm/*.h csrc/elementwise/*.h csrc/elementwise/*.cuh csrc/gemm/*.h)
 

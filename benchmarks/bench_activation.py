@@ -1,4 +1,4 @@
-"""Gated activations beside their peers and a copy of the same bytes."""
+"""Measure gated activations, their peers and a copy of the same bytes."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ ACTIVATIONS = {
 @marker.parametrize("num_tokens", [1, 64, 1024, 4096], [64])
 @marker.benchmark("impl", ["jitnorm", "sglang", "fi_cuda", "liger", "compile", "torch"])
 def bench(op: str, size: int, num_tokens: int, impl: str) -> marker.BenchResult:
-    """Gated activations, [num_tokens, 2 * size] to [num_tokens, size]."""
+    """Measure gated activations, [num_tokens, 2 * size] to [num_tokens, size]."""
     x, out = marker.create_random(num_tokens, 2 * size), marker.create_empty(num_tokens, size)
 
-    def exact(x: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+    def reference(x: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
         gate, up = x.double().chunk(2, -1)
         return ACTIVATIONS[op](gate) * up
 
-    return marker.do_bench(find(op, impl), input_args=(x, out), memory_args=(x,), memory_output=(out,), check=exact)
+    return marker.do_bench(find(op, impl), input_args=(x, out), memory_args=(x,), memory_output=(out,), check=reference)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""What a first call costs: a new size, and a size that the cache holds, beside `nvcc -c` of an empty kernel.
+"""Measure the first call of a process, with an empty and with a warm cache, and `nvcc -c` of an empty kernel.
 
-Each sample is a fresh process with a fresh cache; the imports are not counted, everything after is. CUDA is built for
-sm_90a, which needs nvcc and no GPU.
+Each sample is a new process with a new cache; its time begins after the imports. CUDA is built for sm_90a, which needs
+nvcc but no GPU.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ from jitnorm.rmsnorm import _jit_rmsnorm_module
 start = time.perf_counter()
 _jit_rmsnorm_module({size}, torch.bfloat16, device="cuda", arch="9.0a"); print(time.perf_counter() - start)
 """
-# With Triton beside it, torch leaves a full collection of its 70 ms due, which whatever is imported next would trigger.
+# Where Triton is installed, `import torch` leaves a full garbage collection of 70 ms due, which the next import would
+# trigger.
 _IMPORT = """
 import gc, time, torch
 gc.collect()
@@ -33,22 +34,24 @@ start = time.perf_counter(); import jitnorm.rmsnorm; print(time.perf_counter() -
 """
 
 
-def fresh_process(script: str, **environment: str) -> float:
+def time_in_new_process(script: str, **environment: str) -> float:
+    """Return the seconds that a script prints."""
     done = subprocess.run(
         [sys.executable, "-c", script], env={**os.environ, **environment}, capture_output=True, text=True, check=True
     )
     return float(done.stdout)
 
 
-def first_call(script: str, warm: bool) -> float:
-    """Warm: without a PATH, so that no compiler can be found, let alone started."""
+def time_first_call(script: str, warm: bool) -> float:
+    """Return the seconds of the first call; with a warm cache without PATH, so that no compiler can be found."""
     script = "import time, torch, jitnorm.rmsnorm\n" + script.format(size=4096)
     with tempfile.TemporaryDirectory() as cache:
-        seconds = fresh_process(script, JITNORM_CACHE_DIR=f"{cache}/cache")
-        return fresh_process(script, JITNORM_CACHE_DIR=f"{cache}/cache", PATH="") if warm else seconds
+        seconds = time_in_new_process(script, JITNORM_CACHE_DIR=f"{cache}/cache")
+        return time_in_new_process(script, JITNORM_CACHE_DIR=f"{cache}/cache", PATH="") if warm else seconds
 
 
-def empty_kernel() -> float:
+def time_nvcc() -> float:
+    """Return the seconds that nvcc takes to compile an empty kernel."""
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder, "empty.cu")
         source.write_text("__global__ void empty() {}\n")
@@ -58,22 +61,22 @@ def empty_kernel() -> float:
 
 
 MEASURES = {
-    "import": lambda: fresh_process(_IMPORT),
-    "CPU cold": lambda: first_call(_CPU, warm=False),
-    "CPU warm": lambda: first_call(_CPU, warm=True),
-    "nvcc -c": empty_kernel,
-    "sm_90a cold": lambda: first_call(_CUDA, warm=False),
-    "sm_90a warm": lambda: first_call(_CUDA, warm=True),
+    "import": lambda: time_in_new_process(_IMPORT),
+    "CPU cold": lambda: time_first_call(_CPU, warm=False),
+    "CPU warm": lambda: time_first_call(_CPU, warm=True),
+    "nvcc -c": time_nvcc,
+    "sm_90a cold": lambda: time_first_call(_CUDA, warm=False),
+    "sm_90a warm": lambda: time_first_call(_CUDA, warm=True),
 }
 
 
 @marker.benchmark("what", list(MEASURES), unit="ms")
 def bench(what: str) -> marker.BenchResult:
-    """What a first call costs: a new size, and a size that the cache holds, beside `nvcc -c` of an empty kernel."""
+    """Measure the first call of a process, with an empty and with a warm cache, and `nvcc -c` of an empty kernel."""
     if what not in ("import", "CPU cold", "CPU warm") and not find_nvcc():
         marker.skip("no nvcc")
     measure = MEASURES[what]
-    return marker.BenchResult.of([[measure()]], metrics=(0.5, "min", "max"), more=lambda: ([measure()], None))
+    return marker.BenchResult.of([[measure()]], metrics=(0.5, "min", "max"), measure_round=lambda: ([measure()], None))
 
 
 if __name__ == "__main__":

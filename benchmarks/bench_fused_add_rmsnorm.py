@@ -1,9 +1,9 @@
-"""The residual forms of RMSNorm beside their peers and a copy of the same bytes."""
+"""Measure RMSNorm with a residual, its peers and a copy of the same bytes."""
 
 from __future__ import annotations
 
 import torch
-from peers import IMPLS, exact_rmsnorm, find
+from peers import IMPLS, find, rmsnorm_reference
 
 from jitnorm.benchmark import marker
 
@@ -14,20 +14,20 @@ SHAPES = [(1024, 64), (4096, 1), (4096, 64), (4096, 1024), (4096, 16384), (8192,
 @marker.parametrize("hidden_size,num_tokens", SHAPES, [(4096, 64)])
 @marker.benchmark("impl", IMPLS)
 def bench(op: str, hidden_size: int, num_tokens: int, impl: str) -> marker.BenchResult:
-    """The residual forms of RMSNorm beside their peers and a copy of the same bytes."""
+    """Measure RMSNorm with a residual, its peers and a copy of the same bytes."""
     x, residual = (marker.create_random(num_tokens, hidden_size) for _ in range(2))
     weight = marker.create_random(hidden_size)
 
-    def exact(x: torch.Tensor, residual: torch.Tensor, w: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def reference(x: torch.Tensor, residual: torch.Tensor, w: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         total = x.double() + residual.double()
-        return exact_rmsnorm(total, 1 + w.float() if "gemma" in op else w), total
+        return rmsnorm_reference(total, 1 + w.float() if "gemma" in op else w), total
 
     return marker.do_bench(
         find(op, impl),
         input_args=(x, residual, weight),
         memory_output=(x, residual),  # updated in place: read and written
         metrics=(0.5,),
-        check=exact,
+        check=reference,
     )
 
 

@@ -1,4 +1,4 @@
-"""A decoder layer of Llama-8B's size, in batch-invariant mode and out of it."""
+"""Measure a decoder layer of the size of Llama 8B, with and without batch-invariant mode."""
 
 from __future__ import annotations
 
@@ -15,8 +15,11 @@ SIZES = [(sum(WIDTHS), HIDDEN), (HIDDEN, HIDDEN), (2 * INTERMEDIATE, HIDDEN), (H
 
 
 def layer(x, cache, qkv, o, gate_up, down, norm1, norm2):
-    """On `[batch, length, HIDDEN]`. `cache` is `[2, batch, KV_HEADS, keys, HEAD_DIM]`, whose last key is this token's;
-    without keys the sequence is a new one, and causal."""
+    """Compute a layer on `[batch, length, HIDDEN]`.
+
+    `cache` is `[2, batch, KV_HEADS, keys, HEAD_DIM]`; the last key is that of this token. Without keys the call is a
+    prefill with causal attention.
+    """
     batch, length, _ = x.shape
     heads = F.linear(F.rms_norm(x, (HIDDEN,), norm1, 1e-5), qkv).split(WIDTHS, -1)
     q, k, v = (t.view(batch, length, -1, HEAD_DIM).transpose(1, 2) for t in heads)
@@ -29,7 +32,7 @@ def layer(x, cache, qkv, o, gate_up, down, norm1, norm2):
     return x + F.linear(F.silu(gate) * up, down)
 
 
-def exact(*tensors):
+def reference(*tensors):
     return layer(*(t.double() for t in tensors))
 
 
@@ -40,7 +43,7 @@ def exact(*tensors):
 )
 @marker.benchmark("impl", ["jitnorm", "torch"])
 def bench(batch: int, length: int, cached: int, impl: str) -> marker.BenchResult:
-    """A decoder layer of Llama-8B's size, in batch-invariant mode and out of it: decode with a cache, and prefill."""
+    """Measure a decoder layer of the size of Llama 8B, with and without batch-invariant mode: decode and prefill."""
     x, cache = marker.create_random(batch, length, HIDDEN), marker.create_random(2, batch, KV_HEADS, cached, HEAD_DIM)
     weights = [marker.create_random(*size) * 0.02 for size in SIZES]
     norms = [1 + 0.1 * marker.create_random(HIDDEN) for _ in range(2)]
@@ -49,8 +52,8 @@ def bench(batch: int, length: int, cached: int, impl: str) -> marker.BenchResult
         return marker.do_bench(
             layer,
             input_args=(x, cache, *weights, *norms),
-            check=exact if length == 1 else None,  # of long sequences float64 scores would fill the memory
-            tolerance=0.02,  # intermediate results are rounded
+            check=reference if length == 1 else None,  # the float64 scores of long sequences do not fit into memory
+            tolerance=0.02,  # of intermediate results that are rounded
         )
 
 

@@ -1,4 +1,4 @@
-"""Batch-invariant products of a layer's shapes beside torch's, and each GEMM backend by itself."""
+"""Measure batch-invariant matrix products of the shapes of a layer, torch's, and each GEMM backend by itself."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from jitnorm.benchmark import marker
 LLAMA_8B = [(6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336)]
 QWEN3_32B = [(10240, 5120), (5120, 8192), (51200, 5120), (5120, 25600)]
 
-# Each GEMM backend, whether or not the invariance check lets the mode use it.
+# The GEMM backends for a problem, whether or not they pass the invariance check.
 BACKENDS: dict[str, Callable[[Problem], Gemm]] = {
     "cublaslt": functools.partial(cublaslt.gemm, workspace_bytes=0),
     "cublaslt_1k": functools.partial(cublaslt.gemm, workspace_bytes=1024),
@@ -30,7 +30,7 @@ CALLS = {
 }
 
 
-def by_backend(name: str, x: torch.Tensor, weight: torch.Tensor) -> Callable[..., torch.Tensor]:
+def call_backend(name: str, x: torch.Tensor, weight: torch.Tensor) -> Callable[..., torch.Tensor]:
     if not x.is_cuda:
         marker.skip("GEMM backends need CUDA")
     (n, k), dtype = weight.shape, weight.dtype
@@ -48,9 +48,9 @@ def by_backend(name: str, x: torch.Tensor, weight: torch.Tensor) -> Callable[...
 @marker.parametrize("num_tokens", [1, 16, 128, 1024, 8192], [16])
 @marker.benchmark("impl", [*CALLS, *BACKENDS])
 def bench(n: int, k: int, num_tokens: int, impl: str) -> marker.BenchResult:
-    """Batch-invariant products of a layer's shapes beside torch's, and each GEMM backend by itself."""
+    """Measure batch-invariant matrix products of the shapes of a layer, torch's, and each GEMM backend by itself."""
     x, weight = marker.create_random(num_tokens, k), marker.create_random(n, k)
-    call = CALLS.get(impl) or by_backend(impl, x, weight)
+    call = CALLS.get(impl) or call_backend(impl, x, weight)
     return marker.do_bench(call, input_args=(x, weight), check=lambda x, weight: x.double() @ weight.double().t())
 
 

@@ -1,4 +1,4 @@
-"""Float8 outputs: the norms', and quantisation alone, beside their peers and a copy of the same bytes."""
+"""Measure norms with a float8 output and quantisation alone, their peers and a copy of the same bytes."""
 
 from __future__ import annotations
 
@@ -6,14 +6,15 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
+from peers import EPS, create
 
 import jitnorm
 from jitnorm.benchmark import marker
 
 E4M3 = torch.float8_e4m3fn
-EPS = 1e-6
 
-# Of (input, residual, weight, out, scale, scales): what the operator needs of them. A scale is given, scales are found.
+# Functions of (input, residual, weight, out, scale, scales). Static quantisation reads `scale`; dynamic quantisation
+# writes `scale` for a tensor, `scales` for each token.
 Call = Callable[..., object]
 
 
@@ -21,24 +22,24 @@ def norm(x, residual, w):
     return F.rms_norm(x if residual is None else residual.add_(x), x.shape[-1:], w, EPS)
 
 
-def divided(y: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+def quantize(y: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     return (y.float() / scale).clamp(-448, 448).to(E4M3)
 
 
-def by_row(y: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
-    return divided(y, scales.copy_(y.float().abs().amax(-1, keepdim=True) / 448))
+def quantize_per_token(y: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    return quantize(y, scales.copy_(y.float().abs().amax(-1, keepdim=True) / 448))
 
 
 TORCH: dict[str, Call] = {
-    "rmsnorm_static": lambda x, r, w, out, scale, scales: out.copy_(divided(norm(x, None, w), scale)),
-    "rmsnorm_dynamic": lambda x, r, w, out, scale, scales: out.copy_(by_row(norm(x, None, w), scales)),
-    "fused_add_static": lambda x, r, w, out, scale, scales: out.copy_(divided(norm(x, r, w), scale)),
-    "fused_add_dynamic": lambda x, r, w, out, scale, scales: out.copy_(by_row(norm(x, r, w), scales)),
-    "per_tensor_static": lambda x, r, w, out, scale, scales: out.copy_(divided(x, scale)),
+    "rmsnorm_static": lambda x, r, w, out, scale, scales: out.copy_(quantize(norm(x, None, w), scale)),
+    "rmsnorm_dynamic": lambda x, r, w, out, scale, scales: out.copy_(quantize_per_token(norm(x, None, w), scales)),
+    "fused_add_static": lambda x, r, w, out, scale, scales: out.copy_(quantize(norm(x, r, w), scale)),
+    "fused_add_dynamic": lambda x, r, w, out, scale, scales: out.copy_(quantize_per_token(norm(x, r, w), scales)),
+    "per_tensor_static": lambda x, r, w, out, scale, scales: out.copy_(quantize(x, scale)),
     "per_tensor_dynamic": lambda x, r, w, out, scale, scales: out.copy_(
-        divided(x, scale.copy_(x.abs().amax().float() / 448))
+        quantize(x, scale.copy_(x.abs().amax().float() / 448))
     ),
-    "per_token": lambda x, r, w, out, scale, scales: out.copy_(by_row(x, scales)),
+    "per_token": lambda x, r, w, out, scale, scales: out.copy_(quantize_per_token(x, scales)),
 }
 JITNORM: dict[str, Call] = {
     "rmsnorm_static": lambda x, r, w, out, scale, scales: jitnorm.rmsnorm_quant_fp8(x, w, scale, EPS, out),
@@ -79,7 +80,7 @@ def sglang(op: str) -> Call:
 
     if op == "per_tensor_static":
         return lambda x, r, w, out, scale, scales: per_tensor_quant_fp8(x, out, scale, True)
-    if op == "per_tensor_dynamic":  # which needs its scale zeroed first
+    if op == "per_tensor_dynamic":  # accumulates into its scale, which must be zero
         return lambda x, r, w, out, scale, scales: per_tensor_quant_fp8(x, out, scale.zero_(), False)
     raise LookupError("SGLang's JIT has no such operator")
 
@@ -99,22 +100,21 @@ IMPLS = {
 )
 @marker.benchmark("impl", list(IMPLS))
 def bench(op: str, hidden_size: int, num_tokens: int, impl: str) -> marker.BenchResult:
-    """bfloat16 into float8, with scales that are given or found; the first operand of a residual form is only read."""
+    """Measure bfloat16 to float8, with static and dynamic scales. With a residual the input is only read."""
     x, residual = (marker.create_random(num_tokens, hidden_size) for _ in range(2))
     w, out = marker.create_random(hidden_size), torch.zeros_like(x, dtype=E4M3)
     scale, scales = (torch.full(shape, 0.02, device=x.device) for shape in ((1,), (num_tokens, 1)))
-    try:
-        call = IMPLS[impl](op)
-    except Exception as error:
-        marker.skip(f"{impl} has no {op} here: {type(error).__name__}: {error}".partition("\n")[0])
+    call = create(IMPLS[impl], op, impl)
+    if isinstance(call, str):
+        marker.skip(call)
 
     def run(*tensors: torch.Tensor) -> torch.Tensor:
         call(*tensors)
-        return tensors[3]  # to be checked
+        return tensors[3]  # the result to check
 
     read, written = (x, w), (out,)
     if "norm" not in op and "add" not in op:
-        read = (x, x) if op == "per_tensor_dynamic" else (x,)  # which takes two passes
+        read = (x, x) if op == "per_tensor_dynamic" else (x,)  # read twice: for the maximum, then for the output
     elif "add" in op:
         read, written = (x, residual, w), (residual, out)
     return marker.do_bench(
@@ -124,7 +124,7 @@ def bench(op: str, hidden_size: int, num_tokens: int, impl: str) -> marker.Bench
         memory_output=None,
         extra_memory_args=written,
         check=lambda *tensors: TORCH[op](*tensors),
-        tolerance=0.04,  # codes that are off by one: torch rounds the norm to bfloat16 first
+        tolerance=0.04,  # of results off by one step: torch rounds the norm to bfloat16 before quantising
     )
 
 

@@ -1,9 +1,9 @@
-"""RMSNorm and Gemma's beside their peers and a copy of the same bytes."""
+"""Measure RMSNorm, its Gemma variant, their peers and a copy of the same bytes."""
 
 from __future__ import annotations
 
 import torch
-from peers import IMPLS, exact_rmsnorm, find
+from peers import IMPLS, find, rmsnorm_reference
 
 from jitnorm.benchmark import marker
 
@@ -26,12 +26,12 @@ SHAPES = [
 @marker.parametrize("hidden_size,num_tokens", SHAPES, [(128, 64), (4096, 64)])
 @marker.benchmark("impl", IMPLS)
 def bench(op: str, hidden_size: int, num_tokens: int, impl: str) -> marker.BenchResult:
-    """RMSNorm and Gemma's beside their peers and a copy of the same bytes."""
+    """Measure RMSNorm, its Gemma variant, their peers and a copy of the same bytes."""
     x, weight = marker.create_random(num_tokens, hidden_size), marker.create_random(hidden_size)
     out = marker.create_empty(num_tokens, hidden_size)
 
-    def exact(x: torch.Tensor, w: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-        return exact_rmsnorm(x, 1 + w.float() if op == "gemma_rmsnorm" else w)
+    def reference(x: torch.Tensor, w: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+        return rmsnorm_reference(x, 1 + w.float() if op == "gemma_rmsnorm" else w)
 
     return marker.do_bench(
         find(op, impl),
@@ -39,7 +39,7 @@ def bench(op: str, hidden_size: int, num_tokens: int, impl: str) -> marker.Bench
         memory_args=(x, weight),
         memory_output=(out,),
         metrics=(0.5,),
-        check=exact,
+        check=reference,
     )
 
 

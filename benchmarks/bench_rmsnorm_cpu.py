@@ -1,10 +1,10 @@
-"""RMSNorm on the CPU beside PyTorch's, with `out` given and allocated; the same tensors each time."""
+"""Measure RMSNorm on the CPU and PyTorch's, with `out` given and allocated, on the same tensors each time."""
 
 from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from peers import EPS, exact_rmsnorm
+from peers import EPS, rmsnorm_reference
 
 import jitnorm
 from jitnorm.benchmark import marker
@@ -21,14 +21,14 @@ CALLS = {
 @marker.parametrize("num_tokens", [1, 64, 4096], [64])
 @marker.benchmark("impl", list(CALLS))
 def bench(hidden_size: int, dtype: str, num_tokens: int, impl: str) -> marker.BenchResult:
-    """RMSNorm on the CPU beside PyTorch's, with `out` given and allocated; the same tensors each time."""
-    kind = {"dtype": getattr(torch, dtype), "device": "cpu"}
-    x, w = marker.create_random(num_tokens, hidden_size, **kind), marker.create_random(hidden_size, **kind)
+    """Measure RMSNorm on the CPU and PyTorch's, with `out` given and allocated, on the same tensors each time."""
+    options = {"dtype": getattr(torch, dtype), "device": "cpu"}
+    x, w = marker.create_random(num_tokens, hidden_size, **options), marker.create_random(hidden_size, **options)
     return marker.do_bench(
         CALLS[impl],
         input_args=(x, w, torch.empty_like(x)),
         disable_log_bandwidth=True,
-        check=lambda x, w, out: exact_rmsnorm(x, w),
+        check=lambda x, w, out: rmsnorm_reference(x, w),
         cold=False,
     )
 

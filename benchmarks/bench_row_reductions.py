@@ -1,4 +1,4 @@
-"""Batch-invariant RMSNorm, softmax and means beside torch's and what torch.compile makes of them."""
+"""Measure batch-invariant RMSNorm, softmax and mean, and those of torch and torch.compile."""
 
 from __future__ import annotations
 
@@ -45,9 +45,9 @@ IMPLS: dict[str, Callable[[str], Call]] = {
 )
 @marker.benchmark("impl", list(IMPLS))
 def bench(op: str, num_rows: int, size: int, impl: str) -> marker.BenchResult:
-    """Batch-invariant RMSNorm, softmax and means beside torch's and what torch.compile makes of them."""
+    """Measure batch-invariant RMSNorm, softmax and mean, and those of torch and torch.compile."""
     if op == "rms_norm" and size > 8192:
-        marker.skip("no model's width")
+        marker.skip("no model has this hidden size")
     x, w = marker.create_random(num_rows, size), marker.create_random(size)
     memory = (x, w) if op == "rms_norm" else (x,)
     return marker.do_bench(

@@ -1,4 +1,4 @@
-"""Operators as PyTorch, this package and others offer them: `find(op, impl)` is a function of tensors.
+"""Provide each operator as jitnorm, PyTorch and other packages implement it: `find(op, impl)` is a function of tensors.
 
 rmsnorm, gemma_rmsnorm                          (input, weight, out); the result is in `out` or returned
 fused_add_rmsnorm, gemma_fused_add_rmsnorm      (input, residual, weight); both written in place
@@ -23,26 +23,31 @@ EPS = 1e-6
 
 
 def find(op: str, impl: str) -> Call:
-    """A call, or N/A for the cell with the reason."""
+    """Return an operator of an implementation, or make the cell N/A with the reason."""
     found = _find(op, impl)
     if isinstance(found, str):
         marker.skip(found)
     return found
 
 
-@functools.cache
+@functools.cache  # so that a package that fails to import is not imported again for every row
 def _find(op: str, impl: str) -> Call | str:
-    """Or why there is none: a broken peer is an absent one, and is not imported again for every row."""
+    """Return an operator, or why there is none."""
+    return create(_PEERS[impl], op, impl)
+
+
+def create(implementation: Callable[[str], Call], op: str, impl: str) -> Call | str:
+    """Return `implementation(op)`, or its exception as text: a broken package counts as one that is missing."""
     try:
-        return _PEERS[impl](op)
+        return implementation(op)
     except ModuleNotFoundError as error:
         return str(error)  # the same for every op
     except Exception as error:
         return f"{impl} has no {op} here: {type(error).__name__}: {error}".partition("\n")[0]
 
 
-def exact_rmsnorm(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """The definition, in float64."""
+def rmsnorm_reference(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """Return RMSNorm by its definition, in float64."""
     x = x.double()
     return x / torch.sqrt(x.square().mean(-1, keepdim=True) + EPS) * weight.double()
 
@@ -98,7 +103,7 @@ _TORCH: dict[str, Call] = {
 
 
 def _torch_compile(op: str) -> Call:
-    """A function of its own for every shape, so that each is compiled for just that; into `out` where there is one."""
+    """Return the operator compiled by torch, once for each shape; the result is copied to `out` where there is one."""
     eager, compiled = _TORCH[op], {}
 
     def into_out(*tensors: torch.Tensor) -> None:
@@ -136,7 +141,7 @@ def _flashinfer(op: str, cuda: bool) -> Call:
 
     if op.endswith("_and_mul"):
         if not cuda:
-            raise LookupError("its activations are CUDA's alone")
+            raise LookupError("its activations have a CUDA implementation only")
         function = getattr(flashinfer, op)
         return lambda x, out: function(x, out, enable_pdl=True)
     function = getattr(flashinfer.norm, op)
@@ -166,19 +171,19 @@ def _quack(op: str) -> Call:
 
 
 def _liger(op: str) -> Call:
-    """Its forward passes, which allocate their results; a residual form returns them, and writes nothing in place."""
+    """Return Liger's forward pass, which returns new tensors and writes none in place, with a residual too."""
     if op in ("rmsnorm", "gemma_rmsnorm"):
         from liger_kernel.ops.rms_norm import rms_norm_forward
 
         gemma = "gemma" in op
-        how = (EPS, float(gemma), "gemma" if gemma else "llama", None)
-        return lambda x, w, out: rms_norm_forward(x, w, *how)[0]
+        options = (EPS, float(gemma), "gemma" if gemma else "llama", None)
+        return lambda x, w, out: rms_norm_forward(x, w, *options)[0]
     if op.endswith("fused_add_rmsnorm"):
         from liger_kernel.ops.fused_add_rms_norm import fused_add_rms_norm_forward
 
         gemma = "gemma" in op
-        how = (EPS, float(gemma), "gemma" if gemma else "llama")
-        return lambda x, residual, w: fused_add_rms_norm_forward(x, residual, w, *how)[:2]
+        options = (EPS, float(gemma), "gemma" if gemma else "llama")
+        return lambda x, residual, w: fused_add_rms_norm_forward(x, residual, w, *options)[:2]
     if op in ("silu_and_mul", "gelu_tanh_and_mul"):
         from liger_kernel.ops.geglu import geglu_forward
         from liger_kernel.ops.swiglu import swiglu_forward

@@ -1,23 +1,24 @@
-"""Tries schedules of the Triton kernel for few queries on this GPU: microseconds beside torch's attention outside the
-mode. The schedule that jitnorm.batch_invariant.attention.schedule.choose_schedule takes has a star.
+"""Time schedules of the Triton attention kernel for few queries on this GPU, in microseconds, and torch's attention.
 
     python benchmarks/tune_attention.py [--batch 1 16] [--keys 1024] [--heads 32 --kv-heads 8 --head-dim 128]
 
-A schedule may follow the keys, the queries of a group and head_dim, and its run the batch besides: look for one that
-is good in all columns of the same keys, whatever its run, and see what choose_schedule would have to say.
+A star marks the schedule that jitnorm.batch_invariant.attention.schedule.choose_schedule returns. A schedule may depend
+on the number of keys, the queries in a group and head_dim; its `run` may depend on the batch, too. To improve
+choose_schedule, look for a schedule that is fast in all columns with the same number of keys, with any `run`.
 """
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
+from tables import create_parser, print_table
 
 from jitnorm.batch_invariant.attention.schedule import Schedule, choose_schedule
 from jitnorm.batch_invariant.attention.triton_kernels import attend
-from jitnorm.benchmark import marker, settings
+from jitnorm.benchmark import marker
+from jitnorm.benchmark.options import override_settings
 
 SHAPES = [(1, 1024), (16, 1024), (64, 1024), (1, 16384)]  # batch, keys
 BLOCKS = [(32, 2, 4), (32, 4, 4), (64, 4, 2), (64, 4, 3), (64, 4, 4), (64, 8, 3), (128, 8, 2)]
@@ -27,7 +28,7 @@ SCHEDULES = [Schedule(*leaf, *block) for block in BLOCKS for leaf in LEAVES]
 Operands = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
-def by_schedule(schedule: Schedule) -> Callable[..., torch.Tensor]:
+def call_with(schedule: Schedule) -> Callable[..., torch.Tensor]:
     def call(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         out = torch.empty_like(query)
         logsumexp = query.new_empty(query.shape[:3], dtype=torch.float32)
@@ -37,7 +38,7 @@ def by_schedule(schedule: Schedule) -> Callable[..., torch.Tensor]:
     return call
 
 
-def by_torch(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+def torch_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
     return F.scaled_dot_product_attention(query, key, value, enable_gqa=True)
 
 
@@ -45,15 +46,15 @@ def microseconds(call: Callable[..., torch.Tensor], operands: Operands) -> float
     return marker.do_bench(call, input_args=operands, replay_iters=3).seconds * 1e6
 
 
-def cell(schedule: Schedule, operands: Operands) -> str:
+def format_time(schedule: Schedule, operands: Operands) -> str:
     try:
-        return f"{microseconds(by_schedule(schedule), operands):.1f}"
-    except Exception as error:  # what does not fit into shared memory
+        return f"{microseconds(call_with(schedule), operands):.1f}"
+    except Exception as error:  # such as a schedule that needs more shared memory than there is
         return type(error).__name__[:12]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = create_parser(__doc__)
     parser.add_argument("--batch", type=int, nargs="+")
     parser.add_argument("--keys", type=int, nargs="+")
     parser.add_argument("--queries", type=int, default=1)
@@ -65,20 +66,19 @@ def main() -> None:
     if options.batch or options.keys:
         shapes = [(batch, keys) for keys in options.keys or [1024] for batch in options.batch or [1, 16, 64]]
     heads, kv_heads, dim, queries = options.heads, options.kv_heads, options.head_dim, options.queries
-    rows = {"torch": [""] * 0} | {f"{tuple(schedule)}": [] for schedule in SCHEDULES}
-    with settings.using(seconds=0.0):
+    rows: dict[str, list[str]] = {"torch": []} | {f"{tuple(schedule)}": [] for schedule in SCHEDULES}
+    with override_settings(seconds=0.0):  # the minimum number of rounds
         for batch, keys in shapes:
             key, value = (marker.create_random(batch, kv_heads, keys, dim) for _ in range(2))
             operands = marker.create_random(batch, heads, queries, dim), key, value
-            processors = torch.cuda.get_device_properties("cuda").multi_processor_count
-            chosen = choose_schedule(heads // kv_heads * queries, keys, dim, batch * kv_heads, processors)
-            rows["torch"].append(f"{microseconds(by_torch, operands):.1f}")
+            num_sms = torch.cuda.get_device_properties("cuda").multi_processor_count
+            chosen = choose_schedule(heads // kv_heads * queries, keys, dim, batch * kv_heads, num_sms)
+            rows["torch"].append(f"{microseconds(torch_attention, operands):.1f}")
             for schedule in dict.fromkeys([*SCHEDULES, chosen]):
-                text = cell(schedule, operands) + ("*" if schedule == chosen else "")
+                text = format_time(schedule, operands) + ("*" if schedule == chosen else "")
                 rows.setdefault(f"{tuple(schedule)}", []).append(text)
-    print(f"{'leaf, split, block, warps, stages':32}" + "".join(f"{b}x{k}".rjust(13) for b, k in shapes))
-    for name, cells in rows.items():
-        print(f"{name:32}" + "".join(text.rjust(13) for text in cells))
+    columns = ["leaf, split, block, warps, stages", *(f"{b}x{k}" for b, k in shapes)]
+    print_table("microseconds by batch x keys", columns, [[name, *row] for name, row in rows.items()], options.format)
 
 
 if __name__ == "__main__":

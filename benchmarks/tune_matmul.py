@@ -1,26 +1,26 @@
-"""Tries tiles of the persistent Triton kernel on this GPU, for each shape and number of rows: time of torch's product
-over the tile's. The tile that jitnorm.batch_invariant.matmul.triton_kernels.choose_tile takes has a star.
+"""Time tiles of the persistent Triton kernel on this GPU, as the time of torch's product over the tile's.
 
     python benchmarks/tune_matmul.py [--tokens 1 16] [--model llama qwen] [--check]
 
-Look for rows where another tile is better by more than the noise, and see what choose_tile, TILES or FIXED_TILE would
-have to say. --check compares the bits of all tiles instead: tiles may follow the number of rows only if they are the
-same.
+A star marks the tile that `choose_tile` of jitnorm.batch_invariant.matmul.triton_kernels returns. Where another tile is
+faster by more than the noise, choose_tile, TILES or FIXED_TILE can be improved. --check compares the bits of all tiles
+instead: the tile may depend on the number of rows only if they are the same.
 """
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable
 
 import torch
 from bench_matmul import LLAMA_8B, QWEN3_32B
+from tables import create_parser, print_table
 
 from jitnorm.batch_invariant.matmul.triton_kernels import TILES, Tile, choose_tile, persistent_gemm
 from jitnorm.batch_invariant.operands import cancelling_operands, count_differing_elements
-from jitnorm.benchmark import marker, settings
+from jitnorm.benchmark import marker
+from jitnorm.benchmark.options import override_settings
 
-FEW = (  # up to 64 rows: what keeps the most bytes of b in flight
+FEW = (  # for up to 64 rows: tiles that keep many bytes of b in flight
     Tile(16, 64, 128, 4, 11, True),
     Tile(16, 64, 128, 4, 5, True, 2),
     Tile(16, 64, 128, 4, 3, True, 3),
@@ -54,10 +54,10 @@ MANY = (
 MODELS = {"llama": LLAMA_8B, "qwen": QWEN3_32B}
 
 
-def by_tile(tile: Tile, processors: int) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+def call_with(tile: Tile, num_sms: int) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
     def call(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         out = x.new_empty(x.shape[0], weight.shape[0])
-        persistent_gemm(x, weight.t(), None, out, True, weight.shape[1], tile, processors)
+        persistent_gemm(x, weight.t(), None, out, True, weight.shape[1], tile, num_sms)
         return out
 
     return call
@@ -67,47 +67,49 @@ def microseconds(call: Callable[..., torch.Tensor], x: torch.Tensor, weight: tor
     return marker.do_bench(call, input_args=(x, weight), replay_iters=3).seconds * 1e6
 
 
-def table(num_tokens: int, matrices: list[tuple[int, int]], processors: int) -> None:
+def print_times(num_tokens: int, matrices: list[tuple[int, int]], num_sms: int, output_format: str) -> None:
     tiles = FEW if num_tokens <= 64 else MANY
     columns: dict[tuple[int, int], dict[Tile, float]] = {}
     for n, k in matrices:
         x, weight = marker.create_random(num_tokens, k), marker.create_random(n, k)
         torch_us = microseconds(lambda x, weight: torch.mm(x, weight.t()), x, weight)
-        columns[n, k] = {tile: torch_us / microseconds(by_tile(tile, processors), x, weight) for tile in tiles}
-    chosen = {(n, k): choose_tile(num_tokens, n, processors) for n, k in matrices}
-    print(f"\n{num_tokens} rows" + " " * 30 + "".join(f"{n}x{k}".rjust(13) for n, k in matrices), flush=True)
-    for tile in tiles:
-        cells = [f"{column[tile]:.3f}{'*' if tile == chosen[nk] else ' '}" for nk, column in columns.items()]
-        print(f"{tuple(tile)!s:38}" + "".join(cell.rjust(13) for cell in cells), flush=True)
-    best = [max(column.values()) for column in columns.values()]
-    print(f"{'best':38}" + "".join(f"{ratio:.3f} ".rjust(13) for ratio in best), flush=True)
+        columns[n, k] = {tile: torch_us / microseconds(call_with(tile, num_sms), x, weight) for tile in tiles}
+    chosen = {(n, k): choose_tile(num_tokens, n, num_sms) for n, k in matrices}
+    rows = [
+        [str(tuple(tile)), *(f"{times[tile]:.3f}{'*' if tile == chosen[nk] else ' '}" for nk, times in columns.items())]
+        for tile in tiles
+    ]
+    rows.append(["best", *(f"{max(times.values()):.3f} " for times in columns.values())])
+    names = ["tile", *(f"{n}x{k}" for n, k in matrices)]
+    print_table(f"{num_tokens} rows: time of torch over the tile's", names, rows, output_format)
 
 
-def check(processors: int) -> None:
+def print_differences(num_sms: int, output_format: str) -> None:
     for k in (4096, 14336):
         x, b = cancelling_operands(300, 4096, k, torch.bfloat16, torch.device("cuda"))
         weight = b.t().contiguous()
-        results = {tile: by_tile(tile, processors)(x, weight) for tile in {*FEW, *MANY, *TILES}}
+        results = {tile: call_with(tile, num_sms)(x, weight) for tile in {*FEW, *MANY, *TILES}}
         first = results[TILES[0]]
-        for tile, out in results.items():
-            different = int(count_differing_elements(out, first))
-            print(f"k={k} {tuple(tile)!s:38} {different} of {out.numel()} elements differ from {tuple(TILES[0])}'s")
+        different = {tile: int(count_differing_elements(out, first)) for tile, out in results.items()}
+        rows = [[str(tuple(tile)), count, first.numel()] for tile, count in different.items()]
+        title = f"k={k}: elements whose bits differ from those of {tuple(TILES[0])}"
+        print_table(title, ["tile", "different", "elements"], rows, output_format)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = create_parser(__doc__)
     parser.add_argument("--tokens", type=int, nargs="+", default=[1, 16, 128, 1024, 8192])
     parser.add_argument("--model", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--check", action="store_true")
     options = parser.parse_args()
-    processors = torch.cuda.get_device_properties("cuda").multi_processor_count
+    num_sms = torch.cuda.get_device_properties("cuda").multi_processor_count
     if options.check:
-        check(processors)
+        print_differences(num_sms, options.format)
         return
     matrices = [nk for model in options.model for nk in MODELS[model]]
-    with settings.using(seconds=0.0):
+    with override_settings(seconds=0.0):  # the minimum number of rounds
         for num_tokens in options.tokens:
-            table(num_tokens, matrices, processors)
+            print_times(num_tokens, matrices, num_sms, options.format)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""A decoder layer like Qwen3's in float8, run in four ways: how many kernels each launches, and how long it takes.
+"""Run a float8 decoder layer like Qwen3's in four variants: count the kernels that each launches, and time it.
 
     python examples/fp8_decoder_layer.py                # on the GPU, if there is one: 1024 tokens of a layer of 8B
     python examples/fp8_decoder_layer.py --device cpu   # 16 tokens of a small layer
 
-The layer is written once. What runs is decided by the setting of jitnorm.layers, and here by the way:
+The layer is written once. The setting of jitnorm.layers and the variant decide what runs:
 
 - eager: every operator is a kernel of its own
 - eager, norms quantise: jitnorm.fused_add_rmsnorm_quant_fp8 gives the products their input as float8
@@ -30,18 +30,18 @@ EPS = 1e-6
 
 
 @dataclass(frozen=True)
-class Way:
+class Variant:
     name: str
     compiled: bool = False
     norms_quantise: bool = False
     kernels_quantise: bool = True
 
 
-WAYS = (
-    Way("eager"),
-    Way("eager, norms quantise", norms_quantise=True),
-    Way("compiled, kernels quantise", compiled=True),
-    Way("compiled, inductor quantises", compiled=True, kernels_quantise=False),
+VARIANTS = (
+    Variant("eager"),
+    Variant("eager, norms quantise", norms_quantise=True),
+    Variant("compiled, kernels quantise", compiled=True),
+    Variant("compiled, inductor quantises", compiled=True, kernels_quantise=False),
 )
 
 
@@ -58,7 +58,7 @@ DEFAULTS = {"cuda": (1024, Sizes.hidden, Sizes.intermediate), "cpu": (16, 1024, 
 
 
 class Fp8Linear(torch.nn.Module):
-    """A weight with one scale, and a scale for its input that is known beforehand, as checkpoints have them."""
+    """Multiplies by a weight with one scale. The input's scale is static, as in checkpoints."""
 
     def __init__(self, in_features: int, out_features: int) -> None:
         super().__init__()
@@ -68,8 +68,8 @@ class Fp8Linear(torch.nn.Module):
         self.register_buffer("weight_scale", scale.reshape(1))
         self.register_buffer("input_scale", torch.full((1,), 0.05))
 
-    def forward(self, x: torch.Tensor, way: Way) -> torch.Tensor:
-        quantised_by = "eager" if way.kernels_quantise else "inductor"
+    def forward(self, x: torch.Tensor, variant: Variant) -> torch.Tensor:
+        quantised_by = "eager" if variant.kernels_quantise else "inductor"
         return apply_fp8_linear(
             x, self.weight, self.weight_scale, self.input_scale, compressed_tensor_quant=True, compiler=quantised_by
         )
@@ -96,17 +96,17 @@ class DecoderLayer(torch.nn.Module):
         k_cache: torch.Tensor,
         v_cache: torch.Tensor,
         slots: torch.Tensor,
-        way: Way,
+        variant: Variant,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        x, residual = add_norm(x, residual, self.input_norm, self.qkv, way)
-        x = self.attention(self.qkv(x, way), k_cache, v_cache, slots)
-        x, residual = add_norm(self.out(x, way), residual, self.post_norm, self.gate_up, way)
-        return self.down(gate(self.gate_up(x, way), way), way), residual
+        x, residual = add_norm(x, residual, self.input_norm, self.qkv, variant)
+        x = self.attention(self.qkv(x, variant), k_cache, v_cache, slots)
+        x, residual = add_norm(self.out(x, variant), residual, self.post_norm, self.gate_up, variant)
+        return self.down(gate(self.gate_up(x, variant), variant), variant), residual
 
     def attention(
         self, qkv: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, slots: torch.Tensor
     ) -> torch.Tensor:
-        """Of a prompt: each token sees those before it."""
+        """Compute causal attention for a prompt."""
         q, k, v = qkv.split((self.q_size, self.kv_size, self.kv_size), dim=-1)
         q, k = apply_qk_norm(q, k, self.q_norm, self.k_norm, self.sizes.head_dim)
         q, k, v = (t.unflatten(-1, (-1, self.sizes.head_dim)) for t in (q, k, v))
@@ -117,40 +117,40 @@ class DecoderLayer(torch.nn.Module):
 
 
 def add_norm(
-    x: torch.Tensor, residual: torch.Tensor, norm: torch.nn.RMSNorm, following: Fp8Linear, way: Way
+    x: torch.Tensor, residual: torch.Tensor, norm: torch.nn.RMSNorm, following: Fp8Linear, variant: Variant
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The sum, normalised, and the sum; in plain PyTorch for a compiler, which makes one kernel of it."""
-    if way.compiled:
+    """Return the normalised sum, and the sum; in plain PyTorch for a compiler, which fuses it into one kernel."""
+    if variant.compiled:
         total = x + residual
         return norm(total), total
-    if way.norms_quantise:
+    if variant.norms_quantise:
         x, _ = jitnorm.fused_add_rmsnorm_quant_fp8(x, residual, norm.weight, following.input_scale, EPS)
     else:
         jitnorm.fused_add_rmsnorm(x, residual, norm.weight, EPS)
     return x, residual
 
 
-def gate(x: torch.Tensor, way: Way) -> torch.Tensor:
-    if way.compiled:
+def gate(x: torch.Tensor, variant: Variant) -> torch.Tensor:
+    if variant.compiled:
         gates, factors = x.chunk(2, dim=-1)
         return F.silu(gates) * factors
     return jitnorm.silu_and_mul(x)
 
 
 def rotate(x: torch.Tensor) -> torch.Tensor:
-    """Rotary position embedding of `[tokens, heads, head_dim]`."""
+    """Apply the rotary position embedding to `[tokens, heads, head_dim]`."""
     half = x.shape[-1] // 2
     frequency = 1e6 ** (-torch.arange(half, device=x.device) / half)
     angle = torch.arange(x.shape[0], device=x.device)[:, None, None] * frequency
-    one, other = x.float().chunk(2, dim=-1)
-    turned = (one * angle.cos() - other * angle.sin(), other * angle.cos() + one * angle.sin())
-    return torch.cat(turned, dim=-1).to(x.dtype)
+    first, second = x.float().chunk(2, dim=-1)
+    rotated = (first * angle.cos() - second * angle.sin(), second * angle.cos() + first * angle.sin())
+    return torch.cat(rotated, dim=-1).to(x.dtype)
 
 
-def count_kernels(run: Callable[[], object], way: Way, device: str) -> int | None:
-    """Launched by one call, as the profiler sees them: on a GPU all, on the CPU inductor's loops and what it calls."""
-    if device == "cpu" and not way.compiled:
-        return None  # jitnorm's calls pass by everything that could count them
+def count_kernels(run: Callable[[], object], variant: Variant, device: str) -> int | None:
+    """Count the kernels that one call launches: on a GPU all, on the CPU inductor's loops and what it calls."""
+    if device == "cpu" and not variant.compiled:
+        return None  # the profiler does not see jitnorm's direct calls
     activity = torch.profiler.ProfilerActivity
     with torch.profiler.profile(activities=[activity.CUDA if device == "cuda" else activity.CPU]) as profile:
         run()
@@ -162,7 +162,7 @@ def count_kernels(run: Callable[[], object], way: Way, device: str) -> int | Non
 
 
 def microseconds(run: Callable[[], object], device: str, repeats: int) -> float:
-    """Of one call, the median: on a GPU its own time, in a CUDA graph, without the host's."""
+    """Return the median time of one call: on a GPU, GPU time inside a CUDA graph, without the host."""
     if device == "cuda":
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
@@ -187,17 +187,17 @@ def microseconds(run: Callable[[], object], device: str, repeats: int) -> float:
 
 @dataclass(frozen=True)
 class Measurement:
-    way: Way
+    variant: Variant
     kernels: int | None  # where they can be counted
     microseconds: float
-    difference: float  # of the result from the first way's, relative
+    difference: float  # relative, from the first variant's result
 
 
 @torch.no_grad()
 def measure(sizes: Sizes, tokens: int, device: str, repeats: int = 20) -> list[Measurement]:
-    """Runs the layer in every way on the same input."""
+    """Run the layer in every variant on the same input."""
     torch.manual_seed(0)
-    torch._inductor.config.cpp.enable_kernel_profile = True  # so that the profiler sees inductor's loops on the CPU
+    torch._inductor.config.cpp.enable_kernel_profile = True  # makes inductor's CPU loops visible to the profiler
     layer = DecoderLayer(sizes)
     for norm in (layer.input_norm, layer.q_norm, layer.k_norm, layer.post_norm):
         norm.to(torch.bfloat16)
@@ -207,20 +207,20 @@ def measure(sizes: Sizes, tokens: int, device: str, repeats: int = 20) -> list[M
     slots = torch.randperm(2 * tokens, device=device)[:tokens]
     measurements: list[Measurement] = []
     first = None
-    for way in WAYS:
-        set_compiler("inductor" if way.compiled else "eager")
+    for variant in VARIANTS:
+        set_compiler("inductor" if variant.compiled else "eager")
         torch._dynamo.reset()
-        forward = torch.compile(layer, fullgraph=True) if way.compiled else layer
+        forward = torch.compile(layer, fullgraph=True) if variant.compiled else layer
         x, residual = (t.clone() for t in inputs)
 
-        def run(forward: Callable[..., object] = forward, x=x, residual=residual, way=way):  # type: ignore[no-untyped-def]
-            return forward(x, residual, *caches, slots, way)
+        def run(forward: Callable[..., object] = forward, x=x, residual=residual, variant=variant):  # type: ignore[no-untyped-def]
+            return forward(x, residual, *caches, slots, variant)
 
         result = torch.cat(run()).double()
         first = result if first is None else first
         difference = float((result - first).norm() / first.norm())
-        kernels = count_kernels(run, way, device)
-        measurements.append(Measurement(way, kernels, microseconds(run, device, repeats), difference))
+        kernels = count_kernels(run, variant, device)
+        measurements.append(Measurement(variant, kernels, microseconds(run, device, repeats), difference))
     set_compiler("eager")
     return measurements
 
@@ -242,7 +242,7 @@ def main() -> None:
     print(f"{tokens} tokens, {sizes}, {where}, torch {torch.__version__}")
     for m in measured:
         kernels = "?" if m.kernels is None else m.kernels
-        print(f"{m.way.name:30} {kernels:>4} kernels {m.microseconds:10.1f} us   differs by {m.difference:.1e}")
+        print(f"{m.variant.name:30} {kernels:>4} kernels {m.microseconds:10.1f} us   differs by {m.difference:.1e}")
     *_, custom, fused = measured
     print(
         f"inductor's quantisation: {custom.kernels - fused.kernels} kernels fewer than with a custom kernel for it, "

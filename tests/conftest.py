@@ -45,19 +45,18 @@ def device(request: pytest.FixtureRequest) -> str:
 @pytest.fixture
 def cache_dir(tmp_path, monkeypatch):
     """An empty cache of the test's own, and an engine that remembers nothing of the session's."""
-    import jitnorm.rmsnorm  # noqa: F401
     from jitnorm.core.operators import OPERATORS
-    from jitnorm.jit import cache, load, toolchain
+    from jitnorm.jit import load, locations, log, toolchain
     from jitnorm.rmsnorm import _jit_rmsnorm_module
 
     folder = tmp_path / "cache"
     monkeypatch.setenv("JITNORM_CACHE_DIR", str(folder))
     monkeypatch.setattr(load, "_loaded", {})
     monkeypatch.setattr(load, "_failed", {})
-    monkeypatch.setattr(cache, "_replacement", None)
-    monkeypatch.setattr(toolchain, "_given_up", {})
-    cache._say_once.cache_clear()
-    known = [table for operator in OPERATORS for table in (operator.kernels, operator.dispatched, operator.exact)]
+    monkeypatch.setattr(locations, "_temporary", None)
+    monkeypatch.setattr(toolchain, "_unresponsive", {})
+    log.warn_once.cache_clear()
+    known = [table for operator in OPERATORS.values() for table in operator.tables]
     before = [dict(table) for table in known]
     for table in known:
         table.clear()

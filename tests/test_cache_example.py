@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from jitnorm.jit import build as engine
-from jitnorm.jit.cache import MANIFEST, Cache, seal
+from jitnorm.jit.cache import Cache
+from jitnorm.jit.entry import MANIFEST, write_entry
 from jitnorm.jit.spec import KernelSpec, Target
 from jitnorm.jit.toolchain import Compiler, Toolchain
 from jitnorm.rmsnorm import rmsnorm_spec
@@ -48,7 +49,7 @@ def write(root: Path) -> None:
         for spec, tools in kernels():
             with cache.staging(spec) as staging:
                 engine.write_sources(spec, staging, tools)
-                seal(staging, b"", engine.manifest(spec, tools, 0))
+                write_entry(staging, b"", engine.manifest(spec, tools, 0))
                 entry = cache.publish(staging, spec, tools.key)
             entry.release()
             entry.library.unlink()

@@ -26,8 +26,9 @@ from click.testing import CliRunner, Result
 import jitnorm
 from jitnorm.cli import demo, filters, main, output, trial
 from jitnorm.dispatch import wanted
-from jitnorm.jit import toolchain
-from jitnorm.jit.cache import MANIFEST, Cache, Entry
+from jitnorm.jit import cleanup, toolchain
+from jitnorm.jit.cache import Cache
+from jitnorm.jit.entry import MANIFEST, Entry
 
 SIZES = (64, 512, 768)
 DAY = 86400
@@ -330,7 +331,7 @@ def test_clear_asks_first(kernels):
 
 def test_clear(kernels, cache_dir):
     old, running, failed = leave_behind(cache_dir)
-    (remembered,) = Cache(cache_dir).remembered()  # the compiler's version
+    (remembered,) = cleanup.records(Cache(cache_dir))  # the compiler's version
     total = sum(row["size"] for row in listed()) + 2000 + remembered.stat().st_size
     said = command("cache", "clear", "--yes").stdout
     assert said.splitlines()[-1] == f"removed 3 kernels and 3 leftovers, freed {output.size(total)}"

@@ -11,11 +11,12 @@ import torch
 from helpers import assert_refused, compiled, same_bits
 
 import jitnorm
-from jitnorm import store_cache, store_cache_ops
+from jitnorm import store_cache
 from jitnorm.jit.build import build
 from jitnorm.jit.spec import Target
-from jitnorm.store_cache_ops import STORE_CACHE
+from jitnorm.store_cache import STORE_CACHE
 
+MODULE = sys.modules["jitnorm.store_cache"]  # jitnorm.store_cache is the function
 # One of each size, and of each kind that is converted nowhere.
 DTYPES = (
     torch.float8_e4m3fn,
@@ -283,7 +284,7 @@ def test_a_refused_call_writes_nothing():
 
 @pytest.mark.parametrize("index_dtype", INDEX_DTYPES)
 def test_checked_indices(device, index_dtype, monkeypatch):
-    monkeypatch.setattr(store_cache_ops, "check_indices", True)
+    monkeypatch.setattr(MODULE, "check_indices", True)
     k, v, k_cache, v_cache = tokens_and_caches(device=device)
     slots = some_slots(7, 50, index_dtype, device)
     check(k, v, k_cache, v_cache, slots)
@@ -301,7 +302,7 @@ def test_checked_indices(device, index_dtype, monkeypatch):
 
 @pytest.mark.parametrize(("value", "checked"), [("1", True), ("0", False), ("", False)])
 def test_the_variable_asks_for_checked_indices(value, checked):
-    script = "import jitnorm; print(jitnorm.store_cache_ops.check_indices)"
+    script = "from jitnorm.store_cache import check_indices; print(check_indices)"
     environment = os.environ | {"JITNORM_CHECK_INDICES": value}
     done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
     assert done.stdout.strip() == str(checked), done.stderr
@@ -381,7 +382,7 @@ def test_in_a_graph(monkeypatch):
     k, v, k_cache, v_cache = tokens_and_caches(64, (8, 128), slots=300, device="cuda")
     slots, graph = some_slots(64, 300, device="cuda"), torch.cuda.CUDAGraph()
     store_cache(k, v, k_cache, v_cache, slots)
-    monkeypatch.setattr(store_cache_ops, "check_indices", True)  # which a capture passes over
+    monkeypatch.setattr(MODULE, "check_indices", True)  # which a capture passes over
     with torch.cuda.graph(graph):
         store_cache(k, v, k_cache, v_cache, slots, skip_index=7)
     for _ in range(3):

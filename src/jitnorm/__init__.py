@@ -5,16 +5,12 @@
 from jitnorm import nn
 from jitnorm._version import __version__
 from jitnorm.activation import gelu_and_mul, gelu_tanh_and_mul, silu_and_mul
-from jitnorm.fused_add_rmsnorm import fused_add_rmsnorm
-from jitnorm.fused_add_rmsnorm_quant_fp8 import fused_add_rmsnorm_quant_fp8
-from jitnorm.gemma_fused_add_rmsnorm import gemma_fused_add_rmsnorm
-from jitnorm.gemma_rmsnorm import gemma_rmsnorm
+from jitnorm.fused_add_rmsnorm import fused_add_rmsnorm, gemma_fused_add_rmsnorm
 from jitnorm.integrations.transformers import patch_transformers, unpatch_transformers
-from jitnorm.per_tensor_quant_fp8 import per_tensor_quant_fp8
-from jitnorm.per_token_quant_fp8 import per_token_quant_fp8
 from jitnorm.qknorm import can_use_fused_inplace_qknorm, fused_inplace_qknorm
-from jitnorm.rmsnorm import rmsnorm
-from jitnorm.rmsnorm_quant_fp8 import rmsnorm_quant_fp8
+from jitnorm.quant_fp8 import per_tensor_quant_fp8, per_token_quant_fp8
+from jitnorm.rmsnorm import gemma_rmsnorm, rmsnorm
+from jitnorm.rmsnorm_quant_fp8 import fused_add_rmsnorm_quant_fp8, rmsnorm_quant_fp8
 from jitnorm.store_cache import store_cache
 from jitnorm.warmup import warmup
 

@@ -1,14 +1,32 @@
-"""Residual addition and RMSNorm in one pass: `residual += input`, then `input = rmsnorm(residual) * weight`."""
+"""Residual addition and RMSNorm, or Gemma's, in one pass: `residual += input`, then `input = rmsnorm(residual)`."""
 
 from __future__ import annotations
+
+import functools
+from typing import Any
 
 import torch
 
 from jitnorm.core import checks, norms
-from jitnorm.core.torch_library import is_traced, needs_grad, refuse_torch_func
-from jitnorm.norm_ops import dispatch_fused_add_rmsnorm
+from jitnorm.core.norms import Norm
+from jitnorm.core.operators import EXAMPLES, Example, Shape
+from jitnorm.core.torch_library import (
+    count_version,
+    is_traced,
+    needs_grad,
+    refuse_torch_func,
+    refuse_unwritable,
+    register,
+    register_autograd,
+)
 
-_NORM, _ROUNDED = norms.FUSED_ADD_RMSNORM, norms.FUSED_ADD_RMSNORM_ROUND_SUM
+FUSED_ADD_RMSNORM = Norm("fused_add_rmsnorm", "fused_add_rmsnorm", "FusedAdd")
+FUSED_ADD_RMSNORM_ROUND_SUM = Norm("fused_add_rmsnorm_round_sum", "fused_add_rmsnorm", "FusedAddRounded")
+GEMMA_FUSED_ADD_RMSNORM = Norm("gemma_fused_add_rmsnorm", "fused_add_rmsnorm", "GemmaFusedAdd", weight_offset=1.0)
+GEMMA_FUSED_ADD_RMSNORM_ROUND_SUM = Norm(
+    "gemma_fused_add_rmsnorm_round_sum", "fused_add_rmsnorm", "GemmaFusedAddRounded", weight_offset=1.0
+)
+
 _is_dynamo_compiling = torch.compiler.is_dynamo_compiling
 _Tensor, _Parameter = torch.Tensor, torch.nn.Parameter
 
@@ -22,7 +40,7 @@ def fused_add_rmsnorm(
     *,
     round_sum: bool = False,
 ) -> None:
-    """Adds the input to the residual and normalises the sum: `residual += input; input = rmsnorm(residual) * weight`.
+    """Add the input to the residual and normalise the sum: `residual += input; input = rmsnorm(residual) * weight`.
 
     Both are written in place. The sum is normalised from its float32 value, before it is rounded into the residual, as
     FlashInfer's fused_add_rmsnorm does. A row's result has the same bits alone and in any batch.
@@ -33,17 +51,17 @@ def fused_add_rmsnorm(
         residual: of the input's shape, dtype and device, sharing no memory with it; written.
         weight: `[hidden_size]`, of the input's dtype or float32, on the same device.
         eps: added to the mean of the squares; zero or more.
-        enable_pdl: programmatic dependent launch; None means on where the GPU has it.
-        round_sum: normalise the sum as the residual holds it, rounded, which is what `residual += input` followed by
-            `rmsnorm(residual, weight)` and SGLang's kernel compute: for models whose reference, or whose cached
-            results, were made so.
+        enable_pdl: programmatic dependent launch. None turns it on where the GPU supports it.
+        round_sum: normalise the rounded sum, as the residual holds it. `residual += input` followed by
+            `rmsnorm(residual, weight)`, and SGLang's kernel, compute this. Use it for models whose reference or cached
+            results were computed so.
 
     Raises:
-        TypeError, ValueError, RuntimeError: as `jitnorm.rmsnorm`; ValueError too where input and residual overlap.
+        TypeError, ValueError, RuntimeError: as `jitnorm.rmsnorm`. ValueError also if input and residual overlap.
     """
-    norm = _ROUNDED if round_sum else _NORM
+    norm = FUSED_ADD_RMSNORM_ROUND_SUM if round_sum else FUSED_ADD_RMSNORM
     if _is_dynamo_compiling():
-        return dispatch_fused_add_rmsnorm(norm, input, residual, weight, eps, enable_pdl)
+        return _dispatch(norm, input, residual, weight, eps, enable_pdl)
     try:
         if (
             input.__class__ is residual.__class__ is _Tensor
@@ -52,29 +70,170 @@ def fused_add_rmsnorm(
                 not (weight.requires_grad or input.requires_grad or residual.requires_grad)
                 or not torch.is_grad_enabled()
             )
-            and not norm.kernels[input.dtype][weight.nbytes](input, residual, weight, eps, enable_pdl)
+            and not norm.fast_cache[input.dtype][weight.nbytes](input, residual, weight, eps, enable_pdl)
         ):
             return None
-    except Exception:  # no kernel yet, or arguments that have no such attributes: the way below says what it was
+    except Exception:  # no kernel yet, or arguments without such attributes: the slow path raises for these
         pass
-    return first_fused_add_rmsnorm(norm, input, residual, weight, eps, enable_pdl)
+    return _fused_add_rmsnorm_slow_path(norm, input, residual, weight, eps, enable_pdl)
 
 
-def first_fused_add_rmsnorm(
-    norm: norms.Norm,
+def gemma_fused_add_rmsnorm(
+    input: torch.Tensor,
+    residual: torch.Tensor,
+    weight: torch.Tensor,
+    eps: float = 1e-6,
+    enable_pdl: bool | None = None,
+    *,
+    round_sum: bool = False,
+) -> None:
+    """Add and normalise with Gemma's factor: `residual += input; input = rmsnorm(residual) * (1 + weight)`.
+
+    Both are written in place. The 1 is added in float32 inside the kernel. Otherwise as `jitnorm.fused_add_rmsnorm`.
+
+    Args:
+        input: `[..., hidden_size]`, float16, bfloat16 or float32, on the CPU or a CUDA device; written.
+        residual: of the input's shape, dtype and device, sharing no memory with it; written.
+        weight: `[hidden_size]`, of the input's dtype or float32, on the same device.
+        eps: added to the mean of the squares; zero or more.
+        enable_pdl: programmatic dependent launch. None turns it on where the GPU supports it.
+        round_sum: normalise the rounded sum, as the residual holds it.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as `jitnorm.fused_add_rmsnorm`.
+    """
+    norm = GEMMA_FUSED_ADD_RMSNORM_ROUND_SUM if round_sum else GEMMA_FUSED_ADD_RMSNORM
+    if _is_dynamo_compiling():
+        return _dispatch(norm, input, residual, weight, eps, enable_pdl)
+    try:
+        if (
+            input.__class__ is residual.__class__ is _Tensor
+            and (weight.__class__ is _Parameter or weight.__class__ is _Tensor)
+            and (
+                not (weight.requires_grad or input.requires_grad or residual.requires_grad)
+                or not torch.is_grad_enabled()
+            )
+            and not norm.fast_cache[input.dtype][weight.nbytes](input, residual, weight, eps, enable_pdl)
+        ):
+            return None
+    except Exception:  # as in fused_add_rmsnorm
+        pass
+    return _fused_add_rmsnorm_slow_path(norm, input, residual, weight, eps, enable_pdl)
+
+
+def _fused_add_rmsnorm_slow_path(
+    norm: Norm,
     input: torch.Tensor,
     residual: torch.Tensor,
     weight: torch.Tensor,
     eps: float,
     enable_pdl: bool | None,
 ) -> None:
-    """The way of a call that finds no kernel or is refused by it: says what is wrong, or gets the right kernel."""
+    """Check the arguments, then run the right kernel, which is built and cached if need be."""
     traced = is_traced(input, residual, weight)
     if traced:
         checks.types(eps, enable_pdl, input=input, residual=residual, weight=weight)
         refuse_torch_func(norm.op, input, residual, weight)
     else:
-        norms.check_fused_add_rmsnorm(norm, input, residual, weight, eps, enable_pdl)
+        check(norm, input, residual, weight, eps, enable_pdl)
     if traced or needs_grad(input, residual, weight):
-        return dispatch_fused_add_rmsnorm(norm, input, residual, weight, float(eps), enable_pdl)
+        return _dispatch(norm, input, residual, weight, float(eps), enable_pdl)
     return norm.run(input, weight, input, residual, weight, eps, enable_pdl)
+
+
+def check(norm: Norm, input: Any, residual: Any, weight: Any, eps: Any, enable_pdl: Any) -> None:
+    """Raise for what the bindings `fused_add_rmsnorm` in csrc/elementwise/rmsnorm.h refuse."""
+    norms.check_input_and_weight(norm, input, weight, eps, enable_pdl)
+    norms.check_like_input("residual", residual, input)
+    for name, written in (("input", input), ("residual", residual)):
+        checks.written_rows(name, written)
+        checks.no_shared_memory(name, written, "weight", weight)
+    checks.no_overlap("residual", residual, "input", input, even_exactly=True)
+
+
+def _dispatch(
+    norm: Norm,
+    input: torch.Tensor,
+    residual: torch.Tensor,
+    weight: torch.Tensor,
+    eps: float,
+    enable_pdl: bool | None,
+) -> None:
+    """Call the operator in torch.ops.jitnorm, for tracers and gradients.
+
+    With gradients the functional form computes what is then copied into `input` and `residual`.
+    """
+    if needs_grad(input, residual, weight):
+        refuse_unwritable(norm.op, input, residual, weight, input=input, residual=residual)
+        functional = getattr(torch.ops.jitnorm, f"{norm.op}_functional")
+        normalised, total = functional(input, residual, weight, eps, enable_pdl)
+        input.copy_(normalised)
+        residual.copy_(total)
+    else:
+        getattr(torch.ops.jitnorm, norm.op)(input, residual, weight, eps, enable_pdl)
+
+
+def _register(norm: Norm) -> None:
+    """Define the form that writes in place in torch.ops.jitnorm, and the functional one, which has a gradient."""
+
+    def run(input: Any, residual: Any, weight: Any, eps: float = 1e-6, enable_pdl: bool | None = None) -> None:
+        arguments = input, residual, weight, eps, enable_pdl
+        if not norm.try_cached((input.dtype, weight.nbytes), *arguments):
+            check(norm, input, residual, weight, eps, enable_pdl)
+            norm.run(input, weight, *arguments)
+        count_version(input, residual)
+
+    def run_functional(
+        input: Any, residual: Any, weight: Any, eps: float = 1e-6, enable_pdl: bool | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        check(norm, input, residual, weight, eps, enable_pdl)
+        normalised, total = input.clone(), residual.clone()
+        norm.run(normalised, weight, normalised, total, weight, eps, enable_pdl)
+        return normalised, total
+
+    def fake(input: Any, residual: Any, weight: Any, eps: float = 1e-6, enable_pdl: bool | None = None) -> None:
+        norms.trace(norm, input, weight, residual=residual)
+
+    def fake_functional(
+        input: Any, residual: Any, weight: Any, eps: float = 1e-6, enable_pdl: bool | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        norms.trace(norm, input, weight, residual=residual)
+        return torch.empty_like(input), torch.empty_like(residual)
+
+    def save(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
+        # The rounded sum, not its terms: the form that writes in place overwrites those.
+        ctx.save_for_backward(output[1], inputs[2])
+        ctx.eps = inputs[3]
+
+    def backward(ctx: Any, grad: torch.Tensor, grad_total: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        total, weight = ctx.saved_tensors
+        grad_x, grad_weight = norms.gradients(norm, total, weight, ctx.eps, grad)
+        grad_terms = (grad_x + grad_total.float()).to(total.dtype)
+        return grad_terms, grad_terms, grad_weight.to(weight.dtype), None, None
+
+    tensors, rest = "Tensor{} input, Tensor{} residual, Tensor weight", "float eps=1e-6, bool? enable_pdl=None"
+    register(f"{norm.op}({tensors.format('(a!)', '(b!)')}, {rest}) -> ()", run, fake)
+    name = register(
+        f"{norm.op}_functional({tensors.format('', '')}, {rest}) -> (Tensor, Tensor)", run_functional, fake_functional
+    )
+    register_autograd(name, backward, save)
+
+
+def _arguments(shape: Shape, round_sum: bool) -> dict[str, Any]:
+    arguments = {"input": shape.randn(), "residual": shape.randn(), "weight": shape.randn(shape.size)}
+    return arguments | ({"round_sum": True} if round_sum else {})
+
+
+for _norm, _function, _round_sum in (
+    (FUSED_ADD_RMSNORM, fused_add_rmsnorm, False),
+    (FUSED_ADD_RMSNORM_ROUND_SUM, fused_add_rmsnorm, True),
+    (GEMMA_FUSED_ADD_RMSNORM, gemma_fused_add_rmsnorm, False),
+    (GEMMA_FUSED_ADD_RMSNORM_ROUND_SUM, gemma_fused_add_rmsnorm, True),
+):
+    _register(_norm)
+    EXAMPLES[_norm.op] = Example(
+        _function,
+        functools.partial(_arguments, round_sum=_round_sum),
+        written=("input", "residual"),
+        per_row=("input", "residual"),
+    )

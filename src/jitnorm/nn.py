@@ -23,10 +23,8 @@ from jitnorm.core import checks
 from jitnorm.core.norms import is_supported_hidden_size
 from jitnorm.core.operators import DTYPES
 from jitnorm.core.torch_library import is_traced, mark_constant, needs_grad
-from jitnorm.fused_add_rmsnorm import fused_add_rmsnorm
-from jitnorm.gemma_fused_add_rmsnorm import gemma_fused_add_rmsnorm
-from jitnorm.gemma_rmsnorm import gemma_rmsnorm
-from jitnorm.rmsnorm import rmsnorm
+from jitnorm.fused_add_rmsnorm import fused_add_rmsnorm, gemma_fused_add_rmsnorm
+from jitnorm.rmsnorm import gemma_rmsnorm, rmsnorm
 
 _HALF = (torch.float16, torch.bfloat16)
 

@@ -1,13 +1,75 @@
-"""New keys and values into the cache of a decoder: `k_cache[indices] = k` and `v_cache[indices] = v`, in one launch."""
+"""Writing new keys and values into a KV cache: `k_cache[indices] = k` and `v_cache[indices] = v`, in one launch."""
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
 import torch
 
-from jitnorm import store_cache_ops
-from jitnorm.store_cache_ops import STORE_CACHE, dispatch_store_cache, first_store_cache
+from jitnorm.core import checks
+from jitnorm.core.operators import EXAMPLES, Example, Operator, Shape
+from jitnorm.core.targets import target_of
+from jitnorm.core.torch_library import (
+    build_while_tracing,
+    count_version,
+    is_traced,
+    refuse_gradient,
+    register,
+)
+from jitnorm.jit.environment import is_on
+from jitnorm.jit.spec import KernelSpec, Target
 
-_kernels = STORE_CACHE.kernels
+MAX_ROW_BYTES = 1 << 30  # kMaxRowBytes in csrc/elementwise/store_cache.h
+_NUM_SPLITS = (0, 1, 2, 4)
+
+# Whether indices are checked, for which the CPU waits for the GPU. Read once: reading an environment variable costs as
+# much as a launch.
+check_indices = is_on("JITNORM_CHECK_INDICES")
+
+
+@dataclass(frozen=True)
+class StoreCache(Operator):
+    """The operator. Its kernels are compiled for the bytes of one access, not for a width or a dtype."""
+
+    size_name: ClassVar[str | None] = "elements in a row"
+    needs_size: ClassVar[bool] = False
+
+    def spec(self, vector_bytes: int, target: Target) -> KernelSpec:
+        """Return what to build for rows of whole accesses of `vector_bytes`. A kernel serves every such width."""
+        full = vector_bytes == checks.CUDA_ALIGNMENT
+        return KernelSpec(
+            op=self.op,
+            family="store_cache",
+            entry=self.entry,
+            name=self.op if full else f"{self.op}_by_{vector_bytes}",
+            kernel=f"StoreCacheKernel<{vector_bytes}>",
+            target=target,
+            warmup=f"--op {self.op}" + ("" if full else f" --dtype bf16 --hidden-size {vector_bytes // 2}"),
+        )
+
+    def warmup_spec(
+        self, size: int | None, dtype: torch.dtype, weight_dtype: torch.dtype, target: Target
+    ) -> KernelSpec:
+        """Return what to build for rows of `size` elements, or of whole 16 bytes if it is None."""
+        if size is None:
+            return self.spec(checks.CUDA_ALIGNMENT, target)
+        _check_row(f"{size} {dtype}", size * dtype.itemsize)
+        return self.spec(checks.vector_bytes(size * dtype.itemsize), target)
+
+    def run(self, *arguments: Any) -> None:
+        """Run the kernel that serves `arguments`, which have been checked."""
+        if arguments[0].is_complex():
+            # As pairs of numbers. So no kernel is cached for complex dtypes, and every call is checked for conjugates.
+            arguments = (*map(torch.view_as_real, arguments[:4]), *arguments[4:])
+        k, v = arguments[:2]
+        self.call((k.dtype,), (_vector_bytes(k, v), target_of(k)), *arguments)
+
+
+STORE_CACHE = StoreCache("store_cache", "store_cache")
+
+_kernels = STORE_CACHE.fast_cache
 _is_dynamo_compiling = torch.compiler.is_dynamo_compiling
 _Tensor = torch.Tensor
 
@@ -23,42 +85,41 @@ def store_cache(
     num_split: int = 0,
     skip_index: int | None = None,
 ) -> None:
-    """Writes row i of k and v into slot `indices[i]` of their caches: `k_cache[indices] = k; v_cache[indices] = v`.
+    """Write row i of k and v into slot `indices[i]` of their caches: `k_cache[indices] = k; v_cache[indices] = v`.
 
-    Bytes are moved as they are. One kernel serves every dtype and width that is a multiple of 16 bytes, one those of 8
-    and one those of 4. An index that is no slot's is undefined behaviour, as is anything it overwrites, unless
-    `JITNORM_CHECK_INDICES=1` was set when jitnorm was imported; where an index comes twice, which row's bytes are left,
-    or a mixture of both, is not defined.
+    Bytes are copied unchanged. One kernel serves all dtypes with rows of a multiple of 16 bytes, one those of 8 and one
+    those of 4. Out-of-range indices are undefined behaviour; set `JITNORM_CHECK_INDICES=1` before importing jitnorm to
+    raise IndexError. If two rows have the same index, the slot may hold either row or a mixture of both.
 
     Args:
         k: `[num_tokens, ...]`, of any dtype but PyTorch's quantised ones, on the CPU or a CUDA device; contiguous
-            within a row, with any stride from row to row, as of a slice of fused QKV. No conjugate view, like those
-            below. A row is a multiple of 4 bytes; on CUDA rows are aligned to 16 bytes where those of k and v both are
-            multiples of 16, and else to 8 or 4.
+            within a row, with any stride from row to row, as in a slice of fused QKV. A row is a multiple of 4 bytes,
+            up to 2^30. On CUDA rows are aligned to 16 bytes if the rows of k and v both are multiples of 16, otherwise
+            to 8 or 4. Conjugate views are not accepted, here and below.
         v: `[num_tokens, ...]`, likewise, of k's dtype and device; its rows may have another width.
         k_cache: `[num_slots, ...]`, written; of k's dtype and device, its rows of as many bytes as k's, with any stride
-            that keeps them apart. Shares no memory with any other argument.
+            with which they do not overlap. Shares no memory with any other argument.
         v_cache: `[num_slots, ...]`, written; likewise, for v.
         indices: `[num_tokens]`, int32 or int64, contiguous, on k's device.
-        row_bytes: the bytes in a row of k, or 0 for what k has; anything else is refused.
-        num_split: how many warps of a block share a row on CUDA: 1, 2 or 4, or 0 for as many as suit its width. The
-            bytes are the same.
-        skip_index: rows of this index are not written, such as the padding of a graph's batch.
+        row_bytes: the bytes in a row of k, or 0, which stands for them. Other values raise ValueError.
+        num_split: how many warps of a block share a row on CUDA: 1, 2 or 4, or 0 to choose by its width. The result is
+            the same.
+        skip_index: rows with this index are not written, for example the padding of a CUDA graph's batch.
 
     Raises:
-        TypeError: an argument is not a tensor or not an int, or of another dtype.
-        ValueError: a shape, stride, device, alignment or overlap that is not accepted, or a bad row_bytes or num_split.
-        IndexError: with `JITNORM_CHECK_INDICES=1`, for an index that is no slot's: nothing is written then. Every call
-            outside a graph's capture looks for one, and waits for the GPU to do so.
+        TypeError: an argument is not a tensor or not an int, or has another dtype.
+        ValueError: a shape, stride, device, alignment or overlap is not accepted, or row_bytes or num_split is invalid.
+        IndexError: with `JITNORM_CHECK_INDICES=1`, an index is out of range; nothing is written then. Every call waits
+            for the GPU to check this, except while a CUDA graph is captured.
         RuntimeError: the width is not supported (nothing is built then), a tensor needs a gradient, or the kernel
             cannot be built or launched.
     """
     arguments = k, v, k_cache, v_cache, indices, row_bytes, num_split, skip_index
     if _is_dynamo_compiling():
-        return dispatch_store_cache(*arguments)
+        return _dispatch(*arguments)
     try:
         if (
-            not store_cache_ops.check_indices
+            not check_indices
             and k.__class__ is v.__class__ is k_cache.__class__ is v_cache.__class__ is indices.__class__ is _Tensor
             and (
                 not (k.requires_grad or v.requires_grad or k_cache.requires_grad or v_cache.requires_grad)
@@ -67,6 +128,199 @@ def store_cache(
             and not _kernels[k.dtype](*arguments)
         ):
             return None
-    except Exception:  # no kernel yet, or arguments that have no such attributes: the way below says what it was
+    except Exception:  # no kernel yet, or arguments without such attributes: the slow path raises for these
         pass
-    return first_store_cache(*arguments)
+    return _store_cache_slow_path(*arguments)
+
+
+def _store_cache_slow_path(*arguments: Any) -> None:
+    """Check the arguments, then run the right kernel, which is built and cached if need be."""
+    tensors = arguments[:5]
+    if is_traced(*tensors):
+        return _dispatch(*tensors, *_check_types(*arguments))
+    check(*arguments)
+    refuse_gradient(STORE_CACHE.op, *tensors)
+    _run_checked(*arguments)
+    return None
+
+
+def _run_checked(*arguments: Any) -> None:
+    k_cache, indices, skip_index = arguments[2], arguments[4], arguments[7]
+    if check_indices:
+        _check_range(indices, k_cache.shape[0], skip_index)
+    STORE_CACHE.run(*arguments)
+
+
+def check(
+    k: Any, v: Any, k_cache: Any, v_cache: Any, indices: Any, row_bytes: Any, num_split: Any, skip_index: Any
+) -> None:
+    """Raise for what the bindings in csrc/elementwise/store_cache.h refuse."""
+    named = {"k": k, "v": v, "k_cache": k_cache, "v_cache": v_cache}
+    row_bytes, num_split, _ = _check_types(k, v, k_cache, v_cache, indices, row_bytes, num_split, skip_index)
+    _check_metadata(named, indices, row_bytes, num_split)
+    checks.supported_device("k", k)
+    for name, value in named.items():
+        if value.is_conj():
+            raise ValueError(f"{name} must not be a conjugate view, whose bytes are not its values: resolve_conj() it")
+    alignment = _vector_bytes(k, v)
+    rows = {name: _as_rows(name, value, alignment) for name, value in named.items()}
+    checks.storage("indices", indices)
+    checks.address("indices", indices, indices.element_size())
+    if not indices.numel():
+        return
+    for cache, others in (("k_cache", ("k", "v")), ("v_cache", ("k", "v", "k_cache"))):
+        if not rows[cache].numel():
+            raise ValueError(f"{cache} must have a slot to write to, got shape {list(named[cache].shape)}")
+        checks.written_rows(cache, rows[cache])
+        checks.no_shared_memory(cache, rows[cache], "indices", indices)
+        for other in others:
+            checks.no_overlap(cache, rows[cache], other, rows[other], even_exactly=True)
+
+
+def _check_types(
+    k: Any, v: Any, k_cache: Any, v_cache: Any, indices: Any, row_bytes: Any, num_split: Any, skip_index: Any
+) -> tuple[int, int, int | None]:
+    """Raise for bad types, and return row_bytes, num_split and skip_index as Python's own numbers.
+
+    torch's dispatcher would raise for bad types too, with messages that name no argument.
+    """
+    for name, value in (("k", k), ("v", v), ("k_cache", k_cache), ("v_cache", v_cache), ("indices", indices)):
+        checks.tensor(name, value)
+    return (
+        checks.integer("row_bytes", row_bytes),
+        checks.integer("num_split", num_split),
+        None if skip_index is None else checks.integer("skip_index", skip_index),
+    )
+
+
+def _check_metadata(named: dict[str, torch.Tensor], indices: torch.Tensor, row_bytes: int, num_split: int) -> None:
+    """Raise for what is wrong with dtypes, shapes and devices, which tensors without storage have as well."""
+    k = named["k"]
+    for name, value in named.items():
+        checks.dtype(name, value, (k.dtype,))
+        checks.device(name, value, "k", k)
+        if value.dim() < 2:
+            raise ValueError(f"{name} must have two dimensions or more, got shape {list(value.shape)}")
+    checks.indices("indices", indices, "k", k)
+    for name in ("k", "v"):
+        if named[name].shape[0] != indices.shape[0]:
+            raise ValueError(f"{name} must have {indices.shape[0]} rows like indices, got {named[name].shape[0]}")
+        row, cache_row = _row_bytes(named[name]), _row_bytes(named[f"{name}_cache"])
+        _check_row(name, row)
+        if row != cache_row:
+            raise ValueError(f"{name}_cache must have rows of {row} bytes like {name}, got {cache_row}")
+    slots, v_slots = named["k_cache"].shape[0], named["v_cache"].shape[0]
+    if slots != v_slots:
+        raise ValueError(f"v_cache must have {slots} slots like k_cache, got {v_slots}")
+    if row_bytes not in (0, _row_bytes(k)):
+        raise ValueError(f"row_bytes must be 0 or {_row_bytes(k)}, the bytes in a row of k, got {row_bytes}")
+    if num_split not in _NUM_SPLITS:
+        *most, last = _NUM_SPLITS
+        raise ValueError(f"num_split must be {', '.join(map(str, most))} or {last}, got {num_split}")
+
+
+def _check_row(name: str, row_bytes: int) -> None:
+    if row_bytes % checks.MIN_ACCESS_BYTES or not 0 < row_bytes <= MAX_ROW_BYTES:
+        raise RuntimeError(
+            f"store_cache does not support rows of {row_bytes} bytes, as of {name}: "
+            f"supported are multiples of {checks.MIN_ACCESS_BYTES} up to {checks.power(MAX_ROW_BYTES)}"
+        )
+
+
+def _row_bytes(value: torch.Tensor) -> int:
+    return int(math.prod(value.shape[1:])) * value.itemsize
+
+
+def _vector_bytes(k: torch.Tensor, v: torch.Tensor) -> int:
+    return checks.vector_bytes(math.gcd(_row_bytes(k), _row_bytes(v)))
+
+
+def _as_rows(name: str, value: torch.Tensor, alignment: int) -> torch.Tensor:
+    """Return `value`, [rows, ...], as [rows, elements]. ValueError if it has no such view."""
+    step = 1
+    for size, stride in zip(reversed(value.shape[1:]), reversed(value.stride()[1:]), strict=True):
+        if size != 1 and stride != step:
+            layout = f"shape {list(value.shape)} and strides {list(value.stride())}"
+            raise ValueError(f"{name} must be contiguous within a row, got {layout}")
+        step *= size
+    checks.storage(name, value)
+    rows = value.as_strided((value.shape[0], step), (value.stride(0), 1))
+    checks.rows(name, rows, alignment)
+    return rows
+
+
+def _check_range(indices: torch.Tensor, num_slots: int, skip_index: int | None) -> None:
+    """Raise IndexError for an index out of range. Waits for the GPU, so nothing is checked during a graph capture."""
+    if not indices.numel() or (indices.is_cuda and torch.cuda.is_current_stream_capturing()):
+        return
+    out_of_range = (indices < 0) | (indices >= num_slots)
+    if skip_index is not None:
+        out_of_range &= indices != skip_index
+    if out_of_range.any():
+        position = int(out_of_range.nonzero()[0])
+        raise IndexError(f"indices[{position}] is {int(indices[position])}, and the caches have {num_slots} slots")
+
+
+def _dispatch(*arguments: Any) -> None:
+    """Call the operator in torch.ops.jitnorm, for tracers."""
+    refuse_gradient(STORE_CACHE.op, *arguments[:5])
+    *tensors, row_bytes, num_split, skip_index = arguments
+    torch.ops.jitnorm.store_cache(*tensors, row_bytes=row_bytes, num_split=num_split, skip_index=skip_index)
+
+
+def _run(
+    k: Any,
+    v: Any,
+    k_cache: Any,
+    v_cache: Any,
+    indices: Any,
+    *,
+    row_bytes: int = 0,
+    num_split: int = 0,
+    skip_index: int | None = None,
+) -> None:
+    arguments = k, v, k_cache, v_cache, indices, row_bytes, num_split, skip_index
+    if check_indices or not STORE_CACHE.try_cached((k.dtype,), *arguments):
+        check(*arguments)
+        _run_checked(*arguments)
+    count_version(k_cache, v_cache)
+
+
+def _fake(
+    k: Any,
+    v: Any,
+    k_cache: Any,
+    v_cache: Any,
+    indices: Any,
+    *,
+    row_bytes: int = 0,
+    num_split: int = 0,
+    skip_index: int | None = None,
+) -> None:
+    named = {"k": k, "v": v, "k_cache": k_cache, "v_cache": v_cache}
+    _check_metadata(named, indices, row_bytes, num_split)
+    build_while_tracing(STORE_CACHE, k, _vector_bytes(k, v))
+
+
+register(
+    "store_cache(Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor indices, *, int row_bytes=0, "
+    "int num_split=0, int? skip_index=None) -> ()",
+    _run,
+    _fake,
+)
+
+
+def _arguments(shape: Shape) -> dict[str, Any]:
+    slots = 2 * shape.rows
+    return {
+        "k": shape.randn(),
+        "v": shape.randn(),
+        "k_cache": shape.zeros(slots, shape.size),
+        "v_cache": shape.zeros(slots, shape.size),
+        "indices": torch.randperm(slots, device=shape.device)[: shape.rows],
+    }
+
+
+EXAMPLES[STORE_CACHE.op] = Example(
+    store_cache, _arguments, written=("k_cache", "v_cache"), per_row=("k", "v", "indices")
+)

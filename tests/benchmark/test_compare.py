@@ -1,7 +1,8 @@
-"""Verdicts from synthetic samples, and `jitnorm bench compare`."""
+"""Test verdicts on synthetic samples, and `jitnorm bench compare`."""
 
 from __future__ import annotations
 
+import json
 import math
 import random
 import re
@@ -13,10 +14,8 @@ from dataclasses import replace
 import pytest
 from click.testing import CliRunner
 
-from jitnorm.benchmark import stats
-from jitnorm.benchmark.compare import Verdict, compare, judge, unlike, verdict
-from jitnorm.benchmark.report import Failed, Report, Row, Skipped
-from jitnorm.benchmark.result import BenchResult
+from jitnorm.benchmark.compare import Verdict, compare, differing_conditions, judge
+from jitnorm.benchmark.results import BenchResult, Failed, Report, Row, Skipped, quantile
 from jitnorm.cli import main
 
 
@@ -25,6 +24,10 @@ def samples(mean: float, between: float, seed: int, rounds: int = 5, within: flo
     random_ = random.Random(seed)
     middles = [mean * random_.gauss(1, between) for _ in range(rounds)]
     return BenchResult.of([[middle * random_.gauss(1, within) for _ in range(9)] for middle in middles])
+
+
+def verdict(before: BenchResult, after: BenchResult) -> Verdict:
+    return judge(before, after)[0]
 
 
 # (the second's time over the first's, what rounds differ by, the verdict)
@@ -89,7 +92,7 @@ def test_noise_shrinks_with_rounds_and_covers_the_truth():
     ("values", "q", "expected"), [([3.0], 0.5, 3.0), ([1, 2], 0.5, 1.5), ([4, 1, 3, 2], 0, 1), (range(101), 0.9, 90)]
 )
 def test_quantiles(values, q, expected):
-    assert stats.quantile(values, q) == expected
+    assert quantile(values, q) == expected
 
 
 def report(cells, name="rmsnorm", **machine) -> Report:
@@ -105,7 +108,7 @@ def test_rows_that_have_no_figure():
 
 
 def test_what_makes_two_runs_unlike():
-    assert unlike(report([]), report([], gpu="B200", commit="abc")) == ["gpu differs: H200 and B200"]
+    assert differing_conditions(report([]), report([], gpu="B200", commit="abc")) == ["gpu differs: H200 and B200"]
 
 
 def test_says_why_it_is_ambiguous():
@@ -137,7 +140,7 @@ def command(tmp_path):
     def run(a: Report, b: Report, *words: str):
         files = [tmp_path / "a.json", tmp_path / "b.json"]
         for file, one in zip(files, (a, b), strict=True):
-            file.write_text(one.to_json())
+            one.write(file)
         return CliRunner().invoke(main, ["bench", "compare", *map(str, files), *words])
 
     return run
@@ -152,6 +155,16 @@ def test_command(command):
     assert command(report(before[:2]), report(after[:2], driver="1")).exit_code == 0
     assert command(report(before), report(after), "--threshold", "20").exit_code == 0
     assert command(report(before), report([Failed("boom")])).exit_code == 1
+
+
+def test_command_prints_json(command):
+    before = [samples(1e-6, 0.0005, seed) for seed in range(2)]
+    done = command(report(before), report([samples(1.1e-6, 0.0005, 50), Failed("boom")]), "--format", "json")
+    assert done.exit_code == 1
+    slower, failed = json.loads(done.stdout)
+    assert (slower["row"], slower["impl"], slower["verdict"]) == ({"n": 0}, "jitnorm", "SLOWER")
+    assert slower["difference"] == pytest.approx(slower["after"] / slower["before"] - 1)
+    assert (failed["verdict"], failed["after"], failed["difference"]) == ("FAILED", None, None)
 
 
 def test_command_says_why_nothing_can_be_told(command):
@@ -194,7 +207,7 @@ def test_files_that_are_damaged(tmp_path, old, new):
         (tmp_path / "b.json").write_text(text.replace(old, new).replace("[[1e-06]]", "[]"))
     done = CliRunner().invoke(main, ["bench", "compare", str(tmp_path / "a.json"), str(tmp_path / "b.json")])
     assert done.exit_code == 1 and isinstance(done.exception, SystemExit), done.exception
-    assert done.stderr == f"Error: {tmp_path / 'b.json'} was not written by a benchmark's --json\n"
+    assert done.stderr == f"Error: {tmp_path / 'b.json'} is not a result file of a benchmark (written by --output)\n"
 
 
 def test_command_warns_and_refuses(command, tmp_path):
@@ -208,7 +221,9 @@ def test_command_warns_and_refuses(command, tmp_path):
     for text in ("{}", "[]", "nothing", '{"format": 1, "rows": [{}]}', '{"format": 7}'):
         (tmp_path / "c.json").write_text(text)
         said = CliRunner().invoke(main, ["bench", "compare", str(tmp_path / "c.json"), str(tmp_path / "a.json")])
-        assert said.exit_code == 1 and "c.json was not written by a benchmark's --json\n" in said.stderr, text
+        assert (
+            said.exit_code == 1 and "c.json is not a result file of a benchmark (written by --output)\n" in said.stderr
+        ), text
 
 
 def test_command_refuses_files_and_thresholds_at_once(tmp_path):
@@ -237,9 +252,9 @@ def test_json_keeps_everything(tmp_path):
         assert one == pytest.approx(other, rel=1e-4)
 
 
-def test_the_command_line_stays_quick():
+def test_the_command_line_imports_no_benchmark():
     """What benchmarks need is imported by those who run one."""
-    names = ("jitnorm.benchmark", "matplotlib", "prometheus_client")
+    names = ("jitnorm.benchmark", "matplotlib", "prometheus_client", "httpx")
     check = f"import sys, jitnorm.cli; print([name for name in {names} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True)
     assert done.stdout == "[]\n", done

@@ -1,4 +1,4 @@
-"""What is said of the machine, with and without NVML."""
+"""Test the description of the machine, with and without NVML."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from jitnorm.benchmark import nvml
-from jitnorm.benchmark.machine import describe
+from jitnorm.benchmark import machine
+from jitnorm.benchmark.machine import clock_rates, describe_machine, throttle_reasons
 
 GPU = torch.device("cuda", 0)
 
@@ -49,19 +49,19 @@ def fake(reasons: int = 0, broken: bool = False) -> types.SimpleNamespace:
     ],
 )
 def test_throttled(monkeypatch, reasons, expected):
-    monkeypatch.setattr(nvml, "_handle", lambda device: (fake(reasons), "handle"))
-    assert nvml.throttled(GPU) == expected
+    monkeypatch.setattr(machine, "_find_handle", lambda device: (fake(reasons), "handle"))
+    assert throttle_reasons(GPU) == expected
 
 
 def test_clocks(monkeypatch):
-    monkeypatch.setattr(nvml, "_handle", lambda device: (fake(), "handle"))
-    assert nvml.clocks(GPU) == {"sm_mhz": 1755, "memory_mhz": 3201, "sm_max_mhz": 1980, "memory_max_mhz": 3201}
-    monkeypatch.setattr(nvml, "_handle", lambda device: (fake(broken=True), "handle"))
-    assert nvml.clocks(GPU) is None and nvml.throttled(GPU) is None
+    monkeypatch.setattr(machine, "_find_handle", lambda device: (fake(), "handle"))
+    assert clock_rates(GPU) == {"sm_mhz": 1755, "memory_mhz": 3201, "sm_max_mhz": 1980, "memory_max_mhz": 3201}
+    monkeypatch.setattr(machine, "_find_handle", lambda device: (fake(broken=True), "handle"))
+    assert clock_rates(GPU) is None and throttle_reasons(GPU) is None
 
 
 def test_nobody_knows_of_the_cpu():
-    assert nvml.throttled(torch.device("cpu")) is None and nvml.clocks(torch.device("cpu")) is None
+    assert throttle_reasons(torch.device("cpu")) is None and clock_rates(torch.device("cpu")) is None
 
 
 def test_commit(tmp_path):
@@ -71,18 +71,18 @@ def test_commit(tmp_path):
 
     file = tmp_path / "bench_a.py"
     file.write_text("1")
-    assert describe(torch.device("cpu"), file)["commit"] is None
+    assert describe_machine(torch.device("cpu"), file)["commit"] is None
     git("init")
     git("add", ".")
     git("commit", "-m", "a")
-    commit = describe(torch.device("cpu"), file)["commit"]
+    commit = describe_machine(torch.device("cpu"), file)["commit"]
     assert len(commit) == 12
     file.write_text("2")
-    assert describe(torch.device("cpu"), file)["commit"] == commit + "+"
-    assert describe(torch.device("cpu"), Path("nowhere/at/all.py"))["commit"] is None
+    assert describe_machine(torch.device("cpu"), file)["commit"] == commit + "+"
+    assert describe_machine(torch.device("cpu"), Path("nowhere/at/all.py"))["commit"] is None
 
 
 def test_description():
-    about = describe(torch.device("cpu"), Path(__file__))
+    about = describe_machine(torch.device("cpu"), Path(__file__))
     assert about["torch"] == torch.__version__ and about["threads"] == torch.get_num_threads() and about["processor"]
     assert "apache-tvm-ffi" in about["packages"] and "gpu" not in about

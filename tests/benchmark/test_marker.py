@@ -1,19 +1,21 @@
-"""The decorators, the run, its table and its command line."""
+"""Test the decorators, the run, its table and its command line."""
 
 from __future__ import annotations
 
+import itertools
 import json
-import subprocess
+import runpy
 import sys
 
 import pytest
 import torch
 from click.testing import CliRunner
 
-from jitnorm.benchmark import marker, options, settings
-from jitnorm.benchmark.runner import copy_of
+from jitnorm.benchmark import marker, measure, options
+from jitnorm.benchmark.options import override_settings
+from jitnorm.benchmark.runner import bench_copy
 
-QUICK = {"seconds": 0.0, "cold": False, "device": "cpu"}
+SHORT_RUN = {"seconds": 0.0, "cold": False, "device": "cpu"}
 
 
 @pytest.fixture(autouse=True)
@@ -135,14 +137,16 @@ def test_bad_filters(text):
 # The run
 
 
-def test_one_point():
+def test_one_point(monkeypatch):
+    ticks = itertools.count()  # a clock that advances by 2 ms with each reading: a sample is then one call
+    monkeypatch.setattr(measure.time, "perf_counter", lambda: 2e-3 * next(ticks))
     result = bench(8, 1, "x", impl="clone")
-    assert result.metrics == (0.5, "avg") and all(0 < t < 1e-2 for t in result.times)
+    assert result.metrics == (0.5, "avg") and result.times == pytest.approx((2e-3, 2e-3))
     assert result.memory_footprint == 2 * 8 * 2
 
 
 def test_run(capsys):
-    report = bench.run(**QUICK)
+    report = bench.run(**SHORT_RUN)
     assert report.failed and len(report.rows) == 6 and report.lines == ["clone", "broken", "absent"]
     said = capsys.readouterr().out
     lines = said.splitlines()
@@ -152,7 +156,7 @@ def test_run(capsys):
     assert not any("N/A" in line or "absent" in line for line in lines[:10]), "no column that says nothing"
     assert "N/A absent: not installed" in lines
     assert "error broken at n=16, a=1, b=x; n=16, a=2, b=y: RuntimeError: no such kernel" in lines
-    assert "GB/s: 1e9 bytes, read and written, a second" in lines
+    assert "GB/s: 1e9 bytes, read and written, per second" in lines
     assert said.count("p50") == said.count("avg") == 2, "every metric of both"
 
 
@@ -164,7 +168,7 @@ def test_columns_with_different_reasons_stay(capsys):
             marker.skip(f"not for {n}" if impl == "differently" else "not installed")
         return marker.BenchResult((0.5,), (2e-6,), 0)
 
-    report = f.run(**QUICK)
+    report = f.run(**SHORT_RUN)
     lines = capsys.readouterr().out.splitlines()
     assert lines[1].split() == ["here", "sometimes", "differently"] and "never" in report.lines
     assert [line.count("N/A") for line in lines[4:6]] == [2, 1]
@@ -172,7 +176,7 @@ def test_columns_with_different_reasons_stay(capsys):
 
 
 def test_beside_a_copy(capsys):
-    report = bench.run(**QUICK, filters=["n=32", "a=1"], impl=["clone"], copy=True)
+    report = bench.run(**SHORT_RUN, filters=["n=32", "a=1"], impl=["clone"], copy=True)
     row = report.rows[0].results()
     assert report.lines == ["copy", "clone"] and not report.failed
     assert row["copy"].memory_footprint == row["clone"].memory_footprint == 2 * 32 * 2
@@ -181,19 +185,19 @@ def test_beside_a_copy(capsys):
 
 def test_no_bandwidth_where_it_is_not_wanted(capsys, monkeypatch):
     monkeypatch.setenv("JITNORM_BENCH_BANDWIDTH", "0")
-    bench.run(**QUICK, filters=["n=8"], impl=["clone"])
+    bench.run(**SHORT_RUN, filters=["n=8"], impl=["clone"])
     assert "GB/s" not in capsys.readouterr().out
 
 
 def test_no_rows_and_one_value(capsys):
-    assert bench.run(**QUICK, filters=["n=9"]).rows == []
+    assert bench.run(**SHORT_RUN, filters=["n=9"]).rows == []
     assert "bench, no rows" in capsys.readouterr().out.replace(":", ",")
 
     @marker.benchmark("impl", ["only"])
     def single(impl):
         return marker.BenchResult((0.5,), (2e-6,), 0)
 
-    report = single.run(**QUICK)
+    report = single.run(**SHORT_RUN)
     assert report.rows[0].results()["only"].seconds == 2e-6
     assert "2.000" in capsys.readouterr().out
 
@@ -203,21 +207,21 @@ def test_a_function_that_returns_no_result(capsys):
     def f(impl):
         return 3.0
 
-    assert f.run(**QUICK).failed and "returns what do_bench returned, got float" in capsys.readouterr().out
+    assert f.run(**SHORT_RUN).failed and "returns what do_bench returned, got float" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("footprint", [1, 8, 16512, 2 * (1 << 22) + 4096, 3 * (1 << 22)])
 def test_copies_are_of_even_sizes(footprint):
     """An odd rest of up to 1% is left out, as the driver copies such sizes slowly; small ones are copied whole."""
-    with settings.using(device=torch.device("cpu"), cold=False, seconds=0.0):
-        copied = copy_of(footprint).memory_footprint
+    with override_settings(device=torch.device("cpu"), cold=False, seconds=0.0):
+        copied = bench_copy(footprint).memory_footprint
     elements = copied // 4  # that are read, of two bytes each
     assert 0.99 * footprint <= copied <= max(4, footprint)
     assert elements < 256 or elements % (1 << (elements.bit_length() - 8)) == 0
 
 
 def test_all_skipped_with_a_copy(capsys):
-    report = bench.run(**QUICK, filters=["n=8"], impl=["absent"], copy=True)
+    report = bench.run(**SHORT_RUN, filters=["n=8"], impl=["absent"], copy=True)
     assert not report.failed and "N/A copy: no result of this row says" in capsys.readouterr().out
 
 
@@ -230,11 +234,11 @@ def test_implementations_take_turns():
             order.append(impl)
             return [1e-6], None
 
-        return marker.BenchResult.of([one_round()[0]], more=one_round)
+        return marker.BenchResult.of([one_round()[0]], measure_round=one_round)
 
-    report = f.run(**QUICK)
+    report = f.run(**SHORT_RUN)
     assert order == ["a", "b"] * 5
-    assert all(len(cell.rounds) == 5 and cell.more is None for _, _, cell in report.cells())
+    assert all(len(cell.rounds) == 5 and cell.measure_round is None for _, _, cell in report.cells())
 
 
 def test_a_failure_in_a_later_round_stays_in_its_cell(capsys):
@@ -245,9 +249,9 @@ def test_a_failure_in_a_later_round_stays_in_its_cell(capsys):
                 raise RuntimeError("out of memory")
             return [1e-6], "clocks throttled: temperature"
 
-        return marker.BenchResult.of([[1e-6]], more=one_round)
+        return marker.BenchResult.of([[1e-6]], measure_round=one_round)
 
-    report = f.run(**QUICK)
+    report = f.run(**SHORT_RUN)
     assert list(report.rows[0].results()) == ["b"] and report.failed
     said = capsys.readouterr().out
     assert "error a: RuntimeError: out of memory" in said and "* b: clocks throttled: temperature" in said
@@ -259,10 +263,14 @@ def test_noise_is_marked(capsys):
         spread = 0.2 if impl == "noisy" else 0.001
         return marker.BenchResult.of([[1e-6 * (1 + spread * i)] for i in range(5)], metrics=(0.5,))
 
-    f.run(**QUICK)
+    f.run(**SHORT_RUN)
     said = capsys.readouterr().out.splitlines()
     quiet, noisy = said[4].split()[1], said[4].split()[3]
-    assert not quiet.endswith("~") and noisy.endswith("~") and any(line.startswith("~ stayed noisy") for line in said)
+    assert (
+        not quiet.endswith("~")
+        and noisy.endswith("~")
+        and any(line.startswith("~ above the noise target") for line in said)
+    )
 
 
 # The command line
@@ -289,10 +297,11 @@ CPU = ["--warm", "--seconds", "0", "--device", "cpu"]
 def test_command_line(tmp_path):
     assert command("--list").stdout == "n=8\nn=16\n"
     assert command("--list", "--short").stdout == "n=8\n"
+    assert json.loads(command("--list", "--format", "json").stdout) == [{"n": 8}, {"n": 16}]
     files = {kind: tmp_path / f"a.{kind}" for kind in ("json", "csv", "png")}
-    words = ["--json", files["json"], "--csv", files["csv"], "--plot", files["png"]]
+    words = ["--output", files["json"], "--csv", files["csv"], "--plot", files["png"]]
     said = command(*CPU, "--filter", "n>8", "--impl", "good", *words).stdout
-    assert said.startswith("sizes, us a call")
+    assert said.startswith("sizes, us per call")
     data = json.loads(files["json"].read_text())
     assert data["settings"] == {"device": "cpu", "dtype": "bfloat16", "cold": False}
     assert [row["point"] for row in data["rows"]] == [{"n": 16}]
@@ -301,9 +310,20 @@ def test_command_line(tmp_path):
     assert files["png"].read_bytes().startswith(b"\x89PNG")
 
 
+def test_format_of_what_is_printed(tmp_path):
+    """JSON on stdout is what --output writes, and nothing else."""
+    file = tmp_path / "a.json"
+    said = command(*CPU, "--short", "--impl", "good", "--format", "json", "--output", file).stdout
+    assert said == file.read_text() and [row["point"] for row in json.loads(said)["rows"]] == [{"n": 8}]
+    command("--format", "csv", exit_code=2)
+    with pytest.raises(ValueError, match="output_format must be table or json, got 'csv'"):
+        sizes.run(output_format="csv")
+
+
 def test_exit_status_of_an_exception_and_of_mistakes():
     said = command(*CPU, "--short", exit_code=1).stdout
-    assert "error bad: RuntimeError: bad" in said and "16" not in said.split("\n\n")[0]
+    rows = said.partition("\n\n")[0].splitlines()[4:]  # below the title, two lines of headers and the rule
+    assert "error bad: RuntimeError: bad" in said and [row.split()[0] for row in rows] == ["8"]
     mistake = command("--filter", "m=1", exit_code=1).stderr
     assert mistake == "Error: 'm=1' is not a filter such as 'num_tokens>=64': the axes are n\n"
     command("--impl", "none", exit_code=2)
@@ -326,7 +346,7 @@ def test_a_run_that_measures_nothing_fails(tmp_path):
     def bench(impl):
         marker.skip("not installed")
 
-    words = [*CPU, "--json", str(tmp_path / "a.json")]
+    words = [*CPU, "--output", str(tmp_path / "a.json")]
     for copy in (False, True):
         done = CliRunner().invoke(options.command(bench, copy=copy), words)
         assert done.exit_code == 1 and "N/A peer: not installed" in done.stdout
@@ -334,7 +354,8 @@ def test_a_run_that_measures_nothing_fails(tmp_path):
     assert json.loads((tmp_path / "a.json").read_text())["rows"]
 
 
-def test_main_of_a_file(tmp_path):
+def test_main_of_a_file(tmp_path, monkeypatch, capsys):
+    """As `python FILE`, in this process."""
     file = tmp_path / "bench_sizes.py"
     file.write_text(
         "from jitnorm.benchmark import marker\n\n"
@@ -342,6 +363,9 @@ def test_main_of_a_file(tmp_path):
         "def bench(impl):\n    return 1 / 0\n\n"
         "if __name__ == '__main__':\n    bench.main()\n"
     )
-    done = subprocess.run([sys.executable, file, "--device", "cpu"], capture_output=True, text=True, timeout=120)
-    assert done.returncode == 1 and done.stdout.startswith("sizes, us a call"), done
-    assert "error bad: ZeroDivisionError: division by zero" in done.stdout and not done.stderr
+    monkeypatch.setattr(sys, "argv", [str(file), "--device", "cpu"])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(file), run_name="__main__")
+    said = capsys.readouterr()
+    assert ended.value.code == 1 and said.out.startswith("sizes, us per call"), said
+    assert "error bad: ZeroDivisionError: division by zero" in said.out and not said.err

@@ -1,4 +1,4 @@
-"""do_bench on the CPU: what is copied, what is counted, what is checked."""
+"""Test do_bench on the CPU: what it copies, counts and checks."""
 
 from __future__ import annotations
 
@@ -7,14 +7,15 @@ import math
 import pytest
 import torch
 
-from jitnorm.benchmark import marker, measure, settings, timers
-from jitnorm.benchmark import result as result_module
-from jitnorm.benchmark.arguments import Call, rotate
+from jitnorm.benchmark import marker, measure
+from jitnorm.benchmark.call import Call, rotating_copies
+from jitnorm.benchmark.options import override_settings
+from jitnorm.benchmark.results import NOISE_TARGET, run_until_stable
 
 
 @pytest.fixture(autouse=True)
-def quick():
-    with settings.using(seconds=0.0, device=torch.device("cpu")):
+def one_short_run():
+    with override_settings(seconds=0.0, device=torch.device("cpu")):
         yield
 
 
@@ -22,7 +23,7 @@ def quick():
 def small_cache(monkeypatch):
     """A last cache of 4 KiB, so that few copies exceed it three times."""
     monkeypatch.setattr(
-        timers.os, "sysconf", lambda name, real=timers.os.sysconf: 4096 if "CACHE" in name else real(name)
+        measure.os, "sysconf", lambda name, real=measure.os.sysconf: 4096 if "CACHE" in name else real(name)
     )
 
 
@@ -59,7 +60,7 @@ def test_warm(small_cache):
     used = set()
     bench(lambda x: used.add(x.data_ptr()), torch.randn(64), memory_output=None, cold=False)
     assert len(used) == 1
-    with settings.using(cold=False):
+    with override_settings(cold=False):
         bench(lambda x: used.add(x.data_ptr()), torch.randn(64), memory_output=None)
     assert len(used) <= 2
 
@@ -111,7 +112,7 @@ def test_copies_keep_strides_alignment_and_what_is_shared():
     qkv = torch.randn(5, 96)
     q, k = qkv[:, :32], qkv[1:, 33:65]
     expanded = torch.randn(7, 1).expand(7, 3)
-    calls = rotate(Call(lambda *a: None, (q, k, qkv, expanded, 3)), [0, 1, 2, 3], 3)
+    calls = rotating_copies(Call(lambda *a: None, (q, k, qkv, expanded, 3)), [0, 1, 2, 3], 3)
     for call in calls:
         for copy, original in zip(call.args[:4], (q, k, qkv, expanded), strict=True):
             assert torch.equal(copy, original) and copy.stride() == original.stride()
@@ -124,7 +125,7 @@ def test_copies_keep_strides_alignment_and_what_is_shared():
 
 @pytest.mark.parametrize("tensor", [torch.empty(0, 4), torch.tensor(3.0), torch.randn(3, 4).t()])
 def test_copies_of_odd_tensors(tensor):
-    copy = rotate(Call(id, (tensor,)), [0], 2)[1].args[0]
+    copy = rotating_copies(Call(id, (tensor,)), [0], 2)[1].args[0]
     assert torch.equal(copy, tensor) and copy.stride() == tensor.stride()
 
 
@@ -166,7 +167,7 @@ def test_metrics():
     samples = [s for one in result.rounds for s in one]
     assert result.metrics == ("min", 0.25, 0.5, "avg", "max") and list(result.times[:3]) == sorted(result.times[:3])
     assert result.times[0] == min(samples) and result.times[-1] == max(samples) and len(result.rounds) == 5
-    assert result.more is None
+    assert result.measure_round is None
     for metric in (1.5, "p50"):
         with pytest.raises(ValueError, match="metric"):
             bench(torch.clone, X, metrics=(metric,))
@@ -177,7 +178,7 @@ def test_metrics():
 def test_the_time_is_the_time(monkeypatch):
     """A function of which the duration is known, by a clock that only it moves."""
     now = [0.0]
-    monkeypatch.setattr(timers.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(measure.time, "perf_counter", lambda: now[0])
 
     def takes_3_us():
         now[0] += 3e-6
@@ -188,12 +189,12 @@ def test_the_time_is_the_time(monkeypatch):
 
 def test_rounds_go_on_until_quiet_or_the_time_is_over(monkeypatch):
     values = iter([1.0, 1.1, 0.9, 1.2, 0.8] + [1.0] * 1000)
-    result = marker.BenchResult.of([[next(values)]], more=lambda: ([next(values)], None))
+    result = marker.BenchResult.of([[next(values)]], measure_round=lambda: ([next(values)], None))
     noisy = {"": result}
-    result_module.settle(noisy, 60)
-    assert noisy[""].noise <= result_module.QUIET and 5 < len(noisy[""].rounds) < 1000
+    run_until_stable(noisy, 60)
+    assert noisy[""].noise <= NOISE_TARGET and 5 < len(noisy[""].rounds) < 1000
     over = {"": result}
-    result_module.settle(over, 0)
+    run_until_stable(over, 0)
     assert len(over[""].rounds) == 5
 
 

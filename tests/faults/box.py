@@ -32,8 +32,7 @@ import torch
 import jitnorm
 import jitnorm.cli
 from faults.inject import Injection, library
-from jitnorm import activation_ops
-from jitnorm.core import norms
+from jitnorm.core.operators import OPERATORS
 from jitnorm.jit.load import find, load
 from jitnorm.jit.spec import Target
 
@@ -113,28 +112,28 @@ def _kernels() -> dict[str, Kernel]:
     made = (
         Kernel(
             "rmsnorm",
-            norms.RMSNORM.spec(64, f32, f32, cpu),
+            OPERATORS["rmsnorm"].spec(64, f32, f32, cpu),
             lambda: jitnorm.rmsnorm(x, w),
             exact / root * w.double(),
             ("--op", "rmsnorm", "--hidden-size", "64"),
         ),
         Kernel(
             "silu",
-            activation_ops.SILU_AND_MUL.spec(f32, 16, cpu),
+            OPERATORS["silu_and_mul"].spec(f32, 16, cpu),
             silu,
             gate / (1 + torch.exp(-gate)) * up,
             ("--op", "silu_and_mul"),
         ),
         Kernel(
             "per_token",
-            sys.modules["jitnorm.per_token_quant_fp8"].PER_TOKEN.spec(f32, cpu),
+            OPERATORS["per_token_quant_fp8"].spec(f32, cpu),
             quantised,
             torch.cat((exact.abs().amax(-1, True), signs), dim=-1),
             ("--op", "per_token_quant_fp8"),
         ),
         Kernel(
             "gemma",
-            norms.GEMMA_RMSNORM.spec(64, f32, f32, cpu),
+            OPERATORS["gemma_rmsnorm"].spec(64, f32, f32, cpu),
             gemma,
             exact / root * (1 + w.double()),
             ("--op", "gemma_rmsnorm", "--hidden-size", "64"),

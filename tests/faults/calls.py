@@ -603,10 +603,9 @@ class Outcome:
 
 def forget() -> None:
     """Empties the tables of every operator, so that the next call takes the slow path."""
-    for operator in OPERATORS:
-        for table in vars(operator).values():
-            if isinstance(table, dict):
-                table.clear()
+    for operator in OPERATORS.values():
+        for table in operator.tables:
+            table.clear()
 
 
 _GRAD: dict[str, Callable[[], Any]] = {

@@ -218,9 +218,8 @@ PLACES = (
     "lock",
     "toolchains",
     "toolchain",
-    "aside",
     "quarantine",
-    "proofs",
+    "invariance",
     "tag",
     "stray",
 )
@@ -256,7 +255,7 @@ def place_of(box: Box, place: str, rng: random.Random) -> Path:
         return next(entry.glob(pattern), entry / pattern.replace("*", "none"))
     if place == "toolchain":
         return next((box.cache / "toolchains").glob("*.json"), box.cache / "toolchains" / "cpu-0.json")
-    builder = f"{socket.gethostname()}.{cache._boot()}.{rng.randrange(1, 1 << 22)}"
+    builder = f"{socket.gethostname()}.{cache.host_id()}.{rng.randrange(1, 1 << 22)}"
     staged = f"{spec.name}.{spec.target.sm}.{builder}.{rng.randbytes(4).hex()}"
     lock = next((box.cache / "locks").glob(f"{spec.name}*"), box.cache / "locks" / f"{home.name}.{entry.name}")
     return {

@@ -1,33 +1,19 @@
-"""Processes of their own, and compilers that can be watched."""
+"""Compilers that can be watched, and one that copies a library which was built before."""
 
 from __future__ import annotations
 
-import os
 import shutil
-import subprocess
-import sys
-import textwrap
 from pathlib import Path
 
 import pytest
 
-
-def start(*script: str, **environment: str | None) -> subprocess.Popen[str]:
-    """A fresh Python that runs the parts of `script`. A variable that is None is removed."""
-    env = {**os.environ, **{k: v for k, v in environment.items() if v is not None}}
-    for name, value in environment.items():
-        if value is None:
-            env.pop(name, None)
-    command = [sys.executable, "-c", "\n".join(textwrap.dedent(part) for part in script)]
-    pipe = subprocess.PIPE
-    return subprocess.Popen(command, env=env, stdin=pipe, stdout=pipe, stderr=pipe, text=True)
+from .processes import SERVER
 
 
-def run(*script: str, **environment: str | None) -> subprocess.CompletedProcess[str]:
-    """The same, to its end."""
-    process = start(*script, **environment)
-    out, err = process.communicate(timeout=120)
-    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+@pytest.fixture(scope="session", autouse=True)
+def _close_the_fork_server():
+    yield
+    SERVER.close()
 
 
 def entries(cache: Path) -> list[Path]:

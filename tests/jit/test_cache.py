@@ -12,11 +12,13 @@ import pytest
 import torch
 
 from jitnorm.jit import build as builder
-from jitnorm.jit import cache
+from jitnorm.jit import cache, cleanup, locations
+from jitnorm.jit import entry as _entry
 from jitnorm.jit import spec as spec_module
 from jitnorm.jit import toolchain as toolchain_module
 from jitnorm.jit.build import build, first_error
-from jitnorm.jit.cache import BadEntry, Cache, Entry
+from jitnorm.jit.cache import Cache
+from jitnorm.jit.entry import BadEntry, Entry
 from jitnorm.jit.spec import Target
 from jitnorm.rmsnorm import rmsnorm_spec
 
@@ -35,7 +37,7 @@ def test_who_comes_second_uses_the_first_ones(cache_dir):
     first.verify()
 
 
-def test_publishing_over_a_damaged_entry(cache_dir, capfd):
+def test_publishing_over_a_damaged_entry(cache_dir, caplog):
     first = build(SPEC)
     content = first.library.read_bytes()
     first.library.write_bytes(b"")
@@ -44,13 +46,13 @@ def test_publishing_over_a_damaged_entry(cache_dir, capfd):
         staging.write(first.library.name, content)
         staging.write("manifest.json", (first.path / "manifest.json").read_bytes())
         place.publish(staging, SPEC, first.path.name).verify()
-    assert capfd.readouterr().err.count("is not used") == 1
+    assert caplog.text.count("is not used") == 1
 
 
-def test_a_lock_that_is_never_released_delays_a_build_and_no_more(cache_dir, monkeypatch, capfd):
+def test_a_lock_that_is_never_released_delays_a_build_and_no_more(cache_dir, monkeypatch, caplog):
     build(SPEC)
-    monkeypatch.setattr(builder, "_QUIET_S", 0.05)
-    monkeypatch.setattr(builder, "_LOCK_S", 0.2)
+    monkeypatch.setattr(builder, "_FIRST_MESSAGE_S", 0.05)
+    monkeypatch.setattr(builder, "_LOCK_LIMIT_S", 0.2)
     other = rmsnorm_spec(128, torch.float32, torch.float32, Target("cpu"))
     toolchain = toolchain_module.require("cpu", None).key
     (cache_dir / "staging" / f"{other.name}.{other.target.sm}.some.host.0a1b2c3d.4711.0123abcd").mkdir()
@@ -59,7 +61,7 @@ def test_a_lock_that_is_never_released_delays_a_build_and_no_more(cache_dir, mon
         started = time.monotonic()
         build(other).verify()
         assert time.monotonic() - started < 60
-    said = capfd.readouterr().err
+    said = caplog.text
     assert "waiting for process 4711 on some.host" in said and "no longer waiting" in said
     assert not list((cache_dir / "locks").iterdir())
 
@@ -82,29 +84,29 @@ def test_a_bad_manifest_is_said(tmp_path):
             Entry(tmp_path).verify()
 
 
-def test_a_passing_trouble_is_no_damage(cache_dir, monkeypatch, capfd):
+def test_a_passing_trouble_is_no_damage(cache_dir, monkeypatch, caplog):
     """Too many open files, say: the entry stays where it is, and serves again."""
     entry = build(SPEC)
     place = Cache(cache_dir)
     monkeypatch.setattr(Entry, "verify", lambda *_, **__: (_ for _ in ()).throw(OSError(24, "Too many open files")))
     assert place.find(SPEC, entry.path.name) is None
     monkeypatch.undo()
-    assert "is not used this time" in capfd.readouterr().err
+    assert "is not used this time" in caplog.text
     assert place.find(SPEC, entry.path.name).path == entry.path
 
 
-def test_an_entry_that_was_rebuilt_meanwhile_goes_back(cache_dir, capfd):
+def test_an_entry_that_was_rebuilt_meanwhile_goes_back(cache_dir, caplog):
     entry = build(SPEC)
     Cache(cache_dir).quarantine(entry.path, "it was damaged a moment ago")
     entry.verify()
-    assert capfd.readouterr().err == ""
+    assert not caplog.records
 
 
 def test_a_bad_entry_is_held_by_nobody(cache_dir):
     entry = build(SPEC)
     entry.library.write_bytes(b"")
     assert Cache(cache_dir).find(SPEC, entry.path.name) is None
-    assert entry.path not in cache._held
+    assert entry.path not in _entry._locked
 
 
 def test_sources_that_change_under_a_process_are_not_published(cache_dir, tmp_path, monkeypatch):
@@ -125,17 +127,18 @@ def test_leftovers(cache_dir):
     home = build(SPEC).path.parent.name
     name = home.rpartition(".")[0]
     young, old = f"{name}.some.host.0a1b2c3d.12.abcd_123", f"{name}.other.0a1b2c3d.13.efgh5678"
-    dead = f"{name}.this.host.{cache._boot()}.14.01234567"
+    dead = f"{name}.this.host.{cache.host_id()}.14.01234567"
     quarantined = {f"{home}.0123abcd", f"failed.{name}.0123abcd"}
     ages = {f"staging/{young}": 60, f"staging/{old}": 2 * 86400, f"staging/{dead}": 0}
     for folder, age in (ages | {f"quarantine/{n}": 60 for n in quarantined}).items():
         (cache_dir / folder).mkdir(parents=True, mode=0o700)
         os.utime(cache_dir / folder, (time.time() - age,) * 2)
     (cache_dir / "quarantine").chmod(0o700)
-    assert {p.name for p in Cache(cache_dir).leftovers()} == {old, dead, *quarantined}
+    assert {p.name for p in cleanup.leftovers(Cache(cache_dir))} == {old, dead, *quarantined}
     with Cache(cache_dir).staging(SPEC) as staging:
         # A build under way is its process's, and one on another host may be under way. The dead one is removed.
-        assert {p.name for p in Cache(cache_dir).leftovers()} == {old, *quarantined}
+        cleanup.remove_abandoned(Cache(cache_dir), 60)
+        assert {p.name for p in cleanup.leftovers(Cache(cache_dir))} == {old, *quarantined}
         assert {p.name for p in (cache_dir / "staging").iterdir()} == {young, old, staging.path.name}
 
 
@@ -145,14 +148,13 @@ def test_what_is_not_ours_is_left_alone(cache_dir):
         "kernels/cuda.sm_90a.tuned/best",
         "staging/dataset",
         "quarantine/notes",
-        "aside/notes",
     ):
         (cache_dir / name).mkdir(parents=True)
         (cache_dir / name).parent.chmod(0o700)
         os.utime(cache_dir / name, (0, 0))
     entry = build(SPEC)
     assert not (cache_dir / "CACHEDIR.TAG").exists()  # with which backups would leave it out
-    assert list(Cache(cache_dir).entries()) == [entry] and not Cache(cache_dir).leftovers()
+    assert list(Cache(cache_dir).entries()) == [entry] and not cleanup.leftovers(Cache(cache_dir))
 
 
 def test_an_entry_that_another_process_removed(cache_dir):
@@ -165,7 +167,7 @@ def test_nowhere_to_keep_a_kernel(cache_dir, monkeypatch):
     def fail(**_):
         raise FileNotFoundError(2, "No usable temporary directory found")
 
-    monkeypatch.setattr(cache.tempfile, "mkdtemp", fail)
+    monkeypatch.setattr(locations.tempfile, "mkdtemp", fail)
     cache_dir.write_text("")
     with pytest.raises(RuntimeError, match=r"is not a folder; nor for this process: .*No usable temporary directory"):
         build(SPEC)
@@ -173,9 +175,9 @@ def test_nowhere_to_keep_a_kernel(cache_dir, monkeypatch):
 
 def test_a_folder_from_which_nothing_can_be_loaded(cache_dir, monkeypatch):
     cache_dir.mkdir()
-    assert cache.unusable(cache_dir) is None
-    monkeypatch.setattr(cache.os, "statvfs", lambda _: SimpleNamespace(f_flag=os.ST_NOEXEC | os.ST_NOSUID))
-    assert "mounted noexec" in cache.unusable(cache_dir)
+    assert locations.reason_not_writable(cache_dir) is None
+    monkeypatch.setattr(locations.os, "statvfs", lambda _: SimpleNamespace(f_flag=os.ST_NOEXEC | os.ST_NOSUID))
+    assert "mounted noexec" in locations.reason_not_writable(cache_dir)
 
 
 @pytest.mark.parametrize(

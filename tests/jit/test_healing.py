@@ -7,6 +7,7 @@ import errno
 import fcntl
 import hashlib
 import json
+import logging
 import os
 import shlex
 import shutil
@@ -22,14 +23,16 @@ from click.testing import CliRunner
 
 from jitnorm.cli import main
 from jitnorm.jit import build as builder
-from jitnorm.jit import cache, library, toolchain
+from jitnorm.jit import cache, library, locations, toolchain
 from jitnorm.jit import load as engine
 from jitnorm.jit.build import BuildError, BuildInterrupted, build
-from jitnorm.jit.cache import Cache, Entry
+from jitnorm.jit.cache import Cache
+from jitnorm.jit.entry import Entry
 from jitnorm.jit.folder import Folder
 from jitnorm.jit.library import BadLibrary, Elf, check_library
 
-from .conftest import entries, run, start
+from .conftest import entries
+from .processes import run, start
 from .test_untrusted import SPEC, call, forget
 
 PYTHON = shlex.quote(sys.executable)
@@ -88,13 +91,13 @@ def test_any_damage_to_the_tables_is_found_without_a_crash(built_library):
             Elf(content[:length])
 
 
-def test_a_published_library_that_does_not_load_is_rebuilt_once(copier, cache_dir, capfd):
+def test_a_published_library_that_does_not_load_is_rebuilt_once(copier, cache_dir, caplog):
     """Its hash is right: it was built where other libraries are, or it is of an earlier release."""
     entry = build(SPEC)
     entry.release()
     publish_content(entry, b"\x7fELF, and no more")
     call()
-    assert copier.builds == 2 and "it cannot be loaded" in capfd.readouterr().err
+    assert copier.builds == 2 and "it cannot be loaded" in caplog.text
     forget()
     copier.then("")
     monkey = pytest.MonkeyPatch()
@@ -138,7 +141,7 @@ def test_a_prebuilt_library_that_does_not_load_is_built(copier, cache_dir, tmp_p
 
 
 def host_folder(name: str) -> str:
-    return f"{SPEC.name}.{SPEC.target.sm}.some.host.{cache._boot()}.4711.{name}"
+    return f"{SPEC.name}.{SPEC.target.sm}.some.host.{cache.host_id()}.4711.{name}"
 
 
 def test_a_build_removes_what_dead_processes_left(copier, cache_dir):
@@ -179,9 +182,7 @@ def test_clear_removes_all_that_is_jitnorms(copier, cache_dir):
     copier.then("exit 1")
     with pytest.raises(BuildError):
         build(cpu_spec(64))
-    (cache_dir / "aside" / f"failed.{SPEC.name}.{SPEC.target.sm}.01234567").mkdir(parents=True)
-    (cache_dir / "aside").chmod(0o700)
-    Cache(cache_dir).remember("proofs", "0123456789abcdef01234567.json", {})
+    Cache(cache_dir).write_record("invariance", "0123456789abcdef01234567.json", {})
     assert CliRunner().invoke(main, ["cache", "clear", "--yes"]).exit_code == 0
     assert [p.name for p in cache_dir.rglob("*") if not p.is_dir()] == ["CACHEDIR.TAG"]
     assert not list(cache_dir.glob("*/*"))
@@ -250,7 +251,7 @@ def test_on_nfs_a_kernel_in_use_is_known_to_be(copier, cache_dir, monkeypatch):
 
 @pytest.mark.parametrize("code", [errno.ESTALE, errno.EIO, errno.ETIMEDOUT, errno.ENOSPC, errno.EDQUOT, errno.EROFS])
 @pytest.mark.parametrize("place", ["root", "staging", "kernels"])
-def test_a_failing_file_system_gets_the_temporary_folder(copier, cache_dir, monkeypatch, capfd, place, code):
+def test_a_failing_file_system_gets_the_temporary_folder(copier, cache_dir, monkeypatch, caplog, place, code):
     build(cpu_spec(64)).release()
     root, failed = os.fspath(cache_dir), []
 
@@ -268,7 +269,7 @@ def test_a_failing_file_system_gets_the_temporary_folder(copier, cache_dir, monk
         patch.setattr(os, "open", failing(os.open))
         patch.setattr(os, "mkdir", failing(os.mkdir))
         call()
-    assert failed and "This process keeps its own" in capfd.readouterr().err
+    assert failed and "This process keeps its own" in caplog.text
 
 
 def test_sources_that_cannot_be_read_are_said(copier, monkeypatch):
@@ -285,24 +286,24 @@ def test_sources_that_cannot_be_read_are_said(copier, monkeypatch):
     spec_module._read.cache_clear()
 
 
-def test_a_deleted_working_directory(copier, tmp_path, monkeypatch, capfd):
+def test_a_deleted_working_directory(copier, tmp_path, monkeypatch, caplog):
     (tmp_path / "gone").mkdir()
     monkeypatch.chdir(tmp_path / "gone")
     (tmp_path / "gone").rmdir()
     monkeypatch.setenv("JITNORM_CACHE_DIR", "relative")
     call()
-    assert "the working directory is gone" in capfd.readouterr().err
+    assert "the working directory is gone" in caplog.text
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="becomes a user that no file knows")
 def test_a_user_without_a_home_and_an_entry_in_passwd(tmp_path):
     script = """
         import os, torch, jitnorm.rmsnorm, jitnorm.jit.build, ninja
-        from jitnorm.jit import cache
+        from jitnorm.jit import locations
         os.setuid(54321)
         del os.environ["HOME"]
-        place = cache.writable()
-        print(place.root, cache.is_replaced())
+        place = locations.writable()
+        print(place.root, locations.is_temporary())
     """
     tmp_path.chmod(0o777)
     for parent in tmp_path.parents[:-2]:
@@ -312,10 +313,10 @@ def test_a_user_without_a_home_and_an_entry_in_passwd(tmp_path):
     assert "there is no home folder" in done.stderr
 
 
-def test_a_disk_that_is_full_for_the_compiler(copier, cache_dir, capfd):
+def test_a_disk_that_is_full_for_the_compiler(copier, cache_dir, caplog):
     copier.then(f'case "$PWD" in {cache_dir}/*) echo "ld: final link failed: No space left on device"; exit 1;; esac')
     call()
-    said = capfd.readouterr().err
+    said = caplog.text
     assert "No space left on device" in said and "This process keeps its own" in said
 
 
@@ -345,15 +346,15 @@ def running(mark: str) -> bool:
     return False
 
 
-def test_a_build_without_end_is_ended(copier, cache_dir, monkeypatch, capfd):
+def test_a_build_without_end_is_ended(copier, cache_dir, monkeypatch, caplog):
     seconds = f"1000.{os.getpid()}"
     copier.then(f"trap '' TERM; sleep {seconds}")  # and it does not listen
-    monkeypatch.setattr(builder, "_QUIET_S", 0.05)
-    monkeypatch.setattr(builder, "_REPORT_S", 0.2)
+    monkeypatch.setattr(builder, "_FIRST_MESSAGE_S", 0.05)
+    monkeypatch.setattr(builder, "_MESSAGE_INTERVAL_S", 0.2)
     monkeypatch.setattr(builder, "_BUILD_LIMIT_S", 0.4)
     with pytest.raises(BuildError, match="the compilers did not end within 0 s"):
         engine.load(SPEC)
-    said = capfd.readouterr().err
+    said = caplog.text
     assert "building RMSNormKernel<512" in said and "still building" in said and "sleep" in said
     assert not running(seconds)
 
@@ -450,7 +451,7 @@ def test_what_this_process_lacks_is_no_fault_of_the_entry(copier, cache_dir, mon
         raise OSError(errno.EFBIG, "File too large")
 
     with monkeypatch.context() as patch:
-        patch.setattr(library, "_write", no_room)
+        patch.setattr(library, "write_all", no_room)
         with pytest.raises(RuntimeError, match=r"at this moment: .*File too large"):
             engine.load(SPEC)
     entry.verify()
@@ -477,7 +478,7 @@ def test_where_there_are_no_locks_nothing_looks_abandoned(copier, cache_dir, mon
         raise OSError(errno.ENOLCK, "No locks available")
 
     monkeypatch.setattr(fcntl, "flock", none)
-    cache.create(cache_dir)
+    locations.create(cache_dir)
     with Cache(cache_dir).staging(SPEC) as staging:
         build(SPEC)
         assert staging.path.is_dir()
@@ -501,13 +502,13 @@ def test_a_cache_with_a_newline_in_its_path(copier, cache_dir, monkeypatch):
     assert copier.builds == 1
 
 
-def test_an_entry_that_neither_loads_nor_moves(copier, cache_dir, monkeypatch, capfd):
+def test_an_entry_that_neither_loads_nor_moves(copier, cache_dir, monkeypatch, caplog):
     entry = build(SPEC)
     entry.release()
     publish_content(entry, b"\x7fELF")
     monkeypatch.setattr(Cache, "quarantine", lambda *_, **__: None)  # as in a read-only cache
     call()
-    assert copier.builds == 2 and "This process keeps its own" in capfd.readouterr().err
+    assert copier.builds == 2 and "This process keeps its own" in caplog.text
 
 
 def test_show_of_an_entry_that_others_can_write(copier):
@@ -523,6 +524,7 @@ def test_nobody_reads_what_is_said(copier, cache_dir, monkeypatch):
     entry.library.write_bytes(b"damaged")
     read, write = os.pipe()
     os.close(read)
+    monkeypatch.setattr(logging.getLogger(), "handlers", [])  # pytest's, with which nothing goes to stderr
     monkeypatch.setattr(sys, "stderr", os.fdopen(write, "w"))
     call()
 

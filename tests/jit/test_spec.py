@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+import tvm_ffi
 
 from jitnorm.jit import spec as module
 from jitnorm.jit.spec import KernelSpec, Target
@@ -75,7 +76,7 @@ def test_flags_processor_and_tvm_ffi_are_in_the_key(monkeypatch):
     monkeypatch.setattr(module, "_CUDA_NINJA", module._CUDA_NINJA.replace("-O3", "-O1"))
     assert fresh(cuda) != keys[1]
     monkeypatch.undo()
-    monkeypatch.setattr(module.tvm_ffi, "__version__", "9.9")
+    monkeypatch.setattr(tvm_ffi, "__version__", "9.9")
     assert fresh(cuda) != keys[1]
 
 

@@ -17,10 +17,13 @@ from click.testing import CliRunner
 from helpers import relative_error, rmsnorm_reference
 
 from jitnorm.cli import main
-from jitnorm.jit import cache
+from jitnorm.core.operators import OPERATORS
+from jitnorm.jit import cache, cleanup, log
+from jitnorm.jit import entry as _entry
 from jitnorm.jit import load as engine
 from jitnorm.jit.build import build, write_sources
-from jitnorm.jit.cache import Cache, Entry
+from jitnorm.jit.cache import Cache
+from jitnorm.jit.entry import Entry
 from jitnorm.jit.folder import Folder
 from jitnorm.jit.spec import Target
 from jitnorm.jit.toolchain import Compiler, Toolchain
@@ -35,7 +38,7 @@ def forget() -> None:
     """What a new process would know."""
     engine._loaded.clear()
     engine._failed.clear()
-    cache._say_once.cache_clear()
+    log.warn_once.cache_clear()
 
 
 def call() -> None:
@@ -43,8 +46,7 @@ def call() -> None:
     import jitnorm
 
     forget()
-    norm = jitnorm.core.norms.RMSNORM
-    for table in (norm.kernels, norm.dispatched, norm.exact):
+    for table in OPERATORS["rmsnorm"].tables:
         table.clear()
     x, w = torch.randn(5, 512), torch.randn(512)
     out = torch.full_like(x, float("nan"))
@@ -67,21 +69,22 @@ def test_folders_are_private_whatever_the_umask(copier, cache_dir, monkeypatch, 
 
 
 @pytest.mark.parametrize("place", ["kernels", "home", "entry", "library", "manifest.json"])
-def test_what_others_can_write_is_moved_away_once(copier, cache_dir, capfd, place):
+def test_what_others_can_write_is_moved_away_once(copier, cache_dir, caplog, place):
     entry = build(SPEC)
     paths = {"kernels": cache_dir / "kernels", "home": entry.path.parent, "entry": entry.path, "library": entry.library}
     path = paths.get(place, entry.path / place)
     path.chmod(path.stat().st_mode | 0o020)
     call()
     assert copier.builds == 2
-    said = capfd.readouterr().err
+    said = caplog.text
     assert said.count("can be written by other users") == 1 and str(cache_dir / "quarantine") in said
+    caplog.clear()
     call()
-    assert copier.builds == 2 and capfd.readouterr().err == ""
+    assert copier.builds == 2 and not caplog.records
 
 
 @pytest.mark.parametrize("place", ["", "kernels", "home", "entry", "library"])
-def test_a_prebuilt_layer_that_others_can_write_is_not_used(copier, cache_dir, tmp_path, monkeypatch, capfd, place):
+def test_a_prebuilt_layer_that_others_can_write_is_not_used(copier, cache_dir, tmp_path, monkeypatch, caplog, place):
     entry = build(SPEC)
     entry.release()
     shutil.copytree(cache_dir, tmp_path / "prebuilt")
@@ -94,7 +97,7 @@ def test_a_prebuilt_layer_that_others_can_write_is_not_used(copier, cache_dir, t
     )
     path.chmod(path.stat().st_mode | 0o002)
     assert not engine.find(SPEC).prebuilt
-    assert capfd.readouterr().err.count("can be written by other users") == 1
+    assert caplog.text.count("can be written by other users") == 1
     assert path.exists()
 
 
@@ -272,13 +275,13 @@ def test_whatever_lies_there_is_moved_away_and_hangs_nothing(copier, cache_dir, 
     call()
     assert copier.builds == builds, "it is circumvented and not healed"
     Cache(cache_dir).find(SPEC, None).verify()
-    for held in list(cache._held):
+    for held in list(_entry._locked):
         Entry(held).release()
     result = CliRunner().invoke(main, ["cache", "clear", "--yes"])
     assert result.exit_code == 0, result.output
     left = {p.name.partition(".")[0] for p in cache_dir.rglob("*") if not p.is_dir() or p.is_symlink()}
     # What lies where one of the cache's own folders should be may be somebody's, and is kept.
-    assert left <= {"CACHEDIR", place if place in cache._OURS or place == "kernels" else "CACHEDIR"}
+    assert left <= {"CACHEDIR", place if place in cache.OWN_NAMES or place == "kernels" else "CACHEDIR"}
 
 
 def test_one_bad_entry_stops_no_command(copier, cache_dir):
@@ -300,6 +303,6 @@ def test_a_jump_of_the_clock_removes_no_build_under_way(copier, cache_dir, monke
     with Cache(cache_dir).staging(SPEC) as staging:
         now = time.time()
         monkeypatch.setattr(time, "time", lambda: now + 10 * 86400)
-        assert staging.path not in Cache(cache_dir).leftovers()
+        assert staging.path not in cleanup.leftovers(Cache(cache_dir))
         CliRunner().invoke(main, ["cache", "clear", "--yes"])
         assert staging.path.is_dir()

@@ -1,1 +1,1 @@
-"""Benchmarks of kernels in a few declarative lines: see `jitnorm.benchmark.marker` and docs/benchmarking.md."""
+"""Benchmark kernels with a few declarative lines: see `jitnorm.benchmark.marker` and docs/benchmarking.md."""

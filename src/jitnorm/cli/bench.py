@@ -25,16 +25,16 @@ def bench() -> None:
 @click.option(
     "--threshold", type=click.FloatRange(min=0), default=2.0, show_default=True, help="In per cent: less is the same."
 )
-def compare(a: Path, b: Path, threshold: float) -> None:
+@json_option
+def compare(a: Path, b: Path, threshold: float, form: str) -> None:
     """Say for each row what is SAME, FASTER, SLOWER or AMBIGUOUS in B, from the samples of both.
 
-    A.json and B.json are what a benchmark's --json wrote. Exits 1 when something got slower beyond noise, or failed,
+    A.json and B.json are what a benchmark's --output wrote. Exits 1 when something got slower beyond noise, or failed,
     and when nothing can be told: every row is AMBIGUOUS.
     """
-    from jitnorm.benchmark.compare import Verdict, rows_of, unlike
+    from jitnorm.benchmark.compare import Verdict, comparison_rows, differing_conditions
     from jitnorm.benchmark.compare import compare as compared
-    from jitnorm.benchmark.report import Report
-    from jitnorm.benchmark.result import BenchResult
+    from jitnorm.benchmark.results import Report
 
     before, after = Report.read(a), Report.read(b)
     if before.name != after.name:
@@ -42,14 +42,17 @@ def compare(a: Path, b: Path, threshold: float) -> None:
     found = compared(before, after, threshold / 100)
     if not found:
         raise ValueError(f"{a} and {b} have no row and implementation in common")
-    for text in unlike(before, after):
+    for text in differing_conditions(before, after):
         click.echo(f"warning: {text}", err=True)
-    header = ("ROW", "IMPL", f"A {before.unit}", f"B {before.unit}", "CHANGE", "VERDICT", "WHY")
-    output.table(header, rows_of(found, before.unit), right=[2, 3, 4])
     counts = Counter(comparison.verdict for comparison in found)
-    click.echo("\n" + ", ".join(f"{counts[v]} {v.value}" for v in Verdict if counts[v]))
-    if gone := sum(isinstance(cell, BenchResult) for _, _, cell in before.cells()) - len(found):
-        click.echo(f"{gone} more in {a} have no counterpart in {b}")
+    if form == "json":
+        output.as_json([comparison.as_dict() for comparison in found])
+    else:
+        header = ("ROW", "IMPL", f"A {before.unit}", f"B {before.unit}", "CHANGE", "VERDICT", "WHY")
+        output.table(header, comparison_rows(found, before.unit), right=[2, 3, 4])
+        click.echo("\n" + ", ".join(f"{counts[v]} {v.value}" for v in Verdict if counts[v]))
+        if gone := len(before.results()) - len(found):
+            click.echo(f"{gone} more in {a} have no counterpart in {b}")
     if counts[Verdict.AMBIGUOUS] == len(found):
         raise RuntimeError("every row is AMBIGUOUS, so that these two runs tell nothing: see WHY")
     if counts[Verdict.SLOWER] or counts[Verdict.FAILED]:
@@ -72,7 +75,10 @@ def server(
 
     All requests start together. Exits 1 if one of them fails; the rest is reported.
     """
-    from jitnorm.benchmark.server import run_batch
+    try:
+        from jitnorm.benchmark.server import run_batch
+    except ImportError as error:  # of httpx: the message says what to install
+        raise RuntimeError(str(error)) from error
 
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", RuntimeWarning)

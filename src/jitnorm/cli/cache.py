@@ -13,8 +13,10 @@ from jitnorm.cli.base import Group, json_option
 from jitnorm.cli.entries import Row, all_rows, find_rows, places, rows_of
 from jitnorm.cli.filters import Filter, filter_option, max_size_option, older_than_option, select
 from jitnorm.cli.removal import remove
-from jitnorm.jit import cache as store
-from jitnorm.jit.folder import Folder, Unfit
+from jitnorm.jit import cleanup, locations
+from jitnorm.jit.cache import Cache
+from jitnorm.jit.entry import MANIFEST, BadEntry
+from jitnorm.jit.folder import Folder, UntrustedPath
 from jitnorm.jit.library import BadLibrary, ChildCheck, check_library
 
 _MAX_SHOWN_BYTES = 1 << 20
@@ -31,7 +33,7 @@ def cache() -> None:
 @cache.command("dir")
 def dir_() -> None:
     """Print the cache's folder, which need not exist. JITNORM_CACHE_DIR names another."""
-    click.echo(store.readable().root)
+    click.echo(locations.readable().root)
 
 
 @cache.command("ls")
@@ -80,7 +82,7 @@ def show(name: str) -> None:
         click.echo("\nfiles")
         for name, weight in sizes.items():
             click.echo(f"  {output.size(weight):>9}  {output.printable(name)}")
-        for name in (store.MANIFEST, *(name for name in sizes if name.startswith("module."))):
+        for name in (MANIFEST, *(name for name in sizes if name.startswith("module."))):
             if name in sizes:
                 click.echo(f"\n{output.printable(name)}\n{_text(folder, name)}")
 
@@ -89,7 +91,7 @@ def _text(folder: Folder, name: str) -> str:
     try:
         text = folder.read(name, _MAX_SHOWN_BYTES).decode(errors="replace").rstrip()
         return "\n".join(output.printable(line.expandtabs()) for line in text.split("\n"))
-    except (Unfit, OSError) as error:
+    except (UntrustedPath, OSError) as error:
         return f"cannot be read: {error}"
 
 
@@ -132,7 +134,7 @@ def clear(filters: tuple[Filter, ...], older_than: float | None, dry_run: bool, 
     for place in _own():
         everything = not filters and older_than is None
         chosen = select(list(rows_of(place)), filters, older_than, time.time())
-        others = [*place.leftovers(), *place.remembered()] if everything else []
+        others = [*cleanup.leftovers(place), *cleanup.records(place)] if everything else []
         done &= remove(place, chosen, others, dry_run, yes)
     if not done:
         raise click.exceptions.Exit(1)
@@ -160,12 +162,12 @@ def prune(older_than: float | None, max_size: int | None, dry_run: bool, yes: bo
             chosen = select(rows, (), older_than, time.time()) if older_than is not None else []
             if max_size is not None:
                 chosen += _least_recently_used([row for row in rows if row.in_use or row not in chosen], max_size)
-        done &= remove(place, chosen, place.leftovers(), dry_run, yes)
+        done &= remove(place, chosen, cleanup.leftovers(place), dry_run, yes)
     if not done:
         raise click.exceptions.Exit(1)
 
 
-def _own() -> list[store.Cache]:
+def _own() -> list[Cache]:
     own = [place for place in places() if not place.prebuilt]
     if not own:
         raise RuntimeError(
@@ -177,7 +179,7 @@ def _own() -> list[store.Cache]:
 def _is_stale(row: Row) -> bool:
     try:
         manifest = row.entry.manifest
-    except store.BadEntry:
+    except BadEntry:
         return True
     return (manifest.get("jitnorm"), manifest.get("tvm_ffi")) != (__version__, tvm_ffi.__version__)
 
@@ -199,7 +201,7 @@ def _problem(row: Row) -> str | None:
         library = check_library(content, [])
         with ChildCheck() as child:
             child.check(content, library)
-    except (store.BadEntry, BadLibrary, OSError) as problem:
+    except (BadEntry, BadLibrary, OSError) as problem:
         return str(problem)
     return None
 

@@ -16,7 +16,7 @@ from jitnorm.cli import output
 from jitnorm.cli.base import Command
 from jitnorm.cli.timing import median_us
 from jitnorm.core.targets import resolve_target
-from jitnorm.jit import cache
+from jitnorm.jit import locations
 from jitnorm.jit.load import find
 from jitnorm.rmsnorm import rmsnorm, rmsnorm_spec
 
@@ -58,8 +58,8 @@ def demo() -> None:
 
 def _first_call(hidden_size: int, device: str) -> None:
     spec = rmsnorm_spec(hidden_size, _DTYPE, _DTYPE, resolve_target(device))
-    built = find(spec, hold=False) is not None
-    click.echo(f"{spec}: {'already built' if built else 'not built yet, building'}, in {cache.readable().root}")
+    built = find(spec, mark_in_use=False) is not None
+    click.echo(f"{spec}: {'already built' if built else 'not built yet, building'}, in {locations.readable().root}")
     x, weight = _inputs(257, hidden_size, device)
     started = time.perf_counter()
     out = rmsnorm(x, weight, _EPS)
@@ -74,7 +74,7 @@ def _first_call(hidden_size: int, device: str) -> None:
 def _first_call_elsewhere(hidden_size: int, device: str) -> float:
     """Milliseconds of the first call in a new process, which may not build."""
     code = _FRESH_PROCESS.format(path=sys.path, hidden_size=hidden_size, dtype=_DTYPE, device=device)
-    environment = {**os.environ, "JITNORM_CACHE_DIR": str(cache.readable().root), "JITNORM_DISABLE_JIT": "1"}
+    environment = {**os.environ, "JITNORM_CACHE_DIR": str(locations.readable().root), "JITNORM_DISABLE_JIT": "1"}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     if done.returncode or not done.stdout.split():
         said = done.stderr.strip().splitlines() or [f"it ended with status {done.returncode} and said nothing"]

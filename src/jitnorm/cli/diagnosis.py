@@ -26,7 +26,8 @@ from jitnorm.core.checks import DTYPE_NAMES
 from jitnorm.core.targets import cuda_target
 from jitnorm.dispatch import explain
 from jitnorm.dispatch.wanted import wanted
-from jitnorm.jit import cache, toolchain
+from jitnorm.jit import locations, toolchain
+from jitnorm.jit.cache import Cache
 from jitnorm.jit.environment import installed_versions, is_on
 
 # torch-c-dlpack-ext need not be there, and ninja may be the system's.
@@ -92,8 +93,8 @@ def _devices() -> list[dict[str, str]]:
 
 def _compilers() -> dict[str, dict[str, str | None] | None]:
     """Where each was found, if anywhere, and its version: None for one that did not say it, and so cannot be used."""
-    # memory=None: what the compilers say is not remembered, so that nothing is written.
-    host, both = toolchain.identify("cpu", memory=None), toolchain.identify("cuda", memory=None)
+    # cache=None: what the compilers say is not remembered, so that nothing is written.
+    host, both = toolchain.identify("cpu", cache=None), toolchain.identify("cuda", cache=None)
     cxx, nvcc, ninja = toolchain.find_cxx(), toolchain.find_nvcc(), toolchain.find_ninja()
     return {
         "c++": {"path": cxx, "version": host.cxx.version if host else None} if cxx else None,
@@ -122,12 +123,14 @@ def _ninja_version(path: str) -> str | None:
     return done.stdout.strip() or None
 
 
-def _cache(place: cache.Cache) -> dict[str, Any]:
+def _cache(place: Cache) -> dict[str, Any]:
     facts = {"root": str(place.root), "prebuilt": place.prebuilt, "exists": False, "problem": None}
     rows: list[Row] = []
     try:
         facts["exists"] = place.root.is_dir()
-        facts["problem"] = _prebuilt_problem(place.root) if place.prebuilt else cache.unusable(place.root)
+        facts["problem"] = (
+            _prebuilt_problem(place.root) if place.prebuilt else locations.reason_not_writable(place.root)
+        )
         rows = list(rows_of(place))
     except OSError as error:  # a name that is too long, a server that does not answer
         facts["problem"] = facts["problem"] or error.strerror or str(error)

@@ -11,15 +11,17 @@ from pathlib import Path
 from typing import Any
 
 from jitnorm.cli.output import printable
-from jitnorm.jit import cache
-from jitnorm.jit.folder import Unfit
+from jitnorm.jit import locations
+from jitnorm.jit.cache import Cache
+from jitnorm.jit.entry import BadEntry, Entry
+from jitnorm.jit.folder import UntrustedPath
 
 
 @dataclass(frozen=True)
 class Row:
     """One kernel on disk."""
 
-    entry: cache.Entry
+    entry: Entry
     name: str
     op: str
     kernel: str
@@ -55,15 +57,15 @@ def _utc(seconds: float) -> str | None:
         return None
 
 
-def places() -> list[cache.Cache]:
+def places() -> list[Cache]:
     """The cache and the prebuilt layer; where they are one folder, it counts as prebuilt and is never written."""
-    prebuilt, own = cache.prebuilt(), cache.readable()
+    prebuilt, own = locations.prebuilt(), locations.readable()
     if prebuilt and os.path.realpath(prebuilt.root) == os.path.realpath(own.root):
         return [prebuilt]
     return [own, prebuilt] if prebuilt else [own]
 
 
-def rows_of(place: cache.Cache) -> Iterator[Row]:
+def rows_of(place: Cache) -> Iterator[Row]:
     """The kernels of one cache, those with damaged manifests among them."""
     for entry in place.entries():
         with suppress(FileNotFoundError):  # removed meanwhile, by another process
@@ -87,14 +89,14 @@ def find_rows(name: str) -> list[Row]:
     ]
 
 
-def _row(entry: cache.Entry, prebuilt: bool) -> Row:
+def _row(entry: Entry, prebuilt: bool) -> Row:
     try:
         manifest = entry.manifest
-    except cache.BadEntry:
+    except BadEntry:
         manifest = {}
     try:
         last_used, size = entry.last_used, entry.size
-    except (Unfit, OSError):  # it has no manifest, or others can write to it
+    except (UntrustedPath, OSError):  # it has no manifest, or others can write to it
         info = entry.path.lstat()
         last_used, size = info.st_mtime, info.st_size
 

@@ -10,8 +10,9 @@ import click
 
 from jitnorm.cli.entries import Row
 from jitnorm.cli.output import plural, size
+from jitnorm.jit import cleanup
 from jitnorm.jit.cache import Cache
-from jitnorm.jit.folder import Unfit
+from jitnorm.jit.folder import UntrustedPath
 
 
 def remove(place: Cache, rows: Sequence[Row], leftovers: Sequence[Path], dry_run: bool, yes: bool) -> bool:
@@ -29,7 +30,7 @@ def remove(place: Cache, rows: Sequence[Row], leftovers: Sequence[Path], dry_run
         if row.in_use:
             _left_alone(row)
     rows = [row for row in rows if not row.in_use]
-    weights = {path: place.bytes_at(path) for path in leftovers}
+    weights = {path: cleanup.size_of(place, path) for path in leftovers}
     what = " and ".join(plural(n, noun) for n, noun in ((len(rows), "kernel"), (len(leftovers), "leftover")) if n)
     if not what:
         click.echo(f"nothing to remove in {place.root}")
@@ -54,7 +55,7 @@ def remove(place: Cache, rows: Sequence[Row], leftovers: Sequence[Path], dry_run
         kernels, freed, failed = kernels + bool(gone), freed + bool(gone) * row.size, failed + (gone is None)
     for path, weight in weights.items():
         label = str(path.relative_to(place.root))
-        gone = _attempt(label, lambda path=path: place.discard(path))  # type: ignore[misc]
+        gone = _attempt(label, lambda path=path: cleanup.remove(place, path))  # type: ignore[misc]
         others, freed, failed = others + bool(gone), freed + bool(gone) * weight, failed + (gone is None)
     removed = " and ".join(plural(n, noun) for n, noun in ((kernels, "kernel"), (others, "leftover")) if n)
     click.echo(f"removed {removed or 'nothing'}, freed {size(freed)}")
@@ -65,7 +66,7 @@ def _attempt(label: str, action: Callable[[], bool]) -> bool | None:
     """What `action` returns; None, and a line that says why, where it fails."""
     try:
         return action()
-    except (OSError, Unfit) as error:
+    except (OSError, UntrustedPath) as error:
         click.echo(f"cannot be removed  {label}: {error}", err=True)
         return None
 

@@ -6,10 +6,10 @@ import click
 from tqdm import tqdm
 
 from jitnorm.cli.base import Command, several
-from jitnorm.jit import cache
+from jitnorm.jit import locations
 from jitnorm.jit.spec import KernelSpec
-from jitnorm.warmup import DTYPES, OPS, make_plan, problem_of_sources
-from jitnorm.warmup.run import Result, build_all, default_jobs, prepare, survey
+from jitnorm.warmup import DTYPES, OPS, argument_problem, make_plan
+from jitnorm.warmup.run import Result, build_all, default_jobs, find_cached, prepare
 
 _DTYPE = click.Choice(list(DTYPES))
 
@@ -67,20 +67,20 @@ def warmup(
     jitnorm warmup --op silu_and_mul,store_cache --dtype bf16
     """
     names = ("--hidden-size", "--config", "--weight-dtype")
-    if problem := problem_of_sources(op, hidden_size, weight_dtype, config, names):
+    if problem := argument_problem(op, hidden_size, weight_dtype, config, names):
         raise click.UsageError(problem)
     plan = make_plan(op or None, hidden_size, dtype, weight_dtype, device, arch, config, skip_unsupported)
     for note in plan.notes:
         click.echo(f"note: {note}", err=True)
     for why in plan.refused:
         click.echo(f"refused  {why}", err=True)
-    cached, missing = survey(plan.specs)
+    cached, missing = find_cached(plan.specs)
     for spec in cached:
         click.echo(f"cached   {_row(spec)}")
     result = Result(cached=cached, refused=plan.refused)
     if missing:
         _build(missing, jobs or default_jobs(), result)
-    click.echo(f"{result}; the cache is {cache.readable().root}")
+    click.echo(f"{result}; the cache is {locations.readable().root}")
     if result.failed or (result.refused and not skip_unsupported):
         raise click.exceptions.Exit(1)
 

@@ -1,7 +1,7 @@
 """What is wrong with an argument, in one line: its name, what it was, what is accepted.
 
 The glue in csrc decides in nanoseconds whether a kernel can take its arguments; these functions say why not, and stand
-guard before a kernel is built. Both sides hold the same conditions; tests/test_checks_agree.py sees to that.
+guard before a kernel is built. Both sides hold the same conditions; tests/core/test_checks_agree.py sees to that.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ from typing import TypeGuard
 import torch
 
 DTYPE_NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
-CUDA_ALIGNMENT = 16  # bytes in one access of a CUDA kernel
+CUDA_ALIGNMENT = 16  # bytes in the widest access of a CUDA kernel
+MIN_ACCESS_BYTES = 4  # in the narrowest
 
 
 def tensor(name: str, value: object) -> None:
@@ -56,7 +57,12 @@ def shape(name: str, value: torch.Tensor, expected: Sequence[int], why: str) -> 
 
 def vector_bytes(row_bytes: int) -> int:
     """What one access of a CUDA kernel moves of rows that are any multiple of 4 bytes."""
-    return next(n for n in (CUDA_ALIGNMENT, 8, 4) if row_bytes % n == 0)
+    return next(n for n in (CUDA_ALIGNMENT, 8, MIN_ACCESS_BYTES) if row_bytes % n == 0)
+
+
+def power(limit: int) -> str:
+    """Return a power of two as messages write it, such as 2^30."""
+    return f"2^{limit.bit_length() - 1}"
 
 
 def storage(name: str, value: torch.Tensor) -> None:

@@ -1,56 +1,56 @@
-"""The RMSNorm family: which sizes it serves, with which kernel, and what it refuses.
-
-Each operator has a file of its own for its signature and the fast way of a call. What they share is here: the slow way,
-which a call takes once for each size, or to be told what is wrong with it.
-"""
+"""What the RMSNorm operators share: sizes, kernel specs, argument checks and the gradient."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
 from jitnorm.core import checks
 from jitnorm.core.operators import CPP_TYPES, DTYPES, Operator
 from jitnorm.core.targets import target_of
+from jitnorm.core.torch_library import build_while_tracing
 from jitnorm.jit.spec import KernelSpec, Target
 
-_WARP_SIZES = (64, 128, 256)
-_BLOCK_SIZES = range(512, 8192 + 1, 256)
+_WARP_HIDDEN_SIZES = (64, 128, 256)
+_BLOCK_HIDDEN_SIZES = range(512, 8192 + 1, 256)
 
 
 def is_supported_hidden_size(hidden_size: int) -> bool:
-    """Whether a kernel of the family serves `hidden_size`."""
-    return hidden_size in _WARP_SIZES or hidden_size in _BLOCK_SIZES
+    """Return whether the norms have a kernel for `hidden_size`."""
+    return hidden_size in _WARP_HIDDEN_SIZES or hidden_size in _BLOCK_HIDDEN_SIZES
 
 
 def kernel_class(hidden_size: int, op: str = "rmsnorm") -> str:
-    """The class in csrc/elementwise that serves `hidden_size`; RuntimeError if none does."""
-    if hidden_size in _WARP_SIZES:
+    """Return the class in csrc/elementwise that serves `hidden_size`. RuntimeError if there is none."""
+    if hidden_size in _WARP_HIDDEN_SIZES:
         return "RMSNormWarpKernel"
-    if hidden_size in _BLOCK_SIZES:
+    if hidden_size in _BLOCK_HIDDEN_SIZES:
         return "RMSNormKernel"
+    block = _BLOCK_HIDDEN_SIZES
     raise RuntimeError(
-        f"{op} does not support hidden_size {hidden_size}: "
-        "supported are 64, 128, 256 and the multiples of 256 from 512 to 8192"
+        f"{op} does not support hidden_size {hidden_size}: supported are {', '.join(map(str, _WARP_HIDDEN_SIZES))} "
+        f"and the multiples of {block.step} from {block[0]} to {block[-1]}"
     )
 
 
 @dataclass(frozen=True)
 class Norm(Operator):
-    """One operator of the family, or one of its variants."""
+    """One norm, or one of its variants."""
 
-    policy: str  # what sets its kernels apart, in csrc/include/jitnorm/rms_policy.h
-    family: str = field(default="rmsnorm", kw_only=True)  # the files in csrc/elementwise that have its kernels
-    weight_offset: float = field(default=0.0, kw_only=True)  # what the weight gets before it multiplies
+    policy: str  # the policy class in csrc/include/jitnorm/rms_policy.h, which distinguishes its kernels
+    family: str = field(default="rmsnorm", kw_only=True)  # the files in csrc/elementwise that define its kernels
+    weight_offset: float = field(default=0.0, kw_only=True)  # what is added to the weight before it multiplies
+
+    has_weight: ClassVar[bool] = True
 
     def kernel_class(self, hidden_size: int) -> str:
-        """The class in csrc/elementwise that serves `hidden_size`; RuntimeError if none does."""
+        """Return the class in csrc/elementwise that serves `hidden_size`. RuntimeError if there is none."""
         return kernel_class(hidden_size, self.op)
 
     def spec(self, hidden_size: int, dtype: torch.dtype, weight_dtype: torch.dtype, target: Target) -> KernelSpec:
-        """What to build for one size. RuntimeError for a size that is not supported, TypeError for such a dtype."""
+        """Return what to build for one size. RuntimeError for an unsupported size, TypeError for such a dtype."""
         cls = self.kernel_class(hidden_size)
         if dtype not in DTYPES or weight_dtype not in (dtype, torch.float32):
             raise TypeError(
@@ -74,58 +74,25 @@ class Norm(Operator):
         )
 
     def run(self, input: torch.Tensor, weight: torch.Tensor, *arguments: Any) -> None:
-        """Calls the kernel that serves `input` and `weight` on `arguments`, which have been checked."""
+        """Run the kernel that serves `input` and `weight` on `arguments`, which have been checked."""
         key = input.shape[-1], input.dtype, weight.dtype, target_of(input)
         self.call((input.dtype, weight.nbytes), key, *arguments)
 
 
-RMSNORM = Norm("rmsnorm", "rmsnorm", "Plain")
-GEMMA_RMSNORM = Norm("gemma_rmsnorm", "rmsnorm", "Gemma", weight_offset=1.0)
-FUSED_ADD_RMSNORM = Norm("fused_add_rmsnorm", "fused_add_rmsnorm", "FusedAdd")
-FUSED_ADD_RMSNORM_ROUND_SUM = Norm("fused_add_rmsnorm_round_sum", "fused_add_rmsnorm", "FusedAddRounded")
-GEMMA_FUSED_ADD_RMSNORM = Norm("gemma_fused_add_rmsnorm", "fused_add_rmsnorm", "GemmaFusedAdd", weight_offset=1.0)
-GEMMA_FUSED_ADD_RMSNORM_ROUND_SUM = Norm(
-    "gemma_fused_add_rmsnorm_round_sum", "fused_add_rmsnorm", "GemmaFusedAddRounded", weight_offset=1.0
-)
-NORMS = (
-    RMSNORM,
-    GEMMA_RMSNORM,
-    FUSED_ADD_RMSNORM,
-    FUSED_ADD_RMSNORM_ROUND_SUM,
-    GEMMA_FUSED_ADD_RMSNORM,
-    GEMMA_FUSED_ADD_RMSNORM_ROUND_SUM,
-)
-
-
 def new_like(input: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
-    """Rows in the order of the input's. torch takes windows that begin one element apart for columns."""
+    """Return an empty tensor like `input` whose last stride is 1.
+
+    torch.empty_like alone gives rows that start one element apart, as overlapping windows do, the strides of columns.
+    """
     out = torch.empty_like(input, dtype=dtype)
     return out if out.dim() == 0 or out.stride(-1) == 1 else input.new_empty(input.shape, dtype=dtype)
 
 
-def check_rmsnorm(norm: Norm, input: Any, weight: Any, eps: Any, out: Any, enable_pdl: Any) -> None:
-    """Raises for what the glue `rmsnorm` in csrc/elementwise/rmsnorm.h refuses."""
-    check_input_and_weight(norm, input, weight, eps, enable_pdl)
-    if out is None:
-        return
-    check_like_input("out", out, input)
-    checks.written_rows("out", out)
-    checks.no_overlap("out", out, "input", input)
-    checks.no_shared_memory("out", out, "weight", weight)
+def check_metadata(norm: Norm, input: torch.Tensor, weight: torch.Tensor, **like_input: torch.Tensor) -> None:
+    """Raise for what is wrong with dtypes, shapes and devices, which tensors without storage have as well.
 
-
-def check_fused_add_rmsnorm(norm: Norm, input: Any, residual: Any, weight: Any, eps: Any, enable_pdl: Any) -> None:
-    """Raises for what the glue `fused_add_rmsnorm` in csrc/elementwise/rmsnorm.h refuses."""
-    check_input_and_weight(norm, input, weight, eps, enable_pdl)
-    check_like_input("residual", residual, input)
-    for name, written in (("input", input), ("residual", residual)):
-        checks.written_rows(name, written)
-        checks.no_shared_memory(name, written, "weight", weight)
-    checks.no_overlap("residual", residual, "input", input, even_exactly=True)
-
-
-def check_kinds(norm: Norm, input: torch.Tensor, weight: torch.Tensor, **like_input: torch.Tensor) -> None:
-    """What can be said of tensors without storage: RuntimeError for a size, errors for dtypes, shapes and devices."""
+    `like_input` are the other arguments that have the input's dtype, shape and device, by name.
+    """
     if input.dim() == 0:
         raise ValueError("input must have at least one dimension, got a scalar")
     checks.dtype("input", input, DTYPES)
@@ -141,10 +108,10 @@ def check_kinds(norm: Norm, input: torch.Tensor, weight: torch.Tensor, **like_in
 
 
 def check_input_and_weight(norm: Norm, input: Any, weight: Any, eps: Any, enable_pdl: Any) -> None:
-    """What every operator of the family refuses of what they all have."""
+    """Raise for what is wrong with the arguments that all norms have."""
     checks.tensor("input", input)
     checks.tensor("weight", weight)
-    check_kinds(norm, input, weight)
+    check_metadata(norm, input, weight)
     checks.supported_device("input", input)
     checks.eps(eps)
     checks.enable_pdl(enable_pdl)
@@ -153,9 +120,27 @@ def check_input_and_weight(norm: Norm, input: Any, weight: Any, eps: Any, enable
 
 
 def check_like_input(name: str, value: Any, input: torch.Tensor) -> None:
-    """`value` is rows of the input's shape, dtype and device."""
+    """Raise unless `value` is rows of the input's shape, dtype and device."""
     checks.tensor(name, value)
     checks.dtype(name, value, (input.dtype,))
     checks.shape(name, value, input.shape, "like input")
     checks.device(name, value, "input", input)
     checks.rows(name, value)
+
+
+def trace(norm: Norm, input: torch.Tensor, weight: torch.Tensor, **like_input: torch.Tensor) -> None:
+    """Raise for bad metadata, then build the kernel, so that the compiled graph's first run does not have to."""
+    check_metadata(norm, input, weight, **like_input)
+    build_while_tracing(norm, input, int(input.shape[-1]), input.dtype, weight.dtype)
+
+
+def gradients(
+    norm: Norm, x: torch.Tensor, weight: torch.Tensor, eps: float, grad: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the gradients of `x`, which was normalised, and of the weight, in float32."""
+    x, grad_out, factor = x.float(), grad.float(), weight.float() + norm.weight_offset
+    rstd = torch.rsqrt((x * x).mean(dim=-1, keepdim=True) + eps)
+    normalised, grad_normalised = x * rstd, grad_out * factor
+    grad_x = rstd * (grad_normalised - normalised * (grad_normalised * normalised).mean(dim=-1, keepdim=True))
+    grad_weight = (grad_out * normalised).reshape(-1, x.shape[-1]).sum(dim=0)
+    return grad_x, grad_weight

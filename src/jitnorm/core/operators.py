@@ -1,65 +1,88 @@
-"""What every operator keeps of its kernels: the last ones, which a call finds in nanoseconds, and all of them."""
+"""The base class of operators, which keeps their kernels and calls them, and the registry of all operators."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
 
 from jitnorm.core import torch_modes
 from jitnorm.jit.load import load
-from jitnorm.jit.spec import KernelSpec
+from jitnorm.jit.spec import KernelSpec, Target
 
 # The dtypes that kernels compute with, as csrc/include/jitnorm/dtype.h calls them.
 CPP_TYPES = {torch.float16: "fp16_t", torch.bfloat16: "bf16_t", torch.float32: "float"}
 DTYPES = tuple(CPP_TYPES)
 
-OPERATORS: list[Operator] = []  # every one of the package, in the order in which they were made
+# The registry: every operator by name. Warm-up, the generated reference and the tests over all operators read it.
+OPERATORS: dict[str, Operator] = {}
+# An example call of every operator by name. A kernel that runs only as part of another operator's call has none.
+EXAMPLES: dict[str, Example] = {}
 
 
 @dataclass(frozen=True)
 class Operator:
-    """One operator: a subclass says in `spec` what to build for one of its sizes."""
+    """One operator, or one variant of an operator. A subclass implements `spec`."""
 
     op: str  # its name
-    entry: str  # the glue in csrc/elementwise that its kernels are called through
-    # Each operator has its own, but not as fields, of which dynamo before torch 2.8 wants to understand the keys.
-    # The last kernel used for what is cheapest to ask of tensors, such as the input's dtype and then the weight's
-    # bytes: a dictionary of dictionaries, as looking up a tuple takes longer. It may be for another device, or for
-    # tensors that this does not tell apart: then it refuses, and the slow path finds the right one.
-    kernels: ClassVar[dict[Hashable, Any]]
-    # The same kernels for calls that torch's dispatcher has seen: these run whatever mode of torch is active.
-    dispatched: ClassVar[dict[tuple[Hashable, ...], Callable[..., int]]]
-    # Every kernel used so far, for the fast path and for dispatched calls, by all that tells one from another: the
-    # arguments of `spec`.
-    exact: ClassVar[dict[tuple[Any, ...], tuple[Any, Any]]]
+    entry: str  # the function of the bindings in csrc/elementwise through which its kernels are called
+    # The operator whose calls run this kernel as well; None for an operator that has a call of its own.
+    part_of: Operator | None = field(default=None, kw_only=True)
+
+    # What the size in `warmup_spec` is. None where one kernel serves all sizes.
+    size_name: ClassVar[str | None] = "hidden_size"
+    needs_size: ClassVar[bool] = True  # whether a warm-up has to name a size
+    has_weight: ClassVar[bool] = False  # whether kernels differ by the weight's dtype
+
+    # Each operator has tables of its own, but not as fields: dynamo before torch 2.8 tries to understand their keys.
+    #
+    # The last kernel used for each `fast_key`, which is what is cheapest to ask of tensors, such as the input's dtype
+    # and then the weight's bytes. Dictionaries of dictionaries, because looking up a tuple takes longer. The kernel may
+    # be for another device, or for other tensors with the same key: then it refuses them, and the slow path finds the
+    # right one.
+    fast_cache: ClassVar[dict[Hashable, Any]]
+    # The same kernels for calls that come from torch's dispatcher: these run whatever mode of torch is active.
+    dispatched_cache: ClassVar[dict[tuple[Hashable, ...], Callable[..., int]]]
+    # Every kernel used so far, for the fast path and for dispatched calls, by the arguments of `spec`.
+    kernels_by_spec: ClassVar[dict[tuple[Any, ...], tuple[Any, Any]]]
 
     def __post_init__(self) -> None:
-        for table in ("kernels", "dispatched", "exact"):
+        for table in ("fast_cache", "dispatched_cache", "kernels_by_spec"):
             object.__setattr__(self, table, {})
-        OPERATORS.append(self)
+        OPERATORS[self.op] = self
+
+    @property
+    def tables(self) -> tuple[dict[Any, Any], ...]:
+        """Return all that the operator remembers of kernels, for tests that clear it."""
+        return self.fast_cache, self.dispatched_cache, self.kernels_by_spec
 
     def spec(self, *args: Any, **kwargs: Any) -> KernelSpec:
-        """What to build. RuntimeError for a size that is not supported, TypeError for such a dtype."""
+        """Return what to build. RuntimeError for an unsupported size, TypeError for an unsupported dtype."""
         raise NotImplementedError
 
-    def kernel(self, quick: tuple[Hashable, ...], key: tuple[Any, ...]) -> Callable[..., int]:
-        """The function for `spec(*key)`, built and loaded if need be; the next call finds it at once by `quick`."""
-        functions = self.exact.get(key)
+    def warmup_spec(
+        self, size: int | None, dtype: torch.dtype, weight_dtype: torch.dtype, target: Target
+    ) -> KernelSpec:
+        """Return what to build for a size, or for most sizes where it is None. Raises what `spec` raises."""
+        return self.spec(size, dtype, weight_dtype, target)
+
+    def kernel(self, fast_key: tuple[Hashable, ...], key: tuple[Any, ...]) -> Callable[..., int]:
+        """Return the function for `spec(*key)`, built and loaded if need be, and cache it under `fast_key`."""
+        functions = self.kernels_by_spec.get(key)
         if functions is None:
-            functions = self.exact[key] = self._load(key)
-        # A launch takes microseconds: to hand the interpreter to another thread meanwhile is to wait for it afterwards.
-        # On the CPU the library hands it over itself, where the work is long enough.
+            functions = self.kernels_by_spec[key] = self._load(key)
+        # A launch takes microseconds: if another thread got the interpreter meanwhile, this one would wait for it
+        # afterwards. CPU libraries release the GIL themselves, where the work takes long enough.
         for function in functions:
             function.release_gil = False
         fast_path, dispatched = functions
-        *outer, last = quick
-        table = self.kernels
+        *outer, last = fast_key
+        table = self.fast_cache
         for name in outer:
             table = table.setdefault(name, {})
-        table[last], self.dispatched[quick] = fast_path, dispatched
+        table[last], self.dispatched_cache[fast_key] = fast_path, dispatched
         return dispatched  # type: ignore[no-any-return]
 
     def _load(self, key: tuple[Any, ...]) -> tuple[Any, Any]:
@@ -67,12 +90,61 @@ class Operator:
         torch_modes.watch(library)
         return getattr(library, f"{self.entry}_fast_path"), getattr(library, self.entry)
 
-    def call_last(self, quick: tuple[Hashable, ...], *arguments: Any) -> bool:
-        """Runs the kernel that served last on unchecked `arguments`; False if there is none or it refuses them."""
-        function = self.dispatched.get(quick)
+    def try_cached(self, fast_key: tuple[Hashable, ...], *arguments: Any) -> bool:
+        """Run the kernel cached for `fast_key` on unchecked arguments. False if there is none or it refuses them."""
+        function = self.dispatched_cache.get(fast_key)
         return function is not None and not function(*arguments)
 
-    def call(self, quick: tuple[Hashable, ...], key: tuple[Any, ...], *arguments: Any) -> None:
-        """Runs the kernel on `arguments`, which have been checked."""
-        if self.kernel(quick, key)(*arguments):
+    def call(self, fast_key: tuple[Hashable, ...], key: tuple[Any, ...], *arguments: Any) -> None:
+        """Run the kernel for `spec(*key)` on arguments that have been checked."""
+        if self.kernel(fast_key, key)(*arguments):
             raise RuntimeError(f"jitnorm: {self.op} refused arguments that its checks accept; please report this")
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What the tensors of an example call are made for."""
+
+    rows: int
+    size: int  # as in `Operator.warmup_spec`
+    dtype: torch.dtype
+    device: torch.device
+
+    def randn(self, *shape: int) -> torch.Tensor:
+        """Return normally distributed numbers of the dtype, [rows, size] unless a shape is given."""
+        return torch.randn(shape or (self.rows, self.size), device=self.device).to(self.dtype)
+
+    def zeros(self, *shape: int, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """Return zeros of a dtype, or of this one, [rows, size] unless a shape is given."""
+        zeros = torch.zeros(shape or (self.rows, self.size), dtype=torch.float32, device=self.device)
+        return zeros.to(dtype or self.dtype)
+
+
+@dataclass(frozen=True)
+class Example:
+    """A call of a public function that runs one operator."""
+
+    function: Callable[..., Any]
+    make_arguments: Callable[[Shape], dict[str, Any]]  # those that the variant needs, by name
+    written: tuple[str, ...] = ()  # the arguments that are written in place
+    per_row: tuple[str, ...] = ("input",)  # the arguments that have one row for each row of the result
+    # Makes the optional arguments in which the function returns its results, such as `out`.
+    make_outputs: Callable[[Shape], dict[str, torch.Tensor]] | None = None
+
+    def arguments(
+        self, rows: int, size: int, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+    ) -> dict[str, Any]:
+        """Return new arguments for `rows` rows of `size`, by name."""
+        return self.make_arguments(Shape(rows, size, dtype, torch.device(device)))
+
+    def outputs(
+        self, rows: int, size: int, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+    ) -> dict[str, torch.Tensor]:
+        """Return new optional outputs for the same call, by name; nothing for a function that has none."""
+        return self.make_outputs(Shape(rows, size, dtype, torch.device(device))) if self.make_outputs else {}
+
+    def run(self, arguments: dict[str, Any]) -> tuple[torch.Tensor, ...]:
+        """Call the function. Return its results, then the arguments that it has written in place."""
+        result = self.function(**arguments)
+        returned = () if result is None else result if isinstance(result, tuple) else (result,)
+        return (*returned, *(arguments[name] for name in self.written))

@@ -9,7 +9,7 @@ import torch
 from jitnorm.jit.spec import Target
 
 _CPU = Target("cpu")
-_OLDEST = 7.5  # Turing: what tests/test_architectures.py compiles
+_OLDEST = 7.5  # Turing: what tests/core/test_architectures.py compiles
 
 
 def target_of(tensor: torch.Tensor) -> Target:

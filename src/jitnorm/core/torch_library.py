@@ -1,13 +1,16 @@
-"""What operators need to be torch's as well, for torch.compile, export, fake tensors and autograd: torch.ops.jitnorm.*
+"""Registration of operators with torch, as torch.ops.jitnorm.*: for torch.compile, export, fake tensors and autograd.
 
-Eager calls without gradients do not pass there: a dispatched call costs three times what the kernel's own entry does.
+Eager calls without gradients do not use torch.ops: a dispatched call takes three times as long as a direct one.
 """
 
 from __future__ import annotations
 
+import functools
+import threading
 from typing import Any
 
 import torch
+from torch._library import autograd
 
 from jitnorm.core import torch_modes
 from jitnorm.core.operators import Operator
@@ -46,6 +49,12 @@ def mark_constant(function: Any) -> None:
 def needs_grad(*tensors: object) -> bool:
     """Whether autograd has to know of a call on these."""
     return torch.is_grad_enabled() and any(isinstance(t, torch.Tensor) and t.requires_grad for t in tensors)
+
+
+def refuse_gradient(op: str, *tensors: object) -> None:
+    """Raise RuntimeError if a call of an operator without a gradient needs one for these tensors."""
+    if needs_grad(*tensors):
+        raise RuntimeError(f"{op} has no gradient: call it under torch.no_grad()")
 
 
 def refuse_torch_func(op: str, *tensors: object) -> None:
@@ -99,7 +108,18 @@ def build_while_tracing(operator: Operator, like: torch.Tensor, *sizes: Any) -> 
 
 
 def register(schema: str, implementation: Any, fake: Any) -> str:
-    """Makes torch.ops.jitnorm.<name> of a schema, what runs on either device, and what traces."""
+    """Define torch.ops.jitnorm.<name> of a schema.
+
+    `fake` is registered with torch when the operator is first looked up: see `_Namespace`.
+
+    Args:
+        schema: the operator's name and arguments, in torch's schema language.
+        implementation: what runs on the CPU and on CUDA.
+        fake: what runs on fake and meta tensors.
+
+    Returns:
+        The operator's qualified name, for `register_autograd`.
+    """
     _library.define(schema)
     name = schema.partition("(")[0]
 
@@ -110,10 +130,45 @@ def register(schema: str, implementation: Any, fake: Any) -> str:
 
     for key in ("CPU", "CUDA"):
         _library.impl(name, run, key)
-    torch.library.register_fake(f"jitnorm::{name}", fake, lib=_library)
+    _pending_fakes[name] = fake
     return f"jitnorm::{name}"
 
 
 def register_autograd(name: str, backward: Any, save: Any) -> None:
-    """Gives the operator that `register` named a backward; `save` keeps what that needs."""
-    torch.library.register_autograd(name, backward, setup_context=save, lib=_library)
+    """Give the operator that `register` named a backward; `save` stores what that needs.
+
+    As torch.library.register_autograd, which would create three classes for each operator at import. They are created
+    at the operator's first call here.
+    """
+
+    @functools.cache
+    def create() -> Any:
+        operator = getattr(torch.ops.jitnorm, name.removeprefix("jitnorm::")).default
+        return autograd.make_autograd_impl(operator, autograd.Info(backward, save))
+
+    def run(keyset: Any, *arguments: Any, **keywords: Any) -> Any:
+        return create()(keyset, *arguments, **keywords)
+
+    _library.impl(name, run, "Autograd", with_keyset=True)
+
+
+class _Namespace(torch._ops._OpNamespace):
+    """torch.ops.jitnorm, which registers an operator's fake implementation when the operator is first looked up.
+
+    Registering all of them takes 6 ms, which `import jitnorm` would pay in processes that trace nothing. What traces
+    asks this object for the operator first, C++ included; torch keeps what it returned as an attribute, so that calls
+    do not come here. What C++ finds without it, as TorchScript and AOTInductor do, is registered by `register`.
+    """
+
+    __module__ = torch._ops.__name__  # torch names operators after it, and torch.fx writes that name into its code
+
+    def __getattr__(self, name: str) -> Any:
+        with _lock:  # until the fake implementation is there, other threads do not get the operator
+            if fake := _pending_fakes.pop(name, None):
+                torch.library.register_fake(f"jitnorm::{name}", fake, lib=_library)
+            return super().__getattr__(name)
+
+
+_pending_fakes: dict[str, Any] = {}
+_lock = threading.RLock()
+torch.ops.jitnorm.__class__ = _Namespace  # the same object, which others may have asked for already

@@ -36,8 +36,8 @@ from jitnorm.dispatch.choice import choose as _choose
 from jitnorm.dispatch.choice import explain
 from jitnorm.dispatch.wanted import BACKENDS, backend
 from jitnorm.fused_add_rmsnorm import fused_add_rmsnorm as _jit_fused_add_rmsnorm
-from jitnorm.gemma_fused_add_rmsnorm import gemma_fused_add_rmsnorm as _jit_gemma_fused_add_rmsnorm
-from jitnorm.gemma_rmsnorm import gemma_rmsnorm as _jit_gemma_rmsnorm
+from jitnorm.fused_add_rmsnorm import gemma_fused_add_rmsnorm as _jit_gemma_fused_add_rmsnorm
+from jitnorm.rmsnorm import gemma_rmsnorm as _jit_gemma_rmsnorm
 from jitnorm.rmsnorm import rmsnorm as _jit_rmsnorm
 
 __all__ = [

@@ -10,7 +10,7 @@ from jitnorm.dispatch import flashinfer_backend
 from jitnorm.dispatch.wanted import wanted
 
 # norms.is_supported_hidden_size as a set: a third of the time, and dynamo can look up a symbolic size in it.
-_KERNEL_SIZES = frozenset((*norms._WARP_SIZES, *norms._BLOCK_SIZES))
+_KERNEL_SIZES = frozenset((*norms._WARP_HIDDEN_SIZES, *norms._BLOCK_HIDDEN_SIZES))
 # For torch.fx.symbolic_trace, which records the call: its graph chooses when it runs.
 TRACED = "torch.fx", "torch.fx is tracing"
 _is_dynamo_compiling = torch.compiler.is_dynamo_compiling

@@ -1,5 +1,18 @@
-"""The build engine.
+"""Build kernels on first use, keep them on disk, and load them. Nothing here knows an operator.
 
-What to build (spec), with what (toolchain), building it (build), keeping it (cache), and loading it (load). Arrows
-point from load to build to cache, toolchain and spec; nothing here knows an operator.
+From the top down; each module imports only those below it:
+
+    load         return a kernel's module: from memory, from a cache, or from the compiler
+    build        run ninja and the compilers, and check their output
+    library      check and load a shared library, from bytes that were verified
+    toolchain    find the compilers, and ask them for their versions
+    cleanup      remove what builds left behind
+    locations    decide which caches this process uses
+    cache        find, publish and quarantine entries
+    entry        one compiled kernel on disk
+    spec         what to build: source, ninja file and their key
+    folder       access a folder that other users may have changed
+    files        lock and write files
+    log          the package's logger
+    environment  read environment variables and installed versions
 """

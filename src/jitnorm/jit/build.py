@@ -1,4 +1,4 @@
-"""Building one kernel: a private folder, ninja, a check of what the compilers wrote, and their first error."""
+"""Build one kernel: write its sources to a private folder, run ninja, check the output, report the first error."""
 
 from __future__ import annotations
 
@@ -19,11 +19,15 @@ import tvm_ffi
 from tvm_ffi import libinfo
 
 from jitnorm._version import __version__
-from jitnorm.jit import cache, toolchain
-from jitnorm.jit.folder import Folder, Unfit, close
+from jitnorm.jit import cleanup, locations, toolchain
+from jitnorm.jit.cache import Cache, CacheNotWritable
+from jitnorm.jit.entry import Entry, write_entry
+from jitnorm.jit.files import close
+from jitnorm.jit.folder import Folder, UntrustedPath
 from jitnorm.jit.library import BadLibrary, ChildCheck, check_cubin, check_library
-from jitnorm.jit.report import say
+from jitnorm.jit.log import logger
 from jitnorm.jit.spec import CSRC, CUBIN_ASSEMBLY, KernelSpec
+from jitnorm.jit.toolchain import Toolchain
 
 
 class BuildError(RuntimeError):
@@ -31,24 +35,25 @@ class BuildError(RuntimeError):
 
 
 class BuildInterrupted(RuntimeError):
-    """A signal ended the compiler. Nothing is wrong with the kernel, and the next call builds it again."""
+    """A signal ended the compiler. The kernel is not at fault, and the next call builds it again."""
 
 
-class _Damaged(Exception):
-    """The compilers succeeded, and what they wrote is not whole."""
+class _DamagedOutput(Exception):
+    """The compilers exited with 0, and their output is missing or damaged."""
 
 
-_QUIET_S = 1.0  # a build that lasts longer says what it is
-_REPORT_S = 30.0  # and then, this often, what it waits for
+_FIRST_MESSAGE_S = 1.0  # a build that takes longer is logged
+_MESSAGE_INTERVAL_S = 30.0
 _BUILD_LIMIT_S = 900.0
-_LOCK_S = 120.0  # a lock saves work; after this long, doing the work is quicker
+_LOCK_LIMIT_S = 120.0  # the lock saves duplicate work; after waiting this long, building costs less
+_CLEANUP_LIMIT_S = 0.5
 _LOG = "build.log"
 _MAX_LOG_BYTES = 1 << 26
 _MAX_OUTPUT_BYTES = 1 << 28
 
-# Its standard input is a pipe that nobody writes to: it ends when the process that wants the build closes it or ends,
-# however it ends. Then ninja is terminated, which terminates the compilers. Both have a session of their own, so that
-# Ctrl-C on a terminal reaches the process that wants the build alone.
+# Starts ninja, and terminates it and its compilers when this process closes a pipe or ends, in whatever way: standard
+# input is that pipe, and nothing is written to it. The shell and its children have a session of their own, so that
+# Ctrl-C on a terminal interrupts this process only.
 _SUPERVISOR = """
 exec 3<&0 </dev/null
 "$0" 3<&- &
@@ -71,58 +76,59 @@ exit $status
 """
 
 
-def build(spec: KernelSpec, announce: bool = True) -> cache.Entry:
-    """Build `spec` into the cache unless another process does first.
+def build(spec: KernelSpec, announce: bool = True) -> Entry:
+    """Build `spec` into the cache, unless another process does so first.
 
     Args:
-        spec: what to build.
-        announce: whether a build that lasts says so on stderr; false for a caller that shows its own progress.
+        spec: The kernel.
+        announce: Whether to log a build that takes long. False for a caller that shows its own progress.
 
     Returns:
         The entry, marked as in use.
 
     Raises:
-        CannotKeep: the cache's folder cannot be written, or is full.
-        BuildError: a compiler failed.
-        BuildInterrupted: a signal ended it.
-        RuntimeError: a compiler or ninja is missing.
+        CacheNotWritable: The cache's folder cannot be written, or is full.
+        BuildError: A compiler failed.
+        BuildInterrupted: A signal ended it.
+        RuntimeError: A compiler or ninja is missing.
     """
-    spec.key  # noqa: B018  sources that cannot be read are no fault of the cache's
-    place = cache.writable()
-    tools = toolchain.require(spec.target.device, place)
+    spec.key  # noqa: B018  raises where the sources cannot be read, which is not a fault of the cache
+    cache = locations.writable()
+    tools = toolchain.require(spec.target.device, cache)
     try:
-        if entry := place.find(spec, tools.key):
+        if entry := cache.find(spec, tools.key):
             return entry
-        with _lock(place, spec, tools.key):
-            return place.find(spec, tools.key) or _build(spec, place, tools, announce)
-    except (OSError, Unfit) as error:  # a full disk, say
-        raise cache.CannotKeep(f"jitnorm cannot build {spec} in {place.root}: {error}") from error
+        with _lock(cache, spec, tools.key):
+            return cache.find(spec, tools.key) or _build(spec, cache, tools, announce)
+    except (OSError, UntrustedPath) as error:  # a full disk, for example
+        raise CacheNotWritable(f"jitnorm cannot build {spec} in {cache.root}: {error}") from error
 
 
-def _build(spec: KernelSpec, place: cache.Cache, tools: toolchain.Toolchain, announce: bool) -> cache.Entry:
+def _build(spec: KernelSpec, cache: Cache, tools: Toolchain, announce: bool) -> Entry:
+    cleanup.remove_abandoned(cache, _CLEANUP_LIMIT_S)
     for last_try in (False, True):
         started = time.monotonic()
-        with place.staging(spec) as staging, ChildCheck() as child:
+        with cache.staging(spec) as staging, ChildCheck() as child:
             write_sources(spec, staging, tools)
-            _run_ninja(spec, place, staging, announce)
+            _run_ninja(spec, cache, staging, announce)
             try:
                 content = _checked_output(spec, staging, child)
-            except _Damaged as damage:
-                _raise_if_full(place, spec, str(damage))
+            except _DamagedOutput as error:
+                _raise_if_full(cache, spec, str(error))
                 if last_try:
-                    raise BuildError(f"jitnorm cannot build {spec}: the compiler {tools.cxx.path} {damage}") from None
-                continue  # it may have been a full disk or a killed linker: build it once more
+                    raise BuildError(f"jitnorm cannot build {spec}: the compiler {tools.cxx.path} {error}") from None
+                continue  # a full disk or a killed linker may have caused it: try once more
             if spec.sources_changed:
                 raise RuntimeError("jitnorm's sources changed after this process read them: start it anew")
-            for scrap in (".ninja_log", ".ninja_deps", _LOG, "host.o", "kernel.cubin", "library.so"):
-                staging.remove(scrap)
-            cache.seal(staging, content, manifest(spec, tools, time.monotonic() - started))
-            return place.publish(staging, spec, tools.key)
+            for name in (".ninja_log", ".ninja_deps", _LOG, "host.o", "kernel.cubin", "library.so"):
+                staging.remove(name)
+            write_entry(staging, content, manifest(spec, tools, time.monotonic() - started))
+            return cache.publish(staging, spec, tools.key)
     raise AssertionError
 
 
 def _checked_output(spec: KernelSpec, staging: Folder, child: ChildCheck) -> bytes:
-    """Return the library that the compilers wrote. Raises _Damaged unless it is whole, and can be opened."""
+    """Return the library that the compilers wrote. Raises _DamagedOutput unless it is undamaged and can be loaded."""
     try:
         content = staging.read("library.so", _MAX_OUTPUT_BYTES)
         library = check_library(content, [spec.entry])
@@ -130,17 +136,17 @@ def _checked_output(spec: KernelSpec, staging: Folder, child: ChildCheck) -> byt
             cubin = staging.read("kernel.cubin", _MAX_OUTPUT_BYTES)
             check_cubin(cubin, spec.name)
             if cubin not in content:
-                raise BadLibrary("it does not hold the cubin")
+                raise BadLibrary("it does not contain the cubin")
         child.check(content, library)
     except FileNotFoundError:
-        raise _Damaged("wrote no library") from None
-    except (BadLibrary, Unfit) as error:
-        raise _Damaged(f"wrote a library that cannot be used: {error}") from None
+        raise _DamagedOutput("wrote no library") from None
+    except (BadLibrary, UntrustedPath) as error:
+        raise _DamagedOutput(f"wrote a library that cannot be used: {error}") from None
     return content
 
 
-def write_sources(spec: KernelSpec, folder: Folder, tools: toolchain.Toolchain) -> None:
-    """Write all that ninja needs to build `spec` in `folder`."""
+def write_sources(spec: KernelSpec, folder: Folder, tools: Toolchain) -> None:
+    """Write the source and the ninja files of `spec` to `folder`."""
     ffi_library = Path(libinfo.find_libtvm_ffi())
     paths = {
         "cxx": tools.cxx.path,
@@ -158,14 +164,14 @@ def write_sources(spec: KernelSpec, folder: Folder, tools: toolchain.Toolchain) 
 
 
 def _ninja_variable(name: str, path: str) -> bytes:
-    """Return a line of a build file that quotes `path` for ninja and for the shell that it starts."""
-    if re.search(r"[\0-\x1f\x7f]", path):  # ninja has no way to write a newline
+    """Return a line of a ninja file that defines `name` as `path`, quoted for ninja and for the shell."""
+    if re.search(r"[\0-\x1f\x7f]", path):  # ninja's syntax cannot express a newline
         raise RuntimeError(f"jitnorm cannot build with the path {path!r} ({name}): it has control characters")
     return os.fsencode(f"{name} = {shlex.quote(path).replace('$', '$$')}\n")
 
 
-def manifest(spec: KernelSpec, tools: toolchain.Toolchain, seconds: float) -> dict[str, object]:
-    """Return what an entry says of itself, all but the library's name, hash and size."""
+def manifest(spec: KernelSpec, tools: Toolchain, seconds: float) -> dict[str, object]:
+    """Return an entry's manifest without the library's name, hash and size, which `write_entry` adds."""
     return {
         "name": spec.name,
         "op": spec.op,
@@ -174,7 +180,7 @@ def manifest(spec: KernelSpec, tools: toolchain.Toolchain, seconds: float) -> di
         "arch": spec.target.sm,
         "key": spec.key,
         "includes": list(spec.includes),
-        "compilers": tools.compilers(),
+        "compilers": tools.versions(),
         "tvm_ffi": tvm_ffi.__version__,
         "jitnorm": __version__,
         "built": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
@@ -182,22 +188,23 @@ def manifest(spec: KernelSpec, tools: toolchain.Toolchain, seconds: float) -> di
     }
 
 
-def _run_ninja(spec: KernelSpec, place: cache.Cache, staging: Folder, announce: bool) -> None:
+def _run_ninja(spec: KernelSpec, cache: Cache, staging: Folder, announce: bool) -> None:
+    """Run ninja in `staging`. Raises BuildError, BuildInterrupted or CacheNotWritable if it fails."""
     ninja = toolchain.find_ninja()
     if not ninja:
         raise RuntimeError("jitnorm needs ninja and found none, beside this Python or on the PATH: pip install ninja")
-    # Flags that nobody sees are in no key, and errors are looked for in English.
+    # Flags from the environment are in no key. The C locale makes compilers report errors in English.
     environment = {k: v for k, v in os.environ.items() if k not in ("NVCC_APPEND_FLAGS", "NVCC_PREPEND_FLAGS")}
     environment["LC_ALL"] = "C"
     with ExitStack() as stack:
         output = staging.open_file(_LOG, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
         stack.callback(close, output)
-        theirs, ours = (os.fdopen(fd, mode, 0) for fd, mode in zip(os.pipe(), ("rb", "wb"), strict=True))
-        stack.enter_context(ours)
-        with theirs:
-            run = subprocess.Popen(
+        read_end, write_end = (os.fdopen(fd, mode, 0) for fd, mode in zip(os.pipe(), ("rb", "wb"), strict=True))
+        stack.enter_context(write_end)
+        with read_end:
+            process = subprocess.Popen(
                 ["/bin/sh", "-c", _SUPERVISOR, ninja],
-                stdin=theirs,
+                stdin=read_end,
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 cwd=staging.descriptor_path,
@@ -205,64 +212,65 @@ def _run_ninja(spec: KernelSpec, place: cache.Cache, staging: Folder, announce: 
                 start_new_session=True,
             )
         try:
-            ended = _wait(run, spec, place, announce)
+            ended = _wait(process, spec, cache, announce)
         finally:
-            if run.poll() != 0:  # compilers may go on where ninja was killed
-                ours.close()
-                _end_session(run)
+            if process.poll() != 0:  # compilers may still run where ninja was killed
+                write_end.close()
+                _end_session(process)
     try:
-        words = staging.read(_LOG, _MAX_LOG_BYTES).decode(errors="replace")
-    except (OSError, Unfit) as error:
-        words = f"error: the log cannot be read: {error}"
+        log = staging.read(_LOG, _MAX_LOG_BYTES).decode(errors="replace")
+    except (OSError, UntrustedPath) as error:
+        log = f"error: the log cannot be read: {error}"
     if not ended:
-        raise _failed(spec, place, staging, f"the compilers did not end within {_BUILD_LIMIT_S:.0f} s")
-    if run.returncode:
-        _raise_if_full(place, spec, words)
-        if run.returncode < 0 or run.returncode in _SIGNALLED or _ENDED_BY_SIGNAL.search(words):
-            raise BuildInterrupted(f"the build of {spec} was interrupted: {first_error(words)}")
-        raise _failed(spec, place, staging, first_error(words))
+        raise _failed(spec, cache, staging, f"the compilers did not end within {_BUILD_LIMIT_S:.0f} s")
+    if process.returncode:
+        _raise_if_full(cache, spec, log)
+        if process.returncode < 0 or process.returncode in _SIGNAL_STATUS or _SIGNAL_MESSAGE.search(log):
+            raise BuildInterrupted(f"the build of {spec} was interrupted: {first_error(log)}")
+        raise _failed(spec, cache, staging, first_error(log))
 
 
-def _wait(run: subprocess.Popen[bytes], spec: KernelSpec, place: cache.Cache, announce: bool) -> bool:
-    """Wait for a build, and say what it is if it lasts. False where it does not end."""
+def _wait(process: subprocess.Popen[bytes], spec: KernelSpec, cache: Cache, announce: bool) -> bool:
+    """Wait for a build, and log one that takes long. Return False if it does not end within the limit."""
     started = time.monotonic()
-    for patience in (_QUIET_S, *[_REPORT_S] * int(_BUILD_LIMIT_S / _REPORT_S)):
-        if _ends_within(run, patience):
+    intervals = (_FIRST_MESSAGE_S, *[_MESSAGE_INTERVAL_S] * int(_BUILD_LIMIT_S / _MESSAGE_INTERVAL_S))
+    for number, seconds in enumerate(intervals):
+        if _ends_within(process, seconds):
             return True
-        if announce and patience == _QUIET_S:
-            say(f"building {spec} in {place.root} (once; kept for the next time)")
+        if announce and number == 0:
+            logger.info("building %s in %s (once; kept for the next time)", spec, cache.root)
         elif announce:
-            names = sorted({name for _, name in _session(run.pid)} - {"sh", "ninja"})
-            say(f"still building {spec} after {time.monotonic() - started:.0f} s: {', '.join(names)} runs")
+            names = ", ".join(sorted({name for _, name in _session(process.pid)} - {"sh", "ninja"}))
+            logger.info("still building %s after %.0f s: %s runs", spec, time.monotonic() - started, names)
     return False
 
 
-def _ends_within(run: subprocess.Popen[bytes], seconds: float) -> bool:
-    """Return whether a process ends within `seconds`, as soon as it does: Popen.wait sleeps up to 50 ms too long."""
+def _ends_within(process: subprocess.Popen[bytes], seconds: float) -> bool:
+    """Return whether a process ends within `seconds`, as soon as it does: Popen.wait may return 50 ms later."""
     try:
-        fd = os.pidfd_open(run.pid)
+        fd = os.pidfd_open(process.pid)
     except (OSError, AttributeError):  # an older kernel
         with suppress(subprocess.TimeoutExpired):
-            run.wait(seconds)
-        return run.poll() is not None
+            process.wait(seconds)
+        return process.poll() is not None
     try:
-        end = select.poll()
-        end.register(fd, select.POLLIN)
-        end.poll(seconds * 1000)
+        poll = select.poll()
+        poll.register(fd, select.POLLIN)
+        poll.poll(seconds * 1000)
     finally:
         close(fd)
-    return run.poll() is not None
+    return process.poll() is not None
 
 
-def _end_session(run: subprocess.Popen[bytes]) -> None:
-    """End a build: by ninja, which ends the compilers, and by force what does not listen."""
-    _ends_within(run, 2)
+def _end_session(process: subprocess.Popen[bytes]) -> None:
+    """End a build: wait for ninja, which was asked to end its compilers, then kill the processes that remain."""
+    _ends_within(process, 2)
     for _ in range(100):
-        remaining = _session(run.pid)
+        remaining = _session(process.pid)
         for pid, _ in remaining:
             with suppress(OSError):
                 os.kill(pid, signal.SIGKILL)
-        if run.poll() is not None and not remaining:
+        if process.poll() is not None and not remaining:
             return
         time.sleep(0.01)
 
@@ -280,72 +288,69 @@ def _session(leader: int) -> list[tuple[int, str]]:
     return found
 
 
-def _failed(spec: KernelSpec, place: cache.Cache, staging: Folder, why: str) -> BuildError:
+def _failed(spec: KernelSpec, cache: Cache, staging: Folder, reason: str) -> BuildError:
     """Return the error of a failed build, whose folder is kept in quarantine for its log."""
-    kept = place.keep_failed(staging, spec)
-    log = f"\nThe whole log: {kept / _LOG}" if kept else ""
-    return BuildError(f"jitnorm cannot build {spec}: {why}{log}")
+    folder = cache.quarantine_failed_build(staging, spec)
+    log = f"\nThe whole log: {folder / _LOG}" if folder else ""
+    return BuildError(f"jitnorm cannot build {spec}: {reason}{log}")
 
 
-def _raise_if_full(place: cache.Cache, spec: KernelSpec, words: str) -> None:
-    """Raise CannotKeep where a build failed for want of room."""
-    found = _NO_ROOM.search(words)
+def _raise_if_full(cache: Cache, spec: KernelSpec, log: str) -> None:
+    """Raise CacheNotWritable if a build failed because its disk is full."""
+    found = _DISK_FULL.search(log)
     with suppress(OSError):
-        if found or shutil.disk_usage(place.root).free < _MIN_FREE_BYTES:
-            raise cache.CannotKeep(
-                f"jitnorm cannot build {spec} in {place.root}: {found[0] if found else 'No space left on device'}"
-            )
+        if found or shutil.disk_usage(cache.root).free < _MIN_FREE_BYTES:
+            reason = found[0] if found else "No space left on device"
+            raise CacheNotWritable(f"jitnorm cannot build {spec} in {cache.root}: {reason}")
 
 
 _MIN_FREE_BYTES = 1 << 16
-_NO_ROOM = re.compile(
+_DISK_FULL = re.compile(
     "No space left on device|Disk quota exceeded|Read-only file system|File too large|File size limit exceeded"
 )
-_SIGNALLED = (129, 130, 137, 143)  # SIGHUP, SIGINT, SIGKILL and SIGTERM; ninja passes others on, as of a compiler's bug
-_ENDED_BY_SIGNAL = re.compile(
+# SIGHUP, SIGINT, SIGKILL and SIGTERM. Ninja returns other signals too, as when a bug ends the compiler.
+_SIGNAL_STATUS = (129, 130, 137, 143)
+_SIGNAL_MESSAGE = re.compile(
     r"^(Killed|Terminated|Hangup|Interrupt)\b|died due to signal (1|2|9|15)\b"
     r"|(Killed|Terminated|Hangup|Interrupt) signal terminated program",
     re.MULTILINE,
 )
-# The compilers' own errors; how one of them ended; what the linker and the shell say.
-_ERRORS = [
-    re.compile(pattern)
-    for pattern in (
-        r"(^|[:)] )((fatal|internal compiler) )?error\b.*:|^\S+ (fatal|error)\s*:",
-        r"died due to signal|^(Killed|Terminated)\b",
-        r"undefined reference|cannot find|not found|No space|denied",
-    )
-]
+# In order of preference: a compiler's own error, a signal that ended it, an error of the linker or the shell.
+_ERRORS = (
+    re.compile(r"(^|[:)] )((fatal|internal compiler) )?error\b.*:|^\S+ (fatal|error)\s*:"),
+    re.compile(r"died due to signal|^(Killed|Terminated)\b"),
+    re.compile(r"undefined reference|cannot find|not found|No space|denied"),
+)
 _NOISE = re.compile(r"^ninja:|^FAILED:|linker command failed|ld returned")
 
 
 def first_error(log: str) -> str:
-    """Return the compiler's first real error line, without ninja's and the build folder's noise."""
+    """Return the line of a build's log that says best why it failed, without ninja's own messages."""
     lines = [line.strip() for line in log.splitlines() if line.strip()]
-    words = [line for line in lines if not _NOISE.search(line)]
+    candidates = [line for line in lines if not _NOISE.search(line)]
     for pattern in _ERRORS:
-        for line in words:
+        for line in candidates:
             if pattern.search(line):
                 return line
-    return next(iter(words[-1:] or lines[-1:]), "the compiler said nothing")
+    return next(iter(candidates[-1:] or lines[-1:]), "the compiler said nothing")
 
 
 @contextmanager
-def _lock(place: cache.Cache, spec: KernelSpec, key: str) -> Iterator[None]:
-    """Wait until no other process builds `spec`, at most two minutes. Without locks, two may build the same."""
+def _lock(cache: Cache, spec: KernelSpec, key: str) -> Iterator[None]:
+    """Wait until no other process builds `spec`, for two minutes at most. Without locks, two may build the same."""
     started = time.monotonic()
     announced = False
     while True:
-        with place.build_lock(spec, key) as taken:
+        with cache.build_lock(spec, key) as locked:
             waited = time.monotonic() - started
-            if not taken and waited > _QUIET_S + _LOCK_S:
-                say(f"no longer waiting for another process that builds {spec}: building it as well")
-                taken = True
-            if taken:
+            if not locked and waited > _FIRST_MESSAGE_S + _LOCK_LIMIT_S:
+                logger.info("no longer waiting for another process that builds %s: building it as well", spec)
+                locked = True
+            if locked:
                 yield
                 return
-        if not announced and waited > _QUIET_S:
+        if not announced and waited > _FIRST_MESSAGE_S:
             announced = True
-            holders = " and ".join(place.builders(spec)) or "another process"
-            say(f"waiting for {holders}, which builds {spec}")
+            builders = " and ".join(cache.builders(spec)) or "another process"
+            logger.info("waiting for %s, which builds %s", builders, spec)
         time.sleep(0.05 if announced else 0.01)

@@ -1,4 +1,4 @@
-"""What surrounds the process: environment variables and the installed packages."""
+"""Read environment variables and the versions of installed packages."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Loading a kernel's library: from this process's memory, from the cache, or from the compiler."""
+"""Return the loaded module of a kernel: from this process's memory, from a cache, or from the compiler."""
 
 from __future__ import annotations
 
@@ -12,24 +12,27 @@ from pathlib import Path
 import torch
 import tvm_ffi
 
-from jitnorm.jit import cache, toolchain
+from jitnorm.jit import locations, toolchain
+from jitnorm.jit.cache import Cache, CacheNotWritable
+from jitnorm.jit.entry import BadEntry, Entry
 from jitnorm.jit.environment import is_on
 from jitnorm.jit.library import BadLibrary, open_library
+from jitnorm.jit.log import logger
 from jitnorm.jit.spec import KernelSpec
 
 _loaded: dict[KernelSpec, tvm_ffi.Module] = {}
-_failed: dict[KernelSpec, str] = {}  # so that a size that failed does not start the compiler at every call
+_failed: dict[KernelSpec, str] = {}  # a kernel that failed to build does not start the compiler at every call
 _locks: defaultdict[KernelSpec, threading.RLock] = defaultdict(threading.RLock)
 _forked = False
 _MAX_TRIES = 4
 
 
 def load(spec: KernelSpec) -> tvm_ffi.Module:
-    """Return the loaded module of `spec`, built if this is the first time anywhere.
+    """Return the module of `spec`, which is built if no cache has it, and loaded once in a process.
 
     Raises:
-        RuntimeError: it cannot be: no compiler, a failed build, a library that the loader refuses, JITNORM_DISABLE_JIT,
-            or a CUDA graph being captured.
+        RuntimeError: It cannot be built or loaded: no compiler, a failed build, a library that the loader rejects,
+            JITNORM_DISABLE_JIT, or a CUDA graph that is being captured.
     """
     if module := _loaded.get(spec):
         return module
@@ -40,54 +43,58 @@ def load(spec: KernelSpec) -> tvm_ffi.Module:
 
 
 def _load(spec: KernelSpec) -> tvm_ffi.Module:
-    """Find or build an entry and load it. One that cannot be loaded is moved to quarantine and built once more."""
-    refused: dict[Path, str] = {}
+    """Find or build an entry and load it. An entry that cannot be loaded is quarantined, and built once more."""
+    rejected: dict[Path, str] = {}
     for _ in range(_MAX_TRIES):
-        entry = find(spec, ignore=refused) or _build(spec)
+        entry = find(spec, ignore=rejected) or _build(spec)
         try:
             return _open(spec, entry)
-        except (cache.BadEntry, FileNotFoundError):
-            continue  # it vanished after it was published: another process is clearing the cache
-        except OSError as error:  # no descriptors or no room, which is no fault of the entry's
+        except (BadEntry, FileNotFoundError):
+            continue  # another process removed it after it was published
+        except OSError as error:  # too few descriptors or no memory: the entry may be good
             entry.release()
             raise RuntimeError(f"jitnorm cannot load {spec} at this moment: {error}") from error
         except BadLibrary as error:
             entry.release()
-            again = entry.path in refused
-            refused[entry.path] = str(error)
-            if again:
+            is_second_time = entry.path in rejected
+            rejected[entry.path] = str(error)
+            if is_second_time:
                 break
-            place = cache.Cache(entry.root, entry.prebuilt)
-            place.quarantine(entry.path, f"it cannot be loaded: {error}", even_if_sound=True)
+            cache = Cache(entry.root, entry.prebuilt)
+            cache.quarantine(entry.path, f"it cannot be loaded: {error}", even_if_valid=True)
             if not entry.prebuilt and entry.path.exists():
-                cache.replace(entry.root, f"{entry.path} cannot be loaded, nor moved out of the way")
-    why = " and ".join(f"{path}: {why}" for path, why in refused.items()) or "its entry vanishes from the cache"
-    raise RuntimeError(f"jitnorm cannot load {spec}: {why}")
+                locations.use_temporary(entry.root, f"{entry.path} cannot be loaded, nor moved out of the way")
+    reason = " and ".join(f"{path}: {why}" for path, why in rejected.items()) or "its entry vanishes from the cache"
+    raise RuntimeError(f"jitnorm cannot load {spec}: {reason}")
 
 
-def find(spec: KernelSpec, hold: bool = True, ignore: Container[Path] = ()) -> cache.Entry | None:
-    """Return the entry that serves `spec`, without building anything.
+def find(spec: KernelSpec, mark_in_use: bool = True, ignore: Container[Path] = ()) -> Entry | None:
+    """Return the entry that a call of `spec` would load, or None. Nothing is built.
 
-    It is in use from now on, unless `hold` is false. An entry whose path is in `ignore` is passed over.
+    Args:
+        spec: The kernel.
+        mark_in_use: Whether this process is going to load the entry.
+        ignore: Paths of entries to skip.
     """
-    for place in (cache.prebuilt(), *cache.own()):
-        if place and (place.prebuilt or place.exists()):
-            # The prebuilt layer is used whatever the toolchain. Where nothing can be built there is nothing to be newer
-            # than: what is there is good.
-            tools = None if place.prebuilt else toolchain.identify(spec.target.device, place)
-            if entry := place.find(spec, tools.key if tools else None, hold):
+    for cache in (locations.prebuilt(), *locations.searched()):
+        if cache and (cache.prebuilt or cache.exists()):
+            # An entry of the prebuilt layer is used whatever built it. So is any entry where there is no compiler:
+            # nothing newer can be built.
+            tools = None if cache.prebuilt else toolchain.identify(spec.target.device, cache)
+            if entry := cache.find(spec, tools.key if tools else None, mark_in_use):
                 if entry.path not in ignore:
                     return entry
                 entry.release()
     return None
 
 
-def _build(spec: KernelSpec) -> cache.Entry:
+def _build(spec: KernelSpec) -> Entry:
     if spec in _failed:
         raise RuntimeError(f"{_failed[spec]}\n(It failed earlier in this process, and is not tried again.)")
     if is_on("JITNORM_DISABLE_JIT"):
+        folders = " and ".join(str(c.root) for c in (locations.prebuilt(), *locations.searched()) if c)
         raise RuntimeError(
-            f"{spec} is not in the cache ({_folders()}), and JITNORM_DISABLE_JIT forbids building it. "
+            f"{spec} is not in the cache ({folders}), and JITNORM_DISABLE_JIT forbids building it. "
             f"Build it ahead of time: {spec.warmup_command}"
         )
     if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
@@ -100,30 +107,26 @@ def _build(spec: KernelSpec) -> cache.Entry:
     try:
         try:
             return build(spec)
-        except cache.CannotKeep as error:
-            if cache.is_replaced():
+        except CacheNotWritable as error:
+            if locations.is_temporary():
                 raise
-            cache.replace(cache.default_root(), str(error))
+            locations.use_temporary(locations.default_root(), str(error))
             return build(spec)
     except BuildError as error:
         _failed[spec] = str(error)
         raise
 
 
-def _open(spec: KernelSpec, entry: cache.Entry) -> tvm_ffi.Module:
+def _open(spec: KernelSpec, entry: Entry) -> tvm_ffi.Module:
     module = open_library(spec.name, entry.content, spec.entry)
+    logger.debug("loaded %s from %s", spec, entry.path)
     if spec.target.device == "cpu" and _forked:
         module.run_serially()
     return module
 
 
-def _folders() -> str:
-    places = [p for p in (cache.prebuilt(), *cache.own()) if p]
-    return " and ".join(str(p.root) for p in places)
-
-
 def _after_fork() -> None:
-    """OpenMP's threads stayed in the parent, and a lock may have been held there."""
+    # A forked child has none of its parent's OpenMP threads, and another thread may have held a lock.
     global _forked
     _forked = True
     _locks.clear()

@@ -1,4 +1,4 @@
-"""What to build: one kernel instance, as a generated source, a ninja file and the key of both."""
+"""Describe what to build: one kernel instance, its generated source, its ninja file, and the key of both."""
 
 from __future__ import annotations
 
@@ -11,28 +11,35 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-import tvm_ffi
-
-_FORMAT = 2  # of a cache entry; raise it when what an entry holds changes its meaning
+_FORMAT = 2  # of a cache entry; increment it when the content of an entry changes its meaning
 
 _PACKAGE = Path(__file__).resolve().parents[1]
-# In a wheel the sources lie inside the package, in a checkout beside src.
+# In a wheel the sources are inside the package, in a checkout beside src.
 CSRC = next((d for d in (_PACKAGE / "csrc", _PACKAGE.parents[1] / "csrc") if d.is_dir()), _PACKAGE / "csrc")
 
 _ARCH = re.compile(r"(?:sm_?)?(?:([0-9]{1,2})\.([0-9])|([2-9]|1[0-9])([0-9]))([af]?)")
-_MAJOR = re.compile(r"(?:sm_?)?([0-9]|1[0-9])([af]?)")  # such as 9 and 12, which are no 0.9 and 1.2
+_MAJOR = re.compile(r"(?:sm_?)?([0-9]|1[0-9])([af]?)")  # 9 or 12: a major version alone, not 0.9 or 1.2
 
 
 @dataclass(frozen=True)
 class Target:
-    """What the code is to run on: the machine's own processor, or one CUDA architecture."""
+    """What a kernel is compiled for: this machine's CPU, or one CUDA architecture.
 
-    device: str  # "cpu" or "cuda"
-    arch: str = "native"  # for CUDA "9.0a" and the like
+    Attributes:
+        device: "cpu" or "cuda".
+        arch: "native" for the CPU, and a compute capability such as "9.0a" for CUDA.
+    """
+
+    device: str
+    arch: str = "native"
 
     @classmethod
     def cuda(cls, arch: str) -> Target:
-        """From "9.0a", "90a" or "sm_90a". ValueError for anything else, such as a major version alone."""
+        """Return the target for "9.0a", "90a" or "sm_90a".
+
+        Raises:
+            ValueError: `arch` is anything else, such as a major version alone.
+        """
         match = _ARCH.fullmatch(str(arch))
         if not match:
             major = _MAJOR.fullmatch(str(arch))
@@ -42,7 +49,7 @@ class Target:
 
     @property
     def sm(self) -> str:
-        """As nvcc and file names spell it: sm_90a; the processor's family on the host."""
+        """Return the architecture as nvcc and file names spell it, such as sm_90a or cpu_x86_64."""
         return "sm_" + self.arch.replace(".", "") if self.device == "cuda" else f"cpu_{platform.machine()}"
 
 
@@ -50,16 +57,22 @@ class Target:
 class KernelSpec:
     """One instance of one kernel class.
 
-    `family` names the files csrc/<folder>/<family>.cuh and <family>_cpu.h, `entry` the glue in <family>.h and the
-    function that the library exports; `name` is what profilers, errors and the cache call this instance; `warmup` are
-    the words after `jitnorm warmup` that build it ahead of time.
+    Attributes:
+        op: The operator's name.
+        family: Name of the files csrc/<folder>/<family>.cuh and <family>_cpu.h.
+        entry: The function that the library exports, which the bindings in <family>.h define.
+        name: The instance's name in profilers, errors and the cache.
+        kernel: The C++ type, such as "RMSNormKernel<4096, bf16_t, bf16_t>".
+        target: What it is compiled for.
+        warmup: Arguments of `jitnorm warmup` that build it ahead of time.
+        folder: The folder of its sources below csrc.
     """
 
     op: str
     family: str
     entry: str
     name: str
-    kernel: str  # "RMSNormKernel<4096, bf16_t, bf16_t>"
+    kernel: str
     target: Target
     warmup: str
     folder: str = "elementwise"
@@ -69,16 +82,18 @@ class KernelSpec:
 
     @property
     def warmup_command(self) -> str:
+        """Return the command that builds it ahead of time."""
         where = f" --arch {self.target.arch}" if self.target.device == "cuda" else ""
         return f"jitnorm warmup {self.warmup} --device {self.target.device}{where}"
 
     @property
     def source_name(self) -> str:
+        """Return the file name of the source."""
         return "module.cu" if self.target.device == "cuda" else "module.cc"
 
     @property
     def source(self) -> str:
-        """Compiled by nvcc for the device and by the host compiler for the rest; on the CPU by the latter alone."""
+        """Return the source. For CUDA, nvcc compiles it for the device, and the host compiler for the host."""
         if self.target.device == "cuda":
             header, export = f"{self.family}.cuh", f"JITNORM_CUDA_MODULE({self.entry}, {self.name}, jitnorm::Kernel)"
         else:
@@ -90,17 +105,17 @@ class KernelSpec:
 
     @property
     def ninja(self) -> str:
-        """The build, free of any machine's paths: those are in paths.ninja beside it."""
+        """Return build.ninja, which contains no paths of this machine: those are in paths.ninja beside it."""
         return _CUDA_NINJA.format(**_arch_flags(self.target)) if self.target.device == "cuda" else _CPU_NINJA
 
     @property
     def includes(self) -> tuple[str, ...]:
-        """The files under csrc that the source can include, in a fixed order."""
+        """Return the files below csrc that the source includes, directly or not, sorted."""
         return tuple(sorted(_included(self.source)))
 
     @property
     def sources_changed(self) -> bool:
-        """Whether csrc is no longer what this process took it for, as in the middle of an upgrade."""
+        """Return whether csrc has changed since this process read it, as in the middle of an upgrade."""
         try:
             return any((CSRC / name).read_bytes() != _read(name) for name in self.includes)
         except OSError:
@@ -108,10 +123,10 @@ class KernelSpec:
 
     @property
     def key(self) -> str:
-        """A hash of the sources and all they are compiled with, the compilers apart.
+        """Return a hash of the sources and of everything they are compiled with, except the compilers.
 
-        Contents only: pip and network file systems invent modification times, and two virtual environments should
-        share an entry.
+        It depends on contents only: pip and network file systems change modification times, and two virtual
+        environments should share an entry.
         """
         # Not functools.cached_property: before Python 3.12 it takes a lock, which a fork in another thread leaves held.
         if "_key" not in self.__dict__:
@@ -119,6 +134,8 @@ class KernelSpec:
         return str(self.__dict__["_key"])
 
     def _hash(self) -> str:
+        import tvm_ffi  # here, as `jitnorm cache` needs no key and should start quickly
+
         digest = hashlib.sha256()
         parts = {"format": _FORMAT, "source": self.source, "ninja": self.ninja, "machine": platform.machine()}
         parts["tvm_ffi"] = tvm_ffi.__version__
@@ -178,11 +195,11 @@ def _read(name: str) -> bytes:
 
 
 def _included(source: str) -> set[str]:
-    """What `#include "..."` reaches under csrc, recursively."""
+    """Return the files below csrc that `#include "..."` names, recursively."""
     found: set[str] = set()
     pending = [source]
     while pending:
-        # Without a regular expression, whose compilation would take a third of the time that a hit has.
+        # No regular expression: compiling one would take a third of the time of a cache hit.
         for line in pending.pop().splitlines():
             directive = line.strip()
             if not directive.startswith("#") or not directive[1:].lstrip().startswith("include"):
@@ -210,13 +227,13 @@ _CPU_FIELDS = (
 
 @functools.cache
 def cpu_features() -> str:
-    """What -march=native depends on: the first processor's description, less what changes from moment to moment."""
+    """Return what -march=native depends on: the constant fields of the first processor in /proc/cpuinfo."""
     try:
         lines = []
         with open("/proc/cpuinfo") as cpuinfo:
             for line in cpuinfo:
                 if not line.strip():
-                    break  # one processor is enough, and the file grows slowly on large machines
+                    break  # one processor is enough, and the file is slow to read on large machines
                 if line.partition(":")[0].rstrip() in _CPU_FIELDS:
                     lines.append(" ".join(line.split()))
         return "\n".join(lines)

@@ -1,7 +1,7 @@
-"""Finding the host compiler, nvcc and ninja, and asking for their versions.
+"""Find the host compiler, nvcc and ninja, and ask the compilers for their versions.
 
-A compiler is known by its version, and recognised by real path, size and modification time, so that only the first
-process that meets it has to start it: what it said is remembered in the cache's folder.
+A compiler is identified by its version and recognised by path, size and modification time. Its answer is stored in the
+cache, so that only the first process that finds the compiler has to start it.
 """
 
 from __future__ import annotations
@@ -22,32 +22,44 @@ from pathlib import Path
 from typing import Any
 
 from jitnorm.jit.cache import TOOLCHAINS, Cache
-from jitnorm.jit.folder import Unfit
+from jitnorm.jit.folder import UntrustedPath
 
 _HOST_COMPILERS = ("c++", "g++", "clang++")
-# Where a search for compilers looks; a change of one of these makes it look again.
+# The variables that a search for compilers depends on: a stored answer is valid for one set of values.
 _ENVIRONMENT = ("PATH", "CXX", "NVCC", "CUDA_HOME", "CUDA_PATH", "CONDA_PREFIX")
-_ANSWER_LIMIT_S = 20.0  # for the version of a compiler, which may lie on a slow file system
+_ANSWER_LIMIT_S = 20.0  # for a compiler on a slow file system
 _ANSWER_LIMIT_BYTES = 1 << 20
+_KILL_LIMIT_S = 5.0
 
 
 @dataclass(frozen=True)
 class Compiler:
+    """A compiler, its version, and the file that gave this version.
+
+    Attributes:
+        path: Its path, links unresolved, as some compilers find their parts beside argv[0].
+        version: The version that it printed.
+        size: Size of the file in bytes, links resolved.
+        mtime_ns: Modification time of the file, links resolved.
+        top: The toolkit's folder; nvcc only.
+    """
+
     path: str
     version: str
     size: int
     mtime_ns: int
-    top: str = ""  # nvcc: the toolkit's folder
+    top: str = ""
 
     @classmethod
-    def of_json(cls, value: Any) -> Compiler:
-        """Return the compiler that `asdict` made `value` of. Raises TypeError for anything else."""
+    def from_json(cls, value: Any) -> Compiler:
+        """Return the compiler that `asdict` turned into `value`. Raises TypeError for any other value."""
         compiler = cls(**value)
         if any(type(getattr(compiler, f.name)).__name__ != f.type for f in fields(cls)):
             raise TypeError("a field has another type")
         return compiler
 
     def unchanged(self) -> bool:
+        """Return whether the file has the size and time that it had when it was asked."""
         try:
             stat = os.stat(self.path)
         except (OSError, ValueError):
@@ -57,26 +69,33 @@ class Compiler:
 
 @dataclass(frozen=True)
 class Toolchain:
+    """The compilers of a build: the host compiler, and nvcc for CUDA."""
+
     cxx: Compiler
     nvcc: Compiler | None = None
 
     @property
     def key(self) -> str:
+        """Return a hash of the versions, the name of an entry's folder."""
         versions = [c.version for c in (self.cxx, self.nvcc) if c]
         return hashlib.sha256("\0".join(versions).encode()).hexdigest()[:12]
 
-    def compilers(self) -> dict[str, str]:
+    def versions(self) -> dict[str, str]:
+        """Return the version of each compiler by its name."""
         return {name: c.version for name, c in (("c++", self.cxx), ("nvcc", self.nvcc)) if c}
 
 
 def find_cxx() -> str | None:
-    """Return the host compiler's path: $CXX, or the first of the usual names on the PATH; None without any."""
+    """Return the path of the host compiler, $CXX or the first of the usual names on the PATH, or None."""
     names = (os.environ["CXX"],) if os.environ.get("CXX") else _HOST_COMPILERS
     return next((os.path.abspath(path) for name in names if (path := _which(name))), None)
 
 
 def find_nvcc() -> str | None:
-    """nvcc's path: $NVCC, or as cuda-pathfinder finds it: NVIDIA's wheels, conda, CUDA_HOME or CUDA_PATH, the PATH."""
+    """Return the path of nvcc, or None.
+
+    It is $NVCC, or what cuda-pathfinder finds in NVIDIA's wheels, conda, CUDA_HOME, CUDA_PATH and the PATH.
+    """
     if os.environ.get("NVCC"):
         path = _which(os.environ["NVCC"])
         return os.path.abspath(path) if path else None
@@ -86,7 +105,7 @@ def find_nvcc() -> str | None:
 
 
 def find_ninja() -> str | None:
-    """Return the path of the ninja that was installed beside this package, or of the one on the PATH."""
+    """Return the path of the ninja package's program, or of the one on the PATH, or None."""
     try:
         import ninja
 
@@ -99,57 +118,69 @@ def find_ninja() -> str | None:
 
 
 def _which(name: str) -> str | None:
-    """Return the path of a program on the PATH; shutil would use a default one where PATH is not set."""
+    """Return the path of a program on the PATH. If PATH is not set it finds nothing, unlike `shutil.which`."""
     return shutil.which(name, path=os.environ.get("PATH", ""))
 
 
-def identify(device: str, memory: Cache | None) -> Toolchain | None:
-    """Return the compilers that would build for `device` here, or None where something is missing.
+def identify(device: str, cache: Cache | None) -> Toolchain | None:
+    """Return the compilers that would build for `device` on this machine, or None if one is missing.
 
-    `memory` is a cache that keeps the versions of compilers; where it has none of this environment, they are started.
+    Args:
+        device: "cpu" or "cuda".
+        cache: Where versions are stored. Without a valid one for this environment, the compilers are started.
     """
     if not find_cxx():
-        return None  # without it nothing can be built, and nvcc need not be looked for
-    remembered = _recall(device, memory)
-    if remembered:
-        return remembered
+        return None  # nothing can be built, and there is no need to search for nvcc
+    if stored := _read_stored(device, cache):
+        return stored
     found = _ask(device)
     if found:
-        _remember(device, memory, found)
+        _store(device, cache, found)
     return found
 
 
-def require(device: str, memory: Cache | None) -> Toolchain:
-    """Return the compilers for a build, or raise a RuntimeError that says what is missing and what to do about it."""
-    # Asked anew: what stands for a compiler may be a script, which stays as it is when the compiler changes.
+def require(device: str, cache: Cache | None) -> Toolchain:
+    """Return the compilers for a build, which are started to ask for their versions.
+
+    Args:
+        device: "cpu" or "cuda".
+        cache: Where the versions are stored for `identify`.
+
+    Raises:
+        RuntimeError: A compiler is missing or does not work. The message says where it was searched for, and how to
+            install it.
+    """
+    # A compiler may be a script, whose file stays the same when the compiler behind it changes.
     cxx = find_cxx()
     toolchain = _ask(device) if cxx else None
     if toolchain:
-        _remember(device, memory, toolchain)
+        _store(device, cache, toolchain)
         return toolchain
-    own = os.environ.get("CXX", "")
+    variable = os.environ.get("CXX", "")
     if not cxx:
-        if len(own.split()) > 1:
-            raise RuntimeError(f"CXX must be a compiler's name or path, without arguments, got {own!r}")
-        looked = f"$CXX ({own})" if own else " and ".join(_HOST_COMPILERS)
+        if len(variable.split()) > 1:
+            raise RuntimeError(f"CXX must be a compiler's name or path, without arguments, got {variable!r}")
+        searched = f"$CXX ({variable})" if variable else " and ".join(_HOST_COMPILERS)
         raise RuntimeError(
-            f"jitnorm needs a C++ compiler and found none: looked for {looked} on PATH={os.environ.get('PATH', '')!r}. "
+            f"jitnorm needs a C++ compiler and found none: looked for {searched} on "
+            f"PATH={os.environ.get('PATH', '')!r}. "
             "Install one (Debian, Ubuntu: apt-get install g++; conda: conda install cxx-compiler) or set CXX."
         )
     if not _identify_cxx(cxx):
         raise RuntimeError(
-            f"{'CXX' if own else 'the C++ compiler'} is {own or cxx}, which does not work "
+            f"{'CXX' if variable else 'the C++ compiler'} is {variable or cxx}, which does not work "
             f"({_run(cxx, '--version')[1]}). Install one that works, or set CXX"
         )
     variables = ("NVCC", "CUDA_HOME", "CUDA_PATH", "CONDA_PREFIX", "PATH")
-    places = ", ".join(f"{name}={os.environ.get(name, '')!r}" for name in variables)
+    values = ", ".join(f"{name}={os.environ.get(name, '')!r}" for name in variables)
     raise RuntimeError(
-        f"jitnorm needs nvcc and found none that works: looked in NVIDIA's wheels under {sys.prefix}, {places}. "
+        f"jitnorm needs nvcc and found none that works: looked in NVIDIA's wheels under {sys.prefix}, {values}. "
         "Install it with: pip install 'jitnorm[nvcc]'"
     )
 
 
 def _ask(device: str) -> Toolchain | None:
+    """Start the compilers for `device`, and return them with their versions; None if one is missing or fails."""
     cxx = _identify_cxx(find_cxx())
     if device == "cpu" or not cxx:
         return Toolchain(cxx) if cxx else None
@@ -163,7 +194,7 @@ def _identify_cxx(path: str | None) -> Compiler | None:
 
 
 def _identify_nvcc(path: str | None) -> Compiler | None:
-    """nvcc may be a script far from its toolkit, so it is asked where that is: --dryrun prints TOP and the version."""
+    # nvcc may be a script outside of its toolkit: --dryrun prints the toolkit's folder as TOP, and the version.
     output = _output(path, "--dryrun", "-cubin", "x.cu")
     top = re.search(r"^#\$ TOP=(.*)$", output, re.MULTILINE)
     version = [re.search(rf"__CUDACC_VER_{part}__=(\d+)", output) for part in ("MAJOR", "MINOR", "BUILD")]
@@ -177,27 +208,26 @@ def _compiler(path: str, version: str, top: str = "") -> Compiler | None:
         stat = os.stat(os.path.realpath(path))
     except OSError:
         return None  # it was removed after it answered
-    # Some compilers look for their parts beside argv[0], so the path is kept as found; its target's size and time tell.
     return Compiler(path, version, stat.st_size, stat.st_mtime_ns, top)
 
 
 def _output(path: str | None, *arguments: str) -> str:
-    """Return what the program prints; nothing where it fails."""
+    """Return what the program prints, or an empty string if it fails."""
     return _run(path, *arguments)[0] if path else ""
 
 
-# Why a program was given up, by its path, arguments, size and time: so that it costs its time limit only once.
-_given_up: dict[tuple[object, ...], str] = {}
+# Why a program did not answer, by its path, arguments, size and time: it costs its time limit only once.
+_unresponsive: dict[tuple[object, ...], str] = {}
 
 
 def _run(path: str, *arguments: str) -> tuple[str, str]:
-    """Return what the program prints if it succeeds, and else why it did not."""
-    words = " ".join(arguments)
+    """Return what the program prints if it succeeds, and else an empty string; and why there is no output."""
+    command = " ".join(arguments)
     try:
         stat = os.stat(path)
         key = (path, arguments, stat.st_size, stat.st_mtime_ns)
-        if why := _given_up.get(key):
-            return "", f"{words}: {why}"
+        if reason := _unresponsive.get(key):
+            return "", f"{command}: {reason}"
         process = subprocess.Popen(
             [path, *arguments],
             stdin=subprocess.DEVNULL,
@@ -206,28 +236,29 @@ def _run(path: str, *arguments: str) -> tuple[str, str]:
             start_new_session=True,
         )
     except (OSError, ValueError) as error:
-        return "", f"{words}: {error}"
+        return "", f"{command}: {error}"
     try:
-        output, why = _read_answer(process)
+        output, reason = _read_output(process)
     finally:
         with suppress(ProcessLookupError, PermissionError):
-            os.killpg(process.pid, signal.SIGKILL)  # what it started too, which may hold the pipe open
-        process.wait()
+            os.killpg(process.pid, signal.SIGKILL)  # its children too, which may hold the pipe open
+        with suppress(subprocess.TimeoutExpired):  # a process in a system call that never returns cannot be killed
+            process.wait(_KILL_LIMIT_S)
         assert process.stdout
         process.stdout.close()
-    if why:
-        _given_up[key] = why
-        return "", f"{words}: {why}"
-    return (
-        (output, f"{words} said nothing") if process.returncode == 0 else ("", f"{words} exited {process.returncode}")
-    )
+    if reason:
+        _unresponsive[key] = reason
+        return "", f"{command}: {reason}"
+    if process.returncode:
+        return "", f"{command} exited {process.returncode}"
+    return output, f"{command} said nothing"
 
 
-def _read_answer(process: subprocess.Popen[bytes]) -> tuple[str, str]:
-    """Return what `process` prints until it ends, and why it was given up, if it was."""
+def _read_output(process: subprocess.Popen[bytes]) -> tuple[str, str]:
+    """Return what `process` prints until it ends, and why waiting for that stopped, if it did."""
     assert process.stdout
     content = b""
-    poll = select.poll()  # unlike select(), it takes descriptors above 1023
+    poll = select.poll()  # unlike select(), it accepts descriptors above 1023
     poll.register(process.stdout, select.POLLIN)
     deadline = time.monotonic() + _ANSWER_LIMIT_S
     while len(content) <= _ANSWER_LIMIT_BYTES:
@@ -242,23 +273,25 @@ def _read_answer(process: subprocess.Popen[bytes]) -> tuple[str, str]:
     return "", f"it printed more than {_ANSWER_LIMIT_BYTES} bytes"
 
 
-def _memory_file(device: str) -> str:
+def _record_name(device: str) -> str:
     environment = json.dumps([sys.prefix, device, *(os.environ.get(name) for name in _ENVIRONMENT)])
     return f"{device}-{hashlib.sha256(environment.encode()).hexdigest()[:16]}.json"
 
 
-def _recall(device: str, memory: Cache | None) -> Toolchain | None:
-    if not memory:
+def _read_stored(device: str, cache: Cache | None) -> Toolchain | None:
+    """Return the toolchain that `_store` wrote for this environment, if its compilers have not changed since."""
+    if not cache:
         return None
-    said = memory.recall(TOOLCHAINS, _memory_file(device))
+    record = cache.read_record(TOOLCHAINS, _record_name(device))
     try:
-        toolchain = Toolchain(Compiler.of_json(said["cxx"]), Compiler.of_json(said["nvcc"]) if said["nvcc"] else None)
+        nvcc = Compiler.from_json(record["nvcc"]) if record["nvcc"] else None
+        toolchain = Toolchain(Compiler.from_json(record["cxx"]), nvcc)
     except (KeyError, TypeError):
-        return None  # nothing is remembered, or something else lies there
+        return None  # there is no record, or it is damaged
     return toolchain if all(c.unchanged() for c in (toolchain.cxx, toolchain.nvcc) if c) else None
 
 
-def _remember(device: str, memory: Cache | None, toolchain: Toolchain) -> None:
-    if memory and _recall(device, memory) != toolchain:
-        with suppress(OSError, Unfit):  # a read-only cache: the next process asks again
-            memory.remember(TOOLCHAINS, _memory_file(device), asdict(toolchain))
+def _store(device: str, cache: Cache | None, toolchain: Toolchain) -> None:
+    if cache and _read_stored(device, cache) != toolchain:
+        with suppress(OSError, UntrustedPath):  # in a read-only cache nothing is stored: the next process asks again
+            cache.write_record(TOOLCHAINS, _record_name(device), asdict(toolchain))

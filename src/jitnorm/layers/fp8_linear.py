@@ -11,8 +11,7 @@ from jitnorm.core.operators import DTYPES
 from jitnorm.core.torch_library import mark_constant, needs_grad
 from jitnorm.layers.compiler import Compiler, resolve_compiler
 from jitnorm.nn import is_rows, may_call_kernels
-from jitnorm.per_tensor_quant_fp8 import per_tensor_quant_fp8
-from jitnorm.per_token_quant_fp8 import per_token_quant_fp8
+from jitnorm.quant_fp8 import per_tensor_quant_fp8, per_token_quant_fp8
 
 _E4M3 = torch.float8_e4m3fn
 _LARGEST = 448.0

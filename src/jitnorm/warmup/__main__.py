@@ -1,4 +1,4 @@
-"""`python -m jitnorm.warmup`: the same as `jitnorm warmup`."""
+"""Run `python -m jitnorm.warmup`, which is the same as `jitnorm warmup`."""
 
 from jitnorm.cli.warmup import warmup
 

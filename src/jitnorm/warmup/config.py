@@ -1,18 +1,19 @@
-"""Which kernels a model asks for, from its Hugging Face config.json."""
+"""Read a model's Hugging Face config.json: which operators its forward pass calls, and with which sizes."""
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jitnorm.activation_ops import GELU_AND_MUL, GELU_TANH_AND_MUL, SILU_AND_MUL
+from jitnorm.activation import GELU_AND_MUL, GELU_TANH_AND_MUL, SILU_AND_MUL
 from jitnorm.integrations.transformers import replaces_norms_of
+from jitnorm.qknorm import QKNORM
+from jitnorm.store_cache import STORE_CACHE
 
-# What models call the activations that have kernels.
+# The operators of activations, by their names in `hidden_act`.
 HIDDEN_ACTS = {
     "silu": SILU_AND_MUL.op,
     "swish": SILU_AND_MUL.op,
@@ -21,8 +22,8 @@ HIDDEN_ACTS = {
     "gelu_pytorch_tanh": GELU_TANH_AND_MUL.op,
 }
 
-# Models that normalise queries and keys head by head: over head_dim, which is this where the config leaves it out, and
-# hidden_size / num_attention_heads where that is None. Names as in model_type, without "_" and a final "text".
+# Models that normalise each head of queries and keys, with the head_dim that the config may omit; None where that is
+# hidden_size / num_attention_heads. Names are those of model_type, without "_" and a final "text".
 _PER_HEAD: dict[str, int | None] = {
     "apertus": None,
     "dots1": None,
@@ -38,80 +39,118 @@ _PER_HEAD: dict[str, int | None] = {
     "qwen3vl": 128,
     "qwen3vlmoe": None,
 }
-# Models that normalise them whole, over all heads at once.
+# Models that normalise queries and keys over all heads at once.
 _PER_PROJECTION = {"flexolmo", "minimaxm2", "olmo2", "olmo3", "olmoe"}
 # Models whose norms multiply by 1 + weight.
-_ADDS_ONE = {"gemma", "gemma2", "gemma3", "qwen3next", "recurrentgemma", "vaultgemma"}
-# Models that have norms of other kinds only, or that say more themselves.
+_GEMMA_NORMS = {"gemma", "gemma2", "gemma3", "qwen3next", "recurrentgemma", "vaultgemma"}
+# Models without norms of queries and keys, or whose config says whether they have them.
 _PLAIN = {
     "arcee", "bitnet", "deepseekv2", "deepseekv3", "ernie45", "ernie45moe", "glm", "glm4", "glm4moe", "gptoss",
     "granite", "granitemoe", "granitemoeshared", "jamba", "kimik2", "llama", "mamba", "mamba2", "ministral", "mistral",
     "mistral3", "mixtral", "phi3", "qwen2", "qwen2moe", "qwen2vl", "qwen25vl", "seedoss", "smollm3",
 }  # fmt: skip
-_KNOWN = {*_PER_HEAD, *_PER_PROJECTION, *_ADDS_ONE, *_PLAIN}
-# What families take for the activation where the config leaves it out.
+_KNOWN = {*_PER_HEAD, *_PER_PROJECTION, *_GEMMA_NORMS, *_PLAIN}
+# The activations of families whose config may omit it.
 _DEFAULT_ACTS = {
     **dict.fromkeys(("llama", "qwen", "mistral", "mixtral", "ministral"), "silu"),
     "gemma": "gelu_pytorch_tanh",
 }
-# The ranks that latent attention (DeepSeek and its kin) compresses to, and normalises.
-_LATENTS = ("q_lora_rank", "kv_lora_rank")
+# The ranks of latent attention (DeepSeek and others), which are normalised.
+_LATENT_RANKS = ("q_lora_rank", "kv_lora_rank")
 # The widths of feed-forward layers.
-_INTERMEDIATE = ("intermediate_size", "moe_intermediate_size", "shared_expert_intermediate_size")
-# Where models with several parts describe their language model.
+_INTERMEDIATE_SIZES = ("intermediate_size", "moe_intermediate_size", "shared_expert_intermediate_size")
+# The keys under which multimodal models describe their language model.
 _TEXT_CONFIGS = ("text_config", "llm_config", "language_config")
 
 
 @dataclass(frozen=True)
-class Model:
-    """The sizes that a model normalises and activates, and the dtype that it runs in."""
+class ModelConfig:
+    """The sizes and operators of a model.
+
+    Attributes:
+        path: The config.json.
+        hidden_sizes: All sizes that are normalised; the hidden size is the first.
+        head_dims: Those among them that are normalised head by head, in queries and keys.
+        intermediate_sizes: The sizes of its feed-forward layers, dense and of experts.
+        hidden_act: Their activation.
+        is_gemma: Whether norms multiply by 1 + weight.
+        kv_sizes: The elements in a token's row of the key and value caches.
+        dtype: The dtype as the config spells it.
+        notes: What the model may call that the config does not say.
+        is_patchable: Whether patch_transformers knows the class of its norms.
+    """
 
     path: Path
     hidden_sizes: list[int]
-    head_dims: list[int]  # those among them that are normalised head by head, in queries and keys
-    intermediate_sizes: list[int]  # of its feed-forward layers, dense and of experts
-    hidden_act: str | None  # their activation
-    adds_one: bool  # norms multiply by 1 + weight
-    kv_sizes: list[int]  # elements in a token's row of the caches
+    head_dims: list[int]
+    intermediate_sizes: list[int]
+    hidden_act: str | None
+    is_gemma: bool
+    kv_sizes: list[int]
     dtype: str | None
-    notes: list[str]  # what the model may call that cannot be told from the config, a line each
-    is_patchable: bool  # whether patch_transformers knows the class of its norms
+    notes: list[str]
+    is_patchable: bool
 
-    def note_on_patch(self, ops: Sequence[str]) -> str:
-        """Return which of `ops`, all that is built for the model, the modules of patch_transformers do not call."""
-        norm = "gemma_rmsnorm" if self.adds_one else "rmsnorm"
+    def operators(self) -> list[str]:
+        """Return the names of the operators that a forward pass calls."""
+        norm, fused_norm = "rmsnorm", "fused_add_rmsnorm"
+        norms = [f"gemma_{norm}", f"gemma_{fused_norm}"] if self.is_gemma else [norm, fused_norm]
+        heads = [QKNORM.op] if self.head_dims and not self.is_gemma else []
+        has_activation = self.hidden_act in HIDDEN_ACTS and self.intermediate_sizes
+        activations = [HIDDEN_ACTS[self.hidden_act]] if has_activation and self.hidden_act else []
+        return [*norms, *heads, *activations, STORE_CACHE.op]
+
+    def sizes_of(self, op: str) -> tuple[list[int] | list[None], str]:
+        """Return the sizes that the model calls `op` with, and what a model without any does not have.
+
+        A size of None stands for most sizes: the config does not say which one it is.
+        """
+        if op == QKNORM.op:
+            return self.head_dims, "norms of single heads"
+        if op == STORE_CACHE.op:
+            return self.kv_sizes or [None], ""
+        if "fused_add" in op:
+            return self.hidden_sizes[:1], ""  # only the hidden size has a residual
+        if names := [name for name, activation in HIDDEN_ACTS.items() if activation == op]:
+            is_called = self.hidden_act is None or self.hidden_act in names
+            return (self.intermediate_sizes or [None]) if is_called else [], f"hidden_act {' or '.join(names)}"
+        return self.hidden_sizes, "norms"
+
+    def note_on_patching(self) -> str:
+        """Return a note on which of `operators` the modules of patch_transformers do not call."""
         if not self.is_patchable:
             return f"{self.path}: patch_transformers replaces no module of this model_type: other code calls these"
-        rest = ", ".join(op for op in ops if op != norm)
+        norm = "gemma_rmsnorm" if self.is_gemma else "rmsnorm"
+        rest = ", ".join(op for op in self.operators() if op != norm)
         return f"{self.path}: patch_transformers replaces the norms alone, which call {norm}: other code calls {rest}"
 
 
 @dataclass(frozen=True)
 class _Keys:
-    """The keys of a config, each of the type that it must have. ValueError where it is not."""
+    """The keys of a config. Each method raises ValueError if the value has another type."""
 
     file: Path
     values: dict[str, Any]
 
-    def whole(self, key: str) -> int | None:
-        """None where it is left out."""
+    def integer(self, key: str) -> int | None:
+        """Return a positive integer, or None if the key is missing."""
         value = self.values.get(key)
-        return None if value is None else self._whole(key, value)
+        return None if value is None else self._positive(key, value)
 
-    def wholes(self, key: str) -> list[int]:
-        """One, or one for each layer. None of them where it is left out, or 0: the model has no such part."""
+    def integers(self, key: str) -> list[int]:
+        """Return one integer, or one for each layer. Empty if the key is missing or 0: the model has no such part."""
         value = self.values.get(key) or []
-        return [self._whole(key, v) for v in (value if isinstance(value, list) else [value])]
+        return [self._positive(key, v) for v in (value if isinstance(value, list) else [value])]
 
     def text(self, key: str) -> str | None:
-        """None where it is left out, or empty."""
+        """Return a text, or None if the key is missing or the text is empty."""
         value = self.values.get(key)
         if value is not None and not isinstance(value, str):
             raise ValueError(f"{self.file}: {key} must be text, got {value!r}")
         return value or None
 
     def texts(self, key: str) -> list[str]:
-        """None of them where it is left out."""
+        """Return a list of texts, which is empty if the key is missing."""
         value = self.values.get(key) or []
         if not isinstance(value, list) or not all(isinstance(v, str) for v in value):
             raise ValueError(f"{self.file}: {key} must be a list of names, got {value!r}")
@@ -119,25 +158,29 @@ class _Keys:
 
     @property
     def family(self) -> str:
-        """The model_type, or else the start of the architecture's name: Qwen3 of Qwen3ForCausalLM."""
+        """Return the normalised model_type, or else the start of the architecture: qwen3 for Qwen3ForCausalLM."""
         name = self.text("model_type") or (self.texts("architectures") or [""])[0].partition("For")[0]
         return name.replace("_", "").lower().removesuffix("text")
 
     @property
     def head_dim(self) -> int:
-        """0 where it cannot be known."""
-        heads, hidden_size = self.whole("num_attention_heads"), self.whole("hidden_size")
+        """Return the size of a head, or 0 if it is unknown."""
+        heads, hidden_size = self.integer("num_attention_heads"), self.integer("hidden_size")
         shared = hidden_size // heads if heads and hidden_size else 0
-        return self.whole("head_dim") or _PER_HEAD.get(self.family) or shared
+        return self.integer("head_dim") or _PER_HEAD.get(self.family) or shared
 
-    def _whole(self, key: str, value: object) -> int:
+    def _positive(self, key: str, value: object) -> int:
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise ValueError(f"{self.file}: {key} must be a whole number above 0, got {value!r}")
         return value
 
 
-def read_config(path: str | os.PathLike[str]) -> Model:
-    """From a config.json, or the folder that holds one. ValueError where it cannot be read or describes no RMSNorm."""
+def read_config(path: str | os.PathLike[str]) -> ModelConfig:
+    """Read a config.json, or the one in a folder.
+
+    Raises:
+        ValueError: It cannot be read, has values of a wrong type, or has no hidden_size.
+    """
     if not os.fspath(path):
         raise ValueError(f"config must be a file or a folder, got {path!r}")
     file = Path(path)
@@ -148,24 +191,24 @@ def read_config(path: str | os.PathLike[str]) -> Model:
     except (OSError, ValueError) as error:
         raise ValueError(f"cannot read {file}: {getattr(error, 'strerror', None) or error}") from None
     if not isinstance(outer, dict):
-        raise ValueError(f"{file} is not a model's config: it holds no JSON object")
+        raise ValueError(f"{file} is not a model's config: it contains no JSON object")
     text: dict[str, Any] = next((outer[name] for name in _TEXT_CONFIGS if isinstance(outer.get(name), dict)), {})
-    # What the inner config leaves out the outer one says: in Gemma 3 that is the dtype.
+    # Keys that the inner config omits are those of the outer one: the dtype in Gemma 3.
     config = _Keys(file, {**outer, **{name: value for name, value in text.items() if value is not None}})
-    hidden_size = config.whole("hidden_size")
+    hidden_size = config.integer("hidden_size")
     if hidden_size is None:
         raise ValueError(f"{file} has no hidden_size")
-    per_head, whole = _qk_norm_sizes(config)
-    latents = [rank for key in _LATENTS for rank in config.wholes(key)]
-    intermediate_sizes = list(dict.fromkeys(size for key in _INTERMEDIATE for size in config.wholes(key)))
+    per_head, per_projection = _qk_norm_sizes(config)
+    latents = [rank for key in _LATENT_RANKS for rank in config.integers(key)]
+    intermediate_sizes = list(dict.fromkeys(size for key in _INTERMEDIATE_SIZES for size in config.integers(key)))
     hidden_act = config.text("hidden_activation") or config.text("hidden_act") or _default_act(config.family)
-    return Model(
+    return ModelConfig(
         path=file,
-        hidden_sizes=list(dict.fromkeys([hidden_size, *per_head, *whole, *latents])),
+        hidden_sizes=list(dict.fromkeys([hidden_size, *per_head, *per_projection, *latents])),
         head_dims=per_head,
         intermediate_sizes=intermediate_sizes,
         hidden_act=hidden_act,
-        adds_one=config.family in _ADDS_ONE,
+        is_gemma=config.family in _GEMMA_NORMS,
         kv_sizes=_kv_sizes(config),
         dtype=config.text("dtype") or config.text("torch_dtype"),
         notes=[*_notes_on_family(config), *_notes_on_activation(file, hidden_act, intermediate_sizes)],
@@ -194,18 +237,21 @@ def _notes_on_activation(file: Path, hidden_act: str | None, sizes: list[int]) -
 
 
 def _kv_sizes(config: _Keys) -> list[int]:
-    """Of latent attention the latent and the part with positions, which are cached for all heads at once."""
-    if latent := config.wholes("kv_lora_rank"):
-        return [*latent, config.whole("qk_rope_head_dim") or latent[0]]
-    kv_heads = config.whole("num_key_value_heads") or config.whole("num_attention_heads") or 0
+    """Return the elements in a token's row of each cache.
+
+    Latent attention caches the latent and the part with positions, for all heads at once.
+    """
+    if latent := config.integers("kv_lora_rank"):
+        return [*latent, config.integer("qk_rope_head_dim") or latent[0]]
+    kv_heads = config.integer("num_key_value_heads") or config.integer("num_attention_heads") or 0
     return [kv_heads * config.head_dim] if kv_heads * config.head_dim else []
 
 
 def _qk_norm_sizes(config: _Keys) -> tuple[list[int], list[int]]:
-    """Of queries and keys that are normalised head by head, and of those that are normalised whole."""
-    heads, head_dim = config.whole("num_attention_heads"), config.head_dim
+    """Return the sizes of norms over one head of queries and keys, and over all heads."""
+    heads, head_dim = config.integer("num_attention_heads"), config.head_dim
     if config.family in _PER_PROJECTION and heads:
-        return [], [heads * head_dim, (config.whole("num_key_value_heads") or heads) * head_dim]
+        return [], [heads * head_dim, (config.integer("num_key_value_heads") or heads) * head_dim]
     if config.family in _PER_HEAD or config.values.get("use_qk_norm"):  # GLM-4.5 and others say it themselves
         return [head_dim] if head_dim else [], []
     return [], []

@@ -1,4 +1,4 @@
-"""Building many kernels at a time: one thread each, which waits for its compiler."""
+"""Build many kernels at a time: one thread for each, which waits for its compiler."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from jitnorm.jit.spec import KernelSpec
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of one build."""
+    """The result of one build: how long it took, and why it failed, if it did."""
 
     spec: KernelSpec
     seconds: float
@@ -23,49 +23,66 @@ class Outcome:
 
 @dataclass
 class Result:
-    """What came of a warm-up."""
+    """The result of a warm-up.
+
+    Attributes:
+        built: The kernels that were built.
+        cached: The kernels that the cache had.
+        refused: The operator's message for each size that no kernel supports.
+        failed: The kernels whose build failed, each with the error.
+    """
 
     built: list[KernelSpec] = field(default_factory=list)
     cached: list[KernelSpec] = field(default_factory=list)
-    refused: list[str] = field(default_factory=list)  # why, a line for each size that is not supported
-    failed: list[tuple[KernelSpec, str]] = field(default_factory=list)  # and why
+    refused: list[str] = field(default_factory=list)
+    failed: list[tuple[KernelSpec, str]] = field(default_factory=list)
 
     def add(self, outcome: Outcome) -> None:
-        """Counts one build."""
+        """Add the result of one build."""
         if outcome.error is None:
             self.built.append(outcome.spec)
         else:
             self.failed.append((outcome.spec, outcome.error))
 
     def __str__(self) -> str:
-        return ", ".join(f"{len(listed)} {name}" for name, listed in vars(self).items())
+        return ", ".join(f"{len(items)} {name}" for name, items in vars(self).items())
 
 
-def survey(specs: Sequence[KernelSpec]) -> tuple[list[KernelSpec], list[KernelSpec]]:
-    """What the cache has, intact, and what is to be built."""
+def find_cached(specs: Sequence[KernelSpec]) -> tuple[list[KernelSpec], list[KernelSpec]]:
+    """Return those of `specs` that the cache has, verified, and those that are to be built."""
     cached: list[KernelSpec] = []
     missing: list[KernelSpec] = []
     for spec in specs:
-        (cached if find(spec, hold=False) else missing).append(spec)
+        (cached if find(spec, mark_in_use=False) else missing).append(spec)
     return cached, missing
 
 
 def prepare(specs: Sequence[KernelSpec]) -> None:
-    """Creates the cache and identifies the compilers, once for all threads. RuntimeError where one is missing, or where
-    kernels cannot be kept: a process may keep them for itself then, but a warm-up is for later ones."""
-    from jitnorm.jit import cache, toolchain
+    """Create the cache and identify the compilers, once for all threads.
 
-    root = cache.default_root()
-    if specs and (why := cache.create(root)):
-        raise RuntimeError(f"cannot keep kernels in {root}: {why}. Set JITNORM_CACHE_DIR")
+    Raises:
+        RuntimeError: A compiler is missing, or the cache cannot be written. A call would then build into a temporary
+            folder, but a warm-up is for later processes.
+    """
+    from jitnorm.jit import locations, toolchain
+
+    root = locations.default_root()
+    if specs and (reason := locations.create(root)):
+        raise RuntimeError(f"cannot keep kernels in {root}: {reason}. Set JITNORM_CACHE_DIR")
     for device in dict.fromkeys(spec.target.device for spec in specs):
-        toolchain.require(device, cache.writable())
+        toolchain.require(device, locations.writable())
 
 
 def build_all(specs: Sequence[KernelSpec], jobs: int | None = None) -> Iterator[Outcome]:
-    """Builds `specs`, and yields each as it is done; one that fails does not stop the others."""
+    """Build `specs`, and yield each outcome as soon as there is one. A build that fails does not stop the others.
+
+    Args:
+        specs: The kernels.
+        jobs: How many to build at a time; None for as many as there are CPUs.
+    """
     if len(specs) < 2 or jobs == 1:
-        yield from map(_build, specs)  # a thread that cannot start, for want of memory, would be waited for
+        # Without a thread: starting one waits forever if it runs out of memory before its first line.
+        yield from map(_build, specs)
         return
     with ThreadPoolExecutor(max_workers=jobs or default_jobs(), thread_name_prefix="jitnorm-warmup") as pool:
         pending = [pool.submit(_build, spec) for spec in specs]
@@ -73,11 +90,11 @@ def build_all(specs: Sequence[KernelSpec], jobs: int | None = None) -> Iterator[
             for done in as_completed(pending):
                 yield done.result()
         finally:
-            pool.shutdown(wait=False, cancel_futures=True)  # after Ctrl-C nothing more is started
+            pool.shutdown(wait=False, cancel_futures=True)  # after Ctrl-C no more builds are started
 
 
 def default_jobs() -> int:
-    """The CPUs that this process may use: in a container often fewer than the machine has."""
+    """Return how many CPUs this process may use: in a container often fewer than the machine has."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -87,9 +104,9 @@ def _build(spec: KernelSpec) -> Outcome:
     started = time.monotonic()
     error = None
     try:
-        build(spec, announce=False).release()  # nothing is loaded, so nothing is in use: a file less to hold open
-        if not find(spec, hold=False):
-            error = f"{spec} was built, but the cache does not give it back"
+        build(spec, announce=False).release()  # it is not loaded, so it is not in use, and its descriptor is closed
+        if not find(spec, mark_in_use=False):
+            error = f"{spec} was built, but the cache does not return it"
     except (RuntimeError, OSError) as problem:
         error = str(problem)
     return Outcome(spec, time.monotonic() - started, error)

@@ -7,15 +7,13 @@ strides. The check runs at the first such call, and its result is kept for the p
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import torch
 
 from jitnorm.batch_invariant.operands import count_differing_elements
-
-_log = logging.getLogger("jitnorm")
+from jitnorm.jit.log import logger
 
 # A fused kernel: from query, key, value and perhaps a bias to the result, its log-sum-exp or None, and more.
 FusedAttention = Callable[..., tuple[Any, ...]]
@@ -48,7 +46,7 @@ def one_call_passes(
         try:
             passed = _compare(batched, single, [*map(_random_like, tensors), *bias])
         except torch.cuda.OutOfMemoryError:
-            _log.warning(
+            logger.warning(
                 "not enough GPU memory to check whether attention of %d sequences can be one call: each sequence is a "
                 "call of its own",
                 tensors[0].shape[0],

@@ -326,7 +326,8 @@ def _add_splits_kernel(
         split_max, total, result = _add_sums(max_a, total_a, result_a, max_b, total_b, result_b)
     only = tl.arange(0, 1)
     tl.store(logsumexp + row + only, _logsumexp(split_max, total))
-    batch, head, query = row // queries // heads, row // queries % heads, row % queries
+    head, query = row // queries % heads, row % queries
+    batch = row // queries // heads
     offset = (batch * out_batch_stride + head * out_head_stride + query * out_row_stride) * STRIDE_UNIT
     quotient = _divide(result, total[:, None])
     tl.store(out + offset + lane[None, :], quotient.to(out.dtype.element_ty), mask=(lane < VALUE_DIM)[None, :])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import logging
 import os
 from pathlib import Path
 from typing import Any
@@ -13,9 +12,8 @@ import torch
 
 from jitnorm.batch_invariant.matmul.problem import Gemm, Problem, UnsupportedProblem
 from jitnorm.jit.load import load
+from jitnorm.jit.log import logger
 from jitnorm.jit.spec import CSRC, KernelSpec, Target
-
-_log = logging.getLogger("jitnorm")
 
 # Bytes that a kernel may use beside its operands. The partial sums of split k need far more; a few bytes would allow
 # kernels that keep counters. The invariance check tells results for different values apart.
@@ -72,7 +70,7 @@ def _open() -> tuple[Any, int]:
         module = load(SPEC)
         return module, int(module.cublaslt_open(ctypes.CDLL(path)._handle))
     except (OSError, RuntimeError) as error:
-        _log.warning("batch-invariant mode uses the Triton backend, because cuBLASLt cannot be called: %s", error)
+        logger.warning("batch-invariant mode uses the Triton backend, because cuBLASLt cannot be called: %s", error)
         return None, 0
 
 

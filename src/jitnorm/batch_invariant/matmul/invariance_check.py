@@ -10,7 +10,6 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-import logging
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -21,10 +20,10 @@ import torch
 from jitnorm.batch_invariant import operands
 from jitnorm.batch_invariant.matmul.problem import BATCH_SIZES, Gemm, Problem, UnsupportedProblem
 from jitnorm.batch_invariant.operands import cancelling_operands, count_differing_elements
-from jitnorm.jit import cache
-from jitnorm.jit.folder import Unfit
-
-_log = logging.getLogger("jitnorm")
+from jitnorm.jit import cleanup, locations
+from jitnorm.jit.cache import INVARIANCE
+from jitnorm.jit.folder import UntrustedPath
+from jitnorm.jit.log import logger
 
 _ROWS = 7  # different rows, which a batch repeats: as 7 is odd, each of them comes to every place of a tile
 _MAX_ELEMENTS = 1 << 29  # of one product: 8192 rows of the widest layers, fewer of a vocabulary
@@ -71,13 +70,13 @@ def passes(backend: str, library: str, sources: tuple[Path, ...], gemm: Gemm, pr
     if (cached := _read(result(False, "").file_name)) is not None:
         return cached.passed
     message = "checking that rows of %s have the same bits in every batch with %s, once for this GPU"
-    timer = threading.Timer(_SECONDS_UNTIL_LOGGED, _log.info, (message, problem, backend))
+    timer = threading.Timer(_SECONDS_UNTIL_LOGGED, logger.info, (message, problem, backend))
     timer.daemon = True
     timer.start()
     try:
         difference = find_first_difference(gemm, problem)
     except torch.cuda.OutOfMemoryError:  # says nothing about the backend, so it is not cached
-        _log.warning(
+        logger.warning(
             "not enough GPU memory to check whether %s is batch-invariant for %s: this process does not use it",
             backend,
             problem,
@@ -119,7 +118,7 @@ def find_first_difference(gemm: Gemm, problem: Problem) -> str:
 
 def cached_results() -> Iterator[CheckResult]:
     """Yield all results in the cache, for `jitnorm doctor`."""
-    names = (path.name for path in cache.readable().remembered() if path.parent.name == cache.PROOFS)
+    names = (path.name for path in cleanup.records(locations.readable()) if path.parent.name == INVARIANCE)
     results = [result for name in names if (result := _read(name))]
     yield from sorted(results, key=lambda result: (result.gpu, result.problem, result.backend))
 
@@ -161,7 +160,7 @@ def _with_strides_of(problem: Problem, b: torch.Tensor) -> torch.Tensor:
 
 def _read(file_name: str) -> CheckResult | None:
     try:
-        result = CheckResult(**cache.readable().recall(cache.PROOFS, file_name))
+        result = CheckResult(**locations.readable().read_record(INVARIANCE, file_name))
     except TypeError:  # no such file, or one with other fields
         return None
     return result if result.file_name == file_name else None
@@ -169,6 +168,6 @@ def _read(file_name: str) -> CheckResult | None:
 
 def _write(result: CheckResult) -> None:
     try:
-        cache.writable().remember(cache.PROOFS, result.file_name, vars(result))
-    except (OSError, Unfit) as error:
-        _log.warning("cannot write the invariance check of %s to the cache: %s", result.problem, error)
+        locations.writable().write_record(INVARIANCE, result.file_name, vars(result))
+    except (OSError, UntrustedPath) as error:
+        logger.warning("cannot write the invariance check of %s to the cache: %s", result.problem, error)

@@ -314,8 +314,8 @@ def _strided_gemm_kernel(
     for start in range(0, depth, BLOCK_K):
         k = start + block_k
         a_mask = (row < rows) & (k[None, :] < depth)
-        b_mask = (column < columns) & (k[:, None] < depth)
         a_block = tl.load(a + k[None, :] * a_column_stride, mask=a_mask, other=0.0)
+        b_mask = (column < columns) & (k[:, None] < depth)
         b_block = tl.load(b + k[:, None] * b_row_stride, mask=b_mask, other=0.0)
         accumulator = tl.dot(a_block, b_block, accumulator, input_precision=PRECISION)
     if HAS_BIAS:

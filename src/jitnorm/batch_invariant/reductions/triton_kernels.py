@@ -122,8 +122,9 @@ def _softmax_partial_kernel(
         gdc_launch_dependents()
     chunk_max = tl.max(values, axis=0)
     tl.store(partial_max + program, chunk_max)
+    address = partial_sum + program
     base = tl.where(chunk_max == float("-inf"), 0.0, chunk_max)
-    tl.store(partial_sum + program, tl.sum(tl.exp(values - base), axis=0))
+    tl.store(address, tl.sum(tl.exp(values - base), axis=0))
 
 
 @triton.jit

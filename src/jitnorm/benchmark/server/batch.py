@@ -1,4 +1,4 @@
-"""One batch of streamed completions: when each token came, and what went wrong."""
+"""Send one batch of streamed completions, and record when each token arrived and which requests failed."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import contextlib
 import json
 import operator
 import random
+import ssl
 import statistics
 import threading
 import time
@@ -13,45 +14,55 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from jitnorm.benchmark.server.client import Connection, Deadline, events, one_line, split
-from jitnorm.benchmark.server.metrics import get_cache_tokens_from_metrics
-from jitnorm.benchmark.stats import quantile
+import httpx
 
-_TOKENS = [*range(1000, 10000)]  # ids that every vocabulary has, and that are no special ones
-MAX_BATCH = 4096  # requests, of which each takes a thread
-MAX_TOKENS = 1 << 24  # of all prompts, and of an answer
+from jitnorm.benchmark.results import quantile
+from jitnorm.benchmark.server.client import (
+    Connection,
+    Deadline,
+    check_url,
+    get_cache_tokens_from_metrics,
+    iterate_events,
+    one_line,
+    read_body,
+)
+
+_PROMPT_IDS = [*range(1000, 10000)]  # in every vocabulary, and no special tokens
+MAX_BATCH = 4096  # requests; each takes a thread
+MAX_TOKENS = 1 << 24  # in all prompts together, and in one completion
 MAX_SECONDS = 604800.0
 
 
 @dataclass
 class Request:
-    """One of the batch. Times are in seconds since the batch was sent."""
+    """The outcome of one request of the batch. Times are in seconds since the batch was sent."""
 
-    times: list[float] = field(default_factory=list)  # of each event that brought tokens
+    times: list[float] = field(default_factory=list)  # of each event with tokens
     tokens: int = 0
     error: str | None = None
 
     @property
     def inter_token(self) -> float | None:
-        """Seconds between tokens, the mean over the request: an event may bring several tokens."""
+        """Return the mean seconds between tokens; None for fewer than two. An event may contain several tokens."""
         return (self.times[-1] - self.times[0]) / (self.tokens - 1) if self.tokens > 1 else None
 
 
 @dataclass
 class BatchResult:
-    """All requests of the batch, those that failed with what they had got by then."""
+    """The outcome of the batch; a failed request keeps the tokens that arrived before its failure."""
 
     input_len: int
     output_len: int
     requests: list[Request]
-    cache_hit_rate: float | None  # of the prompts' tokens; None where the server does not tell
+    cache_hit_rate: float | None  # the fraction of prompt tokens; None where the server does not report it
 
     @property
     def errors(self) -> list[str]:
+        """Return the errors of the requests that failed."""
         return [request.error for request in self.requests if request.error]
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain data; times in seconds, None for what cannot be known."""
+        """Return all statistics as plain data: times in seconds, None for what is unknown."""
         done = [r for r in self.requests if not r.error and r.times]
         first = [r.times[0] for r in done]
         between = [r.inter_token for r in done if r.inter_token is not None]
@@ -75,6 +86,7 @@ class BatchResult:
         }
 
     def as_text(self) -> str:
+        """Return the statistics and the failures as lines for a terminal."""
         facts = self.as_dict()
 
         def show(name: str, factor: float = 1.0, unit: str = "", digits: int = 1) -> str:
@@ -84,7 +96,7 @@ class BatchResult:
             f"batch of {facts['batch_size']}, {self.input_len} tokens in, {self.output_len} out: "
             f"{facts['completed']} completed"
         )
-        figures = [
+        statistics_lines = [
             f"seconds               {show('seconds', 1, '', 3)} until the last token",
             f"time to first token   {show('time_to_first_token', 1e3, ' ms')} median, "
             f"{show('time_to_first_token_max', 1e3, ' ms')} at most",
@@ -94,15 +106,15 @@ class BatchResult:
             f"{show('input_tokens_per_second')} tokens/s in until the last first token",
             f"cache hit rate        {show('cache_hit_rate', 100, '%')}",
         ]
-        lines = [head, *(figures if facts["completed"] else [])]
-        remarks: dict[str, list[int]] = {}  # and the requests that each is of
+        lines = [head, *(statistics_lines if facts["completed"] else [])]
+        remarks: dict[str, list[int]] = {}  # and the indices of their requests
         for i, request in enumerate(self.requests):
             if request.error:
                 remarks.setdefault(f"failed after {request.tokens} tokens: {request.error}", []).append(i)
             elif request.tokens != self.output_len:
-                remarks.setdefault(f"brought {request.tokens} tokens instead of {self.output_len}", []).append(i)
-        for remark, where in remarks.items():
-            lines.append(f"{f'request {where[0]}' if len(where) == 1 else f'{len(where)} requests'} {remark}")
+                remarks.setdefault(f"returned {request.tokens} tokens instead of {self.output_len}", []).append(i)
+        for remark, indices in remarks.items():
+            lines.append(f"{f'request {indices[0]}' if len(indices) == 1 else f'{len(indices)} requests'} {remark}")
         return "\n".join(lines)
 
 
@@ -116,47 +128,55 @@ def run_batch(
     timeout: float = 120.0,
     seed: int | None = None,
 ) -> BatchResult:
-    """Sends `batch_size` requests at once, and reads their streams to the end or for `timeout` seconds.
+    """Send `batch_size` requests at once, and read their streams to the end or for `timeout` seconds.
 
-    Prompts are `input_len` random token ids, other ones each time; the same with the same `seed`, to meet the server's
-    cache. `api` is "openai" (`/v1/completions`) or "sglang" (`/generate`). What goes wrong with a request is in its
-    `error`. The server's metrics are read before and after, for 5 seconds at most each.
+    The error of a request that fails is in its `error`. The server's metrics are read before and after the batch, each
+    for at most 5 seconds.
+
+    Args:
+        url: the server, such as `http://localhost:30000`.
+        api: "openai" (`/v1/completions`) or "sglang" (`/generate`).
+        model: the model name of the OpenAI protocol.
+        batch_size: the number of requests, at most 4096.
+        input_len: random token ids in a prompt; all prompts together have at most 2^24.
+        output_len: tokens to generate for each request, at most 2^24.
+        timeout: seconds for the whole batch, at most a week.
+        seed: makes the prompts the same in each call, so that the server's cache hits; None for new ones each time.
 
     Raises:
-        ValueError: an argument that is not accepted: `batch_size` is at most 4096, `output_len` and all prompts
-            together are at most 2^24 tokens, `timeout` is at most a week.
-        TypeError: a number is of another type.
+        ValueError: an argument is outside its limits.
+        TypeError: a number of requests or tokens is not an int.
     """
     if api not in _APIS:
         raise ValueError(f"api must be one of {', '.join(_APIS)}, got {api!r}")
-    batch_size = _whole("batch_size", batch_size, MAX_BATCH)
-    input_len = _whole("input_len", input_len, MAX_TOKENS)
-    output_len = _whole("output_len", output_len, MAX_TOKENS)
+    batch_size = _check_count("batch_size", batch_size, MAX_BATCH)
+    input_len = _check_count("input_len", input_len, MAX_TOKENS)
+    output_len = _check_count("output_len", output_len, MAX_TOKENS)
     if batch_size * input_len > MAX_TOKENS:
         raise ValueError(f"batch_size * input_len must be {MAX_TOKENS} at most, got {batch_size * input_len}")
     if not 0 < timeout <= MAX_SECONDS:  # NaN is neither
         raise ValueError(f"timeout must be above 0 seconds and {MAX_SECONDS:.0f} at most, got {timeout}")
-    split(url)
+    check_url(url)
     choose = random.Random(seed)
-    prompts = [choose.choices(_TOKENS, k=input_len) for _ in range(batch_size)]
+    prompts = [choose.choices(_PROMPT_IDS, k=input_len) for _ in range(batch_size)]
     before = get_cache_tokens_from_metrics(url)
     requests = _send(url, _APIS[api](model, output_len), prompts, timeout)
     after = get_cache_tokens_from_metrics(url) if before else None
     return BatchResult(input_len, output_len, requests, _hit_rate(before, after))
 
 
-def _whole(name: str, value: Any, most: int) -> int:
+def _check_count(name: str, value: Any, maximum: int) -> int:
     try:
         number = operator.index(value)
     except TypeError:
         raise TypeError(f"{name} must be an int, got {value!r}") from None
-    if not 1 <= number <= most:
-        raise ValueError(f"{name} must be from 1 to {most}, got {_digits(number)}")
+    if not 1 <= number <= maximum:
+        raise ValueError(f"{name} must be from 1 to {maximum}, got {_format_int(number)}")
     return number
 
 
 def _hit_rate(before: tuple[float, float] | None, after: tuple[float, float] | None) -> float | None:
-    """Of the prompts' tokens between two readings; None where they tell none, as after a restart of the server."""
+    """Return the hit rate between two readings; None where they are inconsistent, as after a restart of the server."""
     if not before or not after or not after[1] > before[1]:
         return None
     rate = (after[0] - before[0]) / (after[1] - before[1])
@@ -167,8 +187,8 @@ def _hit_rate(before: tuple[float, float] | None, after: tuple[float, float] | N
 class _Api:
     path: str
     body: Callable[[list[int]], dict[str, Any]]
-    read: Callable[[dict[str, Any], Request], bool]  # counts the event's tokens; whether it brought any
-    max_events: int  # that bring tokens: one for each token, and some that say how it ended
+    read: Callable[[dict[str, Any], Request], bool]  # counts an event's tokens; returns whether it has any
+    max_events: int  # events with tokens: one for each token, and some that report the end
 
 
 def _openai(model: str, output_len: int) -> _Api:
@@ -176,11 +196,11 @@ def _openai(model: str, output_len: int) -> _Api:
     common |= {"stream": True, "stream_options": {"include_usage": True}}
 
     def read(event: dict[str, Any], request: Request) -> bool:
-        brought = bool(event["choices"])
-        request.tokens += brought
+        has_tokens = bool(event["choices"])
+        request.tokens += has_tokens
         if event.get("usage"):
-            request.tokens = _count(event["usage"]["completion_tokens"])
-        return brought
+            request.tokens = _check_tokens(event["usage"]["completion_tokens"])
+        return has_tokens
 
     return _Api("/v1/completions", lambda ids: {"prompt": ids, **common}, read, 2 * output_len + 16)
 
@@ -189,7 +209,7 @@ def _sglang(model: str, output_len: int) -> _Api:
     sampling = {"max_new_tokens": output_len, "temperature": 0, "ignore_eos": True}
 
     def read(event: dict[str, Any], request: Request) -> bool:
-        before, request.tokens = request.tokens, _count(event["meta_info"]["completion_tokens"])
+        before, request.tokens = request.tokens, _check_tokens(event["meta_info"]["completion_tokens"])
         return request.tokens > before
 
     def body(ids: list[int]) -> dict[str, Any]:
@@ -198,16 +218,16 @@ def _sglang(model: str, output_len: int) -> _Api:
     return _Api("/generate", body, read, 2 * output_len + 16)
 
 
-def _count(value: Any) -> int:
-    """Check a number of tokens that a server sent."""
+def _check_tokens(value: Any) -> int:
+    """Return a number of tokens sent by a server; raise ValueError unless it is plausible."""
     if type(value) is not int or not 0 <= value <= MAX_TOKENS:
-        shown = _digits(value) if type(value) is int else repr(value)
+        shown = _format_int(value) if type(value) is int else repr(value)
         raise ValueError(f"completion_tokens must be a whole number from 0 to {MAX_TOKENS}, got {one_line(shown)}")
     return value
 
 
-def _digits(number: int) -> str:
-    """As text, which Python refuses to make of an int with thousands of digits."""
+def _format_int(number: int) -> str:
+    """Return `number` as text, which `str` refuses for thousands of digits."""
     return str(number) if abs(number) < 10**20 else f"{'-' * (number < 0)}2^{number.bit_length() - 1} or more"
 
 
@@ -215,25 +235,32 @@ _APIS = {"openai": _openai, "sglang": _sglang}
 
 
 def _send(url: str, api: _Api, prompts: list[list[int]], timeout: float) -> list[Request]:
-    """A thread each. All connect first, then all send; the clock starts when the last has connected, or failed to."""
+    """Send each prompt in a thread of its own; return the outcomes, at the deadline at the latest.
+
+    All threads connect before any sends. The clock starts when the last one has connected or failed to.
+    """
     requests = [Request() for _ in prompts]
     deadline = Deadline(timeout)
+    ssl_context = ssl.create_default_context() if check_url(url).scheme == "https" else None
     connected, go = threading.Semaphore(0), threading.Event()
     start = 0.0
 
+    def wait_for_the_others() -> None:
+        connected.release()
+        go.wait()
+
     def work(request: Request, prompt: list[int]) -> None:
         try:
-            try:
-                connection = Connection(url, deadline)
-            except OSError as error:
-                raise ValueError(f"cannot connect to {url}: {error}") from error
-            finally:
-                connected.release()
-            with contextlib.closing(connection):
-                go.wait()
-                _stream(connection, api, prompt, request, start)
-        except Exception as error:  # whatever it is, the others' figures are worth having
+            connection = Connection(url, deadline, ssl_context)
+            with (
+                contextlib.closing(connection),
+                connection.request("POST", api.path, api.body(prompt), wait_for_the_others) as response,
+            ):
+                _read_stream(response, api, request, start)
+        except Exception as error:  # of any kind: the other requests are still worth measuring
             request.error = one_line(str(error) or type(error).__name__)
+        finally:
+            connected.release()  # for a request that did not connect; for others nobody waits any more
 
     threads: dict[threading.Thread, int] = {}
     try:
@@ -241,7 +268,7 @@ def _send(url: str, api: _Api, prompts: list[list[int]], timeout: float) -> list
             thread = threading.Thread(target=work, args=pair, daemon=True)
             try:
                 thread.start()
-            except (RuntimeError, MemoryError) as error:  # the limit on processes: nobody waits for this one
+            except (RuntimeError, MemoryError) as error:  # the limit on processes is reached
                 requests[i].error = f"cannot start its thread: {error}"
             else:
                 threads[thread] = i
@@ -250,37 +277,43 @@ def _send(url: str, api: _Api, prompts: list[list[int]], timeout: float) -> list
         start = time.perf_counter()
         go.set()
         deadline.wait(threads)
-    finally:  # after Ctrl-C nobody is left waiting
+    finally:  # after Ctrl-C too, no thread keeps waiting
         deadline.cut()
         go.set()
     for thread, i in threads.items():
-        if thread.is_alive():  # it looks up a name, which nothing ends; what it still does is not looked at
+        if thread.is_alive():  # it is resolving a host name, which cannot be interrupted; its outcome is ignored
             requests[i] = Request(error=deadline.message)
     return requests
 
 
-def _stream(connection: Connection, api: _Api, prompt: list[int], request: Request, start: float) -> None:
-    with connection.request("POST", api.path, json.dumps(api.body(prompt)).encode()) as response:
-        kind = response.getheader("Content-Type", "")
-        if response.status != 200:
-            raise ValueError(f"HTTP status {response.status}: {one_line(response.read(1000).decode(errors='replace'))}")
-        if "text/event-stream" not in kind:
-            raise ValueError(f"answered with {kind or 'no content type'} instead of a stream of events")
-        for data in events(response):
+def _read_stream(response: httpx.Response, api: _Api, request: Request, start: float) -> None:
+    """Record the events of a stream in `request`; raise ValueError unless it is complete."""
+    content_type = response.headers.get("Content-Type", "")
+    if response.status_code != 200:
+        body = one_line(read_body(response, 1000).decode(errors="replace"))
+        raise ValueError(f"HTTP status {response.status_code}: {body}")
+    if "text/event-stream" not in content_type:
+        raise ValueError(f"answered with {content_type or 'no content type'} instead of a stream of events")
+    incomplete = "the stream ended without [DONE]"
+    try:
+        for data in iterate_events(response):
             if data == "[DONE]":
                 break
             now = time.perf_counter() - start
-            if _read(api, data, request):
+            if _count_tokens(api, data, request):
                 request.times.append(now)
                 if len(request.times) > api.max_events:
                     raise ValueError(f"the stream went on after {len(request.times)} events with tokens")
         else:
-            raise ValueError(f"the stream ended without [DONE], after {request.tokens} tokens")
-        if not request.times:
-            raise ValueError("the stream brought no tokens")
+            raise ValueError(f"{incomplete}, after {request.tokens} tokens")
+    except httpx.RemoteProtocolError as error:
+        raise ValueError(f"{incomplete}, after {request.tokens} tokens: {error}") from error
+    if not request.times:
+        raise ValueError("the stream had no tokens")
 
 
-def _read(api: _Api, data: str, request: Request) -> bool:
+def _count_tokens(api: _Api, data: str, request: Request) -> bool:
+    """Add the tokens of an event to `request`; return whether it has any."""
     try:
         event = json.loads(data)
     except (ValueError, RecursionError) as error:

@@ -1,0 +1,163 @@
+"""The glue decides and Python explains: on views of all kinds, drawn at random, both must come to the same decision.
+
+The other tests name each refusal; here nobody has thought of the case beforehand. On the CPU, where every address is
+aligned enough.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from jitnorm.activation import SILU_AND_MUL
+from jitnorm.activation import check as check_activation
+from jitnorm.core.operators import OPERATORS
+from jitnorm.fused_add_rmsnorm import FUSED_ADD_RMSNORM
+from jitnorm.fused_add_rmsnorm import check as check_fused_add_rmsnorm
+from jitnorm.jit.load import load
+from jitnorm.jit.spec import Target
+from jitnorm.qknorm import QKNORM
+from jitnorm.qknorm import check as check_qknorm
+from jitnorm.quant_fp8 import PARTIAL_AMAX, PER_TENSOR, PER_TOKEN, check_per_tensor, check_per_token
+from jitnorm.rmsnorm import RMSNORM
+from jitnorm.rmsnorm import check as check_rmsnorm
+from jitnorm.rmsnorm_quant_fp8 import QuantNorm
+from jitnorm.rmsnorm_quant_fp8 import check as check_quant_norm
+from jitnorm.store_cache import STORE_CACHE
+from jitnorm.store_cache import check as check_store_cache
+
+CPU, F32, E4M3 = Target("cpu"), torch.float32, torch.float8_e4m3fn
+H = 64
+QUANT_NORMS = [operator for operator in OPERATORS.values() if isinstance(operator, QuantNorm)]
+DRAWS = 1500
+
+
+def kernel(operator, *key):
+    return getattr(load(operator.spec(*key, CPU)), operator.entry)
+
+
+class Draw:
+    """Tensors that overlap or not, by chance: all lie in two buffers."""
+
+    def __init__(self) -> None:
+        self.pick = random.Random(0).choice
+        self.buffers = [torch.zeros(1 << 17, dtype=torch.uint8) for _ in range(2)]
+
+    def view(self, dtype, shape, strides, step=16):
+        offset = self.pick((0, 0, H, 2 * H, 3 * H, 5 * H, 4000, self.pick(range(100)) * step))
+        offset = max(0, offset + self.pick((0, 0, 0, 0, 1, -1)))  # what just touches another
+        return self.pick(self.buffers).view(dtype).as_strided(shape, strides, offset)
+
+    def leading(self):
+        return self.pick(((), (1,), (2,), (3,), (2, 3), (1, 3), (3, 1), (0,), (2, 1, 2), (2, 0)))
+
+    def rows(self, dtype, leading, width=H):
+        strides, stride = [self.pick((1,) * 9 + (2, 0))], self.pick((width, 3 * H, 3 * H, 3 * H, width - 16, 0))
+        for size in reversed(leading):
+            strides.insert(0, stride)
+            stride *= self.pick((size, size, size, size + 1))
+        return self.view(dtype, (*leading, width), strides)
+
+    def vector(self, dtype, size):
+        return self.view(dtype, (self.pick((*[size] * 6, size + 1)),), (self.pick((1, 1, 1, 1, 1, 2)),), step=1)
+
+    def heads(self, tokens, heads):
+        width = max(heads, 1) * H
+        stride = self.pick((width, 6 * H, 6 * H, 5 * H, 2 * width, H, 0, width - 16))
+        return self.view(F32, (tokens, heads, H), (stride, self.pick((H, H, H, 2 * H, H - 16, 0, 3 * H)), 1))
+
+    def slots(self, count, width):
+        stride = self.pick((width, width, 128, 192, width - 16, 0))
+        return self.view(torch.uint8, (count, width), (stride, 1))
+
+    def flags(self):
+        return self.pick((1e-6, 1e-6, 1e-6, 0, 1, -1.0)), self.pick((None, None, True, False, 1))
+
+
+def norm_calls(draw):
+    shape = draw.leading()
+    x, other = draw.rows(F32, shape), draw.rows(F32, draw.pick((shape, shape, shape, draw.leading())))
+    w, (eps, pdl) = draw.vector(F32, H), draw.flags()
+    out = draw.pick((other, other, x))
+    yield RMSNORM, (H, F32, F32), (x, w, out, eps, pdl), lambda: check_rmsnorm(RMSNORM, x, w, eps, out, pdl)
+    yield (
+        FUSED_ADD_RMSNORM,
+        (H, F32, F32),
+        (x, other, w, eps, pdl),
+        lambda: check_fused_add_rmsnorm(FUSED_ADD_RMSNORM, x, other, w, eps, pdl),
+    )
+
+
+def quant_norm_calls(draw):
+    for norm in QUANT_NORMS:
+        shape = draw.leading()
+        x, residual = draw.rows(F32, shape), draw.rows(F32, shape) if norm.has_residual else None
+        w, q, (eps, pdl) = draw.vector(F32, H), draw.rows(E4M3, shape), draw.flags()
+        scale = draw.vector(F32, x.numel() // H if norm.is_dynamic else 1)
+        tensors = [t for t in (x, residual, w, q, scale) if t is not None]
+        check = check_quant_norm, (norm, x, residual, w, q, scale, eps, pdl)
+        yield norm, (H, F32, F32), (*tensors, eps, pdl), lambda check=check: check[0](*check[1])
+
+
+def quant_calls(draw):
+    shape = draw.leading()
+    x, q = draw.rows(F32, shape), draw.rows(E4M3, draw.pick((shape, shape, shape, draw.leading())))
+    one, each, partial_amax = draw.vector(F32, 1), draw.vector(F32, x.numel() // H), torch.empty(512)
+    yield PER_TENSOR, (F32,), (x, q, one, None), lambda: check_per_tensor(x, q, one, True)
+    yield PARTIAL_AMAX, (F32,), (x, q, one, partial_amax), lambda: check_per_tensor(x, q, one, False)
+    yield PER_TOKEN, (F32,), (x, q, each), lambda: check_per_token(x, q, each)
+
+
+def activation_calls(draw):
+    shape, (_, pdl) = draw.leading(), draw.flags()
+    x, out = draw.rows(F32, shape, 2 * H), draw.rows(F32, draw.pick((shape, shape, shape, draw.leading())))
+    ids = draw.pick((None, *(draw.vector(dtype, draw.pick(range(5))) for dtype in (torch.int32, torch.int64))))
+    arguments = x, out, ids, draw.pick((1, 2, 3, 2**63 - 1, 0)), pdl
+    yield SILU_AND_MUL, (F32, 16), arguments, lambda: check_activation(SILU_AND_MUL.op, *arguments)
+
+
+def qknorm_calls(draw):
+    tokens, (eps, pdl) = draw.pick(range(4)), draw.flags()
+    q, k = draw.heads(tokens, draw.pick((0, 1, 2, 4))), draw.heads(tokens, draw.pick((0, 1, 2)))
+    arguments = q, k, draw.vector(F32, H), draw.vector(F32, H), eps, draw.pick((0, 0, H, 32)), pdl
+    yield QKNORM, (H, F32, F32), arguments, lambda: check_qknorm(*arguments)
+
+
+def store_cache_calls(draw):
+    for buffer in draw.buffers:
+        buffer.zero_()  # so that every index, wherever it lies, is a slot
+    tokens, slots, widths = draw.pick(range(4)), draw.pick((0, 1, 3, 4)), draw.pick(((64, 64), (64, 128), (32, 64)))
+    rows = [draw.slots(n, width) for n in (tokens, slots) for width in widths]
+    indices = draw.vector(torch.int64, tokens)
+    numbers = draw.pick((0, 0, 64, 128)), draw.pick((0, 1, 2, 3, 4)), draw.pick((None, -1, 0, True))
+    arguments = *rows, indices, *numbers
+    yield STORE_CACHE, (16,), arguments, lambda: check_store_cache(*arguments)
+
+
+FAMILIES = (norm_calls, quant_norm_calls, quant_calls, activation_calls, qknorm_calls, store_cache_calls)
+
+
+def described(arguments) -> list[object]:
+    return [(a.dtype, a.shape, a.stride(), a.data_ptr()) if isinstance(a, torch.Tensor) else a for a in arguments]
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.__name__)
+def test_the_glue_and_python_agree(family):
+    draw, decisions = Draw(), Counter()
+    for _ in range(DRAWS):
+        calls: Iterator = family(draw)
+        for operator, key, arguments, check in calls:
+            try:
+                check()
+                said = None
+            except (TypeError, ValueError, RuntimeError) as error:
+                said = error
+            refused = bool(kernel(operator, *key)(*arguments))
+            assert refused == (said is not None), (operator.op, said, described(arguments))
+            decisions[operator.op, refused] += 1
+    for op, _ in [*decisions]:  # each operator met many of both kinds
+        assert min(decisions[op, True], decisions[op, False]) > DRAWS // 30, decisions

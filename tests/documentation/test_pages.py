@@ -1,0 +1,163 @@
+"""The README and the pages of docs agree with the code: commands, snippets, tables, links and variables."""
+
+from __future__ import annotations
+
+import inspect
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import click
+import pytest
+
+from documentation.pages import FILES, PAGES, ROOT, load
+from jitnorm.benchmark import marker
+from jitnorm.benchmark.marker import Benchmark
+from jitnorm.benchmark.options import command
+from jitnorm.cli import diagnosis, main
+from jitnorm.jit import toolchain
+
+README = PAGES["README.md"]
+BENCHMARKING = PAGES["docs/guides/benchmarking.md"]
+ENVIRONMENT = PAGES["docs/reference/environment.md"]
+
+
+def blocks(text: str, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+
+
+def unfolded(block: str) -> list[str]:
+    return block.replace("\\\n", "").splitlines()
+
+
+def commands() -> list[str]:
+    """Return the commands of all pages: of shell blocks, and of code that begins with jitnorm or make."""
+    lines = [line for text in PAGES.values() for block in blocks(text, "sh") for line in unfolded(block)]
+    inline = [c for text in PAGES.values() for c in re.findall(r"`((?:jitnorm|make) [^`|]*)`(?! \|)", text)]
+    return sorted({re.sub(r"\s+#.*", "", line) for line in [*lines, *inline]} - {""})
+
+
+def words_after(name: str) -> list[list[str]]:
+    split = [shlex.split(command) for command in commands()]
+    return [words[words.index(name) + 1 :] for words in split if name in words]
+
+
+@pytest.mark.parametrize("words", words_after("jitnorm"), ids=" ".join)
+def test_commands_and_options_exist(words, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for file in (tmp_path / word for word in words if word.endswith(".json")):  # some commands require an existing file
+        file.parent.mkdir(exist_ok=True)
+        file.touch()
+    command: click.Command = main
+    context = click.Context(main, info_name="jitnorm")
+    while isinstance(command, click.Group) and words and not words[0].startswith("-"):
+        child = command.get_command(context, words[0])
+        assert child, words
+        command, words = child, words[1:]
+    if words in ([], ["--help"]):  # the command is only named
+        return
+    command.make_context("jitnorm", list(words))  # parses, and refuses unknown options
+
+
+def test_make_targets_exist():
+    targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    named = {words[0] for words in words_after("make") if not words[0].startswith(".venv/")}
+    assert {"demo", "test", "lint", "docs"} <= named <= set(targets)
+
+
+def test_python_files_of_commands_exist():
+    scripts = {word for command in commands() for word in command.split() if re.match(r"\w+/[\w/]+\.py$", word)}
+    examples = {"benchmarks/bench_NAME.py"}
+    assert scripts and not [script for script in scripts - examples if not (ROOT / script).exists()]
+
+
+SNIPPETS = [
+    pytest.param(page, snippet, id=f"{page}-{number}")
+    for page, text in PAGES.items()
+    for number, snippet in enumerate(blocks(text, "python"))
+]
+
+
+@pytest.mark.filterwarnings("ignore:no cache metrics")  # the benchmarking guide asks a server that is not there
+@pytest.mark.parametrize(("page", "snippet"), SNIPPETS)
+def test_snippets_run(page, snippet, capsys):
+    """Run each, compare its output with its lines that are comments, and run the benchmarks that it defines."""
+    names: dict[str, object] = {"__name__": "snippet"}
+    exec(compile(snippet, page, "exec"), names)
+    out = capsys.readouterr().out
+    assert not [text for text in re.findall(r"^# (.*[^:])$", snippet, re.MULTILINE) if text not in out]
+    for bench in names.values():
+        if isinstance(bench, Benchmark):
+            assert not bench.run(full=False, device="cpu", cold=False, seconds=0.0).failed
+
+
+def test_options_of_benchmarks_are_documented():
+    """Every option of the command line and of do_bench, and nothing else."""
+
+    @marker.benchmark("impl", ["a"])
+    def bench(impl): ...
+
+    options = {o for p in command(bench, copy=False).params for o in (*p.opts, *p.secondary_opts)}
+    documented = set(re.findall(r"`(--[a-z]+)", BENCHMARKING.partition("## The decorators")[0]))
+    assert documented == options - {"--no-copy"}
+    table = BENCHMARKING.partition("| option | meaning |")[2].partition("\n\n")[0]
+    table = BENCHMARKING.partition("## What do_bench measures")[2].partition("| option | meaning |")[2] or table
+    first_column = "".join(re.findall(r"^\|([^|]*)\|", table.partition("\n\n")[0], re.MULTILINE))
+    named = set(re.findall(r"`(\w+)[=`]", first_column))
+    assert named == {*inspect.signature(marker.do_bench).parameters} - {"fn"}
+
+
+def test_environment_table_is_complete():
+    table = set(re.findall(r"^\| `(\w+)` \|", ENVIRONMENT, re.MULTILINE))
+    readers = [f for f in (ROOT / "src").rglob("*.py") if f != Path(diagnosis.__file__)]
+    read = set(re.findall(r'"(JITNORM_[A-Z_]+)"', "".join(f.read_text() for f in readers)))
+    assert {name for name in table if name.startswith("JITNORM_")} == read == set(diagnosis._OWN_VARIABLES)
+    assert not [name for name in toolchain._ENVIRONMENT if f"`{name}`" not in ENVIRONMENT]
+
+
+def test_tables_are_those_of_the_results():
+    tables = load("benchmarks/write_tables.py")
+    places = [name for page in tables.PAGES for name in tables.names_in(page.read_text())]
+    assert sorted(places) == sorted(tables.TABLES), "each table is in one page, once"
+    for page in tables.PAGES:
+        text = page.read_text()
+        assert tables.with_tables(text) == text, "to write them: python benchmarks/write_tables.py"
+
+
+def test_the_readme_is_short():
+    assert len(README.split()) <= 1200
+
+
+def test_links_lead_somewhere():
+    for file in (*FILES, *ROOT.glob(".cache-example/*.md")):
+        prose = re.sub(r"^```.*?^```", "", file.read_text(), flags=re.DOTALL | re.MULTILINE)
+        for link in re.findall(r"\]\((?!http)([^)#]+)", prose):
+            target = {"index.md": ROOT / "README.md", "contributing/index.md": ROOT / "CONTRIBUTING.md"}
+            generated = os.path.relpath(file.parent / link, ROOT / "docs")
+            assert target.get(generated, file.parent / link).exists(), f"{file.name}: {link}"
+
+
+def test_no_page_names_a_file_that_is_not_there():
+    for page, text in PAGES.items():
+        prose = re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE)
+        for name in re.findall(r"`((?:src|csrc|tests|benchmarks|examples|docs)/[a-z0-9_./-]+\.\w+)`", prose):
+            assert (ROOT / name).exists(), f"{page}: {name}"
+
+
+def test_the_site_builds_without_a_warning(tmp_path):
+    pytest.importorskip("mkdocs")
+    environment = {**os.environ, "NO_MKDOCS_2_WARNING": "1", "PYTHONPATH": str(ROOT / "src")}
+    words = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path / "site")]
+    done = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "WARNING" not in done.stderr
+    site = tmp_path / "site"
+    loaded = r'<(?:script|link|img)[^>]*(?:src|href)="(?:https?:)?//(?!jitnorm\.example\.invalid)'
+    assert not [str(page) for page in site.rglob("*.html") if re.search(loaded, page.read_text())]
+    assert "<code>rmsnorm</code>" in (site / "reference" / "operators.html").read_text() or (
+        'id="jitnorm.rmsnorm' in (site / "reference" / "operators.html").read_text()
+    )
+    assert "jitnorm cache ls" in (site / "reference" / "commands.html").read_text()

@@ -1,0 +1,49 @@
+"""The troubleshooting page has an entry for every message of the package, and none for others."""
+
+from __future__ import annotations
+
+import pytest
+
+from documentation.pages import load
+
+messages = load("docs/messages.py")
+
+
+def test_every_message_has_an_entry():
+    found, known = messages.messages(), messages.entries(messages.PAGE.read_text())
+    assert len(found) > 200
+    missing = {place: text for text, place in found.items() if text not in known}
+    assert not missing, "python docs/messages.py lists them; --update rewords entries"
+
+
+def test_every_entry_is_a_message():
+    found, known = messages.messages(), messages.entries(messages.PAGE.read_text())
+    assert not [text for text in known if text not in found]
+    assert all(cure.strip() for cure in known.values())
+
+
+@pytest.mark.parametrize(
+    ("source", "texts"),
+    [
+        ("raise ValueError(f'a must be {x}, got {y!r}')", ["a must be …, got …"]),
+        ("def f():\n    why = 'no luck' if x else f'{y} is bad'\n    raise E(why)", ["no luck", "… is bad"]),
+        ("def no(x):\n    return E(f'{x} is wrong here')\nraise no(1)", ["… is wrong here"]),
+        ("def why():\n    return 'because of rain'\nraise E(why())", ["because of rain"]),
+        ("if problem := why():\n    raise E(problem)\ndef why(): return 'a reason'", ["a reason"]),
+        ("raise E('one ' + str(x) + ' two')", ["one … two"]),
+        ("log.warning('%s cannot be %d', x, y)", ["… cannot be …"]),
+        ("warnings.warn(f'{x} is old', stacklevel=2)", ["… is old"]),
+        ("raise E(str(error)) from error", []),
+        ("raise", []),
+    ],
+)
+def test_messages_are_found(tmp_path, monkeypatch, source, texts):
+    (tmp_path / "module.py").write_text(source)
+    monkeypatch.setattr(messages, "ROOT", tmp_path)
+    assert [text for text, _ in messages.Package(tmp_path).messages()] == texts
+
+
+def test_a_reworded_message_keeps_its_cure(monkeypatch):
+    monkeypatch.setattr(messages, "messages", lambda: {"eps must not be negative, got …": "x.py:1"})
+    page = "| `eps must be zero or more, got …` | Pass another. |\n"
+    assert messages.reworded(page) == "| `eps must not be negative, got …` | Pass another. |\n"

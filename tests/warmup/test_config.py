@@ -1,0 +1,174 @@
+"""Which operators and sizes a model's config asks for."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from jitnorm.warmup import make_plan
+from jitnorm.warmup.config import read_config
+
+from .commands import CONFIGS, DEEPSEEK, LLAMA, OLMO2, command, config_file
+
+
+@pytest.mark.parametrize(
+    ("name", "sizes", "dtype"),
+    [
+        ("llama.json", [4096], "bfloat16"),
+        ("qwen3.json", [5120, 128], "bfloat16"),  # q and k norms over head_dim
+        ("gemma.json", [3584], "float32"),  # Gemma 2 has a head_dim, and no q and k norms
+        ("gemma3.json", [2560, 256], "bfloat16"),  # text_config, its head_dim left out; the dtype is outside
+    ],
+)
+def test_configs(name, sizes, dtype):
+    norms = read_config(CONFIGS / name)
+    assert (norms.hidden_sizes, norms.dtype) == (sizes, dtype)
+
+
+@pytest.mark.parametrize(
+    ("config", "sizes"),
+    [
+        (OLMO2, [5120, 1024]),  # over all heads at once
+        (DEEPSEEK, [7168, 1536, 512]),
+        ({**DEEPSEEK, "q_lora_rank": None}, [7168, 512]),
+        ({"model_type": "glm4_moe", "hidden_size": 5120, "head_dim": 128, "use_qk_norm": True}, [5120, 128]),
+        ({"model_type": "glm4_moe", "hidden_size": 4096, "head_dim": 128, "use_qk_norm": False}, [4096]),
+        ({"architectures": ["Qwen3MoeForCausalLM"], "hidden_size": 2048, "num_attention_heads": 32}, [2048, 64]),
+        ({"model_type": "llama", "hidden_size": 128, "head_dim": 128}, [128]),
+    ],
+)
+def test_sizes_of_other_families(tmp_path, config, sizes):
+    assert read_config(config_file(tmp_path, **config).parent).hidden_sizes == sizes
+
+
+@pytest.mark.parametrize(
+    ("config", "head_dims"),
+    [
+        (json.loads((CONFIGS / "qwen3.json").read_text()), [128]),
+        (json.loads((CONFIGS / "llama.json").read_text()), []),
+        (OLMO2, []),  # over all heads at once, which is no work for the kernel of single heads
+        ({"model_type": "qwen3", "hidden_size": 128, "head_dim": 128}, [128]),
+    ],
+)
+def test_sizes_of_single_heads(tmp_path, config, head_dims):
+    file = config_file(tmp_path, **config)
+    assert read_config(file).head_dims == head_dims
+    plan = make_plan(op=["rmsnorm", "fused_inplace_qknorm"], config=file, dtype="fp16", device="cpu")
+    assert [s.name for s in plan.specs if s.op == "fused_inplace_qknorm"] == [
+        f"fused_inplace_qknorm_{d}_fp16" for d in head_dims
+    ]
+    assert {s.name for s in plan.specs} >= {f"rmsnorm_{h}_fp16" for h in read_config(file).hidden_sizes}
+    missing = [f"{file} has no norms of single heads, which fused_inplace_qknorm is for"]
+    assert plan.refused == ([] if head_dims else missing)
+
+
+@pytest.mark.parametrize(
+    ("config", "ops"),
+    [
+        (json.loads((CONFIGS / "qwen3.json").read_text()), ["silu_and_mul_bf16", "store_cache"]),
+        (json.loads((CONFIGS / "gemma.json").read_text()), ["gelu_tanh_and_mul_fp32", "store_cache"]),
+        (
+            {"hidden_size": 64, "hidden_act": "gelu", "intermediate_size": 3420, "dtype": "float16"},
+            ["gelu_and_mul_fp16_by_8", "store_cache"],  # heads unknown: rows of whole 16 bytes
+        ),
+        (
+            {**DEEPSEEK, "hidden_act": "relu2", "qk_rope_head_dim": 66, "dtype": "bfloat16"},
+            ["store_cache", "store_cache_by_4"],
+        ),
+    ],
+)
+def test_activations_and_caches(tmp_path, config, ops):
+    names = ["silu_and_mul", "gelu_and_mul", "gelu_tanh_and_mul", "store_cache"]
+    plan = make_plan(op=names, config=config_file(tmp_path, **config), device="cpu")
+    assert sorted(s.name for s in plan.specs) == sorted(ops)
+    assert len(plan.refused) == len(names) - len({s.op for s in plan.specs})
+    assert all("config.json has no hidden_act" in line for line in plan.refused)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "needed"),
+    [
+        ("architectures", {"a": 1}, "a list of names"),
+        ("architectures", [1], "a list of names"),
+        ("model_type", 3, "text"),
+        ("hidden_act", ["silu"], "text"),
+        ("torch_dtype", ["bf16"], "text"),
+        ("torch_dtype", 16, "text"),
+        ("torch_dtype", "float8", "float16, bfloat16 or float32"),
+        ("hidden_size", "4096", "a whole number above 0"),
+        ("hidden_size", True, "a whole number above 0"),
+        ("num_attention_heads", "32", "a whole number above 0"),
+        ("num_attention_heads", -1, "a whole number above 0"),
+        ("head_dim", "128", "a whole number above 0"),
+        ("q_lora_rank", "1536", "a whole number above 0"),
+        ("intermediate_size", 14336.0, "a whole number above 0"),
+    ],
+)
+def test_keys_of_a_wrong_type(cache_dir, tmp_path, key, value, needed):
+    file = config_file(tmp_path, **{"hidden_size": 4096, key: value})
+    said = command("--config", file, "--device", "cpu", exit_code=1).stderr
+    assert said.startswith(f"Error: {file}: ") and said.count("\n") == 1
+    assert key in said and f" must be {needed}, got {value!r}" in said
+    assert not cache_dir.exists()
+
+
+@pytest.mark.parametrize(
+    ("config", "says"),
+    [
+        (LLAMA, []),  # its activation is known
+        ({**LLAMA, "model_type": "qwen2"}, []),
+        ({**LLAMA, "model_type": "mistral"}, []),
+        ({**LLAMA, "model_type": "phi3"}, ["has no hidden_act: no activation is built (--op names one)"]),
+        ({**LLAMA, "hidden_act": "relu2"}, ["has hidden_act 'relu2', which no kernel serves: no activation is built"]),
+        ({**LLAMA, "intermediate_size": 0}, ["has no intermediate_size: no activation is built (--op names one)"]),
+        ({**LLAMA, "dtype": None}, ["has no dtype: bf16 is built (--dtype names another)"]),
+        ({**LLAMA, "model_type": "newest", "hidden_act": "silu"}, ["has model_type 'newest', which is not known here"]),
+        ({**LLAMA, "model_type": None, "hidden_act": "silu"}, ["has no model_type"]),
+    ],
+)
+def test_notes_on_what_a_config_leaves_out(cache_dir, tmp_path, monkeypatch, config, says):
+    file = config_file(tmp_path, **config)
+    monkeypatch.setattr("jitnorm.cli.warmup._build", lambda *_: None)
+    *said, on_patch = command("--config", file, "--device", "cpu").stderr.splitlines()
+    assert "patch_transformers replaces" in on_patch
+    assert len(said) == len(says)
+    assert all(line.startswith(f"note: {file} {start}") for line, start in zip(said, says, strict=True))
+    plan = make_plan(op="silu_and_mul", dtype="bf16", config=file, device="cpu")
+    assert not plan.notes  # all that was asked for is built, or refused
+    assert bool(plan.refused) == (config.get("hidden_act") == "relu2")
+
+
+@pytest.mark.parametrize(
+    ("config", "says"),
+    [
+        (LLAMA, "the norms alone, which call rmsnorm: other code calls fused_add_rmsnorm, silu_and_mul, store_cache"),
+        (
+            {**LLAMA, "model_type": "gemma3_text", "head_dim": 64},
+            "the norms alone, which call gemma_rmsnorm: "
+            "other code calls gemma_fused_add_rmsnorm, gelu_tanh_and_mul, store_cache",
+        ),
+        ({**LLAMA, "model_type": "glm4_moe"}, "no module of this model_type: other code calls these"),
+        ({**LLAMA, "model_type": None}, "no module of this model_type: other code calls these"),
+    ],
+)
+def test_says_what_patch_transformers_does_not_call(tmp_path, config, says):
+    file = config_file(tmp_path, **config)
+    assert make_plan(config=file, device="cpu").notes[-1] == f"{file}: patch_transformers replaces {says}"
+    assert not make_plan(op="rmsnorm", config=file, device="cpu").notes
+
+
+def test_widths_of_every_layer(tmp_path):
+    file = config_file(tmp_path, **{**LLAMA, "intermediate_size": [64, 64, 96]})
+    assert read_config(file).intermediate_sizes == [64, 96]
+
+
+@pytest.mark.parametrize("content", ["", "[1]", "{}"])
+def test_bad_configs_are_one_clear_line(tmp_path, content):
+    file = tmp_path / "config.json"
+    file.write_text(content)
+    with pytest.raises(ValueError, match=str(file)) as raised:
+        read_config(file)
+    assert "\n" not in str(raised.value)
+    with pytest.raises(ValueError, match=r"elsewhere.*No such file"):
+        read_config(tmp_path / "elsewhere")
