@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from tables import create_parser, print_table
+from table_output import create_parser, print_table
 
 from jitnorm.batch_invariant.attention.schedule import Schedule, choose_schedule
 from jitnorm.batch_invariant.attention.triton_kernels import attend

@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 import torch
 from bench_matmul import LLAMA_8B, QWEN3_32B
-from tables import create_parser, print_table
+from table_output import create_parser, print_table
 
 from jitnorm.batch_invariant.matmul.triton_kernels import TILES, Tile, choose_tile, persistent_gemm
 from jitnorm.batch_invariant.operands import cancelling_operands, count_differing_elements

@@ -34,11 +34,8 @@ class QKNorm(Norm):
     def kernel_class(self, hidden_size: int) -> str:
         """Return the class in csrc/elementwise that serves heads of this size. RuntimeError if there is none."""
         if hidden_size not in HEAD_DIMS:
-            *most, last = HEAD_DIMS
-            raise RuntimeError(
-                f"{self.op} does not support head_dim {hidden_size}: "
-                f"supported are {', '.join(map(str, most))} and {last}"
-            )
+            supported = checks.enumeration(HEAD_DIMS)
+            raise RuntimeError(f"{self.op} does not support head_dim {hidden_size}: supported are {supported}")
         return "QKNormKernel"
 
 

@@ -215,8 +215,7 @@ def _check_metadata(named: dict[str, torch.Tensor], indices: torch.Tensor, row_b
     if row_bytes not in (0, _row_bytes(k)):
         raise ValueError(f"row_bytes must be 0 or {_row_bytes(k)}, the bytes in a row of k, got {row_bytes}")
     if num_split not in _NUM_SPLITS:
-        *most, last = _NUM_SPLITS
-        raise ValueError(f"num_split must be {', '.join(map(str, most))} or {last}, got {num_split}")
+        raise ValueError(f"num_split must be {checks.enumeration(_NUM_SPLITS, 'or')}, got {num_split}")
 
 
 def _check_row(name: str, row_bytes: int) -> None:

@@ -65,7 +65,7 @@ class Foreign:
 
 
 class Marked(torch.Tensor):
-    """A subclass that means what its storage holds."""
+    """A subclass whose values are those of its storage."""
 
 
 def freed(tensor):
@@ -179,13 +179,13 @@ def test_the_first_call_and_a_later_one(form):
     pick, decisions = random.Random(form.name), Counter()
     for seed in range(DRAWS):
         changes = [*draw(pick, form)]
-        words = [(name, getattr(change, "__name__", change)) for name, change in changes]
+        changed = [(name, getattr(change, "__name__", change)) for name, change in changes]
         forget_kernels()
         first = outcome(form, made(form, seed, changes))
         form.call(form.make())
         later = outcome(form, made(form, seed, changes))
-        assert first == later, (words, first[0], later[0])
-        with Seen():  # through torch's dispatcher, which has words and exceptions of its own
+        assert first == later, (changed, first[0], later[0])
+        with Seen():  # through torch's dispatcher, which raises exceptions of its own
             outcome(form, made(form, seed, changes))
         decisions[first[0] is None] += 1
     assert min(decisions.values()) > DRAWS // 20, decisions

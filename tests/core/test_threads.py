@@ -1,4 +1,4 @@
-"""How many threads a kernel of the CPU uses: what torch.set_num_threads says, whichever Python thread calls."""
+"""CPU kernels use as many threads as torch.set_num_threads says, whichever Python thread calls."""
 
 from __future__ import annotations
 
