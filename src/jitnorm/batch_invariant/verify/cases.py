@@ -1,8 +1,8 @@
 """The invariance cases: operators as functions of rows, with all other operands fixed.
 
-The mode's ATen operators have a case each, and so has every operator and variant in the package's registry, under its
-name there. To add one, write a function that makes a `Case` and name it in `OPERATORS`. A test fails for an operator of
-the registry that is neither there nor in `EXEMPT`.
+The mode's ATen operators have cases, and so has every operator and variant in the package's registry, under its name
+there. For another one of a family, name it in `_REGISTERED_OPERATORS`. A test fails for an operator of the registry
+that is neither there nor in `EXEMPT`.
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ from typing import Any, TypeAlias
 import torch
 import torch.nn.functional as F
 
-import jitnorm
 from jitnorm.batch_invariant.operands import cancelling_operands
+from jitnorm.core.operators import EXAMPLES
+from jitnorm.core.operators import OPERATORS as REGISTRY
 
 Shape: TypeAlias = tuple[int, ...]
 RowFunction: TypeAlias = Callable[[torch.Tensor], torch.Tensor]  # from [m, width] to [m, anything]
@@ -134,13 +135,19 @@ def _bytes(*results: torch.Tensor) -> torch.Tensor:
     return torch.cat([result.flatten(1).view(torch.uint8) for result in results], -1)
 
 
-# Functions of the package are looked up when they are called, so that tests can replace them by broken ones.
+def _function(name: str) -> Callable[..., Any]:
+    """Return the public function of an operator of the registry, for each call, so that tests can replace it."""
+    return EXAMPLES[name].function
 
 
-def _fused_add(name: str, **options: Any) -> Operator:
+def _registered_norm(name: str) -> Operator:
+    return _norm(lambda x, weight: _function(name)(x, weight))
+
+
+def _fused_add_norm(name: str, **options: Any) -> Operator:
     def call(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         input, residual = x.clone(memory_format=torch.contiguous_format), x.flip(-1).contiguous()
-        getattr(jitnorm, name)(input, residual, weight, **options)
+        _function(name)(input, residual, weight, **options)
         return torch.cat((input, residual), -1)
 
     return _norm(call)
@@ -150,34 +157,33 @@ def _static_scale(x: torch.Tensor) -> torch.Tensor:
     return torch.full((1,), 0.25, dtype=torch.float32, device=x.device)
 
 
-def _rmsnorm_quant(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    return _bytes(jitnorm.rmsnorm_quant_fp8(x, weight, _static_scale(x))[0])
+def _quant_norm(name: str, is_static: bool) -> Operator:
+    def call(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        q, scales = _function(name)(x, weight, _static_scale(x) if is_static else None)
+        return _bytes(q) if is_static else _bytes(q, scales)
+
+    return _norm(call)
 
 
-def _rmsnorm_quant_dynamic(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    return _bytes(*jitnorm.rmsnorm_quant_fp8(x, weight))
+def _fused_add_quant_norm(name: str, is_static: bool) -> Operator:
+    def call(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        residual = x.flip(-1).contiguous()
+        q, scales = _function(name)(x, residual, weight, _static_scale(x) if is_static else None)
+        return _bytes(q, residual) if is_static else _bytes(q, scales, residual)
 
-
-def _fused_add_quant(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    residual = x.flip(-1).contiguous()
-    return _bytes(jitnorm.fused_add_rmsnorm_quant_fp8(x, residual, weight, _static_scale(x))[0], residual)
-
-
-def _fused_add_quant_dynamic(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    residual = x.flip(-1).contiguous()
-    return _bytes(*jitnorm.fused_add_rmsnorm_quant_fp8(x, residual, weight), residual)
+    return _norm(call)
 
 
 def _per_tensor_quant(x: torch.Tensor) -> torch.Tensor:
     input = x.contiguous()
     q = torch.empty_like(input, dtype=torch.float8_e4m3fn)
-    jitnorm.per_tensor_quant_fp8(input, q, _static_scale(x), is_static=True)
+    _function("per_tensor_quant_fp8")(input, q, _static_scale(x), is_static=True)
     return _bytes(q)
 
 
 def _per_token_quant(x: torch.Tensor) -> torch.Tensor:
     q, scales = torch.empty_like(x, dtype=torch.float8_e4m3fn), x.new_empty((x.shape[0], 1), dtype=torch.float32)
-    jitnorm.per_token_quant_fp8(x, q, scales)
+    _function("per_token_quant_fp8")(x, q, scales)
     return _bytes(q, scales)
 
 
@@ -188,7 +194,7 @@ def _qknorm(shape: Shape, dtype: torch.dtype, device: torch.device) -> Case:
 
     def call(x: torch.Tensor) -> torch.Tensor:
         heads = x.clone(memory_format=torch.contiguous_format).view(-1, 4, head_dim)
-        jitnorm.fused_inplace_qknorm(heads[:, :3], heads[:, 3:], q_weight, k_weight)
+        _function("fused_inplace_qknorm")(heads[:, :3], heads[:, 3:], q_weight, k_weight)
         return heads.flatten(1)
 
     return Case(torch.randn(1, 4 * head_dim, device=device).to(dtype), call)
@@ -203,14 +209,14 @@ def _store_cache(shape: Shape, dtype: torch.dtype, device: torch.device) -> Case
         k, v = x.split(width, 1)
         k_cache, v_cache = x.new_zeros(2 * tokens, width), x.new_zeros(2 * tokens, width)
         slots = 2 * torch.arange(tokens, device=x.device).flip(0)  # the last token's first; every second stays free
-        jitnorm.store_cache(k, v, k_cache, v_cache, slots)
+        _function("store_cache")(k, v, k_cache, v_cache, slots)
         return torch.cat([cache.view(tokens, 2 * width).flip(0) for cache in (k_cache, v_cache)], -1)
 
     return Case(torch.randn(1, 2 * width, device=device).to(dtype), call)
 
 
 def _activation(name: str) -> Operator:
-    return _rowwise(lambda x: getattr(jitnorm, name)(x), 256, 8192)
+    return _rowwise(lambda x: _function(name)(x), 256, 8192)
 
 
 def _by_size(make: Callable[[Shape, torch.dtype, torch.device], Case], name: str, *sizes: int) -> Operator:
@@ -238,29 +244,35 @@ _ATEN_OPERATORS: dict[str, Operator] = {
     "rms_norm": _norm(_rms_norm, 1000),
 }
 _REGISTERED_OPERATORS: dict[str, Operator] = {
-    "rmsnorm": _norm(lambda x, weight: jitnorm.rmsnorm(x, weight)),
-    "gemma_rmsnorm": _norm(lambda x, weight: jitnorm.gemma_rmsnorm(x, weight)),
-    "fused_add_rmsnorm": _fused_add("fused_add_rmsnorm"),
-    "fused_add_rmsnorm_round_sum": _fused_add("fused_add_rmsnorm", round_sum=True),
-    "gemma_fused_add_rmsnorm": _fused_add("gemma_fused_add_rmsnorm"),
-    "gemma_fused_add_rmsnorm_round_sum": _fused_add("gemma_fused_add_rmsnorm", round_sum=True),
-    "rmsnorm_quant_fp8": _norm(_rmsnorm_quant),
-    "rmsnorm_quant_fp8_dynamic": _norm(_rmsnorm_quant_dynamic),
-    "fused_add_rmsnorm_quant_fp8": _norm(_fused_add_quant),
-    "fused_add_rmsnorm_quant_fp8_dynamic": _norm(_fused_add_quant_dynamic),
+    **{name: _registered_norm(name) for name in ("rmsnorm", "gemma_rmsnorm")},
+    **{name: _fused_add_norm(name) for name in ("fused_add_rmsnorm", "gemma_fused_add_rmsnorm")},
+    **{
+        name: _fused_add_norm(name, round_sum=True)
+        for name in ("fused_add_rmsnorm_round_sum", "gemma_fused_add_rmsnorm_round_sum")
+    },
+    "rmsnorm_quant_fp8": _quant_norm("rmsnorm_quant_fp8", is_static=True),
+    "rmsnorm_quant_fp8_dynamic": _quant_norm("rmsnorm_quant_fp8_dynamic", is_static=False),
+    "fused_add_rmsnorm_quant_fp8": _fused_add_quant_norm("fused_add_rmsnorm_quant_fp8", is_static=True),
+    "fused_add_rmsnorm_quant_fp8_dynamic": _fused_add_quant_norm(
+        "fused_add_rmsnorm_quant_fp8_dynamic", is_static=False
+    ),
     "per_tensor_quant_fp8": _rowwise(_per_tensor_quant, 128, 4096),
     "per_token_quant_fp8": _rowwise(_per_token_quant, 128, 4096),
     "fused_inplace_qknorm": _by_size(_qknorm, "HEAD_DIM", 64, 128),
     # Rows for accesses of 16 bytes, and of 8 or 4.
     "store_cache": _by_size(_store_cache, "WIDTH", 1024, 6),
-    "silu_and_mul": _activation("silu_and_mul"),
-    "gelu_and_mul": _activation("gelu_and_mul"),
-    "gelu_tanh_and_mul": _activation("gelu_tanh_and_mul"),
+    **{name: _activation(name) for name in ("silu_and_mul", "gelu_and_mul", "gelu_tanh_and_mul")},
 }
 OPERATORS = {**_ATEN_OPERATORS, **_REGISTERED_OPERATORS}
 
+
+def _exemptions() -> dict[str, str]:
+    reasons = {name: f"a kernel of {op.part_of.op}" for name, op in REGISTRY.items() if op.part_of}
+    for name, example in EXAMPLES.items():
+        if not example.per_row:  # such as one scale for the whole tensor
+            reasons[name] = "by definition a row's result depends on all rows"
+    return reasons
+
+
 # Operators of the registry that have no case, and why.
-EXEMPT = {
-    "per_tensor_quant_fp8_dynamic": "one scale for the whole tensor: by definition a row's result depends on all rows",
-    "per_tensor_quant_fp8_maxima": "the first of the two kernels of per_tensor_quant_fp8 with a dynamic scale",
-}
+EXEMPT = _exemptions()
