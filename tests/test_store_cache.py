@@ -300,7 +300,8 @@ def test_checked_indices(device, index_dtype, monkeypatch):
         before = k_cache.clone(), v_cache.clone()
 
 
-@pytest.mark.parametrize(("value", "checked"), [("1", True), ("0", False), ("", False)])
+# What else turns a variable on or off is tested with is_on.
+@pytest.mark.parametrize(("value", "checked"), [("1", True), ("0", False)])
 def test_the_variable_asks_for_checked_indices(value, checked):
     script = "from jitnorm.store_cache import check_indices; print(check_indices)"
     environment = os.environ | {"JITNORM_CHECK_INDICES": value}
@@ -373,7 +374,8 @@ def test_module_and_function_can_be_imported():
 @pytest.mark.nvcc
 @pytest.mark.parametrize("arch", ["7.5", "8.0", "8.9", "9.0a", "10.0a", "12.0a"])
 def test_compiles_for(arch):
-    for vector_bytes in (16, 4):
+    # No architecture has code of its own for short accesses.
+    for vector_bytes in (16, 4) if arch == "9.0a" else (16,):
         build(STORE_CACHE.spec(vector_bytes, Target.cuda(arch))).verify()
 
 
