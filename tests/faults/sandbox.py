@@ -41,6 +41,7 @@ for _module in [
     "filelock",
     "multiprocessing.util",
     "ninja",
+    "platformdirs",
     "jitnorm.jit.build",
     "jitnorm.cli.cache",
     "jitnorm.cli.diagnostics",

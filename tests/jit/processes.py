@@ -164,6 +164,7 @@ def _serve(connection: socket.socket) -> None:
 
     import cuda.pathfinder  # noqa: F401
     import ninja  # noqa: F401
+    import platformdirs  # noqa: F401
     import torch
 
     import jitnorm.jit.build

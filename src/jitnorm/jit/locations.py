@@ -28,14 +28,18 @@ def default_root() -> Path:
 
     The path is relative if the user has no home folder, or the working directory was deleted.
     """
-    from platformdirs import user_cache_dir  # here, as it creates a fifth of the objects that `import jitnorm` does
-
     folder = os.environ.get("JITNORM_CACHE_DIR")
     try:
-        root = os.path.expanduser(folder or user_cache_dir("jitnorm", appauthor=False))
+        root = os.path.expanduser(folder or _platform_folder())
     except RuntimeError:  # neither HOME nor an entry in passwd
         root = "~/.cache/jitnorm"
     return Path(root) if root.startswith("~") else _absolute(root)
+
+
+def _platform_folder() -> str:
+    from platformdirs import user_cache_dir  # here, as it creates a fifth of the objects that `import jitnorm` does
+
+    return user_cache_dir("jitnorm", appauthor=False)
 
 
 def _absolute(path: str) -> Path:
