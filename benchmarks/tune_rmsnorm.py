@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import torch
-from tables import create_parser, print_table
+from table_output import create_parser, print_table
 
 from jitnorm.benchmark import marker
 from jitnorm.benchmark.options import override_settings

@@ -11,7 +11,7 @@
     if __name__ == "__main__":
         bench.main()
 
-docs/benchmarking.md is the guide.
+docs/guides/benchmarking.md is the guide.
 """
 
 from __future__ import annotations

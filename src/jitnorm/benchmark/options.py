@@ -16,6 +16,7 @@ import torch
 from jitnorm.benchmark.report import create_figure, format_csv, save_plot
 from jitnorm.benchmark.results import COPY, BenchResult
 from jitnorm.core.checks import DTYPE_NAMES
+from jitnorm.jit.files import write_text
 
 if TYPE_CHECKING:
     from jitnorm.benchmark.marker import Benchmark
@@ -136,7 +137,7 @@ def command(benchmark: Benchmark, copy: bool) -> click.Command:
             if output:
                 report.write(output)
             if csv_file:
-                csv_file.write_text(format_csv(report))
+                write_text(csv_file, format_csv(report))
             if plot_file:
                 save_plot(report, plot_file)
         except (ValueError, TypeError, RuntimeError, OSError) as error:

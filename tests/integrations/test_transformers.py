@@ -1,0 +1,372 @@
+"""Tiny, randomly initialised models of the transformers package, before and after `patch_transformers`."""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import io
+import pickle
+
+import pytest
+import torch
+from helpers import relative_error, rmsnorm_reference, same_bits
+from operator_calls import forget_kernels
+
+import jitnorm
+from jitnorm import patch_transformers
+from jitnorm.core.operators import OPERATORS
+from jitnorm.integrations import transformers as transformers_patch
+from jitnorm.warmup import make_plan
+
+transformers = pytest.importorskip("transformers")
+
+# Name: the hidden size, the RMSNorm modules of a layer, what else its config needs. Each has one more at the end.
+# Few sizes, so that few kernels are built: what a kernel computes at each size is tested with the operators.
+MODELS = {
+    "Llama": (128, 2, {}),
+    "Mistral": (128, 2, {"head_dim": 64}),
+    "Qwen2": (128, 2, {}),
+    "Qwen3": (64, 4, {"head_dim": 64}),
+    "Gemma": (128, 2, {"head_dim": 128}),
+    "Gemma2": (64, 4, {"head_dim": 64, "query_pre_attn_scalar": 64}),
+    "Gemma3": (128, 6, {"head_dim": 64, "query_pre_attn_scalar": 64}),
+}
+LAYERS = 2
+SIZE = 128  # of single modules
+models = pytest.mark.parametrize("name", MODELS)
+
+
+def make(name, dtype=torch.float32, device="cpu", **changes):
+    hidden_size, _, extra = MODELS[name]
+    config = getattr(transformers, f"{name}TextConfig" if name == "Gemma3" else f"{name}Config")(
+        **{
+            "vocab_size": 96,
+            "hidden_size": hidden_size,
+            "intermediate_size": 96,
+            "num_hidden_layers": LAYERS,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 1,
+            "max_position_embeddings": 64,
+            "initializer_range": 0.1,  # so that the layers, not the embedding alone, make the logits
+            "pad_token_id": 0,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+            **extra,
+            **changes,
+        }
+    )
+    model = getattr(transformers, f"{name}ForCausalLM")(config).to(device, dtype).eval()
+    for module in norms(model):
+        torch.nn.init.normal_(module.weight, 0.0 if name.startswith("Gemma") else 1.0, 0.3)
+    return model
+
+
+def norms(model):
+    return [m for m in model.modules() if "RMSNorm" in type(m).__name__]
+
+
+def tokens(device="cpu", rows=3, length=7):
+    return torch.randint(3, 96, (rows, length), device=device)
+
+
+def logits(model, ids):
+    with torch.no_grad():
+        return model(input_ids=ids).logits
+
+
+def in_float64(model):
+    """Return a copy that computes in float64, with norms from their definition: transformers' round to float32."""
+    twin = copy.deepcopy(model).double()
+    for module in norms(twin):
+        gemma = type(module).__name__.startswith("Gemma")
+        eps = module.eps if gemma else module.variance_epsilon
+        weight = module.weight.detach() + (1 if gemma else 0)
+        module.forward = lambda x, weight=weight, eps=eps: rmsnorm_reference(x, weight, eps)
+    return twin
+
+
+@models
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_logits(name, dtype, device):
+    """Before and after they err alike against float64: rounding, and the same amount of it.
+
+    The model rounds its activations some ten times in a layer, so its own error, about 1e-6 in float32 and 1e-2 in
+    bfloat16, is the scale. What is replaced rounds as often as before or less; a quarter more leaves room for chance.
+    Two results with errors of that size are apart by up to their root of two, had they no error in common.
+    """
+    model, ids = make(name, dtype, device), tokens(device, rows=16)
+    exact = logits(in_float64(model), ids)
+    before = logits(model, ids)
+    patch = patch_transformers(model)
+    after = logits(model, ids)
+    error = relative_error(before, exact)
+    assert error < (1e-5 if dtype == torch.float32 else 5e-2)
+    assert relative_error(after, exact) < 1.25 * error
+    assert relative_error(after, before.double()) < 1.5 * error
+    patch.undo()
+    assert same_bits(logits(model, ids), before)
+
+
+@models
+def test_every_norm_is_replaced_and_calls_a_kernel(name, monkeypatch):
+    model, ids = make(name, torch.bfloat16), tokens()
+    before = {module_name: type(m).__name__ for module_name, m in model.named_modules() if m in norms(model)}
+    called = []
+    normalise = transformers_patch.normalise
+    monkeypatch.setattr(transformers_patch, "normalise", lambda *a: called.append(a) or normalise(*a))
+    with patch_transformers(model) as patch:
+        assert patch.replaced == before and len(before) == LAYERS * MODELS[name][1] + 1
+        assert not patch.left
+        logits(model, ids)
+        assert len(called) == len(before)
+    logits(model, ids)
+    assert len(called) == len(before)
+    assert {type(m).__name__ for m in norms(model)} == set(before.values())
+
+
+@models
+def test_generate(name):
+    model, ids = make(name), tokens()
+
+    def generate():
+        mask = torch.ones_like(ids)
+        return model.generate(ids, attention_mask=mask, max_new_tokens=5, min_new_tokens=5, do_sample=False)
+
+    before = generate()
+    with patch_transformers(model):
+        after = generate()
+    assert after.shape == (3, 12)
+    assert torch.equal(after, before)  # in float32; a tie within rounding is too rare to see
+
+
+@models
+def test_parameters_and_state_dict_stay(name):
+    model, ids = make(name, torch.bfloat16), tokens()
+    parameters, buffers, keys = dict(model.named_parameters()), dict(model.named_buffers()), [*model.state_dict()]
+    patch_transformers(model)
+    assert [*model.state_dict()] == keys
+    for before, after in ((parameters, dict(model.named_parameters())), (buffers, dict(model.named_buffers()))):
+        assert before.keys() == after.keys()
+        assert all(after[key] is before[key] for key in before)
+    file = io.BytesIO()
+    torch.save(model.state_dict(), file)
+    file.seek(0)
+    restored = make(name, torch.bfloat16)
+    patch_transformers(restored)
+    restored.load_state_dict(torch.load(file))
+    assert same_bits(logits(restored, ids), logits(model, ids))
+
+
+def gradients(model, ids):
+    model.zero_grad()
+    model(input_ids=ids, labels=ids).loss.backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters()}
+
+
+@models
+def test_training(name):
+    model, ids = make(name).train(), tokens()
+    before = gradients(model, ids)
+    with patch_transformers(model):
+        after = gradients(model, ids)
+    for key in before:
+        # q and k norms' gradients are small differences of large terms.
+        assert relative_error(after[key], before[key].double()) < 1e-3
+        assert before[key].any()
+
+
+def class_of(name):
+    """Return the class of that name, from whichever of transformers' models has it."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+
+    squeezed = name.removesuffix("RMSNorm").removesuffix("Text").replace("_", "").lower()
+    module = next(kind for kind in CONFIG_MAPPING_NAMES if kind.replace("_", "") == squeezed)
+    return getattr(importlib.import_module(f"transformers.models.{module}.modeling_{module}"), name)
+
+
+@pytest.mark.parametrize("name", transformers_patch._SUPPORTED_CLASSES)
+def test_supported_classes_compute_what_the_kernels_compute(name):
+    """Those of the installed transformers do."""
+    module = class_of(name)(SIZE, eps=1e-3)
+    torch.nn.init.normal_(module.weight)
+    x = torch.randn(3, 5, SIZE) * 0.1
+    before = module(x)
+    patch = patch_transformers(module)
+    assert patch.replaced == {"": name}
+    after = module(x)
+    assert relative_error(after.detach(), before.detach().double()) < 1e-6
+
+
+def test_sizes_without_a_kernel_are_left():
+    model, ids = make("Qwen3", hidden_size=96), tokens()
+    before = logits(model, ids)
+    patch = patch_transformers(model)
+    assert {n.rpartition(".")[2] for n in patch.replaced} == {"q_norm", "k_norm"}
+    assert {n.rpartition(".")[2] for n in patch.left} == {"input_layernorm", "post_attention_layernorm", "norm"}
+    assert set(patch.left.values()) == {"no kernel supports hidden_size 96"}
+    assert relative_error(logits(model, ids), before.double()) < 1e-5
+    assert "replaced 4 modules, left 5" in repr(patch)
+    assert "model.norm: left, no kernel supports hidden_size 96" in repr(patch)
+
+
+class Gemma3nRMSNorm(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight, self.eps = torch.nn.Parameter(torch.ones(SIZE)), 1e-6
+
+
+class LlamaRMSNorm(Gemma3nRMSNorm):
+    """A class of another library with the name of transformers': it has no variance_epsilon."""
+
+
+@pytest.mark.parametrize("model", [None, "llama"])
+@pytest.mark.parametrize("function", [jitnorm.patch_transformers, jitnorm.unpatch_transformers])
+def test_a_model_that_is_not_a_module_is_refused(model, function):
+    with pytest.raises(TypeError, match=f"model must be a torch.nn.Module, got {type(model).__name__}"):
+        function(model)
+
+
+def test_modules_that_are_left_have_a_reason():
+    llama = class_of("LlamaRMSNorm")
+    instance, hooked, other_weight = llama(SIZE), llama(SIZE), llama(SIZE)
+    instance.forward = lambda x: x
+    torch.nn.utils.parametrizations.weight_norm(other_weight, dim=None)
+    model = torch.nn.ModuleDict(
+        {
+            "torch": torch.nn.RMSNorm(SIZE),
+            "gemma3n": Gemma3nRMSNorm(),
+            "namesake": LlamaRMSNorm(),
+            "instance": instance,
+            "parametrised": other_weight,
+            "hooked": hooked,
+            "layer_norm": torch.nn.LayerNorm(SIZE),
+        }
+    )
+    patch = patch_transformers(model)
+    assert patch.replaced == {"hooked": "LlamaRMSNorm"}
+    assert {name: reason[:32] for name, reason in patch.left.items()} == {
+        "torch": "RMSNorm is not a class that jitn",
+        "gemma3n": "Gemma3nRMSNorm is not a class th",
+        "namesake": "LlamaRMSNorm is not the class of",
+        "instance": "its forward was replaced on the ",
+        "parametrised": "ParametrizedLlamaRMSNorm is not ",
+    }
+    with pytest.warns(RuntimeWarning, match="replaced nothing in ModuleDict"):
+        again = patch_transformers(model)
+    assert not again.replaced and again.left["hooked"] == "already replaced"
+    again.undo()
+    assert type(hooked) is not llama
+    patch.undo()
+    patch.undo()
+    assert type(hooked) is llama
+
+
+def test_a_module_stays_what_it_was():
+    norm = class_of("LlamaRMSNorm")(SIZE)
+    seen = []
+    norm.register_forward_hook(lambda *_: seen.append(1))
+    shared = torch.nn.ModuleList([norm, norm])
+    with patch_transformers(shared) as patch:
+        assert patch.replaced == {"0": "LlamaRMSNorm"}
+        assert isinstance(norm, class_of("LlamaRMSNorm")) and shared[0] is shared[1] is norm
+        norm(torch.randn(3, SIZE))
+        assert repr(norm) == "JitnormLlamaRMSNorm((128,), eps=1e-06)"
+    assert seen == [1] and type(norm) is class_of("LlamaRMSNorm")
+
+
+def test_calls_that_no_kernel_supports_run_the_original():
+    """Llama's class promotes to the weight's dtype, whatever a kernel would do."""
+    norm = class_of("LlamaRMSNorm")(SIZE)
+    torch.nn.init.normal_(norm.weight)
+    for x in (torch.randn(3, SIZE).bfloat16(), torch.randn(3, SIZE, dtype=torch.float64)):
+        before = norm(x)
+        with patch_transformers(norm):
+            after = norm(x)
+        assert after.dtype == before.dtype and same_bits(after.detach(), before.detach())
+
+
+def test_copies_and_pickles_are_replaced_too():
+    model, ids = make("Qwen3"), tokens()
+    patch = patch_transformers(model)
+    after = logits(model, ids)
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert [type(m) for m in norms(twin)] == [type(m) for m in norms(model)]
+        assert same_bits(logits(twin, ids), after)
+    patch.undo()
+    assert not any(type(m).__name__.startswith("Jitnorm") for m in norms(model))
+
+
+def class_names(model):
+    return [type(m).__name__ for m in norms(model)]
+
+
+def test_copies_and_pickles_can_be_restored():
+    model, ids = make("Qwen3"), tokens()
+    before, names = logits(model, ids), class_names(model)
+    patch = patch_transformers(model)
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), model):
+        assert jitnorm.unpatch_transformers(twin) == patch.replaced
+        assert class_names(twin) == names and same_bits(logits(twin, ids), before)
+        assert not jitnorm.unpatch_transformers(twin)
+    patch.undo()
+    assert class_names(model) == names
+    assert patch_transformers(model).replaced == patch.replaced
+
+
+def test_a_class_derived_from_a_patched_one_is_left():
+    model = torch.nn.ModuleList([class_of("LlamaRMSNorm")(SIZE)])
+    patch_transformers(model)
+    torch.nn.utils.parametrizations.weight_norm(model[0], dim=None)
+    with pytest.warns(RuntimeWarning, match="left 0: ParametrizedJitnormLlamaRMSNorm was derived from"):
+        assert not jitnorm.unpatch_transformers(model)
+
+
+@pytest.mark.parametrize(
+    ("model", "why"),
+    [
+        (torch.nn.Linear(3, 3), "in Linear: it has no RMSNorm modules"),
+        (
+            torch.nn.Sequential(torch.nn.RMSNorm(SIZE), torch.nn.RMSNorm(SIZE), Gemma3nRMSNorm()),
+            "in Sequential: RMSNorm is not a class that jitnorm supports (2 modules); "
+            "Gemma3nRMSNorm is not a class that jitnorm supports (1 module)",
+        ),
+    ],
+)
+def test_replacing_nothing_warns(model, why):
+    with pytest.warns(RuntimeWarning) as warned:
+        patch = patch_transformers(model)
+    assert not patch.replaced and [str(w.message) for w in warned] == [f"patch_transformers replaced nothing {why}"]
+    assert warned[0].filename == __file__
+    with pytest.raises(RuntimeError, match="replaced nothing") as raised:
+        patch_transformers(model, strict=True)
+    assert str(raised.value) == f"patch_transformers replaced nothing {why}"
+
+
+def test_strict_does_not_warn_if_something_is_replaced(recwarn):
+    assert patch_transformers(class_of("LlamaRMSNorm")(SIZE), strict=True).replaced
+    assert not recwarn.list
+
+
+@models
+def test_a_warm_up_builds_every_kernel_that_a_patched_model_calls(name, tmp_path):
+    model, ids = make(name), tokens()
+    model.config.save_pretrained(tmp_path)
+    plan = make_plan(config=tmp_path, dtype="fp32", device="cpu")
+    assert "the norms alone" in plan.notes[-1]
+    forget_kernels()
+    with patch_transformers(model):
+        logits(model, ids)
+    called = {op.spec(*key).name for op in OPERATORS.values() for key in op.kernels_by_spec}
+    assert called and called <= {spec.name for spec in plan.specs}
+
+
+def test_a_patched_model_compiles_whole():
+    torch._dynamo.reset()
+    model = make("Gemma3").requires_grad_(False)  # q and k norms on transposed heads
+    patch_transformers(model)
+    run = torch.compile(model.model.layers[0], fullgraph=True, backend="aot_eager", dynamic=True)
+    for length in (5, 9):
+        hidden = torch.randn(2, length, 128)
+        angles = torch.randn(2, length, 64)
+        arguments = {"position_embeddings": (angles.cos(), angles.sin())}
+        assert same_bits(run(hidden, **arguments), model.model.layers[0](hidden, **arguments))
