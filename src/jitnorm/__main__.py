@@ -1,4 +1,4 @@
-"""`python -m jitnorm`: the same as `jitnorm`."""
+"""Run the command `jitnorm` as `python -m jitnorm`."""
 
 from jitnorm.cli import main
 

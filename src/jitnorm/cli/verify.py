@@ -45,7 +45,7 @@ def verify_invariance(
     mode: tuple[str, ...],
     max_batch: int,
     outside: bool,
-    form: str,
+    output_format: str,
 ) -> None:
     """Compare a row alone with the same row in batches, bit by bit, in batch-invariant mode.
 
@@ -68,7 +68,7 @@ def verify_invariance(
     ]
     results: list[Result] = []
     widths = _widths(plan, device)
-    if form == "table":
+    if output_format == "table":
         output.head(_HEADER, widths, _RIGHT_ALIGNED)
     with contextlib.nullcontext() if outside else set_batch_invariant_mode(), warnings.catch_warnings():
         # The mode disables Inductor's caches, and dynamo warns about that at each compilation.
@@ -77,13 +77,13 @@ def verify_invariance(
             for name, size, d in bar:
                 bar.set_postfix_str(f"{name} {_text(size)} {DTYPE_NAMES[d]}")
                 results.append(verify(name, OPERATORS[name], size, d, device, max_batch, mode or MODES))
-                if form == "table":
+                if output_format == "table":
                     with tqdm.external_write_mode():
                         output.line(_cells(results[-1]), widths, _RIGHT_ALIGNED)
                 if results[-1].difference:
                     break
     last = results[-1]
-    if form == "json":
+    if output_format == "json":
         output.as_json([asdict(result) for result in results])
     elif last.difference:
         click.echo(f"{last.op}, {last.dtype}, {_text(last.shape)}: {last.difference}", err=True)

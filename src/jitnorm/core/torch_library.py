@@ -147,17 +147,23 @@ def register(schema: str, implementation: Any, fake: Any) -> str:
 def register_autograd(name: str, backward: Any, save: Any) -> None:
     """Give the operator that `register` named a backward; `save` stores what that needs.
 
-    As torch.library.register_autograd, which would create three classes for each operator at import. They are created
-    at the operator's first call here.
+    As torch.library.register_autograd, which would create three classes for each operator at import: here torch creates
+    them at the operator's first call with a gradient.
     """
 
     @functools.cache
-    def create() -> Any:
-        operator = getattr(torch.ops.jitnorm, name.removeprefix("jitnorm::")).default
-        return autograd.make_autograd_impl(operator, autograd.Info(backward, save))
+    def operator() -> Any:
+        return getattr(torch.ops.jitnorm, name.removeprefix("jitnorm::")).default
 
-    def run(keyset: Any, *arguments: Any, **keywords: Any) -> Any:
-        return create()(keyset, *arguments, **keywords)
+    @functools.cache
+    def differentiable() -> Any:
+        return autograd.make_autograd_impl(operator(), autograd.Info(backward, save))
+
+    def run(keyset: Any, *arguments: Any) -> Any:
+        if torch.is_grad_enabled() and torch._C._any_requires_grad(*arguments):
+            return differentiable()(keyset, *arguments)
+        with torch._C._AutoDispatchBelowAutograd():
+            return operator().redispatch(keyset & torch._C._after_autograd_keyset, *arguments)
 
     _library.impl(name, run, "Autograd", with_keyset=True)
 
