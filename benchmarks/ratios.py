@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
-from tables import create_parser, print_table
+from table_output import create_parser, print_table
 
 from jitnorm.benchmark.results import COPY, Report
 

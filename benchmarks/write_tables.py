@@ -15,7 +15,7 @@ from jitnorm.benchmark.compare import format_range, summarize_peers
 from jitnorm.benchmark.results import COPY, Report
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", ROOT / "docs" / "performance.md"]  # each table stands in one of them
+PAGES = [ROOT / "README.md", ROOT / "docs" / "performance.md"]  # each table is in one of them
 RESULTS = Path(__file__).parent / "results"
 
 # Decode, q/k heads, prefill, and more traffic than any cache holds; those that are lost among them.
@@ -72,16 +72,16 @@ def operators_h200() -> list[str]:
         report = _read(f"{name}_h200")
         for op in dict.fromkeys(row.point.get("op", name) for row in report.rows):
             part = _only(report, op=op) if "op" in report.axes else report
-            place = summarize_peers(part)
-            won = sum(ratio < 1 for ratio, _ in place.vs_best)
-            present = {line for row in part.rows for line in row.results()} - {COPY, place.subject}
+            summary = summarize_peers(part)
+            won = sum(ratio < 1 for ratio, _ in summary.vs_best)
+            present = {line for row in part.rows for line in row.results()} - {COPY, summary.subject}
             peers = ", ".join(title for line, title in PEERS.items() if line in present)
             cells = (
                 op,
-                len(place.vs_best),
+                len(summary.vs_best),
                 won,
-                format_range(place.vs_best),
-                format_range(place.vs_copy) if place.vs_copy else "-",
+                format_range(summary.vs_best),
+                format_range(summary.vs_copy) if summary.vs_copy else "-",
                 peers,
             )
             lines.append(_row([*map(str, cells)]))

@@ -1,4 +1,4 @@
-"""What all tests share: one cache of built kernels for the session, and the skips of gpu and nvcc."""
+"""What all tests share: one cache of built kernels for the session, fixtures, and the skips of gpu and nvcc."""
 
 from __future__ import annotations
 
@@ -9,9 +9,12 @@ import tempfile
 import pytest
 import torch
 
-# Before anything is built. Tests that are about the cache itself take a folder of their own.
-_CACHE = tempfile.mkdtemp(prefix="jitnorm-tests-")
-os.environ["JITNORM_CACHE_DIR"] = _CACHE
+# Set before anything is built. Workers of pytest-xdist inherit the folder from the process that starts them, which
+# removes it. Tests of the cache itself use a folder of their own: see `cache_dir`.
+_IS_WORKER = "PYTEST_XDIST_WORKER" in os.environ
+if not _IS_WORKER:
+    os.environ["JITNORM_CACHE_DIR"] = tempfile.mkdtemp(prefix="jitnorm-tests-")
+_CACHE = os.environ["JITNORM_CACHE_DIR"]
 for name in ("JITNORM_PREBUILT_DIR", "JITNORM_DISABLE_JIT"):
     os.environ.pop(name, None)
 
@@ -20,7 +23,8 @@ if not torch.cuda.is_available():
 
 
 def pytest_unconfigure() -> None:
-    shutil.rmtree(_CACHE, ignore_errors=True)
+    if not _IS_WORKER:
+        shutil.rmtree(_CACHE, ignore_errors=True)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -44,7 +48,7 @@ def device(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture
 def cache_dir(tmp_path, monkeypatch):
-    """An empty cache of the test's own, and an engine that remembers nothing of the session's."""
+    """Return the path of an empty cache of the test's own. Kernels loaded before are forgotten until the test ends."""
     from jitnorm.core.operators import OPERATORS
     from jitnorm.jit import load, locations, log, toolchain
     from jitnorm.rmsnorm import _jit_rmsnorm_module

@@ -1,4 +1,4 @@
-"""float8_e4m3fn from its definition: not by torch's conversion, nor by the kernels'."""
+"""float8_e4m3fn from its definition, without torch's conversion or the kernels'."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ NAN = 0x7F
 
 
 def decode(codes: torch.Tensor) -> torch.Tensor:
-    """What codes from 0 to 255 stand for, in float64."""
+    """Return the values of codes from 0 to 255, in float64."""
     sign = torch.where(codes >= 128, -1.0, 1.0).double()
     exponent, mantissa = (codes >> 3) & 15, (codes & 7).double()
     normal = (1 + mantissa / 8) * torch.pow(2.0, (exponent - 7).double())
@@ -18,7 +18,7 @@ def decode(codes: torch.Tensor) -> torch.Tensor:
 
 
 def encode(values: torch.Tensor) -> torch.Tensor:
-    """The code nearest to each float64 value: ties to the even one, saturating, every NaN as 0x7f."""
+    """Return the code nearest to each float64 value: ties to even, saturating, every NaN as 0x7f."""
     numbers = decode(torch.arange(NAN)).to(values.device)
     magnitude = values.abs().clamp(max=LARGEST).contiguous()
     above = torch.searchsorted(numbers, magnitude.nan_to_num(0.0)).clamp(max=NAN - 1)
@@ -30,17 +30,21 @@ def encode(values: torch.Tensor) -> torch.Tensor:
 
 
 def quotient(values: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """`values / scale` as float32 rounds it, in float64: of two floats, float64's quotient rounds to the same."""
+    """Return `values / scale` rounded to float32, as float64.
+
+    The quotient of two float32 numbers in float64, rounded to float32, is the correctly rounded one.
+    """
     return (values.double() / scale.double()).float().double()
 
 
 def codes(quantised: torch.Tensor) -> torch.Tensor:
+    """Return the bytes of float8 numbers."""
     assert quantised.dtype == torch.float8_e4m3fn
     return quantised.contiguous().view(torch.uint8)
 
 
 def neighbours(values: torch.Tensor, dtype: torch.dtype, reach: int = 3) -> torch.Tensor:
-    """Values in a dtype with the next ones on both sides of each."""
+    """Return values in a dtype, each with the next `reach` numbers on both sides of it."""
     integer = torch.int32 if dtype == torch.float32 else torch.int16
     bits = values.to(dtype).view(integer)
     steps = torch.arange(-reach, reach + 1, dtype=integer)
@@ -48,14 +52,16 @@ def neighbours(values: torch.Tensor, dtype: torch.dtype, reach: int = 3) -> torc
 
 
 def ties() -> torch.Tensor:
-    """Every number half way between two codes, what saturates next, and the numbers themselves."""
+    """Return every float8 number, the midpoints between them, and some numbers just beyond their range."""
     numbers = decode(torch.arange(NAN))
     return torch.cat([(numbers[1:] + numbers[:-1]) / 2, numbers, torch.tensor([464.0, 480.0, 512.0])]).float()
 
 
 def check_operator(operator: torch._ops.OpOverload, arguments: tuple[object, ...]) -> None:
-    """`torch.library.opcheck`, whose look at what is written cannot compare float8; that look, and whether
-    autograd could notice what is written."""
+    """Run `torch.library.opcheck`, and check what the operator writes, which opcheck cannot compare in float8.
+
+    Autograd must be able to notice it: the versions of exactly those arguments change.
+    """
     torch.library.opcheck(
         operator, arguments, test_utils=("test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
     )

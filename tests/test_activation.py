@@ -13,15 +13,15 @@ from jitnorm.activation import GELU_AND_MUL, GELU_TANH_AND_MUL, SILU_AND_MUL
 from jitnorm.jit.build import build
 from jitnorm.jit.spec import Target
 
-# Of a gate in float64; gelu by erfc, as 1 + erf loses its digits far below zero.
+# Activations of a gate in float64. gelu uses erfc, because 1 + erf loses its digits far below zero.
 DEFINITIONS = {
     silu_and_mul: lambda x: x / (1 + torch.exp(-x)),
     gelu_and_mul: lambda x: x * torch.special.erfc(-x / 2**0.5) / 2,
     gelu_tanh_and_mul: lambda x: F.gelu(x, approximate="tanh"),
 }
 operators = pytest.mark.parametrize("op", DEFINITIONS, ids=lambda op: op.__name__)
-# Accesses of every width, rows that share a block and such that need several, and what models have: Qwen2.5-VL's 3420
-# goes by 8 bytes, 11008 leaves a rest in its blocks, 28672 is the widest.
+# Accesses of every width, rows that share a block and rows of several blocks, and the widths of models: Qwen2.5-VL's
+# 3420 has accesses of 8 bytes, 11008 fills its last block in part, 28672 is the widest.
 WIDTHS = (2, 4, 8, 768, 3420, 4104, 11008, 28672)
 
 
@@ -50,13 +50,13 @@ def test_matches_the_definition(device, op, dtype, width):
         assert same_bits(op(x), out)
         outs.append(out)
         exact.append(reference(op, x))
-    # Of all together: one rounding alone may be off by more.
+    # Over all elements: a single rounding may be off by more.
     assert relative_error(torch.cat(outs), torch.cat(exact)) <= TOLERANCE[dtype]
 
 
 @operators
 def test_every_float16_number_is_rounded_as_well_as_can_be(device, op):
-    """Beside the definition, rounded: never more than a neighbouring number, and PyTorch's infinities and NaNs."""
+    """Each result is the rounded definition or the number next to it, with PyTorch's infinities and NaNs."""
     gate = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(torch.float16)
     x = torch.stack((gate, torch.ones_like(gate))).T.reshape(256, 256, 2).transpose(1, 2).reshape(256, 512).to(device)
     out, exact = op(x), reference(op, x)
@@ -72,7 +72,7 @@ def test_every_float16_number_is_rounded_as_well_as_can_be(device, op):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_special_gates(device, op, dtype):
     gates = [float("inf"), float("-inf"), float("nan"), 0.0, -0.0, 1e30, -1e30, -1e38, -88.5, -104.0, 1e-40, -1e-40]
-    gate = torch.tensor(gates * 3)  # more than a register of the host's holds, and a rest
+    gate = torch.tensor(gates * 3)  # several SIMD registers, the last one in part
     x = torch.cat((gate, torch.full_like(gate, 2.0)))[None].to(dtype).to(device)
     out, exact = op(x).float(), reference(op, x).to(dtype).float()
     assert torch.equal(out.isnan(), exact.isnan())
@@ -82,7 +82,7 @@ def test_special_gates(device, op, dtype):
 
 @pytest.mark.parametrize("op", [gelu_and_mul, silu_and_mul], ids=lambda op: op.__name__)
 def test_the_tail_keeps_its_digits(device, op):
-    """Where 1 + erf has none: not more than an error in the exponent's last place."""
+    """1 + erf has none there; the error is at most one in the last place of the exponent."""
     gate = torch.linspace(-12, -2, 4096, device=device)
     x = torch.cat((gate, torch.ones_like(gate)))[None]
     error = (op(x).double() - reference(op, x)).abs() / reference(op, x).abs()
@@ -133,10 +133,10 @@ def test_the_same_bits_in_any_batch(device, op, width, dtype):
 @operators
 @pytest.mark.parametrize("ids_dtype", [torch.int32, torch.int64])
 @pytest.mark.parametrize("step", [1, 5, 64])
-def test_rows_of_no_expert_are_left_alone(device, op, ids_dtype, step):
+def test_rows_of_no_expert_are_not_written(device, op, ids_dtype, step):
     rows = 203
     x = inputs(rows, 72, torch.bfloat16, device)
-    ids = torch.randint(-1, 3, (-(-rows // step) + 2,), device=device).to(ids_dtype)  # more of them than are needed
+    ids = torch.randint(-1, 3, (-(-rows // step) + 2,), device=device).to(ids_dtype)  # more than are needed
     ids[0], ids[1] = -1, 2
     skipped = (ids == -1).repeat_interleave(step)[:rows]
     assert skipped.any() and not skipped.all()
@@ -151,7 +151,7 @@ def test_rows_of_no_expert_are_left_alone(device, op, ids_dtype, step):
     assert same_bits(folded.view(rows, -1), fresh)
 
 
-def test_an_expert_is_skipped_whatever_its_row_holds(device):
+def test_a_row_is_skipped_whatever_its_values(device):
     x = torch.full((4, 16), float("nan"), device=device)
     out = torch.ones(4, 8, device=device)
     silu_and_mul(x, out, expert_ids=torch.tensor([-1], device=device), expert_step=4)
@@ -159,7 +159,7 @@ def test_an_expert_is_skipped_whatever_its_row_holds(device):
 
 
 def bad_calls(device):
-    """(name, exception, words that the message holds, a call)"""
+    """Return calls: (name, exception, pattern of the message, call)."""
     x = inputs(4, 256, torch.float32, device)
     wide = torch.randn(4, 2048, device=device)
     out = torch.empty(4, 256, device=device)
@@ -249,8 +249,8 @@ def test_refused_by_a_kernel_that_is_there(name):
 @pytest.mark.gpu
 def test_refused_on_a_gpu(cache_dir):
     for _ in range(2):
-        for name, kind, words, call in bad_calls("cuda"):
-            with pytest.raises(kind, match=words):
+        for name, error, pattern, call in bad_calls("cuda"):
+            with pytest.raises(error, match=pattern):
                 call()
             assert cache_dir.exists() == (SILU_AND_MUL.fast_cache != {}), name
         for dtype in DTYPES:
@@ -267,7 +267,7 @@ def test_a_refused_call_writes_nothing():
 
 
 def test_widths_share_a_kernel(cache_dir):
-    """By what one access moves of them."""
+    """A kernel is for the bytes of one access, not for a width."""
     for width in (256, 11008, 8):
         silu_and_mul(inputs(2, width, torch.bfloat16, "cpu"))
     assert len(list(cache_dir.glob("kernels/*/*/*.so"))) == 1
@@ -294,7 +294,7 @@ def test_gradients(device, op, dtype):
         assert relative_error(x.grad, x64.grad) < (1e-6 if dtype == torch.float32 else 4e-3)
 
 
-def test_out_has_no_gradient_and_says_so():
+def test_out_has_no_gradient():
     x = inputs(2, 16, torch.float32, "cpu").requires_grad_()
     with pytest.raises(RuntimeError, match="silu_and_mul with out= has no gradient"):
         silu_and_mul(x, torch.empty(2, 16))
@@ -348,7 +348,7 @@ def test_forward_mode_is_refused_not_lost():
         torch.func.jvp(silu_and_mul, (x,), (torch.ones_like(x),))
 
 
-def test_both_ways_to_import():
+def test_module_and_function_can_be_imported():
     from jitnorm.activation import silu_and_mul as imported
 
     assert jitnorm.silu_and_mul is imported
@@ -422,7 +422,7 @@ def test_more_rows_than_the_second_dimension_of_a_grid_has_blocks():
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("op", [silu_and_mul, gelu_and_mul, gelu_tanh_and_mul])
 def test_no_columns(op, dtype, device):
-    """As torch.nn.functional's own: of nothing there is nothing to compute."""
+    """As in torch.nn.functional, the result has no columns either."""
     x, ids = torch.randn(4, 0, device=device).to(dtype), torch.zeros(4, dtype=torch.int64, device=device)
     for _ in range(2):
         assert op(x).shape == (4, 0) and op(x).dtype == dtype

@@ -155,11 +155,11 @@ def bad_calls():
 @pytest.mark.parametrize("warm", [False, True])
 @pytest.mark.parametrize("index", range(len(bad_calls())))
 def test_refused_alike_before_and_after_the_kernel_is_built(index, warm, cache_dir):
-    kind, words, arguments = bad_calls()[index]
+    error, pattern, arguments = bad_calls()[index]
     if warm:
         fused_add_rmsnorm(*inputs(4, H, torch.float32, "cpu"))
     before = [a.clone() if isinstance(a, torch.Tensor) else a for a in arguments]
-    with pytest.raises(kind, match=words):
+    with pytest.raises(error, match=pattern):
         fused_add_rmsnorm(*arguments)
     assert cache_dir.exists() == warm
     for a, b in zip(arguments, before, strict=True):

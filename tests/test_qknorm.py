@@ -16,7 +16,7 @@ HEAD_DIMS = (64, 128, 256, 512, 1024)
 
 
 def heads(num_tokens, num_heads, head_dim, dtype, device):
-    """Of very different magnitudes, so that no head is right by another one's sum."""
+    """Return heads of very different magnitudes, so that a head normalised by another's sum is wrong."""
     scale = torch.rand(num_tokens, num_heads, 1, device=device).mul(8).exp()
     return (torch.randn(num_tokens, num_heads, head_dim, device=device) * scale).to(dtype)
 
@@ -26,7 +26,7 @@ def weights(head_dim, dtype, device):
 
 
 def fused(q, k):
-    """A projection that holds q, k and as many heads of v as of k, and its slices."""
+    """A projection of q, k and as many heads of v as of k, and its slices."""
     width_q, width_k = q[0].numel(), k[0].numel()
     qkv = torch.randn(q.shape[0], width_q + 2 * width_k, device=q.device).to(q.dtype)
     to_q, to_k = (t.unflatten(1, (-1, q.shape[2])) for t in qkv.split((width_q, width_k, width_k), dim=1)[:2])
@@ -44,7 +44,7 @@ def normalised(q, k, *arguments, **named):
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
 @pytest.mark.parametrize(("dtype", "weight_dtype"), WEIGHTS)
 def test_matches_the_definition(device, head_dim, dtype, weight_dtype):
-    # A model's heads; fewer rows than a block holds, with the last of them k's; many, odd, and more of k than of q.
+    # A model's heads; fewer rows than a block has, with the last of them k's; many, odd, and more of k than of q.
     for num_tokens, num_q_heads, num_k_heads in ((1, 32, 8), (1, 2, 1), (77, 3, 5)):
         q = heads(num_tokens, num_q_heads, head_dim, dtype, device)
         k = heads(num_tokens, num_k_heads, head_dim, dtype, device)
@@ -60,7 +60,7 @@ def test_matches_the_definition(device, head_dim, dtype, weight_dtype):
 
 
 @pytest.mark.parametrize("eps", [0.0, 1e-6, 1.0, 7])
-def test_eps_is_the_callers(device, eps):
+def test_eps_is_used(device, eps):
     q, k = (torch.randn(3, n, 64, device=device) for n in (4, 2))
     w = torch.ones(64, device=device)
     for got, x in zip(normalised(q, k, w, w, eps), (q, k), strict=True):
@@ -96,7 +96,7 @@ def test_strides_change_no_bit_and_touch_nothing_else(device, head_dim):
         assert same_bits(base, whole)
 
 
-def test_head_dim_may_be_said(device):
+def test_head_dim_may_be_given(device):
     q, k = heads(3, 4, 128, torch.float32, device), heads(3, 2, 128, torch.float32, device)
     w = weights(128, torch.float32, device)
     for got, want in zip(normalised(q, k, *w, head_dim=128), normalised(q, k, *w), strict=True):
@@ -142,7 +142,7 @@ def test_the_same_bits_in_any_batch(device, head_dim, dtype):
             for named in ({}, {"enable_pdl": False}):
                 got_q, got_k = normalised(q[rows], k[rows], *w, **named)
                 assert same_bits(got_q, all_q[rows]) and same_bits(got_k, all_k[rows])
-    # Nor do other heads matter, or on which side one is.
+    # The other heads do not matter, or whether a head is one of q or of k.
     assert same_bits(normalised(q[:, 3:4], k[:, :1], *w)[0], all_q[:, 3:4])
     assert same_bits(normalised(k, q, *reversed(w))[1], all_q)
     _, to_q, to_k = fused(q, k)
@@ -151,7 +151,7 @@ def test_the_same_bits_in_any_batch(device, head_dim, dtype):
 
 
 def test_any_number_of_heads(device):
-    """The number of heads is a divisor that the kernel multiplies by instead."""
+    """The kernel divides by the number of heads with a multiplication and a shift."""
     for num_heads in (*range(1, 18), 31, 32, 33, 63, 64, 65, 127, 128, 129):
         q, k = torch.randn(11, num_heads, 64, device=device), torch.randn(11, 1, 64, device=device)
         w = weights(64, torch.float32, device)
@@ -160,7 +160,7 @@ def test_any_number_of_heads(device):
 
 
 def test_offsets_beyond_32_bits():
-    """Tokens a gigaelement apart; only the pages that are touched take memory."""
+    """Tokens 2^30 elements apart. Only the pages that are touched take memory."""
     apart = 2**30 + 64
     storage = torch.empty(2 * apart + 1024, dtype=torch.bfloat16)
     q, k = storage.as_strided((3, 2, 64), (apart, 128, 1)), storage.as_strided((3, 1, 64), (apart, 64, 1), 256)
@@ -173,7 +173,7 @@ def test_offsets_beyond_32_bits():
 
 
 def test_too_many_heads_for_one_call(tmp_path):
-    """A file of zeros that takes no room, and cannot be written: a kernel that tried would end its process."""
+    """In a process of its own: q is a sparse file that cannot be written, so a kernel that ran would crash."""
     script = """
         import mmap, sys, warnings
         import torch, jitnorm
@@ -181,13 +181,15 @@ def test_too_many_heads_for_one_call(tmp_path):
         with open(sys.argv[1], "w+b") as file:
             file.truncate(2**38)
             zeros = torch.frombuffer(mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ), dtype=torch.float16)
+        from jitnorm.qknorm import MAX_ROWS, check
         w = torch.ones(64).half()
-        jitnorm.fused_inplace_qknorm(*torch.zeros(2, 1, 1, 64).half(), w, w)  # the glue refuses it as well
+        check(zeros[:-64].view(-1, 1, 64), torch.empty(MAX_ROWS, 0, 64).half(), w, w, 1e-6, 0, None)
+        jitnorm.fused_inplace_qknorm(*torch.zeros(2, 1, 1, 64).half(), w, w)  # the bindings refuse it as well
         jitnorm.fused_inplace_qknorm(zeros.view(-1, 1, 64), torch.empty(2**31, 0, 64).half(), w, w)
     """
-    words = [sys.executable, "-c", textwrap.dedent(script), str(tmp_path / "zeros")]
-    said = subprocess.run(words, capture_output=True, text=True).stderr
-    assert "RuntimeError: fused_inplace_qknorm does not support more than 2147483647 heads in all tokens, got" in said
+    command = [sys.executable, "-c", textwrap.dedent(script), str(tmp_path / "zeros")]
+    stderr = subprocess.run(command, capture_output=True, text=True).stderr
+    assert "RuntimeError: fused_inplace_qknorm does not support more than 2147483647 heads in all tokens, got" in stderr
 
 
 def test_parameters_and_inference_mode(device):
@@ -200,7 +202,7 @@ def test_parameters_and_inference_mode(device):
         assert same_bits(got[0], expected[0]) and same_bits(got[1], expected[1])
 
 
-def test_what_can_be_used(cache_dir):
+def test_can_use(cache_dir):
     assert [d for d in range(-64, 5000) if can_use_fused_inplace_qknorm(d, torch.bfloat16)] == list(HEAD_DIMS)
     for dtype in (*DTYPES, torch.float64, torch.int8, torch.float8_e4m3fn):
         assert can_use_fused_inplace_qknorm(64, dtype) == (dtype in DTYPES)
@@ -220,7 +222,7 @@ def test_many_tokens(num_q_heads, num_k_heads, head_dim):
         for got, x, weight in zip(normalised(q, k, *w), (q, k), w, strict=True):
             reference = rmsnorm_reference(x, weight, 1e-6)
             errors = (got.double() - reference).norm(dim=-1) / reference.norm(dim=-1)
-            assert float(errors.max()) <= 2**-8  # what rounding can do to every element of the worst head of all
+            assert float(errors.max()) <= 2**-8  # one rounding of every element, in the worst head
             assert relative_error(got, reference) <= TOLERANCE[torch.bfloat16]
 
 

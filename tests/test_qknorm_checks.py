@@ -1,4 +1,4 @@
-"""Every argument that fused_inplace_qknorm refuses: with what words, the same before a kernel is built and after."""
+"""Every argument that fused_inplace_qknorm refuses: the message is the same before a kernel is built and after."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def good(device="cpu", dtype=torch.float32):
 
 
 def bad_calls(device):
-    """(name, exception, words that the message holds, a call)"""
+    """Return calls: (name, exception, pattern of the message, call)."""
     q, k, w, v = good(device)
     half = [t.half() for t in (q, k, w, v)]
     flat = torch.randn(5 * 6 * D + 8, device=device)
@@ -175,8 +175,8 @@ def test_refused_by_a_kernel_that_is_there(name):
 def test_refused_on_a_gpu(built, cache_dir):
     if built:
         there("cuda")
-    for _, kind, words, call in bad_calls("cuda"):
-        with pytest.raises(kind, match=words):
+    for _, error, pattern, call in bad_calls("cuda"):
+        with pytest.raises(error, match=pattern):
             call()
     torch.cuda.synchronize()
     assert built or not cache_dir.exists()

@@ -16,7 +16,7 @@ def nothing_compiled_before():
 
 
 def attention_input(qkv, q_weight, k_weight, num_q_heads=4, num_k_heads=2):
-    """What comes before attention: slices of a projection, normalised where they lie; v after them is not touched."""
+    """Normalise q and k as slices of a projection, in place. v is not written."""
     heads = qkv.unflatten(-1, (-1, q_weight.shape[0]))
     q, k, v = heads[:, :num_q_heads], heads[:, num_q_heads:-num_k_heads], heads[:, -num_k_heads:]
     fused_inplace_qknorm(q, k, q_weight, k_weight, 1e-5)
@@ -29,7 +29,7 @@ def tensors(num_tokens, device, dtype=torch.float32):
 
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_compiles_whole_and_writes_are_seen(backend, device):
-    """Functionalisation replaces writes by new tensors: bases, and views made before and after, must all see them."""
+    """Functionalisation replaces writes by new tensors, which bases and views made before and after must all see."""
 
     def function(qkv, q_weight, k_weight):
         before = qkv[:, :64] + 0
@@ -38,7 +38,7 @@ def test_compiles_whole_and_writes_are_seen(backend, device):
 
     compiles = CompileCounterWithBackend(backend)
     compiled = torch.compile(function, fullgraph=True, backend=compiles)
-    for num_tokens in (3, 5, 64):  # at the second torch makes the dimension dynamic; the third finds what it needs
+    for num_tokens in (3, 5, 64):  # the second makes torch compile with a dynamic dimension, which serves the third
         qkv, *w = tensors(num_tokens, device)
         expected_qkv = qkv.clone()
         expected = function(expected_qkv, *w)
@@ -59,7 +59,7 @@ def test_can_use_is_a_constant_of_the_graph(cache_dir):
 
 
 @pytest.mark.parametrize(
-    ("head_dim", "dtype", "words"),
+    ("head_dim", "dtype", "pattern"),
     [
         ("128", torch.bfloat16, "head_dim must be an int, got str"),
         (True, torch.bfloat16, "head_dim must be an int, got bool"),
@@ -67,8 +67,8 @@ def test_can_use_is_a_constant_of_the_graph(cache_dir):
         (128, "bf16", "dtype must be a torch.dtype, got str"),
     ],
 )
-def test_can_use_is_not_asked_for_other_types(head_dim, dtype, words):
-    with pytest.raises(TypeError, match=words):
+def test_can_use_is_not_asked_for_other_types(head_dim, dtype, pattern):
+    with pytest.raises(TypeError, match=pattern):
         can_use_fused_inplace_qknorm(head_dim, dtype)
 
 
@@ -101,7 +101,7 @@ def test_what_is_refused_fails_while_tracing(cache_dir):
     assert not cache_dir.exists()
 
 
-def test_a_stand_in_is_no_way_around_the_checks():
+def test_meta_tensors_are_checked():
     q, k, w = torch.randn(2, 3, 64), torch.randn(2, 1, 64), torch.ones(64)
     for arguments in ((q, k.to("meta"), w, w), (q.to("meta"), k, w, w), (q, k, w, w.to("meta"))):
         with pytest.raises((ValueError, RuntimeError), match=r"must (be on|have)"):
@@ -130,7 +130,7 @@ def test_gradients_through_a_fused_projection(dtype, compiler, device):
     doubles = [t.detach().double().requires_grad_() for t in leaves]
     grads = [torch.randn(5, heads, 64, device=device).to(dtype) for heads in (4, 2, 2)]
     function = torch.compile(attention_input, fullgraph=True, backend=compiler) if compiler else attention_input
-    got = function(leaves[0] * 1, *leaves[1:])  # what is written is no leaf
+    got = function(leaves[0] * 1, *leaves[1:])  # q and k must not be leaves
     torch.autograd.backward(got, grads)
 
     q, k, v = doubles[0].unflatten(-1, (8, 64)).split((4, 2, 2), dim=1)
@@ -143,7 +143,7 @@ def test_gradients_through_a_fused_projection(dtype, compiler, device):
 
 @pytest.mark.parametrize("compiler", [None, "aot_eager"])
 def test_gradients_where_heads_are_contiguous(compiler, device):
-    """Each projection alone, one of them without a gradient, so that nothing of it but the weight has one."""
+    """q and k from projections of their own. Only k's weight has a gradient, not k."""
     q, k = torch.randn(5, 256, device=device, requires_grad=True), torch.randn(5, 2, 64, device=device)
     weights = [torch.randn(64, device=device, requires_grad=True) for _ in range(2)]
 

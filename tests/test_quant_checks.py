@@ -1,4 +1,4 @@
-"""What the float8 operators refuse: with the same words before a kernel is built and after, and nothing is written."""
+"""What the float8 operators refuse: with the same message before a kernel is built and after; nothing is written."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def e4m3(*shape, device):
 
 
 def bad_calls(device):
-    """(name, exception, words that the message holds, a call)"""
+    """Return calls: (name, exception, pattern of the message, call)."""
     x, residual, w = (torch.randn(shape, device=device) for shape in ((4, H), (4, H), (H,)))
     q, one, scales = e4m3(4, H, device=device), torch.ones(1, device=device), torch.ones(4, 1, device=device)
     wide, wide_q = torch.randn(4, 2 * H, device=device), e4m3(4, 2 * H, device=device)
@@ -156,8 +156,8 @@ def test_refused_before_anything_is_built(name, cache_dir):
 
 def test_refused_by_kernels_that_are_there(device):
     build_all(device)
-    for name, kind, words, call in bad_calls(device):
-        with pytest.raises(kind, match=words):
+    for name, error, pattern, call in bad_calls(device):
+        with pytest.raises(error, match=pattern):
             pytest.fail(f"{name}: {call()}")
     if device == "cuda":
         torch.cuda.synchronize()
@@ -165,8 +165,8 @@ def test_refused_by_kernels_that_are_there(device):
 
 @pytest.mark.gpu
 def test_refused_on_a_gpu_before_anything_is_built(cache_dir):
-    for _, kind, words, call in bad_calls("cuda"):
-        with pytest.raises(kind, match=words):
+    for _, error, pattern, call in bad_calls("cuda"):
+        with pytest.raises(error, match=pattern):
             call()
     assert not cache_dir.exists()
 

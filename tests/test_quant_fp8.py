@@ -11,7 +11,7 @@ import jitnorm
 from jitnorm import per_tensor_quant_fp8, per_token_quant_fp8
 
 E4M3 = torch.float8_e4m3fn
-LEAST_TENSOR_SCALE, LEAST_TOKEN_SCALE = 2.0**-90, float(torch.tensor(1 / (448 * 512)))
+MIN_TENSOR_SCALE, MIN_TOKEN_SCALE = 2.0**-90, float(torch.tensor(1 / (448 * 512)))
 
 
 def poisoned(*shape, device):
@@ -31,7 +31,7 @@ def per_token(x):
     return q, s
 
 
-def test_the_reference_is_the_type_torch_has():
+def test_the_reference_agrees_with_torch():
     every = torch.arange(256)
     assert torch.equal(decode(every).nan_to_num(1e9), every.to(torch.uint8).view(E4M3).double().nan_to_num(1e9))
     numbers = every[(every & 127) != 127]
@@ -49,7 +49,7 @@ def test_every_code_and_its_neighbours(device, dtype):
 
 
 def test_the_division_is_float32s(device):
-    """At ties, where a product with the reciprocal would go wrong; scales of all sizes, and those at the ends."""
+    """At ties, where a product with the reciprocal would round wrongly, and with scales up to both limits."""
     generator = torch.Generator().manual_seed(0)
     mantissas = 1 + torch.rand(64, generator=generator)
     scales = mantissas * torch.pow(2.0, torch.linspace(-90, 124, 64).round())
@@ -61,7 +61,7 @@ def test_the_division_is_float32s(device):
 
 
 @pytest.mark.parametrize("scale", [0.0, float("inf"), float("nan")])
-def test_scales_that_are_no_scales(device, scale):
+def test_invalid_scales(device, scale):
     x = torch.tensor([0.0, 1.0, -1.0, 1e-30, torch.inf, -torch.inf, torch.nan], device=device)
     q, s = per_tensor(x, scale)
     assert torch.equal(codes(q), encode(quotient(x, s)))
@@ -69,8 +69,8 @@ def test_scales_that_are_no_scales(device, scale):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(), (1,), (7,), (4096,), (3, 1367), (5, 7, 129), (2049, 1025)])
-def test_a_scale_is_found(device, dtype, shape):
-    """Sizes on both sides of a vector, of a tile, and of the number of parts."""
+def test_dynamic_scale(device, dtype, shape):
+    """Sizes just below and above a vector, a tile, and the number of partial maxima."""
     x = (torch.randn(shape) * 3).to(dtype).to(device)
     q, s = per_tensor(x)
     assert s == quotient(x.abs().amax(), torch.tensor(448.0)).float()
@@ -78,20 +78,20 @@ def test_a_scale_is_found(device, dtype, shape):
 
 
 @pytest.mark.parametrize("place", [0, 1, 4095, 4096, 70000, 2**21 - 1, 2**21, 2**21 + 4])
-def test_the_largest_is_found_anywhere(device, place):
+def test_the_largest_magnitude_may_be_anywhere(device, place):
     x = torch.full((2**21 + 5,), 0.25, device=device, dtype=torch.bfloat16)
     x[place] = -448 * 3
     q, s = per_tensor(x)
     assert s == 3 and decode(codes(q)[place].int()) == -448
 
 
-def test_scales_of_nothing_of_zeros_and_of_what_is_no_number(device):
+def test_scales_of_no_elements_zeros_nans_and_infinities(device):
     for x, scale in (
-        (torch.zeros(0), LEAST_TENSOR_SCALE),
-        (torch.zeros(100), LEAST_TENSOR_SCALE),
-        (torch.tensor([1e-30, 0.0]), LEAST_TENSOR_SCALE),
+        (torch.zeros(0), MIN_TENSOR_SCALE),
+        (torch.zeros(100), MIN_TENSOR_SCALE),
+        (torch.tensor([1e-30, 0.0]), MIN_TENSOR_SCALE),
         (torch.tensor([torch.nan, 448.0, -1.0]), 1.0),
-        (torch.tensor([torch.nan]), LEAST_TENSOR_SCALE),
+        (torch.tensor([torch.nan]), MIN_TENSOR_SCALE),
         (torch.tensor([torch.inf, 1.0, -1.0]), torch.inf),
     ):
         q, s = per_tensor(x.to(device))
@@ -99,7 +99,7 @@ def test_scales_of_nothing_of_zeros_and_of_what_is_no_number(device):
         assert torch.equal(codes(q), encode(quotient(x.to(device), s)))
 
 
-def test_a_given_scale_is_read_alone(device):
+def test_a_given_scale_is_only_read(device):
     q, s = per_tensor(torch.zeros(0, device=device), 3.0)
     assert q.numel() == 0 and s == 3
     scale = torch.full((1, 1), 0.5, device=device)
@@ -116,7 +116,7 @@ def test_each_token_gets_a_scale(device, dtype, hidden_size):
     x[5, 2] = torch.nan
     q, s = per_token(x)
     largest = x.float().abs().nan_to_num(0.0).amax(dim=-1, keepdim=True)
-    expected = quotient(largest, torch.tensor(448.0)).float().clamp(min=LEAST_TOKEN_SCALE)
+    expected = quotient(largest, torch.tensor(448.0)).float().clamp(min=MIN_TOKEN_SCALE)
     assert torch.equal(s, expected)
     assert torch.equal(codes(q), encode(quotient(x, s)))
     for row in (0, 5, 36):
@@ -165,16 +165,16 @@ def test_there_is_no_gradient(device):
     q, s = poisoned(5, 64, device=device), torch.ones(5, device=device)
     for call in (lambda: per_tensor_quant_fp8(x, q, s[0]), lambda: per_token_quant_fp8(x, q, s)):
         torch._dynamo.reset()
-        for way in (call, torch.compile(call, fullgraph=True, backend="eager")):
+        for function in (call, torch.compile(call, fullgraph=True, backend="eager")):
             with pytest.raises(RuntimeError, match=r"has no gradient: call it under torch.no_grad\(\)"):
-                way()
+                function()
         with torch.no_grad():
             call()
     assert torch.equal(codes(q), encode(quotient(x.detach(), s[:, None])))
 
 
 @pytest.mark.gpu
-def test_a_graph_finds_its_scale_again():
+def test_a_graph_computes_its_scale_at_each_replay():
     """Replayed on other numbers, larger and smaller; no state is left from one replay to the next."""
     x = torch.zeros(1000, 4096, device="cuda", dtype=torch.bfloat16)
     q, s = poisoned(1000, 4096, device="cuda"), torch.full((), torch.nan, device="cuda")
@@ -193,7 +193,7 @@ def test_a_graph_finds_its_scale_again():
 
 @pytest.mark.gpu
 def test_calls_that_overlap_wait_for_each_other():
-    """Each call reads what the one before it wrote, on one stream, with nothing in between."""
+    """Each call reads what the one before it wrote, on one stream, without other work between them."""
     x = torch.randn(64, 4096, device="cuda")
     expected, scales, results = x.clone(), [], []
     per_tensor(x)
@@ -210,7 +210,7 @@ def test_calls_that_overlap_wait_for_each_other():
 
 
 @pytest.mark.gpu
-def test_two_streams_find_scales_at_once():
+def test_two_streams_compute_scales_at_the_same_time():
     inputs = [torch.randn(500, 4096, device="cuda") * (i + 1) for i in range(8)]
     streams = [torch.cuda.Stream() for _ in inputs]
     torch.cuda.synchronize()

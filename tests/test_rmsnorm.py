@@ -27,26 +27,26 @@ def poisoned(x):
 @pytest.mark.parametrize("hidden_size", HIDDEN_SIZES)
 @pytest.mark.parametrize(("dtype", "weight_dtype"), WEIGHTS)
 def test_matches_the_definition(device, hidden_size, dtype, weight_dtype):
-    for num_tokens in (1, 3, 257):  # one row, fewer and more than a block holds, odd
+    for num_tokens in (1, 3, 257):  # one row, fewer and more than a block has, odd
         x, w = inputs(num_tokens, hidden_size, dtype, device, weight_dtype)
         out = poisoned(x)
         assert rmsnorm(x, w, 1e-6, out) is out
         reference = rmsnorm_reference(x, w, 1e-6)
         error = relative_error(out, reference)
         assert error <= TOLERANCE[dtype]
-    # Over few rows one rounding of a row's scale decides which is closer; over hundreds the mean tells.
+    # Over few rows one rounding of rstd decides which is closer; hundreds of rows average that out.
     theirs = relative_error(F.rms_norm(x.float(), (hidden_size,), w.float(), 1e-6).to(dtype), reference)
     assert error <= 1.05 * theirs
 
 
-def test_both_ways_to_import():
+def test_module_and_function_can_be_imported():
     x, w = inputs(3, 64, torch.float32, "cpu")
     assert jitnorm.rmsnorm is rmsnorm
     assert same_bits(jitnorm.rmsnorm(x, w), rmsnorm(x, w))
 
 
 @pytest.mark.parametrize("eps", [0.0, 1e-6, 1.0, 7])
-def test_eps_is_the_callers(device, eps):
+def test_eps_is_used(device, eps):
     x, w = inputs(5, 256, torch.float32, device)
     assert relative_error(rmsnorm(x, w, eps), rmsnorm_reference(x, w, eps)) <= 1e-6
 
@@ -64,7 +64,7 @@ def test_shapes_and_strides(device, hidden_size):
     assert same_bits(rmsnorm(strided.unflatten(0, (4, 6)), w), expected.unflatten(0, (4, 6)))
     assert same_bits(rmsnorm(x[5], w), expected[5])
     assert same_bits(rmsnorm(x[7].expand(3, hidden_size), w), expected[7].expand(3, hidden_size))
-    out = wide[:, hidden_size + 32 : 2 * hidden_size + 32]  # columns between the input's: they share no memory
+    out = wide[:, hidden_size + 32 : 2 * hidden_size + 32]  # columns beside the input's: no shared memory
     out.fill_(float("nan"))
     assert rmsnorm(strided, w, out=out) is out
     assert same_bits(out, expected)
@@ -84,7 +84,7 @@ def test_no_rows(device):
     for shape in ((0, 512), (0, 3, 512), (3, 0, 512)):
         x = torch.empty(shape, device=device)
         assert rmsnorm(x, torch.ones(512, device=device)).shape == shape
-    # Rows of no element have no one stride; there is nothing to collapse.
+    # Without elements the strides do not matter.
     x = torch.empty(4, 4, 0, 512, device=device).transpose(0, 1)
     assert rmsnorm(x, torch.ones(512, device=device)).shape == x.shape
 
@@ -101,7 +101,7 @@ def test_special_values_stay_in_their_row(device):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_rounds_to_nearest_even_and_overflows_to_infinity(device, dtype):
-    """Rows of ones have scale 1, so that the output is the float32 weight, rounded."""
+    """Rows of ones have rstd 1, so the output is the float32 weight, rounded."""
     bits = torch.randint(-(2**31), 2**31 - 1, (64, 8192), dtype=torch.int32)
     for row in bits.view(torch.float32)[:8]:
         w = row.to(device)
@@ -134,7 +134,7 @@ def test_the_same_bits_in_any_batch(device, hidden_size, dtype):
 
 
 def test_offsets_beyond_32_bits():
-    """Three rows a gigaelement apart; only the pages that are touched take memory."""
+    """Three rows 2^30 elements apart. Only the pages that are touched take memory."""
     apart = 2**30 + 64
     storage = torch.empty(2 * apart + 256, dtype=torch.bfloat16)
     x = storage.as_strided((3, 256), (apart, 1))

@@ -13,18 +13,19 @@ from jitnorm import fused_add_rmsnorm_quant_fp8, rmsnorm_quant_fp8
 E4M3 = torch.float8_e4m3fn
 EPS = 1e-6
 ERROR = 2e-6  # of the normalised float32 number: the sum of squares, the root, and two products
-LEAST_SCALE = float(torch.tensor(1 / (448 * 512)))
+MIN_SCALE = float(torch.tensor(1 / (448 * 512)))
 
-# Both kernel classes, sizes with a remainder of vectors, and both ends; the dtypes at some of each, as each is a build.
+# Both kernel classes, sizes whose vectors do not divide evenly among threads, and the smallest and largest. Each dtype
+# is tested at some of them, because each pair is a build.
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 CASES = [(size, BF16, BF16) for size in (64, 256, 512, 1280, 4096, 8192)]
 CASES += [(128, FP32, FP32), (2304, FP32, FP32), (512, FP16, FP16), (256, FP16, FP32), (4096, BF16, FP32)]
-forms = pytest.mark.parametrize("adds", [False, True], ids=["plain", "fused_add"])
+forms = pytest.mark.parametrize("has_residual", [False, True], ids=["plain", "fused_add"])
 scalings = pytest.mark.parametrize("given", [0.013, None], ids=["static", "dynamic"])
 
 
 def rows(n, hidden_size, dtype, device, seed=0):
-    """Rows of all magnitudes, as columns of a wider tensor."""
+    """Return rows of all magnitudes, as columns of a wider tensor."""
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(n, hidden_size + 64, generator=generator) * torch.logspace(-2, 2, n)[:, None]
     return x.to(dtype).to(device)[:, :hidden_size]
@@ -34,32 +35,32 @@ def poisoned(*shape, device):
     return torch.full(shape, 0x7F, dtype=torch.uint8, device=device).view(E4M3)
 
 
-def run(adds, x, residual, w, scale, **options):
-    if adds:
+def run(has_residual, x, residual, w, scale, **options):
+    if has_residual:
         return fused_add_rmsnorm_quant_fp8(x, residual, w, scale, EPS, **options)
     return rmsnorm_quant_fp8(x, w, scale, EPS, **options)
 
 
 def assert_quantised(q, normalised, scale):
-    """Each code is the one of a number that is as near to the exact one as float32 can be held to come."""
+    """Assert that each code is that of the reference, changed by no more than the error of float32 arithmetic."""
     one, other = (encode(quotient(normalised * (1 + sign * ERROR), scale)) for sign in (-1, 1))
     assert ((codes(q) == one) | (codes(q) == other)).all()
-    assert (one == other).double().mean() > 0.99  # so that this says something
+    assert (one == other).double().mean() > 0.99  # otherwise the comparison would be empty
 
 
 @forms
 @scalings
 @pytest.mark.parametrize(("hidden_size", "dtype", "weight_dtype"), CASES)
-def test_matches_the_definition(device, hidden_size, dtype, weight_dtype, adds, given):
+def test_matches_the_definition(device, hidden_size, dtype, weight_dtype, has_residual, given):
     x = rows(33, hidden_size, dtype, device)
-    residual = rows(33, hidden_size, dtype, device, seed=1) if adds else None
+    residual = rows(33, hidden_size, dtype, device, seed=1) if has_residual else None
     w = torch.randn(hidden_size, generator=torch.Generator().manual_seed(2)).to(weight_dtype).to(device)
     before, total = x.clone(), x.double()
-    if adds:
+    if has_residual:
         total = total + residual.double()
     scale = None if given is None else torch.tensor([given], device=device)
     out = poisoned(33, hidden_size + 32, device=device)[:, :hidden_size]
-    q, s = run(adds, x, residual, w, scale, out=out)
+    q, s = run(has_residual, x, residual, w, scale, out=out)
     assert q is out and same_bits(x, before)
     normalised = rmsnorm_reference(total, w, EPS)
     if given is None:
@@ -70,29 +71,29 @@ def test_matches_the_definition(device, hidden_size, dtype, weight_dtype, adds, 
     else:
         assert s is scale
     assert_quantised(q, normalised, s)
-    if adds:
+    if has_residual:
         assert same_bits(residual, total.float().to(dtype))
 
 
 @forms
 @scalings
 @pytest.mark.parametrize("hidden_size", [128, 4096])
-def test_the_same_bits_in_any_batch(device, hidden_size, adds, given):
+def test_the_same_bits_in_any_batch(device, hidden_size, has_residual, given):
     x, residual = (rows(1025, hidden_size, torch.bfloat16, device, seed) for seed in (0, 1))
     w = torch.randn(hidden_size, device=device).bfloat16()
     scale = None if given is None else torch.tensor(given, device=device)
-    q, s = run(adds, x, residual.clone(), w, scale)
+    q, s = run(has_residual, x, residual.clone(), w, scale)
     for first, last in ((0, 1), (1, 3), (500, 517), (1024, 1025), (3, 1022)):
         for pdl in (None, False):
             part = x[first:last].contiguous()  # another row stride
-            alone, scales = run(adds, part, residual[first:last].clone(), w, scale, enable_pdl=pdl)
+            alone, scales = run(has_residual, part, residual[first:last].clone(), w, scale, enable_pdl=pdl)
             assert same_bits(codes(alone), codes(q)[first:last])
             assert given is not None or same_bits(scales, s[first:last])
 
 
 @forms
 @scalings
-def test_rows_that_are_zero_and_no_numbers(device, adds, given):
+def test_rows_with_zeros_nans_and_infinities(device, has_residual, given):
     x = torch.randn(5, 512, device=device)
     x[0] = 0
     x[1] = 1e-30
@@ -100,12 +101,12 @@ def test_rows_that_are_zero_and_no_numbers(device, adds, given):
     x[3, 7] = torch.inf
     w, residual = torch.ones(512, device=device), torch.zeros_like(x)
     scale = None if given is None else torch.tensor(given, device=device)
-    q, s = run(adds, x, residual, w, scale)
+    q, s = run(has_residual, x, residual, w, scale)
     assert (codes(q)[0] == 0).all() and ((codes(q)[1] & 127) <= 1).all()
-    assert (codes(q)[2] == 0x7F).all()  # the sum of squares is none either
+    assert (codes(q)[2] == 0x7F).all()  # the sum of squares is NaN as well
     assert codes(q)[3, 7] == 0x7F and ((codes(q)[3] & 127) == 0).sum() == 511  # as rmsnorm: infinity times zero
     if given is None:
-        assert (s[:4] == LEAST_SCALE).all()
+        assert (s[:4] == MIN_SCALE).all()
         s = s[4:]
     assert_quantised(q[4:], rmsnorm_reference(x[4:], w, EPS), s)
 
@@ -122,12 +123,12 @@ def test_large_numbers_saturate_and_scales_of_zero_do(device):
 
 @forms
 @scalings
-def test_no_rows_and_more_dimensions(device, adds, given):
+def test_no_rows_and_more_dimensions(device, has_residual, given):
     w = torch.ones(128, device=device)
     scale = None if given is None else torch.tensor(given, device=device)
     for shape in ((0, 128), (2, 0, 128), (128,), (2, 3, 128), (1, 1, 1, 128)):
         x = torch.randn(shape, device=device)
-        q, s = run(adds, x, torch.zeros_like(x), w, scale)
+        q, s = run(has_residual, x, torch.zeros_like(x), w, scale)
         assert q.shape == x.shape and q.dtype == E4M3
         assert s.shape == (*shape[:-1], 1) if given is None else s is scale
         if x.numel():
@@ -145,23 +146,23 @@ def test_scales_of_any_shape(device):
 
 @forms
 @scalings
-def test_torch_sees_the_operators(device, adds, given):
+def test_torch_sees_the_operators(device, has_residual, given):
     x, residual = torch.randn(3, 256, device=device), torch.randn(3, 256, device=device)
     w, scale = torch.randn(256, device=device), torch.ones(1 if given else 3, device=device)
-    name = ("fused_add_" if adds else "") + "rmsnorm_quant_fp8" + ("" if given else "_dynamic")
-    tensors = (x, residual, w) if adds else (x, w)
+    name = ("fused_add_" if has_residual else "") + "rmsnorm_quant_fp8" + ("" if given else "_dynamic")
+    tensors = (x, residual, w) if has_residual else (x, w)
     operator = getattr(torch.ops.jitnorm, name).default
     check_operator(operator, (*tensors, poisoned(3, 256, device=device), scale, EPS, None))
 
 
 @forms
 @scalings
-def test_compiles_without_a_graph_break(device, adds, given):
+def test_compiles_without_a_graph_break(device, has_residual, given):
     w = torch.randn(256, device=device)
     scale = None if given is None else torch.tensor(given, device=device)
 
     def block(x, residual):
-        q, s = run(adds, x * 2, residual, w, scale)
+        q, s = run(has_residual, x * 2, residual, w, scale)
         return q.float() * s, residual
 
     torch._dynamo.reset()
@@ -183,7 +184,7 @@ def test_kernels_are_built_while_tracing(cache_dir):
 
 @forms
 @scalings
-def test_there_is_no_gradient(device, adds, given):
+def test_there_is_no_gradient(device, has_residual, given):
     x, residual = torch.randn(3, 256, device=device, requires_grad=True), torch.randn(3, 256, device=device)
     w, scale = torch.ones(256, device=device), None if given is None else torch.ones(1, device=device)
     before = residual.clone()
@@ -191,25 +192,26 @@ def test_there_is_no_gradient(device, adds, given):
         with pytest.raises(
             RuntimeError, match=r"rmsnorm_quant_fp8\w* has no gradient: call it under torch.no_grad\(\)"
         ):
-            run(adds, x, residual, w, scale)
+            run(has_residual, x, residual, w, scale)
         assert same_bits(residual, before)
         with torch.no_grad():
-            run(adds, x, residual.clone(), w, scale)
+            run(has_residual, x, residual.clone(), w, scale)
         if given is not None:
             with pytest.raises(RuntimeError, match="has no gradient"):
-                run(adds, x.detach(), residual, w, scale.clone().requires_grad_())
+                run(has_residual, x.detach(), residual, w, scale.clone().requires_grad_())
             assert same_bits(residual, before)
     torch._dynamo.reset()
     with pytest.raises(RuntimeError, match="has no gradient"):
-        torch.compile(lambda: run(adds, x, residual, w, scale), fullgraph=True, backend="eager")()
+        torch.compile(lambda: run(has_residual, x, residual, w, scale), fullgraph=True, backend="eager")()
     with pytest.raises(RuntimeError, match="has no forward-mode derivative"):
-        torch.func.jvp(lambda a: run(adds, a, residual.clone(), w, scale)[1], (x.detach(),), (torch.ones_like(x),))
+        scales_of = lambda a: run(has_residual, a, residual.clone(), w, scale)[1]  # noqa: E731
+        torch.func.jvp(scales_of, (x.detach(),), (torch.ones_like(x),))
 
 
 @pytest.mark.gpu
 @forms
 @scalings
-def test_in_a_graph_and_in_chains(adds, given):
+def test_in_a_graph_and_in_chains(has_residual, given):
     """Each call reads what the one before it wrote: PDL must not let it start too early."""
     w = torch.randn(4096, device="cuda").bfloat16()
     scale = None if given is None else torch.tensor(given, device="cuda")
@@ -219,7 +221,7 @@ def test_in_a_graph_and_in_chains(adds, given):
     def chain(pdl):
         results = []
         for _ in range(10):
-            q, s = run(adds, x, residual, w, scale, enable_pdl=pdl)
+            q, s = run(has_residual, x, residual, w, scale, enable_pdl=pdl)
             jitnorm.rmsnorm(x, w, out=x, enable_pdl=pdl)
             results += [q, s]
         return results

@@ -17,7 +17,7 @@ from jitnorm.jit.spec import Target
 from jitnorm.store_cache import STORE_CACHE
 
 MODULE = sys.modules["jitnorm.store_cache"]  # jitnorm.store_cache is the function
-# One of each size, and of each kind that is converted nowhere.
+# One dtype of each size, and dtypes that no kernel computes with.
 DTYPES = (
     torch.float8_e4m3fn,
     torch.float8_e5m2,
@@ -34,7 +34,7 @@ INDEX_DTYPES = (torch.int32, torch.int64)
 
 
 def random(*shape, dtype=torch.bfloat16, device="cpu"):
-    """Bits of every kind, NaNs among them; for bool only what it has."""
+    """Return random bits, NaNs included; for bool only its two values."""
     *leading, last = shape
     bits = torch.randint(0, 2 if dtype == torch.bool else 256, (*leading, last * dtype.itemsize), dtype=torch.uint8)
     return bits.view(dtype).to(device)
@@ -57,7 +57,7 @@ def as_bytes(rows):
 
 
 def stored(rows, cache, indices, skip_index=None):
-    """What the cache should be, from its bytes, row by row."""
+    """Return the expected bytes of the cache, written row by row."""
     expected = as_bytes(cache).clone()
     source = as_bytes(rows)
     for row, slot in enumerate(indices.tolist()):
@@ -82,8 +82,8 @@ def test_every_dtype(device, dtype, index_dtype):
         check(k, v, k_cache, v_cache, some_slots(num_tokens, 200, index_dtype, device))
 
 
-# In bytes: a row of each access width, rows that share a block with a rest, whole blocks, several blocks, a rest of
-# these; and of MLA's 1152 beside 128, either way round.
+# In bytes: a row of each access width, rows that share a block and do not fill it, one block, several blocks, the last
+# one in part; and MLA's 1152 beside 128, in either order.
 @pytest.mark.parametrize("num_split", [0, 1, 2, 4])
 @pytest.mark.parametrize(
     ("k_bytes", "v_bytes"),
@@ -95,7 +95,7 @@ def test_every_width_and_split(device, k_bytes, v_bytes, num_split):
 
 
 def test_rows_that_are_fetched_before_their_turn(device):
-    """More of them than 2 MiB: also of a projection, whose keys and values lie far from those of the next token."""
+    """Rows of more than 2 MiB, contiguous and from a projection, where the tokens of k and v lie far apart."""
     k, v, k_cache, v_cache = tokens_and_caches(301, (4096,), slots=700, device=device)
     check(k, v, k_cache, v_cache, some_slots(301, 700, device=device))
     wide = random(301, 3 * 4096, device=device)
@@ -103,7 +103,7 @@ def test_rows_that_are_fetched_before_their_turn(device):
 
 
 def test_slices_of_fused_qkv_and_caches_side_by_side(device):
-    """Token-strided on both sides, and nothing beside the rows is written."""
+    """k, v and the caches have strides between rows, and nothing but the rows is written."""
     qkv = random(9, (8 + 2 + 2) * 64, device=device)
     k, v = qkv[:, 8 * 64 : 10 * 64].view(9, 2, 64), qkv[:, 10 * 64 :].view(9, 2, 64)
     both = random(40, 2, 3, 64, device=device)
@@ -132,7 +132,7 @@ def test_skipped_rows_are_not_written(device, index_dtype):
     check(k, v, k_cache, v_cache, slots, skip_index=int(slots[4]))
     slots[::3] = -1
     check(k, v, k_cache, v_cache, slots, skip_index=-1)
-    check(k, v, k_cache, v_cache, torch.full_like(slots, 10**9), skip_index=10**9)  # all, and none is a slot
+    check(k, v, k_cache, v_cache, torch.full_like(slots, 10**9), skip_index=10**9)  # all are skipped
 
 
 def test_nothing_to_store(device):
@@ -153,7 +153,7 @@ def test_the_same_bits_in_any_batch(device):
 
 
 def bad_calls(device):
-    """(name, exception, words that the message holds, a call)"""
+    """Return calls: (name, exception, pattern of the message, call)."""
     k, v, kc, vc = tokens_and_caches(4, (2, 64), slots=8, device=device)
     i = torch.arange(4, device=device)
     buffer = random(16, 128, device=device)
@@ -262,13 +262,13 @@ def test_refused_by_a_kernel_that_is_there(name):
 
 @pytest.mark.gpu
 def test_refused_on_a_gpu(cache_dir):
-    for _, kind, words, call in bad_calls("cuda"):
-        with pytest.raises(kind, match=words):
+    for _, error, pattern, call in bad_calls("cuda"):
+        with pytest.raises(error, match=pattern):
             call()
     assert not cache_dir.exists()
     prepare("cuda")
-    for _, kind, words, call in bad_calls("cuda"):
-        with pytest.raises(kind, match=words):
+    for _, error, pattern, call in bad_calls("cuda"):
+        with pytest.raises(error, match=pattern):
             call()
     torch.cuda.synchronize()
 
@@ -336,7 +336,7 @@ def test_opcheck(device):
         torch.library.opcheck(torch.ops.jitnorm.store_cache.default, (*tensors, some_slots(3, 9, device=device)), more)
 
 
-def test_kernels_are_built_while_tracing_and_refusals_come_there(cache_dir):
+def test_tracing_builds_kernels_and_refuses_bad_calls(cache_dir):
     k, v, k_cache, v_cache = tokens_and_caches()
     with pytest.raises(RuntimeError, match="rows of 6 bytes, as of k"):
         compiled(store_cache)(k[:, 0, :3], v, k_cache[:, 0, :3], v_cache, some_slots(7, 50))
@@ -364,7 +364,7 @@ def test_under_no_grad_a_leaf_is_data(device):
         store_cache(*tensors, slots)
 
 
-def test_both_ways_to_import():
+def test_module_and_function_can_be_imported():
     from jitnorm.store_cache import store_cache as imported
 
     assert jitnorm.store_cache is imported
@@ -382,7 +382,7 @@ def test_in_a_graph(monkeypatch):
     k, v, k_cache, v_cache = tokens_and_caches(64, (8, 128), slots=300, device="cuda")
     slots, graph = some_slots(64, 300, device="cuda"), torch.cuda.CUDAGraph()
     store_cache(k, v, k_cache, v_cache, slots)
-    monkeypatch.setattr(MODULE, "check_indices", True)  # which a capture passes over
+    monkeypatch.setattr(MODULE, "check_indices", True)  # which a capture does not do
     with torch.cuda.graph(graph):
         store_cache(k, v, k_cache, v_cache, slots, skip_index=7)
     for _ in range(3):
@@ -395,14 +395,14 @@ def test_in_a_graph(monkeypatch):
 
 @pytest.mark.gpu
 def test_reads_nothing_before_the_kernel_before_it_has_written():
-    """What one call stores the next one reads, so that with PDL they overlap."""
+    """Each call reads what the one before it stored: with PDL they overlap."""
     a, b = (random(1024, 1024, device="cuda") for _ in range(2))
-    ways = [(a, b), (b, a)]
+    directions = [(a, b), (b, a)]
     slots = torch.randperm(1024, device="cuda")
     other = random(1024, 1024, device="cuda"), torch.empty(1024, 1024, device="cuda", dtype=torch.bfloat16)
     expected = a.clone()
     for _ in range(100):
-        for source, to in ways:
+        for source, to in directions:
             store_cache(source, other[0], to, other[1], slots)
             permuted = torch.empty_like(expected)
             permuted[slots] = expected
@@ -425,7 +425,7 @@ def test_more_than_2_to_the_31_elements():
 
 @pytest.mark.parametrize("which", ["k", "v", "k_cache", "v_cache"])
 def test_conjugate_views_are_refused_and_other_complex_numbers_stored(which):
-    """The bytes of a conjugate view are not its values: nothing may move them as they lie."""
+    """The bytes of a conjugate view are not its values, so they must not be copied."""
     tensors = {name: torch.randn(count, 8).cfloat() * (1 + 2j) for name, count in (("k", 4), ("v", 4))}
     tensors |= {name: torch.zeros(9, 8).cfloat() for name in ("k_cache", "v_cache")}
     indices = torch.tensor([7, 1, 2, 8])

@@ -1,29 +1,29 @@
-// Gated activations, out = activation(gate) * up: the activations themselves, written once for a float on CUDA and for
-// a register of floats on the host, the parameters that every kernel class takes and, for the host compiler, the glue
-// that fills them in.
+// Gated activations, out = activation(gate) * up: the activations themselves, the parameter struct of their kernel
+// classes and, for the host compiler, the binding that fills it in. Included by activation.cuh and activation_cpu.h.
 #pragma once
 #include "jitnorm/dtype.h"
 
 namespace jitnorm {
 
-// Math has exp(x), reciprocal(x) and times_logistic(x, u), which is x / (1 + exp(-u)). At +infinity an activation is
-// its limit, and at -infinity NaN, as PyTorch's are.
+// An activation is a template over F, float on CUDA and a SIMD register of floats on the CPU, and over Math, which has
+// exp(x), reciprocal(x) and times_sigmoid(x, u), x / (1 + exp(-u)). At +infinity it is its limit and at -infinity NaN,
+// as in PyTorch.
 
 // x * sigmoid(x)
 struct SiLU {
   template <typename Math, typename F>
-  static JITNORM_ANYWHERE F apply(F x) {
-    return Math::times_logistic(x, x);
+  static JITNORM_HOST_DEVICE F apply(F x) {
+    return Math::times_sigmoid(x, x);
   }
 };
 
-// x * Phi(x), the distribution function of the normal distribution, which is (1 + erf(x / sqrt(2))) / 2.
+// x * Phi(x), where Phi is the distribution function of the normal distribution, (1 + erf(x / sqrt(2))) / 2.
 struct GELU {
   // Phi(-t) = exp(-t^2 / 2) * s * P(s) with s = 1 / (1 + 0.27 t), where P interpolates at the nine Chebyshev nodes of
-  // 0 <= t <= 14.5, below which float has no more numbers: off by 3e-8 of the value at most. Without a difference that
-  // cancels, as in 1 + erf, it is as exact in the tail.
+  // 0 <= t <= 14.5; beyond, the result is below the smallest float. The relative error is at most 3e-8, in the tail
+  // too, where 1 + erf(x) would cancel.
   template <typename Math, typename F>
-  static JITNORM_ANYWHERE F apply(F x) {
+  static JITNORM_HOST_DEVICE F apply(F x) {
     const F t = x < 0.f ? -x : x, s = Math::reciprocal(1.f + 0.27f * t);
     F p = 0.0292058334f * s - 0.127722557f;
     p = p * s + 0.172436097f;
@@ -41,30 +41,31 @@ struct GELU {
 // x * (1 + tanh(u)) / 2 with u = sqrt(2 / pi) * (x + 0.044715 x^3), which is x * sigmoid(2u).
 struct GELUTanh {
   template <typename Math, typename F>
-  static JITNORM_ANYWHERE F apply(F x) {
-    return Math::times_logistic(x, x * (1.59576912f + 0.0713548163f * x * x));
+  static JITNORM_HOST_DEVICE F apply(F x) {
+    return Math::times_sigmoid(x, x * (1.59576912f + 0.0713548163f * x * x));
   }
 };
 
-constexpr int kMostWidth = 1 << 30;  // so that the two halves of a row have columns that an int can count
+constexpr int kMaxWidth = 1 << 30;  // a row has 2 * width elements, and kernels count its columns in int
 
 struct ActivationParams {
-  const void* input;  // rows of `width` gates, then as many factors
+  const void* input;  // rows of `width` elements of gate, then as many of up
   void* out;
   index_t input_stride;  // in elements, like out_stride
   index_t out_stride;
-  index_t num_tokens;
+  index_t num_rows;
   int width;
-  bool wide_ids;           // int64 rather than int32
-  const void* expert_ids;  // one for every expert_step rows; null where all rows count
+  bool has_int64_ids;      // or int32 ones
+  const void* expert_ids;  // one for expert_step rows each; null to skip no row
   index_t expert_step;
 };
 
-// Whether the row's expert is -1.
-JITNORM_ANYWHERE bool is_skipped(const ActivationParams& p, index_t row) {
+// Whether the row is not written, because its expert is -1.
+JITNORM_HOST_DEVICE bool is_skipped(const ActivationParams& p, index_t row) {
   if (!p.expert_ids) return false;
   const index_t i = row / p.expert_step;
-  return (p.wide_ids ? static_cast<const index_t*>(p.expert_ids)[i] : static_cast<const int*>(p.expert_ids)[i]) == -1;
+  return (p.has_int64_ids ? static_cast<const index_t*>(p.expert_ids)[i] : static_cast<const int*>(p.expert_ids)[i]) ==
+         -1;
 }
 
 }  // namespace jitnorm
@@ -74,7 +75,7 @@ JITNORM_ANYWHERE bool is_skipped(const ActivationParams& p, index_t row) {
 
 namespace jitnorm {
 
-// activation(input, out, expert_ids, expert_step, enable_pdl): jitnorm.activation_ops.check says what is refused.
+// activation(input, out, expert_ids, expert_step, enable_pdl). src/jitnorm/activation.py explains refused calls.
 template <typename Kernel>
 Outcome activation(const TVMFFIAny* args, int num_args) {
   using T = typename Kernel::input_t;
@@ -82,25 +83,34 @@ Outcome activation(const TVMFFIAny* args, int num_args) {
   const DLTensor *input = as_tensor(args[0]), *out = as_tensor(args[1]), *ids = nullptr;
   if (!input || !out || out->ndim == 0) return Outcome::kRefused;
   const index_t width = out->shape[out->ndim - 1], row_bytes = width * static_cast<index_t>(sizeof(T));
-  Rows in, to;
-  index_t step;
+  Rows input_rows, out_rows;
+  index_t expert_step;
   bool enable_pdl;
-  if (width < 1 || width > kMostWidth || row_bytes % 4 != 0 || vector_bytes(row_bytes) != Kernel::kVectorBytes ||
-      !as_rows<T>(*input, 2 * width, Kernel::kAlignment, &in) || !as_rows<T>(*out, width, Kernel::kAlignment, &to) ||
-      !same_leading_shape(*input, *out) || !same_device(*input, *out) || !runs_on(Kernel{}, input->device) ||
-      !as_int(args[3], &step) || step < 1 || !as_optional_bool(args[4], true, &enable_pdl))
+  if (width < 1 || width > kMaxWidth || row_bytes % 4 != 0 || vector_bytes(row_bytes) != Kernel::kVectorBytes ||
+      !as_rows<T>(*input, 2 * width, Kernel::kAlignment, &input_rows) ||
+      !as_rows<T>(*out, width, Kernel::kAlignment, &out_rows) || !same_leading_shape(*input, *out) ||
+      !same_device(*input, *out) || !runs_on<Kernel>(input->device) || !as_int(args[3], &expert_step) ||
+      expert_step < 1 || !as_optional_bool(args[4], true, &enable_pdl))
     return Outcome::kRefused;
   if (args[2].type_index != kTVMFFINone && !(ids = as_indices(args[2], input->device))) return Outcome::kRefused;
-  if (ids && ids->shape[0] < in.count / step + (in.count % step != 0)) return Outcome::kRefused;
-  if (in.count == 0) return Outcome::kDone;
-  const Rows id_rows = ids ? as_vector(*ids) : Rows{};
-  if (!separate(to, width) || overlap(in, 2 * row_bytes, to, row_bytes, sizeof(T)) ||
-      (ids && extents_meet(to, id_rows)))
+  const index_t rows = input_rows.count;
+  if (ids && ids->shape[0] < rows / expert_step + (rows % expert_step != 0)) return Outcome::kRefused;
+  if (rows == 0) return Outcome::kDone;
+  const Rows id_rows = ids ? index_rows(*ids) : Rows{};
+  if (!rows_are_disjoint(out_rows, width) || rows_overlap(input_rows, 2 * row_bytes, out_rows, row_bytes, sizeof(T)) ||
+      (ids && extents_overlap(out_rows, id_rows)))
     return Outcome::kRefused;
-  ActivationParams params{
-      in.data,      to.data, in.stride, to.stride, in.count, static_cast<int>(width), ids && ids->dtype.bits == 64,
-      id_rows.data, step};
-  return launch(Kernel{}, params, input->device, enable_pdl);
+  ActivationParams params{};
+  params.input = input_rows.data;
+  params.out = out_rows.data;
+  params.input_stride = input_rows.stride;
+  params.out_stride = out_rows.stride;
+  params.num_rows = rows;
+  params.width = static_cast<int>(width);
+  params.has_int64_ids = ids && ids->dtype.bits == 64;
+  params.expert_ids = id_rows.data;
+  params.expert_step = expert_step;
+  return launch<Kernel>(params, input->device, enable_pdl);
 }
 
 }  // namespace jitnorm

@@ -1,15 +1,16 @@
-// Gated activations on the host: a register of gates at a time.
+// Gated activations on the CPU. Included by generated sources (jitnorm/jit/spec.py).
 #pragma once
 #include "elementwise/activation.h"
 #include "jitnorm/parallel.h"
-#include "jitnorm/simd_math.h"
+#include "jitnorm/simd.h"
 
 namespace jitnorm {
 
+// The Math of activations for a SIMD register of floats.
 struct SimdMath {
   static floats exp(floats x) { return jitnorm::exp(x); }
   static floats reciprocal(floats x) { return 1.f / x; }
-  static floats times_logistic(floats x, floats u) { return x / (1.f + jitnorm::exp(-u)); }
+  static floats times_sigmoid(floats x, floats u) { return x / (1.f + jitnorm::exp(-u)); }
 };
 
 template <typename T, typename Activation, int kVectorBytes_>
@@ -25,19 +26,20 @@ struct ActivationKernel {
     if (is_skipped(p, row)) return;
     const T* gate = static_cast<const T*>(p.input) + row * p.input_stride;
     T* out = static_cast<T*>(p.out) + row * p.out_stride;
-    const int width = p.width, rest = width % kLanes, i = width - rest;
-    for (int j = 0; j < i; j += kLanes) apply(out + j, gate + j, gate + width + j);
+    const T* up = gate + p.width;
+    const int rest = p.width % kLanes, full = p.width - rest;
+    for (int i = 0; i < full; i += kLanes) apply(out + i, gate + i, up + i);
     if (rest == 0) return;
-    T gates[kLanes] = {}, factors[kLanes] = {}, results[kLanes];
-    __builtin_memcpy(gates, gate + i, rest * sizeof(T));
-    __builtin_memcpy(factors, gate + width + i, rest * sizeof(T));
-    apply(results, gates, factors);
-    __builtin_memcpy(out + i, results, rest * sizeof(T));
+    T last_gate[kLanes] = {}, last_up[kLanes] = {}, last_out[kLanes];
+    __builtin_memcpy(last_gate, gate + full, rest * sizeof(T));
+    __builtin_memcpy(last_up, up + full, rest * sizeof(T));
+    apply(last_out, last_gate, last_up);
+    __builtin_memcpy(out + full, last_out, rest * sizeof(T));
   }
 
  private:
-  static void apply(T* out, const T* gate, const T* factor) {
-    store(out, Activation::template apply<SimdMath>(load(gate)) * load(factor));
+  static void apply(T* out, const T* gate, const T* up) {
+    store(out, Activation::template apply<SimdMath>(load(gate)) * load(up));
   }
 };
 

@@ -1,5 +1,5 @@
-// RMSNorm of the heads of q and k on CUDA, in one launch: the threads of a block are shared out over heads as they
-// come, q's or k's, so that blocks are full whatever the numbers of heads.
+// RMSNorm of the heads of q and k on CUDA, in one launch. A block takes consecutive heads of either tensor, so that
+// blocks are full for any numbers of heads. Included by generated sources (jitnorm/jit/spec.py).
 #pragma once
 #include "elementwise/qknorm.h"
 #include "jitnorm/launch.h"
@@ -8,36 +8,38 @@
 namespace jitnorm {
 
 template <int kHeadDim, typename T, typename W = T, typename S = typename DefaultSchedule<kHeadDim, T, Plain>::type>
-struct QKNormKernel : RMSNormCuda<kHeadDim, T, W, Plain, S> {
+struct QKNormKernel : RMSNormKernelBase<kHeadDim, T, W, Plain, S> {
   using params_t = QKNormParams;
-  using Base = RMSNormCuda<kHeadDim, T, W, Plain, S>;
-  // Finding its row costs a thread two registers more than the norms' kernels have, and with them two blocks of twelve.
-  static constexpr int kMinBlocks = at_least_one(least(48 * 1024 / Base::kReadBytes, Base::kMostBlocks));
+  using Base = RMSNormKernelBase<kHeadDim, T, W, Plain, S>;
+  // To find its row, a thread needs two registers more than in the norms' kernels, which would leave an SM 10 of its 12
+  // blocks. 48 KiB of rows in flight limit the registers again.
+  static constexpr int kMinBlocks = max(1, min(48 * 1024 / Base::kReadBytes, Base::kMaxBlocks));
 
 #ifdef __CUDACC__
-  template <GridLength kGrid>
+  template <GridVariant kVariant>
   static __device__ __forceinline__ void run(const QKNormParams& p) {
-    RowPart<QKNormKernel> part(threadIdx.x % S::kThreadsPerRow);
+    RowFragment<QKNormKernel> fragment(threadIdx.x % S::kThreadsPerRow);
     const unsigned row = blockIdx.x * S::kRowsPerBlock + threadIdx.x / S::kThreadsPerRow;
     const auto [x, weight] = head_of<T, W>(p, row);
-    // Threads without a row still join the sum.
-    const bool exists = S::kRowsPerBlock == 1 || row < unsigned(p.num_tokens);
-    if (exists && p.eps >= 0) before_wait(x, p.q_weight, p.k_weight);
-    wait_for_previous();
-    if (exists) part.read(part.x, x);
-    part.read(part.weight, weight);
-    if (kGrid != GridLength::kShort) let_next_start();
-    if (kGrid == GridLength::kLong && part.lane == 0 && blockIdx.x + Base::kBlocksAhead < gridDim.x - 1)
+    // The last block may have threads without a row, which still take part in the sum.
+    const bool exists = S::kRowsPerBlock == 1 || row < unsigned(p.num_rows);
+    // eps is never negative: the condition reads the parameters before the wait, not after it.
+    if (exists && p.eps >= 0) prefetch_before_wait(x, p.q_weight, p.k_weight);
+    grid_dependency_wait();
+    if (exists) fragment.read(fragment.x, x);
+    fragment.read(fragment.weight, weight);
+    if (kVariant != GridVariant::kShort) launch_dependents();
+    if (kVariant == GridVariant::kLong && fragment.lane == 0 && blockIdx.x + Base::kBlocksAhead < gridDim.x - 1)
       prefetch<Base::kRowBytes>(head_of<T, W>(p, row + Base::kBlocksAhead * S::kRowsPerBlock).row);
-    const float squares = sum(exists ? part.sum_of_squares() : 0.f);
-    if (kGrid == GridLength::kShort) let_next_start();
-    const float scale = inverse_root<T>(mean_plus_eps<QKNormKernel>(squares, p.eps));
-    if (exists) part.write(x, scale);
+    const float squares = row_sum(exists ? fragment.sum_of_squares() : 0.f);
+    if (kVariant == GridVariant::kShort) launch_dependents();
+    const float rstd = rstd_of<T>(mean_plus_eps<QKNormKernel>(squares, p.eps));
+    if (exists) fragment.write(x, rstd);
   }
 
  private:
   // Over the threads of a row.
-  static __device__ __forceinline__ float sum(float value) {
+  static __device__ __forceinline__ float row_sum(float value) {
     if constexpr (S::kThreadsPerRow <= kWarpSize) {
       return warp_sum<S::kThreadsPerRow>(value);
     } else {

@@ -1,14 +1,24 @@
-// RMSNorm of the heads of q and k, in place: the parameters that every kernel class takes and, for the host compiler,
-// the glue that fills them in.
+// RMSNorm of the heads of q and k, in place: the parameter struct of the kernel classes and, for the host compiler, the
+// binding that fills it in. Included by qknorm.cuh and qknorm_cpu.h.
 #pragma once
-#include "jitnorm/divide.h"
 #include "jitnorm/dtype.h"
 
 namespace jitnorm {
 
-constexpr index_t kMostRows = 0x7fffffff;  // that can be divided by a number of heads
+// Division by a number that is known at the call alone, as a multiplication and a shift. Exact for dividends below 2^31
+// (Granlund and Montgomery, 1994, theorem 4.2).
+struct UnsignedDivisor {
+  unsigned multiplier;  // 2^shift / divisor, rounded up
+  unsigned shift;       // 31 + log2(divisor), rounded up
+};
 
-// A row is a head of a token. Rows count through the heads of q and k of the first token, then of the next.
+JITNORM_HOST_DEVICE unsigned quotient(unsigned dividend, UnsignedDivisor divisor) {
+  return static_cast<unsigned long long>(dividend) * divisor.multiplier >> divisor.shift;
+}
+
+constexpr index_t kMaxRows = 0x7fffffff;  // the largest dividend of an UnsignedDivisor
+
+// A row is one head of one token. Rows are numbered token by token: the heads of q, then those of k.
 struct QKNormParams {
   void* q;
   void* k;
@@ -18,14 +28,14 @@ struct QKNormParams {
   index_t k_stride;
   index_t q_head_stride;
   index_t k_head_stride;
-  UnsignedDivisor heads;  // of q and k together
-  unsigned num_heads;
+  UnsignedDivisor heads_divisor;  // divides by num_heads
+  unsigned num_heads;             // of q and k together
   unsigned num_q_heads;
   float eps;
-  index_t num_tokens;  // as launch() counts them: rows
+  index_t num_rows;
 };
 
-// Where a row lies, and its weight.
+// The address of a row, and its weight.
 template <typename T, typename W>
 struct Head {
   T* row;
@@ -33,13 +43,13 @@ struct Head {
 };
 
 template <typename T, typename W>
-JITNORM_ANYWHERE Head<T, W> head_of(const QKNormParams& p, unsigned row) {
-  const unsigned token = quotient(row, p.heads), head = row - token * p.num_heads;
-  const bool of_q = head < p.num_q_heads;
-  const index_t to_token = token * (of_q ? p.q_stride : p.k_stride);
-  const index_t to_head = (of_q ? head : head - p.num_q_heads) * (of_q ? p.q_head_stride : p.k_head_stride);
-  return {static_cast<T*>(of_q ? p.q : p.k) + to_token + to_head,
-          static_cast<const W*>(of_q ? p.q_weight : p.k_weight)};
+JITNORM_HOST_DEVICE Head<T, W> head_of(const QKNormParams& p, unsigned row) {
+  const unsigned token = quotient(row, p.heads_divisor), head = row - token * p.num_heads;
+  const bool is_q = head < p.num_q_heads;
+  const index_t token_offset = token * (is_q ? p.q_stride : p.k_stride);
+  const index_t head_offset = (is_q ? head : head - p.num_q_heads) * (is_q ? p.q_head_stride : p.k_head_stride);
+  return {static_cast<T*>(is_q ? p.q : p.k) + token_offset + head_offset,
+          static_cast<const W*>(is_q ? p.q_weight : p.k_weight)};
 }
 
 }  // namespace jitnorm
@@ -49,7 +59,16 @@ JITNORM_ANYWHERE Head<T, W> head_of(const QKNormParams& p, unsigned row) {
 
 namespace jitnorm {
 
-// q or k, [tokens, heads, head_dim]. Strides along a dimension of one element say nothing, and are 0 here.
+inline UnsignedDivisor divisor_of(unsigned value) {  // from 1 to 2^31
+  unsigned shift = 31;
+  while (1ull << (shift - 31) < value) shift++;
+  UnsignedDivisor divisor;
+  divisor.multiplier = static_cast<unsigned>(((1ull << shift) + value - 1) / value);
+  divisor.shift = shift;
+  return divisor;
+}
+
+// q or k, [tokens, heads, head_dim]. The stride of a dimension of one element is arbitrary, and set to 0 here.
 struct Heads {
   char* data;
   index_t tokens, heads, stride, head_stride;
@@ -57,8 +76,8 @@ struct Heads {
   const char* end;  // one past the last byte
 };
 
-// False where `tensor` is no such thing, where its rows share memory with each other, or lie where a kernel cannot
-// reach them.
+// False if `tensor` has another rank, dtype or head_dim, rows that share memory, no storage, or rows that are not
+// adjacent elements aligned to kAlignment.
 template <typename Kernel>
 bool as_heads(const DLTensor* tensor, Heads* to) {
   using T = typename Kernel::input_t;
@@ -67,20 +86,26 @@ bool as_heads(const DLTensor* tensor, Heads* to) {
     return false;
   const index_t tokens = tensor->shape[0], heads = tensor->shape[1];
   const index_t stride = tokens > 1 ? tensor->strides[0] : 0, head_stride = heads > 1 ? tensor->strides[1] : 0;
-  char* data = static_cast<char*>(tensor->data) + tensor->byte_offset;
+  char* data = data_of(*tensor);
   const index_t width = (heads - 1) * head_stride + head_dim, length = (tokens - 1) * stride + head_dim;
-  *to = {data, tokens, heads, stride, head_stride, width, data + ((tokens - 1) * stride + width) * size};
+  to->data = data;
+  to->tokens = tokens;
+  to->heads = heads;
+  to->stride = stride;
+  to->head_stride = head_stride;
+  to->width = width;
+  to->end = data + ((tokens - 1) * stride + width) * size;
   if (tokens == 0 || heads == 0) return true;
-  const bool apart = (tokens == 1 || stride >= head_dim) && (heads == 1 || head_stride >= head_dim) &&
-                     (tokens == 1 || heads == 1 || stride >= width || head_stride >= length);
-  return apart && tensor->data && reinterpret_cast<uintptr_t>(data) % Kernel::kAlignment == 0 &&
-         stride * size % Kernel::kAlignment == 0 && head_stride * size % Kernel::kAlignment == 0;
+  const bool disjoint = (tokens == 1 || stride >= head_dim) && (heads == 1 || head_stride >= head_dim) &&
+                        (tokens == 1 || heads == 1 || stride >= width || head_stride >= length);
+  return disjoint && tensor->data && is_aligned(data, Kernel::kAlignment) && stride * size % Kernel::kAlignment == 0 &&
+         head_stride * size % Kernel::kAlignment == 0;
 }
 
-// Whether the two share memory. Exact where the tokens of one lie between those of the other, as in a fused projection;
-// elsewhere, extents that meet count as shared.
+// Whether q and k share memory. Exact for equal strides from token to token, as in a fused projection, where the tokens
+// of one lie between those of the other. For different strides, overlapping extents count as shared.
 template <typename T>
-bool overlap(const Heads& q, const Heads& k) {
+bool heads_overlap(const Heads& q, const Heads& k) {
   constexpr index_t size = sizeof(T);
   if (!q.heads || !k.heads || q.end <= k.data || k.end <= q.data) return false;
   if (q.stride != k.stride || q.stride == 0) return true;
@@ -89,7 +114,7 @@ bool overlap(const Heads& q, const Heads& k) {
 }
 
 // Whether a kernel may write `heads` while it reads `weight`.
-inline bool writable(const Heads& heads, const Rows& weight) {
+inline bool is_writable(const Heads& heads, const Rows& weight) {
   return !heads.heads || heads.end <= weight.data || weight.end <= heads.data;
 }
 
@@ -97,34 +122,44 @@ inline bool as_head_dim(const TVMFFIAny& arg, index_t head_dim) {
   return arg.type_index == kTVMFFIInt && (arg.v_int64 == 0 || arg.v_int64 == head_dim);
 }
 
-// fused_inplace_qknorm(q, k, q_weight, k_weight, eps, head_dim, enable_pdl): jitnorm.qknorm_ops.check says in words
-// what is refused here.
+// fused_inplace_qknorm(q, k, q_weight, k_weight, eps, head_dim, enable_pdl); head_dim 0 means q's.
+// src/jitnorm/qknorm.py explains refused calls.
 template <typename Kernel>
 Outcome fused_inplace_qknorm(const TVMFFIAny* args, int num_args) {
   using T = typename Kernel::input_t;
   if (num_args != 7) return Outcome::kRefused;
-  const DLTensor *queries = as_tensor(args[0]), *keys = as_tensor(args[1]);
-  const DLTensor *of_queries = as_tensor(args[2]), *of_keys = as_tensor(args[3]);
-  Heads q, k;
-  Rows q_weight, k_weight;
+  const DLTensor *q = as_tensor(args[0]), *k = as_tensor(args[1]);
+  const DLTensor *q_weight = as_tensor(args[2]), *k_weight = as_tensor(args[3]);
+  Heads q_heads, k_heads;
+  Rows q_weight_row, k_weight_row;
   double eps;
   bool enable_pdl;
-  if (!as_heads<Kernel>(queries, &q) || !as_heads<Kernel>(keys, &k) || q.tokens != k.tokens ||
-      !as_weight<Kernel>(of_queries, &q_weight) || !as_weight<Kernel>(of_keys, &k_weight) || !as_float(args[4], &eps) ||
-      !(eps >= 0) || !as_head_dim(args[5], Kernel::kHiddenSize) || !as_optional_bool(args[6], true, &enable_pdl) ||
-      !same_device(*queries, *keys) || !same_device(*queries, *of_queries) || !same_device(*queries, *of_keys) ||
-      !runs_on(Kernel{}, queries->device))
+  if (!as_heads<Kernel>(q, &q_heads) || !as_heads<Kernel>(k, &k_heads) || q_heads.tokens != k_heads.tokens ||
+      !as_weight<Kernel>(q_weight, &q_weight_row) || !as_weight<Kernel>(k_weight, &k_weight_row) ||
+      !as_float(args[4], &eps) || !(eps >= 0) || !as_head_dim(args[5], Kernel::kHiddenSize) ||
+      !as_optional_bool(args[6], true, &enable_pdl) || !same_device(*q, *k) || !same_device(*q, *q_weight) ||
+      !same_device(*q, *k_weight) || !runs_on<Kernel>(q->device))
     return Outcome::kRefused;
-  const index_t heads = q.heads + k.heads, rows = q.tokens * heads;
+  const index_t heads = q_heads.heads + k_heads.heads, rows = q_heads.tokens * heads;
   if (rows == 0) return Outcome::kDone;
-  if (rows > kMostRows || overlap<T>(q, k) || !writable(q, q_weight) || !writable(q, k_weight) ||
-      !writable(k, q_weight) || !writable(k, k_weight))
+  if (rows > kMaxRows || heads_overlap<T>(q_heads, k_heads) || !is_writable(q_heads, q_weight_row) ||
+      !is_writable(q_heads, k_weight_row) || !is_writable(k_heads, q_weight_row) || !is_writable(k_heads, k_weight_row))
     return Outcome::kRefused;
-  QKNormParams params{
-      q.data,        k.data,        q_weight.data,     k_weight.data,   q.stride,          k.stride,
-      q.head_stride, k.head_stride, divisor_of(heads), unsigned(heads), unsigned(q.heads), static_cast<float>(eps),
-      rows};
-  return launch(Kernel{}, params, queries->device, enable_pdl);
+  QKNormParams params{};
+  params.q = q_heads.data;
+  params.k = k_heads.data;
+  params.q_weight = q_weight_row.data;
+  params.k_weight = k_weight_row.data;
+  params.q_stride = q_heads.stride;
+  params.k_stride = k_heads.stride;
+  params.q_head_stride = q_heads.head_stride;
+  params.k_head_stride = k_heads.head_stride;
+  params.heads_divisor = divisor_of(heads);
+  params.num_heads = static_cast<unsigned>(heads);
+  params.num_q_heads = static_cast<unsigned>(q_heads.heads);
+  params.eps = static_cast<float>(eps);
+  params.num_rows = rows;
+  return launch<Kernel>(params, q->device, enable_pdl);
 }
 
 }  // namespace jitnorm

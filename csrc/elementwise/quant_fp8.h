@@ -1,28 +1,29 @@
-// Quantisation to e4m3 numbers: the parameters that every kernel class takes and, for the host compiler, the glue that
-// fills them in. What launch.h and parallel.h call tokens are the tiles of a tensor, parts of it, or its rows.
+// Quantisation to e4m3: the parameter struct of its kernel classes and, for the host compiler, the bindings that fill
+// it in. Included by quant_fp8.cuh and quant_fp8_cpu.h.
 #pragma once
 #include "jitnorm/dtype.h"
 
 namespace jitnorm {
 
-// A scale for a whole tensor takes two kernels, and nothing that is zeroed beforehand: each block of the first writes
-// the largest magnitude of its part of the tensor, and each block of the second finds the largest of these.
-constexpr int kMostMaxima = 512;
-constexpr int kMultiple = 16;  // of elements in a row that gets a scale: what a product of such matrices asks for
+// A dynamic scale of a tensor takes two kernels, and no memory that is zeroed beforehand. Each block of the first
+// writes the amax (largest magnitude) of its part of the tensor; each block of the second reduces these to the tensor's
+// amax.
+enum class Pass { kStatic, kPartialAmax, kDynamic };
+
+constexpr int kMaxPartialAmax = 512;     // so that a block of the second kernel reads two for each thread
+constexpr int kHiddenSizeMultiple = 16;  // of rows with a scale each, as matrix products with such scales require
 
 struct QuantFp8Params {
   const void* input;
   void* out;
-  float* scale;  // one for the tensor, read or written; or one to write for each row
-  float* maxima;
-  index_t num_tokens;
+  float* scale;          // one for the tensor, read or written; or one a row, written
+  float* partial_amax;   // null for a static scale and for a scale a row
+  index_t num_rows;      // or the tiles or parts that a tensor is divided into
   index_t num_elements;  // of the tensor, or of a row
   index_t input_stride;  // from row to row, like out_stride
   index_t out_stride;
-  int num_maxima;
+  int num_partial_amax;
 };
-
-enum class Pass { kScaleGiven, kFindMaxima, kScaleFound };
 
 }  // namespace jitnorm
 
@@ -31,67 +32,74 @@ enum class Pass { kScaleGiven, kFindMaxima, kScaleFound };
 
 namespace jitnorm {
 
-inline index_t tiles(index_t elements, index_t tile) { return elements == 0 ? 1 : (elements + tile - 1) / tile; }
+// At least 1, since an empty tensor has a dynamic scale too.
+inline index_t tile_count(index_t elements, index_t tile) { return elements == 0 ? 1 : (elements + tile - 1) / tile; }
 
-inline index_t maxima_count(index_t elements) {
-  const index_t parts = tiles(elements, 4096);
-  return parts < kMostMaxima ? parts : kMostMaxima;
+inline index_t partial_amax_count(index_t elements) {
+  constexpr index_t kPartElements = 4096;  // of small tensors; larger ones have larger parts
+  const index_t parts = tile_count(elements, kPartElements);
+  return parts < kMaxPartialAmax ? parts : kMaxPartialAmax;
 }
 
-// per_tensor_quant_fp8(input, output_q, output_s, maxima), the same for each pass; None for maxima where the scale is
-// given. jitnorm.per_tensor_quant_fp8's _check says in words what is refused here.
+// per_tensor_quant_fp8(input, output_q, output_s, partial_amax), the same for each pass; partial_amax is None for a
+// static scale. src/jitnorm/quant_fp8.py explains refused calls.
 template <typename Kernel>
 Outcome per_tensor_quant_fp8(const TVMFFIAny* args, int num_args) {
-  constexpr bool found = Kernel::kPass != Pass::kScaleGiven;
+  constexpr bool is_dynamic = Kernel::kPass != Pass::kStatic;
   if (num_args != 4) return Outcome::kRefused;
   const DLTensor *input = as_tensor(args[0]), *out = as_tensor(args[1]), *scale = as_tensor(args[2]);
-  Rows in, to, by, maxima{};
+  Rows input_elements, out_elements, scale_element, partial_amax{};
   if (!input || !out || !same_shape(*input, *out) ||
-      !as_elements<typename Kernel::input_t>(input, element_count(*input), Kernel::kAlignment, &in) ||
-      !as_elements<e4m3_t>(out, in.count, Kernel::kAlignment, &to) ||
-      !as_elements<float>(scale, 1, alignof(float), &by) || !same_device(*input, *out) ||
-      !same_device(*input, *scale) || !runs_on(Kernel{}, input->device))
+      !as_elements<typename Kernel::input_t>(input, element_count(*input), Kernel::kAlignment, &input_elements) ||
+      !as_elements<e4m3_t>(out, input_elements.count, Kernel::kAlignment, &out_elements) ||
+      !as_elements<float>(scale, 1, alignof(float), &scale_element) || !same_device(*input, *out) ||
+      !same_device(*input, *scale) || !runs_on<Kernel>(input->device))
     return Outcome::kRefused;
-  if (extents_meet(to, in) || extents_meet(to, by) || (found && extents_meet(by, in))) return Outcome::kRefused;
-  if (found && !as_elements<float>(as_tensor(args[3]), kMostMaxima, alignof(float), &maxima)) return Outcome::kRefused;
-  if (!found && in.count == 0) return Outcome::kDone;
+  if (extents_overlap(out_elements, input_elements) || extents_overlap(out_elements, scale_element) ||
+      (is_dynamic && extents_overlap(scale_element, input_elements)))
+    return Outcome::kRefused;
+  if (is_dynamic && !as_elements<float>(as_tensor(args[3]), kMaxPartialAmax, alignof(float), &partial_amax))
+    return Outcome::kRefused;
+  const index_t elements = input_elements.count;
+  if (!is_dynamic && elements == 0) return Outcome::kDone;
   QuantFp8Params params{};
-  params.input = in.data;
-  params.out = to.data;
-  params.scale = reinterpret_cast<float*>(by.data);
-  params.maxima = reinterpret_cast<float*>(maxima.data);
-  params.num_elements = in.count;
-  params.num_maxima = static_cast<int>(maxima_count(in.count));
-  params.num_tokens = Kernel::kPass == Pass::kFindMaxima ? params.num_maxima : tiles(in.count, Kernel::kTile);
-  return launch(Kernel{}, params, input->device, true);
+  params.input = input_elements.data;
+  params.out = out_elements.data;
+  params.scale = reinterpret_cast<float*>(scale_element.data);
+  params.partial_amax = reinterpret_cast<float*>(partial_amax.data);
+  params.num_elements = elements;
+  params.num_partial_amax = static_cast<int>(partial_amax_count(elements));
+  params.num_rows = Kernel::kPass == Pass::kPartialAmax ? params.num_partial_amax : tile_count(elements, Kernel::kTile);
+  return launch<Kernel>(params, input->device, true);
 }
 
-// per_token_quant_fp8(input, output_q, output_s): jitnorm.per_token_quant_fp8's _check says what is refused here.
+// per_token_quant_fp8(input, output_q, output_s): likewise.
 template <typename Kernel>
 Outcome per_token_quant_fp8(const TVMFFIAny* args, int num_args) {
   if (num_args != 3) return Outcome::kRefused;
-  const DLTensor *input = as_tensor(args[0]), *out = as_tensor(args[1]), *scales = as_tensor(args[2]);
+  const DLTensor *input = as_tensor(args[0]), *out = as_tensor(args[1]), *scale = as_tensor(args[2]);
   if (!input || !out || input->ndim == 0 || !same_shape(*input, *out)) return Outcome::kRefused;
   const index_t hidden_size = input->shape[input->ndim - 1];
-  Rows in, to, by;
-  if (hidden_size < 1 || hidden_size % kMultiple != 0 ||
-      !as_rows<typename Kernel::input_t>(*input, hidden_size, Kernel::kAlignment, &in) ||
-      !as_rows<e4m3_t>(*out, hidden_size, Kernel::kAlignment, &to) ||
-      !as_elements<float>(scales, in.count, alignof(float), &by) || !same_device(*input, *out) ||
-      !same_device(*input, *scales) || !runs_on(Kernel{}, input->device))
+  Rows input_rows, out_rows, scales;
+  if (hidden_size < 1 || hidden_size % kHiddenSizeMultiple != 0 ||
+      !as_rows<typename Kernel::input_t>(*input, hidden_size, Kernel::kAlignment, &input_rows) ||
+      !as_rows<e4m3_t>(*out, hidden_size, Kernel::kAlignment, &out_rows) ||
+      !as_elements<float>(scale, input_rows.count, alignof(float), &scales) || !same_device(*input, *out) ||
+      !same_device(*input, *scale) || !runs_on<Kernel>(input->device))
     return Outcome::kRefused;
-  if (in.count == 0) return Outcome::kDone;
-  if (!separate(to, hidden_size) || extents_meet(to, in) || extents_meet(to, by) || extents_meet(by, in))
+  if (input_rows.count == 0) return Outcome::kDone;
+  if (!rows_are_disjoint(out_rows, hidden_size) || extents_overlap(out_rows, input_rows) ||
+      extents_overlap(out_rows, scales) || extents_overlap(scales, input_rows))
     return Outcome::kRefused;
   QuantFp8Params params{};
-  params.input = in.data;
-  params.out = to.data;
-  params.scale = reinterpret_cast<float*>(by.data);
-  params.num_tokens = in.count;
+  params.input = input_rows.data;
+  params.out = out_rows.data;
+  params.scale = reinterpret_cast<float*>(scales.data);
+  params.num_rows = input_rows.count;
   params.num_elements = hidden_size;
-  params.input_stride = in.stride;
-  params.out_stride = to.stride;
-  return launch(Kernel{}, params, input->device, true);
+  params.input_stride = input_rows.stride;
+  params.out_stride = out_rows.stride;
+  return launch<Kernel>(params, input->device, true);
 }
 
 }  // namespace jitnorm

@@ -1,4 +1,5 @@
-// The RMSNorm family on CUDA: a block takes a row or, where they are short, several.
+// The RMSNorm family on CUDA. A block takes one row or, if rows are short, several. Included by generated sources
+// (jitnorm/jit/spec.py).
 #pragma once
 #include "elementwise/rmsnorm.h"
 #include "jitnorm/launch.h"
@@ -8,48 +9,48 @@
 namespace jitnorm {
 
 #ifdef __CUDACC__
-// The whole life of a block, for both kernels. `sum` adds up one float over the threads of a row, and `max` finds the
-// largest.
-template <typename Kernel, GridLength kGrid, typename Sum, typename Max>
-__device__ __forceinline__ void rmsnorm_block(const RMSNormParams& p, Sum sum, Max max) {
+// The work of a block, for both kernel classes. `row_sum` and `row_max` reduce one float over the threads of a row.
+template <typename Kernel, GridVariant kVariant, typename RowSum, typename RowMax>
+__device__ __forceinline__ void rmsnorm_block(const RMSNormParams& p, RowSum row_sum, RowMax row_max) {
   using T = typename Kernel::input_t;
   using W = typename Kernel::weight_t;
   using Out = typename Kernel::output_t;
-  constexpr bool kAddResidual = Kernel::policy_t::kAddResidual;
-  constexpr Quantise kQuantise = Kernel::policy_t::kQuantise;
-  RowPart<Kernel> part(threadIdx.x % Kernel::kThreadsPerRow);
-  const index_t token = index_t(blockIdx.x) * Kernel::kRowsPerBlock + threadIdx.x / Kernel::kThreadsPerRow;
-  const T* row = static_cast<const T*>(p.input) + token * p.input_stride;
-  T* residual = static_cast<T*>(p.residual) + token * p.residual_stride;
+  constexpr bool kHasResidual = Kernel::policy_t::kHasResidual;
+  constexpr Quantisation kQuantisation = Kernel::policy_t::kQuantisation;
+  RowFragment<Kernel> fragment(threadIdx.x % Kernel::kThreadsPerRow);
+  const index_t row = index_t(blockIdx.x) * Kernel::kRowsPerBlock + threadIdx.x / Kernel::kThreadsPerRow;
+  const T* input = static_cast<const T*>(p.input) + row * p.input_stride;
+  T* residual = static_cast<T*>(p.residual) + row * p.residual_stride;
   const W* weight = static_cast<const W*>(p.weight);
-  Out* out = static_cast<Out*>(p.out) + token * p.out_stride;
-  const bool exists = Kernel::kRowsPerBlock == 1 || token < p.num_tokens;  // threads without a row still join the sum
-  // Before the wait, the misses that no earlier kernel can affect: parameters, and addresses' translations.
-  if (exists && p.eps >= 0) before_wait(row, weight, kAddResidual ? static_cast<void*>(residual) : out);
-  wait_for_previous();
-  if (exists) part.read(part.x, row);
-  if (kAddResidual && exists) part.read(part.residual, residual);
-  part.read(part.weight, weight);
-  const float given = kQuantise == Quantise::kWithGivenScale ? load(p.scale) : 1;
-  if (kGrid != GridLength::kShort) let_next_start();
-  // Of the last block some rows may not exist.
-  if (kGrid == GridLength::kLong && part.lane == 0 && blockIdx.x + Kernel::kBlocksAhead < gridDim.x - 1) {
+  Out* out = static_cast<Out*>(p.out) + row * p.out_stride;
+  // The last block may have threads without a row, which still take part in the reductions.
+  const bool exists = Kernel::kRowsPerBlock == 1 || row < p.num_rows;
+  // eps is never negative: the condition reads the parameters before the wait, not after it.
+  if (exists && p.eps >= 0) prefetch_before_wait(input, weight, kHasResidual ? static_cast<void*>(residual) : out);
+  grid_dependency_wait();
+  if (exists) fragment.read(fragment.x, input);
+  if (kHasResidual && exists) fragment.read(fragment.residual, residual);
+  fragment.read(fragment.weight, weight);
+  const float static_scale = kQuantisation == Quantisation::kStatic ? load(p.scale) : 1;
+  if (kVariant != GridVariant::kShort) launch_dependents();
+  // Not for the last block, of which some rows may not exist.
+  if (kVariant == GridVariant::kLong && fragment.lane == 0 && blockIdx.x + Kernel::kBlocksAhead < gridDim.x - 1) {
     constexpr index_t kRowsAhead = index_t(Kernel::kBlocksAhead) * Kernel::kRowsPerBlock;
-    prefetch<Kernel::kRowBytes>(row + kRowsAhead * p.input_stride);
-    if (kAddResidual) prefetch<Kernel::kRowBytes>(residual + kRowsAhead * p.residual_stride);
+    prefetch<Kernel::kRowBytes>(input + kRowsAhead * p.input_stride);
+    if (kHasResidual) prefetch<Kernel::kRowBytes>(residual + kRowsAhead * p.residual_stride);
   }
-  if (kAddResidual && exists) part.add_residual(residual);
-  const float squares = sum(exists ? part.sum_of_squares() : 0.f);
-  if (kGrid == GridLength::kShort) let_next_start();
-  const float scale = inverse_root<T>(mean_plus_eps<Kernel>(squares, p.eps));
-  if constexpr (kQuantise == Quantise::kNot) {
-    if (exists) part.write(out, scale);
-  } else if constexpr (kQuantise == Quantise::kWithGivenScale) {
-    if (exists) part.write(out, scale, Divisor(given));
+  if (kHasResidual && exists) fragment.add_residual(residual);
+  const float squares = row_sum(exists ? fragment.sum_of_squares() : 0.f);
+  if (kVariant == GridVariant::kShort) launch_dependents();
+  const float rstd = rstd_of<T>(mean_plus_eps<Kernel>(squares, p.eps));
+  if constexpr (kQuantisation == Quantisation::kNone) {
+    if (exists) fragment.write(out, rstd);
+  } else if constexpr (kQuantisation == Quantisation::kStatic) {
+    if (exists) fragment.write(out, rstd, ScaleDivider(static_scale));
   } else {
-    const float found = scale_of(max(exists ? part.largest_magnitude(scale) : 0.f), kLeastTokenScale);
-    if (exists) part.write(out, scale, Divisor(found));
-    if (exists && part.lane == 0) p.scale[token] = found;
+    const float scale = dynamic_scale(row_max(exists ? fragment.amax(rstd) : 0.f), kMinTokenScale);
+    if (exists) fragment.write(out, rstd, ScaleDivider(scale));
+    if (exists && fragment.lane == 0) p.scale[row] = scale;
   }
 }
 #endif
@@ -57,14 +58,14 @@ __device__ __forceinline__ void rmsnorm_block(const RMSNormParams& p, Sum sum, M
 // hidden_size up to 256: the threads of one warp, or some of them, share a row, and several rows share a block.
 template <int kHiddenSize, typename T, typename W = T, typename Policy = Plain,
           typename S = typename DefaultSchedule<kHiddenSize, T, Policy>::type>
-struct RMSNormWarpKernel : RMSNormCuda<kHiddenSize, T, W, Policy, S> {
+struct RMSNormWarpKernel : RMSNormKernelBase<kHiddenSize, T, W, Policy, S> {
   using params_t = RMSNormParams;
 #ifdef __CUDACC__
-  template <GridLength kGrid>
+  template <GridVariant kVariant>
   static __device__ __forceinline__ void run(const RMSNormParams& params) {
-    rmsnorm_block<RMSNormWarpKernel, kGrid>(
-        params, [](float part) { return warp_sum<S::kThreadsPerRow>(part); },
-        [](float part) { return warp_max<S::kThreadsPerRow>(part); });
+    rmsnorm_block<RMSNormWarpKernel, kVariant>(
+        params, [](float value) { return warp_sum<S::kThreadsPerRow>(value); },
+        [](float value) { return warp_max<S::kThreadsPerRow>(value); });
   }
 #endif
 };
@@ -72,23 +73,23 @@ struct RMSNormWarpKernel : RMSNormCuda<kHiddenSize, T, W, Policy, S> {
 // hidden_size from 512: whole warps share a row, and a block has one row or, up to 1024, a few.
 template <int kHiddenSize, typename T, typename W = T, typename Policy = Plain,
           typename S = typename DefaultSchedule<kHiddenSize, T, Policy>::type>
-struct RMSNormKernel : RMSNormCuda<kHiddenSize, T, W, Policy, S> {
+struct RMSNormKernel : RMSNormKernelBase<kHiddenSize, T, W, Policy, S> {
   using params_t = RMSNormParams;
 #ifdef __CUDACC__
-  template <GridLength kGrid>
+  template <GridVariant kVariant>
   static __device__ __forceinline__ void run(const RMSNormParams& params) {
     constexpr int kWarps = S::kThreadsPerRow / kWarpSize;
-    __shared__ alignas(16) float partial[S::kRowsPerBlock][kWarps];
-    __shared__ alignas(16) float partial_max[S::kRowsPerBlock][kWarps];
-    rmsnorm_block<RMSNormKernel, kGrid>(
+    __shared__ alignas(16) float partial_sums[S::kRowsPerBlock][kWarps];
+    __shared__ alignas(16) float partial_maxima[S::kRowsPerBlock][kWarps];
+    rmsnorm_block<RMSNormKernel, kVariant>(
         params,
-        [&](float part) {
+        [&](float value) {
           const int warp = threadIdx.x / kWarpSize;
-          return block_sum<kWarps>(part, partial[warp / kWarps], warp % kWarps);
+          return block_sum<kWarps>(value, partial_sums[warp / kWarps], warp % kWarps);
         },
-        [&](float part) {
+        [&](float value) {
           const int warp = threadIdx.x / kWarpSize;
-          return block_max<kWarps>(part, partial_max[warp / kWarps], warp % kWarps);
+          return block_max<kWarps>(value, partial_maxima[warp / kWarps], warp % kWarps);
         });
   }
 #endif

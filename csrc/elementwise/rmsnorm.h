@@ -1,12 +1,12 @@
-// The RMSNorm family: the parameters that every kernel class takes and, for the host compiler, the glue that fills them
-// in.
+// The RMSNorm family: the parameter struct of its kernel classes and, for the host compiler, the bindings that fill it
+// in. Included by rmsnorm.cuh and rmsnorm_cpu.h.
 #pragma once
 #include "jitnorm/dtype.h"
 #include "jitnorm/rms_policy.h"
 
 namespace jitnorm {
 
-// What every operator needs of them comes first: it shares one line of the GPU's constant cache.
+// What every operator reads comes first, so that it shares one constant-cache line.
 struct RMSNormParams {
   const void* input;
   const void* weight;
@@ -14,10 +14,10 @@ struct RMSNormParams {
   index_t input_stride;  // in elements, like the other strides
   index_t out_stride;
   float eps;
-  index_t num_tokens;
-  void* residual;  // only where the operator adds one
+  index_t num_rows;
+  void* residual;  // null without one
   index_t residual_stride;
-  float* scale;  // only where the output is quantised: one to read, or one to write for each token
+  float* scale;  // quantisation: static, one that is read; dynamic, one a row that is written; null without
 };
 
 }  // namespace jitnorm
@@ -28,108 +28,141 @@ struct RMSNormParams {
 namespace jitnorm {
 
 template <typename Kernel>
-bool as_tokens(const DLTensor* tensor, Rows* rows) {
+bool as_input_rows(const DLTensor* tensor, Rows* rows) {
   using T = typename Kernel::input_t;
   return tensor && as_rows<T>(*tensor, Kernel::kHiddenSize, Kernel::kAlignment, rows);
 }
 
-// Rows that a kernel may write while it reads `weight`.
-inline bool writable(const Rows& rows, index_t hidden_size, const Rows& weight) {
-  return separate(rows, hidden_size) && !extents_meet(rows, weight);
+// Whether a kernel may write `rows` while it reads `weight`.
+inline bool is_writable(const Rows& rows, index_t hidden_size, const Rows& weight) {
+  return rows_are_disjoint(rows, hidden_size) && !extents_overlap(rows, weight);
 }
 
 inline bool same_shape_and_device(const DLTensor& a, const DLTensor& b) {
   return same_shape(a, b) && same_device(a, b);
 }
 
-// rmsnorm(input, weight, out, eps, enable_pdl): jitnorm.core.norms.check_rmsnorm says in words what is refused here.
+// rmsnorm(input, weight, out, eps, enable_pdl). src/jitnorm/rmsnorm.py explains refused calls.
 template <typename Kernel>
 Outcome rmsnorm(const TVMFFIAny* args, int num_args) {
   using T = typename Kernel::input_t;
   constexpr index_t hidden_size = Kernel::kHiddenSize;
   if (num_args != 5) return Outcome::kRefused;
   const DLTensor *input = as_tensor(args[0]), *weight = as_tensor(args[1]), *out = as_tensor(args[2]);
-  Rows in, scale, to;
+  Rows input_rows, weight_row, out_rows;
   double eps;
   bool enable_pdl;
-  if (!as_tokens<Kernel>(input, &in) || !as_weight<Kernel>(weight, &scale) || !as_tokens<Kernel>(out, &to) ||
-      !as_float(args[3], &eps) || !(eps >= 0) || !as_optional_bool(args[4], true, &enable_pdl) ||
-      !same_shape_and_device(*input, *out) || !same_device(*input, *weight) || !runs_on(Kernel{}, input->device))
+  if (!as_input_rows<Kernel>(input, &input_rows) || !as_weight<Kernel>(weight, &weight_row) ||
+      !as_input_rows<Kernel>(out, &out_rows) || !as_float(args[3], &eps) || !(eps >= 0) ||
+      !as_optional_bool(args[4], true, &enable_pdl) || !same_shape_and_device(*input, *out) ||
+      !same_device(*input, *weight) || !runs_on<Kernel>(input->device))
     return Outcome::kRefused;
-  if (in.count == 0) return Outcome::kDone;
-  bool in_place = in.data == to.data && (in.stride == to.stride || in.count == 1);
-  if (!writable(to, hidden_size, scale) || (!in_place && overlap<T>(in, to, hidden_size))) return Outcome::kRefused;
-  RMSNormParams params{in.data,  scale.data, to.data, in.stride, to.stride, static_cast<float>(eps),
-                       in.count, nullptr,    0,       nullptr};
-  return launch(Kernel{}, params, input->device, enable_pdl);
+  if (input_rows.count == 0) return Outcome::kDone;
+  bool in_place = input_rows.data == out_rows.data && (input_rows.stride == out_rows.stride || input_rows.count == 1);
+  if (!is_writable(out_rows, hidden_size, weight_row) ||
+      (!in_place && rows_overlap<T>(input_rows, out_rows, hidden_size)))
+    return Outcome::kRefused;
+  RMSNormParams params{};
+  params.input = input_rows.data;
+  params.weight = weight_row.data;
+  params.out = out_rows.data;
+  params.input_stride = input_rows.stride;
+  params.out_stride = out_rows.stride;
+  params.eps = static_cast<float>(eps);
+  params.num_rows = input_rows.count;
+  return launch<Kernel>(params, input->device, enable_pdl);
 }
 
-// fused_add_rmsnorm(input, residual, weight, eps, enable_pdl): likewise, jitnorm.core.norms.check_fused_add_rmsnorm.
+// fused_add_rmsnorm(input, residual, weight, eps, enable_pdl). src/jitnorm/fused_add_rmsnorm.py explains refused calls.
 template <typename Kernel>
 Outcome fused_add_rmsnorm(const TVMFFIAny* args, int num_args) {
   using T = typename Kernel::input_t;
   constexpr index_t hidden_size = Kernel::kHiddenSize;
   if (num_args != 5) return Outcome::kRefused;
   const DLTensor *input = as_tensor(args[0]), *residual = as_tensor(args[1]), *weight = as_tensor(args[2]);
-  Rows in, sum, scale;
+  Rows input_rows, residual_rows, weight_row;
   double eps;
   bool enable_pdl;
-  if (!as_tokens<Kernel>(input, &in) || !as_tokens<Kernel>(residual, &sum) || !as_weight<Kernel>(weight, &scale) ||
-      !as_float(args[3], &eps) || !(eps >= 0) || !as_optional_bool(args[4], true, &enable_pdl) ||
-      !same_shape_and_device(*input, *residual) || !same_device(*input, *weight) || !runs_on(Kernel{}, input->device))
+  if (!as_input_rows<Kernel>(input, &input_rows) || !as_input_rows<Kernel>(residual, &residual_rows) ||
+      !as_weight<Kernel>(weight, &weight_row) || !as_float(args[3], &eps) || !(eps >= 0) ||
+      !as_optional_bool(args[4], true, &enable_pdl) || !same_shape_and_device(*input, *residual) ||
+      !same_device(*input, *weight) || !runs_on<Kernel>(input->device))
     return Outcome::kRefused;
-  if (in.count == 0) return Outcome::kDone;
-  if (!writable(in, hidden_size, scale) || !writable(sum, hidden_size, scale) || overlap<T>(in, sum, hidden_size))
+  if (input_rows.count == 0) return Outcome::kDone;
+  if (!is_writable(input_rows, hidden_size, weight_row) || !is_writable(residual_rows, hidden_size, weight_row) ||
+      rows_overlap<T>(input_rows, residual_rows, hidden_size))
     return Outcome::kRefused;
-  RMSNormParams params{in.data,  scale.data, in.data,    in.stride, in.stride, static_cast<float>(eps),
-                       in.count, sum.data,   sum.stride, nullptr};
-  return launch(Kernel{}, params, input->device, enable_pdl);
+  RMSNormParams params{};
+  params.input = input_rows.data;
+  params.weight = weight_row.data;
+  params.out = input_rows.data;
+  params.input_stride = input_rows.stride;
+  params.out_stride = input_rows.stride;
+  params.eps = static_cast<float>(eps);
+  params.num_rows = input_rows.count;
+  params.residual = residual_rows.data;
+  params.residual_stride = residual_rows.stride;
+  return launch<Kernel>(params, input->device, enable_pdl);
 }
 
-// What both operators with e4m3 outputs are called with, after the input and, if any, the residual.
+// Both operators with e4m3 outputs. `args` begins with the weight, after the input and the residual, which is null for
+// an operator without.
 template <typename Kernel>
-Outcome quantised(const DLTensor* input, const DLTensor* residual, const TVMFFIAny* args) {
+Outcome norm_quant_fp8(const DLTensor* input, const DLTensor* residual, const TVMFFIAny* args) {
   using T = typename Kernel::input_t;
   using Policy = typename Kernel::policy_t;
   constexpr index_t hidden_size = Kernel::kHiddenSize;
-  constexpr bool by_token = Policy::kQuantise == Quantise::kByToken;
+  constexpr bool is_dynamic = Policy::kQuantisation == Quantisation::kDynamicPerToken;
   const DLTensor *weight = as_tensor(args[0]), *out = as_tensor(args[1]), *scale = as_tensor(args[2]);
-  Rows in, sum{}, factors, to, scales;
+  Rows input_rows, residual_rows{}, weight_row, out_rows, scales;
   double eps;
   bool enable_pdl;
-  if (!as_tokens<Kernel>(input, &in) || !as_weight<Kernel>(weight, &factors) || !out ||
-      !as_rows<e4m3_t>(*out, hidden_size, Kernel::kAlignment, &to) ||
-      !as_elements<float>(scale, by_token ? in.count : 1, alignof(float), &scales) || !as_float(args[3], &eps) ||
-      !(eps >= 0) || !as_optional_bool(args[4], true, &enable_pdl) || !same_shape_and_device(*input, *out) ||
-      !same_device(*input, *weight) || !same_device(*input, *scale) || !runs_on(Kernel{}, input->device))
+  if (!as_input_rows<Kernel>(input, &input_rows) || !as_weight<Kernel>(weight, &weight_row) || !out ||
+      !as_rows<e4m3_t>(*out, hidden_size, Kernel::kAlignment, &out_rows) ||
+      !as_elements<float>(scale, is_dynamic ? input_rows.count : 1, alignof(float), &scales) ||
+      !as_float(args[3], &eps) || !(eps >= 0) || !as_optional_bool(args[4], true, &enable_pdl) ||
+      !same_shape_and_device(*input, *out) || !same_device(*input, *weight) || !same_device(*input, *scale) ||
+      !runs_on<Kernel>(input->device))
     return Outcome::kRefused;
-  if (Policy::kAddResidual && (!as_tokens<Kernel>(residual, &sum) || !same_shape_and_device(*input, *residual)))
+  if (Policy::kHasResidual &&
+      (!as_input_rows<Kernel>(residual, &residual_rows) || !same_shape_and_device(*input, *residual)))
     return Outcome::kRefused;
-  if (in.count == 0) return Outcome::kDone;
-  if (!writable(to, hidden_size, factors) || extents_meet(to, in) || extents_meet(to, scales)) return Outcome::kRefused;
-  if (by_token && (extents_meet(scales, in) || extents_meet(scales, factors))) return Outcome::kRefused;
-  if (Policy::kAddResidual && (!writable(sum, hidden_size, factors) || overlap<T>(in, sum, hidden_size) ||
-                               extents_meet(sum, to) || extents_meet(sum, scales)))
+  if (input_rows.count == 0) return Outcome::kDone;
+  if (!is_writable(out_rows, hidden_size, weight_row) || extents_overlap(out_rows, input_rows) ||
+      extents_overlap(out_rows, scales))
     return Outcome::kRefused;
-  RMSNormParams params{in.data,    factors.data,
-                       to.data,    in.stride,
-                       to.stride,  static_cast<float>(eps),
-                       in.count,   sum.data,
-                       sum.stride, reinterpret_cast<float*>(scales.data)};
-  return launch(Kernel{}, params, input->device, enable_pdl);
+  if (is_dynamic && (extents_overlap(scales, input_rows) || extents_overlap(scales, weight_row)))
+    return Outcome::kRefused;
+  if (Policy::kHasResidual && (!is_writable(residual_rows, hidden_size, weight_row) ||
+                               rows_overlap<T>(input_rows, residual_rows, hidden_size) ||
+                               extents_overlap(residual_rows, out_rows) || extents_overlap(residual_rows, scales)))
+    return Outcome::kRefused;
+  RMSNormParams params{};
+  params.input = input_rows.data;
+  params.weight = weight_row.data;
+  params.out = out_rows.data;
+  params.input_stride = input_rows.stride;
+  params.out_stride = out_rows.stride;
+  params.eps = static_cast<float>(eps);
+  params.num_rows = input_rows.count;
+  params.residual = residual_rows.data;
+  params.residual_stride = residual_rows.stride;
+  params.scale = reinterpret_cast<float*>(scales.data);
+  return launch<Kernel>(params, input->device, enable_pdl);
 }
 
-// rmsnorm_quant_fp8(input, weight, out, scale, eps, enable_pdl): jitnorm.quant_norms.check says in words what is
-// refused here. The scale is read, or one is written for each token.
+// rmsnorm_quant_fp8(input, weight, out, scale, eps, enable_pdl). src/jitnorm/rmsnorm_quant_fp8.py explains refused
+// calls. A static scale is read; dynamic scales are written, one a row.
 template <typename Kernel>
 Outcome rmsnorm_quant_fp8(const TVMFFIAny* args, int num_args) {
-  return num_args == 6 ? quantised<Kernel>(as_tensor(args[0]), nullptr, args + 1) : Outcome::kRefused;
+  return num_args == 6 ? norm_quant_fp8<Kernel>(as_tensor(args[0]), nullptr, args + 1) : Outcome::kRefused;
 }
 
 // fused_add_rmsnorm_quant_fp8(input, residual, weight, out, scale, eps, enable_pdl): likewise.
 template <typename Kernel>
 Outcome fused_add_rmsnorm_quant_fp8(const TVMFFIAny* args, int num_args) {
-  return num_args == 7 ? quantised<Kernel>(as_tensor(args[0]), as_tensor(args[1]), args + 2) : Outcome::kRefused;
+  if (num_args != 7) return Outcome::kRefused;
+  return norm_quant_fp8<Kernel>(as_tensor(args[0]), as_tensor(args[1]), args + 2);
 }
 
 }  // namespace jitnorm

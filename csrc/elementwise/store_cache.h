@@ -1,5 +1,6 @@
-// Rows of keys and values scattered into their caches: the parameters that every kernel class takes and, for the host
-// compiler, the glue that fills them in. Bytes are moved, of whatever type they are.
+// Rows of keys and values scattered into their caches: the parameter struct of the kernel classes and, for the host
+// compiler, the binding that fills it in. Included by store_cache.cuh and store_cache_cpu.h. Rows are bytes, of any
+// dtype.
 #pragma once
 #include "jitnorm/dtype.h"
 
@@ -11,20 +12,20 @@ struct StoreCacheParams {
   char* k_cache;
   char* v_cache;
   const void* indices;
-  index_t k_stride;  // in bytes, like all that is not a number of vectors
+  index_t k_stride;  // in bytes, like the other strides
   index_t v_stride;
   index_t k_cache_stride;
   index_t v_cache_stride;
-  index_t num_tokens;
-  index_t skip_index;  // rows of this index are not written
+  index_t num_rows;
+  index_t skip_index;  // rows with this index are not written
   int k_vectors;       // in a row
   int v_vectors;
-  int num_split;      // warps of a block for each row; 0 for as many as suit its width
-  bool wide_indices;  // int64 rather than int32
+  int num_split;           // warps a row; 0 chooses them by the row's width
+  bool has_int64_indices;  // or int32 ones
 };
 
-JITNORM_ANYWHERE index_t index_of(const StoreCacheParams& p, index_t token) {
-  return p.wide_indices ? static_cast<const index_t*>(p.indices)[token] : static_cast<const int*>(p.indices)[token];
+JITNORM_HOST_DEVICE index_t index_of(const StoreCacheParams& p, index_t row) {
+  return p.has_int64_indices ? static_cast<const index_t*>(p.indices)[row] : static_cast<const int*>(p.indices)[row];
 }
 
 }  // namespace jitnorm
@@ -34,14 +35,15 @@ JITNORM_ANYWHERE index_t index_of(const StoreCacheParams& p, index_t token) {
 
 namespace jitnorm {
 
-constexpr index_t kMostRowBytes = 1 << 30;
-constexpr index_t kNoIndex = -0x7fffffffffffffff - 1;  // stands for no skip_index
+constexpr index_t kMaxRowBytes = 1 << 30;                  // 32 bits count the bytes of a row of k and one of v
+constexpr index_t kNoSkipIndex = -0x7fffffffffffffff - 1;  // the smallest index_t, which is no slot
 
 inline bool same_dtype(const DLTensor& a, const DLTensor& b) {
   return a.dtype.code == b.dtype.code && a.dtype.bits == b.dtype.bits && a.dtype.lanes == b.dtype.lanes;
 }
 
-// A tensor [rows, ...] as rows of bytes: adjacent within a row, any stride but a negative one from row to row, aligned.
+// A tensor [rows, ...] as rows of bytes. False if bytes are not adjacent within a row, the stride from row to row is
+// negative, there is no storage, or a row is not aligned to `alignment` bytes.
 inline bool as_byte_rows(const DLTensor& tensor, unsigned alignment, Rows* rows, index_t* row_bytes) {
   if (tensor.ndim < 2) return false;
   const index_t element_bytes = tensor.dtype.bits * tensor.dtype.lanes / 8;
@@ -52,21 +54,24 @@ inline bool as_byte_rows(const DLTensor& tensor, unsigned alignment, Rows* rows,
   }
   const index_t count = tensor.shape[0], bytes = elements * element_bytes;
   const index_t stride = count > 1 ? tensor.strides[0] * element_bytes : bytes;
-  char* data = static_cast<char*>(tensor.data) + tensor.byte_offset;
-  *rows = {data, count, stride, data + (count - 1) * stride + bytes};
+  char* data = data_of(tensor);
+  rows->data = data;
+  rows->count = count;
+  rows->stride = stride;
+  rows->end = data + (count - 1) * stride + bytes;
   *row_bytes = bytes;
   if (count == 0) return true;
-  return tensor.data && stride >= 0 && reinterpret_cast<uintptr_t>(data) % alignment == 0 && stride % alignment == 0;
+  return tensor.data && stride >= 0 && is_aligned(data, alignment) && stride % alignment == 0;
 }
 
-// store_cache(k, v, k_cache, v_cache, indices, row_bytes, num_split, skip_index):
-// jitnorm.store_cache_ops.check says in words what is refused here.
+// store_cache(k, v, k_cache, v_cache, indices, row_bytes, num_split, skip_index). src/jitnorm/store_cache.py explains
+// refused calls.
 template <typename Kernel>
 Outcome store_cache(const TVMFFIAny* args, int num_args) {
   if (num_args != 8) return Outcome::kRefused;
   const DLTensor* tensors[4];
-  Rows rows[4];
-  index_t widths[4], row_bytes, num_split, skip_index = kNoIndex;
+  Rows rows[4];  // like `tensors` and `widths`, of k, v, k_cache and v_cache
+  index_t widths[4], row_bytes, num_split, skip_index = kNoSkipIndex;
   for (int i = 0; i < 4; i++) {
     tensors[i] = as_tensor(args[i]);
     if (!tensors[i] || !as_byte_rows(*tensors[i], Kernel::kAlignment, &rows[i], &widths[i]) ||
@@ -79,35 +84,37 @@ Outcome store_cache(const TVMFFIAny* args, int num_args) {
   const DLTensor* indices = as_indices(args[4], device);
   if (!indices || indices->shape[0] != k.count || v.count != k.count || v_cache.count != k_cache.count ||
       widths[2] != k_bytes || widths[3] != v_bytes || k_bytes == 0 || v_bytes == 0 || both % 4 != 0 ||
-      k_bytes > kMostRowBytes || v_bytes > kMostRowBytes || vector_bytes(both) != Kernel::kVectorBytes ||
+      k_bytes > kMaxRowBytes || v_bytes > kMaxRowBytes || vector_bytes(both) != Kernel::kVectorBytes ||
       !as_int(args[5], &row_bytes) || (row_bytes != 0 && row_bytes != k_bytes) || !as_int(args[6], &num_split) ||
       (num_split != 0 && num_split != 1 && num_split != 2 && num_split != 4) ||
-      (args[7].type_index != kTVMFFINone && !as_int(args[7], &skip_index)) || !runs_on(Kernel{}, device))
+      (args[7].type_index != kTVMFFINone && !as_int(args[7], &skip_index)) || !runs_on<Kernel>(device))
     return Outcome::kRefused;
   if (k.count == 0) return Outcome::kDone;
-  const Rows index_rows = as_vector(*indices);
+  const Rows index_elements = index_rows(*indices);
   for (int cache = 2; cache < 4; cache++) {
-    const Rows& to = rows[cache];
-    if (to.count == 0 || !separate(to, widths[cache]) || extents_meet(to, index_rows)) return Outcome::kRefused;
+    const Rows& written = rows[cache];
+    if (written.count == 0 || !rows_are_disjoint(written, widths[cache]) || extents_overlap(written, index_elements))
+      return Outcome::kRefused;
     for (int other = 0; other < cache; other++)
-      if (overlap(rows[other], widths[other], to, widths[cache], 1)) return Outcome::kRefused;
+      if (rows_overlap(rows[other], widths[other], written, widths[cache], 1)) return Outcome::kRefused;
   }
-  StoreCacheParams params{k.data,
-                          v.data,
-                          k_cache.data,
-                          v_cache.data,
-                          index_rows.data,
-                          k.stride,
-                          v.stride,
-                          k_cache.stride,
-                          v_cache.stride,
-                          k.count,
-                          skip_index,
-                          static_cast<int>(k_bytes / Kernel::kVectorBytes),
-                          static_cast<int>(v_bytes / Kernel::kVectorBytes),
-                          static_cast<int>(num_split),
-                          indices->dtype.bits == 64};
-  return launch(Kernel{}, params, device, true);
+  StoreCacheParams params{};
+  params.k = k.data;
+  params.v = v.data;
+  params.k_cache = k_cache.data;
+  params.v_cache = v_cache.data;
+  params.indices = index_elements.data;
+  params.k_stride = k.stride;
+  params.v_stride = v.stride;
+  params.k_cache_stride = k_cache.stride;
+  params.v_cache_stride = v_cache.stride;
+  params.num_rows = k.count;
+  params.skip_index = skip_index;
+  params.k_vectors = static_cast<int>(k_bytes / Kernel::kVectorBytes);
+  params.v_vectors = static_cast<int>(v_bytes / Kernel::kVectorBytes);
+  params.num_split = static_cast<int>(num_split);
+  params.has_int64_indices = indices->dtype.bits == 64;
+  return launch<Kernel>(params, device, true);
 }
 
 }  // namespace jitnorm

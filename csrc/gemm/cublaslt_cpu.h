@@ -1,7 +1,8 @@
-// Matrix products by the libcublasLt that is already in the process, in no workspace, or in one that is too small to
-// split k in.
+// Matrix products by the libcublasLt that the process has loaded, with algorithms that do not split k. The binding of
+// jitnorm.batch_invariant's cuBLASLt backend, included by its generated source.
 //
-// Its C interface is stable, and declared here as far as it is used: the library's headers need not be installed.
+// cuBLASLt's C interface is stable, and declared here as far as it is used, so that its headers need not be installed.
+// The constants have the values of those that the comments name.
 #pragma once
 #include <dlfcn.h>
 #include <tvm/ffi/extra/c_env_api.h>
@@ -10,21 +11,21 @@
 
 namespace jitnorm {
 
-struct CublasLt {};  // names the module, like the kernel classes of other families
+struct CublasLt {};  // the template argument of the binding, where other families have a kernel class
 
 namespace lt {
 
-struct Algorithm {
+struct Algorithm {  // cublasLtMatmulAlgo_t
   uint64_t data[8];
 };
-struct Heuristic {
+struct Heuristic {  // cublasLtMatmulHeuristicResult_t
   Algorithm algorithm;
   size_t workspace;
   int state;
   float waves;
   int reserved[4];
 };
-using Object = void*;  // of the library: a handle, a descriptor, a layout or a preference
+using Handle = void*;  // the library's handle, an operation descriptor, a matrix layout or a preference
 
 enum { kRealFloat = 0, kRealHalf = 2, kRealBfloat16 = 14 };    // cudaDataType
 enum { kComputeFloat = 68, kComputeTf32 = 77 };                // cublasComputeType_t
@@ -33,108 +34,114 @@ enum { kMaxWorkspace = 1, kAlignmentA = 5, kAlignmentD = 8 };  // cublasLtMatmul
 enum { kSplitK = 2, kReductionScheme = 3 };                    // cublasLtMatmulAlgoConfigAttributes_t
 constexpr int kOpTranspose = 1, kEpilogueBias = 4;
 
+// The library's functions, set by cublaslt_open.
 struct Library {
-  int (*create)(Object*);
+  int (*create)(Handle*);
   size_t (*version)();
-  int (*operation_create)(Object*, int compute, int scale);
-  int (*operation_set)(Object, int, const void*, size_t);
-  int (*operation_destroy)(Object);
-  int (*layout_create)(Object*, int type, uint64_t rows, uint64_t columns, int64_t stride);
-  int (*layout_destroy)(Object);
-  int (*preference_create)(Object*);
-  int (*preference_set)(Object, int, const void*, size_t);
-  int (*preference_destroy)(Object);
-  int (*heuristic)(Object, Object, Object, Object, Object, Object, Object, int, Heuristic*, int*);
+  int (*operation_create)(Handle*, int compute, int scale);
+  int (*operation_set)(Handle, int, const void*, size_t);
+  int (*operation_destroy)(Handle);
+  int (*layout_create)(Handle*, int type, uint64_t rows, uint64_t columns, int64_t stride);
+  int (*layout_destroy)(Handle);
+  int (*preference_create)(Handle*);
+  int (*preference_set)(Handle, int, const void*, size_t);
+  int (*preference_destroy)(Handle);
+  int (*heuristic)(Handle, Handle, Handle, Handle, Handle, Handle, Handle, int, Heuristic*, int*);
   int (*config_get)(const Algorithm*, int, void*, size_t, size_t*);
-  int (*matmul)(Object, Object, const void*, const void*, Object, const void*, Object, const void*, const void*, Object,
-                void*, Object, const Algorithm*, void*, size_t, void*);
+  int (*matmul)(Handle, Handle, const void*, const void*, Handle, const void*, Handle, const void*, const void*, Handle,
+                void*, Handle, const Algorithm*, void*, size_t, void*);
 };
 inline Library library;
 
-// Everything that a choice of the library depends on. Never the addresses: all operands are aligned alike.
+// Everything that the library's choice of an algorithm depends on, except addresses: all operands have the same
+// alignment.
 struct Key {
-  int64_t m, n, k, b_stride, workspace;
-  int32_t device, type, out_type, transposed, bias, tf32;
+  int64_t m, n, k, b_stride, workspace_bytes;
+  int32_t device, type, out_type, b_transposed, has_bias, tf32;
 };
+static_assert(sizeof(Key) == 64, "keys are hashed and compared as bytes, so they have no padding");
 
+// The descriptors of one key, and the algorithm chosen for it.
 struct Plan {
   Key key;
-  Object operation, b, a, out;
+  Handle operation, b, a, out;
   Algorithm algorithm;
-  enum { kEmpty, kReady, kNoKernel } state;
+  enum { kEmpty, kReady, kNoAlgorithm } state;
 };
 
-constexpr int kPlans = 4096;  // a plan takes the place of another whose key falls on the same one
-inline Plan plans[kPlans];
-constexpr int kMaxGpus = 64;
-inline Object handles[kMaxGpus];
+constexpr int kMaxPlans = 4096;  // a hash table without chains: a new plan replaces the one in its slot
+inline Plan plans[kMaxPlans];
+inline Handle handles[kMaxGpus];
 
-inline Plan& place_of(const Key& key) {
+inline Plan& slot_of(const Key& key) {
   const auto* bytes = reinterpret_cast<const unsigned char*>(&key);
-  uint64_t hash = 14695981039346656037u;
+  uint64_t hash = 14695981039346656037u;  // FNV-1a
   for (size_t i = 0; i < sizeof key; i++) hash = (hash ^ bytes[i]) * 1099511628211u;
-  return plans[(hash ^ hash >> 32) % kPlans];
+  return plans[(hash ^ hash >> 32) % kMaxPlans];
 }
 
-inline Outcome raise(const char* function, int status) {
+inline Outcome raise_error(const char* function, int status) {
   char message[128];
   __builtin_snprintf(message, sizeof message, "jitnorm: %s failed with status %d", function, status);
   TVMFFIErrorSetRaisedFromCStr("RuntimeError", message);
   return Outcome::kRaised;
 }
 
-// The first kernel that the library proposes which adds along k in one piece.
-inline bool choose(Plan& plan, Object handle) {
-  Object preference = nullptr;
+// Sets the plan's algorithm to the first one that the library proposes and that does not split k. False if there is
+// none.
+inline bool choose_algorithm(Plan& plan, Handle handle) {
+  Handle preference = nullptr;
   if (library.preference_create(&preference)) return false;
-  const uint64_t workspace = plan.key.workspace;
+  const uint64_t workspace = plan.key.workspace_bytes;
   const uint32_t alignment = 16;
   library.preference_set(preference, kMaxWorkspace, &workspace, sizeof workspace);
   for (int name = kAlignmentA; name <= kAlignmentD; name++)
     library.preference_set(preference, name, &alignment, sizeof alignment);
-  constexpr int kMost = 32;  // the best may all split k
-  Heuristic proposed[kMost];
+  constexpr int kMaxProposals = 32;  // the first, which are the fastest, may all split k
+  Heuristic proposals[kMaxProposals];
   int count = 0;
-  if (library.heuristic(handle, plan.operation, plan.b, plan.a, plan.out, plan.out, preference, kMost, proposed,
-                        &count))
+  if (library.heuristic(handle, plan.operation, plan.b, plan.a, plan.out, plan.out, preference, kMaxProposals,
+                        proposals, &count))
     count = 0;
   library.preference_destroy(preference);
   for (int i = 0; i < count; i++) {
     int32_t splits = 1;
     uint32_t reduction = 0;
-    library.config_get(&proposed[i].algorithm, kSplitK, &splits, sizeof splits, nullptr);
-    library.config_get(&proposed[i].algorithm, kReductionScheme, &reduction, sizeof reduction, nullptr);
-    if (proposed[i].state || proposed[i].workspace > workspace || splits > 1 || splits < 0 || reduction) continue;
-    plan.algorithm = proposed[i].algorithm;
+    const Heuristic& proposal = proposals[i];
+    library.config_get(&proposal.algorithm, kSplitK, &splits, sizeof splits, nullptr);
+    library.config_get(&proposal.algorithm, kReductionScheme, &reduction, sizeof reduction, nullptr);
+    if (proposal.state || proposal.workspace > workspace || splits > 1 || splits < 0 || reduction) continue;
+    plan.algorithm = proposal.algorithm;
     return true;
   }
   return false;
 }
 
-// The library counts in columns: the product of these rows is, to it, out^T = b^T a^T.
-inline Outcome make(Plan& plan, const Key& key, Object handle) {
+// Makes the plan of a key. cuBLASLt's matrices are column-major: to it, a row-major product is out^T = b^T a^T.
+inline Outcome make_plan(Plan& plan, const Key& key, Handle handle) {
   if (plan.state != Plan::kEmpty) {
     library.operation_destroy(plan.operation);
     library.layout_destroy(plan.b);
     library.layout_destroy(plan.a);
     library.layout_destroy(plan.out);
   }
-  plan = {key, nullptr, nullptr, nullptr, nullptr, {}, Plan::kEmpty};
+  plan = Plan{};
+  plan.key = key;
   const int32_t transpose = kOpTranspose, epilogue = kEpilogueBias;
-  const uintptr_t aligned = 16;  // stands for a bias's address, of which only the alignment is looked at here
+  const uintptr_t aligned = 16;  // in place of the bias's address, of which the choice depends on the alignment alone
   if (int status = library.operation_create(&plan.operation, key.tf32 ? kComputeTf32 : kComputeFloat, kRealFloat))
-    return raise("cublasLtMatmulDescCreate", status);
-  if (key.transposed) library.operation_set(plan.operation, kTransposeA, &transpose, sizeof transpose);
-  if (key.bias) {
+    return raise_error("cublasLtMatmulDescCreate", status);
+  if (key.b_transposed) library.operation_set(plan.operation, kTransposeA, &transpose, sizeof transpose);
+  if (key.has_bias) {
     library.operation_set(plan.operation, kEpilogue, &epilogue, sizeof epilogue);
     library.operation_set(plan.operation, kBiasPointer, &aligned, sizeof aligned);
   }
-  int status = library.layout_create(&plan.b, key.type, key.transposed ? key.k : key.n, key.transposed ? key.n : key.k,
-                                     key.b_stride);
+  int status = library.layout_create(&plan.b, key.type, key.b_transposed ? key.k : key.n,
+                                     key.b_transposed ? key.n : key.k, key.b_stride);
   if (!status) status = library.layout_create(&plan.a, key.type, key.k, key.m, key.k);
   if (!status) status = library.layout_create(&plan.out, key.out_type, key.n, key.m, key.n);
-  if (status) return raise("cublasLtMatrixLayoutCreate", status);
-  plan.state = choose(plan, handle) ? Plan::kReady : Plan::kNoKernel;
+  if (status) return raise_error("cublasLtMatrixLayoutCreate", status);
+  plan.state = choose_algorithm(plan, handle) ? Plan::kReady : Plan::kNoAlgorithm;
   return Outcome::kDone;
 }
 
@@ -144,20 +151,18 @@ inline int type_of(const DLTensor& tensor) {
   return has_dtype<float>(tensor) ? kRealFloat : -1;
 }
 
-inline void* data_of(const DLTensor& tensor) { return static_cast<char*>(tensor.data) + tensor.byte_offset; }
-
-// A matrix on CUDA, of a type that is known and at an address that is aligned; `stride` is that from row to row.
+// A matrix on CUDA, of a supported type, aligned to 16 bytes. `stride` becomes that from row to row.
 inline bool as_matrix(const DLTensor* tensor, bool transposed, int64_t* stride) {
   if (!tensor || tensor->ndim != 2 || tensor->device.device_type != kDLCUDA || type_of(*tensor) < 0) return false;
   *stride = tensor->strides[transposed ? 1 : 0];
-  return tensor->data && reinterpret_cast<uintptr_t>(data_of(*tensor)) % 16 == 0 &&
+  return tensor->data && is_aligned(data_of(*tensor), 16) &&
          (tensor->shape[transposed ? 0 : 1] == 1 || tensor->strides[transposed ? 0 : 1] == 1);
 }
 
 }  // namespace lt
 
 // cublaslt_open(handle) -> the library's version, or 0 if it lacks a function. `handle` is dlopen's.
-inline int64_t open_cublaslt(const TVMFFIAny* args, int num_args) {
+inline int64_t cublaslt_open(const TVMFFIAny* args, int num_args) {
   if (num_args != 1 || args[0].type_index != kTVMFFIInt) return 0;
   void* handle = reinterpret_cast<void*>(args[0].v_int64);
   bool complete = true;
@@ -182,55 +187,68 @@ inline int64_t open_cublaslt(const TVMFFIAny* args, int num_args) {
   return complete ? static_cast<int64_t>(l.version()) : 0;
 }
 
-// cublaslt_matmul(a, b, bias, out, b_transposed, tf32, workspace): out = a @ b + bias. The workspace is bytes on the
-// GPU, or None. The caller has made the GPU current, and holds Python's lock, which guards the plans.
+// cublaslt_matmul(a, b, bias, out, b_transposed, tf32, workspace): out = a @ b + bias. bias may be None, and workspace,
+// a tensor of bytes, too. The caller has made the GPU current and holds the GIL, which guards the plans.
 template <typename>
 Outcome cublaslt_matmul(const TVMFFIAny* args, int num_args) {
   if (num_args != 7 || !lt::library.matmul) return Outcome::kRefused;
   const DLTensor *a = as_tensor(args[0]), *b = as_tensor(args[1]), *bias = as_tensor(args[2]),
                  *out = as_tensor(args[3]), *workspace = as_tensor(args[6]);
-  bool transposed, tf32;
+  bool b_transposed, tf32;
   int64_t a_stride, b_stride, out_stride;
-  if (!as_optional_bool(args[4], false, &transposed) || !as_optional_bool(args[5], false, &tf32) ||
-      !lt::as_matrix(a, false, &a_stride) || !lt::as_matrix(b, transposed, &b_stride) ||
+  if (!as_optional_bool(args[4], false, &b_transposed) || !as_optional_bool(args[5], false, &tf32) ||
+      !lt::as_matrix(a, false, &a_stride) || !lt::as_matrix(b, b_transposed, &b_stride) ||
       !lt::as_matrix(out, false, &out_stride))
     return Outcome::kRefused;
   const int64_t m = a->shape[0], k = a->shape[1], n = b->shape[1];
   if (b->shape[0] != k || out->shape[0] != m || out->shape[1] != n || (m > 1 && (a_stride != k || out_stride != n)) ||
-      !same_device(*a, *b) || !same_device(*a, *out) || a->device.device_id >= lt::kMaxGpus ||
+      !same_device(*a, *b) || !same_device(*a, *out) || a->device.device_id >= kMaxGpus ||
       lt::type_of(*b) != lt::type_of(*a))
     return Outcome::kRefused;
   if (bias && (bias->ndim != 1 || bias->shape[0] != n || !same_device(*a, *bias) ||
-               lt::type_of(*bias) != lt::type_of(*out) || reinterpret_cast<uintptr_t>(lt::data_of(*bias)) % 16))
+               lt::type_of(*bias) != lt::type_of(*out) || !is_aligned(data_of(*bias), 16)))
     return Outcome::kRefused;
   if (workspace && !same_device(*a, *workspace)) return Outcome::kRefused;
-  const int64_t room = workspace ? element_count(*workspace) * workspace->dtype.bits / 8 : 0;
+  const int64_t workspace_bytes = workspace ? element_count(*workspace) * workspace->dtype.bits / 8 : 0;
   const int device = a->device.device_id;
-  lt::Object& handle = lt::handles[device];
+  lt::Handle& handle = lt::handles[device];
   if (!handle)
-    if (int status = lt::library.create(&handle)) return handle = nullptr, lt::raise("cublasLtCreate", status);
-  const lt::Key key{m,   n, k, b_stride, room, device, lt::type_of(*a), lt::type_of(*out), transposed, bias != nullptr,
-                    tf32};
-  lt::Plan& plan = lt::place_of(key);
+    if (int status = lt::library.create(&handle)) return handle = nullptr, lt::raise_error("cublasLtCreate", status);
+  lt::Key key;
+  key.m = m;
+  key.n = n;
+  key.k = k;
+  key.b_stride = b_stride;
+  key.workspace_bytes = workspace_bytes;
+  key.device = device;
+  key.type = lt::type_of(*a);
+  key.out_type = lt::type_of(*out);
+  key.b_transposed = b_transposed;
+  key.has_bias = bias != nullptr;
+  key.tf32 = tf32;
+  lt::Plan& plan = lt::slot_of(key);
   if (plan.state == lt::Plan::kEmpty || __builtin_memcmp(&plan.key, &key, sizeof key))
-    if (lt::make(plan, key, handle) == Outcome::kRaised) return Outcome::kRaised;
-  if (plan.state == lt::Plan::kNoKernel) return Outcome::kRefused;
+    if (lt::make_plan(plan, key, handle) == Outcome::kRaised) return Outcome::kRaised;
+  if (plan.state == lt::Plan::kNoAlgorithm) return Outcome::kRefused;
   if (bias) {
-    const void* address = lt::data_of(*bias);
+    const void* address = data_of(*bias);
     lt::library.operation_set(plan.operation, lt::kBiasPointer, &address, sizeof address);
   }
   const float one = 1.f, zero = 0.f;
-  void* to = lt::data_of(*out);
-  int status = lt::library.matmul(
-      handle, plan.operation, &one, lt::data_of(*b), plan.b, lt::data_of(*a), plan.a, &zero, to, plan.out, to, plan.out,
-      &plan.algorithm, workspace ? lt::data_of(*workspace) : nullptr, room, TVMFFIEnvGetStream(kDLCUDA, device));
-  return status ? lt::raise("cublasLtMatmul", status) : Outcome::kDone;
+  void* out_data = data_of(*out);
+  int status =
+      lt::library.matmul(handle, plan.operation, &one, data_of(*b), plan.b, data_of(*a), plan.a, &zero, out_data,
+                         plan.out, out_data, plan.out, &plan.algorithm, workspace ? data_of(*workspace) : nullptr,
+                         workspace_bytes, TVMFFIEnvGetStream(kDLCUDA, device));
+  return status ? lt::raise_error("cublasLtMatmul", status) : Outcome::kDone;
 }
 
 }  // namespace jitnorm
 
-extern "C" JITNORM_PUBLIC int __tvm_ffi_cublaslt_open(void*, const TVMFFIAny* args, int32_t n_args, TVMFFIAny* result) {
+// Not by JITNORM_EXPORT, as it returns no Outcome.
+extern "C" JITNORM_PUBLIC int __tvm_ffi_cublaslt_open(void*, const TVMFFIAny* args, int32_t num_args,
+                                                      TVMFFIAny* result) {
   result->type_index = kTVMFFIInt;
-  result->v_int64 = jitnorm::open_cublaslt(args, n_args);
+  result->v_int64 = jitnorm::cublaslt_open(args, num_args);
   return 0;
 }

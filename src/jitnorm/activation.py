@@ -39,7 +39,7 @@ class Activation(Operator):
     def spec(self, dtype: torch.dtype, vector_bytes: int, target: Target) -> KernelSpec:
         """Return what to build for rows of whole accesses of `vector_bytes`. A kernel serves every such width."""
         if dtype not in CPP_TYPES:
-            raise TypeError(f"{self.op} takes float16, bfloat16 and float32, got {dtype}")
+            raise TypeError(f"{self.op} takes {checks.enumeration(DTYPES)}, got {dtype}")
         name = checks.DTYPE_NAMES[dtype]
         full = vector_bytes == checks.CUDA_ALIGNMENT
         return KernelSpec(

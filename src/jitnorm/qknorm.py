@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -25,7 +24,6 @@ HEAD_DIMS = (64, 128, 256, 512, 1024)
 MAX_ROWS = 2**31 - 1  # kMaxRows in csrc/elementwise/qknorm.h
 
 
-@dataclass(frozen=True)
 class QKNorm(Norm):
     """A norm whose rows are the heads of two tensors. It has sizes of its own."""
 
@@ -34,11 +32,8 @@ class QKNorm(Norm):
     def kernel_class(self, hidden_size: int) -> str:
         """Return the class in csrc/elementwise that serves heads of this size. RuntimeError if there is none."""
         if hidden_size not in HEAD_DIMS:
-            *most, last = HEAD_DIMS
-            raise RuntimeError(
-                f"{self.op} does not support head_dim {hidden_size}: "
-                f"supported are {', '.join(map(str, most))} and {last}"
-            )
+            supported = checks.enumeration(HEAD_DIMS)
+            raise RuntimeError(f"{self.op} does not support head_dim {hidden_size}: supported are {supported}")
         return "QKNormKernel"
 
 

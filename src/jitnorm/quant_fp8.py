@@ -14,8 +14,8 @@ from jitnorm.core.torch_library import build_while_tracing, count_version, is_tr
 from jitnorm.jit.spec import KernelSpec, Target
 
 _E4M3 = torch.float8_e4m3fn
-_PARTIAL_AMAX_COUNT = 512  # as in csrc/elementwise/quant_fp8.h
-_HIDDEN_SIZE_MULTIPLE = 16  # which products of such matrices need; as in csrc/elementwise/quant_fp8.*
+_PARTIAL_AMAX_COUNT = 512  # kMaxPartialAmax in csrc/elementwise/quant_fp8.h
+_HIDDEN_SIZE_MULTIPLE = 16  # which products of such matrices need; kHiddenSizeMultiple in csrc/elementwise/quant_fp8.h
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class QuantFp8(Operator):
     def spec(self, dtype: torch.dtype, target: Target) -> KernelSpec:
         """Return what to build. TypeError for an unsupported dtype."""
         if dtype not in CPP_TYPES:
-            raise TypeError(f"{self.op} takes float16, bfloat16 and float32, got {dtype}")
+            raise TypeError(f"{self.op} takes {checks.enumeration(DTYPES)}, got {dtype}")
         name = checks.DTYPE_NAMES[dtype]
         return KernelSpec(
             op=self.op,
@@ -54,11 +54,11 @@ class QuantFp8(Operator):
 
 
 _TENSOR, _TOKEN = "per_tensor_quant_fp8", "per_token_quant_fp8"
-PER_TENSOR = QuantFp8(_TENSOR, _TENSOR, "PerTensorQuantFp8Kernel<{}, Pass::kScaleGiven>")
-PER_TENSOR_DYNAMIC = QuantFp8(f"{_TENSOR}_dynamic", _TENSOR, "PerTensorQuantFp8Kernel<{}, Pass::kScaleFound>")
+PER_TENSOR = QuantFp8(_TENSOR, _TENSOR, "PerTensorQuantFp8Kernel<{}, Pass::kStatic>")
+PER_TENSOR_DYNAMIC = QuantFp8(f"{_TENSOR}_dynamic", _TENSOR, "PerTensorQuantFp8Kernel<{}, Pass::kDynamic>")
 # A dynamic scale takes two passes: this one writes the largest magnitude of each part of the tensor, and the other one
 # takes the largest of these.
-PARTIAL_AMAX = QuantFp8(f"{_TENSOR}_maxima", _TENSOR, "PerTensorFp8MaximaKernel<{}>", part_of=PER_TENSOR_DYNAMIC)
+PARTIAL_AMAX = QuantFp8(f"{_TENSOR}_maxima", _TENSOR, "PartialAmaxKernel<{}>", part_of=PER_TENSOR_DYNAMIC)
 PER_TOKEN = QuantFp8(_TOKEN, _TOKEN, "PerTokenQuantFp8Kernel<{}>")
 
 _per_token_kernels = PER_TOKEN.fast_cache

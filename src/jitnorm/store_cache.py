@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -29,7 +28,6 @@ _NUM_SPLITS = (0, 1, 2, 4)
 check_indices = is_on("JITNORM_CHECK_INDICES")
 
 
-@dataclass(frozen=True)
 class StoreCache(Operator):
     """The operator. Its kernels are compiled for the bytes of one access, not for a width or a dtype."""
 
@@ -215,8 +213,7 @@ def _check_metadata(named: dict[str, torch.Tensor], indices: torch.Tensor, row_b
     if row_bytes not in (0, _row_bytes(k)):
         raise ValueError(f"row_bytes must be 0 or {_row_bytes(k)}, the bytes in a row of k, got {row_bytes}")
     if num_split not in _NUM_SPLITS:
-        *most, last = _NUM_SPLITS
-        raise ValueError(f"num_split must be {', '.join(map(str, most))} or {last}, got {num_split}")
+        raise ValueError(f"num_split must be {checks.enumeration(_NUM_SPLITS, 'or')}, got {num_split}")
 
 
 def _check_row(name: str, row_bytes: int) -> None:

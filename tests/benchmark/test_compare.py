@@ -20,7 +20,7 @@ from jitnorm.cli import main
 
 
 def samples(mean: float, between: float, seed: int, rounds: int = 5, within: float = 0.001) -> BenchResult:
-    """Rounds that differ by `between` (relative standard deviation), of samples that differ by `within`."""
+    """Return rounds that differ by `between` (relative standard deviation), of samples that differ by `within`."""
     random_ = random.Random(seed)
     middles = [mean * random_.gauss(1, between) for _ in range(rounds)]
     return BenchResult.of([[middle * random_.gauss(1, within) for _ in range(9)] for middle in middles])
@@ -46,7 +46,7 @@ CASES = [
 
 @pytest.mark.parametrize(("ratio", "between", "expected"), CASES)
 def test_verdicts(ratio, between, expected):
-    """As often as two standard errors promise, and hardly ever the opposite."""
+    """Expect the verdict as often as two standard errors imply, and never the opposite."""
     verdicts = [
         verdict(samples(1e-6, between, seed), samples(ratio * 1e-6, between, 1000 + seed)) for seed in range(200)
     ]
@@ -56,14 +56,14 @@ def test_verdicts(ratio, between, expected):
         assert not opposite & {*verdicts} and Verdict.SAME not in verdicts
 
 
-def test_quiet_samples_in_rounds_that_differ_do_not_make_a_difference():
-    """Within each round samples agree to 0.01%, but the rounds do not: 5% between two such runs tell nothing."""
+def test_samples_that_agree_in_rounds_that_differ_are_ambiguous():
+    """Expect AMBIGUOUS for runs that differ by 5%, as their rounds do, though samples within a round agree to 0.01%."""
     before = BenchResult.of([[m, m * 1.0001] for m in (1.00, 1.06, 0.94, 1.04, 0.97)])
     after = BenchResult.of([[m, m * 1.0001] for m in (1.05, 1.11, 0.99, 1.09, 1.02)])
     assert verdict(before, after) == Verdict.AMBIGUOUS
 
 
-def test_one_odd_round_changes_nothing():
+def test_one_outlying_round_changes_nothing():
     before = BenchResult.of([[1.0] * 9] * 5)
     after = BenchResult.of([[1.0] * 9] * 4 + [[1.5] * 9])
     assert verdict(before, after) == Verdict.SAME and after.seconds == 1.0
@@ -100,18 +100,18 @@ def report(cells, name="rmsnorm", **machine) -> Report:
     return Report(name, "us", ["n"], ["jitnorm"], rows, {"gpu": "H200", **machine}, {"cold": True})
 
 
-def test_rows_that_have_no_figure():
+def test_rows_without_a_result():
     good = samples(1.0, 0.001, 1)
     before = report([good, good, Failed("x"), Skipped("y"), good, good])
     after = report([good, Failed("x"), good, good, Skipped("y")])
     assert [(str(c.row), c.verdict) for c in compare(before, after)] == [("n=0", Verdict.SAME), ("n=1", Verdict.FAILED)]
 
 
-def test_what_makes_two_runs_unlike():
+def test_differing_conditions():
     assert differing_conditions(report([]), report([], gpu="B200", commit="abc")) == ["gpu differs: H200 and B200"]
 
 
-def test_says_why_it_is_ambiguous():
+def test_reasons_for_ambiguous_verdicts():
     good, few = samples(1, 0.001, 1), samples(1, 0.001, 2, rounds=2)
     slow = BenchResult.of([[2.0] * 9] * 5, notes=("clocks throttled: temperature",))
     noisy = BenchResult.of([[m] * 9 for m in (1.0, 1.05, 0.95, 1.06, 0.94)])
@@ -127,7 +127,7 @@ def test_says_why_it_is_ambiguous():
 
 
 @pytest.mark.parametrize("threshold", [math.nan, math.inf, -0.1])
-def test_thresholds_that_are_none(threshold):
+def test_invalid_thresholds(threshold):
     with pytest.raises(ValueError, match="threshold must be a finite number"):
         compare(report([]), report([]), threshold)
 
@@ -167,7 +167,7 @@ def test_command_prints_json(command):
     assert (failed["verdict"], failed["after"], failed["difference"]) == ("FAILED", None, None)
 
 
-def test_command_says_why_nothing_can_be_told(command):
+def test_command_explains_ambiguous_verdicts(command):
     good, few = samples(1e-6, 0.0005, 1), samples(1e-6, 0.0005, 2, rounds=2)
     done = command(report([few]), report([good]))
     assert done.exit_code == 1 and "AMBIGUOUS  A has 2 of the 3 rounds that are needed\n" in done.stdout, done.output
@@ -198,7 +198,7 @@ def test_command_says_why_nothing_can_be_told(command):
         ('"notes": []', '"notes": [1]'),
     ],
 )
-def test_files_that_are_damaged(tmp_path, old, new):
+def test_damaged_files(tmp_path, old, new):
     text = report([BenchResult.of([[1e-6]])]).to_json()
     (tmp_path / "a.json").write_text(text)
     assert old in text
@@ -210,7 +210,7 @@ def test_files_that_are_damaged(tmp_path, old, new):
     assert done.stderr == f"Error: {tmp_path / 'b.json'} is not a result file of a benchmark (written by --output)\n"
 
 
-def test_command_warns_and_refuses(command, tmp_path):
+def test_command_warns_and_rejects(command, tmp_path):
     one = report([samples(1, 0.001, 1)])
     assert (
         "warning: gpu differs: H200 and B200" in command(one, report(one.rows[0].results().values(), gpu="B200")).stderr
@@ -226,7 +226,7 @@ def test_command_warns_and_refuses(command, tmp_path):
         ), text
 
 
-def test_command_refuses_files_and_thresholds_at_once(tmp_path):
+def test_command_rejects_files_and_thresholds_before_it_reads(tmp_path):
     (tmp_path / "a.json").write_text("{}")
     for words, said in (
         (["a.json", "none.json"], "does not exist"),
@@ -253,7 +253,7 @@ def test_json_keeps_everything(tmp_path):
 
 
 def test_the_command_line_imports_no_benchmark():
-    """What benchmarks need is imported by those who run one."""
+    """Import what benchmarks need only to run one."""
     names = ("jitnorm.benchmark", "matplotlib", "prometheus_client", "httpx")
     check = f"import sys, jitnorm.cli; print([name for name in {names} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True)

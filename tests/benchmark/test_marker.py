@@ -11,9 +11,9 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from jitnorm.benchmark import marker, measure, options
-from jitnorm.benchmark.options import override_settings
+from jitnorm.benchmark import marker, measure
 from jitnorm.benchmark.runner import bench_copy
+from jitnorm.benchmark.settings import override_settings
 
 SHORT_RUN = {"seconds": 0.0, "cold": False, "device": "cpu"}
 
@@ -33,7 +33,7 @@ def copied(n: int) -> marker.BenchResult:
 @marker.parametrize("a,b", [(1, "x"), (2, "y")], [(2, "y")])
 @marker.benchmark("impl", ["clone", "broken", "absent"])
 def bench(n, a, b, impl):
-    """A benchmark of the tests."""
+    """Measure nothing of interest."""
     if impl == "absent":
         marker.skip("not installed")
     if impl == "broken" and n == 16:
@@ -44,7 +44,7 @@ def bench(n, a, b, impl):
 # Decoration
 
 
-def test_an_axis_that_the_function_does_not_take():
+def test_axis_that_the_function_does_not_take():
     with pytest.raises(TypeError, match=r"f\(\) takes no 'n': it has m, impl"):
 
         @marker.parametrize("n", [1])
@@ -58,7 +58,7 @@ def test_an_axis_that_the_function_does_not_take():
         def f(): ...
 
 
-def test_an_axis_that_is_missing():
+def test_missing_axis():
     with pytest.raises(TypeError, match=r"no axis gives f\(\) its 'm': the axes are n, impl"):
 
         @marker.parametrize(
@@ -81,7 +81,7 @@ def test_an_axis_that_is_missing():
     assert marker.parametrize("n", [1])(undecorated).points() == [{"n": 1}]
 
 
-def test_axes_that_do_not_fit():
+def test_invalid_axes():
     with pytest.raises(TypeError, match="has the axis 'n' twice"):
 
         @marker.parametrize("n", [1])
@@ -101,7 +101,7 @@ def test_axes_that_do_not_fit():
 
 
 @pytest.mark.parametrize("create", [marker.create_random, marker.create_empty])
-def test_dtypes_that_are_none(create):
+def test_invalid_dtypes(create):
     with pytest.raises(TypeError, match=r"dtype must be a torch\.dtype, got 'bf17'"):
         create(3, dtype="bf17", device="cpu")
 
@@ -153,7 +153,7 @@ def test_run(capsys):
     rows = [line.split() for line in lines[4:10]]
     assert [row[:3] for row in rows] == [[str(n), a, b] for n in (8, 16, 32) for a, b in (("1", "x"), ("2", "y"))]
     assert ["error" in row for row in rows] == [row[0] == "16" for row in rows]
-    assert not any("N/A" in line or "absent" in line for line in lines[:10]), "no column that says nothing"
+    assert not any("N/A" in line or "absent" in line for line in lines[:10]), "no column where all rows are N/A"
     assert "N/A absent: not installed" in lines
     assert "error broken at n=16, a=1, b=x; n=16, a=2, b=y: RuntimeError: no such kernel" in lines
     assert "GB/s: 1e9 bytes, read and written, per second" in lines
@@ -183,7 +183,7 @@ def test_beside_a_copy(capsys):
     assert "/copy" in capsys.readouterr().out
 
 
-def test_no_bandwidth_where_it_is_not_wanted(capsys, monkeypatch):
+def test_bandwidth_is_hidden_on_request(capsys, monkeypatch):
     monkeypatch.setenv("JITNORM_BENCH_BANDWIDTH", "0")
     bench.run(**SHORT_RUN, filters=["n=8"], impl=["clone"])
     assert "GB/s" not in capsys.readouterr().out
@@ -212,7 +212,7 @@ def test_a_function_that_returns_no_result(capsys):
 
 @pytest.mark.parametrize("footprint", [1, 8, 16512, 2 * (1 << 22) + 4096, 3 * (1 << 22)])
 def test_copies_are_of_even_sizes(footprint):
-    """An odd rest of up to 1% is left out, as the driver copies such sizes slowly; small ones are copied whole."""
+    """Round sizes down by up to 1%, because the driver copies others slowly; small sizes are copied whole."""
     with override_settings(device=torch.device("cpu"), cold=False, seconds=0.0):
         copied = bench_copy(footprint).memory_footprint
     elements = copied // 4  # that are read, of two bytes each
@@ -258,16 +258,16 @@ def test_a_failure_in_a_later_round_stays_in_its_cell(capsys):
 
 
 def test_noise_is_marked(capsys):
-    @marker.benchmark("impl", ["quiet", "noisy"])
+    @marker.benchmark("impl", ["stable", "noisy"])
     def f(impl):
         spread = 0.2 if impl == "noisy" else 0.001
         return marker.BenchResult.of([[1e-6 * (1 + spread * i)] for i in range(5)], metrics=(0.5,))
 
     f.run(**SHORT_RUN)
     said = capsys.readouterr().out.splitlines()
-    quiet, noisy = said[4].split()[1], said[4].split()[3]
+    stable, noisy = said[4].split()[1], said[4].split()[3]
     assert (
-        not quiet.endswith("~")
+        not stable.endswith("~")
         and noisy.endswith("~")
         and any(line.startswith("~ above the noise target") for line in said)
     )
@@ -286,7 +286,7 @@ def sizes(n, impl):
 
 
 def command(*words, exit_code=0):
-    result = CliRunner().invoke(options.command(sizes, copy=False), [str(word) for word in words])
+    result = CliRunner().invoke(marker.command(sizes, copy=False), [str(word) for word in words])
     assert result.exit_code == exit_code, result.output
     return result
 
@@ -311,7 +311,7 @@ def test_command_line(tmp_path):
 
 
 def test_format_of_what_is_printed(tmp_path):
-    """JSON on stdout is what --output writes, and nothing else."""
+    """Expect on stdout the JSON that --output writes, and nothing else."""
     file = tmp_path / "a.json"
     said = command(*CPU, "--short", "--impl", "good", "--format", "json", "--output", file).stdout
     assert said == file.read_text() and [row["point"] for row in json.loads(said)["rows"]] == [{"n": 8}]
@@ -336,7 +336,7 @@ def test_exit_status_of_an_exception_and_of_mistakes():
 
 
 @pytest.mark.parametrize("seconds", ["nan", "inf"])
-def test_seconds_that_never_end(seconds):
+def test_invalid_seconds(seconds):
     said = command("--device", "cpu", "--seconds", seconds, exit_code=1)
     assert said.stderr == f"Error: seconds must be a finite number and 0 or more, got {seconds}\n" and not said.stdout
 
@@ -348,14 +348,14 @@ def test_a_run_that_measures_nothing_fails(tmp_path):
 
     words = [*CPU, "--output", str(tmp_path / "a.json")]
     for copy in (False, True):
-        done = CliRunner().invoke(options.command(bench, copy=copy), words)
+        done = CliRunner().invoke(marker.command(bench, copy=copy), words)
         assert done.exit_code == 1 and "N/A peer: not installed" in done.stdout
         assert done.stderr == "Error: nothing was measured: no implementation is available here\n"
     assert json.loads((tmp_path / "a.json").read_text())["rows"]
 
 
 def test_main_of_a_file(tmp_path, monkeypatch, capsys):
-    """As `python FILE`, in this process."""
+    """Run a file as `python FILE` does, in this process."""
     file = tmp_path / "bench_sizes.py"
     file.write_text(
         "from jitnorm.benchmark import marker\n\n"

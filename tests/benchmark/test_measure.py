@@ -9,8 +9,8 @@ import torch
 
 from jitnorm.benchmark import marker, measure
 from jitnorm.benchmark.call import Call, rotating_copies
-from jitnorm.benchmark.options import override_settings
 from jitnorm.benchmark.results import NOISE_TARGET, run_until_stable
+from jitnorm.benchmark.settings import override_settings
 
 
 @pytest.fixture(autouse=True)
@@ -21,7 +21,7 @@ def one_short_run():
 
 @pytest.fixture
 def small_cache(monkeypatch):
-    """A last cache of 4 KiB, so that few copies exceed it three times."""
+    """Set the size of the last-level cache to 4 KiB, which few copies exceed three times."""
     monkeypatch.setattr(
         measure.os, "sysconf", lambda name, real=measure.os.sysconf: 4096 if "CACHE" in name else real(name)
     )
@@ -50,7 +50,7 @@ def test_every_copy_is_used_and_together_they_exceed_the_cache(small_cache):
     assert result.notes == ()
 
 
-def test_what_is_not_read_or_written_makes_nothing_cold(small_cache):
+def test_tensors_that_are_not_read_or_written_do_not_count_as_working_set(small_cache):
     used, big, x = set(), torch.zeros(1 << 16), torch.randn(64)
     bench(lambda big, x: used.add(x.data_ptr()), big, x, memory_args=(x,), memory_output=None)
     assert len(used) == 3 * 4096 // 256 + 1
@@ -104,11 +104,11 @@ def test_too_few_copies_are_reported(small_cache, monkeypatch):
     monkeypatch.setitem(measure._MAX_COPIES, "cpu", 4)
     result = bench(torch.clone, torch.randn(64))
     assert result.notes == ("not cold: calls touch 0.0 MB until one repeats; more than 0 MB would be",)
-    assert "not cold" in bench(lambda: None).notes[0], "a closure's tensors are nobody's to copy"
+    assert "not cold" in bench(lambda: None).notes[0], "the tensors of a closure are not copied"
     assert bench(torch.clone, torch.randn(1 << 14)).notes == ()
 
 
-def test_copies_keep_strides_alignment_and_what_is_shared():
+def test_copies_keep_strides_alignment_and_shared_memory():
     qkv = torch.randn(5, 96)
     q, k = qkv[:, :32], qkv[1:, 33:65]
     expanded = torch.randn(7, 1).expand(7, 3)
@@ -124,7 +124,7 @@ def test_copies_keep_strides_alignment_and_what_is_shared():
 
 
 @pytest.mark.parametrize("tensor", [torch.empty(0, 4), torch.tensor(3.0), torch.randn(3, 4).t()])
-def test_copies_of_odd_tensors(tensor):
+def test_copies_of_unusual_tensors(tensor):
     copy = rotating_copies(Call(id, (tensor,)), [0], 2)[1].args[0]
     assert torch.equal(copy, tensor) and copy.stride() == tensor.stride()
 
@@ -175,8 +175,8 @@ def test_metrics():
         marker.do_bench(torch.clone, input_args=(X,), replay_iters=0)
 
 
-def test_the_time_is_the_time(monkeypatch):
-    """A function of which the duration is known, by a clock that only it moves."""
+def test_time_of_a_known_duration(monkeypatch):
+    """Measure a function by a clock that only this function advances."""
     now = [0.0]
     monkeypatch.setattr(measure.time, "perf_counter", lambda: now[0])
 
@@ -187,7 +187,7 @@ def test_the_time_is_the_time(monkeypatch):
     assert result.seconds == pytest.approx(3e-6) and result.noise == pytest.approx(0, abs=1e-9)
 
 
-def test_rounds_go_on_until_quiet_or_the_time_is_over(monkeypatch):
+def test_rounds_continue_until_stable_or_the_time_limit(monkeypatch):
     values = iter([1.0, 1.1, 0.9, 1.2, 0.8] + [1.0] * 1000)
     result = marker.BenchResult.of([[next(values)]], measure_round=lambda: ([next(values)], None))
     noisy = {"": result}

@@ -16,7 +16,7 @@ from jitnorm.benchmark import marker
 from jitnorm.benchmark.call import Call
 from jitnorm.benchmark.compare import Verdict, compare
 from jitnorm.benchmark.measure import CUDAGraphTimer, working_set
-from jitnorm.benchmark.options import override_settings
+from jitnorm.benchmark.settings import override_settings
 from jitnorm.cli import main
 
 pytestmark = pytest.mark.gpu
@@ -41,8 +41,8 @@ def framework_seconds(hidden_size: int, num_tokens: int) -> float:
     return result.seconds
 
 
-def own_seconds(hidden_size: int, num_tokens: int) -> float:
-    """Calls on buffers in turn, more than three times the L2 cache of them, in a graph between two events."""
+def independent_seconds(hidden_size: int, num_tokens: int) -> float:
+    """Time a graph of calls on rotating buffers of more than three times the L2 cache, between two events."""
     each = (2 * num_tokens + 1) * hidden_size * 2
     buffers = 3 * torch.cuda.get_device_properties(0).L2_cache_size // each + 2
     x = torch.randn(buffers, num_tokens, hidden_size, device="cuda", dtype=torch.bfloat16)
@@ -68,10 +68,10 @@ def own_seconds(hidden_size: int, num_tokens: int) -> float:
     return statistics.median(times[2:])
 
 
-def test_agrees_with_a_harness_that_was_written_for_this_test():
+def test_agrees_with_an_independent_harness():
     rows = []
     for shape in SHAPES:
-        before, ours, after = own_seconds(*shape), framework_seconds(*shape), own_seconds(*shape)
+        before, ours, after = independent_seconds(*shape), framework_seconds(*shape), independent_seconds(*shape)
         rows.append((shape, ours * 1e6, ours / statistics.mean([before, after]) - 1))
     for shape, us, difference in rows:
         print(f"{shape[0]:>6} x {shape[1]:>6}: {us:8.3f} us, {difference:+.2%}")
@@ -101,7 +101,7 @@ def test_two_runs_are_the_same(tmp_path):
 
 
 def slowed(rows: dict[int, int]) -> marker.Benchmark:
-    """The norm of `rows[num_tokens]` rows, whatever the number of tokens is said to be."""
+    """Return a benchmark that measures the norm of `rows[num_tokens]` rows as that of `num_tokens`."""
 
     @marker.parametrize("num_tokens", list(rows))
     @marker.benchmark("impl", ["jitnorm"])
@@ -113,7 +113,7 @@ def slowed(rows: dict[int, int]) -> marker.Benchmark:
 
 
 def test_a_kernel_made_5_percent_slower_is_slower():
-    """Slower because it secretly does 5% more rows: where time is that of memory, 5% more time."""
+    """Expect 5% more time for 5% more rows, of a kernel that is limited by memory bandwidth."""
     tokens = (8192, 32768)
     honest = slowed({n: n for n in tokens}).run()
     slower = slowed({n: n * 105 // 100 for n in tokens}).run()
@@ -147,7 +147,7 @@ def test_small_calls_fill_a_graph_with_whole_passes():
 
 
 def test_cold_is_slower_than_warm():
-    """4 MB in and 4 MB out fit into the cache, if they may stay there."""
+    """Measure a copy of 4 MB, which stays in the L2 cache where it may."""
     x = torch.randn(1 << 20, device="cuda")
     calls = {"input_args": (x, torch.empty_like(x)), "memory_output": None}
     cold, warm = (marker.do_bench(lambda x, out: out.copy_(x), cold=cold, **calls).seconds for cold in (True, False))
@@ -181,7 +181,7 @@ def test_waits_for_the_stream_of_the_caller():
 
 
 def test_what_cannot_be_captured():
-    """Launched one by one, behind a cache that was overwritten and is written back meanwhile: a little slower."""
+    """Expect a little more time for single launches: the overwritten cache is written back meanwhile."""
     x = torch.randn(1 << 26, device="cuda")
     captured = marker.do_bench(torch.neg, input_args=(x,))
     launched = marker.do_bench(torch.neg, input_args=(x,), use_cuda_graph=False)

@@ -126,7 +126,7 @@ def test_lists_its_rows_as_a_script():
 
 
 def test_ratios(tmp_path, monkeypatch, capsys):
-    """Both formats, for a file whose ratios are known."""
+    """Print both formats for a file whose ratios are known."""
     monkeypatch.syspath_prepend(str(FOLDER))
     ratios = importlib.import_module("ratios")
 
@@ -162,5 +162,5 @@ def test_ratios(tmp_path, monkeypatch, capsys):
 
 @pytest.mark.parametrize("file", sorted(file.name for file in FOLDER.glob("tune_*.py")))
 def test_tuning_scripts_compile(file):
-    """They run on a GPU only."""
+    """Compile the scripts, which only run on a GPU."""
     compile((FOLDER / file).read_text(), file, "exec")

@@ -38,7 +38,7 @@ sglang:time_to_first_token_seconds_sum 0.1
 
 
 class Server(ThreadingHTTPServer):
-    """Answers /metrics with `status` and `text`; completions as `behaviour` says."""
+    """Answer /metrics with `status` and `text`, and completions according to `behaviour`."""
 
     daemon_threads = True
     status, text, behaviour = 200, METRICS, "good"
@@ -133,7 +133,7 @@ class Handler(BaseHTTPRequestHandler):
 
 
 class Stop(Exception):
-    """The server closes the connection."""
+    """Make the server close the connection."""
 
 
 @pytest.fixture
@@ -147,8 +147,8 @@ def server():
 
 
 @pytest.fixture
-def nobody() -> str:
-    """An address where nothing listens."""
+def unused_url() -> str:
+    """Return an address on which no server listens."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         return f"http://127.0.0.1:{free.getsockname()[1]}"
@@ -206,18 +206,18 @@ def test_anything_unexpected_warns_once(server, status, text, words):
     assert words in warned(server.url)
 
 
-def test_nobody_and_nonsense(nobody):
-    assert "refused" in warned(nobody)
+def test_no_server_and_no_url(unused_url):
+    assert "refused" in warned(unused_url)
     assert "url must be such as http://localhost:30000" in warned("localhost:30000")
 
 
-def test_metrics_that_do_not_come(server, monkeypatch):
+def test_metrics_timeout(server, monkeypatch):
     monkeypatch.setattr(client, "_METRICS_TIMEOUT", 0.2)
     server.behaviour = "slow metrics"
     assert "not finished within 0.2 s" in warned(server.url)
 
 
-def test_a_server_that_is_no_http_server():
+def test_server_of_another_protocol():
     with socket.create_server(("127.0.0.1", 0)) as listener:
 
         def answer():
@@ -269,7 +269,7 @@ def test_the_cache_hit_rate_is_of_this_batch(server):
 
 @pytest.mark.parametrize("api", ["openai", "sglang"])
 @pytest.mark.parametrize(
-    # Only the last three reach the timeout, before which "stalls" has to send three events on a machine however busy.
+    # Only the last three reach the timeout, before which "stalls" has to send three events on any machine.
     ("behaviour", "words", "tokens"),
     [
         ("half-way", "the stream ended without [DONE], after 3 tokens", 3),
@@ -284,7 +284,7 @@ def test_the_cache_hit_rate_is_of_this_batch(server):
         ("drips", "not finished within 0.3 s", 0),
     ],
 )
-def test_what_goes_wrong_is_reported_and_nothing_hangs(server, api, behaviour, words, tokens):
+def test_failures_are_reported_within_the_timeout(server, api, behaviour, words, tokens):
     server.behaviour = behaviour
     timeout = float(words.split()[-2]) if words.startswith("not finished") else 60
     result = run_batch(server.url, api, batch_size=2, input_len=3, output_len=6, timeout=timeout)
@@ -294,9 +294,9 @@ def test_what_goes_wrong_is_reported_and_nothing_hangs(server, api, behaviour, w
     assert f"2 requests failed after {tokens} tokens: {words}" in result.as_text()
 
 
-def test_nobody_there(nobody):
+def test_batch_without_a_server(unused_url):
     with pytest.warns(RuntimeWarning, match="refused"):
-        result = run_batch(nobody, batch_size=2, timeout=60)
+        result = run_batch(unused_url, batch_size=2, timeout=60)
     assert len(result.errors) == 2 and all("cannot connect" in error for error in result.errors)
     assert result.as_text().count("cannot connect") == 1 and "2 requests failed after 0 tokens" in result.as_text()
 

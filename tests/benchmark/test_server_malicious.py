@@ -22,14 +22,14 @@ from jitnorm.cli import main
 
 MIB = 1 << 20
 MOST_SENT = 192 * MIB  # a client that reads all of it has no limit
-BUFFERS = 16 * MIB  # what may be under way beyond what the client read
+BUFFERS = 16 * MIB  # sent, but not yet read by the client
 HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nConnection: close\r\n\r\n"
 CHUNKED = HEAD.replace(b"Connection: close", b"Transfer-Encoding: chunked")
 EVENT = b'data: {"choices": [{"text": "x"}]}\n\n'
 
 
 class Hostile:
-    """Answers every request with what `answer` yields, and counts the bytes that it could send."""
+    """Answer every request with what `answer` yields, and count the bytes that could be sent."""
 
     def __init__(self) -> None:
         self.answer: Callable[[], Iterator[bytes]] = lambda: iter(())
@@ -75,7 +75,7 @@ def short_grace(monkeypatch):
 
 
 def within(seconds: float, call: Callable[[], object]) -> object:
-    """What `call` returns; a failure, and not a test that hangs, where it does not return."""
+    """Return what `call` returns, or fail after `seconds`."""
     results: list[object] = []
 
     def work() -> None:
@@ -94,7 +94,7 @@ def within(seconds: float, call: Callable[[], object]) -> object:
 
 
 def repeated(part: bytes, start: bytes = HEAD) -> Callable[[], Iterator[bytes]]:
-    """As much of `part` as is taken, in pieces of a megabyte."""
+    """Send as much of `part` as the client reads, in pieces of a megabyte."""
 
     def answer() -> Iterator[bytes]:
         yield start
@@ -124,7 +124,7 @@ def warned(url: str) -> str:
 
 
 def errors_of(hostile: Hostile, api: str = "openai", timeout: float = 60.0) -> list[str]:
-    """Of a batch whose metrics are not looked at."""
+    """Return the errors of a batch, without reading metrics."""
     with warnings.catch_warnings(), pytest.MonkeyPatch.context() as patch:
         patch.setattr(batch, "get_cache_tokens_from_metrics", lambda url: None)
         result = within(
@@ -147,7 +147,7 @@ def test_metrics_without_an_end(hostile, head, monkeypatch):
 
 
 def test_parsing_is_part_of_the_time(hostile, monkeypatch):
-    """Each of these lines goes through the parser, which takes microseconds for one."""
+    """Send so many lines of the counters that parsing them takes longer than the timeout."""
     monkeypatch.setattr(client, "_METRICS_TIMEOUT", 0.3)
     line = b'prompt_tokens_total{model="some model",rank="1",engine="2"} 1\n'
     hostile.answer = lambda: iter((HEAD, line * (15 * MIB // len(line))))
@@ -157,7 +157,7 @@ def test_parsing_is_part_of_the_time(hostile, monkeypatch):
 
 
 def test_other_metrics_are_not_parsed(hostile, monkeypatch):
-    """Were they, this would stop at the first."""
+    """Send other metrics that the parser would reject."""
     text = b'time_to_first_token_seconds_bucket{le="0.1" 3 {{\n' * 1000
     hostile.answer = lambda: iter((HEAD, text, b"sglang:prompt_tokens_total 7\n", text))
     assert within(60, lambda: get_cache_tokens_from_metrics(hostile.url)) == (0.0, 7.0)
@@ -200,7 +200,7 @@ def test_a_stream_that_goes_on(hostile):
         lambda: iter((HEAD, b'data: "error"\n\n')),
     ],
 )
-def test_answers_that_are_no_http_or_no_events(hostile, answer):
+def test_answers_other_than_http_or_events(hostile, answer):
     hostile.answer = answer
     assert len(errors_of(hostile, timeout=2.0)) == 2
     assert hostile.sent < MOST_SENT
@@ -208,7 +208,7 @@ def test_answers_that_are_no_http_or_no_events(hostile, answer):
 
 @pytest.mark.parametrize("header", ["Content-Encoding: gzip", "Content-Type: text/event-stream; charset=zlib_codec"])
 def test_compressed_answers_are_not_decompressed(hostile, header):
-    """A few of their bytes could become any number in memory."""
+    """Reject compressed answers, which could expand to any size."""
     head = HEAD.replace(b"Connection: close", f"{header}\r\nConnection: close".encode())
     compress = gzip.compress if "gzip" in header else zlib.compress
     hostile.answer = lambda: iter((head, compress(EVENT * 4 + b"data: [DONE]\n\n")))
@@ -231,7 +231,7 @@ def test_a_tls_handshake_that_drips(hostile, monkeypatch):
     assert "not finished within 0.3 s" in warned(f"https://{hostile.address}")
 
 
-def test_a_name_that_is_looked_up_for_ever(monkeypatch):
+def test_name_resolution_that_never_ends(monkeypatch):
     monkeypatch.setattr(client, "_METRICS_TIMEOUT", 0.2)
     asleep = threading.Event()
     monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: asleep.wait(600) and [])
@@ -248,7 +248,7 @@ def test_a_name_that_is_looked_up_for_ever(monkeypatch):
 @pytest.mark.parametrize(
     "number", ["1" + "0" * 400, "1" + "0" * 5000, "-1", "1.5", "1e400", "NaN", "true", '"7"', "null", "[]", "99999999"]
 )
-def test_numbers_of_tokens_that_are_none(hostile, api, number):
+def test_invalid_numbers_of_tokens(hostile, api, number):
     event = {"choices": [{}], "usage": {"completion_tokens": 0}, "meta_info": {"completion_tokens": 0}}
     text = json.dumps(event).replace('_tokens": 0', f'_tokens": {number}')
     hostile.answer = lambda: iter((HEAD, f"data: {text}\n\ndata: [DONE]\n\n".encode()))
@@ -264,13 +264,13 @@ def test_numbers_of_tokens_that_are_none(hostile, api, number):
     ("before", "after"),
     [((5.0, 9.0), (1.0, 2.0)), ((5.0, 9.0), (1.0, 10.0)), ((0.0, 0.0), (1e308, 5e-324)), ((0.0, 1.0), (3.0, 2.0))],
 )
-def test_hit_rates_that_are_none(hostile, monkeypatch, before, after):
+def test_inconsistent_hit_rates(hostile, monkeypatch, before, after):
     readings = iter((before, after))
     monkeypatch.setattr(batch, "get_cache_tokens_from_metrics", lambda url: next(readings))
     assert within(60, lambda: run_batch(hostile.url, timeout=60)).cache_hit_rate is None
 
 
-# What was typed
+# Arguments
 
 
 @pytest.mark.parametrize(
@@ -293,8 +293,8 @@ def test_hit_rates_that_are_none(hostile, monkeypatch, before, after):
         "http://localhost/#there",
     ],
 )
-def test_addresses_that_are_none(url):
-    refused("url", "--url", url)
+def test_invalid_urls(url):
+    assert_rejected("url", "--url", url)
 
 
 @pytest.mark.parametrize(
@@ -306,16 +306,16 @@ def test_addresses_that_are_none(url):
         ("output_len", "1" + "0" * 400),
     ],
 )
-def test_numbers_that_are_none(name, value):
-    refused(name, "--url", "http://localhost:1", f"--{name.replace('_', '-')}", value)
+def test_invalid_numbers(name, value):
+    assert_rejected(name, "--url", "http://localhost:1", f"--{name.replace('_', '-')}", value)
 
 
 def test_prompts_that_are_too_many(monkeypatch):
-    refused("batch_size", "--url", "http://localhost:1", "--batch-size", "4096", "--input-len", "100000")
+    assert_rejected("batch_size", "--url", "http://localhost:1", "--batch-size", "4096", "--input-len", "100000")
 
 
-def refused(name: str, *words: str) -> None:
-    """In one line, by a usage error's exit status, and before anything was done."""
+def assert_rejected(name: str, *words: str) -> None:
+    """Expect one line and the exit status of a usage error, before any request."""
     done = within(60, lambda: CliRunner().invoke(main, ["bench", "server", *words]))
     assert done.exit_code == 2 and isinstance(done.exception, SystemExit), (done.output, done.exception)
     assert done.stderr.startswith(f"Error: {name}") and done.stderr.count("\n") == 1 and not done.stdout
@@ -332,7 +332,7 @@ def test_numbers_of_other_types(value):
 
 
 def test_threads_that_do_not_start(hostile, monkeypatch):
-    """The limit on processes is met: those that did start do their work, and nobody waits for the others."""
+    """Reach the limit on processes: threads that started do their work, and none waits for the others."""
 
     class Thread(threading.Thread):
         started = 0

@@ -1,4 +1,4 @@
-"""Every argument that is refused: with what words, the same before a kernel is built and after."""
+"""Every argument that is refused: the message is the same before a kernel is built and after."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def good(device="cpu", dtype=torch.float32):
 
 
 def bad_calls(device):
-    """(name, exception, words that the message holds, a call)"""
+    """Return calls: (name, exception, pattern of the message, call)."""
     x, w = good(device)
     half = x.half()
     wide = torch.randn(4, 2 * H, device=device)
@@ -134,16 +134,16 @@ def test_refused_by_a_kernel_that_is_there(name):
 def test_refused_on_a_gpu():
     for dtype in (torch.float32, torch.float16):
         rmsnorm(*good("cuda", dtype))
-    for _, kind, words, call in bad_calls("cuda"):
-        with pytest.raises(kind, match=words):
+    for _, error, pattern, call in bad_calls("cuda"):
+        with pytest.raises(error, match=pattern):
             call()
     torch.cuda.synchronize()
 
 
 @pytest.mark.gpu
 def test_refused_on_a_gpu_before_anything_is_built(cache_dir):
-    for _, kind, words, call in bad_calls("cuda"):
-        with pytest.raises(kind, match=words):
+    for _, error, pattern, call in bad_calls("cuda"):
+        with pytest.raises(error, match=pattern):
             call()
     assert not cache_dir.exists()
 

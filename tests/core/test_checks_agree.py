@@ -1,20 +1,25 @@
-"""The glue decides and Python explains: on views of all kinds, drawn at random, both must come to the same decision.
+"""The checks in Python and the bindings in csrc refuse the same calls: drawn at random, and at every limit.
 
-The other tests name each refusal; here nobody has thought of the case beforehand. On the CPU, where every address is
-aligned enough.
+The other tests name each refusal; these find the ones that nobody has thought of. On the CPU, which accepts every
+alignment.
 """
 
 from __future__ import annotations
 
+import itertools
+import math
 import random
+import sys
 from collections import Counter
 from collections.abc import Iterator
+from functools import partial
 
 import pytest
 import torch
 
-from jitnorm.activation import SILU_AND_MUL
+from jitnorm.activation import MAX_WIDTH, SILU_AND_MUL
 from jitnorm.activation import check as check_activation
+from jitnorm.core.checks import power, vector_bytes
 from jitnorm.core.operators import OPERATORS
 from jitnorm.fused_add_rmsnorm import FUSED_ADD_RMSNORM
 from jitnorm.fused_add_rmsnorm import check as check_fused_add_rmsnorm
@@ -27,7 +32,7 @@ from jitnorm.rmsnorm import RMSNORM
 from jitnorm.rmsnorm import check as check_rmsnorm
 from jitnorm.rmsnorm_quant_fp8 import QuantNorm
 from jitnorm.rmsnorm_quant_fp8 import check as check_quant_norm
-from jitnorm.store_cache import STORE_CACHE
+from jitnorm.store_cache import MAX_ROW_BYTES, STORE_CACHE
 from jitnorm.store_cache import check as check_store_cache
 
 CPU, F32, E4M3 = Target("cpu"), torch.float32, torch.float8_e4m3fn
@@ -141,23 +146,116 @@ def store_cache_calls(draw):
 FAMILIES = (norm_calls, quant_norm_calls, quant_calls, activation_calls, qknorm_calls, store_cache_calls)
 
 
+# At every limit and on both sides of it. Rows as wide as 2^30 need no memory where there are none of them.
+
+INTEGERS = (0, 1, -1, 2**63 - 1, 2**63, -(2**63), -(2**63) - 1)
+WIDE = tuple(2**30 + step for step in (-8, -4, -3, -2, -1, 0, 1, 2, 3, 4, 8))
+
+
+def access(row_bytes: int) -> int:
+    """Return the key of the kernel for such rows; any key where there is no such kernel."""
+    return vector_bytes(row_bytes) if row_bytes % 4 == 0 else 4
+
+
+def eps_limits():
+    x, w, out = torch.ones(2, H), torch.ones(H), torch.empty(2, H)
+    smallest, largest = 5e-324, sys.float_info.max
+    for eps in (*INTEGERS, 0.0, -0.0, smallest, -smallest, largest, -largest, math.inf, -math.inf, math.nan):
+        yield RMSNORM, (H, F32, F32), (x, w, out, eps, None), partial(check_rmsnorm, RMSNORM, x, w, eps, out, None)
+
+
+def activation_limits():
+    for dtype, width in itertools.product((torch.float16, F32), (*range(1, 18), *WIDE)):
+        arguments = torch.empty(0, 2 * width, dtype=dtype), torch.empty(0, width, dtype=dtype), None, 1, None
+        key = dtype, access(width * dtype.itemsize)
+        yield SILU_AND_MUL, key, arguments, partial(check_activation, SILU_AND_MUL.op, *arguments)
+    x, out = torch.ones(5, 2 * H), torch.empty(5, H)
+    for step in (*INTEGERS, 2, 3, 4, 5, 6):
+        needed = -(-5 // step) if step > 0 else 1
+        for count in (needed - 1, needed, needed + 1):
+            arguments = x, out, torch.zeros(count, dtype=torch.int64), step, None
+            yield SILU_AND_MUL, (F32, 16), arguments, partial(check_activation, SILU_AND_MUL.op, *arguments)
+
+
+def qknorm_limits():
+    q, k, w = torch.ones(2, 2, H), torch.ones(2, 1, H), torch.ones(H)
+    for head_dim in (*INTEGERS, H - 1, H, H + 1):
+        arguments = q, k, w, w, 1e-6, head_dim, None
+        yield QKNORM, (H, F32, F32), arguments, partial(check_qknorm, *arguments)
+
+
+def store_cache_limits():
+    indices = torch.empty(0, dtype=torch.int64)
+    for k_bytes, v_bytes in itertools.product((*range(1, 18), *WIDE), (4, 8, 16, 2**30, 2**30 + 16)):
+        k, v = torch.empty(0, k_bytes, dtype=torch.uint8), torch.empty(0, v_bytes, dtype=torch.uint8)
+        arguments = k, v, k, v, indices, 0, 0, None
+        yield STORE_CACHE, (access(math.gcd(k_bytes, v_bytes)),), arguments, partial(check_store_cache, *arguments)
+    k = torch.empty(0, H, dtype=torch.uint8)
+    for numbers in (
+        *((row_bytes, 0, None) for row_bytes in (*INTEGERS, H - 1, H, H + 1)),
+        *((0, num_split, None) for num_split in (*INTEGERS, 2, 3, 4, 5)),
+        *((0, 0, skip_index) for skip_index in INTEGERS),
+    ):
+        arguments = k, k, k, k, indices, *numbers
+        yield STORE_CACHE, (16,), arguments, partial(check_store_cache, *arguments)
+
+
+def quant_limits():
+    for rows, width in itertools.product((0, 2), (1, 8, 15, 16, 17, 32, 48)):
+        x, q = torch.ones(rows, width), torch.empty(rows, width, dtype=E4M3)
+        for count in (rows - 1, rows, rows + 1):
+            scales = torch.empty(max(count, 0))
+            yield PER_TOKEN, (F32,), (x, q, scales), partial(check_per_token, x, q, scales)
+    x, q = torch.ones(2, 8), torch.empty(2, 8, dtype=E4M3)
+    for count in (0, 1, 2):
+        scale = torch.ones(count)
+        yield PER_TENSOR, (F32,), (x, q, scale, None), partial(check_per_tensor, x, q, scale, True)
+
+
+LIMITS = (eps_limits, activation_limits, qknorm_limits, store_cache_limits, quant_limits)
+
+
 def described(arguments) -> list[object]:
     return [(a.dtype, a.shape, a.stride(), a.data_ptr()) if isinstance(a, torch.Tensor) else a for a in arguments]
 
 
+def compare(calls) -> Iterator[tuple[str, bool]]:
+    """Yield the operator of each call and whether it is refused: by the check and by the bindings, or by neither."""
+    for operator, key, arguments, check in calls:
+        try:
+            check()
+            error = None
+        except (TypeError, ValueError, RuntimeError) as raised:
+            error = raised
+        try:
+            refused = bool(kernel(operator, *key)(*arguments))
+        except OverflowError:  # tvm-ffi cannot convert an argument
+            refused = True
+        assert refused == (error is not None), (operator.op, error, described(arguments))
+        yield operator.op, refused
+
+
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.__name__)
-def test_the_glue_and_python_agree(family):
+def test_checks_and_bindings_agree(family):
     draw, decisions = Draw(), Counter()
     for _ in range(DRAWS):
-        calls: Iterator = family(draw)
-        for operator, key, arguments, check in calls:
-            try:
-                check()
-                said = None
-            except (TypeError, ValueError, RuntimeError) as error:
-                said = error
-            refused = bool(kernel(operator, *key)(*arguments))
-            assert refused == (said is not None), (operator.op, said, described(arguments))
-            decisions[operator.op, refused] += 1
+        decisions.update(compare(family(draw)))
     for op, _ in [*decisions]:  # each operator met many of both kinds
         assert min(decisions[op, True], decisions[op, False]) > DRAWS // 30, decisions
+
+
+@pytest.mark.parametrize("limits", LIMITS, ids=lambda limits: limits.__name__)
+def test_checks_and_bindings_agree_at_every_limit(limits):
+    decisions = Counter(compare(limits()))
+    for op, _ in [*decisions]:
+        assert decisions[op, True] and decisions[op, False], decisions
+
+
+def test_the_limits_are_those_of_the_messages():
+    """The widest row that is accepted is the one that the message names."""
+    assert power(MAX_WIDTH) == power(MAX_ROW_BYTES) == "2^30"
+    with pytest.raises(RuntimeError, match=r"d = 1073741825 in float32: supported are multiples of 1 up to 2\^30"):
+        check_activation("silu_and_mul", torch.empty(0, 2 * MAX_WIDTH + 2), None, None, 1, None)
+    wide = torch.empty(0, MAX_ROW_BYTES + 4, dtype=torch.uint8)
+    with pytest.raises(RuntimeError, match=r"rows of 1073741828 bytes, as of k: .* multiples of 4 up to 2\^30"):
+        check_store_cache(wide, wide, wide, wide, torch.empty(0, dtype=torch.int64), 0, 0, None)

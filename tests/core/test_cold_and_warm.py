@@ -1,7 +1,7 @@
-"""A first call and a later one come to the same: the same exception or none, the same bytes written and returned.
+"""The first call and a later one agree: the same exception or none, the same bytes written and returned.
 
-On calls drawn at random, good and bad, of every form of every operator: what is refused before there is a kernel must
-be refused by the fast path, whatever kind of object comes for a tensor or a number.
+Calls of every form of every operator are drawn at random, good and bad. What is refused before a kernel is cached must
+be refused by the fast path as well, whatever object is passed for a tensor or a number.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ class Foreign:
 
 
 class Marked(torch.Tensor):
-    """A subclass that means what its storage holds."""
+    """A subclass whose values are those of its storage."""
 
 
 def freed(tensor):
@@ -179,13 +179,13 @@ def test_the_first_call_and_a_later_one(form):
     pick, decisions = random.Random(form.name), Counter()
     for seed in range(DRAWS):
         changes = [*draw(pick, form)]
-        words = [(name, getattr(change, "__name__", change)) for name, change in changes]
+        changed = [(name, getattr(change, "__name__", change)) for name, change in changes]
         forget_kernels()
         first = outcome(form, made(form, seed, changes))
         form.call(form.make())
         later = outcome(form, made(form, seed, changes))
-        assert first == later, (words, first[0], later[0])
-        with Seen():  # through torch's dispatcher, which has words and exceptions of its own
+        assert first == later, (changed, first[0], later[0])
+        with Seen():  # through torch's dispatcher, which raises exceptions of its own
             outcome(form, made(form, seed, changes))
         decisions[first[0] is None] += 1
     assert min(decisions.values()) > DRAWS // 20, decisions

@@ -1,4 +1,4 @@
-"""What holds for every operator of the registry."""
+"""What is true of every operator of the registry."""
 
 from __future__ import annotations
 

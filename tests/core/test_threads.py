@@ -1,4 +1,4 @@
-"""How many threads a kernel of the CPU uses: what torch.set_num_threads says, whichever Python thread calls."""
+"""CPU kernels use as many threads as torch.set_num_threads says, whichever Python thread calls."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ thread.join()
 """
 
 
-@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("threads", [1, 3])  # one alone, and as many as OpenMP would not take
 def test_a_new_python_thread_uses_what_the_main_thread_set(threads):
     environment = os.environ | {"OMP_NUM_THREADS": "4"}  # what OpenMP would take by itself
     done = subprocess.run(

@@ -69,8 +69,8 @@ def test_opcheck(device):
     torch.library.opcheck(torch.ops.jitnorm.rmsnorm_out.default, (x, w, torch.empty_like(x), 1e-5, False))
 
 
-def test_a_stand_in_is_no_way_around_the_checks():
-    """What torch's dispatcher would answer from a fake implementation is refused like any other call."""
+def test_meta_tensors_are_checked():
+    """A bad call on tensors without storage is refused, although the fake implementation could answer it."""
     x, w = torch.randn(4, 64), torch.randn(64)
     for arguments in ((x, w.to("meta")), (x.to("meta"), w), (x.to("meta"), w[:7].to("meta"))):
         with pytest.raises((ValueError, RuntimeError), match="weight must"):
@@ -87,7 +87,7 @@ def test_forward_mode_is_refused_not_lost():
         with pytest.raises(RuntimeError, match="has no forward-mode derivative"):
             torch.func.jvp(call, (x,), (torch.ones_like(x),))
     module, residual, tangent = nn.RMSNorm(64), torch.randn(4, 64), torch.randn(4, 64)
-    _, got = torch.func.jvp(lambda a: module(a, residual)[0], (x,), (tangent,))  # which PyTorch computes
+    _, got = torch.func.jvp(lambda a: module(a, residual)[0], (x,), (tangent,))  # computed by PyTorch's operators
     total = x.double() + residual.double()
     exact = lambda a: rmsnorm_reference(a, torch.ones(64), torch.finfo(x.dtype).eps)  # noqa: E731
     _, want = torch.func.jvp(exact, (total,), (tangent.double(),))
@@ -111,7 +111,7 @@ def test_operators_in_place_count_versions(write):
 
 
 def test_windows_one_element_apart():
-    """Whose strides torch takes for those of columns."""
+    """Overlapping windows, whose strides torch.empty_like takes for those of columns."""
     windows, w = torch.randn(600).unfold(0, 512, 1), torch.randn(512)
     expected = rmsnorm_reference(windows, w, 1e-6)
     for norm in (rmsnorm, torch.ops.jitnorm.rmsnorm):
@@ -133,7 +133,7 @@ def test_windows_one_element_apart():
     ],
 )
 def test_storage_that_was_freed(call):
-    call(torch.randn(4, 64))  # so that there is a kernel to ask
+    call(torch.randn(4, 64))  # so that a kernel is cached
     x = torch.randn(4, 64)
     x.untyped_storage().resize_(0)
     with pytest.raises(ValueError, match="must have storage"):
@@ -148,19 +148,19 @@ def test_storage_that_was_freed(call):
         lambda shifted: store_cache(*torch.randn(2, 4, 64), *torch.randn(2, 9, 64), shifted(torch.arange(4))),
     ],
 )
-def test_numbers_that_lie_between_two_words(call):
+def test_views_that_are_not_aligned_to_their_dtype(call):
     def shifted(tensor):
         buffer = bytearray(tensor.nbytes + 1)
         buffer[1:] = tensor.numpy().tobytes()
         return torch.frombuffer(buffer, dtype=tensor.dtype, offset=1)
 
-    call(lambda tensor: tensor)  # so that there is a kernel to ask
+    call(lambda tensor: tensor)  # so that a kernel is cached
     with pytest.raises(ValueError, match=r"must be aligned to . bytes, got an address of 1 modulo"):
         call(shifted)
 
 
 def test_numbers_of_numpy(cache_dir):
-    """The first call of a size, which builds, takes what the next one takes."""
+    """The first call of a size, which builds, accepts the same numbers as the second."""
     eps, one, size = np.float32(1e-6), np.int64(1), np.int32(64)
     x, w = torch.randn(4, 64), torch.randn(64)
     heads = [x.clone().view(4, 1, 64) for _ in range(2)]
@@ -175,7 +175,7 @@ def test_numbers_of_numpy(cache_dir):
 
 
 def test_numbers_beyond_a_dtype_or_a_float(cache_dir):
-    """Compared as NumPy's own, np.uint8(2) would overflow; so would a fraction beyond float's range in the kernel."""
+    """A comparison in NumPy's types would overflow for np.uint8(2), and the kernel's for a fraction beyond float."""
     x, w = torch.randn(4, 64), torch.randn(64)
     ids, caches = torch.zeros(4, dtype=torch.int64), (torch.zeros(9, 64), torch.zeros(9, 64))
     two = np.uint8(2)
@@ -193,7 +193,7 @@ def test_numbers_beyond_a_dtype_or_a_float(cache_dir):
         ):
             with pytest.raises(ValueError, match=f"{name} must fit 64 bits"):
                 call(np.uint64(2**64 - 1))
-    y = x.requires_grad_()  # which goes by torch's dispatcher
+    y = x.requires_grad_()  # which needs torch's dispatcher
     assert same_bits(rmsnorm(y, w, Fraction(1, 4)).detach(), rmsnorm(y, w, 0.25).detach())
 
 
@@ -214,7 +214,7 @@ def test_a_scalar_is_refused_by_the_operators_too():
 
 def test_wrong_objects_are_refused_while_tracing():
     x, w = torch.randn(4, 64), torch.randn(64)
-    for call, error, words in (
+    for call, error, message in (
         (lambda x: rmsnorm(x, None), TypeError, "weight must be a torch.Tensor, got NoneType"),
         (lambda x: rmsnorm([x], w), TypeError, "input must be a torch.Tensor, got list"),
         (lambda x: rmsnorm(x, w, "1"), TypeError, "eps must be a float, got str"),
@@ -224,9 +224,9 @@ def test_wrong_objects_are_refused_while_tracing():
         (lambda x: store_cache(x, x, x, x, None), TypeError, "indices must be a torch.Tensor, got NoneType"),
         (lambda x: rmsnorm(x, w, -1), ValueError, "eps must be zero or more, got -1"),
     ):
-        with pytest.raises(error, match=f"^{words}$"):
+        with pytest.raises(error, match=f"^{message}$"):
             make_fx(call)(x)
-        with pytest.raises(error, match=f"^{words}$"):
+        with pytest.raises(error, match=f"^{message}$"):
             torch.jit.trace(call, (x,), check_trace=False)
 
 

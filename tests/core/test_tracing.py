@@ -1,7 +1,7 @@
 """Modules, patched models, layers and dispatch under what traces, transforms or intercepts torch.
 
-Each is called in a first call, which builds or loads a kernel, and in a later one, which finds it at once; what was
-traced runs again on other data, and is compared with a float64 reference.
+Each is called for the first time, when it loads a kernel, and again, on the fast path. A trace runs on other data,
+and its result is compared with a float64 reference.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Mode(TorchDispatchMode):
 
 
 class Boxed(torch.Tensor):
-    """Knows PyTorch's own operators alone, and has storage of its own that means nothing."""
+    """Implements only PyTorch's own operators. Its storage does not hold its values."""
 
     @staticmethod
     def __new__(cls, value):
@@ -79,7 +79,7 @@ needs_grad = pytest.mark.parametrize("grad", [False, True], ids=["frozen", "grad
 
 
 def prepare(name, warm, grad=False):
-    """A module with a random weight, whose kernels this process has called before or has not."""
+    """Return a module with a random weight, whose kernels this process has called before if `warm`."""
     module = MODULES[name]().requires_grad_(grad)
     for parameter in module.parameters():
         torch.nn.init.normal_(parameter)
@@ -110,7 +110,7 @@ def assert_right(name, module, function, *inputs):
 @first_and_later
 @needs_grad
 def test_jit_trace(name, warm, grad, recwarn):
-    """What it records runs in any shape and strides, and without this package."""
+    """The trace has only PyTorch's operators, so it runs in any shape and strides."""
     module = prepare(name, warm, grad)
     traced = torch.jit.trace(module, (rows(),))
     assert "jitnorm::" not in str(traced.inlined_graph)
@@ -222,7 +222,7 @@ def test_subclasses_with_storage_of_their_own(name, warm, grad):
 @first_and_later
 @needs_grad
 def test_function_transforms(name, warm, grad):
-    """Against the same of the definition."""
+    """Compared with the same transform of the definition."""
     module, x = prepare(name, warm, grad), rows()
     definition = lambda x: reference(name, module, x)  # noqa: E731
     assert_right(name, module, lambda x: torch.vmap(module)(x), x)
@@ -317,7 +317,7 @@ def test_a_patched_model(warm, tracer):
     if tracer == "jit.trace":
         first, other = torch.randint(3, 96, (2, 7)), torch.randint(3, 96, (2, 7))
         call = lambda model, ids: model(input_ids=ids, return_dict=False)[0]  # noqa: E731
-    else:  # which the whole model's mask is too dynamic for
+    else:  # make_fx cannot trace the whole model, because its mask is dynamic
         first, other, angles = torch.randn(2, 7, 64), torch.randn(2, 7, 64), torch.randn(2, 7, 32)
 
         def call(model, hidden):
@@ -409,7 +409,7 @@ FP8_TRACERS = {
 @pytest.mark.parametrize("scaling", ["given", "token", "tensor"])
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
 def test_fp8_linear(warm, tracer, scaling):
-    """The kernels' codes, so the same result as eager mode's, but for the order of the product's additions."""
+    """The result is that of eager mode, except for the order in which the product adds."""
     weight, weight_scale = torch.randn(96, SIZE).to(torch.float8_e4m3fn).t(), torch.tensor([0.01])
     scale = torch.tensor([0.009]) if scaling == "given" else None
 

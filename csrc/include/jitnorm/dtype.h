@@ -1,16 +1,20 @@
-// Element types by name and size only. How they convert to float is the business of vector.h (CUDA) and simd.h (host):
-// cuda_bf16.h and cuda_fp16.h would double the time it takes to compile a kernel.
+// Element types, row indices, and the specifier of functions that both compilers see. Every other header includes this
+// one.
+//
+// Element types are a name and a size. vector.h (CUDA) and simd.h (CPU) convert them to float: cuda_bf16.h and
+// cuda_fp16.h would double the time of a build.
 #pragma once
 
-#ifdef __CUDACC__  // what kernels of both sides call
-#define JITNORM_ANYWHERE __device__ __forceinline__
+// For functions that CUDA and CPU kernels share. nvcc compiles device code alone, so __host__ is not needed.
+#ifdef __CUDACC__
+#define JITNORM_HOST_DEVICE __device__ __forceinline__
 #else
-#define JITNORM_ANYWHERE inline
+#define JITNORM_HOST_DEVICE inline
 #endif
 
 namespace jitnorm {
 
-using index_t = long long;  // row numbers and strides, in elements: 2^31 of them are not enough
+using index_t = long long;  // row numbers, and strides in elements: both can exceed 2^31
 
 struct bf16_t {
   unsigned short bits;
@@ -20,12 +24,12 @@ struct fp16_t {
   unsigned short bits;
 };
 
-// float8_e4m3fn: a sign, 4 bits of exponent, 3 of mantissa; no infinities, and one NaN for each sign. Only written,
-// from float: to nearest even, what is beyond the largest number becomes that, infinities too, and every NaN becomes
+// float8_e4m3fn: 1 sign bit, 4 exponent bits, 3 mantissa bits; no infinities, one NaN for each sign. Kernels write it
+// and never read it. Conversion from float rounds to nearest even and saturates, infinities too; every NaN becomes
 // 0x7f.
 struct e4m3_t {
   unsigned char bits;
 };
-constexpr float kLargestE4M3 = 448.f;
+constexpr float kMaxE4M3 = 448.f;
 
 }  // namespace jitnorm

@@ -1,7 +1,10 @@
-// What a kernel's glue needs of tvm-ffi, on its C header alone: the C++ headers cost a second of every build.
+// Bindings: what turns the arguments of a tvm-ffi call into a kernel's parameter struct. Host compiler only; the
+// bindings of every family (elementwise/<family>.h) include this header. It uses tvm-ffi's C header alone, as its C++
+// headers would add a second to every build.
 //
-// The glue decides and Python explains: an argument the kernel cannot take makes the call return 1, and the wrapper,
-// which holds every message, says what was wrong. Only what Python cannot know (a failed launch) is raised from here.
+// Bindings decide, Python explains: a call with arguments that a kernel cannot take returns 1 (Outcome::kRefused), and
+// Python then raises an error that says what is wrong. Bindings raise only what Python cannot know, such as a failed
+// launch.
 #pragma once
 #include <tvm/ffi/c_api.h>
 
@@ -9,35 +12,37 @@
 
 #define JITNORM_PUBLIC __attribute__((visibility("default")))
 
-// Exports FUNCTION, an `int(const TVMFFIAny* args, int num_args)`, under NAME.
-#define JITNORM_EXPORT(NAME, ...)                                                                                   \
-  extern "C" JITNORM_PUBLIC int __tvm_ffi_##NAME(void*, const TVMFFIAny* args, int32_t n_args, TVMFFIAny* result) { \
-    jitnorm::Outcome outcome = __VA_ARGS__(args, n_args);                                                           \
-    if (outcome == jitnorm::Outcome::kRaised) return -1;                                                            \
-    result->type_index = kTVMFFIInt;                                                                                \
-    result->v_int64 = static_cast<int64_t>(outcome);                                                                \
-    return 0;                                                                                                       \
-  }
-
-// Exports one operator: NAME, and NAME_fast_path, which refuses every call while a mode of torch wants to see it.
-#define JITNORM_OPERATOR(NAME, KERNEL)                                                                          \
-  JITNORM_EXPORT(NAME, jitnorm::NAME<KERNEL>)                                                                   \
-  JITNORM_EXPORT(watch_modes, jitnorm::watch_modes)                                                             \
-  extern "C" JITNORM_PUBLIC int __tvm_ffi_##NAME##_fast_path(void* self, const TVMFFIAny* args, int32_t n_args, \
-                                                             TVMFFIAny* result) {                               \
-    if (!jitnorm::is_mode_active()) return __tvm_ffi_##NAME(self, args, n_args, result);                        \
-    result->type_index = kTVMFFIInt;                                                                            \
-    result->v_int64 = static_cast<int64_t>(jitnorm::Outcome::kRefused);                                         \
-    return 0;                                                                                                   \
+// Exports FUNCTION, an `Outcome(const TVMFFIAny* args, int num_args)`, as SYMBOL. The symbol of a tvm-ffi function is
+// its name after the prefix __tvm_ffi_; callers write it out, so that a text search finds it. A library is one
+// translation unit, so headers export too.
+#define JITNORM_EXPORT(SYMBOL, FUNCTION)                                                                    \
+  extern "C" JITNORM_PUBLIC int SYMBOL(void*, const TVMFFIAny* args, int32_t num_args, TVMFFIAny* result) { \
+    return jitnorm::return_outcome(FUNCTION(args, num_args), result);                                       \
   }
 
 namespace jitnorm {
 
 enum class Outcome { kDone = 0, kRefused = 1, kRaised = -1 };
 
-// A mode of torch (torch.jit.trace, make_fx, TorchDispatchMode) shows in the dispatch keys that its thread includes.
-// torch's function that looks one up is found by jitnorm.core.torch_modes, which also knows the keys' numbers: linking to
-// torch would bind a library to one version of it.
+inline int return_outcome(Outcome outcome, TVMFFIAny* result) {
+  if (outcome == Outcome::kRaised) return -1;  // tvm-ffi raises the error that has been set
+  result->type_index = kTVMFFIInt;
+  result->v_int64 = static_cast<int64_t>(outcome);
+  return 0;
+}
+
+// Both run a kernel class, and are what bindings need of a device. launch.h defines them for CUDA, parallel.h for the
+// CPU; a library includes one of the two.
+template <typename Kernel>
+bool runs_on(DLDevice device);
+template <typename Kernel>
+Outcome launch(const typename Kernel::params_t& params, DLDevice device, bool enable_pdl);
+
+constexpr int kMaxGpus = 64;  // length of tables that are indexed by CUDA device id; no host has as many
+
+// torch's modes (torch.jit.trace, make_fx, TorchDispatchMode) must see a call before a kernel runs. While one is
+// active, its thread includes one of these dispatch keys. jitnorm.core.torch_modes finds torch's function that looks a
+// key up, and the numbers of the keys: linking to torch would bind a library to one version of it.
 struct ModeKeys {
   bool (*is_included)(uint16_t key) = nullptr;
   uint16_t python, pre_dispatch, tracer;
@@ -50,12 +55,48 @@ inline bool is_mode_active() {
          keys.is_included(keys.tracer);
 }
 
-// watch_modes(is_included, python, pre_dispatch, tracer)
+// watch_modes(is_included, python, pre_dispatch, tracer): sets the keys. Until it is called, a mode counts as active.
 inline Outcome watch_modes(const TVMFFIAny* args, int num_args) {
   if (num_args != 4) return Outcome::kRefused;
-  mode_keys = {reinterpret_cast<bool (*)(uint16_t)>(args[0].v_int64), static_cast<uint16_t>(args[1].v_int64),
-               static_cast<uint16_t>(args[2].v_int64), static_cast<uint16_t>(args[3].v_int64)};
+  mode_keys.is_included = reinterpret_cast<bool (*)(uint16_t)>(args[0].v_int64);
+  mode_keys.python = static_cast<uint16_t>(args[1].v_int64);
+  mode_keys.pre_dispatch = static_cast<uint16_t>(args[2].v_int64);
+  mode_keys.tracer = static_cast<uint16_t>(args[3].v_int64);
   return Outcome::kDone;
+}
+
+// The binding kBinding for calls that torch's dispatcher has not seen: refuses them while a mode is active.
+template <Outcome (*kBinding)(const TVMFFIAny*, int)>
+Outcome fast_path(const TVMFFIAny* args, int num_args) {
+  return is_mode_active() ? Outcome::kRefused : kBinding(args, num_args);
+}
+
+// Scalar arguments. False if the argument has another type.
+
+inline bool as_float(const TVMFFIAny& arg, double* value) {
+  if (arg.type_index == kTVMFFIFloat) return *value = arg.v_float64, true;
+  if (arg.type_index == kTVMFFIInt) return *value = static_cast<double>(arg.v_int64), true;
+  return false;
+}
+
+inline bool as_int(const TVMFFIAny& arg, index_t* value) {
+  if (arg.type_index == kTVMFFIInt) return *value = arg.v_int64, true;
+  return false;
+}
+
+inline bool as_optional_bool(const TVMFFIAny& arg, bool if_none, bool* value) {
+  if (arg.type_index == kTVMFFINone) return *value = if_none, true;
+  if (arg.type_index == kTVMFFIBool) return *value = arg.v_int64 != 0, true;
+  return false;
+}
+
+// Tensor arguments.
+
+// Null if the argument is no tensor.
+inline const DLTensor* as_tensor(const TVMFFIAny& arg) {
+  if (arg.type_index == kTVMFFITensor) return reinterpret_cast<const DLTensor*>(arg.v_obj + 1);
+  if (arg.type_index == kTVMFFIDLTensorPtr) return static_cast<const DLTensor*>(arg.v_ptr);
+  return nullptr;
 }
 
 template <typename T>
@@ -93,46 +134,37 @@ inline bool same_shape(const DLTensor& a, const DLTensor& b) {
   return true;
 }
 
+// Same shape but for the last dimension.
+inline bool same_leading_shape(const DLTensor& a, const DLTensor& b) {
+  if (a.ndim != b.ndim) return false;
+  for (int i = 0; i < a.ndim - 1; i++)
+    if (a.shape[i] != b.shape[i]) return false;
+  return true;
+}
+
 inline index_t element_count(const DLTensor& tensor) {
   index_t count = 1;
   for (int i = 0; i < tensor.ndim; i++) count *= tensor.shape[i];
   return count;
 }
 
-inline const DLTensor* as_tensor(const TVMFFIAny& arg) {
-  if (arg.type_index == kTVMFFITensor) return reinterpret_cast<const DLTensor*>(arg.v_obj + 1);
-  if (arg.type_index == kTVMFFIDLTensorPtr) return static_cast<const DLTensor*>(arg.v_ptr);
-  return nullptr;
+inline char* data_of(const DLTensor& tensor) { return static_cast<char*>(tensor.data) + tensor.byte_offset; }
+
+inline bool is_aligned(const void* data, unsigned alignment) {
+  return reinterpret_cast<uintptr_t>(data) % alignment == 0;
 }
 
-inline bool as_float(const TVMFFIAny& arg, double* value) {
-  if (arg.type_index == kTVMFFIFloat) return *value = arg.v_float64, true;
-  if (arg.type_index == kTVMFFIInt) return *value = static_cast<double>(arg.v_int64), true;
-  return false;
-}
-
-inline bool as_int(const TVMFFIAny& arg, index_t* value) {
-  if (arg.type_index == kTVMFFIInt) return *value = arg.v_int64, true;
-  return false;
-}
-
-// None stands for `otherwise`.
-inline bool as_optional_bool(const TVMFFIAny& arg, bool otherwise, bool* value) {
-  if (arg.type_index == kTVMFFINone) return *value = otherwise, true;
-  if (arg.type_index == kTVMFFIBool) return *value = arg.v_int64 != 0, true;
-  return false;
-}
-
-// A tensor [..., hidden_size] seen as rows one stride apart. `end` is one past the last byte.
+// A tensor [..., hidden_size] as rows that are one stride apart.
 struct Rows {
   char* data;
   index_t count;
-  index_t stride;  // in elements
-  const char* end;
+  index_t stride;   // in elements
+  const char* end;  // one past the last byte
 };
 
-// False where `tensor` is no such thing: other sizes or dtype, elements not adjacent, leading dimensions that do not
-// collapse to one stride, storage that is absent (a FakeTensor's) or not aligned to `alignment` bytes, in every row.
+// False if `tensor` has another last dimension or dtype, elements that are not adjacent within a row, leading
+// dimensions that do not collapse to one stride, no storage (a FakeTensor), or a row that is not aligned to `alignment`
+// bytes.
 template <typename T>
 bool as_rows(const DLTensor& tensor, index_t hidden_size, unsigned alignment, Rows* rows) {
   int last = tensor.ndim - 1;
@@ -146,83 +178,93 @@ bool as_rows(const DLTensor& tensor, index_t hidden_size, unsigned alignment, Ro
     else if (tensor.strides[i] != stride * count) collapses = false;
     count *= size;
   }
-  char* data = static_cast<char*>(tensor.data) + tensor.byte_offset;
-  *rows = {data, count, stride, data + ((count - 1) * stride + hidden_size) * static_cast<index_t>(sizeof(T))};
+  char* data = data_of(tensor);
+  rows->data = data;
+  rows->count = count;
+  rows->stride = stride;
+  rows->end = data + ((count - 1) * stride + hidden_size) * static_cast<index_t>(sizeof(T));
   if (count == 0) return true;
-  return collapses && tensor.data && reinterpret_cast<uintptr_t>(data) % alignment == 0 &&
-         stride * sizeof(T) % alignment == 0;
+  return collapses && tensor.data && is_aligned(data, alignment) && stride * sizeof(T) % alignment == 0;
 }
 
-// One factor for each element of a row.
+// The weight of a norm: one dimension of kHiddenSize elements.
 template <typename Kernel>
 bool as_weight(const DLTensor* tensor, Rows* rows) {
   using W = typename Kernel::weight_t;
   return tensor && tensor->ndim == 1 && as_rows<W>(*tensor, Kernel::kHiddenSize, Kernel::kAlignment, rows);
 }
 
-// A contiguous tensor of `count` elements, of any shape, seen as rows of one.
+// A contiguous tensor of `count` elements, of any shape, as rows of one element.
 template <typename T>
 bool as_elements(const DLTensor* tensor, index_t count, unsigned alignment, Rows* rows) {
   if (!tensor || !has_dtype<T>(*tensor) || element_count(*tensor) != count) return false;
-  char* data = static_cast<char*>(tensor->data) + tensor->byte_offset;
-  *rows = {data, count, 1, data + count * static_cast<index_t>(sizeof(T))};
+  char* data = data_of(*tensor);
+  rows->data = data;
+  rows->count = count;
+  rows->stride = 1;
+  rows->end = data + count * static_cast<index_t>(sizeof(T));
   if (count == 0) return true;
-  index_t step = 1;
+  index_t contiguous_stride = 1;
   for (int i = tensor->ndim - 1; i >= 0; i--) {
-    if (tensor->shape[i] != 1 && tensor->strides[i] != step) return false;
-    step *= tensor->shape[i];
+    if (tensor->shape[i] != 1 && tensor->strides[i] != contiguous_stride) return false;
+    contiguous_stride *= tensor->shape[i];
   }
-  return tensor->data && reinterpret_cast<uintptr_t>(data) % alignment == 0;
+  return tensor->data && is_aligned(data, alignment);
 }
 
-// Whether each row has memory of its own, as rows that are written need.
-inline bool separate(const Rows& rows, index_t hidden_size) { return rows.count <= 1 || rows.stride >= hidden_size; }
+// A one-dimensional tensor of int32 or int64 on `device`. Null if the argument is anything else.
+inline const DLTensor* as_indices(const TVMFFIAny& arg, DLDevice device) {
+  const DLTensor* t = as_tensor(arg);
+  const bool accepted = t && t->ndim == 1 && t->dtype.code == kDLInt && t->dtype.lanes == 1 &&
+                        (t->dtype.bits == 32 || t->dtype.bits == 64) && (t->shape[0] <= 1 || t->strides[0] == 1) &&
+                        (t->shape[0] == 0 || t->data) && t->device.device_type == device.device_type &&
+                        t->device.device_id == device.device_id && is_aligned(data_of(*t), t->dtype.bits / 8);
+  return accepted ? t : nullptr;
+}
 
-inline bool extents_meet(const Rows& a, const Rows& b) {
+// Indices as rows of one element, for the overlap checks below.
+inline Rows index_rows(const DLTensor& indices) {
+  Rows rows;
+  rows.data = data_of(indices);
+  rows.count = indices.shape[0];
+  rows.stride = 1;
+  rows.end = rows.data + indices.shape[0] * (indices.dtype.bits / 8);
+  return rows;
+}
+
+// Overlap of memory.
+
+// Whether no two rows share memory, as is required of rows that are written.
+inline bool rows_are_disjoint(const Rows& rows, index_t hidden_size) {
+  return rows.count <= 1 || rows.stride >= hidden_size;
+}
+
+// Whether the address ranges of two tensors overlap, the gaps between rows included.
+inline bool extents_overlap(const Rows& a, const Rows& b) {
   return a.count && b.count && a.data < b.end && b.data < a.end;
 }
 
-// Rows of `a_row` and `b_row` bytes that share memory. Exact where both have one stride (the column slices of one
-// buffer lie between each other without touching); where the strides differ, overlapping extents count as shared.
-inline bool overlap(const Rows& a, index_t a_row, const Rows& b, index_t b_row, index_t element_bytes) {
-  if (!extents_meet(a, b)) return false;
+// Whether a row of `a` shares memory with a row of `b`. Exact for equal strides, as of column slices of one buffer,
+// which interleave without touching. For different strides, overlapping extents count as shared.
+inline bool rows_overlap(const Rows& a, index_t a_row_bytes, const Rows& b, index_t b_row_bytes,
+                         index_t element_bytes) {
+  if (!extents_overlap(a, b)) return false;
   if (a.stride != b.stride) return true;
   const index_t stride = a.stride * element_bytes;
   index_t offset = (b.data - a.data) % stride;
   if (offset < 0) offset += stride;
-  return offset < a_row || offset > stride - b_row;
+  return offset < a_row_bytes || offset > stride - b_row_bytes;
 }
 
 template <typename T>
-bool overlap(const Rows& a, const Rows& b, index_t hidden_size) {
-  return overlap(a, hidden_size * sizeof(T), b, hidden_size * sizeof(T), sizeof(T));
+bool rows_overlap(const Rows& a, const Rows& b, index_t hidden_size) {
+  return rows_overlap(a, hidden_size * sizeof(T), b, hidden_size * sizeof(T), sizeof(T));
 }
 
-inline bool same_leading_shape(const DLTensor& a, const DLTensor& b) {
-  if (a.ndim != b.ndim) return false;
-  for (int i = 0; i < a.ndim - 1; i++)
-    if (a.shape[i] != b.shape[i]) return false;
-  return true;
-}
-
-// The one-dimensional tensor of int32 or int64 that `arg` is; null where it is none, or on another device.
-inline const DLTensor* as_indices(const TVMFFIAny& arg, DLDevice device) {
-  const DLTensor* t = as_tensor(arg);
-  const bool fits = t && t->ndim == 1 && t->dtype.code == kDLInt && t->dtype.lanes == 1 &&
-                    (t->dtype.bits == 32 || t->dtype.bits == 64) && (t->shape[0] <= 1 || t->strides[0] == 1) &&
-                    (t->shape[0] == 0 || t->data) && t->device.device_type == device.device_type &&
-                    t->device.device_id == device.device_id &&
-                    (reinterpret_cast<uintptr_t>(t->data) + t->byte_offset) % (t->dtype.bits / 8) == 0;
-  return fits ? t : nullptr;
-}
-
-// Its elements as rows, of which overlaps are asked.
-inline Rows as_vector(const DLTensor& tensor) {
-  char* data = static_cast<char*>(tensor.data) + tensor.byte_offset;
-  return {data, tensor.shape[0], 1, data + tensor.shape[0] * (tensor.dtype.bits / 8)};
-}
-
-// Of a row of so many bytes, which is a multiple of 4: what one access can move, wherever in it the access begins.
+// The widest access, 16, 8 or 4 bytes, that divides a row of `row_bytes`, a multiple of 4. Kernels of rows whose width
+// is known at the call alone are built for one of the three.
 inline int vector_bytes(index_t row_bytes) { return row_bytes % 16 == 0 ? 16 : row_bytes % 8 == 0 ? 8 : 4; }
 
 }  // namespace jitnorm
+
+JITNORM_EXPORT(__tvm_ffi_watch_modes, jitnorm::watch_modes)

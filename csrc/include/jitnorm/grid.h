@@ -1,36 +1,45 @@
-// How a kernel's threads lie over rows of a width that is known at the call alone: a block covers some columns of some
-// rows, blocks follow each other along a row first, and no thread has to divide to know its place.
+// CUDA grids over rows whose width is known at the call alone. A block covers some columns of some rows, and
+// consecutive blocks follow each other along a row, so that no thread divides to find its place. Included by launch.h
+// for the grid of a launch, and by kernels whose width is known at the call alone.
 #pragma once
 #include "jitnorm/dtype.h"
 
 namespace jitnorm {
 
+constexpr index_t kMaxGridX = 0x7fffffff;  // CUDA's limits on the number of blocks
+constexpr index_t kMaxGridYZ = 0xffff;
+
 struct Grid {
-  index_t x;      // blocks along a row
-  unsigned y, z;  // over the rows, and over those that y has no room for
-  unsigned threads_x, threads_y;
+  index_t x;                      // blocks along a row; launch() raises for more than kMaxGridX
+  unsigned y, z;                  // blocks over the rows: z grids of y, where y alone would exceed its limit
+  unsigned threads_x, threads_y;  // of a block
 };
 
 inline index_t divide_up(index_t n, index_t by) { return (n + by - 1) / by; }
 
-// Blocks of threads_x by threads_y over rows of so many columns, of which a thread takes `per_thread`, threads_x apart.
-inline Grid over_rows(index_t rows, index_t columns, int per_thread, unsigned threads_x, unsigned threads_y) {
-  const index_t blocks = divide_up(rows, threads_y), z = divide_up(blocks, 0xffff);
+// One dimension of blocks, each with `rows_per_block` whole rows.
+inline Grid grid_of_blocks(index_t rows, int rows_per_block, unsigned threads) {
+  return {divide_up(rows, rows_per_block), 1, 1, threads, 1};
+}
+
+// Blocks of threads_x by threads_y over rows of `columns`. A thread takes `per_thread` columns, threads_x apart.
+inline Grid grid_over_columns(index_t rows, index_t columns, int per_thread, unsigned threads_x, unsigned threads_y) {
+  const index_t blocks = divide_up(rows, threads_y), z = divide_up(blocks, kMaxGridYZ);
   return {divide_up(columns, index_t(per_thread) * threads_x), static_cast<unsigned>(divide_up(blocks, z)),
           static_cast<unsigned>(z), threads_x, threads_y};
 }
 
-// Likewise, in blocks of up to `most` threads: short rows share a block, and the threads of a longer one are shared out
-// evenly over blocks, as whole warps.
-inline Grid over_rows(index_t rows, index_t columns, int per_thread, unsigned most) {
-  const index_t threads = divide_up(columns, per_thread), blocks = divide_up(threads, most);
-  if (blocks == 1) return over_rows(rows, columns, per_thread, threads, most / threads);
-  return over_rows(rows, columns, per_thread, divide_up(divide_up(threads, blocks), 32) * 32, 1);
+// The same in blocks of at most `max_threads`. Short rows share a block. The threads of longer rows are spread evenly
+// over blocks, as whole warps.
+inline Grid grid_over_columns(index_t rows, index_t columns, int per_thread, unsigned max_threads) {
+  const index_t threads = divide_up(columns, per_thread), blocks = divide_up(threads, max_threads);
+  if (blocks == 1) return grid_over_columns(rows, columns, per_thread, threads, max_threads / threads);
+  return grid_over_columns(rows, columns, per_thread, divide_up(divide_up(threads, blocks), 32) * 32, 1);
 }
 
 #ifdef __CUDACC__
-// Of the thread's columns the first; each other comes blockDim.x after the one before it.
-__device__ __forceinline__ int grid_column(int per_thread) {
+// The thread's first column; its others follow blockDim.x apart.
+__device__ __forceinline__ int first_column(int per_thread) {
   return blockIdx.x * per_thread * blockDim.x + threadIdx.x;
 }
 
@@ -38,8 +47,8 @@ __device__ __forceinline__ index_t grid_row() {
   return (index_t(blockIdx.z) * gridDim.y + blockIdx.y) * blockDim.y + threadIdx.y;
 }
 
-// Of the first blocks alone: to know which of them can be waiting for an earlier kernel.
-__device__ __forceinline__ unsigned grid_block() { return blockIdx.y * gridDim.x + blockIdx.x; }
+// The block's linear index within its z, for prefetch_before_wait: the first blocks of a grid all have z = 0.
+__device__ __forceinline__ unsigned linear_block_index() { return blockIdx.y * gridDim.x + blockIdx.x; }
 #endif
 
 }  // namespace jitnorm

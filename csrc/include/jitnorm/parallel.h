@@ -1,68 +1,86 @@
-// Rows over the threads of OpenMP, as many as torch would use: torch.set_num_threads counts here too.
+// Launches of CPU kernels: shares the rows of a call out over OpenMP threads. Included by every
+// elementwise/<family>_cpu.h.
+//
+// A CPU kernel class has params_t with num_rows, kAlignment, run(params, row), and row_elements(params): the elements
+// of a row, as a measure of its work.
 #pragma once
+#include <dlfcn.h>
+
 #include "jitnorm/ffi.h"
-#include "jitnorm/interpreter.h"
 
 extern "C" int omp_get_max_threads();
 
-#define JITNORM_CPU_MODULE(NAME, KERNEL) \
-  JITNORM_OPERATOR(NAME, KERNEL)         \
-  JITNORM_EXPORT(run_serially, jitnorm::run_serially)
-
 namespace jitnorm {
 
-// A forked child has none of its parent's threads, and libgomp waits for them for ever: jit/load.py calls this there.
-inline bool serial = false;
+constexpr index_t kMinParallelElements = 1 << 15;  // for fewer, waking the threads takes longer than the work
+constexpr index_t kMinChunkElements = 1 << 11;     // so that a call of run_rows costs little beside its rows
 
+// Python's global interpreter lock. A call arrives with it and keeps it while its work is short, since releasing it
+// costs as much as a short call. The functions are found by name, so that a library serves every version of Python, or
+// none.
+struct GilFunctions {
+  int (*is_held)() = reinterpret_cast<int (*)()>(dlsym(nullptr, "PyGILState_Check"));
+  void* (*release)() = reinterpret_cast<void* (*)()>(dlsym(nullptr, "PyEval_SaveThread"));
+  void (*acquire)(void*) = reinterpret_cast<void (*)(void*)>(dlsym(nullptr, "PyEval_RestoreThread"));
+};
+
+// Releases the lock, if this thread holds it, until the end of the scope.
+class ScopedGilRelease {
+ public:
+  ScopedGilRelease() {
+    if (gil_.is_held && gil_.release && gil_.acquire && gil_.is_held()) state_ = gil_.release();
+  }
+  ~ScopedGilRelease() {
+    if (state_) gil_.acquire(state_);
+  }
+  ScopedGilRelease(const ScopedGilRelease&) = delete;
+
+ private:
+  static inline const GilFunctions gil_;
+  void* state_ = nullptr;
+};
+
+// Set in a forked child, which has none of its parent's threads: libgomp would wait for them for ever.
+inline bool is_serial = false;
+
+// run_serially(): called by jit/load.py after a fork.
 inline Outcome run_serially(const TVMFFIAny*, int) {
-  serial = true;
+  is_serial = true;
   return Outcome::kDone;
 }
 
-template <typename Kernel>
-bool runs_on(Kernel, DLDevice device) {
-  return device.device_type == kDLCPU;
-}
-
-// OpenMP keeps its number for each thread, so that a new Python thread would not know what another one set. torch's
-// at::get_num_threads does. It is found by name, as a library is bound to no version of torch.
+// at::get_num_threads, or null without torch. OpenMP's own number belongs to a thread, so that a new Python thread
+// would miss torch.set_num_threads of another. Found by name, as a library is not bound to a version of torch.
 inline int (*const torch_num_threads)() = [] {
   void* torch = dlopen("libtorch_cpu.so", RTLD_LAZY | RTLD_NOLOAD);
   return reinterpret_cast<int (*)()>(torch ? dlsym(torch, "_ZN2at15get_num_threadsEv") : nullptr);
 }();
 
-// Not with a static variable in it: its guard needs libstdc++, and linking that takes a third of a build.
+// torch_num_threads is no static variable of this function: its guard would need libstdc++, and linking that takes a
+// third of a build.
 inline int num_threads() { return torch_num_threads ? torch_num_threads() : omp_get_max_threads(); }
 
-constexpr index_t kParallelElements = 1 << 15;  // below, waking the threads takes longer than the work
-constexpr index_t kChunkElements = 1 << 11;     // a call of run_rows is nothing beside them
+template <typename Kernel>
+bool runs_on(DLDevice device) {
+  return device.device_type == kDLCPU;
+}
 
-// Out of line, so that the rows are compiled once for both callers below.
+// Not inlined, so that the rows are compiled once for both callers below.
 template <typename Kernel>
 __attribute__((noinline)) void run_rows(const typename Kernel::params_t& params, index_t first, index_t last) {
   for (index_t row = first; row < last; row++) Kernel::run(params, row);
 }
 
-// A row's work, in elements: fixed by the kernel's kHiddenSize, or what the kernel says of its parameters.
 template <typename Kernel>
-auto row_elements(const typename Kernel::params_t& params, int) -> decltype(Kernel::row_elements(params)) {
-  return Kernel::row_elements(params);
-}
-template <typename Kernel>
-constexpr index_t row_elements(const typename Kernel::params_t&, long) {
-  return Kernel::kHiddenSize;
-}
-
-template <typename Kernel>
-Outcome launch(Kernel, const typename Kernel::params_t& params, DLDevice, bool) {
-  const index_t elements = row_elements<Kernel>(params, 0), rows = params.num_tokens;
-  const index_t chunk = elements < kChunkElements ? kChunkElements / elements : 1;
-  if (rows == 1 || rows * elements < kParallelElements) {
+Outcome launch(const typename Kernel::params_t& params, DLDevice, bool) {
+  const index_t row_elements = Kernel::row_elements(params), rows = params.num_rows;
+  const index_t chunk = row_elements < kMinChunkElements ? kMinChunkElements / row_elements : 1;
+  if (rows == 1 || rows * row_elements < kMinParallelElements) {
     run_rows<Kernel>(params, 0, rows);
     return Outcome::kDone;
   }
-  InterpreterReleased released;
-  if (serial) {
+  ScopedGilRelease released;
+  if (is_serial) {
     run_rows<Kernel>(params, 0, rows);
     return Outcome::kDone;
   }
@@ -73,3 +91,5 @@ Outcome launch(Kernel, const typename Kernel::params_t& params, DLDevice, bool) 
 }
 
 }  // namespace jitnorm
+
+JITNORM_EXPORT(__tvm_ffi_run_serially, jitnorm::run_serially)

@@ -1,42 +1,44 @@
-// Scales of e4m3 numbers, and division by one. A number y becomes the e4m3 number nearest to the float y / scale.
+// Quantisation scales of e4m3 numbers, and division by them: a float y becomes the e4m3 number nearest to the float
+// y / scale. Included by the kernel classes with e4m3 outputs, for CUDA and the CPU.
 #pragma once
 #include "jitnorm/dtype.h"
 
 namespace jitnorm {
 
-// What a scale is at least where it is found, so that zeros can be divided by it. For a token it is the floor of vLLM's
-// operators, whose place ours take; for a tensor one that no scale in use comes near.
-constexpr float kLeastTokenScale = 1.f / (448 * 512);
-constexpr float kLeastTensorScale = 0x1p-90f;
+// Lower limits of dynamic scales, so that rows of zeros can be divided. For a token it is vLLM's, whose operators ours
+// replace; for a tensor it is smaller than any scale in use.
+constexpr float kMinTokenScale = 1.f / (448 * 512);
+constexpr float kMinTensorScale = 0x1p-90f;
 
-// The scale that takes `largest` to the largest e4m3 number.
-JITNORM_ANYWHERE float scale_of(float largest, float least) {
-  const float scale = largest / kLargestE4M3;
-  return scale > least ? scale : least;
+// The scale that maps `amax`, the largest magnitude, to kMaxE4M3.
+JITNORM_HOST_DEVICE float dynamic_scale(float amax, float min_scale) {
+  const float scale = amax / kMaxE4M3;
+  return scale > min_scale ? scale : min_scale;
 }
 
 #ifdef __CUDACC__
-// x / scale for many x, in 4 instructions where a division takes 8 and a branch: the product with the reciprocal, put
-// right by what it leaves (Markstein). Rounded to e4m3 the result has the bits of the division's, for scales of 2^-90
-// to 2^125 and for 0, infinity and NaN; near the ends of float's range what is left is inexact, and a tie may go wrong.
-struct Divisor {
+// x / scale for many x in 4 instructions, where a division takes 8 and a branch: a product with the reciprocal,
+// corrected by its residue (Markstein). Rounded to e4m3 the result has the bits of the division's, for scales of 2^-90
+// to 2^125 and for 0, infinity and NaN. Near the limits of float the residue is inexact, and ties may round the other
+// way.
+struct ScaleDivider {
   float scale, reciprocal;
 
-  explicit __device__ __forceinline__ Divisor(float by) {
-    const bool infinite = fabsf(by) == __uint_as_float(0x7f800000u);
-    scale = infinite ? 1.f : by;
-    reciprocal = infinite ? 0.f : __frcp_rn(by);
+  explicit __device__ __forceinline__ ScaleDivider(float divisor) {
+    const bool infinite = fabsf(divisor) == __uint_as_float(0x7f800000u);
+    scale = infinite ? 1.f : divisor;
+    reciprocal = infinite ? 0.f : __frcp_rn(divisor);
   }
 
   __device__ __forceinline__ float operator()(float x) const {
-    const float product = within_512(x * reciprocal);  // an infinite one would leave a NaN
-    const float excess = fmaf(product, scale, -x);
-    return fmaf(-excess, reciprocal, product);
+    const float product = clamp_to_512(x * reciprocal);  // an infinite product would become NaN below
+    const float residue = fmaf(product, scale, -x);
+    return fmaf(-residue, reciprocal, product);
   }
 
  private:
-  // Not more than saturates.
-  static __device__ __forceinline__ float within_512(float f) {
+  // 512 is beyond kMaxE4M3, so what is clamped saturates anyway.
+  static __device__ __forceinline__ float clamp_to_512(float f) {
 #if __CUDA_ARCH__ >= 860
     asm("min.xorsign.abs.f32 %0, %0, 0f44000000;" : "+f"(f));
     return f;

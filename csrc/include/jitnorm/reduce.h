@@ -1,12 +1,12 @@
-// Sums and maxima over the threads that share a row, sums in an order that the template arguments fix. Device code, fit
-// for NVRTC.
+// Sums and maxima over the threads that share a row, in an order that the template arguments fix. Device code, included
+// by rms_row.h and elementwise/quant_fp8.cuh.
 #pragma once
 
 namespace jitnorm {
 
 constexpr int kWarpSize = 32;
 
-// Over groups of kThreads adjacent lanes; every lane of the warp must come here.
+// Over groups of kThreads adjacent lanes. Every lane of the warp must call it.
 template <int kThreads>
 __device__ __forceinline__ float warp_sum(float value) {
 #pragma unroll
@@ -14,7 +14,7 @@ __device__ __forceinline__ float warp_sum(float value) {
   return value;
 }
 
-// Of numbers: a NaN counts only where there is nothing else.
+// Likewise. NaNs are ignored unless all values are NaN.
 template <int kThreads>
 __device__ __forceinline__ float warp_max(float value) {
 #pragma unroll
@@ -23,7 +23,8 @@ __device__ __forceinline__ float warp_max(float value) {
   return value;
 }
 
-// Over the kWarps warps of one row; `partial` is the row's own. Every thread of the block must come here, once.
+// Over the kWarps warps of one row. `partial` is shared memory of this row alone. Every thread of the block must call
+// it, once.
 template <int kWarps>
 __device__ __forceinline__ float block_sum(float value, float (&partial)[kWarps], int warp) {
   value = warp_sum<kWarpSize>(value);
@@ -36,7 +37,7 @@ __device__ __forceinline__ float block_sum(float value, float (&partial)[kWarps]
   return (sums[0] + sums[1]) + (sums[2] + sums[3]);
 }
 
-// Likewise; `partial` is not that of a sum before it, which may still be read.
+// Likewise. `partial` differs from that of an earlier block_sum, which other threads may still read.
 template <int kWarps>
 __device__ __forceinline__ float block_max(float value, float (&partial)[kWarps], int warp) {
   value = warp_max<kWarpSize>(value);

@@ -1,48 +1,50 @@
-// What sets the operators apart that normalise rows: a template argument of their kernels.
+// The policies of the norms: a template argument of a kernel class that sets one operator of the RMSNorm family apart
+// from the others. Included by elementwise/rmsnorm.h and rms_row.h; jitnorm's Python names the policies of each
+// operator.
 #pragma once
 #include "jitnorm/dtype.h"
 
 namespace jitnorm {
 
-enum class Quantise { kNot, kWithGivenScale, kByToken };
+enum class Quantisation { kNone, kStatic, kDynamicPerToken };
 
 // rmsnorm: out = normalised input * weight. With a residual, input and residual are updated in place:
 // residual += input, then input = normalised residual * weight.
 struct Plain {
   template <typename T>
   using output_t = T;  // for inputs of type T
-  static constexpr Quantise kQuantise = Quantise::kNot;
-  static constexpr bool kAddResidual = false;
-  static constexpr bool kRoundSum = false;     // normalise the sum as it is stored, not as it was computed
+  static constexpr Quantisation kQuantisation = Quantisation::kNone;
+  static constexpr bool kHasResidual = false;
+  static constexpr bool kRoundSum = false;     // normalise the sum as rounded to T; otherwise the sum in float
   static constexpr float kWeightOffset = 0.f;  // added to the weight
 };
 struct Gemma : Plain {
   static constexpr float kWeightOffset = 1.f;
 };
 struct FusedAdd : Plain {
-  static constexpr bool kAddResidual = true;
+  static constexpr bool kHasResidual = true;
 };
 struct FusedAddRounded : FusedAdd {
   static constexpr bool kRoundSum = true;
 };
 struct GemmaFusedAdd : Gemma {
-  static constexpr bool kAddResidual = true;
+  static constexpr bool kHasResidual = true;
 };
 struct GemmaFusedAddRounded : GemmaFusedAdd {
   static constexpr bool kRoundSum = true;
 };
 
-// Any of these with e4m3 numbers for output: what the others round to T is divided by a scale, in float, and rounded
-// once. With a residual, the input stays as it is.
+// Any of these with e4m3 outputs: the normalised float is divided by a scale, in float, and rounded once. With a
+// residual, the input is not written.
 template <typename Norm>
 struct StaticFp8 : Norm {
   template <typename T>
   using output_t = e4m3_t;
-  static constexpr Quantise kQuantise = Quantise::kWithGivenScale;
+  static constexpr Quantisation kQuantisation = Quantisation::kStatic;  // the scale is given
 };
 template <typename Norm>
 struct DynamicFp8 : StaticFp8<Norm> {
-  static constexpr Quantise kQuantise = Quantise::kByToken;  // the largest of a row becomes 448
+  static constexpr Quantisation kQuantisation = Quantisation::kDynamicPerToken;  // the scale makes a row's amax 448
 };
 
 }  // namespace jitnorm

@@ -1,12 +1,15 @@
-// A register of floats at a time on the host, in the vector extensions of GCC and Clang. The half-precision conversions
-// are builtins, or written out where the machine has none: left to themselves, compilers make scalar code of them, and
-// immintrin.h alone would double the time of a build.
+// Vectors of floats on the CPU, one SIMD register each, in the vector extensions of GCC and Clang: loads, stores,
+// conversions, reductions, exp, and the RMS of a row. Included by every elementwise/<family>_cpu.h that computes.
+//
+// immintrin.h would double the time of a build. Half-precision conversions are builtins, or written out where the
+// machine has none: compilers vectorise no loop over _Float16. exp is written out, as compilers vectorise libm's under
+// -ffast-math alone.
 #pragma once
 #include "jitnorm/dtype.h"
 
 namespace jitnorm {
 
-// Never more than one register holds: GCC makes scalar code of longer vectors.
+// The floats of one register. GCC makes scalar code of longer vectors.
 #if defined(__AVX512F__)
 constexpr int kLanes = 16;
 #elif defined(__AVX2__)
@@ -14,11 +17,13 @@ constexpr int kLanes = 8;
 #else
 constexpr int kLanes = 4;
 #endif
+// kLanes of each: float, signed and unsigned 32-bit integers, bytes.
 typedef float floats __attribute__((vector_size(4 * kLanes)));
 typedef int ints __attribute__((vector_size(4 * kLanes)));
 typedef unsigned words __attribute__((vector_size(4 * kLanes)));
-typedef short halves __attribute__((vector_size(2 * kLanes)));  // bits; signed because the builtins want it so
 typedef unsigned char bytes __attribute__((vector_size(kLanes)));
+// The bits of 16-bit elements, signed because the builtins take them so.
+typedef short halves __attribute__((vector_size(2 * kLanes)));
 
 template <typename V, typename T>
 inline V read(const T* from) {
@@ -32,11 +37,11 @@ inline void write(T* to, V v) {
   __builtin_memcpy(to, &v, sizeof v);
 }
 
-// Sign-extended, as the bits are signed; no conversion looks at what that leaves in the upper half.
+// Sign-extended, since halves are signed. The conversions ignore the upper half.
 inline words widen(halves h) {
 #if defined(__clang__) || !defined(__AVX2__)
   return __builtin_convertvector(h, words);
-#elif defined(__AVX512F__)  // one instruction, where GCC 12 makes four of __builtin_convertvector
+#elif defined(__AVX512F__)  // one instruction; GCC 12 makes four of __builtin_convertvector
   return (words)__builtin_ia32_pmovsxwd512_mask(h, ints{}, -1);
 #else
   return (words)__builtin_ia32_pmovsxwd256(h);
@@ -60,7 +65,7 @@ inline halves to_fp16(floats f) { return __builtin_ia32_vcvtps2ph512_mask(f, 0, 
 inline floats from_fp16(halves h) { return __builtin_ia32_vcvtph2ps256(h); }
 inline halves to_fp16(floats f) { return __builtin_ia32_vcvtps2ph256(f, 0); }  // to nearest even
 #else
-// The exponent moves by a multiplication, which is exact and takes care of subnormals.
+// A multiplication moves the exponent: it is exact, and normalises subnormals.
 inline floats from_fp16(halves h) {
   words u = widen(h), magnitude = (u & 0x7fff) << 13;
   words scaled = (words)((floats)magnitude * 0x1p112f);
@@ -70,7 +75,7 @@ inline floats from_fp16(halves h) {
 
 inline halves to_fp16(floats f) {
   words u = (words)f, sign = (u >> 16) & 0x8000, magnitude = u & 0x7fffffff;
-  // Below 2^-14 the float adder rounds: 0.5 has its last bit where a subnormal half has its own.
+  // Below 2^-14, where fp16 is subnormal, the float adder rounds: the last bit of 0.5 is that of a subnormal fp16.
   words subnormal = (words)((floats)magnitude + 0.5f) - 0x3f000000;
   words normal = (magnitude - (112 << 23) + 0xfff + ((magnitude >> 13) & 1)) >> 13;  // to nearest even
   words rounded = magnitude < 113u << 23 ? subnormal : normal;
@@ -82,10 +87,10 @@ inline halves to_fp16(floats f) {
 inline floats magnitude(floats f) { return (floats)((words)f & 0x7fffffff); }
 
 inline bytes to_e4m3(floats f) {
-  floats most = floats{} + kLargestE4M3, least = magnitude(f) < most ? magnitude(f) : most;
-  words u = (words)least, sign = ((words)f >> 24) & 0x80;
-  // Below 2^-6 the float adder rounds: 2^14 has its last bit where a subnormal e4m3 has its own.
-  words subnormal = (words)(least + 0x1p14f) - 0x46800000;
+  floats limit = floats{} + kMaxE4M3, saturated = magnitude(f) < limit ? magnitude(f) : limit;
+  words u = (words)saturated, sign = ((words)f >> 24) & 0x80;
+  // Below 2^-6, where e4m3 is subnormal, the float adder rounds: the last bit of 2^14 is that of a subnormal e4m3.
+  words subnormal = (words)(saturated + 0x1p14f) - 0x46800000;
   words normal = (u - (120 << 23) + 0x7ffff + ((u >> 20) & 1)) >> 20;  // to nearest even
   words code = sign | (u < 121u << 23 ? subnormal : normal);
   return __builtin_convertvector(f == f ? code : words{} + 0x7f, bytes);
@@ -94,9 +99,9 @@ inline bytes to_e4m3(floats f) {
 inline floats load(const float* from) { return read<floats>(from); }
 inline floats load(const bf16_t* from) { return from_bf16(read<halves>(from)); }
 inline floats load(const fp16_t* from) { return from_fp16(read<halves>(from)); }
-// The first `count` of them, fewer than there are lanes; zeros for the rest.
+// `count` elements, fewer than kLanes, followed by zeros.
 template <typename T>
-inline floats load_first(const T* from, int count) {
+inline floats load_partial(const T* from, int count) {
   T padded[kLanes] = {};
   __builtin_memcpy(padded, from, count * sizeof(T));
   return load(padded);
@@ -107,20 +112,56 @@ inline void store(bf16_t* to, floats f) { write(to, to_bf16(f)); }
 inline void store(fp16_t* to, floats f) { write(to, to_fp16(f)); }
 inline void store(e4m3_t* to, floats f) { write(to, to_e4m3(f)); }
 
-// A recursion because GCC would take a loop over the lanes through memory.
+// Recursive, because GCC would compile a loop over the lanes to loads from memory.
 template <int kCount = kLanes>
 inline float sum(const floats& f, int first = 0) {
   if constexpr (kCount == 1) return f[first];
   else return sum<kCount / 2>(f, first) + sum<kCount / 2>(f, first + kCount / 2);
 }
 
-// Of numbers: a NaN in f counts for nothing.
-inline floats larger(floats than, floats f) { return f > than ? f : than; }
+// Lane by lane. A NaN in f is ignored.
+inline floats max(floats running, floats f) { return f > running ? f : running; }
 
-inline float largest(const floats& f) {
-  float most = f[0];
-  for (int i = 1; i < kLanes; i++) most = f[i] > most ? f[i] : most;
-  return most;
+// Over the lanes.
+inline float max(const floats& f) {
+  float largest = f[0];
+  for (int i = 1; i < kLanes; i++) largest = f[i] > largest ? f[i] : largest;
+  return largest;
+}
+
+// Off by less than 2 ulp. 0, infinity, NaN and subnormal numbers are those of libm's exp.
+inline floats exp(floats x) {
+  x = x < -104.f ? floats{} - 104.f : x;  // exp(-104) is 0, and exp(89) infinity; a NaN stays
+  x = x > 89.f ? floats{} + 89.f : x;
+  const floats n = (x * 1.44269504f + 12582912.f) - 12582912.f;  // to an integer: 1.5 * 2^23 has no fraction bits
+  floats r = x - n * 0.693359375f;                               // log(2) in two parts, the first exact times n
+  r = r + n * 2.12194440e-4f;
+  // exp(r) = 1 + r + r^2 P(r), where P interpolates at the five Chebyshev nodes of +-log(2) / 2: off by 1e-10 at most.
+  floats p = 0.00139261761f * r + 0.00836317307f;
+  p = p * r + 0.0416665547f;
+  p = p * r + 0.16666577f;
+  p = p * r + 0.5f;
+  p = p * r * r + r + 1.f;
+  // 2^n in two factors, as float has neither 2^128 nor 2^-150.
+  const ints exponent = __builtin_convertvector(n, ints), half = exponent >> 1;
+  return p * (floats)((half + 127) << 23) * (floats)((exponent - half + 127) << 23);
+}
+
+// The reciprocal root mean square of a row, 1 / sqrt(mean of squares + eps). `value(i)` gives the floats of the
+// elements from i on.
+template <int kHiddenSize, typename Value>
+inline float rstd_of_row(float eps, Value value) {
+  constexpr int kSums = 64 / kLanes;  // independent sums: in a single one, each addition would wait for the one before
+  static_assert(kHiddenSize % (kSums * kLanes) == 0, "a row is whole vectors");
+  floats sums[kSums] = {};
+  for (int i = 0; i < kHiddenSize; i += kSums * kLanes)
+#pragma GCC unroll 16
+    for (int j = 0; j < kSums; j++) {
+      floats f = value(i + j * kLanes);
+      sums[j] += f * f;
+    }
+  for (int j = 1; j < kSums; j++) sums[0] += sums[j];
+  return 1. / __builtin_sqrt(double(sum(sums[0])) / kHiddenSize + eps);
 }
 
 }  // namespace jitnorm

@@ -1,10 +1,11 @@
-// A few bytes of a row in one thread's registers, and their way to float and back. Device code, fit for NVRTC.
+// Vectors of elements in one thread's registers: loads and stores, prefetches into L2, and conversions from and to
+// float. Device code, included by rms_row.h and by the .cuh files that load vectors of their own.
 #pragma once
 #include "jitnorm/dtype.h"
 
 namespace jitnorm {
 
-// What one access moves: 16 bytes, or the 8 or 4 that a vector has.
+// The type of one access of 16, 8 or 4 bytes; 16 for vectors of several accesses.
 template <int kBytes>
 struct Access {
   using type = uint4;
@@ -18,7 +19,7 @@ struct Access<4> {
   using type = unsigned;
 };
 
-// N elements that travel together.
+// N elements that are loaded and stored together.
 template <typename T, int N>
 struct alignas(N * sizeof(T) < 16 ? N * sizeof(T) : 16) Vector {
   static constexpr int kBytes = N * sizeof(T);
@@ -28,7 +29,8 @@ struct alignas(N * sizeof(T) < 16 ? N * sizeof(T) : 16) Vector {
   access_t words[kAccesses];
 };
 
-// volatile: the compiler would move a load to its first use to save registers, and the loads of a row would queue up.
+// volatile, because the compiler would sink a load to its first use to save registers: then a thread would wait for one
+// load after another instead of having all in flight.
 __device__ __forceinline__ void load_access(uint4& to, const uint4* from) {
   asm volatile("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];"
                : "=r"(to.x), "=r"(to.y), "=r"(to.z), "=r"(to.w)
@@ -63,20 +65,22 @@ __device__ __forceinline__ void store(T* to, const Vector<T, N>& v) {
   for (int i = 0; i < v.kAccesses; i++) reinterpret_cast<typename Vector<T, N>::access_t*>(to)[i] = v.words[i];
 }
 
-// Begins the way of so many bytes, a multiple of 16, into the second-level cache, where no value can be out of date.
+// Prefetches kBytes, a multiple of 16, into L2. An earlier kernel's writes go through L2 too, so this may come before
+// they do.
 template <int kBytes>
 __device__ __forceinline__ void prefetch(const void* from) {
 #if __CUDA_ARCH__ >= 900
   asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "n"(kBytes));
 #endif
 }
+// Likewise, for a number of bytes that is known at run time.
 __device__ __forceinline__ void prefetch(const void* from, unsigned bytes) {
 #if __CUDA_ARCH__ >= 900
   asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes));
 #endif
 }
 
-// Two 16-bit elements share a word, the first in its low half.
+// Two 16-bit elements of a word, the first in its low half, to two floats.
 __device__ __forceinline__ void unpack(unsigned word, float* f, bf16_t) {
   f[0] = __uint_as_float(word << 16);
   f[1] = __uint_as_float(word & 0xffff0000u);
@@ -88,7 +92,8 @@ __device__ __forceinline__ void unpack(unsigned word, float* f, fp16_t) {
       : "r"(word));
 }
 
-// All round to nearest even. Two 8-bit elements come in the low half of the word.
+// Two floats to two elements of a word, the first in its low bits, rounded to nearest even. 16-bit elements fill the
+// word, 8-bit elements its low half.
 __device__ __forceinline__ unsigned pack(const float* f, bf16_t) {
 #if __CUDA_ARCH__ >= 800
   unsigned word;
@@ -120,9 +125,9 @@ __device__ __forceinline__ unsigned pack(const float* f, e4m3_t) {
 #else
   unsigned code[2];
   for (int i = 0; i < 2; i++) {
-    const float magnitude = fminf(fabsf(f[i]), kLargestE4M3);
+    const float magnitude = fminf(fabsf(f[i]), kMaxE4M3);
     const unsigned u = __float_as_uint(magnitude);
-    // Below 2^-6 the float adder rounds: 2^14 has its last bit where a subnormal e4m3 has its own.
+    // Below 2^-6, where e4m3 is subnormal, the float adder rounds: the last bit of 2^14 is that of a subnormal e4m3.
     const unsigned subnormal = __float_as_uint(magnitude + 16384.f) - 0x46800000u;
     const unsigned normal = (u - (120u << 23) + 0x7ffffu + ((u >> 20) & 1u)) >> 20;
     code[i] =
@@ -170,8 +175,8 @@ __device__ __forceinline__ void from_float(const float (&f)[N], Vector<float, N>
 }
 
 __device__ __forceinline__ e4m3_t to_e4m3(float f) {
-  const float twice[2] = {f, f};
-  return {static_cast<unsigned char>(pack(twice, e4m3_t{}))};
+  const float pair[2] = {f, f};
+  return {static_cast<unsigned char>(pack(pair, e4m3_t{}))};
 }
 
 template <int N>

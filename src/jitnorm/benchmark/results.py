@@ -16,6 +16,8 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
+from jitnorm.jit.files import write_text
+
 NOISE_TARGET = 0.005  # relative noise at which a measurement needs no more rounds
 MIN_ROUNDS = 5
 FORMAT = 1  # of JSON files
@@ -235,8 +237,8 @@ class Report:
         return f'{start},\n "rows": [\n' + ",\n".join(rows) + "\n ]\n}\n"
 
     def write(self, path: Path) -> None:
-        """Write the JSON to a file."""
-        path.write_text(self.to_json())
+        """Write the JSON to a file, whole or not at all."""
+        write_text(path, self.to_json())
 
     @classmethod
     def read(cls, path: Path) -> Report:

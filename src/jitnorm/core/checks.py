@@ -1,13 +1,14 @@
-"""What is wrong with an argument, in one line: its name, what it was, what is accepted.
+"""Argument checks. A message is one line: the argument's name, what is accepted and what was given.
 
-The glue in csrc decides in nanoseconds whether a kernel can take its arguments; these functions say why not, and stand
-guard before a kernel is built. Both sides hold the same conditions; tests/core/test_checks_agree.py sees to that.
+The bindings in csrc check the same conditions in nanoseconds, and refuse a call without saying why. These functions
+raise for such a call, and for a call that comes before its kernel is built. tests/core/test_checks_agree.py compares
+the two.
 """
 
 from __future__ import annotations
 
 import numbers
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TypeGuard
 
 import torch
@@ -18,6 +19,7 @@ MIN_ACCESS_BYTES = 4  # in the narrowest
 
 
 def tensor(name: str, value: object) -> None:
+    """Raise unless `value` is a strided torch.Tensor that PyTorch has not quantised."""
     if not isinstance(value, torch.Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
     if value.layout != torch.strided:
@@ -27,7 +29,7 @@ def tensor(name: str, value: object) -> None:
 
 
 def types(eps_value: object, enable_pdl_value: object, **tensors: object) -> None:
-    """What torch's dispatcher would refuse in words of its own, so that traced calls are asked before it."""
+    """Raise for bad types. torch's dispatcher would raise for them too, with messages that name no argument."""
     for name, value in tensors.items():
         tensor(name, value)
     eps(eps_value)
@@ -35,28 +37,32 @@ def types(eps_value: object, enable_pdl_value: object, **tensors: object) -> Non
 
 
 def dtype(name: str, value: torch.Tensor, accepted: Sequence[torch.dtype]) -> None:
+    """Raise unless `value` has one of the accepted dtypes."""
     if value.dtype not in accepted:
         names = " or ".join(str(d).removeprefix("torch.") for d in dict.fromkeys(accepted))
         raise TypeError(f"{name} must be {names}, got {str(value.dtype).removeprefix('torch.')}")
 
 
 def device(name: str, value: torch.Tensor, like_name: str, like: torch.Tensor) -> None:
+    """Raise unless `value` is on the device of `like`."""
     if value.device != like.device:
         raise ValueError(f"{name} must be on {like.device} like {like_name}, got {value.device}")
 
 
 def supported_device(name: str, value: torch.Tensor) -> None:
+    """Raise unless `value` is on the CPU or a CUDA device."""
     if value.device.type not in ("cpu", "cuda"):
         raise ValueError(f"{name} must be on the CPU or a CUDA device, got {value.device}")
 
 
 def shape(name: str, value: torch.Tensor, expected: Sequence[int], why: str) -> None:
+    """Raise unless `value` has the expected shape; `why` explains it in the message."""
     if tuple(value.shape) != tuple(expected):
         raise ValueError(f"{name} must have shape {list(expected)} ({why}), got {list(value.shape)}")
 
 
 def vector_bytes(row_bytes: int) -> int:
-    """What one access of a CUDA kernel moves of rows that are any multiple of 4 bytes."""
+    """Return the bytes that one access of a CUDA kernel reads or writes in rows of `row_bytes`, a multiple of 4."""
     return next(n for n in (CUDA_ALIGNMENT, 8, MIN_ACCESS_BYTES) if row_bytes % n == 0)
 
 
@@ -65,13 +71,20 @@ def power(limit: int) -> str:
     return f"2^{limit.bit_length() - 1}"
 
 
+def enumeration(values: Iterable[object], conjunction: str = "and") -> str:
+    """Return values as messages enumerate them, such as "1, 2 and 4", and dtypes without their module."""
+    *most, last = (str(value).removeprefix("torch.") for value in values)
+    return f"{', '.join(most)} {conjunction} {last}" if most else last
+
+
 def storage(name: str, value: torch.Tensor) -> None:
+    """Raise if `value` has elements and no memory."""
     if value.numel() and value.data_ptr() == 0:
         raise ValueError(f"{name} must have storage, got a tensor without any")
 
 
 def indices(name: str, value: torch.Tensor, like_name: str, like: torch.Tensor) -> None:
-    """`value` is a contiguous vector of int32 or int64 beside `like`."""
+    """Raise unless `value` is a contiguous vector of int32 or int64 on the device of `like`."""
     dtype(name, value, (torch.int32, torch.int64))
     if value.dim() != 1:
         raise ValueError(f"{name} must have one dimension, got shape {list(value.shape)}")
@@ -81,7 +94,7 @@ def indices(name: str, value: torch.Tensor, like_name: str, like: torch.Tensor) 
 
 
 def rows(name: str, value: torch.Tensor, alignment: int = CUDA_ALIGNMENT) -> None:
-    """`value` is [..., hidden_size]: elements adjacent, one stride from row to row, storage that a kernel can reach."""
+    """Raise unless `value`, [..., hidden_size], has adjacent elements, one row stride, memory and alignment."""
     layout = f"shape {list(value.shape)} and strides {list(value.stride())}"
     if value.stride(-1) != 1:
         raise ValueError(f"{name} must have a last stride of 1, got {layout}")
@@ -94,7 +107,7 @@ def rows(name: str, value: torch.Tensor, alignment: int = CUDA_ALIGNMENT) -> Non
 
 
 def aligned(name: str, value: torch.Tensor, *strides: int, to: int = CUDA_ALIGNMENT) -> None:
-    """On CUDA, every row is whole accesses of a kernel; rows are these numbers of elements apart."""
+    """Raise if `value` is on CUDA and an address of a row is not a multiple of `to` bytes. Strides are in elements."""
     if not value.is_cuda:
         return
     address, steps = value.data_ptr() % to, [stride * value.element_size() for stride in strides]
@@ -106,7 +119,7 @@ def aligned(name: str, value: torch.Tensor, *strides: int, to: int = CUDA_ALIGNM
 
 
 def elements(name: str, value: torch.Tensor, count: int, why: str, alignment: int = 1) -> None:
-    """`value` is contiguous, of any shape, and has `count` elements."""
+    """Raise unless `value` is contiguous and has `count` elements, in any shape; `why` explains the number."""
     if value.numel() != count:
         raise ValueError(f"{name} must have {count} element{'s' * (count != 1)} ({why}), got shape {list(value.shape)}")
     if not value.is_contiguous():
@@ -117,6 +130,7 @@ def elements(name: str, value: torch.Tensor, count: int, why: str, alignment: in
 
 
 def address(name: str, value: torch.Tensor, alignment: int) -> None:
+    """Raise unless the first element's address is a multiple of `alignment` bytes."""
     if value.numel() and value.data_ptr() % alignment:
         raise ValueError(
             f"{name} must be aligned to {alignment} bytes, "
@@ -125,7 +139,7 @@ def address(name: str, value: torch.Tensor, alignment: int) -> None:
 
 
 def row_stride(value: torch.Tensor) -> int | None:
-    """Elements from one row to the next, of a tensor with rows; None where there is no one stride."""
+    """Return the elements from one row to the next. None if the leading dimensions do not collapse to one stride."""
     count, stride = 1, value.shape[-1]
     for size, step in zip(reversed(value.shape[:-1]), reversed(value.stride()[:-1]), strict=True):
         if size == 1:
@@ -139,13 +153,14 @@ def row_stride(value: torch.Tensor) -> int | None:
 
 
 def written_rows(name: str, value: torch.Tensor) -> None:
+    """Raise if rows of `value`, which is written, overlap."""
     hidden_size, stride = value.shape[-1], row_stride(value) or 0
     if value.numel() > hidden_size and stride < hidden_size:
         raise ValueError(f"{name} must not overlap itself, got a row stride of {stride} for {hidden_size} elements")
 
 
 def written(name: str, value: torch.Tensor) -> None:
-    """Of any strides, each dimension steps over all that lies within it."""
+    """Raise if `value`, which is written and has any strides, overlaps itself."""
     taken = 1
     for stride, size in sorted(zip(value.stride(), value.shape, strict=True)):
         if size > 1:
@@ -156,9 +171,9 @@ def written(name: str, value: torch.Tensor) -> None:
 
 
 def no_overlap(name: str, value: torch.Tensor, like_name: str, like: torch.Tensor, even_exactly: bool = False) -> None:
-    """They share no memory or, unless `even_exactly`, are the same rows.
+    """Raise if two tensors of rows share memory; unless `even_exactly`, they may be the same rows.
 
-    Where their strides differ, or rows have no one stride, extents that meet count as sharing.
+    If their strides differ, or one has no single row stride, extents that intersect count as sharing.
     """
     if not value.numel() or not like.numel():
         return
@@ -176,13 +191,13 @@ def no_overlap(name: str, value: torch.Tensor, like_name: str, like: torch.Tenso
 
 
 def no_shared_memory(name: str, value: torch.Tensor, like_name: str, like: torch.Tensor) -> None:
-    """For a written tensor and another, whatever lies between their rows."""
+    """Raise if the extents of two tensors intersect, even where one's elements lie between the rows of the other."""
     if extents_meet(value, like):
         raise ValueError(f"{name} must share no memory with {like_name}, got a view that overlaps it")
 
 
 def extents_meet(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Whether any of `b` lies between the first and the last element of `a`, or the other way round."""
+    """Return whether the memory from the first to the last element of `a` intersects that of `b`."""
     start, other = a.data_ptr(), b.data_ptr()
     return a.numel() > 0 and b.numel() > 0 and start < other + extent(b) and other < start + extent(a)
 
@@ -192,12 +207,13 @@ def _bytes(value: torch.Tensor, elements: int | None) -> int:
 
 
 def extent(value: torch.Tensor) -> int:
-    """Bytes from the first element to the end of the last."""
+    """Return the bytes from the first element to the end of the last."""
     last = sum((size - 1) * step for size, step in zip(value.shape, value.stride(), strict=True))
     return _bytes(value, last + 1)
 
 
 def eps(value: object) -> None:
+    """Raise unless `value` is a number of zero or more that fits a float and, if an int, 64 bits."""
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"eps must be a float, got {type(value).__name__}")
     if isinstance(value, int) and value.bit_length() > 63:
@@ -211,12 +227,12 @@ def eps(value: object) -> None:
 
 
 def is_integer(value: object) -> TypeGuard[int]:
-    """NumPy's integers are, and True is none."""
+    """Return whether `value` is an integer. NumPy's integers are, and True is not."""
     return isinstance(value, numbers.Integral) and not isinstance(value, bool)
 
 
 def integer(name: str, value: object) -> int:
-    """`value` as Python's own int, with which comparisons do not overflow as with NumPy's."""
+    """Return `value` as Python's int, whose comparisons do not overflow as NumPy's do. Raise unless it fits 64 bits."""
     if not is_integer(value):
         raise TypeError(f"{name} must be an int, got {type(value).__name__}")
     number = int(value)
@@ -226,5 +242,6 @@ def integer(name: str, value: object) -> int:
 
 
 def enable_pdl(value: object) -> None:
+    """Raise unless `value` is True, False or None."""
     if value is not None and not isinstance(value, bool):
         raise TypeError(f"enable_pdl must be True, False or None, got {type(value).__name__}")

@@ -29,10 +29,9 @@ def kernel_class(hidden_size: int, op: str = "rmsnorm") -> str:
     if hidden_size in _BLOCK_HIDDEN_SIZES:
         return "RMSNormKernel"
     block = _BLOCK_HIDDEN_SIZES
-    raise RuntimeError(
-        f"{op} does not support hidden_size {hidden_size}: supported are {', '.join(map(str, _WARP_HIDDEN_SIZES))} "
-        f"and the multiples of {block.step} from {block[0]} to {block[-1]}"
-    )
+    multiples = f"the multiples of {block.step} from {block[0]} to {block[-1]}"
+    supported = checks.enumeration((*_WARP_HIDDEN_SIZES, multiples))
+    raise RuntimeError(f"{op} does not support hidden_size {hidden_size}: supported are {supported}")
 
 
 @dataclass(frozen=True)
@@ -54,7 +53,7 @@ class Norm(Operator):
         cls = self.kernel_class(hidden_size)
         if dtype not in DTYPES or weight_dtype not in (dtype, torch.float32):
             raise TypeError(
-                f"{self.op} takes float16, bfloat16 and float32, with weights of the same dtype or float32, "
+                f"{self.op} takes {checks.enumeration(DTYPES)}, with weights of the same dtype or float32, "
                 f"got {dtype} with weights of {weight_dtype}"
             )
         name, weight_name = checks.DTYPE_NAMES[dtype], checks.DTYPE_NAMES[weight_dtype]

@@ -1,4 +1,4 @@
-"""Which code a tensor, or a caller without a GPU, asks for."""
+"""The target that kernels are built for: of a tensor, or of a device and architecture by name."""
 
 from __future__ import annotations
 
@@ -9,22 +9,22 @@ import torch
 from jitnorm.jit.spec import Target
 
 _CPU = Target("cpu")
-_OLDEST = 7.5  # Turing: what tests/core/test_architectures.py compiles
+_MIN_ARCH = 7.5  # Turing: what tests/core/test_architectures.py compiles
 
 
 def target_of(tensor: torch.Tensor) -> Target:
-    """The tensor's own device: two GPUs of one machine may differ."""
+    """Return the target of the tensor's own device. Two GPUs of one machine may differ."""
     return _CPU if tensor.device.type == "cpu" else cuda_target(tensor.device.index)
 
 
 @functools.cache
 def cuda_target(index: int | None) -> Target:
-    """What calls on this GPU are built for."""
-    return _as_called("{}.{}".format(*torch.cuda.get_device_capability(index)))
+    """Return the target of this GPU."""
+    return _with_suffix("{}.{}".format(*torch.cuda.get_device_capability(index)))
 
 
-def _as_called(arch: str) -> Target:
-    """With the suffix that calls ask for: 9.0 and later are built as 9.0a."""
+def _with_suffix(arch: str) -> Target:
+    """Return the target of an architecture, with the suffix "a" from 9.0 on, which architecture-specific code needs."""
     target = Target.cuda(arch)
     if float(target.arch.rstrip("af")) >= 9 and target.arch[-1].isdigit():
         return Target.cuda(target.arch + "a")
@@ -32,8 +32,16 @@ def _as_called(arch: str) -> Target:
 
 
 def resolve_target(device: str | None = None, arch: str | None = None) -> Target:
-    """From words: `device` "cpu" or "cuda" (None: CUDA where torch sees a GPU), `arch` such as "9.0a" for a GPU that
-    is not here. ValueError for anything else, RuntimeError where the architecture cannot be known."""
+    """Return the target of a device and an architecture.
+
+    Args:
+        device: "cpu" or "cuda"; None for CUDA if torch sees a GPU or `arch` is given, else the CPU.
+        arch: such as "9.0a", also for a GPU that this machine does not have; None for the current GPU's.
+
+    Raises:
+        ValueError: another device or architecture.
+        RuntimeError: the architecture is not given, and torch sees no GPU.
+    """
     if device is None:
         device = "cuda" if arch is not None or torch.cuda.is_available() else "cpu"
     if device not in ("cpu", "cuda"):
@@ -43,9 +51,9 @@ def resolve_target(device: str | None = None, arch: str | None = None) -> Target
             raise ValueError(f"arch is for CUDA: the CPU's code is built for the machine it runs on, got {arch!r}")
         return _CPU
     if arch is not None:
-        target = _as_called(arch)
-        if float(target.arch.rstrip("af")) < _OLDEST:
-            raise ValueError(f"arch (--arch) must be {_OLDEST} or later, got {arch!r}")
+        target = _with_suffix(arch)
+        if float(target.arch.rstrip("af")) < _MIN_ARCH:
+            raise ValueError(f"arch (--arch) must be {_MIN_ARCH} or later, got {arch!r}")
         return target
     if not torch.cuda.is_available():
         raise RuntimeError(

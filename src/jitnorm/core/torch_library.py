@@ -21,16 +21,20 @@ _library = torch.library.Library("jitnorm", "DEF")
 
 
 def is_traced(*tensors: object) -> bool:
-    """Whether one of these has no storage of its own, so that only torch's dispatcher can tell what a call means."""
+    """Return whether a call on these has to go through torch's dispatcher.
+
+    It has to under torch.compile and tracers, while a dispatch mode is active, and for tensors whose storage does not
+    hold their values.
+    """
     return (
         torch.compiler.is_compiling()
         or torch_modes.is_active()
-        or any(isinstance(t, torch.Tensor) and _is_stand_in(t) for t in tensors)
+        or any(isinstance(t, torch.Tensor) and _has_no_values(t) for t in tensors)
     )
 
 
-def _is_stand_in(tensor: torch.Tensor) -> bool:
-    """A FakeTensor, a meta tensor, another subclass that interprets operators itself, or torch.func's wrapper."""
+def _has_no_values(tensor: torch.Tensor) -> bool:
+    """Return whether it is a meta tensor, a subclass with its own __torch_dispatch__, or torch.func's wrapper."""
     return (
         tensor.is_meta
         or type(tensor).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__
@@ -39,15 +43,15 @@ def _is_stand_in(tensor: torch.Tensor) -> bool:
 
 
 def mark_constant(function: Any) -> None:
-    """Makes what `function` returns while torch.compile traces a constant of the graph.
+    """Let torch.compile treat the result of `function` as a constant of the graph.
 
-    As torch.compiler.assume_constant_result, which would import torch._dynamo, and that takes a second.
+    As torch.compiler.assume_constant_result, which imports torch._dynamo, and that takes a second.
     """
     function._dynamo_marked_constant = True
 
 
 def needs_grad(*tensors: object) -> bool:
-    """Whether autograd has to know of a call on these."""
+    """Return whether autograd has to record a call on these."""
     return torch.is_grad_enabled() and any(isinstance(t, torch.Tensor) and t.requires_grad for t in tensors)
 
 
@@ -58,7 +62,7 @@ def refuse_gradient(op: str, *tensors: object) -> None:
 
 
 def refuse_torch_func(op: str, *tensors: object) -> None:
-    """RuntimeError where torch.func is to differentiate a call on these, which it cannot."""
+    """Raise RuntimeError if torch.func is to differentiate a call on these, which it cannot."""
     if any(
         isinstance(t, torch.Tensor) and torch._C._functorch.is_gradtrackingtensor(t) and needs_grad(t) for t in tensors
     ):
@@ -69,23 +73,29 @@ def refuse_torch_func(op: str, *tensors: object) -> None:
 
 
 def refuse_unwritable(op: str, *needed: object, **written: torch.Tensor) -> None:
-    """RuntimeError where torch would not let one of these be overwritten by what is computed from it and from `needed`.
+    """Raise RuntimeError if autograd forbids overwriting one of `written`.
 
-    torch says so in the middle of its own writing, for some of these after it: so all are asked before the first write.
+    torch itself raises while it writes, for some of these even afterwards. So all are checked before the first write.
+
+    Args:
+        op: the operator's name, for the message.
+        needed: the other tensors from which the new values are computed.
+        written: the tensors to overwrite, by argument name.
     """
     for name, tensor in written.items():
         if reason := _reason_not_to_write(tensor, needs_grad(tensor, *needed)):
             raise RuntimeError(f"{name} is {reason}, which {op} cannot overwrite")
 
 
-def _reason_not_to_write(tensor: torch.Tensor, of_gradient: bool) -> str | None:
-    if of_gradient and tensor.requires_grad and tensor.is_leaf:
+def _reason_not_to_write(tensor: torch.Tensor, has_gradient: bool) -> str | None:
+    """Return why autograd forbids overwriting `tensor` with values that have a gradient or not, or None."""
+    if has_gradient and tensor.requires_grad and tensor.is_leaf:
         return "a leaf that requires grad"
-    if torch.compiler.is_compiling():  # what is compiled writes to no view
+    if torch.compiler.is_compiling():  # a compiled graph writes to no view
         return None
     if tensor.is_inference() and not torch.is_inference_mode_enabled():
         return "an inference tensor"
-    if not of_gradient or not tensor._is_view():
+    if not has_gradient or not tensor._is_view():
         return None
     if tensor.requires_grad and tensor._base is not None and tensor._base.is_leaf:
         return "a view of a leaf that requires grad"
@@ -95,14 +105,14 @@ def _reason_not_to_write(tensor: torch.Tensor, of_gradient: bool) -> str | None:
 
 
 def count_version(*written: torch.Tensor) -> None:
-    """So that autograd notices if one of these was saved for a backward."""
+    """Increment the versions of tensors that were written, so that autograd notices if a backward has saved one."""
     for tensor in written:
         if not tensor.is_inference():
             torch.autograd.graph.increment_version(tensor)
 
 
 def build_while_tracing(operator: Operator, like: torch.Tensor, *sizes: Any) -> None:
-    """Builds `operator.spec(*sizes, target)` for the device of `like`: now, not in a graph's first run."""
+    """Build `operator.spec(*sizes, target)` for the device of `like`, so that the graph's first run need not."""
     if not like.is_meta:
         load(operator.spec(*sizes, target_of(like)))
 

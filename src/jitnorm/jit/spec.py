@@ -94,13 +94,27 @@ class KernelSpec:
     @property
     def source(self) -> str:
         """Return the source. For CUDA, nvcc compiles it for the device, and the host compiler for the host."""
-        if self.target.device == "cuda":
-            header, export = f"{self.family}.cuh", f"JITNORM_CUDA_MODULE({self.entry}, {self.name}, jitnorm::Kernel)"
-        else:
-            header, export = f"{self.family}_cpu.h", f"JITNORM_CPU_MODULE({self.entry}, jitnorm::Kernel)"
-        return (
+        header = f"{self.family}.cuh" if self.target.device == "cuda" else f"{self.family}_cpu.h"
+        binding = f"jitnorm::{self.entry}<jitnorm::Kernel>"
+        source = (
             f'// {self}\n#include "{self.folder}/{header}"\n\n'
-            f"namespace jitnorm {{\nusing Kernel = {self.kernel};\n}}\n\n{export}\n"
+            f"namespace jitnorm {{\nusing Kernel = {self.kernel};\n}}\n\n"
+        )
+        exports = (
+            f"JITNORM_EXPORT(__tvm_ffi_{self.entry}, {binding})\n"
+            f"JITNORM_EXPORT(__tvm_ffi_{self.entry}_fast_path, jitnorm::fast_path<{binding}>)\n"
+        )
+        if self.target.device == "cpu":
+            return source + exports
+        symbols = {"kDefault": self.name, "kShort": f"{self.name}_short", "kLong": f"{self.name}_long"}
+        kernels = "".join(
+            f"JITNORM_DEFINE_KERNEL({symbol}, jitnorm::Kernel, jitnorm::GridVariant::{variant})\n"
+            for variant, symbol in symbols.items()
+        )
+        names = ", ".join(f'"{symbol}"' for symbol in symbols.values())
+        return (
+            f"{source}#ifdef __CUDACC__\n{kernels}"
+            f"#else\nconst char* const jitnorm::kKernelSymbols[] = {{{names}}};\n{exports}#endif\n"
         )
 
     @property

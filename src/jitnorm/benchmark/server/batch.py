@@ -294,7 +294,6 @@ def _read_stream(response: httpx.Response, api: _Api, request: Request, start: f
         raise ValueError(f"HTTP status {response.status_code}: {body}")
     if "text/event-stream" not in content_type:
         raise ValueError(f"answered with {content_type or 'no content type'} instead of a stream of events")
-    incomplete = "the stream ended without [DONE]"
     try:
         for data in iterate_events(response):
             if data == "[DONE]":
@@ -305,9 +304,9 @@ def _read_stream(response: httpx.Response, api: _Api, request: Request, start: f
                 if len(request.times) > api.max_events:
                     raise ValueError(f"the stream went on after {len(request.times)} events with tokens")
         else:
-            raise ValueError(f"{incomplete}, after {request.tokens} tokens")
+            raise ValueError(f"the stream ended without [DONE], after {request.tokens} tokens")
     except httpx.RemoteProtocolError as error:
-        raise ValueError(f"{incomplete}, after {request.tokens} tokens: {error}") from error
+        raise ValueError(f"the stream ended without [DONE], after {request.tokens} tokens: {error}") from error
     if not request.times:
         raise ValueError("the stream had no tokens")
 
