@@ -1,4 +1,4 @@
-"""Gradients against PyTorch's own through a float64 reference, and that a result is never silently detached."""
+"""Gradients, compared with PyTorch's own of a float64 reference; no result is detached without an error."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ def leaf(*shape, device, dtype=torch.float32, scale=1.0):
 
 
 def double(*tensors):
-    """Leaves of the same values for the reference."""
+    """Return leaves of the same values for the reference."""
     return [t.detach().double().requires_grad_() for t in tensors]
 
 
 def reference_fused_add(x, residual, weight, offset, rounded_to):
-    """The two results in float64; rounding, where asked for, has the gradient of the identity."""
+    """Return the two results in float64; rounding, if requested, has the gradient of the identity."""
     total = x + residual
     if rounded_to is not None:
         total = total + (total.to(rounded_to).double() - total).detach()
@@ -105,7 +105,7 @@ def test_the_same_bits_with_and_without_gradients(norm, offset, mode, device):
 def test_out_with_a_gradient_is_refused(norm, offset, which, device):
     tensors = {name: torch.randn(5, 256, device=device) for name in ("input", "out")}
     tensors["weight"] = torch.randn(256, device=device)
-    norm(**tensors)  # so that the fast way has its kernel
+    norm(**tensors)  # so that the fast path has its kernel
     tensors[which].requires_grad_()
     before = tensors["out"].detach().clone()
     with pytest.raises(RuntimeError, match="with out= has no gradient"):
@@ -117,7 +117,7 @@ def test_out_with_a_gradient_is_refused(norm, offset, which, device):
 def test_an_out_that_requires_a_gradient_is_data(norm, offset, cache_dir):
     x, w = torch.randn(5, 256), torch.randn(256)
     expected = norm(x, w)
-    for _ in range(2):  # the first call of a size and another take different ways
+    for _ in range(2):  # the first call of a size takes the slow path, later ones the fast path
         out = torch.full_like(x, torch.nan).requires_grad_()
         assert norm(x, w, out=out) is out and out.is_leaf
         assert same_bits(out.detach(), expected)
@@ -167,7 +167,7 @@ def test_second_derivatives_of_activations(op, device):
     assert relative_error(x.grad, x64.grad) < 1e-5
 
 
-def test_torch_func_says_what_it_cannot_do(device):
+def test_torch_func_is_refused(device):
     x, w = torch.randn(3, 64, device=device), torch.randn(64, device=device)
     wide, heads = torch.randn(3, 128, device=device), torch.randn(3, 2, 64, device=device)
     for name, argument, call in (
@@ -271,7 +271,7 @@ def test_a_leaf_is_not_overwritten(fused_add, offset, which, device):
 
 
 @fused
-def test_overwriting_what_another_backward_needs_is_noticed(fused_add, offset, device):
+def test_overwriting_what_another_backward_needs_is_an_error(fused_add, offset, device):
     x, residual = leaf(5, 256, device=device), torch.randn(5, 256, device=device)
     hidden = x.exp()  # whose backward reads its result
     fused_add(hidden, residual, torch.ones(256, device=device))

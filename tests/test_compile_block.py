@@ -65,7 +65,7 @@ def assert_eager(function, compiled, arguments, tolerance):
             assert same_bits(got, want)
 
 
-def test_a_block_compiles_whole(device):
+def test_a_block_compiles_without_a_graph_break(device):
     """The second batch size makes torch compile again, with a dynamic batch; the third needs no compilation."""
     w, compiles = parameters(device), CompileCounterWithBackend("aot_eager")
 

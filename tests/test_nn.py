@@ -1,4 +1,4 @@
-"""The modules: torch.nn.RMSNorm's twin wherever that accepts a call, and what a residual means."""
+"""jitnorm.nn: equal to torch.nn.RMSNorm for every call that it accepts; and calls with a residual."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ RESIDUAL_MODULES = [nn.RMSNorm, nn.GemmaRMSNorm]
 
 
 def twins(*args, **kwargs):
-    """This package's module and torch's, with the same random weight."""
+    """Return this package's module and torch's, with the same random weight."""
     ours, theirs = nn.RMSNorm(*args, **kwargs), torch.nn.RMSNorm(*args, **kwargs)
     if theirs.weight is not None:
         torch.nn.init.normal_(theirs.weight)
@@ -40,8 +40,8 @@ def reference(module, x):
 @pytest.mark.parametrize("eps", [None, 1e-3])
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("shape", [256, [256], [300], [1], [3, 128]], ids=str)
-def test_the_values_of_torch(shape, dtype, eps, affine, device):
-    """Sizes with and without a kernel; the input is so small that eps shows."""
+def test_values_are_those_of_torch(shape, dtype, eps, affine, device):
+    """Sizes with and without a kernel; the input is small, so that eps matters."""
     ours, theirs = twins(shape, eps, affine, device=device, dtype=dtype)
     leading = (2, 5) if shape != [3, 128] else (5,)
     x = (torch.randn(*leading, *ours.normalized_shape, device=device) * 1e-3).to(dtype)
@@ -50,7 +50,7 @@ def test_the_values_of_torch(shape, dtype, eps, affine, device):
     assert relative_error(out, expected.double()) < TOLERANCE[dtype]
 
 
-def test_the_kernels_are_used(device, monkeypatch):
+def test_kernels_are_called(device, monkeypatch):
     called, normalise = [], nn.normalise
     monkeypatch.setattr(nn, "normalise", lambda norm, *a: called.append(norm) or normalise(norm, *a))
     for affine in (True, False):
@@ -59,7 +59,7 @@ def test_the_kernels_are_used(device, monkeypatch):
     assert called == [jitnorm.rmsnorm, jitnorm.rmsnorm]
 
 
-def test_the_constructor_state_and_text_of_torch():
+def test_constructor_state_and_text_are_those_of_torch():
     for args in ((256,), ([4, 64], 1e-5), (256, None, False), (torch.Size([7]), 1e-4, True, "cpu", torch.float16)):
         ours, theirs = twins(*args)
         assert isinstance(ours, torch.nn.RMSNorm)
@@ -75,7 +75,7 @@ def test_the_constructor_state_and_text_of_torch():
 
 
 def test_without_a_weight_after_every_conversion():
-    """The ones that stand for it are neither rounded with the module nor left unwritten."""
+    """The ones that replace it are neither rounded with the module nor left unwritten."""
     x = torch.randn(3, 256)
     expected = torch.nn.RMSNorm(256, elementwise_affine=False)(x)
     built_on_meta = nn.RMSNorm(256, elementwise_affine=False, device="meta")
@@ -89,7 +89,7 @@ def test_without_a_weight_after_every_conversion():
 
 
 @pytest.mark.parametrize("cls", RESIDUAL_MODULES)
-def test_strides_that_no_kernel_takes(cls, device):
+def test_strides_that_no_kernel_supports(cls, device):
     module = randomised(cls, 64, eps=1e-6, device=device)
     heads = torch.randn(2, 5, 3 * 64, device=device).view(2, 5, 3, 64).transpose(1, 2)
     fused_qkv = torch.randn(2, 5, 7 * 64, device=device)[..., 64:256].view(2, 5, 3, 64)
@@ -108,7 +108,7 @@ def test_strides_that_no_kernel_takes(cls, device):
 
 @pytest.mark.parametrize("cls", RESIDUAL_MODULES)
 def test_mixed_dtypes(cls, device):
-    """A float32 weight goes with bfloat16 inputs, no kernel takes the converse; the input's dtype results."""
+    """A kernel supports float32 weights with bfloat16 inputs, none the converse; the output has the input's dtype."""
     for dtype, weight_dtype in ((torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16)):
         module = randomised(cls, 256, eps=1e-6, device=device, dtype=weight_dtype)
         x = torch.randn(5, 256, device=device).to(dtype)
@@ -127,7 +127,7 @@ def test_autocast_gives_what_torch_gives():
         assert relative_error(out, expected.double()) < TOLERANCE[dtype]
 
 
-def test_what_torch_alone_interprets_is_torchs(device):
+def test_calls_that_only_torch_can_interpret_are_torchs(device):
     """Nested and sharded tensors, and gradients of torch.func."""
     ours, theirs = (module.to(device) for module in twins(256))
     nested = torch.nested.nested_tensor([torch.randn(n, 256, device=device) for n in (2, 3)], layout=torch.jagged)
@@ -156,7 +156,7 @@ def test_sharded_tensors(tmp_path):
 
 
 @pytest.mark.parametrize("cls", [nn.RMSNorm, nn.GemmaRMSNorm])
-def test_an_eps_that_no_call_would_take(cls):
+def test_a_bad_eps_is_refused(cls):
     for eps, error, words in (("a", TypeError, "must be a float, got str"), (-1, ValueError, "zero or more, got -1")):
         with pytest.raises(error, match=f"eps {words}" if error is TypeError else words):
             cls(512, eps=eps)
@@ -289,7 +289,7 @@ def test_a_residual_that_is_not_like_the_input_is_refused(cls, size):
 
 
 @pytest.mark.parametrize("cls", RESIDUAL_MODULES)
-def test_the_modules_compile_whole(cls, device):
+def test_modules_compile_without_a_graph_break(cls, device):
     torch._dynamo.reset()
     module = randomised(cls, 64, eps=1e-6, device=device).requires_grad_(False)
 

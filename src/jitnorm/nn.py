@@ -107,7 +107,7 @@ class RMSNorm(_ResidualNorm, torch.nn.RMSNorm):
 
     Args:
         normalized_shape: the size of the last dimension, or the sizes of several (which PyTorch computes).
-        eps: added to the mean of the squares. None stands for torch's default: the epsilon of float32 for float16,
+        eps: added to the mean of the squares. None means torch's default: the epsilon of float32 for float16,
             bfloat16 and float32 (before torch 2.7, of the input's dtype).
         elementwise_affine: False for no weight.
         device: of the weight, which is initialised with ones.
@@ -145,7 +145,7 @@ class RMSNorm(_ResidualNorm, torch.nn.RMSNorm):
 class GemmaRMSNorm(_ResidualNorm):
     """Gemma's RMSNorm: multiplies by `1 + weight`, added in float32; the weight is initialised with zeros.
 
-    Not a `torch.nn.RMSNorm`, because code that knows that class would multiply by the weight alone.
+    Not a subclass of `torch.nn.RMSNorm`, because code for that class would multiply by the weight alone.
 
     Args:
         normalized_shape: the size of the last dimension, or the sizes of several (which PyTorch computes).
@@ -178,7 +178,7 @@ class GemmaRMSNorm(_ResidualNorm):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Set the weight to zeros, which stand for a factor of one."""
+        """Set the weight to zeros, so that the module multiplies by one."""
         torch.nn.init.zeros_(self.weight)
 
     def extra_repr(self) -> str:

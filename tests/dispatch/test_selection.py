@@ -104,7 +104,7 @@ def test_auto_fast(flashinfer):
         packed = on_cuda(torch.randn(ROWS, 3, 64).bfloat16())
         assert dispatch.explain("rmsnorm", packed, packed[0, 0], rows)[0] == "flashinfer"
         assert dispatch.explain("rmsnorm", rows[:, 0], rows[0, 0])[0] == "jit"
-        assert explained(weight=on_cuda(torch.randn(256).half()))[0] == "jit"  # which says what is wrong with it
+        assert explained(weight=on_cuda(torch.randn(256).half()))[0] == "jit"  # whose checks name the wrong dtype
 
 
 def test_blocks_nest_and_end(monkeypatch):

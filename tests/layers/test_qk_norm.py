@@ -1,4 +1,4 @@
-"""jitnorm.layers.apply_qk_norm: which form runs where, with what result, and what it leaves alone."""
+"""jitnorm.layers.apply_qk_norm: which implementation runs where, its result, and what it does not overwrite."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ TOLERANCE = {torch.float16: 8e-4, torch.bfloat16: 6e-3, torch.float32: 1e-6}
 
 
 class RMSNorm(torch.nn.Module):
-    """As engines have it: rounds before it multiplies by the weight, too."""
+    """The norm of inference engines, which also rounds before it multiplies by the weight."""
 
     def __init__(self, eps=1e-5, size=D, dtype=torch.float32, device="cpu", eps_name="variance_epsilon"):
         super().__init__()
@@ -33,7 +33,7 @@ class RMSNorm(torch.nn.Module):
 
 
 class OnePlusWeight(RMSNorm):
-    """As many models have it, under a name of their own."""
+    """A norm with another factor, which many models have under a name of their own."""
 
     def forward(self, x):
         return super().forward(x) + super().forward(x) / self.weight
@@ -50,7 +50,7 @@ def with_another_forward(norm):
 
 
 @pytest.fixture(autouse=True)
-def no_setting_stays():
+def restore_the_setting():
     torch._dynamo.reset()
     yield
     set_compiler("eager")
@@ -64,7 +64,7 @@ def fused_calls(monkeypatch):
 
 
 def projection(*leading, dtype=torch.float32, device="cpu", head_dim=D):
-    """Of q, k and v, and the slices that are q and k."""
+    """Return a fused projection, and its slices q and k."""
     qkv = torch.randn(*leading, (Q_HEADS + 2 * K_HEADS) * head_dim, device=device).to(dtype)
     return qkv, qkv[..., : Q_HEADS * head_dim], qkv[..., Q_HEADS * head_dim : (Q_HEADS + K_HEADS) * head_dim]
 
@@ -77,7 +77,7 @@ def expected(x, norm, eps=1e-5):
 @pytest.mark.parametrize("leading", [(7,), (2, 3)])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("form", ["fused", "not in place", "inductor"])
-def test_every_form_gives_the_same(form, dtype, leading, fused_calls, device):
+def test_every_implementation_gives_the_same_result(form, dtype, leading, fused_calls, device):
     qkv, q, k = projection(*leading, dtype=dtype, device=device)
     before = qkv.clone()
     q_norm, k_norm = (RMSNorm(dtype=dtype, device=device) for _ in range(2))
@@ -115,7 +115,7 @@ def test_every_form_gives_the_same(form, dtype, leading, fused_calls, device):
     ],
     ids=lambda change: "-".join(change),
 )
-def test_modules_where_the_kernel_would_do_something_else(change, fused_calls):
+def test_modules_that_compute_something_else_are_called(change, fused_calls):
     _, q, k = projection(7)
     arguments = {"q": q, "k": k, "q_norm": RMSNorm(), "k_norm": RMSNorm(), "head_dim": D}
     arguments |= {name: make() for name, make in change.items()}
@@ -139,7 +139,7 @@ def test_both_names_of_eps(norm, fused_calls):
     assert fused_calls.call_count == 1
 
 
-def test_gradients_are_not_lost(fused_calls, device):
+def test_gradients_flow_through_the_modules(fused_calls, device):
     qkv, *_ = projection(7, device=device)
     leaf, norms = qkv.requires_grad_(), (RMSNorm(device=device), RMSNorm(device=device))
     q, k = leaf[:, : Q_HEADS * D], leaf[:, Q_HEADS * D : (Q_HEADS + K_HEADS) * D]
@@ -157,7 +157,6 @@ def test_gradients_are_not_lost(fused_calls, device):
     assert not fused_calls.called
 
 
-@torch.no_grad()
 @torch.no_grad()
 def test_a_model_that_was_patched(fused_calls):
     modeling = pytest.importorskip("transformers.models.llama.modeling_llama")
@@ -180,7 +179,7 @@ def test_no_heads():
     assert relative_error(got, want) <= 1e-6 and none.shape == (7, 0)
 
 
-def test_a_stream_means_nothing_on_the_cpu():
+def test_a_stream_is_ignored_on_the_cpu():
     _, q, k = projection(3)
     norms = RMSNorm(), RMSNorm()
     want = expected(q, norms[0]), expected(k, norms[1])
@@ -211,7 +210,7 @@ def test_the_setting_and_the_argument(fused_calls):
 
 @pytest.mark.parametrize("compiler", ["eager", "inductor"])
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
-def test_compiles_whole(compiler, backend, device):
+def test_compiles_without_a_graph_break(compiler, backend, device):
     qkv, *_ = projection(6, dtype=torch.bfloat16, device=device)
     norms = [jitnorm.nn.RMSNorm(D, 1e-5, device=device, dtype=torch.bfloat16) for _ in range(2)]
 
@@ -226,7 +225,7 @@ def test_compiles_whole(compiler, backend, device):
         assert relative_error(a, b.double()) < 2e-3
 
 
-def test_what_is_no_tensor_or_size():
+def test_bad_types_are_refused():
     q, norm = torch.randn(2, D), RMSNorm()
     with pytest.raises(TypeError, match=r"q must be a torch\.Tensor, got list"):
         apply_qk_norm([1.0], q, norm, norm, D)
@@ -234,7 +233,7 @@ def test_what_is_no_tensor_or_size():
         apply_qk_norm(q, q, norm, norm, "64")
 
 
-def test_heads_that_are_not_whole():
+def test_partial_heads_are_refused():
     _, q, k = projection(3)
     for arguments, name in (((q[:, 1:], k), "q"), ((q, k[:, 1:]), "k")):
         with pytest.raises(ValueError, match=rf"{name} must have whole heads of 64 in its last dimension, got \[3, "):
@@ -243,7 +242,7 @@ def test_heads_that_are_not_whole():
 
 @pytest.mark.parametrize("backend", [None, "eager"])
 @pytest.mark.parametrize("norm", [torch.nn.RMSNorm, torch.nn.LayerNorm, jitnorm.nn.GemmaRMSNorm, RMSNorm])
-def test_norms_over_another_size(norm, backend):
+def test_norms_over_another_size_are_refused(norm, backend):
     _, q, k = projection(3)
     good, other = torch.nn.RMSNorm(D, 1e-5), norm(size=32) if norm is RMSNorm else norm(32)
     function = torch.compile(apply_qk_norm, backend=backend) if backend else apply_qk_norm
@@ -253,8 +252,8 @@ def test_norms_over_another_size(norm, backend):
 
 
 @torch.no_grad()
-def test_a_weight_that_is_there_only_in_the_call():
-    """As where parameters are sharded, and gathered by a hook; and one that broadcasts."""
+def test_weights_that_are_gathered_or_broadcast_in_the_call():
+    """One weight is gathered by a hook, as if sharded; the other is broadcast."""
     _, q, k = projection(3)
     gathered, one = torch.nn.RMSNorm(D, 1e-5), RMSNorm(size=1)
     want = gathered(q.unflatten(-1, (-1, D))).flatten(-2)
@@ -263,18 +262,18 @@ def test_a_weight_that_is_there_only_in_the_call():
     assert same_bits(apply_qk_norm(q, k, gathered, one, D)[0], want)
 
 
-class SaysCuda(torch.Tensor):
-    """On the CPU, whatever it says: these functions ask for nothing else."""
+class ClaimsCuda(torch.Tensor):
+    """A tensor on the CPU that claims to be on CUDA, for functions that read only `is_cuda`."""
 
     is_cuda = True
 
 
-def test_the_view_is_for_inductor_on_nvidias_gpus_alone(monkeypatch):
-    """The strides of a slice, which the norms of ROCm would fault on, are copied everywhere else."""
+def test_only_inductor_on_nvidia_gpus_gets_a_view(monkeypatch):
+    """Everything else gets a copy of a slice: with a slice's strides the norms of ROCm fault."""
     for cls, hip, compiler, viewed in (
-        (SaysCuda, None, "inductor", True),
-        (SaysCuda, None, "eager", False),
-        (SaysCuda, "6.4", "inductor", False),
+        (ClaimsCuda, None, "inductor", True),
+        (ClaimsCuda, None, "eager", False),
+        (ClaimsCuda, "6.4", "inductor", False),
         (torch.Tensor, None, "inductor", False),
     ):
         monkeypatch.setattr(torch.version, "hip", hip)
@@ -290,7 +289,7 @@ def test_the_view_is_for_inductor_on_nvidias_gpus_alone(monkeypatch):
 @torch.no_grad()
 def test_rocm_has_no_fused_kernel(monkeypatch, fused_calls):
     monkeypatch.setattr(torch.version, "hip", "6.4")
-    q, k = (x.as_subclass(SaysCuda) for x in projection(5)[1:])
+    q, k = (x.as_subclass(ClaimsCuda) for x in projection(5)[1:])
     q_norm, k_norm = RMSNorm(), RMSNorm()
     for got, x, norm in zip(apply_qk_norm(q, k, q_norm, k_norm, D), (q, k), (q_norm, k_norm), strict=True):
         assert relative_error(got.as_subclass(torch.Tensor), expected(x, norm)) <= 1e-6
@@ -319,4 +318,4 @@ def test_in_a_graph_the_two_norms_run_side_by_side(allow_inplace):
     qkv.copy_(before)
     with mock.patch.object(torch.cuda, "stream", wraps=torch.cuda.stream) as entered:
         apply_qk_norm(q, k, *norms, 128, side, allow_inplace)
-    assert not entered.called  # outside a graph to fork and join costs more than the norms
+    assert not entered.called  # outside a graph, to fork and join costs more than the norms

@@ -9,9 +9,9 @@ The four functions have sgl_kernel's names and signatures. The rule of the defau
 2. This package's kernels, if they support the hidden size (see `jitnorm.rmsnorm`).
 3. PyTorch's rms_norm in float32, for every other hidden size.
 
-FlashInfer is imported when the first call needs to know. If its import or a call of it fails because it does not work
-here, it is treated as unavailable from then on, and one warning gives the reason. `explain` and `jitnorm doctor` show
-which backend is selected and why.
+The first call whose backend depends on FlashInfer imports it. If its import or a call of it fails, it is treated as
+unavailable from then on, and one warning gives the reason. (Running out of memory, or an error during the capture of a
+CUDA graph, is raised instead.) `explain` and `jitnorm doctor` show which backend is selected and why.
 
 `with backend(name):` overrides the rule. JITNORM_BACKEND does so too, and is read once, at the first call:
 

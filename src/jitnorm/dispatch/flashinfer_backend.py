@@ -42,7 +42,7 @@ def unavailable_reason() -> str:
 def _import_flashinfer() -> None:
     global _norm, _unavailable_reason
     try:
-        importlib.import_module("flashinfer")  # by itself first, so that an error tells absent from broken
+        importlib.import_module("flashinfer")  # first, to distinguish an absent package from a broken one
         _norm = importlib.import_module("flashinfer.norm")
         for name in RANKS:  # a version before 0.6 may lack one, or its enable_pdl
             inspect.signature(getattr(_norm, name)).bind_partial(enable_pdl=None)

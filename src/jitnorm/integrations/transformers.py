@@ -55,7 +55,7 @@ _SUPPORTED_CLASSES = {
 
 
 def is_supported_family(family: str) -> bool:
-    """Return whether `patch_transformers` knows the norm class of a model family.
+    """Return whether `patch_transformers` supports the norm class of a model family.
 
     Args:
         family: the model_type of a config, without "_" and without a final "text".

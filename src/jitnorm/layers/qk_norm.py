@@ -39,8 +39,8 @@ def apply_qk_norm(
         q: `[..., q_heads * head_dim]`, such as a slice of a fused QKV projection. **Overwritten if allowed.**
         k: `[..., kv_heads * head_dim]`. **Overwritten if allowed.**
         q_norm: an RMSNorm module over head_dim, called with a tensor. The kernel can replace it if its class is named
-            RMSNorm or is one of the Llama kind that `jitnorm.patch_transformers` knows, it has no hooks, and it has a
-            `weight` to multiply by and its eps as `variance_epsilon` or `eps`.
+            RMSNorm or is one of the Llama kind that `jitnorm.patch_transformers` supports, and it has no hooks, a
+            `weight` to multiply by, and its eps as `variance_epsilon` or `eps`.
         k_norm: the same for k.
         head_dim: elements of a head.
         alt_stream: a stream for k's norm, to run beside q's. Used if the modules are called while a CUDA graph is being
