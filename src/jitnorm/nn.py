@@ -44,9 +44,15 @@ class NormOperators:
 
 
 NORM_VARIANTS = {
-    "rmsnorm": NormOperators(rmsnorm, fused_add_rmsnorm, torch.ops.jitnorm.fused_add_rmsnorm_functional, 0.0),
+    # torch.ops.jitnorm is looked up at the call: torch_library registers more of an operator when it is looked up.
+    "rmsnorm": NormOperators(
+        rmsnorm, fused_add_rmsnorm, lambda *args: torch.ops.jitnorm.fused_add_rmsnorm_functional(*args), 0.0
+    ),
     "gemma_rmsnorm": NormOperators(
-        gemma_rmsnorm, gemma_fused_add_rmsnorm, torch.ops.jitnorm.gemma_fused_add_rmsnorm_functional, 1.0
+        gemma_rmsnorm,
+        gemma_fused_add_rmsnorm,
+        lambda *args: torch.ops.jitnorm.gemma_fused_add_rmsnorm_functional(*args),
+        1.0,
     ),
 }
 

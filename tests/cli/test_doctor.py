@@ -15,7 +15,7 @@ import torch
 import jitnorm
 from cli.run import run
 from jitnorm.cli import output, trial_build
-from jitnorm.dispatch import wanted
+from jitnorm.dispatch import selection
 from jitnorm.jit import toolchain
 
 pytestmark = pytest.mark.usefixtures("trial_builds")
@@ -224,7 +224,7 @@ def test_doctor_advises(cache_dir, tmp_path, monkeypatch):
 
 def test_doctor_reports_which_backend_serves_a_call(cache_dir, monkeypatch):
     def dispatch():
-        wanted._from_environment.cache_clear()
+        selection._backend_from_environment.cache_clear()
         return json.loads(run("doctor", "--format", "json").stdout)["dispatch"]
 
     monkeypatch.delenv("JITNORM_BACKEND", raising=False)
@@ -245,9 +245,9 @@ def test_doctor_reports_which_backend_serves_a_call(cache_dir, monkeypatch):
     monkeypatch.setenv("JITNORM_BACKEND", "jit")
     facts = dispatch()
     assert [call["backend"] for call in facts["calls"]] == ["jit", "jit", None, None]
-    assert "jit was asked for and cannot serve" in facts["calls"][2]["why"]
+    assert "jit was requested and does not support" in facts["calls"][2]["why"]
     assert re.search(r"^rmsnorm bf16 111 cpu +none +the backend jit", run("doctor").stdout, re.MULTILINE)
     monkeypatch.setenv("JITNORM_BACKEND", "fast")
     assert dispatch()["calls"] == []
     assert run("doctor").stdout.count("JITNORM_BACKEND must be one of auto, auto-fast, jit") == 2
-    wanted._from_environment.cache_clear()
+    selection._backend_from_environment.cache_clear()

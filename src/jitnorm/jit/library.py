@@ -18,9 +18,8 @@ import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from jitnorm.jit.files import close, write_all
 
@@ -43,8 +42,7 @@ class BadLibrary(RuntimeError):
     """The library cannot be loaded; the message says why."""
 
 
-@dataclass(frozen=True)
-class _Section:
+class _Section(NamedTuple):
     kind: int
     flags: int
     offset: int
