@@ -7,7 +7,10 @@ from collections.abc import Callable
 
 import torch
 
-from jitnorm.batch_invariant import cublaslt, cuda_matmul, matmul_persistent
+from jitnorm.batch_invariant import matmul_persistent
+from jitnorm.batch_invariant.matmul import cublaslt
+from jitnorm.batch_invariant.matmul.problem import Gemm, Problem
+from jitnorm.batch_invariant.triton_support import triton_module
 from jitnorm.benchmark import marker
 
 # (n, k) of qkv, o, gate_up and down
@@ -15,11 +18,11 @@ LLAMA_8B = [(6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336)]
 QWEN3_32B = [(10240, 5120), (5120, 8192), (51200, 5120), (5120, 25600)]
 
 # The GEMM backends for a problem, whether or not they pass the invariance check.
-BACKENDS: dict[str, Callable[[cuda_matmul.Problem], cuda_matmul.Road]] = {
-    "cublaslt": functools.partial(cublaslt.road, workspace=0),
-    "cublaslt_1k": functools.partial(cublaslt.road, workspace=1024),
-    "triton": lambda problem: functools.partial(cuda_matmul.triton_module("triton_matmul").run, problem, False),
-    "triton_one_tile": lambda problem: functools.partial(cuda_matmul.triton_module("triton_matmul").run, problem, True),
+BACKENDS: dict[str, Callable[[Problem], Gemm]] = {
+    "cublaslt": functools.partial(cublaslt.gemm, workspace_bytes=0),
+    "cublaslt_1k": functools.partial(cublaslt.gemm, workspace_bytes=1024),
+    "triton": lambda problem: triton_module("matmul.triton_kernels").gemm(problem),
+    "triton_one_tile": lambda problem: triton_module("matmul.triton_kernels").gemm(problem, fixed_tile=True),
 }
 CALLS = {
     "jitnorm": lambda x, weight: matmul_persistent(x, weight.t()),
@@ -31,11 +34,11 @@ def call_backend(name: str, x: torch.Tensor, weight: torch.Tensor) -> Callable[.
     if not x.is_cuda:
         marker.skip("GEMM backends need CUDA")
     (n, k), dtype = weight.shape, weight.dtype
-    run = BACKENDS[name](cuda_matmul.Problem(weight.device, n, k, dtype, dtype, True, k, False, False))
+    gemm = BACKENDS[name](Problem(weight.device, n, k, dtype, dtype, True, k, False, False))
 
     def call(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         out = x.new_empty(x.shape[0], n)
-        run(x, weight.t(), None, out)
+        gemm(x, weight.t(), None, out)
         return out
 
     return call

@@ -2,7 +2,7 @@
 
     python benchmarks/tune_attention.py [--batch 1 16] [--keys 1024] [--heads 32 --kv-heads 8 --head-dim 128]
 
-A star marks the schedule that jitnorm.batch_invariant.attention_schedule.choose_schedule returns. A schedule may depend
+A star marks the schedule that jitnorm.batch_invariant.attention.schedule.choose_schedule returns. A schedule may depend
 on the number of keys, the queries in a group and head_dim; its `run` may depend on the batch, too. To improve
 choose_schedule, look for a schedule that is fast in all columns with the same number of keys, with any `run`.
 """
@@ -15,10 +15,10 @@ import torch
 import torch.nn.functional as F
 from table_output import create_parser, print_table
 
-from jitnorm.batch_invariant.attention_schedule import Schedule, choose_schedule
-from jitnorm.batch_invariant.triton_attention import attend
+from jitnorm.batch_invariant.attention.schedule import Schedule, choose_schedule
+from jitnorm.batch_invariant.attention.triton_kernels import attend
 from jitnorm.benchmark import marker
-from jitnorm.benchmark.options import override_settings
+from jitnorm.benchmark.settings import override_settings
 
 SHAPES = [(1, 1024), (16, 1024), (64, 1024), (1, 16384)]  # batch, keys
 BLOCKS = [(32, 2, 4), (32, 4, 4), (64, 4, 2), (64, 4, 3), (64, 4, 4), (64, 8, 3), (128, 8, 2)]
@@ -77,7 +77,7 @@ def main() -> None:
             for schedule in dict.fromkeys([*SCHEDULES, chosen]):
                 text = format_time(schedule, operands) + ("*" if schedule == chosen else "")
                 rows.setdefault(f"{tuple(schedule)}", []).append(text)
-    columns = ["leaf, run, block, warps, stages", *(f"{b}x{k}" for b, k in shapes)]
+    columns = ["leaf, split, block, warps, stages", *(f"{b}x{k}" for b, k in shapes)]
     print_table("microseconds by batch x keys", columns, [[name, *row] for name, row in rows.items()], options.format)
 
 

@@ -2,9 +2,9 @@
 
     python benchmarks/tune_matmul.py [--tokens 1 16] [--model llama qwen] [--check]
 
-A star marks the tile that jitnorm.batch_invariant.triton_matmul.choose_tile returns. Where another tile is faster by
-more than the noise, choose_tile, TILES or FIXED can be improved. --check compares the bits of all tiles instead: the
-tile may depend on the number of rows only if they are the same.
+A star marks the tile that `choose_tile` of jitnorm.batch_invariant.matmul.triton_kernels returns. Where another tile is
+faster by more than the noise, choose_tile, TILES or FIXED_TILE can be improved. --check compares the bits of all tiles
+instead: the tile may depend on the number of rows only if they are the same.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ import torch
 from bench_matmul import LLAMA_8B, QWEN3_32B
 from table_output import create_parser, print_table
 
-from jitnorm.batch_invariant.proof import cancelling_operands
-from jitnorm.batch_invariant.triton_matmul import TILES, Tile, choose_tile, persistent
+from jitnorm.batch_invariant.matmul.triton_kernels import TILES, Tile, choose_tile, persistent_gemm
+from jitnorm.batch_invariant.operands import cancelling_operands, count_differing_elements
 from jitnorm.benchmark import marker
-from jitnorm.benchmark.options import override_settings
+from jitnorm.benchmark.settings import override_settings
 
 FEW = (  # for up to 64 rows: tiles that keep many bytes of b in flight
     Tile(16, 64, 128, 4, 11, True),
@@ -57,7 +57,7 @@ MODELS = {"llama": LLAMA_8B, "qwen": QWEN3_32B}
 def call_with(tile: Tile, num_sms: int) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
     def call(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         out = x.new_empty(x.shape[0], weight.shape[0])
-        persistent(x, weight.t(), None, out, True, weight.shape[1], tile, num_sms)
+        persistent_gemm(x, weight.t(), None, out, True, weight.shape[1], tile, num_sms)
         return out
 
     return call
@@ -90,9 +90,7 @@ def print_differences(num_sms: int, output_format: str) -> None:
         weight = b.t().contiguous()
         results = {tile: call_with(tile, num_sms)(x, weight) for tile in {*FEW, *MANY, *TILES}}
         first = results[TILES[0]]
-        different = {
-            tile: int((out.view(torch.int16) != first.view(torch.int16)).sum()) for tile, out in results.items()
-        }
+        different = {tile: int(count_differing_elements(out, first)) for tile, out in results.items()}
         rows = [[str(tuple(tile)), count, first.numel()] for tile, count in different.items()]
         title = f"k={k}: elements whose bits differ from those of {tuple(TILES[0])}"
         print_table(title, ["tile", "different", "elements"], rows, output_format)

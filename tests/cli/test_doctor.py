@@ -192,8 +192,8 @@ def test_doctor_with_a_cache_folder_that_cannot_be_read(monkeypatch):
 
 def test_doctor_shows_records_of_any_content(cache_dir, monkeypatch):
     """They come from files, which may hold anything."""
-    fields = {"road": "a", "problem": 5, "gpu": None, "driver": "\x1b[2J", "library": ["b"], "first": 7}
-    monkeypatch.setattr("jitnorm.cli.diagnostics.known_proofs", lambda: iter([SimpleNamespace(**fields)]))
+    fields = {"backend": "a", "problem": 5, "gpu": None, "driver": "\x1b[2J", "library": ["b"], "first_difference": 7}
+    monkeypatch.setattr("jitnorm.cli.diagnostics.cached_results", lambda: iter([SimpleNamespace(**fields)]))
     assert "\x1b" not in run("doctor").stdout
 
 

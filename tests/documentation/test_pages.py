@@ -15,8 +15,7 @@ import pytest
 
 from documentation.pages import FILES, PAGES, ROOT, load
 from jitnorm.benchmark import marker
-from jitnorm.benchmark.marker import Benchmark
-from jitnorm.benchmark.options import command
+from jitnorm.benchmark.marker import Benchmark, command
 from jitnorm.cli import diagnostics, main
 from jitnorm.jit import toolchain
 

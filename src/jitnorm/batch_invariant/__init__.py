@@ -1,11 +1,11 @@
-"""Batch-invariant mode: what a model computes for a sequence does not depend on what else is in the batch.
+"""Batch-invariant mode: a model's result for a sequence has the same bits whatever else is in the batch.
 
     from jitnorm.batch_invariant import set_batch_invariant_mode
 
     with set_batch_invariant_mode():
         model.generate(...)
 
-docs/batch-invariance.md says what is promised and what is not. `jitnorm verify-invariance` shows it on a machine.
+docs/batch-invariance.md says what is promised and what is not. `jitnorm verify-invariance` checks it on a machine.
 """
 
 from jitnorm.batch_invariant.matmul import bmm_batch_invariant, matmul_persistent
@@ -15,8 +15,7 @@ from jitnorm.batch_invariant.mode import (
     is_batch_invariant_mode_enabled,
     set_batch_invariant_mode,
 )
-from jitnorm.batch_invariant.rms_norm import rms_norm_batch_invariant
-from jitnorm.batch_invariant.rows import log_softmax, mean_dim, softmax
+from jitnorm.batch_invariant.reductions import log_softmax, mean_dim, rms_norm_batch_invariant, softmax
 
 __all__ = [
     "bmm_batch_invariant",

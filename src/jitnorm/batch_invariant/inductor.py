@@ -1,7 +1,7 @@
-"""torch.compile inside the mode: Inductor calls the overridden operators whole, instead of writing its own code.
+"""torch.compile inside the mode: Inductor calls the patched operators instead of generating code for them.
 
-Its own reductions and products choose a schedule by the shape of the batch. And code remembers how it was compiled, so
-what was compiled outside the mode is not used inside, nor the other way round.
+Inductor's own reductions and products choose a schedule by the shape of the batch. Entering or leaving the mode also
+discards compiled code, so that code compiled outside the mode is not used inside, nor the other way round.
 """
 
 from __future__ import annotations
@@ -12,56 +12,62 @@ from typing import Any
 
 import torch
 
-WHOLE = ("mm", "mm.dtype", "addmm", "_softmax", "_log_softmax", "mean.dim")
-WHOLE_BMM = ("bmm", "baddbmm")
-# Made of the others by torch itself, which Inductor's tables would write out in another way.
-_COMPOSITE = ("softmax.int", "log_softmax.int")
+FALLBACK_OPERATORS = ("mm", "mm.dtype", "addmm", "_softmax", "_log_softmax", "mean.dim")
+BMM_FALLBACK_OPERATORS = ("bmm", "baddbmm")
+# torch defines these by the operators above, but Inductor's tables decompose them in another way.
+_COMPOSITE_OPERATORS = ("softmax.int", "log_softmax.int")
 
 
 @contextmanager
-def operators_kept_whole(bmm: bool) -> Iterator[None]:
-    import torch._inductor.config as config
+def inductor_fallbacks(bmm: bool) -> Iterator[None]:
+    """Make Inductor call the patched operators until the end of the `with` block.
+
+    Args:
+        bmm: include `bmm` and `baddbmm`.
+    """
+    import torch._inductor.config as config  # takes a second
     from torch._inductor import compile_fx, decomposition, lowering
 
-    whole = _operators((*WHOLE, *(WHOLE_BMM if bmm else ())))
+    operators = _overloads((*FALLBACK_OPERATORS, *(BMM_FALLBACK_OPERATORS if bmm else ())))
     tables: tuple[tuple[Any, dict[Any, Any]], ...] = (
-        (decomposition.decompositions, dict.fromkeys((*whole, *_operators(_COMPOSITE)))),
-        (lowering.lowerings, {op: lowering.fallback_handler(op, add_to_fallback_set=False) for op in whole}),
+        (decomposition.decompositions, dict.fromkeys((*operators, *_overloads(_COMPOSITE_OPERATORS)))),
+        (lowering.lowerings, {op: lowering.fallback_handler(op, add_to_fallback_set=False) for op in operators}),
     )
-    # Caches on disk know nothing of the mode. Patterns pad products by the shape of the batch, and put flash attention
-    # in the place of composed attention.
+    # The keys of caches on disk do not contain the mode. Patterns pad products by the shape of the batch, and replace
+    # composed attention by flash attention.
     settings = {"force_disable_caches": True, "pattern_matcher": False}
-    before = [{op: table[op] for op in new if op in table} for table, new in tables]
+    entries_before = [{op: table[op] for op in entries if op in table} for table, entries in tables]
     settings_before = {name: getattr(config, name) for name in settings}
     compile_before = compile_fx.compile_fx
 
-    def compile_with_settings(*arguments: Any, **keywords: Any) -> Any:
-        with config.patch(settings):  # from torch 2.12 on, a thread has settings of its own
-            return compile_before(*arguments, **keywords)
+    def compile_with_settings(*args: Any, **kwargs: Any) -> Any:
+        with config.patch(settings):  # from torch 2.12 on, each thread has settings of its own
+            return compile_before(*args, **kwargs)
 
     try:
-        for table, new in tables:
-            _put(table, new)
+        for table, entries in tables:
+            _update(table, entries)
         _set(config, settings)
         compile_fx.compile_fx = compile_with_settings
-        _forget_compiled_code()
+        _discard_compiled_code()
         yield
     finally:
         compile_fx.compile_fx = compile_before
-        for (table, new), old in zip(tables, before, strict=True):
-            _put(table, {op: old.get(op) for op in new})
+        for (table, entries), before in zip(tables, entries_before, strict=True):
+            _update(table, {op: before.get(op) for op in entries})
         _set(config, settings_before)
-        _forget_compiled_code()
+        _discard_compiled_code()
 
 
-def _operators(names: Iterable[str]) -> list[Any]:
-    """Those that this torch has: mm.dtype is younger than the oldest that the package takes."""
+def _overloads(names: Iterable[str]) -> list[Any]:
+    """Return the ATen operators of these names, without those that an older torch lacks, such as mm.dtype."""
     parts = (name.partition(".") for name in names)
-    found = (getattr(getattr(torch.ops.aten, op), overload or "default", None) for op, _, overload in parts)
-    return [operator for operator in found if operator is not None]
+    overloads = (getattr(getattr(torch.ops.aten, op), overload or "default", None) for op, _, overload in parts)
+    return [overload for overload in overloads if overload is not None]
 
 
-def _put(table: Any, entries: dict[Any, Any]) -> None:
+def _update(table: Any, entries: dict[Any, Any]) -> None:
+    """Set the entries of a table, and remove those that are None."""
     for op, entry in entries.items():
         if entry is None:
             table.pop(op, None)
@@ -74,8 +80,8 @@ def _set(config: Any, settings: dict[str, Any]) -> None:
         setattr(config, name, value)
 
 
-def _forget_compiled_code() -> None:
+def _discard_compiled_code() -> None:
     from torch._inductor import decomposition
 
-    decomposition.fast_random_decomps.cache_clear()  # a copy of the table
+    decomposition.fast_random_decomps.cache_clear()  # it caches a copy of the table
     torch._dynamo.reset()

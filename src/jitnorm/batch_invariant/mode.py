@@ -1,8 +1,7 @@
-"""Entering and leaving the mode, exactly: what was there before is there after.
+"""Enter and leave the mode. Leaving restores what was there before.
 
 The mode belongs to the process, as torch's dispatcher does: all threads are in it or none is. Each context is an entry
-of its own in a list, and the newest entry that is still there counts; so contexts may nest, overlap between threads and
-end in any order.
+in a list, and the newest entry decides. So contexts may nest, overlap between threads and end in any order.
 """
 
 from __future__ import annotations
@@ -13,109 +12,110 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from jitnorm.batch_invariant.installed import Installed
+from jitnorm.batch_invariant.aten_patches import AtenPatches
 
 
 @dataclass
-class _Wish:
-    """What one context asks for; compared by identity, as two contexts may ask for the same."""
+class _Request:
+    """The mode that one context asks for. Compared by identity, because two contexts may ask for the same."""
 
     enabled: bool
     bmm: bool = True
 
 
-_wishes = [_Wish(enabled=False)]  # the first is that of enable_ and disable_batch_invariant_mode outside any context
-_installed: Installed | None = None
+# The first belongs to enable_ and disable_batch_invariant_mode outside any context.
+_requests = [_Request(enabled=False)]
+_aten_patches: AtenPatches | None = None
 _lock = threading.RLock()
 
 
 @contextmanager
 def set_batch_invariant_mode(enabled: bool = True) -> Iterator[None]:
-    """Turns the mode on, or off, until the end of the `with` block; then it is again what it was, even after an error.
+    """Turn the mode on, or off, until the end of the `with` block, and then restore it, even after an error.
 
     Args:
-        enabled: False turns it off inside a block that has it on.
+        enabled: False turns the mode off, inside a block that has turned it on.
 
     Raises:
         TypeError: `enabled` is not a bool.
     """
-    wish = _Wish(_bool("enabled", enabled))
+    request = _Request(_check_bool("enabled", enabled))
     with _lock:
-        _wishes.append(wish)
+        _requests.append(request)
         try:
             _apply()
         except BaseException:
-            _remove(wish)
+            _remove(request)
             _apply()
             raise
     try:
         yield
     finally:
         with _lock:
-            _remove(wish)
+            _remove(request)
             _apply()
 
 
 def enable_batch_invariant_mode(enable_bmm: bool = True) -> None:
-    """Turns the mode on, until it is turned off. Doing so twice is doing so once.
+    """Turn the mode on until it is turned off. A second call changes nothing.
 
-    Inside a `set_batch_invariant_mode` block it changes that block's mode, which ends with the block.
+    Inside a `set_batch_invariant_mode` block it changes the mode of that block, which ends with the block.
 
     Args:
-        enable_bmm: False leaves `bmm` and `baddbmm`, and so attention that is made of them, as torch has them.
+        enable_bmm: False leaves torch's own `bmm` and `baddbmm`, and so attention that is composed of them.
 
     Raises:
         TypeError: `enable_bmm` is not a bool.
     """
-    _set(True, _bool("enable_bmm", enable_bmm))
+    _set(True, _check_bool("enable_bmm", enable_bmm))
 
 
 def disable_batch_invariant_mode() -> None:
-    """Turns the mode off. Inside a `set_batch_invariant_mode` block, until that block ends."""
+    """Turn the mode off; inside a `set_batch_invariant_mode` block, until that block ends."""
     _set(False, True)
 
 
 def is_batch_invariant_mode_enabled() -> bool:
-    """Whether the mode is on, in this process."""
-    return _installed is not None
+    """Return whether the mode is on in this process."""
+    return _aten_patches is not None
 
 
 def _set(enabled: bool, bmm: bool) -> None:
     with _lock:
-        wish = _wishes[-1]
-        before = wish.enabled, wish.bmm
-        wish.enabled, wish.bmm = enabled, bmm
+        request = _requests[-1]
+        before = request.enabled, request.bmm
+        request.enabled, request.bmm = enabled, bmm
         try:
             _apply()
         except BaseException:
-            wish.enabled, wish.bmm = before
+            request.enabled, request.bmm = before
             _apply()
             raise
 
 
-def _remove(wish: _Wish) -> None:
-    _wishes[:] = [other for other in _wishes if other is not wish]
+def _remove(request: _Request) -> None:
+    _requests[:] = [other for other in _requests if other is not request]
 
 
 def _apply() -> None:
-    """Makes the dispatcher what the newest wish says."""
-    global _installed
-    wish = _wishes[-1]
-    if _installed and (not wish.enabled or _installed.bmm != wish.bmm):
-        old, _installed = _installed, None  # whatever comes of its removal
+    """Make or undo the changes that the newest request asks for."""
+    global _aten_patches
+    request = _requests[-1]
+    if _aten_patches and (not request.enabled or _aten_patches.bmm != request.bmm):
+        old, _aten_patches = _aten_patches, None  # forgotten even if its removal fails
         old.remove()
-    if wish.enabled and not _installed:
-        _installed = Installed(wish.bmm)
+    if request.enabled and not _aten_patches:
+        _aten_patches = AtenPatches(request.bmm)
 
 
-def _bool(name: str, value: object) -> bool:
+def _check_bool(name: str, value: object) -> bool:
     if not isinstance(value, bool):
         raise TypeError(f"{name} must be True or False, got {type(value).__name__}")
     return value
 
 
 def _after_fork() -> None:
-    """The child is in the mode that the parent was in; a thread that held the lock stayed there."""
+    """Replace the lock: a thread that held it does not exist in the child. The mode stays that of the parent."""
     global _lock
     _lock = threading.RLock()
 

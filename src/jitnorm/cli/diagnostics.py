@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from jitnorm._version import __version__
-from jitnorm.batch_invariant.proof import known_proofs
+from jitnorm.batch_invariant.matmul.invariance_check import cached_results
 from jitnorm.cli.kernels import CachedKernel, caches, kernels_in
 from jitnorm.cli.output import size
 from jitnorm.cli.trial_build import TrialBuild, try_builds
@@ -75,7 +75,7 @@ def collect_diagnostics() -> dict[str, Any]:
         "caches": [_cache(cache) for cache in caches()],
         "temporary": _temporary(),
         "dispatch": _dispatch(),
-        "batch_invariant": _proofs(),
+        "batch_invariant": _invariance_checks(),
         "environment": {k: v for k, v in sorted(os.environ.items()) if k.startswith("JITNORM_") or k in _VARIABLES},
     }
     facts["advice"] = _advice(facts)
@@ -143,10 +143,10 @@ def _cache(cache: Cache) -> dict[str, Any]:
     return {**facts, "kernels": len(kernels), "size": total, "free": _free(cache.root)}
 
 
-def _proofs() -> list[dict[str, Any]]:
+def _invariance_checks() -> list[dict[str, Any]]:
     """Return the recorded checks that can be read. A folder that cannot be read is reported with the cache."""
     try:
-        return [vars(proof) for proof in known_proofs()]
+        return [vars(result) for result in cached_results()]
     except OSError:
         return []
 

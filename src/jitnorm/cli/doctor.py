@@ -45,7 +45,7 @@ def _print(facts: dict[str, Any]) -> None:
     temporary = facts["temporary"]
     _section("temporary folder", [(temporary["root"] or temporary["problem"], _free_space(temporary["free"]))])
     _dispatch(facts["dispatch"])
-    _proofs(facts["batch_invariant"])
+    _invariance_checks(facts["batch_invariant"])
     _section("environment", facts["environment"].items())
     for line in [f"advice: {line}" for line in facts["advice"]] or ["nothing is missing"]:
         click.echo(output.printable(line))
@@ -68,14 +68,14 @@ def _dispatch(dispatch: dict[str, Any]) -> None:
     click.echo()
 
 
-def _proofs(proofs: list[dict[str, Any]]) -> None:
+def _invariance_checks(checks: list[dict[str, Any]]) -> None:
     """Print the results of batch-invariant mode's checks on this machine, if there are any."""
-    if not proofs:
+    if not checks:
         return
-    click.echo("batch-invariant products, as proven here")
-    fields = ("road", "problem", "gpu", "driver", "library")
-    rows = [[*(str(proof[field]) for field in fields), str(proof["first"] or "same bits")] for proof in proofs]
-    output.table(("ROAD", "PRODUCT", "GPU", "DRIVER", "LIBRARY", "FOUND"), rows)
+    click.echo("batch-invariant products, as checked here")
+    fields = ("backend", "problem", "gpu", "driver", "library")
+    rows = [[*(str(check[f]) for f in fields), str(check["first_difference"] or "same bits")] for check in checks]
+    output.table(("BACKEND", "PRODUCT", "GPU", "DRIVER", "LIBRARY", "FOUND"), rows)
     click.echo()
 
 

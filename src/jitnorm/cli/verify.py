@@ -1,4 +1,4 @@
-"""`jitnorm verify-invariance`: whether a row's bits depend on its batch, on this machine."""
+"""`jitnorm verify-invariance`: check on this machine whether a row's bits depend on its batch."""
 
 from __future__ import annotations
 
@@ -13,51 +13,52 @@ import torch
 from tqdm import tqdm
 
 from jitnorm.batch_invariant import set_batch_invariant_mode
-from jitnorm.batch_invariant.verify import OPERATORS, WAYS, Result, verify
+from jitnorm.batch_invariant.verify import MODES, OPERATORS, Result, verify
 from jitnorm.cli import output
-from jitnorm.cli.base import Command, several
+from jitnorm.cli.base import Command, format_option, several
 from jitnorm.core.checks import DTYPE_NAMES
 
 _DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
-_NAMES = ", ".join(OPERATORS)
 _HEADER = ("OP", "SHAPE", "DTYPE", "DEVICE", "COMPARED", "RESULT")
-_RIGHT = (4,)
-_SIZE = re.compile(r"0*[1-9][0-9]{0,8}")  # more than a thousand millions is no row or matrix
+_RIGHT_ALIGNED = (4,)
+_SIZE = re.compile(r"0*[1-9][0-9]{0,8}")  # a larger size is a mistake, and would exhaust the memory
 
 
 @click.command("verify-invariance", cls=Command, short_help="Compare rows alone and in batches, bit by bit.")
-@click.option("--op", **several(click.Choice(list(OPERATORS))), metavar="NAME", help=f"{_NAMES}.")
+@click.option("--op", **several(click.Choice(list(OPERATORS))), metavar="NAME", help=f"{', '.join(OPERATORS)}.")
 @click.option("--shape", **several(click.STRING), help="4096x14336: N and K of a product; 4096: the length of a row.")
 @click.option("--dtype", **several(click.Choice(list(_DTYPES))), help="By default all.")
 @click.option("--device", type=click.Choice(["cuda", "cpu"]), help="By default CUDA where torch sees a GPU.")
 @click.option(
-    "--way", **several(click.Choice(WAYS)), help="By default all; captured is for CUDA, and compiled is slow."
+    "--mode",
+    **several(click.Choice(MODES)),
+    help="Execution modes, by default all; cudagraph is for CUDA only, and compiled is slow.",
 )
-@click.option("--max-batch", type=click.IntRange(min=2), default=256, show_default=True, help="Rows at most.")
-@click.option("--outside", is_flag=True, help="Without the mode, to see what it is for.")
-@click.option("--json", "as_json", is_flag=True, help="For programs.")
+@click.option("--max-batch", type=click.IntRange(min=2), default=256, show_default=True, help="The largest batch size.")
+@click.option("--outside", is_flag=True, help="Without batch-invariant mode, to see what it changes.")
+@format_option
 def verify_invariance(
     op: tuple[str, ...],
     shape: tuple[str, ...],
     dtype: tuple[str, ...],
     device: str | None,
-    way: tuple[str, ...],
+    mode: tuple[str, ...],
     max_batch: int,
     outside: bool,
-    as_json: bool,
+    form: str,
 ) -> None:
-    """Compare a row alone with the same row in batches, bit by bit, in the mode that makes them one.
+    """Compare a row alone with the same row in batches, bit by bit, in batch-invariant mode.
 
-    At the first, the middle and the last place of batches of 1 to --max-batch rows; beside zeros, large values and
-    NaNs; in other strides; eager, compiled and, on CUDA, captured in a graph. Stops at the first bit that differs, and
-    exits 1; also where nothing was compared. All operators take some minutes. Options that take several values take a
-    list (mm,bmm) or are repeated.
+    The row is compared at the first, the middle and the last place of batches of 1 to --max-batch rows; beside zeros,
+    large values and NaNs; in other strides; eager, compiled and, on CUDA, in a CUDA graph. Stops at the first
+    difference and exits 1, and also exits 1 if nothing was compared. All operators take some minutes. For several
+    values, give an option a list (mm,bmm) or repeat it.
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device == "cuda" and not torch.cuda.is_available():
-        raise click.UsageError("torch sees no GPU here")
-    if device == "cpu" and "captured" in way:
-        raise click.UsageError("--way captured is for CUDA: on the CPU there is no graph to compare")
+        raise click.UsageError("--device cuda needs a GPU, and torch sees no GPU here")
+    if device == "cpu" and "cudagraph" in mode:
+        raise click.UsageError("--mode cudagraph needs --device cuda, got the CPU")
     dtypes = [_DTYPES[text] for text in dtype]
     plan = [
         (name, size, d)
@@ -67,22 +68,22 @@ def verify_invariance(
     ]
     results: list[Result] = []
     widths = _widths(plan, device)
-    if not as_json:
-        output.head(_HEADER, widths, _RIGHT)
+    if form == "table":
+        output.head(_HEADER, widths, _RIGHT_ALIGNED)
     with contextlib.nullcontext() if outside else set_batch_invariant_mode(), warnings.catch_warnings():
-        # The mode keeps Inductor's caches off, which dynamo remarks on at each compilation.
+        # The mode disables Inductor's caches, and dynamo warns about that at each compilation.
         warnings.filterwarnings("ignore", "dynamo_pgo force disabled")
         with tqdm(plan, disable=None, leave=False) as bar:
             for name, size, d in bar:
                 bar.set_postfix_str(f"{name} {_text(size)} {DTYPE_NAMES[d]}")
-                results.append(verify(name, OPERATORS[name], size, d, device, max_batch, way or WAYS))
-                if not as_json:
+                results.append(verify(name, OPERATORS[name], size, d, device, max_batch, mode or MODES))
+                if form == "table":
                     with tqdm.external_write_mode():
-                        output.line(_cells(results[-1]), widths, _RIGHT)
+                        output.line(_cells(results[-1]), widths, _RIGHT_ALIGNED)
                 if results[-1].difference:
                     break
     last = results[-1]
-    if as_json:
+    if form == "json":
         output.as_json([asdict(result) for result in results])
     elif last.difference:
         click.echo(f"{last.op}, {last.dtype}, {_text(last.shape)}: {last.difference}", err=True)
@@ -93,6 +94,7 @@ def verify_invariance(
 
 
 def _shape(text: str, op: str) -> tuple[int, ...]:
+    """Return the sizes that `text` names. Raise click.UsageError unless it names those of the operator."""
     sizes = OPERATORS[op].sizes
     numbers = text.split("x")
     if len(numbers) != len(sizes.split("x")) or not all(_SIZE.fullmatch(n) for n in numbers):
@@ -107,7 +109,7 @@ def _text(shape: tuple[int, ...]) -> str:
 
 
 def _widths(plan: Sequence[tuple[str, tuple[int, ...], torch.dtype]], device: str) -> list[int]:
-    """Of the columns, before their cells are there."""
+    """Return the widths of the columns, before their cells are known."""
     rows = [(name, _text(size), DTYPE_NAMES[d], device, "", "not compared") for name, size, d in plan]
     return [max(map(len, column)) for column in zip(_HEADER, *rows, strict=True)]
 

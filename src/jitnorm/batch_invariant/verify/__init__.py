@@ -1,6 +1,6 @@
-"""Proof on this machine: every operator gives a row the same bits alone and in any batch."""
+"""Check on this machine that every operator gives a row the same bits alone and in any batch."""
 
-from jitnorm.batch_invariant.verify.compare import WAYS, Result, verify
-from jitnorm.batch_invariant.verify.operators import OPERATORS, Case, Operator
+from jitnorm.batch_invariant.verify.cases import EXEMPT, OPERATORS, Case, Operator
+from jitnorm.batch_invariant.verify.compare import MODES, Result, verify
 
-__all__ = ["OPERATORS", "WAYS", "Case", "Operator", "Result", "verify"]
+__all__ = ["EXEMPT", "MODES", "OPERATORS", "Case", "Operator", "Result", "verify"]

@@ -1,0 +1,1 @@
+"""Scaled dot product attention whose result for a sequence has the same bits alone and in any batch."""
