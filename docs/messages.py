@@ -145,8 +145,10 @@ def _assigned(name: str, scope: ast.AST) -> Iterator[ast.expr]:
 def _part(part: ast.expr, scope: ast.AST) -> str:
     """Return the text of a part of an f-string: its own, that of a variable with one constant text, or VALUE."""
     if isinstance(part, ast.FormattedValue) and isinstance(part.value, ast.Name):
-        values = list(_assigned(part.value.id, scope))
-        part = values[0] if len(values) == 1 else part
+        name = part.value.id
+        values = list(_assigned(name, scope))
+        grows = any(isinstance(node, ast.AugAssign) and ast.unparse(node.target) == name for node in _walk_scope(scope))
+        part = values[0] if len(values) == 1 and not grows else part
     return part.value if isinstance(part, ast.Constant) and isinstance(part.value, str) else VALUE
 
 

@@ -146,6 +146,15 @@ def test_no_page_names_a_file_that_is_not_there():
             assert (ROOT / name).exists(), f"{page}: {name}"
 
 
+def test_the_sanitizer_command_selects_tests():
+    """Renaming a test must not silently take it out of the command."""
+    text = PAGES["CONTRIBUTING.md"]
+    names = re.search(r"tests/test_\{(.*?)\}\.py", text)[1].split(",")
+    sources = "".join((ROOT / "tests" / f"test_{name}.py").read_text() for name in names)
+    words = re.search(r'-k "(.*?)"', text)[1].split(" or ")
+    assert not [word for word in words if not re.search(rf"def test_\w*{word}", sources)]
+
+
 def test_the_site_builds_without_a_warning(tmp_path):
     pytest.importorskip("mkdocs")
     environment = {**os.environ, "NO_MKDOCS_2_WARNING": "1", "PYTHONPATH": str(ROOT / "src")}

@@ -5,7 +5,7 @@
     with set_batch_invariant_mode():
         model.generate(...)
 
-docs/batch-invariance.md says what is promised and what is not. `jitnorm verify-invariance` checks it on a machine.
+docs/guides/batch-invariance.md says what is guaranteed. `jitnorm verify-invariance` checks it on a machine.
 """
 
 from jitnorm.batch_invariant.matmul import bmm_batch_invariant, matmul_persistent
