@@ -22,10 +22,11 @@ WORKERS ?= 2
 campaign: $(VENV)/installed-dev  ## random faults of the engine and random calls: docs/faults.md
 	PYTHONPATH=tests $(BIN)/python -m faults --faults $(FAULTS) --calls $(CALLS) --seed $(SEED) --workers $(WORKERS)
 
-lint: $(VENV)/installed-dev  ## ruff, mypy and clang-format; changes nothing
+lint: $(VENV)/installed-dev  ## ruff, mypy, import-linter and clang-format; changes nothing
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 	$(BIN)/clang-format --dry-run -Werror $(CXX_SOURCES)
 
 format: $(VENV)/installed-dev

@@ -18,7 +18,7 @@ from table_output import create_parser, print_table
 from jitnorm.batch_invariant.attention.schedule import Schedule, choose_schedule
 from jitnorm.batch_invariant.attention.triton_kernels import attend
 from jitnorm.benchmark import marker
-from jitnorm.benchmark.options import override_settings
+from jitnorm.benchmark.settings import override_settings
 
 SHAPES = [(1, 1024), (16, 1024), (64, 1024), (1, 16384)]  # batch, keys
 BLOCKS = [(32, 2, 4), (32, 4, 4), (64, 4, 2), (64, 4, 3), (64, 4, 4), (64, 8, 3), (128, 8, 2)]

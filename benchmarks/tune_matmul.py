@@ -18,7 +18,7 @@ from table_output import create_parser, print_table
 from jitnorm.batch_invariant.matmul.triton_kernels import TILES, Tile, choose_tile, persistent_gemm
 from jitnorm.batch_invariant.operands import cancelling_operands, count_differing_elements
 from jitnorm.benchmark import marker
-from jitnorm.benchmark.options import override_settings
+from jitnorm.benchmark.settings import override_settings
 
 FEW = (  # for up to 64 rows: tiles that keep many bytes of b in flight
     Tile(16, 64, 128, 4, 11, True),

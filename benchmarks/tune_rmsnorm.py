@@ -16,8 +16,8 @@ import torch
 from table_output import create_parser, print_table
 
 from jitnorm.benchmark import marker
-from jitnorm.benchmark.options import override_settings
 from jitnorm.benchmark.runner import bench_copy
+from jitnorm.benchmark.settings import override_settings
 from jitnorm.core.checks import DTYPE_NAMES
 from jitnorm.core.targets import resolve_target
 from jitnorm.jit.load import load

@@ -1,7 +1,7 @@
 """List the messages of the package, and compare them with docs/guides/troubleshooting.md.
 
     python docs/messages.py            # print messages without an entry, and entries without a message
-    python docs/messages.py --update   # reword the entries of messages that were reworded
+    python docs/messages.py --update   # reword entries like the message, remove those without one
 
 A message is the text of an exception, a warning, or a warning in the log, with "…" for each value in it. An entry is a
 row of a table: the message in backticks, and its cure.
@@ -26,7 +26,12 @@ _LOG_METHODS = ("warning", "error")
 
 def entries(page: str) -> dict[str, str]:
     """Return the cure for each message of the page."""
-    return dict(_ENTRY.findall(page))
+    return dict(rows(page))
+
+
+def rows(page: str) -> list[tuple[str, str]]:
+    """Return the rows of the page: each message and its cure."""
+    return _ENTRY.findall(page)
 
 
 def messages() -> dict[str, str]:
@@ -96,7 +101,7 @@ class Package:
         if isinstance(node, ast.Constant):
             return [node.value] if isinstance(node.value, str) else []
         if isinstance(node, ast.JoinedStr):
-            return ["".join(part.value if isinstance(part, ast.Constant) else VALUE for part in node.values)]
+            return ["".join(_part(part, scope) for part in node.values)]
         if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
             left, right = self._texts(node.left, scope), self._texts(node.right, scope)
             return [a + b for a in left or [VALUE] for b in right or [VALUE]] if left or right else []
@@ -137,31 +142,42 @@ def _assigned(name: str, scope: ast.AST) -> Iterator[ast.expr]:
             yield node.value
 
 
+def _part(part: ast.expr, scope: ast.AST) -> str:
+    """Return the text of a part of an f-string: its own, that of a variable with one constant text, or VALUE."""
+    if isinstance(part, ast.FormattedValue) and isinstance(part.value, ast.Name):
+        values = list(_assigned(part.value.id, scope))
+        part = values[0] if len(values) == 1 else part
+    return part.value if isinstance(part, ast.Constant) and isinstance(part.value, str) else VALUE
+
+
 def _messages_of_cpp() -> Iterator[tuple[str, str]]:
     """Yield the formats of messages that begin with "jitnorm: ", and the reasons that are put into them."""
     for file in sorted((ROOT / "csrc").rglob("*.h")):
         for number, line in enumerate(file.read_text().splitlines(), 1):
-            for what, reason in re.findall(r'raise\("(cannot [^"]+)", (?:"([^"]+)")?', line):
+            for what, reason in re.findall(r'raise\w*\("(cannot [^"]+)", (?:"([^"]+)")?', line):
                 yield f"jitnorm: {what} {VALUE}: {reason or VALUE}", f"{file.relative_to(ROOT)}:{number}"
             for text in re.findall(r'"(jitnorm: [^"]+ [a-z][^"]+)"|return "([^"]+ [^"]+)"', line):
                 yield re.sub(r"%[sd]", VALUE, "".join(text)), f"{file.relative_to(ROOT)}:{number}"
 
 
-def reworded(page: str) -> str:
-    """Return the page with each entry without a message named after the message that is most like it."""
+def updated(page: str) -> str:
+    """Return the page without entries that no message has, reworded where a message without an entry is like them."""
     missing = messages().keys() - entries(page).keys()
-    for old in entries(page).keys() - messages().keys():
-        if close := difflib.get_close_matches(old, missing, n=1, cutoff=0.5):
+    for old in sorted(entries(page).keys() - messages().keys()):
+        close = difflib.get_close_matches(old, missing, n=1, cutoff=0.6)
+        if close:
             page = page.replace(f"| `{old}` |", f"| `{close[0]}` |")
-            missing.remove(close[0])
+        else:
+            page = re.sub(rf"^\| `{re.escape(old)}` \|.*\n", "", page, flags=re.MULTILINE)
+        missing -= {*close}
     return page
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--update", action="store_true", help="reword entries in the page")
+    parser.add_argument("--update", action="store_true", help="reword and remove entries")
     if parser.parse_args().update:
-        PAGE.write_text(reworded(PAGE.read_text()))
+        PAGE.write_text(updated(PAGE.read_text()))
     known, found = entries(PAGE.read_text()), messages()
     missing = [f"{place}: no entry for `{text}`" for text, place in found.items() if text not in known]
     obsolete = [f"{PAGE.relative_to(ROOT)}: no message `{text}`" for text in known if text not in found]

@@ -283,7 +283,7 @@ def test_a_residual_that_is_not_like_the_input_is_refused(cls, size):
     x = torch.randn(5, size)
     for residual in (torch.randn(1, size), torch.randn(5, size).bfloat16(), torch.empty(5, size, device="meta")):
         before = x.clone()
-        with pytest.raises(ValueError, match="residual must be like x"):
+        with pytest.raises(ValueError, match="residual must have the shape, dtype and device of x"):
             module(x, residual)
         assert same_bits(x, before)
 

@@ -1,18 +1,23 @@
 """Just-in-time compiled CUDA and CPU kernels for the small, memory-bound operators of LLM inference."""
 
-# No module-level __getattr__ here: with one, Python no longer specialises the look-up of jitnorm.rmsnorm, which costs
-# every call 30 ns.
-from jitnorm import nn
+import sys
+
 from jitnorm._version import __version__
-from jitnorm.activation import gelu_and_mul, gelu_tanh_and_mul, silu_and_mul
-from jitnorm.fused_add_rmsnorm import fused_add_rmsnorm, gemma_fused_add_rmsnorm
-from jitnorm.integrations.transformers import patch_transformers, unpatch_transformers
-from jitnorm.qknorm import can_use_fused_inplace_qknorm, fused_inplace_qknorm
-from jitnorm.quant_fp8 import per_tensor_quant_fp8, per_token_quant_fp8
-from jitnorm.rmsnorm import gemma_rmsnorm, rmsnorm
-from jitnorm.rmsnorm_quant_fp8 import fused_add_rmsnorm_quant_fp8, rmsnorm_quant_fp8
-from jitnorm.store_cache import store_cache
-from jitnorm.warmup import warmup
+
+# The command `jitnorm` starts quickly because its commands import what they need. An application gets everything, so
+# that torch.ops.jitnorm is there for what it loads. A module-level __getattr__, which could import on demand, would
+# cost every call 30 ns: with one, Python no longer specialises the look-up of jitnorm.rmsnorm.
+if "_jitnorm_command" not in sys.modules:
+    from jitnorm import nn
+    from jitnorm.activation import gelu_and_mul, gelu_tanh_and_mul, silu_and_mul
+    from jitnorm.fused_add_rmsnorm import fused_add_rmsnorm, gemma_fused_add_rmsnorm
+    from jitnorm.integrations.transformers import patch_transformers, unpatch_transformers
+    from jitnorm.qknorm import can_use_fused_inplace_qknorm, fused_inplace_qknorm
+    from jitnorm.quant_fp8 import per_tensor_quant_fp8, per_token_quant_fp8
+    from jitnorm.rmsnorm import gemma_rmsnorm, rmsnorm
+    from jitnorm.rmsnorm_quant_fp8 import fused_add_rmsnorm_quant_fp8, rmsnorm_quant_fp8
+    from jitnorm.store_cache import store_cache
+    from jitnorm.warmup import warmup
 
 __all__ = [
     "__version__",

@@ -1,236 +1,124 @@
-"""RMSNorm modules: `torch.nn.RMSNorm`'s drop-in, and Gemma's, both with an optional residual.
+"""RMSNorm modules: a drop-in replacement for `torch.nn.RMSNorm`, and Gemma's, both with an optional residual.
 
-What the kernels do not serve (a size, a dtype, several normalised dimensions) is PyTorch's to compute, with the same
-meaning: a module never refuses an input that `torch.nn.RMSNorm` accepts. Nor does it matter what traces or transforms
-the call.
+A module accepts every input that `torch.nn.RMSNorm` accepts, under every tracer and transform: PyTorch computes what
+the kernels do not support, such as other sizes and dtypes or several normalised dimensions, with the same meaning.
 """
 
 # No `from __future__ import annotations`: torch.fx writes the annotations of forward into its code, as types, not text.
 
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NoReturn, overload
+from typing import Any, ClassVar, NoReturn, overload
 
 import torch
 import torch.fx
 import torch.nn.functional as F
-from torch._subclasses.fake_tensor import FakeTensor
-from torch._subclasses.functional_tensor import FunctionalTensor
-from torch.autograd import forward_ad
 
 from jitnorm.core import checks
-from jitnorm.core.norms import is_supported_hidden_size
-from jitnorm.core.operators import DTYPES
-from jitnorm.core.torch_library import is_traced, mark_constant, needs_grad
+from jitnorm.core.eligibility import can_call_operators, can_normalise, has_kernel_layout
+from jitnorm.core.torch_library import is_traced, needs_grad
 from jitnorm.fused_add_rmsnorm import fused_add_rmsnorm, gemma_fused_add_rmsnorm
 from jitnorm.rmsnorm import gemma_rmsnorm, rmsnorm
 
-_HALF = (torch.float16, torch.bfloat16)
+_HALF_DTYPES = (torch.float16, torch.bfloat16)
 
 # Where eps is None, F.rms_norm takes the epsilon of the dtype it computes in; before 2.7, of the input's.
-_EPS_OF_FLOAT32 = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 7)
-
-_ORDINARY = torch.Tensor.__torch_dispatch__
-_is_dynamo_compiling = torch.compiler.is_dynamo_compiling
-_jit_tracing_state = torch._C._get_tracing_state
-_functorch_level = torch._C._functorch.peek_interpreter_stack
-
-
-def serves(input: Any, weight: Any) -> bool:
-    """Return whether a kernel normalises `input`, whatever its strides, with `weight`."""
-    return (
-        may_call_kernels(input, weight)
-        and weight.dim() == 1
-        and input.dim() > 0
-        and input.shape[-1] == weight.shape[0]
-        and is_supported_hidden_size(weight.shape[0])
-        and input.dtype in DTYPES
-        and weight.dtype in (input.dtype, torch.float32)
-        and weight.device == input.device
-        and input.device.type in ("cpu", "cuda")
-        and is_rows(weight)
-    )
-
-
-def may_call_kernels(input: Any, weight: Any) -> bool:
-    """Return whether this package's operators mean the same as PyTorch's own to whatever interprets this call.
-
-    They do in eager mode, and to torch.compile, torch.export, make_fx, FakeTensors and dispatch modes, which see them
-    as operators of torch.ops. PyTorch's own are needed by torch.func and forward-mode derivatives, which have rules for
-    these alone, by other tensor subclasses, which may have, by torch.fx's proxies, which have no dtype, and by
-    torch.jit.trace and the ONNX exporter, whose results run without this package.
-    """
-    if _is_dynamo_compiling():  # first: dynamo must not trace into the rest
-        return not _needs_torch()
-    return (
-        (getattr(type(input), "__torch_dispatch__", None) is _ORDINARY or _is_fake(input))
-        and (getattr(type(weight), "__torch_dispatch__", None) is _ORDINARY or _is_fake(weight))
-        and _jit_tracing_state() is None
-        and _functorch_level() is None
-        and forward_ad._current_level < 0
-        and not input.is_nested
-    )
-
-
-def _is_fake(tensor: Any) -> bool:
-    """Return whether this stands for an ordinary tensor while a graph is traced that may hold kernels."""
-    return isinstance(tensor, (FakeTensor, FunctionalTensor)) and not _needs_torch()
-
-
-def _needs_torch() -> bool:
-    onnx = sys.modules.get("torch.onnx")  # not imported here, as that takes 0.1 s
-    return (
-        _functorch_level() is not None
-        or forward_ad._current_level >= 0
-        or (onnx is not None and onnx.is_in_onnx_export())
-    )
-
-
-mark_constant(_needs_torch)
+_DEFAULT_EPS_IS_FLOAT32 = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 7)
 
 
 @dataclass(frozen=True)
-class Kernels:
-    """The operators that a kind of module calls."""
+class NormOperators:
+    """The operators that one variant of RMSNorm calls.
+
+    Attributes:
+        norm: the norm without a residual.
+        fused_add: adds the residual and normalises the sum, in place.
+        fused_add_functional: the same, returning new tensors.
+        weight_offset: added to the weight before it multiplies.
+    """
 
     norm: Callable[..., torch.Tensor]
     fused_add: Callable[..., None]
-    functional: Callable[..., tuple[torch.Tensor, torch.Tensor]]  # fused_add, with nothing overwritten
+    fused_add_functional: Callable[..., tuple[torch.Tensor, torch.Tensor]]
     weight_offset: float
 
 
-KERNELS = {
-    "rmsnorm": Kernels(rmsnorm, fused_add_rmsnorm, torch.ops.jitnorm.fused_add_rmsnorm_functional, 0.0),
-    "gemma_rmsnorm": Kernels(
-        gemma_rmsnorm, gemma_fused_add_rmsnorm, torch.ops.jitnorm.gemma_fused_add_rmsnorm_functional, 1.0
+NORM_VARIANTS = {
+    # torch.ops.jitnorm is looked up at the call: torch_library registers more of an operator when it is looked up.
+    "rmsnorm": NormOperators(
+        rmsnorm, fused_add_rmsnorm, lambda *args: torch.ops.jitnorm.fused_add_rmsnorm_functional(*args), 0.0
+    ),
+    "gemma_rmsnorm": NormOperators(
+        gemma_rmsnorm,
+        gemma_fused_add_rmsnorm,
+        lambda *args: torch.ops.jitnorm.gemma_fused_add_rmsnorm_functional(*args),
+        1.0,
     ),
 }
 
 
-def normalise(norm: Callable[..., torch.Tensor], input: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    """`norm(input, weight, eps)`, one of this package's, for an input of any strides, which the result has too where
-    the kernel takes them."""
-    if is_rows(input):
-        return norm(input, weight, eps)
-    # Heads before tokens, as in q.view(b, s, h, d).transpose(1, 2): rows still, in another order.
-    if input.dim() >= 3 and is_rows(rows := input.transpose(-3, -2)):
-        return norm(rows, weight, eps).transpose(-3, -2)
-    return norm(input.clone(memory_format=torch.contiguous_format), weight, eps)
+class _ResidualNorm(torch.nn.Module):
+    """The forward method that the modules share."""
+
+    _variant: ClassVar[str]  # a key of NORM_VARIANTS
+    _ones: torch.Tensor | None  # what a kernel multiplies by where there is no weight
+    weight: Any  # torch.nn.Parameter or None
+    normalized_shape: tuple[int, ...]
+    eps: float | None
+
+    @overload
+    def forward(self, x: torch.Tensor, residual: None = None) -> torch.Tensor: ...
+    @overload
+    def forward(self, x: torch.Tensor, residual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]: ...
+
+    def forward(
+        self, x: torch.Tensor, residual: torch.Tensor | None = None
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        """Normalise `x`, or the sum of `x` and `residual`.
+
+        Without a residual nothing is overwritten, and the result is a new tensor. With a residual, **both tensors are
+        consumed**: use what is returned and never the arguments again. If no gradient is needed and a kernel supports
+        these tensors, the normalised tensor is written into `x` and the sum into `residual`, and these two are
+        returned, as in vLLM: at inference, new tensors for every layer would cost more than the kernel. Otherwise new
+        tensors are returned.
+
+        Args:
+            x: `[..., *normalized_shape]`, of any dtype and strides that `F.rms_norm` takes.
+            residual: of `x`'s shape, dtype and device, sharing no memory with it.
+
+        Returns:
+            The normalised tensor; with a residual, the normalised sum and the sum. The sum is normalised before it is
+            rounded, as by `jitnorm.fused_add_rmsnorm`.
+
+        Raises:
+            ValueError: `x` and `residual` share memory, or differ in shape, dtype or device.
+            RuntimeError: as `F.rms_norm`; or a kernel cannot be built.
+        """
+        return rms_norm(self._variant, x, residual, self.weight, self._ones, self.normalized_shape, self.eps)
+
+    def __prepare_scriptable__(self) -> NoReturn:
+        refuse_script(self)
 
 
-def is_rows(tensor: torch.Tensor) -> bool:
-    """Whether a kernel takes these strides."""
-    if tensor.is_cuda and _has_address(tensor) and tensor.data_ptr() % checks.CUDA_ALIGNMENT:
-        return False
-    if tensor.is_contiguous():
-        return True
-    stride = checks.row_stride(tensor) if tensor.stride(-1) == 1 else None
-    return stride is not None and not (tensor.is_cuda and stride * tensor.element_size() % checks.CUDA_ALIGNMENT)
+class RMSNorm(_ResidualNorm, torch.nn.RMSNorm):
+    """`torch.nn.RMSNorm`, computed by this package's kernels wherever they support the call.
 
-
-def _has_address(tensor: torch.Tensor) -> bool:
-    """What a compiler traces has none yet; it allocates aligned, and the kernel refuses what is not."""
-    return not _is_dynamo_compiling() and type(tensor).__torch_dispatch__ is _ORDINARY
-
-
-def rms_norm(
-    kind: str,
-    x: torch.Tensor,
-    residual: torch.Tensor | None,
-    weight: torch.Tensor | None,
-    ones: torch.Tensor | None,
-    normalized_shape: tuple[int, ...],
-    eps: float | None,
-) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-    """Compute what the forward methods of the modules document. A call of this is what torch.fx.symbolic_trace records.
-
-    Args:
-        kind: a key of `KERNELS`.
-        x, residual: the module's arguments.
-        weight: the module's parameter.
-        ones: what a kernel multiplies by where there is no weight.
-        normalized_shape, eps: the module's.
-    """
-    kernels, factor = KERNELS[kind], ones if weight is None else weight
-    if residual is not None:
-        _check_residual(x, residual)
-        if factor is not None and _takes_residual(x, residual, factor):
-            return _fused_add(kernels, x, residual, factor, _eps(eps, x))
-        total = _wide(x) + _wide(residual)
-        normalised = _in_torch(kernels, total, weight, normalized_shape, _eps(eps, x))
-        return normalised.to(x.dtype), total.to(x.dtype)
-    if factor is not None and serves(x, factor):
-        return normalise(kernels.norm, x, factor, _eps(eps, x))
-    if kernels.weight_offset:
-        return _in_torch(kernels, _wide(x), weight, normalized_shape, eps).to(x.dtype)
-    return F.rms_norm(x, normalized_shape, weight, eps)
-
-
-torch.fx.wrap("rms_norm")
-
-
-def _fused_add(
-    kernels: Kernels, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """In place, except where autograd needs what would be overwritten."""
-    if needs_grad(x, residual, weight):
-        return kernels.functional(x, residual, weight, eps)
-    kernels.fused_add(x, residual, weight, eps)
-    return x, residual
-
-
-def _takes_residual(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor) -> bool:
-    """Whether a fused kernel takes these as they are; what it overwrites cannot be a copy or an expanded view."""
-    return (
-        serves(x, weight)
-        and may_call_kernels(residual, weight)
-        and all(is_rows(written) and _is_separate(written) for written in (x, residual))
-    )
-
-
-def _is_separate(rows: torch.Tensor) -> bool:
-    """Whether each has memory of its own."""
-    return rows.is_contiguous() or (checks.row_stride(rows) or 0) >= rows.shape[-1]
-
-
-def _in_torch(
-    kernels: Kernels,
-    x: torch.Tensor,
-    weight: torch.Tensor | None,
-    normalized_shape: tuple[int, ...],
-    eps: float | None,
-) -> torch.Tensor:
-    """Of an `x` that is wide already."""
-    factor = None if weight is None else _wide(weight)
-    if factor is not None and kernels.weight_offset:
-        factor = factor + kernels.weight_offset
-    return F.rms_norm(x, normalized_shape, factor, eps)
-
-
-def _eps(eps: float | None, x: torch.Tensor) -> float:
-    if eps is not None:
-        return eps
-    return torch.finfo(torch.float32 if x.dtype in _HALF and _EPS_OF_FLOAT32 else x.dtype).eps
-
-
-class RMSNorm(torch.nn.RMSNorm):
-    """`torch.nn.RMSNorm`, computed by this package's kernels wherever they serve.
-
-    The constructor, the state dict and the text are torch's own. With a residual it adds first and normalises the sum.
+    The constructor, the state dict and the text are torch's own. With a residual, the sum is normalised.
 
     Args:
-        normalized_shape: the last dimension's size, or several dimensions' (PyTorch computes those).
-        eps: added to the mean of the squares. None stands for what torch takes: the epsilon of float32 for float16,
+        normalized_shape: the size of the last dimension, or the sizes of several (which PyTorch computes).
+        eps: added to the mean of the squares. None stands for torch's default: the epsilon of float32 for float16,
             bfloat16 and float32 (before torch 2.7, of the input's dtype).
         elementwise_affine: False for no weight.
-        device, dtype: of the weight, which starts as ones.
+        device: of the weight, which is initialised with ones.
+        dtype: of the weight.
 
     Raises:
-        TypeError, ValueError: eps is no number, or below zero.
+        TypeError: eps is not a number.
+        ValueError: eps is negative.
     """
 
-    _ones: torch.Tensor | None
+    _variant = "rmsnorm"
 
     def __init__(
         self,
@@ -253,53 +141,26 @@ class RMSNorm(torch.nn.RMSNorm):
             self._ones = torch.ones_like(self._ones, dtype=torch.float32)
         return self
 
-    @overload
-    def forward(self, x: torch.Tensor, residual: None = None) -> torch.Tensor: ...
-    @overload
-    def forward(self, x: torch.Tensor, residual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]: ...
 
-    def forward(
-        self, x: torch.Tensor, residual: torch.Tensor | None = None
-    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-        """Normalises `x`, or the sum of `x` and `residual`.
-
-        Without a residual nothing is written, and the result is a new tensor. With one, **both tensors are consumed**:
-        use what is returned and never the arguments again. Where no gradient is needed the sum and the result are
-        written into the arguments themselves, which are then what is returned, as in vLLM: at inference, new tensors
-        for every layer would cost more than the kernel. Where a gradient is needed, or the kernels do not serve these
-        tensors, the arguments stay as they are and new tensors are returned.
-
-        Args:
-            x: `[..., *normalized_shape]`, of any dtype and strides that `F.rms_norm` takes.
-            residual: of `x`'s shape, dtype and device, sharing no memory with it.
-
-        Returns:
-            The normalised tensor; with a residual, that of the sum, and the sum. The sum is normalised before it is
-            rounded, as by `jitnorm.fused_add_rmsnorm`.
-
-        Raises:
-            ValueError: `x` and `residual` share memory, or have other shapes, dtypes or devices.
-            RuntimeError: as `F.rms_norm`; or a kernel cannot be built.
-        """
-        return rms_norm("rmsnorm", x, residual, self.weight, self._ones, self.normalized_shape, self.eps)
-
-    def __prepare_scriptable__(self) -> NoReturn:
-        refuse_script(self)
-
-
-class GemmaRMSNorm(torch.nn.Module):
-    """Gemma's RMSNorm: the factor is `1 + weight`, added in float32, and the weight starts as zeros.
+class GemmaRMSNorm(_ResidualNorm):
+    """Gemma's RMSNorm: multiplies by `1 + weight`, added in float32; the weight is initialised with zeros.
 
     Not a `torch.nn.RMSNorm`, because code that knows that class would multiply by the weight alone.
 
     Args:
-        normalized_shape: the last dimension's size, or several dimensions' (PyTorch computes those).
+        normalized_shape: the size of the last dimension, or the sizes of several (which PyTorch computes).
         eps: added to the mean of the squares.
-        device, dtype: of the weight.
+        device: of the weight.
+        dtype: of the weight.
 
     Raises:
-        TypeError, ValueError: eps is no number, or below zero.
+        TypeError: eps is not a number.
+        ValueError: eps is negative.
     """
+
+    _variant = "gemma_rmsnorm"
+    _ones = None
+    weight: torch.nn.Parameter
 
     def __init__(
         self,
@@ -311,51 +172,155 @@ class GemmaRMSNorm(torch.nn.Module):
         checks.eps(eps)
         super().__init__()
         shape = (normalized_shape,) if isinstance(normalized_shape, int) else tuple(normalized_shape)
-        self.normalized_shape: tuple[int, ...] = shape
+        self.normalized_shape = shape
         self.eps = eps
         self.weight = torch.nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
+        """Set the weight to zeros, which stand for a factor of one."""
         torch.nn.init.zeros_(self.weight)
 
     def extra_repr(self) -> str:
+        """Return the arguments that the module's text shows."""
         return f"{self.normalized_shape}, eps={self.eps}"
 
-    @overload
-    def forward(self, x: torch.Tensor, residual: None = None) -> torch.Tensor: ...
-    @overload
-    def forward(self, x: torch.Tensor, residual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]: ...
 
-    def forward(
-        self, x: torch.Tensor, residual: torch.Tensor | None = None
-    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-        """As `RMSNorm.forward`, and as there **a residual and its `x` are consumed**."""
-        return rms_norm("gemma_rmsnorm", x, residual, self.weight, None, self.normalized_shape, self.eps)
+def rms_norm(
+    variant: str,
+    x: torch.Tensor,
+    residual: torch.Tensor | None,
+    weight: torch.Tensor | None,
+    ones: torch.Tensor | None,
+    normalized_shape: tuple[int, ...],
+    eps: float | None,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """Compute what the modules' forward method documents. torch.fx.symbolic_trace records calls of this function.
 
-    def __prepare_scriptable__(self) -> NoReturn:
-        refuse_script(self)
+    Args:
+        variant: a key of `NORM_VARIANTS`.
+        x: argument of forward.
+        residual: argument of forward.
+        weight: the module's parameter, or None.
+        ones: what a kernel multiplies by where there is no weight.
+        normalized_shape: the module's.
+        eps: the module's.
+
+    Returns:
+        As the modules' forward method.
+
+    Raises:
+        ValueError, RuntimeError: as the modules' forward method.
+    """
+    operators, factor = NORM_VARIANTS[variant], ones if weight is None else weight
+    if residual is not None:
+        _check_residual(x, residual)
+        if factor is not None and _can_fuse_residual(x, residual, factor):
+            return _fused_add(operators, x, residual, factor, _resolve_eps(eps, x))
+        total = _at_least_float32(x) + _at_least_float32(residual)
+        normalised = _torch_rms_norm(operators, total, weight, normalized_shape, _resolve_eps(eps, x))
+        return normalised.to(x.dtype), total.to(x.dtype)
+    if factor is not None and can_normalise(x, factor):
+        return normalise(operators.norm, x, factor, _resolve_eps(eps, x))
+    if operators.weight_offset:
+        return _torch_rms_norm(operators, _at_least_float32(x), weight, normalized_shape, eps).to(x.dtype)
+    return F.rms_norm(x, normalized_shape, weight, eps)
 
 
-def refuse_script(module: torch.nn.Module) -> NoReturn:
-    """Raise for torch.jit.script, which compiles Python and cannot compile the choice between kernels and PyTorch."""
-    raise RuntimeError(
-        f"torch.jit.script cannot compile jitnorm's {type(module).__name__}: use torch.jit.trace, torch.export or "
-        "torch.compile"
+torch.fx.wrap("rms_norm")
+
+
+def normalise(norm: Callable[..., torch.Tensor], input: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """Return `norm(input, weight, eps)` for an input of any strides.
+
+    Args:
+        norm: an operator of this package.
+        input: accepted by `can_normalise`, with `weight`. It is copied only if a kernel cannot take its strides.
+        weight: `[hidden_size]`.
+        eps: added to the mean of the squares.
+
+    Returns:
+        A new tensor, in the order of the input's dimensions if the input was not copied.
+    """
+    if has_kernel_layout(input):
+        return norm(input, weight, eps)
+    # Heads before tokens, as in q.view(b, s, h, d).transpose(1, 2): rows still, in another order.
+    if input.dim() >= 3 and has_kernel_layout(rows := input.transpose(-3, -2)):
+        return norm(rows, weight, eps).transpose(-3, -2)
+    return norm(input.clone(memory_format=torch.contiguous_format), weight, eps)
+
+
+def _fused_add(
+    operators: NormOperators, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Add and normalise in place, or in new tensors if autograd needs what would be overwritten."""
+    if needs_grad(x, residual, weight):
+        return operators.fused_add_functional(x, residual, weight, eps)
+    operators.fused_add(x, residual, weight, eps)
+    return x, residual
+
+
+def _can_fuse_residual(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor) -> bool:
+    """Return whether a fused kernel takes these tensors as they are: it overwrites two, which cannot be copies."""
+    return (
+        can_normalise(x, weight)
+        and can_call_operators(residual, weight)
+        and all(has_kernel_layout(written) and _has_disjoint_rows(written) for written in (x, residual))
     )
 
 
+def _has_disjoint_rows(tensor: torch.Tensor) -> bool:
+    """Return whether no two rows share memory, as those of an expanded tensor do."""
+    return tensor.is_contiguous() or (checks.row_stride(tensor) or 0) >= tensor.shape[-1]
+
+
 def _check_residual(x: torch.Tensor, residual: torch.Tensor) -> None:
-    """Addition would broadcast and promote, and the kernels do not: the same call is right or wrong at every size."""
+    """Raise for a residual that the kernels refuse, where addition in PyTorch would broadcast or promote it."""
     if residual.shape != x.shape or residual.dtype != x.dtype or residual.device != x.device:
         raise ValueError(
-            f"residual must be like x, {list(x.shape)} {x.dtype} on {x.device}, "
+            "residual must have the shape, dtype and device of x: "
+            f"{list(x.shape)} {x.dtype} on {x.device}, "
             f"got {list(residual.shape)} {residual.dtype} on {residual.device}"
         )
     if not is_traced(x, residual):
         checks.no_overlap("residual", residual, "x", x, even_exactly=True)
 
 
-def _wide(tensor: torch.Tensor) -> torch.Tensor:
-    """In the dtype that sums are kept in."""
-    return tensor.float() if tensor.dtype in _HALF else tensor
+def _torch_rms_norm(
+    operators: NormOperators,
+    x: torch.Tensor,
+    weight: torch.Tensor | None,
+    normalized_shape: tuple[int, ...],
+    eps: float | None,
+) -> torch.Tensor:
+    """Normalise an `x` of float32 or float64 by PyTorch's operator."""
+    factor = None if weight is None else _at_least_float32(weight)
+    if factor is not None and operators.weight_offset:
+        factor = factor + operators.weight_offset
+    return F.rms_norm(x, normalized_shape, factor, eps)
+
+
+def _resolve_eps(eps: float | None, x: torch.Tensor) -> float:
+    if eps is not None:
+        return eps
+    return torch.finfo(torch.float32 if x.dtype in _HALF_DTYPES and _DEFAULT_EPS_IS_FLOAT32 else x.dtype).eps
+
+
+def _at_least_float32(tensor: torch.Tensor) -> torch.Tensor:
+    """Return `tensor` in the dtype in which sums are accumulated."""
+    return tensor.float() if tensor.dtype in _HALF_DTYPES else tensor
+
+
+def refuse_script(module: torch.nn.Module) -> NoReturn:
+    """Raise for torch.jit.script, which compiles Python and cannot compile the choice between kernels and PyTorch.
+
+    Args:
+        module: what torch.jit.script was called with.
+
+    Raises:
+        RuntimeError: always.
+    """
+    raise RuntimeError(
+        f"torch.jit.script cannot compile jitnorm's {type(module).__name__}: use torch.jit.trace, torch.export or "
+        "torch.compile"
+    )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -25,7 +24,6 @@ HEAD_DIMS = (64, 128, 256, 512, 1024)
 MAX_ROWS = 2**31 - 1  # kMaxRows in csrc/elementwise/qknorm.h
 
 
-@dataclass(frozen=True)
 class QKNorm(Norm):
     """A norm whose rows are the heads of two tensors. It has sizes of its own."""
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -29,7 +28,6 @@ _NUM_SPLITS = (0, 1, 2, 4)
 check_indices = is_on("JITNORM_CHECK_INDICES")
 
 
-@dataclass(frozen=True)
 class StoreCache(Operator):
     """The operator. Its kernels are compiled for the bytes of one access, not for a width or a dtype."""
 

@@ -11,9 +11,9 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from jitnorm.benchmark import marker, measure, options
-from jitnorm.benchmark.options import override_settings
+from jitnorm.benchmark import marker, measure
 from jitnorm.benchmark.runner import bench_copy
+from jitnorm.benchmark.settings import override_settings
 
 SHORT_RUN = {"seconds": 0.0, "cold": False, "device": "cpu"}
 
@@ -286,7 +286,7 @@ def sizes(n, impl):
 
 
 def command(*words, exit_code=0):
-    result = CliRunner().invoke(options.command(sizes, copy=False), [str(word) for word in words])
+    result = CliRunner().invoke(marker.command(sizes, copy=False), [str(word) for word in words])
     assert result.exit_code == exit_code, result.output
     return result
 
@@ -348,7 +348,7 @@ def test_a_run_that_measures_nothing_fails(tmp_path):
 
     words = [*CPU, "--output", str(tmp_path / "a.json")]
     for copy in (False, True):
-        done = CliRunner().invoke(options.command(bench, copy=copy), words)
+        done = CliRunner().invoke(marker.command(bench, copy=copy), words)
         assert done.exit_code == 1 and "N/A peer: not installed" in done.stdout
         assert done.stderr == "Error: nothing was measured: no implementation is available here\n"
     assert json.loads((tmp_path / "a.json").read_text())["rows"]

@@ -9,8 +9,8 @@ import torch
 
 from jitnorm.benchmark import marker, measure
 from jitnorm.benchmark.call import Call, rotating_copies
-from jitnorm.benchmark.options import override_settings
 from jitnorm.benchmark.results import NOISE_TARGET, run_until_stable
+from jitnorm.benchmark.settings import override_settings
 
 
 @pytest.fixture(autouse=True)

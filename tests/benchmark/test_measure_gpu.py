@@ -16,7 +16,7 @@ from jitnorm.benchmark import marker
 from jitnorm.benchmark.call import Call
 from jitnorm.benchmark.compare import Verdict, compare
 from jitnorm.benchmark.measure import CUDAGraphTimer, working_set
-from jitnorm.benchmark.options import override_settings
+from jitnorm.benchmark.settings import override_settings
 from jitnorm.cli import main
 
 pytestmark = pytest.mark.gpu

@@ -1,7 +1,7 @@
-"""A first call and a later one come to the same: the same exception or none, the same bytes written and returned.
+"""The first call and a later one agree: the same exception or none, the same bytes written and returned.
 
-On calls drawn at random, good and bad, of every form of every operator: what is refused before there is a kernel must
-be refused by the fast path, whatever kind of object comes for a tensor or a number.
+Calls of every form of every operator are drawn at random, good and bad. What is refused before a kernel is cached must
+be refused by the fast path as well, whatever object is passed for a tensor or a number.
 """
 
 from __future__ import annotations

@@ -118,5 +118,5 @@ def test_what_needs_a_gradient_is_written_where_torch_lets_it(form: Form, guard,
         form.call(arguments)
         assert arguments[name].grad_fn is not None
         return
-    with pytest.raises(RuntimeError, match=f"^{name} is .*, which {form.function.__name__} cannot overwrite"):
+    with pytest.raises(RuntimeError, match=f"^{name} is .*, which {form.op} cannot overwrite"):
         form.call(arguments)

@@ -435,9 +435,9 @@ def test_fp8_linear_has_the_kernels_codes_where_no_kernel_is_called(dtype, monke
     x[0, 0], x[1, 1], x[2, 2] = torch.nan, torch.inf, -torch.inf
     results = []
     for may in (True, False):
-        monkeypatch.setattr(fp8_linear, "may_call_kernels", lambda *_, may=may: may)
-        q, scale = fp8_linear._per_token(x)
-        results.append((codes(q), scale, codes(fp8_linear._per_tensor(x, torch.tensor([0.7])))))
+        monkeypatch.setattr(fp8_linear, "can_call_operators", lambda *_, may=may: may)
+        q, scale = fp8_linear._quantise_per_token(x)
+        results.append((codes(q), scale, codes(fp8_linear._quantise_static(x, torch.tensor([0.7])))))
     for kernels, plain in zip(*results, strict=True):
         nan = kernels == 0x7F if kernels.dtype == torch.uint8 else kernels.isnan()
         assert torch.equal(kernels[~nan], plain[~nan])

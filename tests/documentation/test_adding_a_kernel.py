@@ -53,8 +53,7 @@ def test_the_page_has_all_steps():
 
 def test_a_variant_of_a_norm(copy):
     append(copy, ADDITIONS[:4])
-    pytest_in(copy, "tests/test_rmsnorm.py", "-k", "half_rmsnorm")
-    pytest_in(copy, "tests/core/test_operators.py", "-k", "half_rmsnorm")
+    pytest_in(copy, "tests/test_rmsnorm.py", "tests/core/test_operators.py", "-k", "half_rmsnorm")
     run(copy, "-m", "jitnorm", "warmup", "--op", "half_rmsnorm", "--hidden-size", "512", "--device", "cpu")
 
 
@@ -63,7 +62,6 @@ def test_an_operator(copy):
         assert not (copy / name).exists()
         (copy / name).write_text(content)
     append(copy, ADDITIONS[4:])
-    pytest_in(copy, "tests/test_scale.py")
-    pytest_in(copy, "tests/core/test_operators.py", "-k", "scale")
+    pytest_in(copy, "tests/test_scale.py", "tests/core/test_operators.py", "-k", "scale and not scales")
     run(copy, "-m", "jitnorm", "warmup", "--op", "scale", "--hidden-size", "4096", "--device", "cpu")
     run(copy, "benchmarks/bench_scale.py", "--short", "--device", "cpu", "--warm", "--seconds", "0")

@@ -15,9 +15,8 @@ import pytest
 
 from documentation.pages import FILES, PAGES, ROOT, load
 from jitnorm.benchmark import marker
-from jitnorm.benchmark.marker import Benchmark
-from jitnorm.benchmark.options import command
-from jitnorm.cli import diagnosis, main
+from jitnorm.benchmark.marker import Benchmark, command
+from jitnorm.cli import diagnostics, main
 from jitnorm.jit import toolchain
 
 README = PAGES["README.md"]
@@ -112,9 +111,9 @@ def test_options_of_benchmarks_are_documented():
 
 def test_environment_table_is_complete():
     table = set(re.findall(r"^\| `(\w+)` \|", ENVIRONMENT, re.MULTILINE))
-    readers = [f for f in (ROOT / "src").rglob("*.py") if f != Path(diagnosis.__file__)]
+    readers = [f for f in (ROOT / "src").rglob("*.py") if f != Path(diagnostics.__file__)]
     read = set(re.findall(r'"(JITNORM_[A-Z_]+)"', "".join(f.read_text() for f in readers)))
-    assert {name for name in table if name.startswith("JITNORM_")} == read == set(diagnosis._OWN_VARIABLES)
+    assert {name for name in table if name.startswith("JITNORM_")} == read == set(diagnostics._OWN_VARIABLES)
     assert not [name for name in toolchain._ENVIRONMENT if f"`{name}`" not in ENVIRONMENT]
 
 

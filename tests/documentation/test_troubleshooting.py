@@ -7,19 +7,24 @@ import pytest
 from documentation.pages import load
 
 messages = load("docs/messages.py")
+KNOWN = messages.entries(messages.PAGE.read_text())
 
 
-def test_every_message_has_an_entry():
-    found, known = messages.messages(), messages.entries(messages.PAGE.read_text())
+@pytest.fixture(scope="module")
+def found():
+    return messages.messages()
+
+
+def test_every_message_has_an_entry(found):
     assert len(found) > 200
-    missing = {place: text for text, place in found.items() if text not in known}
+    missing = {place: text for text, place in found.items() if text not in KNOWN}
     assert not missing, "python docs/messages.py lists them; --update rewords entries"
 
 
-def test_every_entry_is_a_message():
-    found, known = messages.messages(), messages.entries(messages.PAGE.read_text())
-    assert not [text for text in known if text not in found]
-    assert all(cure.strip() for cure in known.values())
+def test_every_entry_is_a_message(found):
+    assert not [text for text in KNOWN if text not in found]
+    assert all(cure.strip() for cure in KNOWN.values())
+    assert len(messages.rows(messages.PAGE.read_text())) == len(KNOWN)
 
 
 @pytest.mark.parametrize(
@@ -45,5 +50,5 @@ def test_messages_are_found(tmp_path, monkeypatch, source, texts):
 
 def test_a_reworded_message_keeps_its_cure(monkeypatch):
     monkeypatch.setattr(messages, "messages", lambda: {"eps must not be negative, got …": "x.py:1"})
-    page = "| `eps must be zero or more, got …` | Pass another. |\n"
-    assert messages.reworded(page) == "| `eps must not be negative, got …` | Pass another. |\n"
+    page = "| `eps must be 0 or more, and not negative, got …` | Pass another. |\n| `unlike it` | Nothing. |\n"
+    assert messages.updated(page) == "| `eps must not be negative, got …` | Pass another. |\n"

@@ -128,7 +128,7 @@ def run_faults(indices: Iterable[int], seed: int, workers: int, report: Callable
         def drive(number: int) -> None:
             """Keeps one worker busy, and starts another where it dies."""
             while not todo.empty():
-                command = [*module, str(seed), folder / f"worker{number}" / "box", folder / "store", compiler]
+                command = [*module, str(seed), folder / f"worker{number}" / "sandbox", folder / "store", compiler]
                 worker = subprocess.Popen(
                     command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
                 )

@@ -1,4 +1,4 @@
-"""The kinds of faults. Each function makes one fault in a box, by its random numbers, and lets operations meet it."""
+"""The kinds of faults. Each function makes one fault in a sandbox, by random numbers, and runs operations on it."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from faults.box import COMMANDS, FOREIGN_USER, HANG_S, KERNELS, Box, Report, remove
 from faults.inject import CLASSES, CLOSE_ERRORS, ERRORS, Injection
+from faults.sandbox import COMMANDS, FOREIGN_USER, HANG_S, KERNELS, Report, Sandbox, remove
 from jitnorm.jit import cache
 
-Kind = Callable[[Box, random.Random], None]
+Kind = Callable[[Sandbox, random.Random], None]
 
 LOADS = ("load rmsnorm", "load rmsnorm", "load rmsnorm silu per_token", "find rmsnorm", "module rmsnorm", "warmup")
 LOOKS = ("ls", "ls --format json", "show", "verify", "clear --dry-run")
@@ -30,42 +30,42 @@ REMOVALS = ("prune", "prune --max-size", "clear", "clear --filter")
 OPERATIONS = (*LOADS * 4, *LOOKS * 2, *REMOVALS * 2, "doctor")
 
 
-def _fire(box: Box, rng: random.Random, operation: str, armed: Injection, most: int) -> Report:
+def _fire(sandbox: Sandbox, rng: random.Random, operation: str, armed: Injection, most: int) -> Report:
     """Runs an operation under an injection at a random call; where there is none, at an earlier one, or any."""
     armed = replace(armed, nth=min(most, int(2 ** rng.uniform(0, most.bit_length()))))
-    before = snapshot_of(box)
+    before = snapshot_of(sandbox)
     while True:
-        report = box.run(operation, arm=armed)
+        report = sandbox.run(operation, arm=armed)
         if report.fired or (armed.nth == 1 and armed.classes == CLASSES):
-            box.say(f"{operation} with {armed}" + ("" if report.fired else " (no such call)"))
+            sandbox.describe(f"{operation} with {armed}" + ("" if report.fired else " (no such call)"))
             return report
         armed = replace(armed, nth=armed.nth // 2) if armed.nth > 1 else replace(armed, classes=CLASSES, nth=8)
-        restore(box, before)
+        restore(sandbox, before)
 
 
-def snapshot_of(box: Box) -> Path:
+def snapshot_of(sandbox: Sandbox) -> Path:
     """Keep the cache as it is, to try again on."""
-    kept = box.folder / "before"
+    kept = sandbox.folder / "before"
     remove(kept)
-    if box.cache.exists():
-        shutil.copytree(box.cache, kept, symlinks=True)
+    if sandbox.cache.exists():
+        shutil.copytree(sandbox.cache, kept, symlinks=True)
     return kept
 
 
-def restore(box: Box, kept: Path) -> None:
-    remove(box.cache)
+def restore(sandbox: Sandbox, kept: Path) -> None:
+    remove(sandbox.cache)
     if kept.exists():
-        shutil.copytree(kept, box.cache, symlinks=True)
+        shutil.copytree(kept, sandbox.cache, symlinks=True)
 
 
-def errno(box: Box, rng: random.Random) -> None:
+def errno(sandbox: Sandbox, rng: random.Random) -> None:
     """A system call on the cache fails, once or from then on."""
-    box.random_state(rng)
+    sandbox.random_state(rng)
     if rng.random() < 0.15:
-        box.warm(["rmsnorm"], box.prebuilt)
-        box.environment["JITNORM_PREBUILT_DIR"] = str(box.prebuilt)
-        box.say("and a prebuilt layer")
-    box.seal_canaries()
+        sandbox.warm(["rmsnorm"], sandbox.prebuilt)
+        sandbox.environment["JITNORM_PREBUILT_DIR"] = str(sandbox.prebuilt)
+        sandbox.describe("and a prebuilt layer")
+    sandbox.snapshot_outside()
     classes = tuple(rng.sample(CLASSES, rng.choice((1, 1, 1, 2, len(CLASSES)))))
     error, again = rng.choice(ERRORS), rng.random() < 0.3
     if classes == ("close",):
@@ -74,60 +74,60 @@ def errno(box: Box, rng: random.Random) -> None:
     if action == "short":
         classes, again = ("write",), False
     operation = rng.choice(OPERATIONS)
-    report = _fire(box, rng, operation, Injection(classes, 1, action, error, again), 40)
-    box.judge(report, must_succeed=not report.fired and operation in LOADS)
+    report = _fire(sandbox, rng, operation, Injection(classes, 1, action, error, again), 40)
+    sandbox.judge(report, must_succeed=not report.fired and operation in LOADS)
 
 
-def tool_errno(box: Box, rng: random.Random) -> None:
+def tool_errno(sandbox: Sandbox, rng: random.Random) -> None:
     """A system call of ninja, the shell or the compiler on the cache fails, or kills it."""
-    box.random_state(rng)
-    remove(box.cache / "kernels")
-    box.seal_canaries()
+    sandbox.random_state(rng)
+    remove(sandbox.cache / "kernels")
+    sandbox.snapshot_outside()
     action = rng.choice(("fail", "fail", "kill"))
     classes = tuple(rng.sample(CLASSES, rng.choice((1, 2, len(CLASSES)))))
     tools = Injection(classes, int(2 ** rng.uniform(0, 5)), action, rng.choice(ERRORS), rng.random() < 0.3)
-    box.say(f"ninja and compilers with {tools}")
-    box.judge(box.run("load rmsnorm", tools=tools))
+    sandbox.describe(f"ninja and compilers with {tools}")
+    sandbox.judge(sandbox.run("load rmsnorm", tools=tools))
 
 
-def kill(box: Box, rng: random.Random) -> None:
+def kill(sandbox: Sandbox, rng: random.Random) -> None:
     """The process is killed at one of its calls on the cache."""
-    box.random_state(rng)
-    box.seal_canaries()
+    sandbox.random_state(rng)
+    sandbox.snapshot_outside()
     operation = rng.choice(("load rmsnorm",) * 4 + ("load rmsnorm silu per_token", "warmup", *REMOVALS))
-    report = _fire(box, rng, operation, Injection(CHANGES, 1, "kill"), 200)
-    box.judge(report, allowed=("killed",))
+    report = _fire(sandbox, rng, operation, Injection(CHANGES, 1, "kill"), 200)
+    sandbox.judge(report, allowed=("killed",))
 
 
 CHANGES = ("open", "write", "rename", "mkdir", "unlink", "flock", "fsync", "mode", "close", "link", "read", "list")
 
 
-def orphan(box: Box, rng: random.Random) -> None:
+def orphan(sandbox: Sandbox, rng: random.Random) -> None:
     """The process is killed while its compiler works: ninja and the compiler end as well."""
-    box.random_state(rng, leftovers=False)
-    remove(box.cache / "kernels")
-    box.seal_canaries()
-    box.compiler("block")
-    child = box.start("load rmsnorm")
-    if not _wait(box.bin / "started"):
-        box.wrong("the compiler was not started")
+    sandbox.random_state(rng, leftovers=False)
+    remove(sandbox.cache / "kernels")
+    sandbox.snapshot_outside()
+    sandbox.compiler("block")
+    child = sandbox.start("load rmsnorm")
+    if not _wait(sandbox.bin / "started"):
+        sandbox.add_problem("the compiler was not started")
     number = rng.choice((signal.SIGKILL, signal.SIGTERM, signal.SIGHUP))
-    box.say(f"the builder gets {number.name} while its compiler works")
+    sandbox.describe(f"the builder gets {number.name} while its compiler works")
     child.send(number)
     report = child.end()
     if report.ended not in ("killed", "crash"):
-        box.judge(report)
-    _processes_end(box)
-    box.compiler("ok")
+        sandbox.judge(report)
+    _processes_end(sandbox)
+    sandbox.compiler("ok")
 
 
-def _processes_end(box: Box) -> None:
-    from faults.box import orphans
+def _processes_end(sandbox: Sandbox) -> None:
+    from faults.sandbox import orphans
 
     for pid in orphans():
         with contextlib.suppress(OSError):
             words = Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
-            box.wrong(f"still running after its parent's end: {words[:200]}")
+            sandbox.add_problem(f"still running after its parent's end: {words[:200]}")
 
 
 def _wait(path: Path, limit: float = HANG_S) -> bool:
@@ -139,39 +139,39 @@ def _wait(path: Path, limit: float = HANG_S) -> bool:
     return True
 
 
-def interrupt(box: Box, rng: random.Random) -> None:
+def interrupt(sandbox: Sandbox, rng: random.Random) -> None:
     """Ctrl-C during a build: with a handler of the program's own it goes on, else the next call builds."""
-    box.random_state(rng, leftovers=False)
-    remove(box.cache / "kernels")
-    box.seal_canaries()
-    box.compiler("block")
+    sandbox.random_state(rng, leftovers=False)
+    remove(sandbox.cache / "kernels")
+    sandbox.snapshot_outside()
+    sandbox.compiler("block")
     own = rng.random() < 0.5
-    box.say(f"Ctrl-C during a build, with {'a handler of its own' if own else 'KeyboardInterrupt'}")
+    sandbox.describe(f"Ctrl-C during a build, with {'a handler of its own' if own else 'KeyboardInterrupt'}")
 
     def handler() -> None:
         if own:
             signal.signal(signal.SIGINT, lambda number, frame: None)
 
-    child = box.start("load rmsnorm" if own else "twice rmsnorm", before=handler)
-    if not _wait(box.bin / "started"):
-        box.wrong("the compiler was not started")
+    child = sandbox.start("load rmsnorm" if own else "twice rmsnorm", before=handler)
+    if not _wait(sandbox.bin / "started"):
+        sandbox.add_problem("the compiler was not started")
     with contextlib.suppress(ProcessLookupError):
         os.killpg(child.pid, signal.SIGINT)  # as a terminal does, to all of the process group
     time.sleep(0.05)
-    (box.bin / "go").touch()
-    box.judge(child.end(), must_succeed=True)
+    (sandbox.bin / "go").touch()
+    sandbox.judge(child.end(), must_succeed=True)
 
 
-def flip(box: Box, rng: random.Random) -> None:
+def flip(sandbox: Sandbox, rng: random.Random) -> None:
     """A file of the cache, or of the prebuilt layer, is damaged."""
-    where = box.cache
-    box.random_state(rng, needs=["rmsnorm"])
+    where = sandbox.cache
+    sandbox.random_state(rng, needs=["rmsnorm"])
     if rng.random() < 0.2:
-        where = box.prebuilt
-        box.warm(["rmsnorm"], where)
-        box.environment["JITNORM_PREBUILT_DIR"] = str(where)
+        where = sandbox.prebuilt
+        sandbox.warm(["rmsnorm"], where)
+        sandbox.environment["JITNORM_PREBUILT_DIR"] = str(where)
     else:
-        box.judge(box.run("find rmsnorm"))  # so that the compilers' versions are remembered
+        sandbox.judge(sandbox.run("find rmsnorm"))  # so that the compilers' versions are remembered
     files = sorted(f for f in where.rglob("*") if f.is_file() and not f.is_symlink())
     chosen = [f for f in files if f.suffix in (".so", ".json")] if rng.random() < 0.9 else files
     file = rng.choice(chosen)
@@ -196,11 +196,11 @@ def flip(box: Box, rng: random.Random) -> None:
     file.write_bytes(content)
     if rng.random() < 0.5:  # as a disk does it, which changes no time
         os.utime(file, ns=(info.st_atime_ns, info.st_mtime_ns))
-    box.say(f"{how} of {file.relative_to(box.folder)}")
-    box.seal_canaries()
+    sandbox.describe(f"{how} of {file.relative_to(sandbox.folder)}")
+    sandbox.snapshot_outside()
     operation = rng.choice(OPERATIONS)
-    box.say(operation)
-    box.judge(box.run(operation), must_succeed=operation != "verify" and operation != "show")
+    sandbox.describe(operation)
+    sandbox.judge(sandbox.run(operation), must_succeed=operation != "verify" and operation != "show")
 
 
 # Places of the layout: what is put there, and what the engine may find in its stead.
@@ -245,32 +245,32 @@ OBJECTS = (
 )
 
 
-def place_of(box: Box, place: str, rng: random.Random) -> Path:
+def place_of(sandbox: Sandbox, place: str, rng: random.Random) -> Path:
     """Return where in the cache, or in the prebuilt layer, a place lies."""
     spec = KERNELS["rmsnorm"].spec
-    home = next((box.cache / "kernels").glob(f"{spec.name}.*"), box.cache / "kernels" / "none")
+    home = next((sandbox.cache / "kernels").glob(f"{spec.name}.*"), sandbox.cache / "kernels" / "none")
     entry = next(iter(sorted(home.iterdir())), home / "000000000000") if home.is_dir() else home / "000000000000"
     if place in ("library", "manifest", "source"):
         pattern = {"library": "*.so", "manifest": "manifest.json", "source": "module.cc"}[place]
         return next(entry.glob(pattern), entry / pattern.replace("*", "none"))
     if place == "toolchain":
-        return next((box.cache / "toolchains").glob("*.json"), box.cache / "toolchains" / "cpu-0.json")
+        return next((sandbox.cache / "toolchains").glob("*.json"), sandbox.cache / "toolchains" / "cpu-0.json")
     builder = f"{socket.gethostname()}.{cache.host_id()}.{rng.randrange(1, 1 << 22)}"
     staged = f"{spec.name}.{spec.target.sm}.{builder}.{rng.randbytes(4).hex()}"
-    lock = next((box.cache / "locks").glob(f"{spec.name}*"), box.cache / "locks" / f"{home.name}.{entry.name}")
+    lock = next((sandbox.cache / "locks").glob(f"{spec.name}*"), sandbox.cache / "locks" / f"{home.name}.{entry.name}")
     return {
-        "cache": box.cache,
-        "kernels": box.cache / "kernels",
+        "cache": sandbox.cache,
+        "kernels": sandbox.cache / "kernels",
         "home": home,
         "entry": entry,
-        "staged": box.cache / "staging" / staged,
+        "staged": sandbox.cache / "staging" / staged,
         "lock": lock,
-        "tag": box.cache / "CACHEDIR.TAG",
-        "stray": rng.choice((box.cache, home, box.cache / "kernels")) / "stray",
-    }.get(place, box.cache / place)
+        "tag": sandbox.cache / "CACHEDIR.TAG",
+        "stray": rng.choice((sandbox.cache, home, sandbox.cache / "kernels")) / "stray",
+    }.get(place, sandbox.cache / place)
 
 
-def put(box: Box, path: Path, what: str, rng: random.Random) -> None:
+def put(sandbox: Sandbox, path: Path, what: str, rng: random.Random) -> None:
     """Makes something else of what lies at a path, or puts it there."""
     exists = os.path.lexists(path)
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -302,16 +302,16 @@ def put(box: Box, path: Path, what: str, rng: random.Random) -> None:
         os.close(here)
         bound.close()
     elif what == "dangling":
-        path.symlink_to(box.folder / "nowhere" / "at all")
+        path.symlink_to(sandbox.folder / "nowhere" / "at all")
     elif what == "loop":
         path.symlink_to(path.name)
     elif what == "link to a file":
-        path.symlink_to(box.outside / "file")
+        path.symlink_to(sandbox.outside / "file")
     elif what == "link to a folder":
-        target = box.outside / "folder"
+        target = sandbox.outside / "folder"
         if rng.random() < 0.5:  # with what the engine looks for
-            shutil.copytree(next(iter(box.templates.values())), target, dirs_exist_ok=True)
-            inner = target / path.relative_to(box.cache) if path != box.cache else target
+            shutil.copytree(next(iter(sandbox.templates.values())), target, dirs_exist_ok=True)
+            inner = target / path.relative_to(sandbox.cache) if path != sandbox.cache else target
             target = inner if inner.is_dir() else target
         path.symlink_to(target)
     elif what == "sparse":
@@ -347,52 +347,54 @@ def put(box: Box, path: Path, what: str, rng: random.Random) -> None:
         os.mknod(path, stat.S_IFCHR | 0o600, os.makedev(1, 5))  # /dev/zero
 
 
-def structure(box: Box, rng: random.Random) -> None:
+def structure(sandbox: Sandbox, rng: random.Random) -> None:
     """Something else lies where a folder or file of the cache should."""
-    box.random_state(rng, needs=["rmsnorm"] if rng.random() < 0.8 else [])
-    box.run("load rmsnorm" if rng.random() < 0.3 else "find rmsnorm")
+    sandbox.random_state(rng, needs=["rmsnorm"] if rng.random() < 0.8 else [])
+    sandbox.run("load rmsnorm" if rng.random() < 0.3 else "find rmsnorm")
     place, what = rng.choice(PLACES), rng.choice(OBJECTS)
-    if what in ("device", "foreign") and not box.has_powers:
+    if what in ("device", "foreign") and not sandbox.is_privileged:
         what = "fifo"
     if place == "cache" and what == "link to a folder":
         what = "loop"  # a cache's own folder may be a link
-    path = place_of(box, place, rng)
-    box.say(f"{what} at {place}")
+    path = place_of(sandbox, place, rng)
+    sandbox.describe(f"{what} at {place}")
     if what == "year 9999" and path.is_file():
         os.utime(path, (253402300799, rng.choice((253402300799, 2**40, -(2**33)))))
     else:
-        put(box, path, what, rng)
-    box.seal_canaries()
+        put(sandbox, path, what, rng)
+    sandbox.snapshot_outside()
     operation = rng.choice(OPERATIONS)
-    box.say(operation)
+    sandbox.describe(operation)
     can_be_kept = place != "cache" and what not in ("foreign", "group-writable", "world-writable")
     tolerant = operation not in ("verify", "show", "doctor") and place != "cache"
     if operation in ("warmup", *REMOVALS) and not can_be_kept:
         tolerant = False  # it says that nothing can be kept there, or cannot be removed
-    box.judge(box.run(operation), must_succeed=tolerant or operation.startswith("load"))
+    sandbox.judge(sandbox.run(operation), must_succeed=tolerant or operation.startswith("load"))
     if can_be_kept:
         return
-    box.judge(box.run("load silu"), must_succeed=True)
-    box.look_outside()
-    # It is the user's to mend.
-    for kept in (box.cache, *(p for p in box.cache.rglob("*") if not p.is_symlink())) if box.cache.is_dir() else ():
+    sandbox.judge(sandbox.run("load silu"), must_succeed=True)
+    sandbox.check_outside()
+    # Only its owner can repair it.
+    for kept in (
+        (sandbox.cache, *(p for p in sandbox.cache.rglob("*") if not p.is_symlink())) if sandbox.cache.is_dir() else ()
+    ):
         os.chown(kept, os.geteuid(), os.getegid())
         kept.chmod(kept.lstat().st_mode & 0o7755)
     if place == "cache":
-        remove(box.cache)
+        remove(sandbox.cache)
 
 
-def planted(box: Box, rng: random.Random) -> None:
+def planted(sandbox: Sandbox, rng: random.Random) -> None:
     """Another user put an entry that is sound, and foreign, where others can write."""
     spec = KERNELS["rmsnorm"].spec
     prebuilt = rng.random() < 0.5
-    root = box.prebuilt if prebuilt else box.cache
-    box.warm(["rmsnorm"], root)
+    root = sandbox.prebuilt if prebuilt else sandbox.cache
+    sandbox.warm(["rmsnorm"], root)
     home = next((root / "kernels").glob(f"{spec.name}.*"))
     entry = next(iter(home.iterdir()))
     weak = rng.choice((root, root / "kernels", home, entry, entry))
     library = next(entry.glob("*.so"))
-    foreign = (box.store / "foreign.so").read_bytes()
+    foreign = (sandbox.store / "foreign.so").read_bytes()
     manifest = json.loads((entry / "manifest.json").read_text())
     import hashlib
 
@@ -404,54 +406,54 @@ def planted(box: Box, rng: random.Random) -> None:
     (entry / "manifest.json").write_text(json.dumps(manifest))
     weak.chmod(rng.choice((0o775, 0o777, 0o757)))
     how = "an entry of this user's"
-    if rng.random() < 0.5 and box.has_powers:
+    if rng.random() < 0.5 and sandbox.is_privileged:
         how = "an entry of another user's"
         for path in (entry, *entry.iterdir()):
             os.chown(path, FOREIGN_USER, FOREIGN_USER)
-    box.say(f"{how} planted in {root.name}, where {weak.relative_to(box.folder)} can be written by others")
+    sandbox.describe(f"{how} planted in {root.name}, where {weak.relative_to(sandbox.folder)} can be written by others")
     if prebuilt:
-        box.environment["JITNORM_PREBUILT_DIR"] = str(root)
-    box.seal_canaries()
+        sandbox.environment["JITNORM_PREBUILT_DIR"] = str(root)
+    sandbox.snapshot_outside()
     operation = rng.choice(LOADS[:4])
-    box.judge(box.run(operation), must_succeed=True)
+    sandbox.judge(sandbox.run(operation), must_succeed=True)
     if prebuilt:
-        box.environment["JITNORM_PREBUILT_DIR"] = None
+        sandbox.environment["JITNORM_PREBUILT_DIR"] = None
         return
-    remove(box.cache)
+    remove(sandbox.cache)
 
 
-def swap(box: Box, rng: random.Random) -> None:
+def swap(sandbox: Sandbox, rng: random.Random) -> None:
     """The library is exchanged between two calls of a load: what was checked is what is loaded."""
-    box.random_state(rng, needs=["rmsnorm"], leftovers=False)
-    box.run("find rmsnorm")
-    box.seal_canaries()
-    entry = place_of(box, "entry", rng)
-    library = place_of(box, "library", rng)
+    sandbox.random_state(rng, needs=["rmsnorm"], leftovers=False)
+    sandbox.run("find rmsnorm")
+    sandbox.snapshot_outside()
+    entry = place_of(sandbox, "entry", rng)
+    library = place_of(sandbox, "library", rng)
     nth = rng.randrange(1, 30)
-    child = box.start("load rmsnorm", arm=Injection(("open", "read", "stat", "mmap", "flock"), nth, "stop"))
+    child = sandbox.start("load rmsnorm", arm=Injection(("open", "read", "stat", "mmap", "flock"), nth, "stop"))
     stopped = child.wait_for_stop()
     what = rng.choice(("library", "entry"))
-    box.say(f"the {what} is exchanged before call {nth}" + ("" if stopped else " (no such call)"))
+    sandbox.describe(f"the {what} is exchanged before call {nth}" + ("" if stopped else " (no such call)"))
     if stopped:
-        foreign = box.folder / "foreign"
+        foreign = sandbox.folder / "foreign"
         shutil.copytree(entry, foreign)
-        shutil.copy(box.store / "foreign.so", foreign / library.name)
+        shutil.copy(sandbox.store / "foreign.so", foreign / library.name)
         if what == "library":
             (foreign / library.name).rename(library)
         else:
-            entry.rename(box.folder / "old")
+            entry.rename(sandbox.folder / "old")
             if rng.random() < 0.5:
                 foreign.rename(entry)
             else:
                 entry.symlink_to(foreign)
         child.send(signal.SIGCONT)
-    box.judge(child.end(), must_succeed=True)
+    sandbox.judge(child.end(), must_succeed=True)
 
 
-def limits(box: Box, rng: random.Random) -> None:
+def limits(sandbox: Sandbox, rng: random.Random) -> None:
     """The process has few descriptors, small files or little memory left."""
-    box.random_state(rng)
-    box.seal_canaries()
+    sandbox.random_state(rng)
+    sandbox.snapshot_outside()
     kind = rng.choice(("NOFILE", "NOFILE", "FSIZE", "AS"))
     operation = rng.choice(OPERATIONS)
     room = {"NOFILE": rng.randrange(0, 24), "FSIZE": rng.choice((0, 512, 4096, 10000, 30000, 100000))}.get(
@@ -467,86 +469,90 @@ def limits(box: Box, rng: random.Random) -> None:
             value += int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
         resource.setrlimit(number, (value, resource.getrlimit(number)[1]))
 
-    box.say(f"{operation} with RLIMIT_{kind} of {room} more" if kind != "FSIZE" else f"{operation}, files of {room}")
+    sandbox.describe(
+        f"{operation} with RLIMIT_{kind} of {room} more" if kind != "FSIZE" else f"{operation}, files of {room}"
+    )
     allowed = {"AS": ("MemoryError", "killed"), "FSIZE": ("OSError",) if operation in COMMANDS else ()}.get(kind, ())
-    report = box.run(operation, before=limit)
+    report = sandbox.run(operation, before=limit)
     if kind == "AS" and report.ended == "crash" and report.detail in ("by signal 6", "by signal 11"):
         report.ended = "killed"  # torch and the C++ library abort without memory
-    box.judge(report, allowed=allowed)
+    sandbox.judge(report, allowed=allowed)
 
 
-def disk(box: Box, rng: random.Random) -> None:
+def disk(sandbox: Sandbox, rng: random.Random) -> None:
     """The cache's disk is full, read-only, without inodes or mounted noexec, from the beginning or from now on."""
     how = rng.choice(("full", "full", "small", "read-only", "noexec", "inodes"))
-    box.cache.mkdir(mode=0o700)
-    mounted = _mount(box, box.cache, "size=4m")
-    names = box.random_state(rng, leftovers=False)
-    box.run("find rmsnorm")
+    sandbox.cache.mkdir(mode=0o700)
+    mounted = _mount(sandbox, sandbox.cache, "size=4m")
+    names = sandbox.random_state(rng, leftovers=False)
+    sandbox.run("find rmsnorm")
     operation = rng.choice(OPERATIONS)
-    box.say(f"{operation} on a disk that is {how}" + ("" if mounted else ", by injection"))
-    box.seal_canaries()
+    sandbox.describe(f"{operation} on a disk that is {how}" + ("" if mounted else ", by injection"))
+    sandbox.snapshot_outside()
     if not mounted:
         error = "EROFS" if how == "read-only" else "ENOSPC"
-        box.judge(box.run(operation, arm=Injection(("write", "mkdir", "fsync"), 1, "fail", error, True)))
+        sandbox.judge(sandbox.run(operation, arm=Injection(("write", "mkdir", "fsync"), 1, "fail", error, True)))
         return
     remount = 32
     if how in ("full", "small"):
         room = 0 if how == "full" else rng.randrange(1, 30) * 4096
-        with contextlib.suppress(OSError), open(box.cache / "ballast", "wb", buffering=0) as file:
-            info = os.statvfs(box.cache)
+        with contextlib.suppress(OSError), open(sandbox.cache / "ballast", "wb", buffering=0) as file:
+            info = os.statvfs(sandbox.cache)
             os.posix_fallocate(file.fileno(), 0, max(1, info.f_bavail * info.f_frsize - room))
     elif how == "inodes":
-        used = os.statvfs(box.cache).f_files - os.statvfs(box.cache).f_ffree
-        _mount(box, box.cache, f"nr_inodes={used + rng.randrange(0, 12)}", remount)
+        used = os.statvfs(sandbox.cache).f_files - os.statvfs(sandbox.cache).f_ffree
+        _mount(sandbox, sandbox.cache, f"nr_inodes={used + rng.randrange(0, 12)}", remount)
     else:
-        _mount(box, box.cache, "", remount | {"read-only": 1, "noexec": 8}[how])
+        _mount(sandbox, sandbox.cache, "", remount | {"read-only": 1, "noexec": 8}[how])
     must = operation.startswith("load") or (operation in LOOKS and operation not in ("verify", "show"))
     if operation == "show" and "rmsnorm" in names:
         must = True
-    box.judge(box.run(operation), must_succeed=must)
-    box.look_outside()
-    _mount(box, box.cache, "size=16m,nr_inodes=10000", remount)
-    (box.cache / "ballast").unlink(missing_ok=True)
+    sandbox.judge(sandbox.run(operation), must_succeed=must)
+    sandbox.check_outside()
+    _mount(sandbox, sandbox.cache, "size=16m,nr_inodes=10000", remount)
+    (sandbox.cache / "ballast").unlink(missing_ok=True)
 
 
-def _mount(box: Box, place: Path, options: str, flags: int = 0) -> bool:
+def _mount(sandbox: Sandbox, place: Path, options: str, flags: int = 0) -> bool:
     libc = ctypes.CDLL(None, use_errno=True)
     done = libc.mount(b"tmpfs", os.fsencode(place), b"tmpfs", flags, options.encode())
     if done == 0 and not flags & 32:
         place.chmod(0o700)
-        box.mounted.append(place)
+        sandbox.mounted.append(place)
     return bool(done == 0)
 
 
-def concurrent(box: Box, rng: random.Random) -> None:
+def concurrent(sandbox: Sandbox, rng: random.Random) -> None:
     """Several processes at once."""
-    box.random_state(rng)
-    box.seal_canaries()
-    box.compiler(f"slow {rng.randrange(0, 60)}")
+    sandbox.random_state(rng)
+    sandbox.snapshot_outside()
+    sandbox.compiler(f"slow {rng.randrange(0, 60)}")
     operations = [rng.choice(OPERATIONS[:-1]) for _ in range(rng.randrange(2, 5))]
-    box.say("at once: " + ", ".join(operations))
+    sandbox.describe("at once: " + ", ".join(operations))
     children = []
     for operation in operations:
         delay = Injection(CHANGES, rng.randrange(1, 60), "delay") if rng.random() < 0.7 else None
-        children.append(box.start(operation, arm=delay))
+        children.append(sandbox.start(operation, arm=delay))
     for child in children:
-        box.judge(child.end(), must_succeed=child.operation not in ("verify", "show"))
-    box.compiler("ok")
+        sandbox.judge(child.end(), must_succeed=child.operation not in ("verify", "show"))
+    sandbox.compiler("ok")
 
 
-def race(box: Box, rng: random.Random) -> None:
+def race(sandbox: Sandbox, rng: random.Random) -> None:
     """A process stops at one of its calls on the cache, others do their work meanwhile, and it goes on."""
-    box.random_state(rng, leftovers=rng.random() < 0.3)
-    box.seal_canaries()
+    sandbox.random_state(rng, leftovers=rng.random() < 0.3)
+    sandbox.snapshot_outside()
     first = rng.choice(("load rmsnorm", "load rmsnorm", "load rmsnorm", "warmup", *REMOVALS, "ls", "verify"))
     nth = int(2 ** rng.uniform(0, 7))
-    child = box.start(first, arm=Injection((*CHANGES, "stat", "mmap"), nth, "stop"))
+    child = sandbox.start(first, arm=Injection((*CHANGES, "stat", "mmap"), nth, "stop"))
     stopped = child.wait_for_stop()
     others = [rng.choice((*LOADS, *REMOVALS, *REMOVALS, "ls", "verify")) for _ in range(rng.choice((1, 1, 2)))]
     jump = 86400 * 2 if rng.random() < 0.2 else 0
-    box.say(f"{first} stops before call {nth}{'' if stopped else ' (no such call)'}, meanwhile {', '.join(others)}")
+    sandbox.describe(
+        f"{first} stops before call {nth}{'' if stopped else ' (no such call)'}, meanwhile {', '.join(others)}"
+    )
     if jump:
-        box.say("whose clock is two days ahead")
+        sandbox.describe("whose clock is two days ahead")
 
     def ahead() -> None:
         from faults.inject import library
@@ -555,37 +561,37 @@ def race(box: Box, rng: random.Random) -> None:
 
     late = []
     for operation in others:
-        other = box.start(operation, before=ahead)
+        other = sandbox.start(operation, before=ahead)
         if other.ended(1.0):  # else it waits for the process that stopped, as it may
-            box.judge(other.end(), must_succeed=operation not in ("verify", "show"))
+            sandbox.judge(other.end(), must_succeed=operation not in ("verify", "show"))
         else:
             late.append(other)
     child.send(signal.SIGCONT)
-    box.judge(child.end(), must_succeed=first != "verify")
+    sandbox.judge(child.end(), must_succeed=first != "verify")
     for other in late:
-        box.judge(other.end(), must_succeed=other.operation not in ("verify", "show"))
+        sandbox.judge(other.end(), must_succeed=other.operation not in ("verify", "show"))
 
 
-def in_use(box: Box, rng: random.Random) -> None:
+def in_use(sandbox: Sandbox, rng: random.Random) -> None:
     """An entry that a process has loaded is not removed, on NFS and without descriptors for it neither."""
-    box.random_state(rng, needs=["rmsnorm"], leftovers=False)
-    box.seal_canaries()
+    sandbox.random_state(rng, needs=["rmsnorm"], leftovers=False)
+    sandbox.snapshot_outside()
     nfs = rng.random() < 0.5
-    holder = box.start("hold rmsnorm", before=_nfs if nfs else None)
+    holder = sandbox.start("hold rmsnorm", before=_nfs if nfs else None)
     if not holder.wait_for(b"held"):
-        box.wrong("the entry could not be loaded")
+        sandbox.add_problem("the entry could not be loaded")
     operation = rng.choice(REMOVALS)
     arm = None
     if rng.random() < 0.5:
         error = rng.choice(("EMFILE", "ENFILE", "EIO", "ESTALE", "ETIMEDOUT", "EACCES", "ENOMEM"))
         arm = Injection((rng.choice(("open", "flock")),), rng.randrange(1, 20), "fail", error, rng.random() < 0.5)
-    box.say(
+    sandbox.describe(
         f"{operation} while the kernel is in use{', locks as on NFS' if nfs else ''}{f', with {arm}' if arm else ''}"
     )
     spec = KERNELS["rmsnorm"].spec
-    box.judge(box.run(operation, arm=arm, before=_nfs if nfs else None))
-    if not list((box.cache / "kernels").glob(f"{spec.name}.*/*/manifest.json")):
-        box.wrong("a kernel that is in use was removed")
+    sandbox.judge(sandbox.run(operation, arm=arm, before=_nfs if nfs else None))
+    if not list((sandbox.cache / "kernels").glob(f"{spec.name}.*/*/manifest.json")):
+        sandbox.add_problem("a kernel that is in use was removed")
     holder.send(signal.SIGKILL)
     holder.end()
 
@@ -597,21 +603,21 @@ def _nfs() -> None:
     library().fault_nfs(1)
 
 
-def locked(box: Box, rng: random.Random) -> None:
+def locked(sandbox: Sandbox, rng: random.Random) -> None:
     """Somebody holds a lock of a file of the cache for ever: loads go on."""
     import fcntl
 
-    box.random_state(rng, needs=["rmsnorm"])
-    box.judge(box.run("find rmsnorm"))
-    files = [f for f in box.cache.rglob("*") if f.is_file()]
+    sandbox.random_state(rng, needs=["rmsnorm"])
+    sandbox.judge(sandbox.run("find rmsnorm"))
+    files = [f for f in sandbox.cache.rglob("*") if f.is_file()]
     entry = [f for f in files if "kernels" in f.parts]
     file = rng.choice(entry if rng.random() < 0.8 else files)
-    box.seal_canaries()
+    sandbox.snapshot_outside()
     fd = os.open(file, os.O_RDWR)
     fcntl.flock(fd, rng.choice((fcntl.LOCK_EX, fcntl.LOCK_SH)))
     operation = rng.choice(("load rmsnorm", "load rmsnorm", *OPERATIONS))
-    box.say(f"{operation} while {file.relative_to(box.cache)} is locked")
-    box.judge(box.run(operation), must_succeed=operation not in ("verify", "show"))
+    sandbox.describe(f"{operation} while {file.relative_to(sandbox.cache)} is locked")
+    sandbox.judge(sandbox.run(operation), must_succeed=operation not in ("verify", "show"))
     os.close(fd)
 
 
@@ -633,40 +639,40 @@ COMPILER_MODES = (
 )
 
 
-def compiler(box: Box, rng: random.Random) -> None:
+def compiler(sandbox: Sandbox, rng: random.Random) -> None:
     """The compiler fails, once or always, or says that it has not and leaves a damaged library."""
-    box.random_state(rng)
-    remove(box.cache / "kernels")
-    box.seal_canaries()
+    sandbox.random_state(rng)
+    remove(sandbox.cache / "kernels")
+    sandbox.snapshot_outside()
     mode = rng.choice((*COMPILER_MODES, "truncated", "zeroed") if rng.random() < 0.5 else ("truncated", "zeroed"))
     if mode in ("truncated", "zeroed"):
         mode += f" {rng.choice((0, 1, 2, 5, 999, rng.randrange(1000), rng.randrange(1000)))}"
     once = rng.random() < 0.5
-    box.compiler(f"once {mode}" if once else mode)
+    sandbox.compiler(f"once {mode}" if once else mode)
     operation = rng.choice(("load rmsnorm", "load rmsnorm", "module rmsnorm", "warmup"))
-    box.say(f"{operation} with a compiler that {'once ' if once else ''}gives {mode}")
-    box.judge(box.run(operation))
+    sandbox.describe(f"{operation} with a compiler that {'once ' if once else ''}gives {mode}")
+    sandbox.judge(sandbox.run(operation))
     if rng.random() < 0.3:
-        box.judge(box.run(rng.choice(OPERATIONS)))
-    box.compiler("ok")
+        sandbox.judge(sandbox.run(rng.choice(OPERATIONS)))
+    sandbox.compiler("ok")
 
 
 VERSION_MODES = ["exit", "killed", "crash", "empty", "blank", "binary", "long"]
 
 
-def version(box: Box, rng: random.Random) -> None:
+def version(sandbox: Sandbox, rng: random.Random) -> None:
     """The compiler does not say its version as one should."""
-    box.random_state(rng)
-    box.seal_canaries()
+    sandbox.random_state(rng)
+    sandbox.snapshot_outside()
     mode = rng.choice(VERSION_MODES)
     if rng.random() < 0.02:
         mode = "hang"
-    box.compiler(f"version-{mode}")
+    sandbox.compiler(f"version-{mode}")
     operation = rng.choice((*LOADS, "doctor"))
-    box.say(f"{operation} with a compiler whose --version gives {mode}")
-    box.judge(box.run(operation))
-    box.compiler("ok")
-    remove(box.cache / "toolchains")  # a compiler that says something else is another file, which this is not
+    sandbox.describe(f"{operation} with a compiler whose --version gives {mode}")
+    sandbox.judge(sandbox.run(operation))
+    sandbox.compiler("ok")
+    remove(sandbox.cache / "toolchains")  # a compiler that says something else is another file, which this is not
 
 
 NAMES = (
@@ -687,74 +693,76 @@ NAMES = (
 )
 
 
-def path_names(box: Box, rng: random.Random) -> None:
+def path_names(sandbox: Sandbox, rng: random.Random) -> None:
     """The compiler, or the cache, lies in a folder with an unusual name: it works or is refused, and runs nothing."""
     name = rng.choice(NAMES).replace(b"%s", b"ran")
-    folder = Path(os.fsdecode(os.fsencode(box.folder / "home") + b"/" + name.replace(b"/", b"_")))
+    folder = Path(os.fsdecode(os.fsencode(sandbox.folder / "home") + b"/" + name.replace(b"/", b"_")))
     what = rng.choice(("CXX", "CXX", "JITNORM_CACHE_DIR", "TMPDIR", "JITNORM_PREBUILT_DIR"))
-    box.say(f"{what} in a folder named {name!r}")
-    box.random_state(rng, leftovers=False)
+    sandbox.describe(f"{what} in a folder named {name!r}")
+    sandbox.random_state(rng, leftovers=False)
     if what == "CXX":
-        remove(box.cache)
-        shutil.copytree(box.bin, folder, symlinks=True)
+        remove(sandbox.cache)
+        shutil.copytree(sandbox.bin, folder, symlinks=True)
         for beside in ("log", "mode"):
             (folder / beside).unlink(missing_ok=True)
-            (folder / beside).symlink_to(box.bin / beside)
-        box.environment["CXX"] = os.fsdecode(os.fsencode(folder) + b"/c++")
+            (folder / beside).symlink_to(sandbox.bin / beside)
+        sandbox.environment["CXX"] = os.fsdecode(os.fsencode(folder) + b"/c++")
     else:
         folder.mkdir()
-        box.environment[what] = os.fsdecode(os.fsencode(folder))
+        sandbox.environment[what] = os.fsdecode(os.fsencode(folder))
         if what == "TMPDIR":
-            box.cache.parent.chmod(0o500)
-    box.seal_canaries()
+            sandbox.cache.parent.chmod(0o500)
+    sandbox.snapshot_outside()
     operation = rng.choice(("load rmsnorm", "load rmsnorm", *OPERATIONS))
-    box.say(operation)
-    box.judge(box.run(operation))
-    for ran in (path for path in box.folder.rglob("ran") if path.is_file()):
-        box.wrong(f"the name of a path was run as a command: {ran}")
-    box.cache.parent.chmod(0o700)
-    box.environment.clear()
+    sandbox.describe(operation)
+    sandbox.judge(sandbox.run(operation))
+    for ran in (path for path in sandbox.folder.rglob("ran") if path.is_file()):
+        sandbox.add_problem(f"the name of a path was run as a command: {ran}")
+    sandbox.cache.parent.chmod(0o700)
+    sandbox.environment.clear()
 
 
-def environment(box: Box, rng: random.Random) -> None:
+def environment(sandbox: Sandbox, rng: random.Random) -> None:
     """The environment names no usable cache: a temporary folder stands in, or one line says what is wrong."""
-    box.random_state(rng, leftovers=False)
+    sandbox.random_state(rng, leftovers=False)
     choices: dict[str, Callable[[], None]] = {
-        "a relative cache in a working folder that was deleted": lambda: _deleted_cwd(box, "cache"),
-        "an absolute cache, and a working folder that was deleted": lambda: _deleted_cwd(box, str(box.cache)),
-        "no HOME and no entry in passwd": lambda: box.environment.update(
+        "a relative cache in a working folder that was deleted": lambda: _deleted_cwd(sandbox, "cache"),
+        "an absolute cache, and a working folder that was deleted": lambda: _deleted_cwd(sandbox, str(sandbox.cache)),
+        "no HOME and no entry in passwd": lambda: sandbox.environment.update(
             {"HOME": None, "JITNORM_CACHE_DIR": None, "XDG_CACHE_HOME": None, "_USER": str(FOREIGN_USER)}
         ),
-        "HOME that is a file": lambda: box.environment.update(
-            {"HOME": str(box.outside / "file"), "JITNORM_CACHE_DIR": None, "XDG_CACHE_HOME": None}
+        "HOME that is a file": lambda: sandbox.environment.update(
+            {"HOME": str(sandbox.outside / "file"), "JITNORM_CACHE_DIR": None, "XDG_CACHE_HOME": None}
         ),
-        "a user that nobody knows": lambda: box.environment.update({"JITNORM_CACHE_DIR": "~nobody-knows/cache"}),
-        "a device": lambda: box.environment.update({"JITNORM_CACHE_DIR": "/dev/null"}),
-        "below a device": lambda: box.environment.update({"JITNORM_CACHE_DIR": "/dev/null/cache"}),
-        "below /proc": lambda: box.environment.update({"JITNORM_CACHE_DIR": "/proc/jitnorm"}),
-        "below a file": lambda: box.environment.update({"JITNORM_CACHE_DIR": str(box.outside / "file" / "cache")}),
-        "a name that is too long": lambda: box.environment.update(
-            {"JITNORM_CACHE_DIR": str(box.folder / ("x" * 300) / "cache")}
+        "a user that nobody knows": lambda: sandbox.environment.update({"JITNORM_CACHE_DIR": "~nobody-knows/cache"}),
+        "a device": lambda: sandbox.environment.update({"JITNORM_CACHE_DIR": "/dev/null"}),
+        "below a device": lambda: sandbox.environment.update({"JITNORM_CACHE_DIR": "/dev/null/cache"}),
+        "below /proc": lambda: sandbox.environment.update({"JITNORM_CACHE_DIR": "/proc/jitnorm"}),
+        "below a file": lambda: sandbox.environment.update(
+            {"JITNORM_CACHE_DIR": str(sandbox.outside / "file" / "cache")}
         ),
-        "a path that is too long": lambda: box.environment.update({"JITNORM_CACHE_DIR": "/" + "x/" * 3000}),
-        "no CXX": lambda: box.environment.update({"CXX": str(box.folder / "none"), "JITNORM_CACHE_DIR": None}),
-        "no PATH": lambda: box.environment.update({"PATH": None}),
-        "an empty JITNORM_CACHE_DIR": lambda: box.environment.update({"JITNORM_CACHE_DIR": ""}),
-        "a missing TMPDIR": lambda: box.environment.update({"TMPDIR": str(box.folder / "none")}),
-        "JITNORM_DISABLE_JIT": lambda: box.environment.update({"JITNORM_DISABLE_JIT": "1"}),
-        "a prebuilt layer that is not there": lambda: box.environment.update({"JITNORM_PREBUILT_DIR": "/none"}),
-        "one folder for both": lambda: box.environment.update({"JITNORM_PREBUILT_DIR": str(box.cache)}),
+        "a name that is too long": lambda: sandbox.environment.update(
+            {"JITNORM_CACHE_DIR": str(sandbox.folder / ("x" * 300) / "cache")}
+        ),
+        "a path that is too long": lambda: sandbox.environment.update({"JITNORM_CACHE_DIR": "/" + "x/" * 3000}),
+        "no CXX": lambda: sandbox.environment.update({"CXX": str(sandbox.folder / "none"), "JITNORM_CACHE_DIR": None}),
+        "no PATH": lambda: sandbox.environment.update({"PATH": None}),
+        "an empty JITNORM_CACHE_DIR": lambda: sandbox.environment.update({"JITNORM_CACHE_DIR": ""}),
+        "a missing TMPDIR": lambda: sandbox.environment.update({"TMPDIR": str(sandbox.folder / "none")}),
+        "JITNORM_DISABLE_JIT": lambda: sandbox.environment.update({"JITNORM_DISABLE_JIT": "1"}),
+        "a prebuilt layer that is not there": lambda: sandbox.environment.update({"JITNORM_PREBUILT_DIR": "/none"}),
+        "one folder for both": lambda: sandbox.environment.update({"JITNORM_PREBUILT_DIR": str(sandbox.cache)}),
     }
     what = rng.choice(list(choices))
     choices[what]()
     operation = rng.choice(OPERATIONS)
-    box.say(f"{operation} with {what}")
-    box.seal_canaries()
-    before = _drop_user if box.environment.pop("_USER", None) and os.geteuid() == 0 else None
+    sandbox.describe(f"{operation} with {what}")
+    sandbox.snapshot_outside()
+    before = _drop_user if sandbox.environment.pop("_USER", None) and os.geteuid() == 0 else None
     works = what not in ("no CXX", "JITNORM_DISABLE_JIT") and operation.startswith("load") and before is None
-    box.judge(box.run(operation, before=before), must_succeed=works)
-    box.environment.clear()
-    box.deleted_cwd = None
+    sandbox.judge(sandbox.run(operation, before=before), must_succeed=works)
+    sandbox.environment.clear()
+    sandbox.deleted_cwd = None
 
 
 def _drop_user() -> None:
@@ -767,29 +775,31 @@ def _drop_user() -> None:
     pwd.getpwuid = unknown  # type: ignore[assignment]
 
 
-def _deleted_cwd(box: Box, cache: str) -> None:
-    gone = box.folder / "gone"
+def _deleted_cwd(sandbox: Sandbox, cache: str) -> None:
+    gone = sandbox.folder / "gone"
     gone.mkdir()
-    box.environment["JITNORM_CACHE_DIR"] = cache
-    box.deleted_cwd = gone
+    sandbox.environment["JITNORM_CACHE_DIR"] = cache
+    sandbox.deleted_cwd = gone
 
 
-def real_build(box: Box, rng: random.Random) -> None:
+def real_build(sandbox: Sandbox, rng: random.Random) -> None:
     """The real compiler builds while the cache's calls fail, or is killed."""
-    remove(box.cache)
-    box.environment["CXX"] = box.real_compiler
-    box.seal_canaries()
+    remove(sandbox.cache)
+    sandbox.environment["CXX"] = sandbox.real_compiler
+    sandbox.snapshot_outside()
     arm = Injection(tuple(rng.sample(CLASSES, 2)), rng.randrange(1, 20), "fail", rng.choice(ERRORS))
     how = rng.choice(("injected", "killed", "tools", "healthy"))
-    box.say(f"a build by the real compiler, {how}{f': {arm}' if how != 'healthy' else ''}")
+    sandbox.describe(f"a build by the real compiler, {how}{f': {arm}' if how != 'healthy' else ''}")
     if how == "killed":
-        report = box.run("load rmsnorm", arm=Injection(CHANGES, rng.randrange(1, 60), "kill"))
-        box.judge(report, allowed=("killed",))
+        report = sandbox.run("load rmsnorm", arm=Injection(CHANGES, rng.randrange(1, 60), "kill"))
+        sandbox.judge(report, allowed=("killed",))
     elif how == "tools":
-        box.judge(box.run("load rmsnorm", tools=arm))
+        sandbox.judge(sandbox.run("load rmsnorm", tools=arm))
     else:
-        box.judge(box.run("load rmsnorm", arm=arm if how == "injected" else None), must_succeed=how == "healthy")
-    box.environment.clear()
+        sandbox.judge(
+            sandbox.run("load rmsnorm", arm=arm if how == "injected" else None), must_succeed=how == "healthy"
+        )
+    sandbox.environment.clear()
 
 
 # How often each kind is drawn, of a thousand.

@@ -133,17 +133,17 @@ def correct(right, x, w, eps, out, pdl):
     ],
     ids=lambda value: getattr(value, "__name__", None),
 )
-def test_the_oracle_of_calls_notices(make_wrong, expects, said, monkeypatch):
+def test_the_checks_of_calls_find(make_wrong, expects, said, monkeypatch):
     problems = judged(make_wrong, monkeypatch, expects=expects)
     assert (said in problems[0]) if said else not problems, problems
 
 
 @pytest.fixture
-def box(tmp_path):
+def sandbox(tmp_path):
     """A sandbox whose compiler is not there."""
-    from faults.box import Box
+    from faults.sandbox import Sandbox
 
-    made = Box(tmp_path / "box", tmp_path, "c++")
+    made = Sandbox(tmp_path / "sandbox", tmp_path, "c++")
     made.reset()
     return made
 
@@ -162,28 +162,28 @@ def box(tmp_path):
         ("hang", "after 60 s", "ls", True),
     ],
 )
-def test_the_oracle_of_faults_notices(box, ended, detail, operation, is_wrong):
-    from faults.box import Report
+def test_the_checks_of_faults_find(sandbox, ended, detail, operation, is_wrong):
+    from faults.sandbox import Report
 
-    box.judge(Report(operation, ended, detail))
-    assert bool(box.problems) == is_wrong
+    sandbox.judge(Report(operation, ended, detail))
+    assert bool(sandbox.problems) == is_wrong
 
 
-def test_the_oracle_of_faults_notices_what_changed_outside(box):
-    box.look_outside()
-    assert not box.problems
-    (box.outside / "folder" / "file").unlink()
-    (box.outside / "new").touch()
-    box.look_outside()
-    assert "folder/file, new" in box.problems[0]
+def test_the_checks_of_faults_find_what_changed_outside(sandbox):
+    sandbox.check_outside()
+    assert not sandbox.problems
+    (sandbox.outside / "folder" / "file").unlink()
+    (sandbox.outside / "new").touch()
+    sandbox.check_outside()
+    assert "folder/file, new" in sandbox.problems[0]
 
 
 def test_described_errors_are_told_apart():
-    from faults.box import described
+    from faults.sandbox import describe_error
 
-    assert described(RuntimeError("jitnorm cannot")) == "RuntimeError: jitnorm cannot"
-    assert described(NotImplementedError("x")).startswith("NotImplementedError: x")
-    assert "says nothing" in described(RuntimeError(""))
+    assert describe_error(RuntimeError("jitnorm cannot")) == "RuntimeError: jitnorm cannot"
+    assert describe_error(NotImplementedError("x")).startswith("NotImplementedError: x")
+    assert "says nothing" in describe_error(RuntimeError(""))
 
 
 def test_the_table_counts():

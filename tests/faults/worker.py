@@ -23,8 +23,8 @@ from pathlib import Path
 import torch
 
 from faults import kinds
-from faults.box import KERNELS, Box, Report, orphans, remove
 from faults.inject import HERE
+from faults.sandbox import KERNELS, Report, Sandbox, orphans, remove
 from jitnorm.jit.load import load
 
 _FOREIGN = """
@@ -55,57 +55,57 @@ def make_store(folder: Path) -> None:
         shutil.copy(next(source.parent.glob("*.so")), folder / f"{_fnv(source.read_bytes())}.so")
 
 
-def make_box(folder: Path, store: Path, real_compiler: str) -> Box:
+def make_sandbox(folder: Path, store: Path, real_compiler: str) -> Sandbox:
     """Make a sandbox, and templates of caches that hold one kernel each."""
-    box = Box(folder, store, real_compiler)
+    sandbox = Sandbox(folder, store, real_compiler)
     for name in KERNELS:
-        box.reset()
-        report = box.judge(box.run(f"load {name}"), must_succeed=True)
-        if box.problems or not report.compilations:
-            raise RuntimeError(f"the healthy engine fails: {box.problems} {report.output}")
+        sandbox.reset()
+        report = sandbox.judge(sandbox.run(f"load {name}"), must_succeed=True)
+        if sandbox.problems or not report.compilations:
+            raise RuntimeError(f"the healthy engine fails: {sandbox.problems} {report.output}")
         template = folder.with_name(f"{folder.name}-{name}")
-        shutil.copytree(box.cache, template)
-        box.templates[name] = template
-    return box
+        shutil.copytree(sandbox.cache, template)
+        sandbox.templates[name] = template
+    return sandbox
 
 
-def make_fault(box: Box, seed: int, index: int) -> dict[str, object]:
+def make_fault(sandbox: Sandbox, seed: int, index: int) -> dict[str, object]:
     """Make one fault, and return its kind, what it was, how operations ended, and what was wrong."""
     started = time.monotonic()
     rng = random.Random(f"{seed}:{index}")
     kind = kinds.draw(rng)
     ends: list[str] = []
-    judge = box.judge
+    judge = sandbox.judge
 
     def note(report: Report, **more: object) -> Report:
         ends.append(report.ended)
         return judge(report, **more)  # type: ignore[arg-type]
 
-    box.reset()
-    box.ordinary = rng.random() < 0.8
-    box.judge = note  # type: ignore[method-assign]
+    sandbox.reset()
+    sandbox.unprivileged = rng.random() < 0.8
+    sandbox.judge = note  # type: ignore[method-assign]
     try:
-        kind(box, rng)
+        kind(sandbox, rng)
         met = ends[0] if ends else "right"
-        box.judge = judge  # type: ignore[method-assign]
-        box.compiler("ok")
-        box.environment.clear()
-        box.heals()
+        sandbox.judge = judge  # type: ignore[method-assign]
+        sandbox.compiler("ok")
+        sandbox.environment.clear()
+        sandbox.check_recovery()
     except Exception:
-        box.wrong(f"the campaign itself failed: {traceback.format_exc()}")
+        sandbox.add_problem(f"the campaign itself failed: {traceback.format_exc()}")
         met = "failed"
     finally:
-        box.judge = judge  # type: ignore[method-assign]
+        sandbox.judge = judge  # type: ignore[method-assign]
     for pid in orphans():
         with contextlib.suppress(OSError):
             words = Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
-            box.wrong(f"still running after its parent's end: {words[:200]}")
+            sandbox.add_problem(f"still running after its parent's end: {words[:200]}")
     return {
         "index": index,
         "kind": kind.__name__,
         "met": met,
-        "fault": "; ".join(box.history),
-        "problems": box.problems,
+        "fault": "; ".join(sandbox.history),
+        "problems": sandbox.problems,
         "seconds": time.monotonic() - started,
     }
 
@@ -130,13 +130,13 @@ def main() -> None:
     # in a child, such as the removal of its temporary folder, is run.
     atexit._clear()
     atexit.register(multiprocessing.util._exit_function)
-    box = make_box(folder, store, real_compiler)
+    sandbox = make_sandbox(folder, store, real_compiler)
     gc.collect()
     gc.freeze()
     os.write(answers, b'{"ready": true}\n')
     for line in sys.stdin:
-        os.write(answers, json.dumps(make_fault(box, seed, int(line))).encode() + b"\n")
-    box.reset()
+        os.write(answers, json.dumps(make_fault(sandbox, seed, int(line))).encode() + b"\n")
+    sandbox.reset()
     remove(folder)
     os._exit(0)  # without the exit handlers that were taken away
 

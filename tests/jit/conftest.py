@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 from pathlib import Path
 
@@ -14,6 +15,11 @@ from .processes import SERVER
 def _close_the_fork_server():
     yield
     SERVER.close()
+
+
+def warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
+    """The problems that were logged; a build that takes long is none."""
+    return [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
 
 
 def entries(cache: Path) -> list[Path]:

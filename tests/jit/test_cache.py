@@ -1,4 +1,4 @@
-"""Publishing, locking and tidying up."""
+"""Publishing entries, locking, and removing what builds left behind."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from jitnorm.jit.entry import BadEntry, Entry
 from jitnorm.jit.spec import Target
 from jitnorm.rmsnorm import rmsnorm_spec
 
-from .conftest import entries
+from .conftest import entries, warnings
 
 SPEC = rmsnorm_spec(64, torch.float32, torch.float32, Target("cpu"))
 
@@ -99,7 +99,7 @@ def test_an_entry_that_was_rebuilt_meanwhile_goes_back(cache_dir, caplog):
     entry = build(SPEC)
     Cache(cache_dir).quarantine(entry.path, "it was damaged a moment ago")
     entry.verify()
-    assert not caplog.records
+    assert not warnings(caplog)
 
 
 def test_a_bad_entry_is_held_by_nobody(cache_dir):
@@ -121,6 +121,22 @@ def test_sources_that_change_under_a_process_are_not_published(cache_dir, tmp_pa
         build(spec)
     spec_module._read.cache_clear()
     assert not entries(cache_dir)
+
+
+def test_a_staging_folder_that_another_thread_takes_for_abandoned(cache_dir, monkeypatch):
+    """Until it is locked it looks like that of a dead process."""
+    locations.create(cache_dir)
+    real, removed = os.mkdir, []
+
+    def mkdir(name, *arguments, dir_fd=None, **keywords):
+        real(name, *arguments, dir_fd=dir_fd, **keywords)
+        if not removed and str(name).startswith(SPEC.name):
+            removed.append(name)
+            os.rmdir(name, dir_fd=dir_fd)
+
+    monkeypatch.setattr(os, "mkdir", mkdir)
+    with Cache(cache_dir).staging(SPEC) as staging:
+        assert removed and staging.path.is_dir()
 
 
 def test_leftovers(cache_dir):

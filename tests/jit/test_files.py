@@ -42,6 +42,19 @@ def test_a_short_write_is_continued(tmp_path, monkeypatch):
     assert (tmp_path / "x").read_bytes() == b"0123456789"
 
 
+def test_a_draft_that_another_process_takes_for_abandoned(tmp_path, monkeypatch):
+    removed = []
+
+    def lock(fd):
+        if not removed:
+            removed.append(os.readlink(f"/proc/self/fd/{fd}"))
+            os.unlink(removed[0])
+
+    monkeypatch.setattr(files, "lock", lock)
+    write_text(tmp_path / "x", "content")
+    assert removed and (tmp_path / "x").read_text() == "content"
+
+
 def test_modes_and_links_of_a_users_file_stay(tmp_path):
     (tmp_path / "file").write_text("old")
     (tmp_path / "file").chmod(0o640)

@@ -1,4 +1,4 @@
-"""From nothing to a function: cold, warm, crowded, interrupted, damaged and forbidden."""
+"""Calls with a cold, warm, shared, damaged and forbidden cache, each in a process of its own."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Finding compilers, and remembering what they said."""
+"""Finding compilers, and storing their versions."""
 
 from __future__ import annotations
 

@@ -6,10 +6,12 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
 import torch
+from tqdm import tqdm
 
 import jitnorm
 from jitnorm.jit import load, locations
@@ -81,6 +83,14 @@ def test_jobs_run_together(cache_dir, tmp_path, monkeypatch, jobs, built):
     compiler(tmp_path, monkeypatch, rendezvous)
     result = jitnorm.warmup(hidden_size=[64, 128], device="cpu", jobs=jobs)
     assert len(result.built) == built and len(result.failed) == 2 - built
+
+
+def test_one_kernel_is_built_without_a_thread(cache_dir, monkeypatch):
+    """A thread that runs out of memory before its first line leaves whoever started it waiting forever."""
+    monkeypatch.setattr(threading.Thread, "start", lambda thread: pytest.fail(f"{thread} was started"))
+    monkeypatch.setattr(tqdm, "monitor", None)
+    said = command("--hidden-size", 64, "--device", "cpu")
+    assert "1 built" in said.stdout
 
 
 def test_one_failure_does_not_stop_the_others(cache_dir, tmp_path, monkeypatch):

@@ -7,10 +7,10 @@
 
 namespace jitnorm {
 
-// The variant of a kernel, by the number of blocks in the grid's first dimension. Code that pays in a grid of thousands
-// of blocks slows a single row down, even where a branch skips it: a few instructions more take 60 ns. So a cubin has
-// up to three kernels, and `run` of a kernel class is a template over GridVariant. A kernel class has a short variant
-// for up to kMaxShortGrid blocks and a long one from kMinLongGrid on.
+// The variants of a kernel, which launch() chooses by the number of blocks in the grid's first dimension: short for up
+// to kMaxShortGrid, long from kMinLongGrid on. Code that is faster in a grid of thousands of blocks slows a single row
+// down by 60 ns, even if a branch skips it. So a cubin has up to three kernels, and `run` of a kernel class is a
+// template over GridVariant.
 enum class GridVariant { kDefault, kShort, kLong };
 constexpr int kGridVariants = 3;
 

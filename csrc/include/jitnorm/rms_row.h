@@ -3,7 +3,7 @@
 // and elementwise/qknorm.cuh.
 //
 // Hidden size and dtype fix the schedule, never the number of rows: a row's bits are the same in any batch.
-// benchmarks/tune_rmsnorm.py compares schedules on a GPU; docs/architecture.md has its results.
+// benchmarks/tune_rmsnorm.py compares schedules on a GPU; docs/contributing/decisions.md has its results.
 #pragma once
 #include "jitnorm/cuda_kernel.h"
 #include "jitnorm/rms_policy.h"
@@ -33,7 +33,7 @@ constexpr int rows_per_block(int read_bytes) { return max(1, 4096 / read_bytes);
 constexpr int warp_threads_per_row(int row_bytes) { return row_bytes / 32; }
 
 // Longer rows: two vectors a thread with up to 256 threads, then up to five, without a remainder if the size allows it.
-// More threads answer a single row sooner, but keep fewer rows in flight.
+// More threads reduce the latency of a single row, but keep fewer rows in flight.
 constexpr int block_threads_per_row(int row_bytes) {
   const int vectors = row_bytes / 16;
   if (vectors <= 256) return vectors <= 64 ? 32 : vectors <= 128 ? 64 : 128;
@@ -84,7 +84,7 @@ struct RMSNormKernelBase : S {
   static constexpr int kThreads = S::kThreadsPerRow * S::kRowsPerBlock;
   static constexpr int kVectorsPerThread = (kRowBytes / 16 + S::kThreadsPerRow - 1) / S::kThreadsPerRow;
   // 64 KiB of rows in flight on an SM keep memory busy. Where blocks are large, kMinBlocks limits registers for that,
-  // as far as a thread's vectors of row, residual and weight allow. Of small blocks an SM holds enough in any case.
+  // as far as a thread's vectors of row, residual and weight allow. Small blocks fit an SM in any case.
   static constexpr int kRegisters =
       (4 * kVectorsPerThread + 12) * (1 + sizeof(W) / sizeof(T) + (Policy::kHasResidual ? 1 : 0));
   static constexpr int kMaxBlocks = min(kRegistersPerSM / (kRegisters * kThreads), kThreadsOnAnySM / kThreads);
@@ -132,7 +132,7 @@ struct RowFragment {
 
   explicit __device__ RowFragment(int lane) : lane(lane) {}
 
-  // Whether the thread has an i-th vector: the last ones of a row may be fewer than its threads.
+  // Whether the thread has an i-th vector: a row's vectors may not divide evenly among its threads.
   __device__ __forceinline__ bool has(int i) const {
     return kVectors % kThreads == 0 || lane + i * kThreads < kVectors;
   }

@@ -1,1 +1,1 @@
-"""Benchmark kernels with a few declarative lines: see `jitnorm.benchmark.marker` and docs/benchmarking.md."""
+"""Benchmark kernels with a few declarative lines: see `jitnorm.benchmark.marker` and docs/guides/benchmarking.md."""

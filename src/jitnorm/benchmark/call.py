@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import torch
 
-from jitnorm.benchmark.options import current_settings
+from jitnorm.benchmark.settings import current_settings
 
 Selection = Literal["all"] | Sequence[Any] | None
 _ALIGNMENT = 512  # bytes, of a copy: that of a tensor with a storage of its own

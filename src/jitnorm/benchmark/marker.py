@@ -11,24 +11,28 @@
     if __name__ == "__main__":
         bench.main()
 
-docs/benchmarking.md is the guide.
+docs/guides/benchmarking.md is the guide.
 """
 
 from __future__ import annotations
 
+import json
 import math
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+import click
 import torch
 
-from jitnorm.benchmark import options, runner
+from jitnorm.benchmark import runner, settings
 from jitnorm.benchmark.call import create_empty, create_random
 from jitnorm.benchmark.measure import do_bench
-from jitnorm.benchmark.report import format_table
+from jitnorm.benchmark.report import create_figure, format_csv, format_table, save_plot
 from jitnorm.benchmark.results import COPY, UNITS, BenchResult, Report
+from jitnorm.core.checks import DTYPE_NAMES
+from jitnorm.jit.files import write_text
 
 __all__ = [
     "BenchResult",
@@ -40,6 +44,10 @@ __all__ = [
     "parametrize",
     "skip",
 ]
+
+
+_DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
+_FILE = click.Path(dir_okay=False, writable=True, path_type=Path)
 
 
 class Benchmark:
@@ -62,7 +70,7 @@ class Benchmark:
     def points(self, full: bool | None = None, filters: Sequence[str] = ()) -> list[dict[str, Any]]:
         """Return the rows; by default those of the short lists in CI (`CI=true`, `JITNORM_BENCH_CI=1`), else all."""
         runner.check_complete(self.fn, self.names)
-        return runner.list_points(self.axes, not options.is_ci() if full is None else full, filters)
+        return runner.list_points(self.axes, not settings.is_ci() if full is None else full, filters)
 
     def explain_no_rows(self, full: bool | None, filters: Sequence[str]) -> str:
         """Return the error message for filters that no row meets: the values that there are."""
@@ -118,14 +126,14 @@ class Benchmark:
         axes = [name for axis in self.axes for name in axis.names]
         report = Report(self.name, self.unit, axes, lines)
         run_device = torch.device(device) if device is not None else None
-        with options.override_settings(device=run_device, dtype=dtype, cold=cold, seconds=seconds):
+        with settings.override_settings(device=run_device, dtype=dtype, cold=cold, seconds=seconds):
             runner.run_grid(self.fn, points, self.line_axis.names[0], lines, report, copy)
         print(report.to_json().rstrip("\n") if output_format == "json" else format_table(report))
         return report
 
     def main(self, args: Sequence[str] | None = None, *, copy: bool = False) -> NoReturn:
         """Run the command line of a benchmark file. The exit status is 1 if a cell ended with an exception."""
-        options.command(self, copy=copy).main(args, standalone_mode=True)
+        command(self, copy=copy).main(args, standalone_mode=True)
         raise SystemExit  # unreachable: click ends the process
 
 
@@ -200,3 +208,112 @@ def _benchmark_name(fn: Callable[..., Any]) -> str:
     """Return "rmsnorm" for a function in bench_rmsnorm.py, else the name of the function."""
     file = Path(fn.__code__.co_filename).stem
     return file.removeprefix("bench_") if file.startswith("bench_") else fn.__name__
+
+
+def _check_folder(ctx: click.Context, param: click.Parameter, path: Path | None) -> Path | None:
+    """Raise for a file in a folder that does not exist, before the run rather than after it."""
+    if path and not path.parent.is_dir():
+        raise click.BadParameter(f"there is no folder {str(path.parent)!r}", ctx, param)
+    return path
+
+
+def command(benchmark: Benchmark, copy: bool) -> click.Command:
+    """Return the command line of a benchmark, such as `--filter hidden_size=4096 --impl jitnorm --output FILE`."""
+    lines = benchmark.lines()
+
+    @click.command(help=(benchmark.__doc__ or benchmark.name).strip())
+    @click.option("--filter", "filters", multiple=True, metavar="AXIS=VALUE", help="Also != < <= > >=. Repeatable.")
+    @click.option("--full/--short", default=None, help="All values, or the few for CI. [default: short in CI]")
+    @click.option("--list", "only_list", is_flag=True, help="Print the rows without measuring them.")
+    @click.option("--impl", multiple=True, type=click.Choice(lines), help="Only these implementations. Repeatable.")
+    @click.option("--copy/--no-copy", default=copy, show_default=True, help="Measure a copy of the same bytes as well.")
+    @click.option("--device", help="By default CUDA if there is a GPU, else the CPU.")
+    @click.option("--dtype", type=click.Choice(list(_DTYPES)), default="bf16", show_default=True)
+    @click.option("--warm", is_flag=True, help="Let the arguments stay in the cache.")
+    @click.option(
+        "--seconds",
+        type=click.FloatRange(min=0),
+        help="Time limit for each implementation in a row to become stable. [1]",
+    )
+    @click.option(
+        "--format",
+        "output_format",
+        type=click.Choice(["table", "json"]),
+        default="table",
+        show_default=True,
+        help="What to print: a table for people, or JSON for programs.",
+    )
+    @click.option("--output", type=_FILE, callback=_check_folder, help="Write JSON: machine, versions, every sample.")
+    @click.option("--csv", "csv_file", type=_FILE, callback=_check_folder, help="Write the table as CSV.")
+    @click.option(
+        "--plot", "plot_file", type=_FILE, callback=_check_folder, help="Plot bandwidth over bytes, with the copy's."
+    )
+    def run(
+        filters: tuple[str, ...],
+        full: bool | None,
+        only_list: bool,
+        impl: tuple[str, ...],
+        copy: bool,
+        device: str | None,
+        dtype: str,
+        warm: bool,
+        seconds: float | None,
+        output_format: str,
+        output: Path | None,
+        csv_file: Path | None,
+        plot_file: Path | None,
+    ) -> None:
+        try:
+            points = benchmark.points(full, filters)
+            if filters and not points:
+                raise ValueError(benchmark.explain_no_rows(full, filters))
+            if only_list:
+                _print_points(points, output_format)
+                return
+            if plot_file:
+                create_figure()  # raises before the run if matplotlib is missing
+            report = benchmark.run(
+                full=full,
+                filters=filters,
+                impl=impl,
+                copy=copy or plot_file is not None,
+                device=_parse_device(device),
+                dtype=_DTYPES[dtype],
+                cold=not warm,
+                seconds=seconds,
+                output_format=output_format,
+            )
+            if output:
+                report.write(output)
+            if csv_file:
+                write_text(csv_file, format_csv(report))
+            if plot_file:
+                save_plot(report, plot_file)
+        except (ValueError, TypeError, RuntimeError, OSError) as error:
+            raise click.ClickException(str(error)) from error
+        if report.failed:
+            raise click.exceptions.Exit(1)
+        if not any(isinstance(cell, BenchResult) for _, line, cell in report.cells() if line != COPY):
+            raise click.ClickException("nothing was measured: no implementation is available here")
+
+    return run
+
+
+def _print_points(points: list[dict[str, Any]], output_format: str) -> None:
+    if output_format == "json":
+        click.echo(json.dumps(points, indent=1, default=str))
+        return
+    for point in points:
+        click.echo(" ".join(f"{axis}={value}" for axis, value in point.items()) or "the only row")
+
+
+def _parse_device(name: str | None) -> torch.device | None:
+    if name is None:
+        return None
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"device must be such as cpu, cuda or cuda:1, got {name!r}") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device is {name!r}, but torch finds no GPU")
+    return device

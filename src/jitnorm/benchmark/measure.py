@@ -29,8 +29,8 @@ from jitnorm.benchmark.call import (
     unique_tensors,
 )
 from jitnorm.benchmark.machine import throttle_reasons
-from jitnorm.benchmark.options import current_settings
 from jitnorm.benchmark.results import BenchResult, Metric, compute_metric, run_until_stable
+from jitnorm.benchmark.settings import current_settings
 
 _MAX_COPIES = {"cuda": 32768, "cpu": 4096}  # of tiny arguments: capturing a graph of more calls takes long
 _GRAPH_SECONDS = 2e-3  # makes the gap between two replays, which is counted as well, negligible

@@ -18,7 +18,6 @@ from tqdm import tqdm
 from jitnorm.benchmark.call import create_empty, create_random
 from jitnorm.benchmark.machine import describe_machine
 from jitnorm.benchmark.measure import do_bench
-from jitnorm.benchmark.options import current_settings, override_settings
 from jitnorm.benchmark.results import (
     COPY,
     BenchResult,
@@ -30,6 +29,7 @@ from jitnorm.benchmark.results import (
     Skipped,
     run_until_stable,
 )
+from jitnorm.benchmark.settings import current_settings, override_settings
 
 _COMPARISONS = {"<": operator.lt, "<=": operator.le, ">": operator.gt, ">=": operator.ge}
 

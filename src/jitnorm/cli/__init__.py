@@ -1,19 +1,23 @@
-"""The command `jitnorm`: looks after the cache, warms it up, says what this machine can build, and benchmarks."""
+"""The command `jitnorm`: manages the cache, builds kernels ahead of time, checks this machine, and benchmarks."""
 
 from __future__ import annotations
 
 import click
 
 from jitnorm._version import __version__
-from jitnorm.cli import bench, cache, demo, doctor, verify, warmup
-from jitnorm.cli.base import Group
+from jitnorm.cli.base import LazyGroup
+
+_COMMANDS = {
+    "bench": ("jitnorm.cli.bench:bench", "Compare runs of a benchmark, and measure a server."),
+    "cache": ("jitnorm.cli.cache:cache", "List, verify and remove compiled kernels."),
+    "demo": ("jitnorm.cli.demo:demo", "Build two kernels, check them and time them."),
+    "doctor": ("jitnorm.cli.doctor:doctor", "Report what this machine can build."),
+    "verify-invariance": ("jitnorm.cli.verify:verify_invariance", "Compare rows alone and in batches, bit by bit."),
+    "warmup": ("jitnorm.cli.warmup:warmup", "Build kernels ahead of their first call."),
+}
 
 
-@click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(cls=LazyGroup, lazy_commands=_COMMANDS, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="jitnorm")
 def main() -> None:
-    """Just-in-time compiled CUDA and CPU kernels: their cache, their warm-up, this machine, and their benchmarks."""
-
-
-for command in (bench.bench, cache.cache, demo.demo, doctor.doctor, verify.verify_invariance, warmup.warmup):
-    main.add_command(command)
+    """Manage just-in-time compiled CUDA and CPU kernels: their cache, builds ahead of time, and benchmarks."""

@@ -1,28 +1,30 @@
-"""What every command shares: an error that was expected is one line on stderr and a non-zero exit, not a traceback."""
+"""Base classes and options of all commands: expected errors are one line on stderr and a non-zero exit status."""
 
 from __future__ import annotations
 
+import importlib
 import io
 import sys
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import click
 
 
 class BadValue(click.ClickException):
-    """What was typed cannot be: one line, and the exit status of a usage error."""
+    """An argument was invalid: one line on stderr, and the exit status of a usage error."""
 
     exit_code = 2
 
 
 class Command(click.Command):
-    """A command whose expected errors, those that jitnorm raises on purpose, are for people to read."""
+    """A command that prints the errors which jitnorm raises as one line, without a traceback."""
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
         except (click.exceptions.Exit, click.Abort, BrokenPipeError):
-            raise  # click's own signals are RuntimeErrors; a reader such as head(1) that went away is no error
+            raise  # Exit and Abort are RuntimeErrors; a broken pipe, as by head(1), is no error
         except (RuntimeError, ValueError, TypeError, OSError) as error:
             raise click.ClickException(str(error)) from error
 
@@ -34,11 +36,48 @@ class Group(click.Group):
     group_class = type
 
     def main(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the command. What the terminal's encoding lacks, such as a path that is no UTF-8, is escaped."""
+        """Run the command. Characters that the terminal's encoding lacks are printed as escapes."""
         for stream in (sys.stdout, sys.stderr):
             if isinstance(stream, io.TextIOWrapper):
                 stream.reconfigure(errors="backslashreplace")
         return super().main(*args, **kwargs)
+
+
+class _LazyCommands(Mapping[str, click.Command]):
+    """Commands by name, each imported when it is looked up."""
+
+    def __init__(self, paths: Mapping[str, str]) -> None:
+        self._paths = paths
+
+    def __getitem__(self, name: str) -> click.Command:
+        module, _, attribute = self._paths[name].partition(":")
+        command: click.Command = getattr(importlib.import_module(module), attribute)
+        return command
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._paths)
+
+    def __len__(self) -> int:
+        return len(self._paths)
+
+
+class LazyGroup(Group):
+    """A group that imports a command when it is run, so that `--help` and the other commands do not wait for it."""
+
+    def __init__(self, *args: Any, lazy_commands: Mapping[str, tuple[str, str]], **kwargs: Any) -> None:
+        """Create the group.
+
+        Args:
+            lazy_commands: for each command where it is, as "module:attribute", and its line in the group's help.
+        """
+        super().__init__(*args, **kwargs)
+        self.commands = _LazyCommands({name: path for name, (path, _) in lazy_commands.items()})  # type: ignore[assignment]
+        self._help_lines = [(name, line) for name, (_, line) in sorted(lazy_commands.items())]
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the commands into the help, without importing them."""
+        with formatter.section("Commands"):
+            formatter.write_dl(self._help_lines)
 
 
 class _List(click.ParamType):  # type: ignore[type-arg]
@@ -64,11 +103,11 @@ def several(of: click.ParamType) -> dict[str, Any]:  # type: ignore[type-arg]
     }
 
 
-json_option = click.option(
+format_option = click.option(
     "--format",
-    "form",
+    "output_format",
     type=click.Choice(["table", "json"]),
     default="table",
     show_default=True,
-    help="For people or programs.",
+    help="Print a table for people, or JSON for programs.",
 )

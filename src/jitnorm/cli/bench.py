@@ -1,4 +1,4 @@
-"""`jitnorm bench`: two runs of a benchmark compared, and a server measured. What does it is imported when it is run."""
+"""`jitnorm bench`: compare two runs of a benchmark, and measure a server. Each imports what it needs when it is run."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 import click
 
 from jitnorm.cli import output
-from jitnorm.cli.base import BadValue, Group, json_option
+from jitnorm.cli.base import BadValue, Group, format_option
 
 _JSON = click.Path(exists=True, dir_okay=False, path_type=Path)
 
@@ -23,14 +23,18 @@ def bench() -> None:
 @click.argument("a", type=_JSON, metavar="A.json")
 @click.argument("b", type=_JSON, metavar="B.json")
 @click.option(
-    "--threshold", type=click.FloatRange(min=0), default=2.0, show_default=True, help="In per cent: less is the same."
+    "--threshold",
+    type=click.FloatRange(min=0),
+    default=2.0,
+    show_default=True,
+    help="Report smaller changes, in per cent, as SAME.",
 )
-@json_option
-def compare(a: Path, b: Path, threshold: float, form: str) -> None:
-    """Say for each row what is SAME, FASTER, SLOWER or AMBIGUOUS in B, from the samples of both.
+@format_option
+def compare(a: Path, b: Path, threshold: float, output_format: str) -> None:
+    """Report whether each row is SAME, FASTER, SLOWER or AMBIGUOUS in B, from the samples of both.
 
-    A.json and B.json are what a benchmark's --output wrote. Exits 1 when something got slower beyond noise, or failed,
-    and when nothing can be told: every row is AMBIGUOUS.
+    A.json and B.json are files that a benchmark wrote with --output. Exits 1 if a row got slower beyond noise or
+    failed, and if every row is AMBIGUOUS.
     """
     from jitnorm.benchmark.compare import Verdict, comparison_rows, differing_conditions
     from jitnorm.benchmark.compare import compare as compared
@@ -45,7 +49,7 @@ def compare(a: Path, b: Path, threshold: float, form: str) -> None:
     for text in differing_conditions(before, after):
         click.echo(f"warning: {text}", err=True)
     counts = Counter(comparison.verdict for comparison in found)
-    if form == "json":
+    if output_format == "json":
         output.as_json([comparison.as_dict() for comparison in found])
     else:
         header = ("ROW", "IMPL", f"A {before.unit}", f"B {before.unit}", "CHANGE", "VERDICT", "WHY")
@@ -60,16 +64,28 @@ def compare(a: Path, b: Path, threshold: float, form: str) -> None:
 
 
 @bench.command(short_help="Send one batch to a server, and time it.")
-@click.option("--url", required=True, help="Of the server, such as http://localhost:30000.")
-@click.option("--api", type=click.Choice(["openai", "sglang"]), default="openai", show_default=True)
-@click.option("--model", default="default", show_default=True, help="The name that the OpenAI protocol asks for.")
-@click.option("--batch-size", type=click.IntRange(min=1), default=1, show_default=True)
-@click.option("--input-len", type=click.IntRange(min=1), default=1024, show_default=True, help="Tokens of a prompt.")
-@click.option("--output-len", type=click.IntRange(min=1), default=128, show_default=True, help="Tokens of an answer.")
-@click.option("--timeout", type=float, default=120.0, show_default=True, help="Seconds for the whole batch.")
-@json_option
+@click.option("--url", required=True, help="Send requests to this URL, such as http://localhost:30000.")
+@click.option(
+    "--api", type=click.Choice(["openai", "sglang"]), default="openai", show_default=True, help="Use this API."
+)
+@click.option(
+    "--model", default="default", show_default=True, help="Send this model name, which the OpenAI API requires."
+)
+@click.option("--batch-size", type=click.IntRange(min=1), default=1, show_default=True, help="Send this many requests.")
+@click.option(
+    "--input-len", type=click.IntRange(min=1), default=1024, show_default=True, help="Send prompts of this many tokens."
+)
+@click.option(
+    "--output-len",
+    type=click.IntRange(min=1),
+    default=128,
+    show_default=True,
+    help="Request answers of this many tokens.",
+)
+@click.option("--timeout", type=float, default=120.0, show_default=True, help="Stop after this many seconds.")
+@format_option
 def server(
-    url: str, api: str, model: str, batch_size: int, input_len: int, output_len: int, timeout: float, form: str
+    url: str, api: str, model: str, batch_size: int, input_len: int, output_len: int, timeout: float, output_format: str
 ) -> None:
     """Send one batch, and report time to first token, inter-token latency, throughput and cache hits.
 
@@ -88,7 +104,7 @@ def server(
             raise BadValue(str(error)) from error
     for warning in caught:
         click.echo(f"warning: {warning.message}", err=True)
-    if form == "json":
+    if output_format == "json":
         output.as_json(result.as_dict())
     else:
         click.echo(result.as_text())

@@ -1,90 +1,106 @@
-"""`jitnorm cache`: what was built, where it is, whether it is sound, and removing it."""
+"""`jitnorm cache`: list, show, verify and remove compiled kernels."""
 
 from __future__ import annotations
 
+import sys
 import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import click
-import tvm_ffi
 
 from jitnorm._version import __version__
 from jitnorm.cli import output
-from jitnorm.cli.base import Group, json_option
-from jitnorm.cli.entries import Row, all_rows, find_rows, places, rows_of
+from jitnorm.cli.base import Group, format_option
 from jitnorm.cli.filters import Filter, filter_option, max_size_option, older_than_option, select
-from jitnorm.cli.removal import remove
+from jitnorm.cli.kernels import CachedKernel, all_kernels, caches, find_kernels, kernels_in
 from jitnorm.jit import cleanup, locations
 from jitnorm.jit.cache import Cache
 from jitnorm.jit.entry import MANIFEST, BadEntry
 from jitnorm.jit.folder import Folder, UntrustedPath
-from jitnorm.jit.library import BadLibrary, ChildCheck, check_library
 
 _MAX_SHOWN_BYTES = 1 << 20
 
-dry_run_option = click.option("--dry-run", is_flag=True, help="Say what would be removed, and remove nothing.")
-yes_option = click.option("--yes", "-y", is_flag=True, help="Do not ask.")
+dry_run_option = click.option("--dry-run", is_flag=True, help="Print what would be removed, and remove nothing.")
+yes_option = click.option("--yes", "-y", is_flag=True, help="Remove without asking.")
 
 
 @click.group(cls=Group)
 def cache() -> None:
-    """The folder that keeps compiled kernels."""
+    """List, verify and remove compiled kernels."""
 
 
 @cache.command("dir")
 def dir_() -> None:
-    """Print the cache's folder, which need not exist. JITNORM_CACHE_DIR names another."""
+    """Print the cache's folder, which need not exist.
+
+    Set JITNORM_CACHE_DIR to use another one.
+    """
     click.echo(locations.readable().root)
 
 
 @cache.command("ls")
 @filter_option
 @older_than_option
-@json_option
-def ls(filters: tuple[Filter, ...], older_than: float | None, form: str) -> None:
-    """List the kernels in the cache and the prebuilt layer (JITNORM_PREBUILT_DIR)."""
-    now, rows = time.time(), all_rows()
-    chosen = select(rows, filters, older_than, now)
-    if form == "json":
-        output.as_json([row.as_json() for row in chosen])
+@format_option
+def ls(filters: tuple[Filter, ...], older_than: float | None, output_format: str) -> None:
+    """List the kernels in the cache and the prebuilt layer.
+
+    JITNORM_PREBUILT_DIR is the folder of the prebuilt layer.
+    """
+    now, kernels = time.time(), all_kernels()
+    selected = select(kernels, filters, older_than, now)
+    if output_format == "json":
+        output.as_json([kernel.as_json() for kernel in selected])
         return
-    where = " and ".join(str(place.root) for place in places())
-    if not rows:
+    where = " and ".join(str(each.root) for each in caches())
+    if not kernels:
         click.echo(f"empty: no kernels in {where}")
         return
-    if chosen:
+    if selected:
         header = ("NAME", "KERNEL", "ARCH", "SIZE", "BUILT", "LAST USED", "STATUS")
-        output.table(header, [_cells(row, now) for row in chosen], right=[3])
+        output.table(header, [_cells(kernel, now) for kernel in selected], right=[3])
         click.echo()
-    click.echo(f"{output.plural(len(chosen), 'kernel')}, {output.size(sum(row.size for row in chosen))} in {where}")
+    total = output.size(sum(kernel.size for kernel in selected))
+    click.echo(f"{output.plural(len(selected), 'kernel')}, {total} in {where}")
+
+
+def _cells(kernel: CachedKernel, now: float) -> tuple[str, ...]:
+    size, last_used = output.size(kernel.size), output.age(now - kernel.last_used)
+    return kernel.name, kernel.kernel, kernel.arch, size, output.date(kernel.built), last_used, kernel.status
 
 
 @cache.command("show")
 @click.argument("name", metavar="NAME|PATH")
-def show(name: str) -> None:
-    """Show all about one kernel: its manifest, its files, its source.
+@format_option
+def show(name: str, output_format: str) -> None:
+    """Show a kernel's manifest, files and source.
 
-    NAME is as `jitnorm cache ls` prints it, with more of the kernel's id where several have that name; PATH is its
-    folder, or a file in it.
+    NAME is as `jitnorm cache ls` prints it; where several kernels have that name, add the first parts of the kernel's
+    id. PATH is its folder, or a file in it.
     """
-    found = find_rows(name)
+    found = find_kernels(name)
     if not found:
-        raise RuntimeError(
-            f"no kernel {name!r} in {' or '.join(str(place.root) for place in places())}: see jitnorm cache ls"
-        )
+        where = " or ".join(str(each.root) for each in caches())
+        raise RuntimeError(f"no kernel {name!r} in {where}: jitnorm cache ls lists the kernels that are there")
     if len(found) > 1:
-        labels = "".join(f"\n{row.entry.label}" for row in found)
+        labels = "".join(f"\n{kernel.entry.label}" for kernel in found)
         raise RuntimeError(f"{name!r} is the name of {len(found)} kernels. Give one of these:{labels}")
-    row = found[0]
-    for field, value in row.as_json().items():
+    kernel = found[0]
+    with kernel.entry.open() as folder:
+        sizes = {file: folder.size(file) for file in folder.names()}
+        texts = [file for file in (MANIFEST, *(f for f in sizes if f.startswith("module."))) if file in sizes]
+        contents = {file: _text(folder, file) for file in texts}
+    if output_format == "json":
+        output.as_json({**kernel.as_json(), "files": sizes, "contents": contents})
+        return
+    for field, value in kernel.as_json().items():
         click.echo(f"{field:10} {output.printable(str(value))}")
-    with row.entry.open() as folder:
-        sizes = {name: folder.size(name) for name in folder.names()}
-        click.echo("\nfiles")
-        for name, weight in sizes.items():
-            click.echo(f"  {output.size(weight):>9}  {output.printable(name)}")
-        for name in (MANIFEST, *(name for name in sizes if name.startswith("module."))):
-            if name in sizes:
-                click.echo(f"\n{output.printable(name)}\n{_text(folder, name)}")
+    click.echo("\nfiles")
+    for file, size in sizes.items():
+        click.echo(f"  {output.size(size):>9}  {output.printable(file)}")
+    for file, text in contents.items():
+        click.echo(f"\n{output.printable(file)}\n{text}")
 
 
 def _text(folder: Folder, name: str) -> str:
@@ -96,25 +112,40 @@ def _text(folder: Folder, name: str) -> str:
 
 
 @cache.command("verify")
-@json_option
-def verify(form: str) -> None:
-    """Compare every kernel's library with the hash it was built with, open it in a process of its own, and check that
-    only you can have put it there.
+@format_option
+def verify(output_format: str) -> None:
+    """Check that every kernel is intact.
 
-    Removes nothing: a bad kernel is never loaded, and is built again when it is called. Exits 1 if one is bad.
+    Each kernel's library is compared with the hash that was recorded when it was built, and opened in a process of its
+    own; no other user may be able to write to it. Nothing is removed: a bad kernel is never loaded, and is built again
+    when it is called. Exits 1 if one is bad.
     """
-    results = [(row, _problem(row)) for row in all_rows()]
+    results = [(kernel, _problem(kernel)) for kernel in all_kernels()]
     bad = sum(problem is not None for _, problem in results)
-    if form == "json":
+    if output_format == "json":
         output.as_json(
-            [{"id": r.entry.label, "path": str(r.entry.path), "ok": not p, "problem": p} for r, p in results]
+            [{"id": k.entry.label, "path": str(k.entry.path), "ok": not p, "problem": p} for k, p in results]
         )
     else:
-        for row, problem in results:
-            click.echo(f"bad  {row.entry.label}: {problem}" if problem else f"ok   {row.entry.label}")
+        for kernel, problem in results:
+            click.echo(f"bad  {kernel.entry.label}: {problem}" if problem else f"ok   {kernel.entry.label}")
         click.echo(f"{output.plural(len(results), 'kernel')}, {bad} bad" if results else "empty: no kernels")
     if bad:
         raise click.exceptions.Exit(1)
+
+
+def _problem(kernel: CachedKernel) -> str | None:
+    """Return what is wrong with a kernel, if anything."""
+    from jitnorm.jit.library import BadLibrary, ChildCheck, check_library  # here, as no other command needs it
+
+    try:
+        content = kernel.entry.verify()
+        library = check_library(content, [])
+        with ChildCheck() as child:
+            child.check(content, library)
+    except (BadEntry, BadLibrary, OSError) as problem:
+        return str(problem)
+    return None
 
 
 @cache.command("clear")
@@ -123,20 +154,20 @@ def verify(form: str) -> None:
 @dry_run_option
 @yes_option
 def clear(filters: tuple[Filter, ...], older_than: float | None, dry_run: bool, yes: bool) -> None:
-    """Remove kernels from the cache: all of them, or those that were chosen.
+    """Remove all kernels, or selected ones.
 
-    Kernels that a process has loaded are left alone. Without --filter and --older-than, everything else that is
-    jitnorm's goes as well: what failed, damaged and unfinished builds left behind, and what was remembered of compilers
-    and of batch-invariant mode's products. Builds under way stay, and so do those of other hosts, which may be under
-    way, for a day. The prebuilt layer is never touched.
+    --filter and --older-than select kernels. Kernels that a process has loaded are kept. Without --filter and --older-
+    than, jitnorm's other files are removed as well: leftovers of failed, damaged and unfinished builds, and records of
+    compiler versions and of batch-invariant mode's checks. Builds that are running are kept; those of other hosts are
+    taken to be running for a day. The prebuilt layer is never written.
     """
-    done = True
-    for place in _own():
+    complete = True
+    for own in _own_caches():
         everything = not filters and older_than is None
-        chosen = select(list(rows_of(place)), filters, older_than, time.time())
-        others = [*cleanup.leftovers(place), *cleanup.records(place)] if everything else []
-        done &= remove(place, chosen, others, dry_run, yes)
-    if not done:
+        selected = select(list(kernels_in(own)), filters, older_than, time.time())
+        others = [*cleanup.leftovers(own), *cleanup.records(own)] if everything else []
+        complete &= _remove(own, selected, others, dry_run, yes)
+    if not complete:
         raise click.exceptions.Exit(1)
 
 
@@ -146,66 +177,129 @@ def clear(filters: tuple[Filter, ...], older_than: float | None, dry_run: bool, 
 @dry_run_option
 @yes_option
 def prune(older_than: float | None, max_size: int | None, dry_run: bool, yes: bool) -> None:
-    """Remove what is no longer of use.
+    """Remove leftovers of builds, and kernels that are no longer used.
 
-    That is what failed, damaged and unfinished builds left behind, and kernels that nobody has used for long
-    (--older-than) or for the longest time (--max-size); with neither option, kernels that another version of jitnorm or
-    tvm-ffi built.
-    Kernels that a process has loaded are left alone.
+    Leftovers are those of failed, damaged and unfinished builds. The kernels are those that have not been loaded for
+    some time (--older-than), or the least recently used ones (--max-size); with neither option, those that another
+    version of jitnorm or tvm-ffi built. Kernels that a process has loaded are kept.
     """
-    done = True
-    for place in _own():
-        rows = list(rows_of(place))
+    complete = True
+    for own in _own_caches():
+        kernels = list(kernels_in(own))
         if older_than is None and max_size is None:
-            chosen = [row for row in rows if _is_stale(row)]
+            selected = [kernel for kernel in kernels if _is_stale(kernel)]
         else:
-            chosen = select(rows, (), older_than, time.time()) if older_than is not None else []
+            selected = select(kernels, (), older_than, time.time()) if older_than is not None else []
             if max_size is not None:
-                chosen += _least_recently_used([row for row in rows if row.in_use or row not in chosen], max_size)
-        done &= remove(place, chosen, cleanup.leftovers(place), dry_run, yes)
-    if not done:
+                rest = [kernel for kernel in kernels if kernel.in_use or kernel not in selected]
+                selected += _least_recently_used(rest, max_size)
+        complete &= _remove(own, selected, cleanup.leftovers(own), dry_run, yes)
+    if not complete:
         raise click.exceptions.Exit(1)
 
 
-def _own() -> list[Cache]:
-    own = [place for place in places() if not place.prebuilt]
+def _own_caches() -> list[Cache]:
+    own = [each for each in caches() if not each.prebuilt]
     if not own:
         raise RuntimeError(
-            "JITNORM_CACHE_DIR and JITNORM_PREBUILT_DIR are one folder: the prebuilt layer is never written"
+            "JITNORM_CACHE_DIR and JITNORM_PREBUILT_DIR are the same folder, and the prebuilt layer is never written: "
+            "unset JITNORM_PREBUILT_DIR to change it"
         )
     return own
 
 
-def _is_stale(row: Row) -> bool:
+def _is_stale(kernel: CachedKernel) -> bool:
+    import tvm_ffi  # here, as it imports torch
+
     try:
-        manifest = row.entry.manifest
+        manifest = kernel.entry.manifest
     except BadEntry:
         return True
     return (manifest.get("jitnorm"), manifest.get("tvm_ffi")) != (__version__, tvm_ffi.__version__)
 
 
-def _least_recently_used(rows: list[Row], max_size: int) -> list[Row]:
-    """Those to remove so that the rest takes no more than `max_size` bytes."""
-    total, chosen = sum(row.size for row in rows), []
-    for row in sorted((row for row in rows if not row.in_use), key=lambda row: row.last_used):
+def _least_recently_used(kernels: list[CachedKernel], max_size: int) -> list[CachedKernel]:
+    """Return the kernels to remove so that the rest takes no more than `max_size` bytes."""
+    total, selected = sum(kernel.size for kernel in kernels), []
+    for kernel in sorted((kernel for kernel in kernels if not kernel.in_use), key=lambda kernel: kernel.last_used):
         if total <= max_size:
             break
-        chosen.append(row)
-        total -= row.size
-    return chosen
+        selected.append(kernel)
+        total -= kernel.size
+    return selected
 
 
-def _problem(row: Row) -> str | None:
+def _remove(cache: Cache, kernels: Sequence[CachedKernel], others: Sequence[Path], dry_run: bool, yes: bool) -> bool:
+    """Remove kernels and other files after the user has agreed.
+
+    What cannot be removed is reported on stderr, and the rest is removed.
+
+    Returns:
+        Whether everything that is not in use was removed.
+
+    Raises:
+        RuntimeError: there is no terminal to ask on.
+    """
+    for kernel in kernels:
+        if kernel.in_use:
+            _report_in_use(kernel)
+    kernels = [kernel for kernel in kernels if not kernel.in_use]
+    sizes = {path: cleanup.size_of(cache, path) for path in others}
+    found = _count(len(kernels), len(others))
+    if not found:
+        click.echo(f"nothing to remove in {cache.root}")
+        return True
+    for kernel in kernels:
+        click.echo(f"{'would remove' if dry_run else 'to remove'}  {kernel.entry.label}  {output.size(kernel.size)}")
+    for path, size in sizes.items():
+        click.echo(f"{'would remove' if dry_run else 'to remove'}  {path.relative_to(cache.root)}  {output.size(size)}")
+    if dry_run:
+        total = output.size(sum(kernel.size for kernel in kernels) + sum(sizes.values()))
+        click.echo(f"{found}, {total}: nothing was removed (--dry-run)")
+        return True
+    if not yes and not _confirm(f"Remove {found} from {cache.root}?"):
+        click.echo("nothing removed")
+        raise click.exceptions.Exit(1)
+    removed_kernels, removed_others, freed, failed = 0, 0, 0, 0
+    for kernel in kernels:
+        removed = _try_removing(kernel.entry.label, lambda kernel=kernel: cache.remove(kernel.entry))  # type: ignore[misc]
+        if removed is False:
+            _report_in_use(kernel)
+        removed_kernels += bool(removed)
+        freed += bool(removed) * kernel.size
+        failed += removed is None
+    for path, size in sizes.items():
+        label = str(path.relative_to(cache.root))
+        removed = _try_removing(label, lambda path=path: cleanup.remove(cache, path))  # type: ignore[misc]
+        removed_others += bool(removed)
+        freed += bool(removed) * size
+        failed += removed is None
+    click.echo(f"removed {_count(removed_kernels, removed_others) or 'nothing'}, freed {output.size(freed)}")
+    return not failed
+
+
+def _count(kernels: int, others: int) -> str:
+    """Return how many of each there are, or nothing if there are none."""
+    return " and ".join(output.plural(n, noun) for n, noun in ((kernels, "kernel"), (others, "leftover")) if n)
+
+
+def _try_removing(label: str, action: Callable[[], bool]) -> bool | None:
+    """Return what `action` returns, or None after reporting why it failed."""
     try:
-        content = row.entry.verify()
-        library = check_library(content, [])
-        with ChildCheck() as child:
-            child.check(content, library)
-    except (BadEntry, BadLibrary, OSError) as problem:
-        return str(problem)
-    return None
+        return action()
+    except (OSError, UntrustedPath) as error:
+        click.echo(f"cannot be removed  {label}: {error}", err=True)
+        return None
 
 
-def _cells(row: Row, now: float) -> tuple[str, ...]:
-    size, used = output.size(row.size), output.age(now - row.last_used)
-    return row.name, row.kernel, row.arch, size, output.date(row.built), used, row.status
+def _confirm(question: str) -> bool:
+    if not sys.stdin.isatty():
+        raise RuntimeError(
+            f"{question} There is no terminal to ask on: add --yes to remove it, or --dry-run to list what would be "
+            "removed"
+        )
+    return click.confirm(question)
+
+
+def _report_in_use(kernel: CachedKernel) -> None:
+    click.echo(f"in use, not removed  {kernel.entry.label}")

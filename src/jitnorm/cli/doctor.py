@@ -1,4 +1,4 @@
-"""`jitnorm doctor`: what this machine can build, and what to do about the rest."""
+"""`jitnorm doctor`: report what this machine can build, and what to do about the rest."""
 
 from __future__ import annotations
 
@@ -8,22 +8,23 @@ from typing import Any
 import click
 
 from jitnorm.cli import output
-from jitnorm.cli.base import Command, json_option
-from jitnorm.cli.diagnosis import diagnose
+from jitnorm.cli.base import Command, format_option
 
 
-@click.command(cls=Command, short_help="Say what this machine can build.")
-@json_option
-def doctor(form: str) -> None:
-    """Say what this machine can build, with what, and what is missing.
+@click.command(cls=Command)
+@format_option
+def doctor(output_format: str) -> None:
+    """Report what this machine can build, with which tools, and what is missing.
 
-    Compilers are tried: a small kernel is built and loaded as a first call does it, for the CPU and for CUDA, at the
-    same time and for two minutes at most, in a temporary folder that is removed. No other file is created.
+    A small kernel is built and loaded for the CPU and for CUDA, as by a first call, at the same time and in two minutes
+    at most. Its temporary folder is removed, and no other file is created.
 
     Exits 1 if nothing can be built, neither for the CPU nor for CUDA.
     """
-    facts = diagnose()
-    if form == "json":
+    from jitnorm.cli.diagnostics import collect_diagnostics  # here, as it imports torch
+
+    facts = collect_diagnostics()
+    if output_format == "json":
         output.as_json(facts)
     else:
         _print(facts)
@@ -39,12 +40,12 @@ def _print(facts: dict[str, Any]) -> None:
         "compilers", ((n, f"{c['version'] or 'unknown'}  {c['path']}" if c else "not found") for n, c in compilers)
     )
     builds = facts["builds"].items()
-    _section("can build for", ((name, _build(facts["can_build"][name], trial)) for name, trial in builds))
+    _section("can build for", ((name, _build(facts["can_build"][name], build)) for name, build in builds))
     _section("caches", (("prebuilt" if c["prebuilt"] else "own", _cache(c)) for c in facts["caches"]))
     temporary = facts["temporary"]
-    _section("temporary folder", [(temporary["root"] or temporary["problem"], _room(temporary["free"]))])
+    _section("temporary folder", [(temporary["root"] or temporary["problem"], _free_space(temporary["free"]))])
     _dispatch(facts["dispatch"])
-    _proofs(facts["batch_invariant"])
+    _invariance_checks(facts["batch_invariant"])
     _section("environment", facts["environment"].items())
     for line in [f"advice: {line}" for line in facts["advice"]] or ["nothing is missing"]:
         click.echo(output.printable(line))
@@ -67,31 +68,31 @@ def _dispatch(dispatch: dict[str, Any]) -> None:
     click.echo()
 
 
-def _proofs(proofs: list[dict[str, Any]]) -> None:
-    """What batch-invariant mode found out on this machine, if it ever had to."""
-    if not proofs:
+def _invariance_checks(checks: list[dict[str, Any]]) -> None:
+    """Print the results of batch-invariant mode's checks on this machine, if there are any."""
+    if not checks:
         return
     click.echo("batch-invariant products, as checked here")
     fields = ("backend", "problem", "gpu", "driver", "library")
-    rows = [[*(str(proof[f]) for f in fields), str(proof["first_difference"] or "same bits")] for proof in proofs]
+    rows = [[*(str(check[f]) for f in fields), str(check["first_difference"] or "same bits")] for check in checks]
     output.table(("BACKEND", "PRODUCT", "GPU", "DRIVER", "LIBRARY", "FOUND"), rows)
     click.echo()
 
 
-def _cache(place: dict[str, Any]) -> str:
-    state = place["problem"] or ("usable" if place["exists"] else "usable; created when the first kernel is built")
-    if place["problem"] and not place["prebuilt"]:
+def _cache(cache: dict[str, Any]) -> str:
+    state = cache["problem"] or ("usable" if cache["exists"] else "usable; created when the first kernel is built")
+    if cache["problem"] and not cache["prebuilt"]:
         state += "; each process would use a temporary folder of its own instead"
-    kernels = f"{output.plural(place['kernels'], 'kernel')}, {output.size(place['size'])}"
-    return f"{place['root']}  {kernels}; {_room(place['free'])}; {state}"
+    kernels = f"{output.plural(cache['kernels'], 'kernel')}, {output.size(cache['size'])}"
+    return f"{cache['root']}  {kernels}; {_free_space(cache['free'])}; {state}"
 
 
-def _room(free: int | None) -> str:
+def _free_space(free: int | None) -> str:
     return "free space unknown" if free is None else f"{output.size(free)} free"
 
 
-def _build(ok: bool, trial: dict[str, Any]) -> str:
-    """Whether it can build, and what that is known from."""
-    if trial["works"]:
-        return f"yes  built and loaded a kernel in {trial['seconds']:.2f} s"
-    return f"{'yes' if ok else 'no '}  {trial['problem']}"
+def _build(ok: bool, build: dict[str, Any]) -> str:
+    """Return whether a device's kernels can be built, and how that is known."""
+    if build["works"]:
+        return f"yes  built and loaded a kernel in {build['seconds']:.2f} s"
+    return f"{'yes' if ok else 'no '}  {build['problem']}"

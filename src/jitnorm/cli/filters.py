@@ -1,4 +1,4 @@
-"""Words on the command line to conditions on entries: `size>1MB`, `arch=sm_90a`, `30d`."""
+"""The options that select kernels: conditions such as `size>1MB` and `arch=sm_90a`, ages and sizes."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 import click
 
 if TYPE_CHECKING:
-    from jitnorm.cli.entries import Row
+    from jitnorm.cli.kernels import CachedKernel
 
-Filter = Callable[["Row"], bool]
+Filter = Callable[["CachedKernel"], bool]
 
 _SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
 _POWERS = "bkmgt"
@@ -31,8 +31,8 @@ _NUMBER = r"([0-9]{1,30}(?:\.[0-9]{1,30})?)"
 _MAX_BYTES = 1 << 63
 _MAX_DAYS = 36500
 _WILDCARD = re.compile(r"[*?\[]")
-# What a value without wildcards must be, how one with wildcards may begin, and what to say to others.
-_WORDS = {
+# For each field: a pattern for values without wildcards, how a value with wildcards may begin, and what is accepted.
+_TEXT_FIELDS = {
     "name": (r"\w+", (), "a kernel's name such as rmsnorm_4096_bf16, or a pattern such as rmsnorm_*"),
     "op": (r"\w+", (), "an operator"),
     "arch": (
@@ -45,7 +45,11 @@ _WORDS = {
 
 
 def parse_size(text: str) -> int:
-    """Bytes, from "500MB" (powers of 1000), "1.5GiB" (of 1024) or "300". ValueError for anything else."""
+    """Return the bytes of a size such as "500MB" (powers of 1000), "1.5GiB" (of 1024) or "300".
+
+    Raises:
+        ValueError: it is no such size.
+    """
     match = re.fullmatch(_NUMBER + r"\s*([kmgt]?)(i?)b?", text.strip().lower())
     if not match or (match[3] and not match[2]):
         raise ValueError(f"{_shown(text)} is not a size such as 10KB, 500MB or 1GiB")
@@ -56,7 +60,11 @@ def parse_size(text: str) -> int:
 
 
 def parse_age(text: str) -> float:
-    """Seconds, from "45m", "12h", "30d" or "2w". ValueError for anything else."""
+    """Return the seconds of an age such as "45m", "12h", "30d" or "2w".
+
+    Raises:
+        ValueError: it is no such age.
+    """
     match = re.fullmatch(_NUMBER + r"\s*([smhdw])", text.strip().lower())
     if not match:
         raise ValueError(f"{_shown(text)} is not an age such as 45m, 12h, 30d or 2w")
@@ -67,24 +75,27 @@ def parse_age(text: str) -> float:
 
 
 def parse_filter(text: str) -> Filter:
-    """A condition such as "size>1MB", "name=rmsnorm_*" or "device!=cpu". ValueError for anything else, and for a value
-    that no kernel can have."""
+    """Return the condition of a text such as "size>1MB", "name=rmsnorm_*" or "device!=cpu".
+
+    Raises:
+        ValueError: it is no such condition, or no kernel can have the value.
+    """
     match = re.fullmatch(r"\s*(\w+)\s*([<>]=?|!=|=)\s*(\S.*?)\s*", text)
     field, sign, value = match.groups() if match else ("", "", "")
     if field == "size":
         bound, compare = parse_size(value), _COMPARISONS[sign]
-        return lambda row: compare(row.size, bound)
-    if field in _WORDS and sign in ("=", "!="):
-        _check_word(field, value)
-        return lambda row: fnmatch.fnmatchcase(getattr(row, field), value) == (sign == "=")
+        return lambda kernel: compare(kernel.size, bound)
+    if field in _TEXT_FIELDS and sign in ("=", "!="):
+        _check_value(field, value)
+        return lambda kernel: fnmatch.fnmatchcase(getattr(kernel, field), value) == (sign == "=")
     raise ValueError(
-        f"{_shown(text)} is not a filter: use size with > < >= <= = !=, or {', '.join(_WORDS)} with = and !="
+        f"{_shown(text)} is not a filter: use size with > < >= <= = !=, or {', '.join(_TEXT_FIELDS)} with = and !="
     )
 
 
-def _check_word(field: str, value: str) -> None:
-    """ValueError for a value that no kernel's `field` can have: such a filter would choose none, or all."""
-    pattern, starts, accepted = _WORDS[field]
+def _check_value(field: str, value: str) -> None:
+    """Raise ValueError for a value that no kernel's `field` can have: such a filter would select none, or all."""
+    pattern, starts, accepted = _TEXT_FIELDS[field]
     start = _WILDCARD.split(value)[0]
     if start != value:
         if starts and not any(known.startswith(start) or start.startswith(known) for known in starts):
@@ -92,13 +103,13 @@ def _check_word(field: str, value: str) -> None:
     elif not re.fullmatch(pattern, value):
         raise ValueError(f"{field} must be {accepted}, got {_shown(value)}")
     elif field == "op":
-        from jitnorm.warmup import OPS
+        from jitnorm.warmup import OPS  # here, as it imports torch
 
         if value not in OPS:
             close = difflib.get_close_matches(value, OPS, n=1)
-            meant = f": is {close[0]} meant?" if close else f": one of {', '.join(OPS)}"
+            hint = f": did you mean {close[0]}?" if close else f": use one of {', '.join(OPS)}"
             raise ValueError(
-                f"{_shown(value)} is no operator with kernels{meant} (a pattern such as {value}* is not checked)"
+                f"{_shown(value)} is not an operator with kernels{hint} (a pattern such as {value}* is not checked)"
             )
 
 
@@ -107,7 +118,7 @@ def _shown(text: str) -> str:
 
 
 def _parsed(parse: Callable[[str], Any]) -> Callable[[click.Context, click.Parameter, Any], Any]:
-    """For an option's callback: what `parse` refuses is a mistake of usage."""
+    """Return an option's callback, which turns a ValueError of `parse` into a usage error."""
 
     def callback(ctx: click.Context, param: click.Parameter, value: Any) -> Any:
         try:
@@ -126,24 +137,26 @@ filter_option = click.option(
     metavar="CONDITION",
     multiple=True,
     callback=_parsed(parse_filter),
-    help="Only kernels whose size, name, op, arch or device is so: 'size>1MB', 'name=rmsnorm_*', 'arch=sm_90a'. "
-    "Repeatable.",
+    help="Select kernels by size, name, op, arch or device: 'size>1MB', 'name=rmsnorm_*', 'arch=sm_90a'. "
+    "Several of these options must all apply.",
 )
 older_than_option = click.option(
     "--older-than",
     metavar="AGE",
     callback=_parsed(parse_age),
-    help="Only kernels that nobody has loaded for so long: 12h, 30d, 2w.",
+    help="Select kernels that no process has loaded for this long: 12h, 30d, 2w.",
 )
 max_size_option = click.option(
     "--max-size",
     metavar="SIZE",
     callback=_parsed(parse_size),
-    help="Remove the least recently used kernels until the rest fit: 500MB, 1GiB.",
+    help="Remove the least recently used kernels until the rest takes no more than this: 500MB, 1GiB.",
 )
 
 
-def select(rows: Sequence[Row], filters: Sequence[Filter], older_than: float | None, now: float) -> list[Row]:
-    """The rows that meet every condition."""
-    old = [row for row in rows if older_than is None or now - row.last_used > older_than]
-    return [row for row in old if all(condition(row) for condition in filters)]
+def select(
+    kernels: Sequence[CachedKernel], filters: Sequence[Filter], older_than: float | None, now: float
+) -> list[CachedKernel]:
+    """Return the kernels that meet every condition."""
+    old = [kernel for kernel in kernels if older_than is None or now - kernel.last_used > older_than]
+    return [kernel for kernel in old if all(condition(kernel) for condition in filters)]

@@ -15,7 +15,7 @@ from tqdm import tqdm
 from jitnorm.batch_invariant import set_batch_invariant_mode
 from jitnorm.batch_invariant.verify import MODES, OPERATORS, Result, verify
 from jitnorm.cli import output
-from jitnorm.cli.base import Command, json_option, several
+from jitnorm.cli.base import Command, format_option, several
 from jitnorm.core.checks import DTYPE_NAMES
 
 _DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
@@ -36,7 +36,7 @@ _SIZE = re.compile(r"0*[1-9][0-9]{0,8}")  # a larger size is a mistake, and woul
 )
 @click.option("--max-batch", type=click.IntRange(min=2), default=256, show_default=True, help="The largest batch size.")
 @click.option("--outside", is_flag=True, help="Without batch-invariant mode, to see what it changes.")
-@json_option
+@format_option
 def verify_invariance(
     op: tuple[str, ...],
     shape: tuple[str, ...],

@@ -1,11 +1,14 @@
-"""`jitnorm warmup`: kernels built ahead of their first call."""
+"""`jitnorm warmup`: build kernels ahead of their first call."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import click
 from tqdm import tqdm
 
-from jitnorm.cli.base import Command, several
+from jitnorm.cli import output
+from jitnorm.cli.base import Command, format_option, several
 from jitnorm.jit import locations
 from jitnorm.jit.spec import KernelSpec
 from jitnorm.warmup import DTYPES, OPS, argument_problem, make_plan
@@ -17,32 +20,38 @@ _DTYPE = click.Choice(list(DTYPES))
 @click.command(
     cls=Command,
     context_settings={"help_option_names": ["-h", "--help"]},
-    short_help="Build kernels ahead of their first call.",
 )
 @click.option(
     "--op",
     **several(click.Choice(list(OPS))),
-    is_eager=True,  # a wrong one is named before all else
+    is_eager=True,  # so that an unknown operator is reported before other mistakes
     metavar="NAME",
-    help=f"By default all that the model of --config calls, or rmsnorm. One of {', '.join(OPS)}.",
+    help=f"Build this operator; by default all that the model of --config calls, or rmsnorm. One of {', '.join(OPS)}.",
 )
 @click.option(
     "--hidden-size",
     **several(click.INT),
-    help="The size of the normalised dimension, which may be head_dim. Activations and store_cache do without; "
-    "quantisation alone takes none.",
+    help="Build for this size of the normalised dimension, which may be head_dim. Optional for activations and "
+    "store_cache; not accepted for quantisation alone.",
 )
-@click.option("--dtype", **several(_DTYPE), help="The input's; by default the config's own, or bf16.")
-@click.option("--weight-dtype", **several(_DTYPE), help="The weight's; by default the input's.")
-@click.option("--config", metavar="PATH", help="A Hugging Face config.json, or the folder that holds one.")
+@click.option("--dtype", **several(_DTYPE), help="Build for inputs of this dtype; by default the config's, or bf16.")
+@click.option("--weight-dtype", **several(_DTYPE), help="Build for weights of this dtype; by default the input's.")
 @click.option(
-    "--device", type=click.Choice(["cuda", "cpu"]), help="By default CUDA where torch sees a GPU, else the CPU."
+    "--config",
+    metavar="PATH",
+    help="Read operators and sizes from a Hugging Face config.json, or from the folder that contains one.",
 )
 @click.option(
-    "--arch", **several(click.STRING), help="A CUDA architecture such as 9.0a or sm_90a, with no GPU of it here."
+    "--device",
+    type=click.Choice(["cuda", "cpu"]),
+    help="Build for this device; by default CUDA if torch sees a GPU, else the CPU.",
 )
-@click.option("--jobs", type=click.IntRange(min=1), help="Builds at a time; by default one for each CPU.")
-@click.option("--skip-unsupported", is_flag=True, help="A size that is not supported is reported, and is no failure.")
+@click.option(
+    "--arch", **several(click.STRING), help="Build for this CUDA architecture, such as 9.0a or sm_90a. It needs no GPU."
+)
+@click.option("--jobs", type=click.IntRange(min=1), help="Run this many builds at a time; by default one for each CPU.")
+@click.option("--skip-unsupported", is_flag=True, help="Report sizes that are not supported, and exit 0 all the same.")
+@format_option
 def warmup(
     op: tuple[str, ...],
     hidden_size: tuple[int, ...],
@@ -53,13 +62,13 @@ def warmup(
     arch: tuple[str, ...],
     jobs: int | None,
     skip_unsupported: bool,
+    output_format: str,
 ) -> None:
     """Build kernels ahead of their first call, for this machine or another.
 
-    Every combination of the given operators, sizes, dtypes and architectures is built, several at a time; of each,
-    several are given as a list (512,1024) or by repeating the option. Sizes that are not
-    supported are listed first. One given as --hidden-size then stops everything; with one from a config the rest is
-    built. Either way the exit status is 1 unless all that was asked for is in the cache (see --skip-unsupported).
+    Every combination of the given operators, sizes, dtypes and architectures is built. Give several values as a list
+    (512,1024), or repeat the option. Sizes that are not supported are listed first: if --hidden-size gives one, nothing
+    is built; if a config does, the rest is built. Exits 1 unless all kernels are in the cache (see --skip-unsupported).
 
     \b
     jitnorm warmup --config Qwen3-32B/config.json
@@ -75,30 +84,52 @@ def warmup(
     for why in plan.refused:
         click.echo(f"refused  {why}", err=True)
     cached, missing = find_cached(plan.specs)
-    for spec in cached:
-        click.echo(f"cached   {_row(spec)}")
+    is_table = output_format == "table"
+    if is_table:
+        for spec in cached:
+            click.echo(f"cached   {_line(spec)}")
     result = Result(cached=cached, refused=plan.refused)
     if missing:
-        _build(missing, jobs or default_jobs(), result)
-    click.echo(f"{result}; the cache is {locations.readable().root}")
+        _build(missing, jobs or default_jobs(), result, is_table)
+    if is_table:
+        click.echo(f"{result}; the cache is {locations.readable().root}")
+    else:
+        output.as_json(_as_json(result))
     if result.failed or (result.refused and not skip_unsupported):
         raise click.exceptions.Exit(1)
 
 
-def _build(specs: list[KernelSpec], jobs: int, result: Result) -> None:
+def _build(specs: list[KernelSpec], jobs: int, result: Result, is_table: bool) -> None:
+    """Build kernels, and print a line for each as it is done."""
     prepare(specs)
-    click.echo(f"{len(specs)} to build, {min(jobs, len(specs))} at a time")
-    # disable=None: a bar on a terminal, and elsewhere the lines alone.
+    if is_table:
+        click.echo(f"{len(specs)} to build, {min(jobs, len(specs))} at a time")
+    # A thread that runs out of memory before its first line is waited for forever, and tqdm starts one for each bar.
+    tqdm.monitor_interval = 0
+    # disable=None: a progress bar on a terminal only.
     with tqdm(total=len(specs), unit="kernel", disable=None, leave=False) as bar:
         for outcome in build_all(specs, jobs):
             result.add(outcome)
             bar.update()
             with tqdm.external_write_mode():
-                if outcome.error is None:
-                    click.echo(f"built    {_row(outcome.spec)}  {outcome.seconds:.2f} s")
-                else:
-                    click.echo(f"failed   {_row(outcome.spec)}: {outcome.error}", err=True)
+                if outcome.error is not None:
+                    click.echo(f"failed   {_line(outcome.spec)}: {outcome.error}", err=True)
+                elif is_table:
+                    click.echo(f"built    {_line(outcome.spec)}  {outcome.seconds:.2f} s")
 
 
-def _row(spec: KernelSpec) -> str:
+def _line(spec: KernelSpec) -> str:
     return f"{spec.name}  {spec.target.sm}"
+
+
+def _as_json(result: Result) -> dict[str, Any]:
+    def kernel(spec: KernelSpec) -> dict[str, str]:
+        return {"name": spec.name, "arch": spec.target.sm}
+
+    return {
+        "cache": str(locations.readable().root),
+        "built": [kernel(spec) for spec in result.built],
+        "cached": [kernel(spec) for spec in result.cached],
+        "refused": result.refused,
+        "failed": [{**kernel(spec), "error": error} for spec, error in result.failed],
+    }

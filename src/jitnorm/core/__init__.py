@@ -1,1 +1,1 @@
-"""What all operators share: their base class and registry, argument checks, targets, and their place in torch."""
+"""What all operators share: base class and registry, argument checks, targets, and registration with torch."""

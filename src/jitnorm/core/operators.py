@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 
@@ -101,8 +101,7 @@ class Operator:
             raise RuntimeError(f"jitnorm: {self.op} refused arguments that its checks accept; please report this")
 
 
-@dataclass(frozen=True)
-class Shape:
+class Shape(NamedTuple):
     """What the tensors of an example call are made for."""
 
     rows: int
@@ -120,8 +119,7 @@ class Shape:
         return zeros.to(dtype or self.dtype)
 
 
-@dataclass(frozen=True)
-class Example:
+class Example(NamedTuple):
     """A call of a public function that runs one operator."""
 
     function: Callable[..., Any]

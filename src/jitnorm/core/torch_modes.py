@@ -1,6 +1,6 @@
-"""What torch keeps for each thread of the modes that want to see every call: tracers and torch.utils' dispatch modes.
+"""Whether a tracer or a dispatch mode of torch is active on this thread, and so has to see every call.
 
-The fast path of an operator does not pass torch's dispatcher, so that it has to ask itself whether one is active.
+The fast path of an operator does not use torch's dispatcher, so it has to check this itself.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _IS_KEY_INCLUDED = "_ZN3c104impl28tls_is_dispatch_key_includedENS_11DispatchKeyE
 
 
 def is_active() -> bool:
-    """Return whether a mode of this thread wants to see every call."""
+    """Return whether a tracer or a dispatch mode is active on this thread."""
     return (
         torch._C._len_torch_dispatch_stack() > 0
         or torch._C._get_tracing_state() is not None
@@ -28,9 +28,9 @@ def is_active() -> bool:
 
 
 def watch(library: Any) -> None:
-    """Tell a loaded kernel library how to ask torch for active modes.
+    """Give a loaded kernel library the function of torch that it asks for active modes, and their dispatch keys.
 
-    A library that was not told refuses every call of the fast path, so that calls stay right and become slow.
+    Without these the library refuses every call of the fast path: calls take the slow path, with the same results.
     """
     if address := _is_key_included():
         library.watch_modes(address, *map(int, _KEYS))

@@ -1,26 +1,27 @@
-"""FlashInfer where it serves, this package's kernels elsewhere, PyTorch for the sizes that neither takes.
+"""RMSNorm operators that select a backend at each call: FlashInfer, this package's kernels or PyTorch.
 
-The four functions have sgl_kernel's names and signatures, and choose at each call:
+The four functions have sgl_kernel's names and signatures. The rule of the default, "auto":
 
-1. FlashInfer, if it is importable, the input is float16 or bfloat16 and on CUDA, torch.compile is not tracing, the call
-   needs no gradient, and FlashInfer can take it: the current device, weights of the input's dtype (others it would
-   misread in silence), 2 dimensions (for rmsnorm 2 or 3), rows that its vectors can reach, a hidden size up to 16384.
-2. This package's kernels, if they serve the hidden size (see `jitnorm.rmsnorm`).
-3. PyTorch's rms_norm in float32, so that any other hidden size works too.
+1. FlashInfer, if it is importable and supports the call: the input is float16 or bfloat16, on the current CUDA device;
+   torch.compile is not tracing; no gradient is needed; the weights have the input's dtype (FlashInfer would misread
+   others without an error); the input has 2 dimensions (for rmsnorm 2 or 3), rows that FlashInfer's vector accesses
+   can read, and a hidden size up to 16384.
+2. This package's kernels, if they support the hidden size (see `jitnorm.rmsnorm`).
+3. PyTorch's rms_norm in float32, for every other hidden size.
 
-FlashInfer is imported when the first call asks for it. One that does not work, whether it says so at its import or when
-it is called, counts as absent from then on; one warning says why. `explain` and `jitnorm doctor` say what is chosen
-and why.
+FlashInfer is imported when the first call needs to know. If its import or a call of it fails because it does not work
+here, it is treated as unavailable from then on, and one warning gives the reason. `explain` and `jitnorm doctor` show
+which backend is selected and why.
 
-`backend(name)` for a `with` block, or JITNORM_BACKEND, read once at the first call, overrides this:
+`with backend(name):` overrides the rule. JITNORM_BACKEND does so too, and is read once, at the first call:
 
-- "auto": the rule above, and the default.
-- "auto-fast": this package's kernels wherever they can serve, else as "auto". On an H200 with bfloat16 they were faster
-  than both of FlashInfer's implementations in all 25 rows of benchmarks/results/rmsnorm_h200.json, by 1% in the
+- "auto": the rule above.
+- "auto-fast": this package's kernels wherever they support the call, else as "auto". On an H200 with bfloat16 they were
+  faster than both of FlashInfer's implementations in all 25 rows of benchmarks/results/rmsnorm_h200.json, by 1% in the
   closest, and in 5 of 6 of fused_add_rmsnorm_h200.json, where one took 0.7% longer.
-- "jit", "flashinfer", "torch": that one, and RuntimeError where it cannot serve.
+- "jit", "flashinfer", "torch": that backend, or RuntimeError if it does not support the call.
 
-A compiled graph keeps the backend it was traced with, which is never FlashInfer.
+A compiled graph keeps the backend with which it was traced, which is never FlashInfer.
 """
 
 from __future__ import annotations
@@ -32,13 +33,12 @@ import torch
 import torch.fx
 
 from jitnorm.dispatch import flashinfer_backend, torch_backend
-from jitnorm.dispatch.choice import choose as _choose
-from jitnorm.dispatch.choice import explain
-from jitnorm.dispatch.wanted import BACKENDS, backend
-from jitnorm.fused_add_rmsnorm import fused_add_rmsnorm as _jit_fused_add_rmsnorm
-from jitnorm.fused_add_rmsnorm import gemma_fused_add_rmsnorm as _jit_gemma_fused_add_rmsnorm
-from jitnorm.rmsnorm import gemma_rmsnorm as _jit_gemma_rmsnorm
-from jitnorm.rmsnorm import rmsnorm as _jit_rmsnorm
+from jitnorm.dispatch.selection import BACKENDS, backend, explain
+from jitnorm.dispatch.selection import select_backend as _select_backend
+from jitnorm.fused_add_rmsnorm import fused_add_rmsnorm as _jitnorm_fused_add_rmsnorm
+from jitnorm.fused_add_rmsnorm import gemma_fused_add_rmsnorm as _jitnorm_gemma_fused_add_rmsnorm
+from jitnorm.rmsnorm import gemma_rmsnorm as _jitnorm_gemma_rmsnorm
+from jitnorm.rmsnorm import rmsnorm as _jitnorm_rmsnorm
 
 __all__ = [
     "BACKENDS",
@@ -58,30 +58,30 @@ def rmsnorm(
     out: torch.Tensor | None = None,
     enable_pdl: bool | None = None,
 ) -> torch.Tensor:
-    """`out = input / sqrt(mean(input^2) + eps) * weight` over the last dimension, by whatever backend serves the call.
+    """Compute `out = input / sqrt(mean(input^2) + eps) * weight` over the last dimension.
 
     Args:
-        input: `[..., hidden_size]`, float16, bfloat16 or float32, of any hidden size. Its strides are as
-            `jitnorm.rmsnorm` takes them, if its kernels serve the size and FlashInfer does not.
+        input: `[..., hidden_size]`, float16, bfloat16 or float32, of any hidden size. If this package's kernels are
+            selected, it has strides that `jitnorm.rmsnorm` accepts.
         weight: `[hidden_size]`, of the input's dtype or float32, on the same device.
         eps: added to the mean of the squares; zero or more.
-        out: written; of the input's shape, dtype and device; may be the input itself. Allocated where None. Has no
-            gradient.
-        enable_pdl: programmatic dependent launch; None leaves it to the backend. PyTorch has none.
+        out: written; of the input's shape, dtype and device; may be the input itself. None allocates it. A call with
+            `out` has no gradient.
+        enable_pdl: programmatic dependent launch; None leaves it to the backend. PyTorch ignores it.
 
     Returns:
         `out`.
 
     Raises:
-        TypeError: an argument is not a tensor, or of another dtype.
-        ValueError: a shape, stride, device, alignment or overlap that is not accepted, a bad eps, or a JITNORM_BACKEND
-            that does not exist.
-        RuntimeError: the backend that was asked for cannot serve this call; a kernel cannot be built or launched; or
-            out was given to a call that needs a gradient.
+        TypeError: an argument is not a tensor, or its dtype is not accepted.
+        ValueError: a shape, stride, device, alignment, overlap or eps is not accepted, or JITNORM_BACKEND names no
+            backend.
+        RuntimeError: the requested backend does not support this call; a kernel cannot be built or launched; or `out`
+            was given and a gradient is needed.
     """
-    name, _ = _choose("rmsnorm", input, weight, out)
+    name, _ = _select_backend("rmsnorm", input, weight, out)
     if name == "jit":
-        return _jit_rmsnorm(input, weight, eps, out, enable_pdl)
+        return _jitnorm_rmsnorm(input, weight, eps, out, enable_pdl)
     if name == "torch":
         return torch_backend.rmsnorm("rmsnorm", 0.0, input, weight, eps, out, enable_pdl)
     if name == "torch.fx":
@@ -97,24 +97,27 @@ def gemma_rmsnorm(
     out: torch.Tensor | None = None,
     enable_pdl: bool | None = None,
 ) -> torch.Tensor:
-    """`out = input / sqrt(mean(input^2) + eps) * (1 + weight)`, the 1 added in float32; otherwise as `rmsnorm`.
+    """Compute `out = input / sqrt(mean(input^2) + eps) * (1 + weight)`, adding the 1 in float32.
 
     Args:
         input: `[..., hidden_size]`, float16, bfloat16 or float32, of any hidden size.
         weight: `[hidden_size]`, of the input's dtype or float32, on the same device.
         eps: added to the mean of the squares; zero or more.
-        out: written; like the input, and may be the input itself. Allocated where None. Has no gradient.
+        out: written; of the input's shape, dtype and device; may be the input itself. None allocates it. A call with
+            `out` has no gradient.
         enable_pdl: programmatic dependent launch; None leaves it to the backend.
 
     Returns:
         `out`.
 
     Raises:
-        TypeError, ValueError, RuntimeError: as `rmsnorm`.
+        TypeError: as `rmsnorm`.
+        ValueError: as `rmsnorm`.
+        RuntimeError: as `rmsnorm`.
     """
-    name, _ = _choose("gemma_rmsnorm", input, weight, out)
+    name, _ = _select_backend("gemma_rmsnorm", input, weight, out)
     if name == "jit":
-        return _jit_gemma_rmsnorm(input, weight, eps, out, enable_pdl)
+        return _jitnorm_gemma_rmsnorm(input, weight, eps, out, enable_pdl)
     if name == "torch":
         return torch_backend.rmsnorm("gemma_rmsnorm", 1.0, input, weight, eps, out, enable_pdl)
     if name == "torch.fx":
@@ -132,7 +135,7 @@ def fused_add_rmsnorm(
     eps: float = 1e-6,
     enable_pdl: bool | None = None,
 ) -> None:
-    """`residual += input; input = rmsnorm(residual) * weight`, both in place; the float32 sum is what is normalised.
+    """Compute `residual += input; input = rmsnorm(residual) * weight`, both in place; the float32 sum is normalised.
 
     Args:
         input: `[..., hidden_size]`, float16, bfloat16 or float32, of any hidden size; written.
@@ -142,12 +145,13 @@ def fused_add_rmsnorm(
         enable_pdl: programmatic dependent launch; None leaves it to the backend.
 
     Raises:
-        TypeError, ValueError, RuntimeError: as `rmsnorm`; RuntimeError too where a leaf that requires grad would be
-            written.
+        TypeError: as `rmsnorm`.
+        ValueError: as `rmsnorm`.
+        RuntimeError: as `rmsnorm`, or a leaf that requires grad would be overwritten.
     """
-    name, _ = _choose("fused_add_rmsnorm", input, weight, residual)
+    name, _ = _select_backend("fused_add_rmsnorm", input, weight, residual)
     if name == "jit":
-        return _jit_fused_add_rmsnorm(input, residual, weight, eps, enable_pdl)
+        return _jitnorm_fused_add_rmsnorm(input, residual, weight, eps, enable_pdl)
     if name == "torch":
         return torch_backend.fused_add_rmsnorm("fused_add_rmsnorm", 0.0, input, residual, weight, eps, enable_pdl)
     if name == "torch.fx":
@@ -163,7 +167,7 @@ def gemma_fused_add_rmsnorm(
     eps: float = 1e-6,
     enable_pdl: bool | None = None,
 ) -> None:
-    """`residual += input; input = rmsnorm(residual) * (1 + weight)`, both in place; otherwise as `fused_add_rmsnorm`.
+    """Compute `residual += input; input = rmsnorm(residual) * (1 + weight)`, both in place; see `fused_add_rmsnorm`.
 
     Args:
         input: `[..., hidden_size]`, float16, bfloat16 or float32, of any hidden size; written.
@@ -173,11 +177,13 @@ def gemma_fused_add_rmsnorm(
         enable_pdl: programmatic dependent launch; None leaves it to the backend.
 
     Raises:
-        TypeError, ValueError, RuntimeError: as `fused_add_rmsnorm`.
+        TypeError: as `fused_add_rmsnorm`.
+        ValueError: as `fused_add_rmsnorm`.
+        RuntimeError: as `fused_add_rmsnorm`.
     """
-    name, _ = _choose("gemma_fused_add_rmsnorm", input, weight, residual)
+    name, _ = _select_backend("gemma_fused_add_rmsnorm", input, weight, residual)
     if name == "jit":
-        return _jit_gemma_fused_add_rmsnorm(input, residual, weight, eps, enable_pdl)
+        return _jitnorm_gemma_fused_add_rmsnorm(input, residual, weight, eps, enable_pdl)
     if name == "torch":
         return torch_backend.fused_add_rmsnorm("gemma_fused_add_rmsnorm", 1.0, input, residual, weight, eps, enable_pdl)
     if name == "torch.fx":
@@ -187,10 +193,10 @@ def gemma_fused_add_rmsnorm(
 
 
 def _record(operator: Callable[..., Any], *arguments: Any) -> Any:
-    """A call that torch.fx.symbolic_trace finds in its graph."""
+    """Record the call in the graph that torch.fx.symbolic_trace is making."""
     return torch.overrides.handle_torch_function(operator, arguments[:1], *arguments)
 
 
-# Their calls stay in a graph of torch.fx though nothing uses what they return.
+# torch.fx must not remove these calls as dead code: they return nothing and write their arguments.
 torch.fx.node.has_side_effect(fused_add_rmsnorm)
 torch.fx.node.has_side_effect(gemma_fused_add_rmsnorm)

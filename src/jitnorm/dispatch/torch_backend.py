@@ -1,4 +1,4 @@
-"""The four operators in PyTorch's own, for every hidden size: computed in float32, rounded once, differentiable."""
+"""PyTorch as a backend: the operators for every hidden size, computed in float32, rounded once, differentiable."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from jitnorm.core.torch_library import is_traced, needs_grad, refuse_unwritable
 
 def rmsnorm(
     op: str,
-    offset: float,
+    weight_offset: float,
     input: torch.Tensor,
     weight: torch.Tensor,
     eps: float,
     out: torch.Tensor | None,
     enable_pdl: bool | None,
 ) -> torch.Tensor:
-    """`out = input / sqrt(mean(input^2) + eps) * (offset + weight)`."""
-    check_rmsnorm(input, weight, eps, out, enable_pdl)
-    result = _normalised(input, weight, eps, offset).to(input.dtype)
+    """Return `out = input / sqrt(mean(input^2) + eps) * (weight_offset + weight)`."""
+    _check_rmsnorm(input, weight, eps, out, enable_pdl)
+    result = _normalise(input, weight, eps, weight_offset).to(input.dtype)
     if out is None:
         return result
     if needs_grad(input, weight):
@@ -34,30 +34,30 @@ def rmsnorm(
 
 def fused_add_rmsnorm(
     op: str,
-    offset: float,
+    weight_offset: float,
     input: torch.Tensor,
     residual: torch.Tensor,
     weight: torch.Tensor,
     eps: float,
     enable_pdl: bool | None,
 ) -> None:
-    """`residual += input; input = rmsnorm(residual) * (offset + weight)`, the float32 sum normalised."""
-    check_fused_add_rmsnorm(input, residual, weight, eps, enable_pdl)
+    """Compute `residual += input; input = rmsnorm(residual) * (weight_offset + weight)`, both in place."""
+    _check_fused_add_rmsnorm(input, residual, weight, eps, enable_pdl)
     refuse_unwritable(op, residual, weight, input=input)
     refuse_unwritable(op, input, residual=residual)
     total = input.float() + residual.float()
-    normalised = _normalised(total, weight, eps, offset)
+    normalised = _normalise(total, weight, eps, weight_offset)
     residual.copy_(total)
     input.copy_(normalised)
 
 
-def _normalised(x: torch.Tensor, weight: torch.Tensor, eps: float, offset: float) -> torch.Tensor:
-    factor = weight.float() + offset if offset else weight.float()
+def _normalise(x: torch.Tensor, weight: torch.Tensor, eps: float, weight_offset: float) -> torch.Tensor:
+    factor = weight.float() + weight_offset if weight_offset else weight.float()
     return F.rms_norm(x.float(), (x.shape[-1],), factor, eps)
 
 
-def check_rmsnorm(input: Any, weight: Any, eps: Any = 1e-6, out: Any = None, enable_pdl: bool | None = None) -> None:
-    """Raises for what is wrong for any backend; any size and any strides are right."""
+def _check_rmsnorm(input: Any, weight: Any, eps: Any, out: Any, enable_pdl: Any) -> None:
+    """Raise for arguments that no backend accepts; any size and any strides are accepted."""
     _check_input_and_weight(input, weight, eps, enable_pdl)
     if out is not None:
         _check_like_input("out", out, input)
@@ -67,10 +67,8 @@ def check_rmsnorm(input: Any, weight: Any, eps: Any = 1e-6, out: Any = None, ena
             checks.no_shared_memory("out", out, "weight", weight)
 
 
-def check_fused_add_rmsnorm(
-    input: Any, residual: Any, weight: Any, eps: Any = 1e-6, enable_pdl: bool | None = None
-) -> None:
-    """Raises for what is wrong for any backend."""
+def _check_fused_add_rmsnorm(input: Any, residual: Any, weight: Any, eps: Any, enable_pdl: Any) -> None:
+    """Raise for arguments that no backend accepts; any size and any strides are accepted."""
     _check_input_and_weight(input, weight, eps, enable_pdl)
     _check_like_input("residual", residual, input)
     if not is_traced(input, residual):

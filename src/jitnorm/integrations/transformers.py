@@ -1,8 +1,8 @@
-"""`jitnorm.patch_transformers(model)`: a Hugging Face model's RMSNorm modules, computed by this package's kernels.
+"""Patch the RMSNorm modules of Hugging Face models so that this package's kernels compute them.
 
-A module keeps its identity, parameters, buffers, hooks and place, and gets another class: a subclass of its own whose
-forward calls a kernel, and the original forward where no kernel serves. So the state dict, tied or sharded weights,
-optimiser state and `isinstance` all stay as they were, and undoing is giving the class back.
+A patched module keeps its identity, parameters, buffers, hooks and position; only its class changes, to a subclass of
+the original one. The subclass's forward calls a kernel, or the original forward if no kernel supports the call. So the
+state dict, tied or sharded weights, optimiser state and `isinstance` do not change, and undoing restores the class.
 """
 
 # No `from __future__ import annotations`: torch.fx writes the annotations of forward into its code, as types, not text.
@@ -15,19 +15,25 @@ from typing import Any, NoReturn
 
 import torch
 
+from jitnorm.core.eligibility import can_normalise
 from jitnorm.core.norms import is_supported_hidden_size
-from jitnorm.nn import KERNELS, Kernels, normalise, refuse_script, serves
+from jitnorm.nn import NORM_VARIANTS, NormOperators, normalise, refuse_script
 
 
 @dataclass(frozen=True)
-class _Kind:
-    """What a family of classes computes, and the attribute that holds its eps."""
+class _NormClass:
+    """A class of RMSNorm modules in transformers.
 
-    kernels: Kernels
-    eps: str
+    Attributes:
+        operators: what computes the same.
+        eps_attribute: the name of the attribute that has its eps.
+    """
+
+    operators: NormOperators
+    eps_attribute: str
 
 
-# Exact names: Gemma3n's and Gemma 4's classes, for one, multiply by the weight alone.
+# Whole names, not endings: Gemma3n's and Gemma 4's classes, for example, multiply by the weight alone.
 LLAMA_CLASSES = (
     "LlamaRMSNorm",
     "MistralRMSNorm",
@@ -40,47 +46,50 @@ LLAMA_CLASSES = (
     "Qwen3VLTextRMSNorm",
     "Phi3RMSNorm",
 )
-_GEMMA_CLASSES = ("GemmaRMSNorm", "Gemma2RMSNorm", "Gemma3RMSNorm", "Qwen3NextRMSNorm")  # whose factor is 1 + weight
-_KINDS = {
-    **dict.fromkeys(LLAMA_CLASSES, _Kind(KERNELS["rmsnorm"], "variance_epsilon")),
-    **dict.fromkeys(_GEMMA_CLASSES, _Kind(KERNELS["gemma_rmsnorm"], "eps")),
+# Classes that multiply by 1 + weight.
+_GEMMA_CLASSES = ("GemmaRMSNorm", "Gemma2RMSNorm", "Gemma3RMSNorm", "Qwen3NextRMSNorm")
+_SUPPORTED_CLASSES = {
+    **dict.fromkeys(LLAMA_CLASSES, _NormClass(NORM_VARIANTS["rmsnorm"], "variance_epsilon")),
+    **dict.fromkeys(_GEMMA_CLASSES, _NormClass(NORM_VARIANTS["gemma_rmsnorm"], "eps")),
 }
 
 
-def replaces_norms_of(family: str) -> bool:
-    """Return whether the models of a family, a model_type without "_" and a final "text", have a known class."""
-    return family in {name.removesuffix("RMSNorm").replace("_", "").lower().removesuffix("text") for name in _KINDS}
+def is_supported_family(family: str) -> bool:
+    """Return whether `patch_transformers` knows the norm class of a model family.
+
+    Args:
+        family: the model_type of a config, without "_" and without a final "text".
+    """
+    prefixes = (name.removesuffix("RMSNorm").replace("_", "") for name in _SUPPORTED_CLASSES)
+    return family in {prefix.lower().removesuffix("text") for prefix in prefixes}
 
 
 class _Patched(torch.nn.Module):
-    """Goes before the original class in the bases of what a module becomes."""
+    """The base class that a patched class has before the original one."""
 
-    _jitnorm_kind: _Kind
+    _jitnorm_class: _NormClass
     weight: torch.nn.Parameter
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        kind, weight = self._jitnorm_kind, self.weight
-        # A weight of another dtype is left alone: Llama's class promotes the result to it.
-        if serves(hidden_states, weight) and weight.dtype == hidden_states.dtype:
-            return normalise(kind.kernels.norm, hidden_states, weight, getattr(self, kind.eps))
+        norm_class, weight = self._jitnorm_class, self.weight
+        # With a weight of another dtype the original runs: Llama's class promotes the result to it.
+        if can_normalise(hidden_states, weight) and weight.dtype == hidden_states.dtype:
+            eps = getattr(self, norm_class.eps_attribute)
+            return normalise(norm_class.operators.norm, hidden_states, weight, eps)
         return super().forward(hidden_states)  # type: ignore[no-any-return]
 
     def __prepare_scriptable__(self) -> NoReturn:
         refuse_script(self)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        # Pickle finds classes by name, and this one is made at run time.
+        # Pickle looks classes up by name, and this class is created at run time.
         return _rebuild, (original_class(self),), self.__dict__
 
 
 def original_class(module: torch.nn.Module) -> type[torch.nn.Module]:
-    """What the module's class is, or was before it was patched."""
-    return _original(type(module)) if isinstance(module, _Patched) else type(module)
-
-
-def _original(patched: type[torch.nn.Module]) -> type[torch.nn.Module]:
-    mro = patched.__mro__
-    return mro[mro.index(_Patched) + 1]
+    """Return the class of `module`, or the class it had before it was patched."""
+    mro = type(module).__mro__
+    return mro[mro.index(_Patched) + 1] if isinstance(module, _Patched) else type(module)
 
 
 _classes: dict[type[torch.nn.Module], type[torch.nn.Module]] = {}
@@ -88,7 +97,8 @@ _classes: dict[type[torch.nn.Module], type[torch.nn.Module]] = {}
 
 def _patched_class(original: type[torch.nn.Module]) -> type[torch.nn.Module]:
     if original not in _classes:
-        attributes = {"_jitnorm_kind": _KINDS[original.__name__], "__module__": __name__, "__doc__": original.__doc__}
+        norm_class = _SUPPORTED_CLASSES[original.__name__]
+        attributes = {"_jitnorm_class": norm_class, "__module__": __name__, "__doc__": original.__doc__}
         _classes[original] = type(f"Jitnorm{original.__name__}", (_Patched, original), attributes)
     return _classes[original]
 
@@ -99,11 +109,11 @@ def _rebuild(original: type[torch.nn.Module]) -> torch.nn.Module:
 
 
 class TransformersPatch:
-    """What `patch_transformers` did, and how to undo it.
+    """The result of `patch_transformers`, and the means to undo it.
 
     Attributes:
-        replaced: the name in the model of every module that was replaced, with its original class's name.
-        left: the name of every other RMSNorm module, with the reason it was left.
+        replaced: the name in the model of each patched module, with the name of its original class.
+        left: the name of each other RMSNorm module, with the reason why it was left unpatched.
     """
 
     replaced: dict[str, str]
@@ -125,7 +135,7 @@ class TransformersPatch:
             module.__class__ = _patched_class(original)
 
     def undo(self) -> None:
-        """Gives every module its class back, if it still has the one it got. Does nothing the second time."""
+        """Restore the class of each patched module, unless it was changed again since. A second call does nothing."""
         for module, original in self._originals:
             if type(module) is _patched_class(original):
                 module.__class__ = original
@@ -147,50 +157,53 @@ class TransformersPatch:
 
 
 def _reason_to_leave(module: torch.nn.Module) -> str | None:
+    """Return why the module cannot be patched, or None if it can."""
     name = type(module).__name__
     if isinstance(module, _Patched):
         return "already replaced"
-    if name not in _KINDS:
-        return f"{name} is not a class that this package knows"
-    eps, weight = getattr(module, _KINDS[name].eps, None), getattr(module, "weight", None)
-    if not isinstance(eps, float) or type(weight) is not torch.nn.Parameter or weight.dim() != 1:
-        return f"{name} is not the one that transformers has: no {_KINDS[name].eps}, or no plain one-dimensional weight"
+    if name not in _SUPPORTED_CLASSES:
+        return f"{name} is not a class that jitnorm supports"
+    eps_attribute, weight = _SUPPORTED_CLASSES[name].eps_attribute, getattr(module, "weight", None)
+    if not isinstance(getattr(module, eps_attribute, None), float):
+        return f"{name} is not the class of transformers: it has no float {eps_attribute}"
+    if type(weight) is not torch.nn.Parameter or weight.dim() != 1:
+        return f"{name} is not the class of transformers: it has no one-dimensional torch.nn.Parameter weight"
     if "forward" in vars(module):
-        return "its forward has been replaced on the instance"
+        return "its forward was replaced on the instance"
     if not is_supported_hidden_size(weight.shape[0]):
-        return f"no kernel serves hidden_size {weight.shape[0]}"
+        return f"no kernel supports hidden_size {weight.shape[0]}"
     return None
 
 
 def patch_transformers(model: torch.nn.Module, *, strict: bool = False) -> TransformersPatch:
-    """Have this package's kernels compute the RMSNorm modules of a Hugging Face model, in place.
+    """Patch the RMSNorm modules of a Hugging Face model in place, so that this package's kernels compute them.
 
-    Llama's, Mistral's, Mixtral's, Qwen 2's and 3's, Phi 3's and Gemma 1 to 3's classes are known, by their names
-    and attributes, wherever they are in the model: layer norms, q and k norms, the final norm. Training, `generate`,
+    The classes of Llama, Mistral, Mixtral, Qwen 2 and 3, Phi 3 and Gemma 1 to 3 are recognised by their names and
+    attributes, wherever they are in the model: layer norms, q and k norms, the final norm. Training, `generate`,
     `torch.compile`, tracing, saving and loading work as before; torch.jit.trace, torch.fx.symbolic_trace, the ONNX
-    exporter and torch.func get the original forward.
+    exporter and torch.func run the original forward.
 
-    The result is the kernels': normalised in float32 and rounded once. Llama's class and its likes round before they
-    multiply by the weight as well, so float16 and bfloat16 logits differ by that rounding, the kernels' being the
-    nearer to a float32 model's. Where a call's weight and input have different dtypes, or no kernel takes the call, the
-    module's original forward runs.
+    The kernels normalise in float32 and round once. Llama's class and similar ones also round before they multiply by
+    the weight, so float16 and bfloat16 logits differ by that rounding; the kernels' are closer to a float32 model's.
+    The module's original forward runs if the weight and the input of a call have different dtypes, or if no kernel
+    supports the call.
 
     Args:
-        model: any module that has such modules in it. Its parameters, hooks and state dict are not touched.
-        strict: raise where nothing is replaced, instead of warning.
+        model: any module that contains such modules. Its parameters, hooks and state dict do not change.
+        strict: raise if nothing is replaced, instead of warning.
 
     Returns:
-        What was replaced, what was left and why. Its `undo()` restores the model; as a context manager it does so at
-        the end: `with patch_transformers(model): ...`. `unpatch_transformers` restores copies of the model too.
+        What was replaced, what was left and why. Its `undo()` restores the model, as does leaving it as a context
+        manager: `with patch_transformers(model): ...`. `unpatch_transformers` restores copies of the model too.
 
     Raises:
-        TypeError: `model` is no module.
+        TypeError: `model` is not a module.
         RuntimeError: nothing was replaced, and `strict` is true.
     """
     _check_model(model)
     patch = TransformersPatch(model)
     if not patch.replaced:
-        message = f"patch_transformers replaced nothing in {type(model).__name__}: {_summary(patch.left)}"
+        message = f"patch_transformers replaced nothing in {type(model).__name__}: {_summarise(patch.left)}"
         if strict:
             raise RuntimeError(message)
         warnings.warn(message, RuntimeWarning, stacklevel=2)
@@ -198,19 +211,18 @@ def patch_transformers(model: torch.nn.Module, *, strict: bool = False) -> Trans
 
 
 def unpatch_transformers(model: torch.nn.Module) -> dict[str, str]:
-    """Give every RMSNorm module that `patch_transformers` replaced its own class back.
+    """Restore the original class of each RMSNorm module that `patch_transformers` replaced.
 
-    Unlike `undo()` of the patch it needs nothing but the model, which may be a deep copy of the one that was patched,
-    or one that was unpickled.
+    Unlike `undo()` of the patch, this needs only the model, which may be a deep copy of the patched one, or unpickled.
 
     Args:
         model: any module.
 
     Returns:
-        The name in the model of every module that was restored, with its class's name; none the second time.
+        The name in the model of each restored module, with the name of its class. A second call returns none.
 
     Raises:
-        TypeError: `model` is no module.
+        TypeError: `model` is not a module.
     """
     _check_model(model)
     restored = {}
@@ -235,8 +247,8 @@ def _check_model(model: object) -> None:
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
 
 
-def _summary(left: dict[str, str]) -> str:
-    """Why each of these was left, the same reason once."""
+def _summarise(left: dict[str, str]) -> str:
+    """Return the reasons, each with the number of modules that it applies to."""
     counts = Counter(left.values())
     return (
         "; ".join(f"{reason} ({n} module{'s' * (n != 1)})" for reason, n in counts.items())

@@ -326,7 +326,7 @@ class Cache:
             return None
 
     def write_record(self, part: str, name: str, value: Any) -> None:
-        """Write a JSON value to the file `name` of the folder `part`, whole or not at all.
+        """Write a JSON value to the file `name` of the folder `part`, atomically.
 
         Raises:
             OSError, UntrustedPath: It cannot be written.

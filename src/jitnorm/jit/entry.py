@@ -1,8 +1,8 @@
 """One compiled kernel in a cache: its manifest, its verified bytes, and whether a process has it loaded.
 
-An entry is a folder with the sources, the build files, `manifest.json` and the library. It appears whole and is never
-changed afterwards. Nothing in it is trusted: every folder of its path must be private, and the library must have the
-hash that the manifest names.
+An entry is a folder with the sources, the build files, `manifest.json` and the library. It appears atomically, and is
+never changed afterwards. Nothing in it is trusted: every folder of its path must be private, and the library must have
+the hash that the manifest names.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Open, lock and write files: locks that never wait, and files that appear whole or not at all."""
+"""Open, lock and write files: locks that never wait, and files that are written atomically."""
 
 from __future__ import annotations
 
@@ -64,6 +64,16 @@ def replace_file(
     Raises:
         OSError: The file cannot be written. What was there before is unchanged.
     """
+    for last_try in (False, False, True):
+        try:
+            _replace_file(name, content, dir_fd, mode, sync)
+            return
+        except FileNotFoundError:  # between open and flock the draft looks abandoned, and another process removed it
+            if last_try:
+                raise
+
+
+def _replace_file(name: str, content: bytes, dir_fd: int | None, mode: int, sync: bool) -> None:
     draft = f"{name}.{secrets.token_hex(4)}.tmp"
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
     fd = os.open(draft, flags, mode, dir_fd=dir_fd)
@@ -82,7 +92,7 @@ def replace_file(
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:
-    """Write a text file that a user named, whole or not at all.
+    """Write a text file that a user named, atomically.
 
     A link stays a link. Devices and pipes, such as /dev/stdout, are written to directly.
 
@@ -101,5 +111,5 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
 
 
 def write_json(path: str | os.PathLike[str], value: Any) -> None:
-    """Write `value` as indented JSON, whole or not at all. Raises as `write_text`."""
+    """Write `value` as indented JSON, atomically. Raises as `write_text`."""
     write_text(path, json.dumps(value, indent=1) + "\n")

@@ -168,7 +168,7 @@ class Folder:
         return fd
 
     def write(self, name: str, content: bytes, sync: bool = False) -> None:
-        """Write the file `name`, whole or not at all. With `sync`, wait until it is on the disk."""
+        """Write the file `name` atomically. With `sync`, wait until it is on the disk."""
         replace_file(name, content, dir_fd=self.fd, sync=sync)
 
     def move(self, name: str, to: Folder, new_name: str) -> None:
@@ -271,8 +271,11 @@ class Folder:
         while True:
             name = f"{prefix}.{secrets.token_hex(4)}"
             os.mkdir(name, 0o700, dir_fd=self.fd)
-            made = self.folder(name)
-            # Between mkdir and flock it looks abandoned, and another process may have started to remove it.
+            # Until it is locked it looks abandoned: another process may have removed it, or have started to.
+            try:
+                made = self.folder(name)
+            except FileNotFoundError:
+                continue
             if lock(made.fd) is not False and self._is_at(name, made.fd):
                 break
             made.close()

@@ -18,12 +18,13 @@ import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from types import TracebackType
-
-import tvm_ffi
+from typing import TYPE_CHECKING, NamedTuple
 
 from jitnorm.jit.files import close, write_all
+
+if TYPE_CHECKING:
+    import tvm_ffi
 
 EM_CUDA = 190
 _EM_HOST = {"x86_64": 62, "aarch64": 183}
@@ -41,8 +42,7 @@ class BadLibrary(RuntimeError):
     """The library cannot be loaded; the message says why."""
 
 
-@dataclass(frozen=True)
-class _Section:
+class _Section(NamedTuple):
     kind: int
     flags: int
     offset: int
@@ -272,6 +272,8 @@ def open_library(name: str, content: bytes, export: str) -> tvm_ffi.Module:
         BadLibrary: The loader rejects it, or the function is missing.
         OSError: This process has too few descriptors, or no memory or disk space left.
     """
+    import tvm_ffi  # here, as most of the time of `import jitnorm` went to it. The libraries link to its runtime
+
     problem = ""
     for loadable_path in (_in_memory, _in_private_file):  # security policies may forbid to load from either
         with loadable_path(name, content) as path:

@@ -8,9 +8,9 @@ import threading
 from collections import defaultdict
 from collections.abc import Container
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
-import tvm_ffi
 
 from jitnorm.jit import locations, toolchain
 from jitnorm.jit.cache import Cache, CacheNotWritable
@@ -19,6 +19,9 @@ from jitnorm.jit.environment import is_on
 from jitnorm.jit.library import BadLibrary, open_library
 from jitnorm.jit.log import logger
 from jitnorm.jit.spec import KernelSpec
+
+if TYPE_CHECKING:
+    import tvm_ffi  # `import jitnorm` would take twice as long with it: library.open_library imports it
 
 _loaded: dict[KernelSpec, tvm_ffi.Module] = {}
 _failed: dict[KernelSpec, str] = {}  # a kernel that failed to build does not start the compiler at every call

@@ -8,8 +8,6 @@ import tempfile
 from contextlib import suppress
 from pathlib import Path
 
-import platformdirs
-
 from jitnorm.jit.cache import KERNELS, STAGING, Cache
 from jitnorm.jit.folder import Folder, UntrustedPath, reason_for_distrust
 from jitnorm.jit.log import logger
@@ -30,9 +28,11 @@ def default_root() -> Path:
 
     The path is relative if the user has no home folder, or the working directory was deleted.
     """
+    from platformdirs import user_cache_dir  # here, as it creates a fifth of the objects that `import jitnorm` does
+
     folder = os.environ.get("JITNORM_CACHE_DIR")
     try:
-        root = os.path.expanduser(folder or platformdirs.user_cache_dir("jitnorm", appauthor=False))
+        root = os.path.expanduser(folder or user_cache_dir("jitnorm", appauthor=False))
     except RuntimeError:  # neither HOME nor an entry in passwd
         root = "~/.cache/jitnorm"
     return Path(root) if root.startswith("~") else _absolute(root)

@@ -1,4 +1,4 @@
-"""The parts of a model that choose, for the device and the compiler in force, which of several forms runs."""
+"""Parts of a model that select their implementation for the device and the compiler in use."""
 
 from jitnorm.layers.compiler import set_compiler
 from jitnorm.layers.fp8_linear import apply_fp8_linear

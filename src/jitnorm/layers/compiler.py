@@ -1,4 +1,4 @@
-"""Which compiler takes what the layers make of a model: a setting of the process, unless a call says otherwise."""
+"""The compiler that the layers assume: a setting of the process, which an argument of a call overrides."""
 
 from __future__ import annotations
 
@@ -10,8 +10,11 @@ _compiler: Compiler = "eager"
 
 
 def set_compiler(compiler: Compiler) -> None:
-    """Sets what the layers assume from now on: "eager", where every operator is a kernel of its own (torch.compile with
-    a backend that fuses nothing included), or "inductor", which fuses what is written in plain PyTorch.
+    """Set which compiler the layers of this process assume from now on; the default is "eager".
+
+    Args:
+        compiler: "eager" if every operator runs as a kernel of its own, which includes torch.compile with a backend
+            that fuses nothing; "inductor" for torch.compile's default backend, which fuses plain PyTorch operators.
 
     Raises:
         ValueError: `compiler` is neither.
@@ -23,7 +26,11 @@ def set_compiler(compiler: Compiler) -> None:
 
 
 def resolve_compiler(compiler: Compiler | None) -> Compiler:
-    """`compiler`, an argument of a call, or the setting where it is None. ValueError for what is no such name."""
+    """Return `compiler`, the argument of a layer's call, or the setting if it is None.
+
+    Raises:
+        ValueError: `compiler` is neither a compiler's name nor None.
+    """
     if compiler is None:
         return _compiler
     if compiler not in get_args(Compiler):

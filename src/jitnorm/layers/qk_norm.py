@@ -1,4 +1,4 @@
-"""RMSNorm of queries and keys, head by head, in the form that suits the device and the compiler."""
+"""RMSNorm of each head of queries and keys: one fused kernel, or two calls of the model's modules."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ import torch
 import torch.fx
 
 from jitnorm.core import checks
+from jitnorm.core.eligibility import can_normalise, has_kernel_layout
 from jitnorm.core.torch_library import needs_grad
 from jitnorm.integrations.transformers import LLAMA_CLASSES, original_class
 from jitnorm.layers.compiler import Compiler, resolve_compiler
-from jitnorm.nn import is_rows, serves
 from jitnorm.qknorm import can_use_fused_inplace_qknorm, fused_inplace_qknorm
 
-_PLAIN_CLASSES = ("RMSNorm", *LLAMA_CLASSES)
+_SUPPORTED_CLASSES = ("RMSNorm", *LLAMA_CLASSES)
 
 
 def apply_qk_norm(
@@ -27,32 +27,35 @@ def apply_qk_norm(
     allow_inplace: bool = True,
     compiler: Compiler | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Applies `q_norm` to every head of `q`, and `k_norm` to every head of `k`.
+    """Apply `q_norm` to every head of `q`, and `k_norm` to every head of `k`.
 
-    By one call of `jitnorm.fused_inplace_qknorm` where that may overwrite q and k, and does what the two modules do:
-    on the CPU or an NVIDIA GPU, at a supported head_dim and dtype, with one eps for both, where no gradient is needed.
-    Its results have the same bits in any batch, so that batch-invariant mode makes no difference. Elsewhere, and under
-    inductor, which fuses the modules' own code with what is around it, by two calls of the modules.
+    One call of `jitnorm.fused_inplace_qknorm` replaces the two modules if q and k may be overwritten and it computes
+    what the modules compute: on the CPU or an NVIDIA GPU, for a supported head_dim and dtype, with one eps for both,
+    where no gradient is needed. Its results have the same bits in any batch, so batch-invariant mode does not change
+    the choice. Otherwise the modules are called, and under inductor always: it fuses their own code with what is around
+    it.
 
     Args:
         q: `[..., q_heads * head_dim]`, such as a slice of a fused QKV projection. **Overwritten if allowed.**
-        k: `[..., kv_heads * head_dim]`, likewise.
-        q_norm: an RMSNorm module over head_dim, called with a tensor. The kernel may stand for it where its class is
-            named RMSNorm or is one of the Llama kind that `jitnorm.patch_transformers` knows, it has no hooks, a
-            `weight` to multiply by, and its eps as `variance_epsilon` or `eps`.
-        k_norm: likewise.
+        k: `[..., kv_heads * head_dim]`. **Overwritten if allowed.**
+        q_norm: an RMSNorm module over head_dim, called with a tensor. The kernel can replace it if its class is named
+            RMSNorm or is one of the Llama kind that `jitnorm.patch_transformers` knows, it has no hooks, and it has a
+            `weight` to multiply by and its eps as `variance_epsilon` or `eps`.
+        k_norm: the same for k.
         head_dim: elements of a head.
-        alt_stream: where k's norm runs beside q's if there are two of them and a CUDA graph is being captured.
+        alt_stream: a stream for k's norm, to run beside q's. Used if the modules are called while a CUDA graph is being
+            captured.
         allow_inplace: whether q and k may be overwritten.
-        compiler: "eager" or "inductor"; None for what `jitnorm.layers.set_compiler` set.
+        compiler: what compiles the call, "eager" or "inductor"; None for the setting of
+            `jitnorm.layers.set_compiler`.
 
     Returns:
-        q and k, normalised, in their shapes: the arguments themselves where these were overwritten.
+        q and k, normalised, in their shapes: the arguments themselves if they were overwritten.
 
     Raises:
-        TypeError: q or k is not a tensor, or head_dim no int.
-        ValueError: head_dim does not divide the last dimension of q or of k, a norm is over another size, or compiler
-            is no such name.
+        TypeError: q or k is not a tensor, or head_dim is not an int.
+        ValueError: head_dim does not divide the last dimension of q or k, a norm has another size, or there is no such
+            compiler.
     """
     if not checks.is_integer(head_dim):
         raise TypeError(f"head_dim must be an int, got {type(head_dim).__name__}")
@@ -64,58 +67,51 @@ def apply_qk_norm(
             raise ValueError(f"{name} must have whole heads of {head_dim} in its last dimension, got {list(x.shape)}")
     compiler = resolve_compiler(compiler)
     if isinstance(q, torch.fx.Proxy):
-        return _per_head(q, q_norm, head_dim), _per_head(k, k_norm, head_dim)
-    if allow_inplace and compiler != "inductor" and _is_fused(q, k, q_norm, k_norm, head_dim):
+        return _normalise_proxy(q, q_norm, head_dim), _normalise_proxy(k, k_norm, head_dim)
+    if allow_inplace and compiler != "inductor" and _can_fuse(q, k, q_norm, k_norm, head_dim):
         q_heads, k_heads = (x.view(-1, x.shape[-1] // head_dim, head_dim) for x in (q, k))
         fused_inplace_qknorm(q_heads, k_heads, _weight(q_norm), _weight(k_norm), _eps(q_norm), head_dim=head_dim)
         return q, k
     _check_size("q_norm", q_norm, head_dim)
     _check_size("k_norm", k_norm, head_dim)
     if alt_stream is None or not _is_capturing(q):
-        return _normalised(q, q_norm, head_dim, compiler), _normalised(k, k_norm, head_dim, compiler)
+        return _normalise(q, q_norm, head_dim, compiler), _normalise(k, k_norm, head_dim, compiler)
     current = torch.cuda.current_stream(q.device)
     alt_stream.wait_stream(current)
-    q = _normalised(q, q_norm, head_dim, compiler)
+    q = _normalise(q, q_norm, head_dim, compiler)
     with torch.cuda.stream(alt_stream):
-        k = _normalised(k, k_norm, head_dim, compiler)
+        k = _normalise(k, k_norm, head_dim, compiler)
     current.wait_stream(alt_stream)
     return q, k
 
 
 def _reshape_for_qk_norm(x: torch.Tensor, head_dim: int, compiler: Compiler | None = None) -> torch.Tensor:
-    """`x`, `[..., heads * head_dim]`, head by head, for a norm over the last dimension.
+    """Return `x`, `[..., heads * head_dim]`, with head_dim as its last dimension.
 
     Inductor on CUDA gets a view that keeps the leading dimensions, and fuses reshape, norm and what comes next into one
-    kernel. Everything else gets rows: of a slice of a QKV projection that is a copy, but the norms of ROCm end in a
-    memory access fault on the strides of the view.
+    kernel. Everything else gets a matrix of one head a row. That copies a slice of a QKV projection, but with the
+    view's strides the norms of ROCm end in a memory access fault.
     """
     if x.is_cuda and torch.version.hip is None and resolve_compiler(compiler) == "inductor":
         return x.view(*x.shape[:-1], -1, head_dim)
     return x.reshape(x.numel() // head_dim, head_dim)
 
 
-def _check_size(name: str, norm: torch.nn.Module, head_dim: int) -> None:
-    """A weight of one element may broadcast, and one of none be gathered when the module is called."""
-    weight = _weight(norm)
-    if isinstance(weight, torch.Tensor) and weight.dim() == 1 and weight.shape[0] not in (0, 1, head_dim):
-        raise ValueError(f"{name} must be over head_dim {head_dim}, got {weight.shape[0]}")
-
-
-def _normalised(x: torch.Tensor, norm: torch.nn.Module, head_dim: int, compiler: Compiler) -> torch.Tensor:
+def _normalise(x: torch.Tensor, norm: torch.nn.Module, head_dim: int, compiler: Compiler) -> torch.Tensor:
     out: torch.Tensor = norm(_reshape_for_qk_norm(x, head_dim, compiler))
     return out.reshape(x.shape)
 
 
-def _per_head(x: torch.Tensor, norm: torch.nn.Module, head_dim: int) -> torch.Tensor:
-    """Of any shape, device and strides."""
+def _normalise_proxy(x: torch.Tensor, norm: torch.nn.Module, head_dim: int) -> torch.Tensor:
+    """Do what `_normalise` does without asking for the shape or the device."""
     out: torch.Tensor = norm(x.unflatten(-1, (-1, head_dim)))
     return out.flatten(-2)
 
 
-def _is_fused(
+def _can_fuse(
     q: torch.Tensor, k: torch.Tensor, q_norm: torch.nn.Module, k_norm: torch.nn.Module, head_dim: int
 ) -> bool:
-    """Whether the kernel takes these tensors and does what the modules do."""
+    """Return whether the fused kernel takes these tensors and computes what the modules compute."""
     q_weight, k_weight = _weight(q_norm), _weight(k_norm)
     return (
         (not q.is_cuda or torch.version.hip is None)
@@ -131,21 +127,21 @@ def _is_fused(
         and q.device == k.device
         and q.shape[:-1] == k.shape[:-1]
         and not needs_grad(q, k, q_weight, k_weight)
-        and _is_in_place(q, q_weight, head_dim)
-        and _is_in_place(k, k_weight, head_dim)
+        and _has_writable_heads(q, q_weight, head_dim)
+        and _has_writable_heads(k, k_weight, head_dim)
     )
 
 
-def _is_in_place(x: torch.Tensor, weight: torch.Tensor, head_dim: int) -> bool:
-    """Whether the heads of `x` can be normalised where they are."""
+def _has_writable_heads(x: torch.Tensor, weight: torch.Tensor, head_dim: int) -> bool:
+    """Return whether the heads of `x` can be normalised in place."""
     heads = x.unflatten(-1, (x.shape[-1] // head_dim, head_dim))
-    return is_rows(x) and 0 not in x.stride() and serves(heads, weight)
+    return has_kernel_layout(x) and 0 not in x.stride() and can_normalise(heads, weight)
 
 
 def _is_plain(norm: torch.nn.Module) -> bool:
-    """Whether it is known to multiply by its weight and do nothing else: others have a weight and an eps too."""
+    """Return whether `norm` is known to multiply by its weight and do nothing else."""
     return (
-        original_class(norm).__name__ in _PLAIN_CLASSES
+        original_class(norm).__name__ in _SUPPORTED_CLASSES
         and "forward" not in norm.__dict__
         and not (norm._forward_hooks or norm._forward_pre_hooks or torch.nn.modules.module._has_any_global_hook())
     )
@@ -157,6 +153,16 @@ def _weight(norm: torch.nn.Module) -> Any:
 
 def _eps(norm: torch.nn.Module) -> Any:
     return getattr(norm, "variance_epsilon", getattr(norm, "eps", None))
+
+
+def _check_size(name: str, norm: torch.nn.Module, head_dim: int) -> None:
+    """Raise for a norm over another size.
+
+    A weight of one element may be broadcast, and an empty one may be gathered when the module is called.
+    """
+    weight = _weight(norm)
+    if isinstance(weight, torch.Tensor) and weight.dim() == 1 and weight.shape[0] not in (0, 1, head_dim):
+        raise ValueError(f"{name} must be over head_dim {head_dim}, got {weight.shape[0]}")
 
 
 def _is_capturing(x: torch.Tensor) -> bool:

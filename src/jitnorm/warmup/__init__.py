@@ -12,8 +12,7 @@ import itertools
 import operator
 import os
 from collections.abc import Collection, Iterable
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, TypeVar
 
 import torch
 
@@ -38,8 +37,7 @@ OneOrMore: TypeAlias = T | Iterable[T]
 DType: TypeAlias = str | torch.dtype
 
 
-@dataclass(frozen=True)
-class Plan:
+class Plan(NamedTuple):
     """What a warm-up is going to do.
 
     Attributes:

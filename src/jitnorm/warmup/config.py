@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from jitnorm.activation import GELU_AND_MUL, GELU_TANH_AND_MUL, SILU_AND_MUL
-from jitnorm.integrations.transformers import replaces_norms_of
+from jitnorm.integrations.transformers import is_supported_family
 from jitnorm.qknorm import QKNORM
 from jitnorm.store_cache import STORE_CACHE
 
@@ -212,7 +212,7 @@ def read_config(path: str | os.PathLike[str]) -> ModelConfig:
         kv_sizes=_kv_sizes(config),
         dtype=config.text("dtype") or config.text("torch_dtype"),
         notes=[*_notes_on_family(config), *_notes_on_activation(file, hidden_act, intermediate_sizes)],
-        is_patchable=replaces_norms_of(config.family),
+        is_patchable=is_supported_family(config.family),
     )
 
 

@@ -7,13 +7,13 @@ import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from jitnorm.jit.load import find
 from jitnorm.jit.spec import KernelSpec
 
 
-@dataclass(frozen=True)
-class Outcome:
+class Outcome(NamedTuple):
     """The result of one build: how long it took, and why it failed, if it did."""
 
     spec: KernelSpec

@@ -1,4 +1,4 @@
-"""The dispatcher with the real FlashInfer, on both of its implementations."""
+"""`jitnorm.dispatch` with the real FlashInfer, on both of its implementations."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from helpers import relative_error, rmsnorm_reference, same_bits
 
 import jitnorm
 from jitnorm import dispatch
-from jitnorm.dispatch import flashinfer_backend, wanted
+from jitnorm.dispatch import flashinfer_backend, selection
 
-# Skipped for want of a GPU first: importing FlashInfer takes seconds, and may fail without one.
+# Without a GPU nothing is imported: importing FlashInfer takes seconds, and may fail without one.
 if not torch.cuda.is_available():
     pytest.skip("no CUDA device", allow_module_level=True)
 norm = pytest.importorskip("flashinfer.norm")
@@ -27,14 +27,14 @@ def path(request, monkeypatch):
     if not request.param and not hasattr(norm, "rmsnorm_cute"):
         pytest.skip("FlashInfer has no CuTe kernels here")
     monkeypatch.setattr(norm, "_USE_CUDA_NORM", request.param)
-    monkeypatch.setattr(flashinfer_backend, "_absence", None)  # whatever happened in the test before
+    monkeypatch.setattr(flashinfer_backend, "_unavailable_reason", None)  # whatever happened in the test before
     monkeypatch.delenv("JITNORM_BACKEND", raising=False)
-    wanted._from_environment.cache_clear()
+    selection._backend_from_environment.cache_clear()
 
 
 @pytest.fixture
 def called(monkeypatch) -> list[str]:
-    """The names of FlashInfer's functions, as they are called."""
+    """The names of FlashInfer's functions that were called, in order."""
     names = []
     for op in OPS:
         real = getattr(norm, op)
@@ -72,7 +72,7 @@ def check(op, x, residual, w, eps=1e-5, enable_pdl=None):
 @pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("hidden_size", [111, 128, 4096, 16384])
-def test_flashinfer_serves(op, dtype, hidden_size, called):
+def test_flashinfer_is_called(op, dtype, hidden_size, called):
     for enable_pdl in (None, True, False):
         check(op, *inputs(hidden_size, dtype), enable_pdl=enable_pdl)
     assert set(called) == {op}
@@ -92,7 +92,7 @@ def test_what_flashinfer_would_misread_goes_to_jitnorm(op, called):
 
 
 def test_heads_of_a_packed_tensor(called):
-    """3 dimensions, and no one stride from row to row."""
+    """They have 3 dimensions, and no single stride from row to row."""
     heads, _, w = inputs(128, torch.bfloat16, shape=(ROWS, 12))
     for q in (heads[:, :4], heads[:, 4:8]):
         out = dispatch.rmsnorm(q, w)
@@ -101,7 +101,7 @@ def test_heads_of_a_packed_tensor(called):
 
 
 @pytest.mark.parametrize("op", OPS)
-def test_asked_for(op, called):
+def test_a_requested_backend_is_called(op, called):
     for name in ("jit", "auto-fast", "torch"):
         with dispatch.backend(name):
             check(op, *inputs(4096, torch.bfloat16))

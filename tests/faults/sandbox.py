@@ -1,7 +1,7 @@
 """A sandbox for one fault: a small cache, a stand-in compiler, canaries, and operations in child processes.
 
 A worker imports torch and jitnorm once and forks a child for each operation, so that each child has a jitnorm that
-has loaded nothing. What a child did comes back as a `Report`; what is wrong with it is said by `Box.judge`.
+has loaded nothing. What a child did comes back as a `Report`; what is wrong with it is said by `Sandbox.judge`.
 """
 
 from __future__ import annotations
@@ -42,7 +42,12 @@ for _module in [
     "multiprocessing.util",
     "ninja",
     "jitnorm.jit.build",
-    "jitnorm.cli.diagnosis",
+    "jitnorm.cli.cache",
+    "jitnorm.cli.diagnostics",
+    "jitnorm.cli.doctor",
+    "jitnorm.cli.warmup",
+    "tabulate",
+    "tvm_ffi",
     "jitnorm.warmup.run",
     "cuda.pathfinder",
     "concurrent.futures.thread",
@@ -160,7 +165,7 @@ COMMANDS: dict[str, tuple[str, ...]] = {
 
 
 def _drop_capabilities() -> None:
-    """Makes root an ordinary owner of its files: modes count from now on, in what it starts as well."""
+    """Drops the capabilities of root, also for child processes, so that the modes of its own files apply."""
     libc = ctypes.CDLL(None, use_errno=True)
     for capability in range(64):
         libc.prctl(24, capability, 0, 0, 0)  # PR_CAPBSET_DROP
@@ -184,7 +189,7 @@ def snapshot(folder: Path) -> dict[str, tuple[Any, ...]]:
 
 
 @dataclass
-class Box:
+class Sandbox:
     """The sandbox. Its folder is the same for all faults of a worker, so that paths of a warm cache stay valid."""
 
     folder: Path
@@ -194,7 +199,7 @@ class Box:
     problems: list[str] = field(default_factory=list)
     history: list[str] = field(default_factory=list)
     mounted: list[Path] = field(default_factory=list)
-    ordinary: bool = True  # whether children lack root's powers over files
+    unprivileged: bool = True  # whether children lack root's powers over files
     environment: dict[str, str | None] = field(default_factory=dict)
     deleted_cwd: Path | None = None  # where children work, which they remove first
 
@@ -233,12 +238,12 @@ class Box:
         (self.bin / "real").symlink_to(self.real_compiler)
         self.compiler("ok")
         self.problems, self.history, self.mounted = [], [], []
-        self.environment, self.deleted_cwd, self.ordinary = {}, None, True
+        self.environment, self.deleted_cwd, self.unprivileged = {}, None, True
         self._canaries = snapshot(self.outside)
         self._prebuilt_before: dict[str, tuple[Any, ...]] | None = None
 
     @functools.cached_property
-    def has_powers(self) -> bool:
+    def is_privileged(self) -> bool:
         """Whether this process may give files away and make devices, as root mostly may."""
         probe = self.folder / "probe"
         try:
@@ -260,11 +265,11 @@ class Box:
         log = self.bin / "log"
         return log.stat().st_size if log.exists() else 0
 
-    def say(self, text: str) -> None:
+    def describe(self, text: str) -> None:
         """Adds to the description of the fault."""
         self.history.append(text)
 
-    def wrong(self, text: str) -> None:
+    def add_problem(self, text: str) -> None:
         self.problems.append(text)
 
     # States
@@ -274,7 +279,7 @@ class Box:
         for name in names:
             shutil.copytree(self.templates[name], to or self.cache, dirs_exist_ok=True)
 
-    def seal_canaries(self) -> None:
+    def snapshot_outside(self) -> None:
         """Takes what lies outside as what must stay, the prebuilt layer included."""
         self._canaries = snapshot(self.outside)
         self._prebuilt_before = self._prebuilt_now()
@@ -292,10 +297,10 @@ class Box:
             self.warm(names)
         if leftovers and rng.random() < 0.25:
             nth = rng.randrange(1, 40)
-            self.say("left by a killed build")
+            self.describe("left by a killed build")
             self.run("load silu" if "silu" not in names else "load gemma", arm=Injection(_WRITES, nth, "kill"))
             self.history[-1] += f" (call {nth})"
-        self.say(f"warm: {' '.join(names) or 'nothing'}")
+        self.describe(f"warm: {' '.join(names) or 'nothing'}")
         return names
 
     # Operations
@@ -351,7 +356,7 @@ class Box:
         os.chdir(self.deleted_cwd or self.folder)
         if self.deleted_cwd:
             self.deleted_cwd.rmdir()
-        if os.geteuid() == 0 and self.ordinary:
+        if os.geteuid() == 0 and self.unprivileged:
             _drop_capabilities()
         report = Report(operation, "wrong")
         try:
@@ -363,7 +368,7 @@ class Box:
         except KeyboardInterrupt:
             report.ended = "interrupted"
         except BaseException as error:
-            report.ended, report.detail = "raised", described(error)
+            report.ended, report.detail = "raised", describe_error(error)
         preload = library()
         report.fired = bool(preload.fault_fired())
         with contextlib.suppress(BaseException):
@@ -384,27 +389,27 @@ class Box:
             **(tools.environment(self.cache) if tools else {}),
         }
 
-    # The oracle
+    # Checks
 
     def judge(self, report: Report, must_succeed: bool = False, allowed: Sequence[str] = ()) -> Report:
         """Notes what is wrong with the end of an operation."""
         if report.ended in ("crash", "hang", "wrong") or (report.ended == "killed" and "killed" not in allowed):
-            self.wrong(str(report))
+            self.add_problem(str(report))
         elif report.ended == "raised" and (
             report.operation in COMMANDS or not report.detail.startswith("RuntimeError: ")
         ):
             if report.detail.partition(":")[0] not in allowed:
-                self.wrong(str(report))
+                self.add_problem(str(report))
         elif must_succeed and (report.ended, report.detail) not in _SUCCESS and report.ended != "right":
-            self.wrong(f"{report} (it should have succeeded): {report.output[-300:]}")
+            self.add_problem(f"{report} (it should have succeeded): {report.output[-300:]}")
         if "Traceback (most recent call last)" in report.output or "Exception ignored" in report.output:
-            self.wrong(f"{report.operation} printed a traceback: {report.output[-700:]}")
+            self.add_problem(f"{report.operation} printed a traceback: {report.output[-700:]}")
         if self.marker.exists():
-            self.wrong(f"{report.operation} ran foreign code")
+            self.add_problem(f"{report.operation} ran foreign code")
             self.marker.unlink()
         return report
 
-    def look_outside(self) -> None:
+    def check_outside(self) -> None:
         """Notes what changed outside the cache."""
         for place, before, now in (
             ("outside", self._canaries, snapshot(self.outside)),
@@ -412,26 +417,26 @@ class Box:
         ):
             if before is not None and before != now:
                 changed = sorted(n for n in {*before, *(now or {})} if before.get(n) != (now or {}).get(n))
-                self.wrong(f"{place} the cache changed: {', '.join(changed)}")
+                self.add_problem(f"{place} the cache changed: {', '.join(changed)}")
                 if place == "outside":
                     self._canaries = now or {}
 
-    def heals(self) -> None:
+    def check_recovery(self) -> None:
         """Notes whether the next operations work once the fault is gone, and those after them without a build."""
         for again in (False, True):
             report = self.judge(self.run("load rmsnorm gemma"), must_succeed=True)
             if again and report.compilations:
-                self.wrong(f"not healed: {report.compilations} builds in the second process after the fault")
+                self.add_problem(f"not recovered: {report.compilations} builds in the second process after the fault")
                 if report.output:
-                    self.wrong(report.output[-500:])
+                    self.add_problem(report.output[-500:])
         staging = self.cache / "staging"
         folders = [p.name for p in staging.iterdir() if p.is_dir() and not p.is_symlink()] if staging.is_dir() else []
         if left := [name for name in folders if name not in STRAYS]:
-            self.wrong(f"left in staging after the next build: {', '.join(left)}")
+            self.add_problem(f"left in staging after the next build: {', '.join(left)}")
         toolchains = self.cache / "toolchains"
         if toolchains.is_dir() and (drafts := [n for n in os.listdir(toolchains) if n.endswith(".tmp")]):
-            self.wrong(f"left in toolchains: {', '.join(drafts)}")
-        self.look_outside()
+            self.add_problem(f"left in toolchains: {', '.join(drafts)}")
+        self.check_outside()
 
 
 _SUCCESS = (("exit", "0"), ("exit", "None"))
@@ -442,14 +447,14 @@ _WRITES = ("open", "write", "rename", "mkdir", "unlink", "fsync", "mode")
 class Child:
     """An operation under way."""
 
-    box: Box
+    sandbox: Sandbox
     operation: str
     pid: int
     pipe: int
     output: int
     compiled: int
     _status: int | None = None
-    _said: bytes = b""
+    _received: bytes = b""
 
     def wait_for_stop(self, limit: float = HANG_S) -> bool:
         """Waits until the child has stopped itself; False where it ended instead."""
@@ -467,13 +472,13 @@ class Child:
     def wait_for(self, word: bytes, limit: float = HANG_S) -> bool:
         """Waits for a line that the operation "hold" writes."""
         until = time.monotonic() + limit
-        while word not in self._said and time.monotonic() < until:
+        while word not in self._received and time.monotonic() < until:
             if select.select([self.pipe], [], [], 0.1)[0]:
                 chunk = os.read(self.pipe, 65536)
                 if not chunk:
                     return False
-                self._said += chunk
-        return word in self._said
+                self._received += chunk
+        return word in self._received
 
     def send(self, number: int) -> None:
         with contextlib.suppress(ProcessLookupError):
@@ -503,13 +508,13 @@ class Child:
             self.send(signal.SIGKILL)
             _, self._status = os.waitpid(self.pid, 0)
         while chunk := os.read(self.pipe, 1 << 20):
-            self._said += chunk
+            self._received += chunk
         os.close(self.pipe)
         size = os.fstat(self.output).st_size
         output = os.pread(self.output, 20000, max(0, size - 20000)).decode(errors="replace")
         os.close(self.output)
-        compiled = self.box.compilations() - self.compiled
-        last = self._said.splitlines()[-1] if self._said.splitlines() else b""
+        compiled = self.sandbox.compilations() - self.compiled
+        last = self._received.splitlines()[-1] if self._received.splitlines() else b""
         if hung:
             return Report(self.operation, "hang", f"after {limit:.0f} s", output, True, compiled)
         if last.startswith(b"{"):
@@ -552,7 +557,7 @@ def perform(operation: str, pipe: int) -> tuple[str, str]:
     raise AssertionError(operation)
 
 
-def described(error: BaseException) -> str:
+def describe_error(error: BaseException) -> str:
     """Return an exception in one line; RuntimeError's own subclasses that mean something else by their own names."""
     kind = type(error)
     is_documented = kind is RuntimeError or (isinstance(error, RuntimeError) and kind.__module__.startswith("jitnorm"))

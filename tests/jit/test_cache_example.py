@@ -1,4 +1,4 @@
-"""`.cache-example` is what a cache holds, in text. `python tests/test_cache_example.py` writes it anew."""
+"""`.cache-example` shows the content of a cache as text. `python tests/jit/test_cache_example.py` writes it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from jitnorm.jit.spec import KernelSpec, Target
 from jitnorm.jit.toolchain import Compiler, Toolchain
 from jitnorm.rmsnorm import rmsnorm_spec
 
-EXAMPLE = Path(__file__).parents[1] / ".cache-example"
+EXAMPLE = Path(__file__).parents[2] / ".cache-example"
 # Capitals stand for what differs between machines.
 CXX, NVCC = Compiler("CXX", "VERSION", 0, 0), Compiler("NVCC", "VERSION", 0, 0, top="CUDA")
 PLACES = {
@@ -31,7 +31,7 @@ IN_MANIFEST = {"tvm_ffi": "VERSION", "jitnorm": "VERSION", "built": "TIME", "sec
 
 
 def kernels() -> list[tuple[KernelSpec, Toolchain]]:
-    """One of each class, and of each device: what is built, and with what."""
+    """One kernel of each class and device, with its toolchain."""
     bf16 = torch.bfloat16
     return [
         (rmsnorm_spec(128, bf16, bf16, Target.cuda("9.0a")), Toolchain(CXX, NVCC)),
@@ -40,7 +40,7 @@ def kernels() -> list[tuple[KernelSpec, Toolchain]]:
 
 
 def write(root: Path) -> None:
-    """The cache as the engine writes it, all but the compilation, less its one file that is no text: the library."""
+    """Writes the cache as the engine does, without compiling anything, and without the library, which is binary."""
     cache = Cache(root)
     with ExitStack() as patches:
         patches.enter_context(mock.patch("platform.machine", lambda: "x86_64"))
@@ -70,7 +70,7 @@ def texts(root: Path) -> dict[str, str]:
 
 def test_the_example_is_true(tmp_path):
     write(tmp_path)
-    assert texts(EXAMPLE) == texts(tmp_path), "to write it anew: python tests/test_cache_example.py"
+    assert texts(EXAMPLE) == texts(tmp_path), "to update it: python tests/jit/test_cache_example.py"
 
 
 @pytest.mark.parametrize("number", [pytest.param(0, marks=pytest.mark.nvcc), 1])

@@ -1,5 +1,8 @@
-"""What this machine has and what it lacks. Compilers are asked for their versions and tried, in a temporary folder that
-is removed; FlashInfer is imported if a GPU is here; nothing is written to the cache."""
+"""Collect what this machine has and lacks, for `jitnorm doctor`.
+
+Compilers print their versions and build a kernel in a temporary folder, which is removed. FlashInfer is imported if
+there is a GPU. Nothing is written to the cache.
+"""
 
 from __future__ import annotations
 
@@ -19,18 +22,18 @@ import torch
 
 from jitnorm._version import __version__
 from jitnorm.batch_invariant.matmul.invariance_check import cached_results
-from jitnorm.cli.entries import Row, places, rows_of
+from jitnorm.cli.kernels import CachedKernel, caches, kernels_in
 from jitnorm.cli.output import size
-from jitnorm.cli.trial import Trial, try_builds
+from jitnorm.cli.trial_build import TrialBuild, try_builds
 from jitnorm.core.checks import DTYPE_NAMES
 from jitnorm.core.targets import cuda_target
 from jitnorm.dispatch import explain
-from jitnorm.dispatch.wanted import wanted
+from jitnorm.dispatch.selection import requested_backend
 from jitnorm.jit import locations, toolchain
 from jitnorm.jit.cache import Cache
 from jitnorm.jit.environment import installed_versions, is_on
 
-# torch-c-dlpack-ext need not be there, and ninja may be the system's.
+# torch-c-dlpack-ext is optional, and ninja may be the system's.
 _PACKAGES = ("torch", "apache-tvm-ffi", "torch-c-dlpack-ext", "ninja", "cuda-pathfinder", "flashinfer-python")
 _OWN_VARIABLES = (
     "JITNORM_CACHE_DIR",
@@ -38,25 +41,27 @@ _OWN_VARIABLES = (
     "JITNORM_DISABLE_JIT",
     "JITNORM_CHECK_INDICES",
     "JITNORM_BACKEND",
+    "JITNORM_LOG",
     "JITNORM_BENCH_CI",
     "JITNORM_BENCH_BANDWIDTH",
 )
 _VARIABLES = ("CXX", "NVCC", "CUDA_HOME", "CUDA_PATH", "CONDA_PREFIX", "OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES")
-# Calls that jitnorm.dispatch may decide differently: (dtype, hidden size)
+# Calls for which jitnorm.dispatch may select different backends: (dtype, hidden size).
 _CALLS = ((torch.bfloat16, 4096), (torch.float32, 4096), (torch.bfloat16, 16384), (torch.bfloat16, 111))
-# What each tool is called, what cannot be built without it, how to get it, and the variable that names another.
+# For each tool: its name in messages, what cannot be built without it, how to install it, and the variable that selects
+# another one.
 _REMEDIES = {
     "c++": ("C++ compiler", "nothing", "apt-get install g++, or conda install cxx-compiler", "CXX"),
     "ninja": ("ninja", "nothing", "pip install ninja", None),
     "nvcc": ("nvcc", "no CUDA kernel", "pip install 'jitnorm[nvcc]'", "NVCC"),
 }
 _NEEDED = {"cpu": ("c++", "ninja"), "cuda": ("c++", "ninja", "nvcc")}
-_ARCH = "9.0a"  # what is compiled where no GPU says another
-_LITTLE_ROOM = 64_000_000  # bytes: a kernel takes up to 2 MB, with what its build leaves for a moment
+_DEFAULT_ARCH = "9.0a"  # compiled where there is no GPU
+_MIN_FREE_BYTES = 64_000_000  # a kernel takes up to 2 MB, including the temporary files of its build
 
 
-def diagnose() -> dict[str, Any]:
-    """All that `jitnorm doctor` says, as plain data."""
+def collect_diagnostics() -> dict[str, Any]:
+    """Return all that `jitnorm doctor` prints, as plain data."""
     compilers = _compilers()
     builds = _builds(compilers)
     facts: dict[str, Any] = {
@@ -64,13 +69,13 @@ def diagnose() -> dict[str, Any]:
         "python": sys.executable,
         "devices": _devices(),
         "compilers": compilers,
-        "builds": {device: asdict(trial) for device, trial in builds.items()},
-        # Where a trial was not possible, what the compilers say of themselves has to do.
-        "can_build": {device: trial.works is not False for device, trial in builds.items()},
-        "caches": [_cache(place) for place in places()],
+        "builds": {device: asdict(build) for device, build in builds.items()},
+        # Where no trial build was possible, compilers that print their versions are assumed to work.
+        "can_build": {device: build.works is not False for device, build in builds.items()},
+        "caches": [_cache(cache) for cache in caches()],
         "temporary": _temporary(),
         "dispatch": _dispatch(),
-        "batch_invariant": _proofs(),
+        "batch_invariant": _invariance_checks(),
         "environment": {k: v for k, v in sorted(os.environ.items()) if k.startswith("JITNORM_") or k in _VARIABLES},
     }
     facts["advice"] = _advice(facts)
@@ -92,8 +97,8 @@ def _devices() -> list[dict[str, str]]:
 
 
 def _compilers() -> dict[str, dict[str, str | None] | None]:
-    """Where each was found, if anywhere, and its version: None for one that did not say it, and so cannot be used."""
-    # cache=None: what the compilers say is not remembered, so that nothing is written.
+    """Return the path and version of each tool. One whose version is None was found, but does not work."""
+    # cache=None: the versions are not recorded, so that nothing is written.
     host, both = toolchain.identify("cpu", cache=None), toolchain.identify("cuda", cache=None)
     cxx, nvcc, ninja = toolchain.find_cxx(), toolchain.find_nvcc(), toolchain.find_ninja()
     return {
@@ -103,14 +108,14 @@ def _compilers() -> dict[str, dict[str, str | None] | None]:
     }
 
 
-def _builds(compilers: dict[str, dict[str, str | None] | None]) -> dict[str, Trial]:
-    """For each device what came of building a kernel for it; nothing is started where a tool is missing."""
-    builds: dict[str, Trial] = {}
+def _builds(compilers: dict[str, dict[str, str | None] | None]) -> dict[str, TrialBuild]:
+    """Build a kernel for each device for which all tools were found, and return the results."""
+    builds: dict[str, TrialBuild] = {}
     for device, tools in _NEEDED.items():
-        missing = [name for name in tools if not _says_version(compilers[name])]
+        missing = [name for name in tools if not _has_version(compilers[name])]
         if missing:
-            builds[device] = Trial(False, problem=f"no {missing[0]} that works")
-    archs = {"cpu": None, "cuda": cuda_target(None).arch if torch.cuda.is_available() else _ARCH}
+            builds[device] = TrialBuild(False, problem=f"no {missing[0]} that works")
+    archs = {"cpu": None, "cuda": cuda_target(None).arch if torch.cuda.is_available() else _DEFAULT_ARCH}
     builds |= try_builds({device: arch for device, arch in archs.items() if device not in builds})
     return {device: builds[device] for device in _NEEDED}
 
@@ -123,22 +128,23 @@ def _ninja_version(path: str) -> str | None:
     return done.stdout.strip() or None
 
 
-def _cache(place: Cache) -> dict[str, Any]:
-    facts = {"root": str(place.root), "prebuilt": place.prebuilt, "exists": False, "problem": None}
-    rows: list[Row] = []
+def _cache(cache: Cache) -> dict[str, Any]:
+    facts = {"root": str(cache.root), "prebuilt": cache.prebuilt, "exists": False, "problem": None}
+    kernels: list[CachedKernel] = []
     try:
-        facts["exists"] = place.root.is_dir()
+        facts["exists"] = cache.root.is_dir()
         facts["problem"] = (
-            _prebuilt_problem(place.root) if place.prebuilt else locations.reason_not_writable(place.root)
+            _prebuilt_problem(cache.root) if cache.prebuilt else locations.reason_not_writable(cache.root)
         )
-        rows = list(rows_of(place))
+        kernels = list(kernels_in(cache))
     except OSError as error:  # a name that is too long, a server that does not answer
         facts["problem"] = facts["problem"] or error.strerror or str(error)
-    return {**facts, "kernels": len(rows), "size": sum(row.size for row in rows), "free": _free(place.root)}
+    total = sum(kernel.size for kernel in kernels)
+    return {**facts, "kernels": len(kernels), "size": total, "free": _free(cache.root)}
 
 
-def _proofs() -> list[dict[str, Any]]:
-    """Those that can be read: what is wrong with the folder is said of the cache."""
+def _invariance_checks() -> list[dict[str, Any]]:
+    """Return the recorded checks that can be read. A folder that cannot be read is reported with the cache."""
     try:
         return [vars(result) for result in cached_results()]
     except OSError:
@@ -146,7 +152,7 @@ def _proofs() -> list[dict[str, Any]]:
 
 
 def _temporary() -> dict[str, Any]:
-    """The folder that stands in for a cache that cannot be written, and that compilers write to."""
+    """Return the folder that compilers write to, and that replaces a cache that cannot be written."""
     try:
         root = tempfile.gettempdir()
     except OSError as error:
@@ -155,10 +161,13 @@ def _temporary() -> dict[str, Any]:
 
 
 def _free(root: Path) -> int | None:
-    """Bytes that can be written in the file system of `root`, which need not exist; 0 where it has no more inodes."""
-    for place in (root, *root.parents):
+    """Return the bytes that can be written in the file system of `root`, or 0 if it has no more inodes.
+
+    `root` need not exist: its file system is that of the first parent that does.
+    """
+    for folder in (root, *root.parents):
         try:
-            room = os.statvfs(place)
+            room = os.statvfs(folder)
         except (FileNotFoundError, NotADirectoryError):
             continue
         except OSError:
@@ -172,9 +181,9 @@ def _prebuilt_problem(root: Path) -> str | None:
 
 
 def _dispatch() -> dict[str, Any]:
-    """Which backend was asked for, and which one serves some calls, with real tensors of this machine."""
+    """Return which backend is selected, and which one serves some calls, with real tensors of this machine."""
     try:
-        name = wanted()
+        name = requested_backend()
     except ValueError as error:
         return {"backend": None, "problem": str(error), "calls": []}
     devices = ("cuda", "cpu") if torch.cuda.is_available() else ("cpu",)
@@ -189,20 +198,20 @@ def _choice(dtype: torch.dtype, hidden_size: int, device: str) -> dict[str, str 
     call = f"rmsnorm {DTYPE_NAMES[dtype]} {hidden_size} {device}"
     try:
         x = torch.empty(1, hidden_size, dtype=dtype, device=device)
-        with warnings.catch_warnings():  # that FlashInfer does not work: the table says so
+        with warnings.catch_warnings():  # about FlashInfer, which the table reports too
             warnings.simplefilter("ignore")
             backend, why = explain("rmsnorm", x, x[0])
-    except RuntimeError as error:  # a backend was asked for that cannot serve it
+    except RuntimeError as error:  # the selected backend cannot serve it
         return {"call": call, "backend": None, "why": str(error)}
     return {"call": call, "backend": backend, "why": why}
 
 
 def _advice(facts: dict[str, Any]) -> list[str]:
-    """One line for each thing that is missing: what, what it costs, and how to get it."""
+    """Return a line for each thing that is missing: what, what does not work without it, and what to do."""
     advice = [line for name in _REMEDIES if (line := _remedy(name, facts["compilers"]))]
-    for device, trial in facts["builds"].items():
-        if all(_says_version(facts["compilers"][name]) for name in _NEEDED[device]) and not trial["works"]:
-            advice.append(f"building for {device} {_fails(device, trial)}")
+    for device, build in facts["builds"].items():
+        if all(_has_version(facts["compilers"][name]) for name in _NEEDED[device]) and not build["works"]:
+            advice.append(f"building for {device} {_failure(device, build)}")
     if not torch.cuda.is_available() and Path("/dev/nvidiactl").exists():
         why = (
             "this torch is built without CUDA"
@@ -210,16 +219,18 @@ def _advice(facts: dict[str, Any]) -> list[str]:
             else "check the driver and CUDA_VISIBLE_DEVICES"
         )
         advice.append(f"this machine has an NVIDIA GPU that torch does not see: {why}")
+    import tvm_ffi  # noqa: F401  which sets this attribute where torch-c-dlpack-ext is installed
+
     if not hasattr(torch.Tensor, "__dlpack_c_exchange_api__"):
         advice.append(
             "torch < 2.10 has no fast DLPack exchange, so every call is slower: pip install torch-c-dlpack-ext"
         )
-    for place in facts["caches"]:
-        if place["problem"] and place["prebuilt"]:
-            advice.append(f"JITNORM_PREBUILT_DIR is {place['root']}: {place['problem']}")
-        elif place["problem"]:
-            advice.append(f"kernels cannot be kept in {place['root']}: {place['problem']}. Set JITNORM_CACHE_DIR")
-    advice += _room(facts)
+    for cache in facts["caches"]:
+        if cache["problem"] and cache["prebuilt"]:
+            advice.append(f"JITNORM_PREBUILT_DIR is {cache['root']}: {cache['problem']}")
+        elif cache["problem"]:
+            advice.append(f"kernels cannot be kept in {cache['root']}: {cache['problem']}. Set JITNORM_CACHE_DIR")
+    advice += _full_file_systems(facts)
     if facts["dispatch"]["problem"]:
         advice.append(f"no call of jitnorm.dispatch is served: {facts['dispatch']['problem']}")
     if is_on("JITNORM_DISABLE_JIT"):
@@ -235,22 +246,22 @@ def _is_unknown(variable: str) -> bool:
 
 def _misspelt(variable: str) -> str:
     close = difflib.get_close_matches(variable, _OWN_VARIABLES, n=1)
-    return f"{variable} is no variable of jitnorm's{f': is {close[0]} meant?' if close else ''}"
+    return f"{variable} is not a variable of jitnorm{f': did you mean {close[0]}?' if close else ''}"
 
 
-def _fails(device: str, trial: dict[str, Any]) -> str:
-    """What came of a trial, and which variables chose the compilers, if any."""
-    if trial["works"] is None:
-        return f"was {trial['problem']}"
+def _failure(device: str, build: dict[str, Any]) -> str:
+    """Return why a trial build failed, and which variables selected the compilers."""
+    if build["works"] is None:
+        return f"was {build['problem']}"
     own = [v for name in _NEEDED[device] if (v := _REMEDIES[name][3]) and os.environ.get(v)]
-    return f"fails: {trial['problem']}" + "".join(f"; {v} is {os.environ[v]}: unset or mend {v}" for v in own)
+    return f"fails: {build['problem']}" + "".join(f"; {v} is {os.environ[v]}: unset or correct {v}" for v in own)
 
 
-def _room(facts: dict[str, Any]) -> Iterator[str]:
-    """A line for each folder whose file system is nearly full."""
-    folders = [place for place in facts["caches"] if not place["prebuilt"]] + [facts["temporary"]]
+def _full_file_systems(facts: dict[str, Any]) -> Iterator[str]:
+    """Yield a line for each folder whose file system is nearly full."""
+    folders = [cache for cache in facts["caches"] if not cache["prebuilt"]] + [facts["temporary"]]
     for folder in folders:
-        if folder["free"] is not None and folder["free"] < _LITTLE_ROOM:
+        if folder["free"] is not None and folder["free"] < _MIN_FREE_BYTES:
             yield f"the file system of {folder['root']} is full, or nearly: {size(folder['free'])} can be written"
     if facts["temporary"]["problem"]:
         yield f"there is no temporary folder, which compilers need: {facts['temporary']['problem']}"
@@ -260,15 +271,15 @@ def _remedy(name: str, compilers: dict[str, Any]) -> str | None:
     what, unbuilt, remedy, variable = _REMEDIES[name]
     found = compilers[name]
     own = os.environ.get(variable) if variable else None
-    if found and (found["version"] or (name == "nvcc" and not _says_version(compilers["c++"]))):
-        return None  # nvcc is not asked without a C++ compiler
+    if found and (found["version"] or (name == "nvcc" and not _has_version(compilers["c++"]))):
+        return None  # without a C++ compiler nvcc's version is not asked for
     if own:
         state = f"({found['path']}) does not work" if found else "is not found"
-        return f"{variable}={own} {state}, so {unbuilt} can be built: unset or mend {variable}"
+        return f"{variable}={own} {state}, so {unbuilt} can be built: unset or correct {variable}"
     if not found:
         return f"no {what}, so {unbuilt} can be built: {remedy}"
     return f"{found['path']} does not work, so {unbuilt} can be built: {remedy}"
 
 
-def _says_version(found: dict[str, str | None] | None) -> bool:
+def _has_version(found: dict[str, str | None] | None) -> bool:
     return found is not None and found["version"] is not None

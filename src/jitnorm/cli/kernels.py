@@ -1,4 +1,4 @@
-"""What a cache holds, as the commands show it: one row for each kernel, of the cache and of the prebuilt layer."""
+"""The kernels in the cache and in the prebuilt layer, as the commands list, filter and remove them."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from jitnorm.jit.folder import UntrustedPath
 
 
 @dataclass(frozen=True)
-class Row:
-    """One kernel on disk."""
+class CachedKernel:
+    """One kernel on disk. Fields that a damaged manifest lacks are empty."""
 
     entry: Entry
     name: str
@@ -35,14 +35,14 @@ class Row:
 
     @property
     def status(self) -> str:
-        """What sets it apart, if anything."""
+        """Return "in use", "prebuilt", "unreadable" or nothing."""
         return "in use" if self.in_use else "prebuilt" if self.prebuilt else "unreadable" if not self.kernel else ""
 
     def as_json(self) -> dict[str, Any]:
-        """For programs: sizes in bytes, times in ISO 8601."""
-        row = {k: v for k, v in vars(self).items() if k != "entry"}
+        """Return the fields for programs: sizes in bytes, times in ISO 8601."""
+        fields = {name: value for name, value in vars(self).items() if name != "entry"}
         return {
-            **row,
+            **fields,
             "last_used": _utc(self.last_used),
             "id": self.entry.label,
             "path": str(self.entry.path),
@@ -50,46 +50,51 @@ class Row:
 
 
 def _utc(seconds: float) -> str | None:
-    """ISO 8601; None for a time beyond the calendar, which a file system can hold."""
+    """Return a time in ISO 8601, or None for one beyond the calendar, which a file system can store."""
     try:
         return datetime.datetime.fromtimestamp(seconds, datetime.timezone.utc).isoformat(timespec="seconds")
     except (ValueError, OverflowError, OSError):
         return None
 
 
-def places() -> list[Cache]:
-    """The cache and the prebuilt layer; where they are one folder, it counts as prebuilt and is never written."""
+def caches() -> list[Cache]:
+    """Return the cache and the prebuilt layer. One folder that is both counts as prebuilt, and is never written."""
     prebuilt, own = locations.prebuilt(), locations.readable()
     if prebuilt and os.path.realpath(prebuilt.root) == os.path.realpath(own.root):
         return [prebuilt]
     return [own, prebuilt] if prebuilt else [own]
 
 
-def rows_of(place: Cache) -> Iterator[Row]:
-    """The kernels of one cache, those with damaged manifests among them."""
-    for entry in place.entries():
-        with suppress(FileNotFoundError):  # removed meanwhile, by another process
-            yield _row(entry, place.prebuilt)
+def kernels_in(cache: Cache) -> Iterator[CachedKernel]:
+    """Yield the kernels of one cache, including those whose manifest is damaged."""
+    for entry in cache.entries():
+        with suppress(FileNotFoundError):  # another process removed it meanwhile
+            yield _read(entry, cache.prebuilt)
 
 
-def all_rows() -> list[Row]:
-    """The kernels of all caches that this process would look in."""
-    return [row for place in places() for row in rows_of(place)]
+def all_kernels() -> list[CachedKernel]:
+    """Return the kernels of all caches that this process would look in."""
+    return [kernel for cache in caches() for kernel in kernels_in(cache)]
 
 
-def find_rows(name: str) -> list[Row]:
-    """By path (of the entry or a file in it), or by name: rmsnorm_4096_bf16, and more of the entry's id if need be."""
+def find_kernels(name: str) -> list[CachedKernel]:
+    """Return the kernels of a name.
+
+    Args:
+        name: the path of a kernel's folder or of a file in it, a kernel's name such as rmsnorm_4096_bf16, or a name and
+            the first parts of the kernel's id.
+    """
     path = Path(name).absolute()
     return [
-        row
-        for row in all_rows()
-        if row.entry.label == name
-        or row.entry.label.startswith((f"{name}.", f"{name}/"))
-        or row.entry.path in (path, path.parent)
+        kernel
+        for kernel in all_kernels()
+        if kernel.entry.label == name
+        or kernel.entry.label.startswith((f"{name}.", f"{name}/"))
+        or kernel.entry.path in (path, path.parent)
     ]
 
 
-def _row(entry: Entry, prebuilt: bool) -> Row:
+def _read(entry: Entry, prebuilt: bool) -> CachedKernel:
     try:
         manifest = entry.manifest
     except BadEntry:
@@ -100,19 +105,19 @@ def _row(entry: Entry, prebuilt: bool) -> Row:
         info = entry.path.lstat()
         last_used, size = info.st_mtime, info.st_size
 
-    def said(field: str) -> str:
+    def text(field: str) -> str:
         value = manifest.get(field)
         return printable(value) if isinstance(value, str) else ""
 
-    return Row(
+    return CachedKernel(
         entry=entry,
-        name=said("name") or entry.path.parent.name,
-        op=said("op"),
-        kernel=said("kernel"),
-        device=said("device"),
-        arch=said("arch"),
+        name=text("name") or entry.path.parent.name,
+        op=text("op"),
+        kernel=text("kernel"),
+        device=text("device"),
+        arch=text("arch"),
         size=size,
-        built=said("built"),
+        built=text("built"),
         last_used=last_used,
         in_use=not prebuilt and entry.in_use(),
         prebuilt=prebuilt,

@@ -1,4 +1,4 @@
-"""What goes wrong while a kernel is built, kept or loaded, and that the next call finds it mended."""
+"""Failures while a kernel is built, stored or loaded, and that the next call recovers from them."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import shlex
 import shutil
 import signal
 import sys
+import tempfile
 import threading
 import time
 from pathlib import Path
@@ -296,7 +297,7 @@ def test_a_deleted_working_directory(copier, tmp_path, monkeypatch, caplog):
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="becomes a user that no file knows")
-def test_a_user_without_a_home_and_an_entry_in_passwd(tmp_path):
+def test_a_user_without_a_home_and_an_entry_in_passwd():
     script = """
         import os, torch, jitnorm.rmsnorm, jitnorm.jit.build, ninja
         from jitnorm.jit import locations
@@ -305,11 +306,11 @@ def test_a_user_without_a_home_and_an_entry_in_passwd(tmp_path):
         place = locations.writable()
         print(place.root, locations.is_temporary())
     """
-    tmp_path.chmod(0o777)
-    for parent in tmp_path.parents[:-2]:
-        parent.chmod(parent.stat().st_mode | 0o011)
-    done = run(script, TMPDIR=str(tmp_path), JITNORM_CACHE_DIR=None, XDG_CACHE_HOME=None)
-    assert str(tmp_path) in done.stdout and "True" in done.stdout, done.stderr
+    # Not below pytest's folder, which every pytest that starts closes to other users again.
+    with tempfile.TemporaryDirectory(prefix="jitnorm-nobody-") as folder:
+        os.chmod(folder, 0o777)
+        done = run(script, TMPDIR=folder, JITNORM_CACHE_DIR=None, XDG_CACHE_HOME=None)
+    assert folder in done.stdout and "True" in done.stdout, done.stderr
     assert "there is no home folder" in done.stderr
 
 
@@ -568,3 +569,21 @@ def test_removing_stays_inside_though_folders_are_exchanged_for_links(tmp_path, 
     with Folder.root(tmp_path / "cache") as folder, contextlib.suppress(OSError):
         folder.remove("tree")
     assert exchanged and (victim / "b" / "file").exists()
+
+
+def test_a_new_folder_may_be_removed_before_it_is_locked(tmp_path, monkeypatch):
+    """Another process takes a folder that nobody has locked yet for abandoned, and removes it."""
+    tmp_path.chmod(0o700)
+    mkdir, made = os.mkdir, []
+
+    def remove_the_first(name, *arguments, **keywords):
+        mkdir(name, *arguments, **keywords)
+        made.append(name)
+        if len(made) == 1:
+            os.rmdir(name, dir_fd=keywords["dir_fd"])
+
+    with Folder.root(tmp_path) as folder:
+        monkeypatch.setattr(os, "mkdir", remove_the_first)
+        with folder.temporary_folder("test"):
+            assert os.listdir(tmp_path) == [made[1]]
+    assert os.listdir(tmp_path) == []

@@ -1,0 +1,189 @@
+"""Select the backend of a call: what the user requested, the automatic rule, and the reason for the result."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from contextvars import ContextVar
+
+import torch
+import torch.fx
+
+from jitnorm.core import checks, norms
+from jitnorm.core.torch_library import mark_constant
+from jitnorm.dispatch import flashinfer_backend
+
+BACKENDS = ("auto", "auto-fast", "jit", "flashinfer", "torch")
+VARIABLE = "JITNORM_BACKEND"
+
+# norms.is_supported_hidden_size as a set: a third of the time, and dynamo can look up a symbolic size in it.
+_KERNEL_SIZES = frozenset((*norms._WARP_HIDDEN_SIZES, *norms._BLOCK_HIDDEN_SIZES))
+# torch.fx.symbolic_trace records the call, and its graph selects the backend when it runs.
+_RECORDED = "torch.fx", "torch.fx is tracing"
+_is_dynamo_compiling = torch.compiler.is_dynamo_compiling
+
+_override: ContextVar[str | None] = ContextVar("jitnorm_dispatch_backend", default=None)
+
+
+def backend(name: str) -> AbstractContextManager[None]:
+    """Override JITNORM_BACKEND in a `with` block, for this thread's (or asyncio task's) calls.
+
+    Blocks nest, and leaving one, by an exception too, restores the outer one. A thread started inside a block
+    has a setting of its own. Enter a block around a compiled function, not inside one: a compiled graph keeps the
+    backend with which it was traced.
+
+    Args:
+        name: "auto", "auto-fast", "jit", "flashinfer" or "torch"; see `jitnorm.dispatch`.
+
+    Returns:
+        The context manager.
+
+    Raises:
+        ValueError: there is no such backend.
+    """
+    return _overridden(_check_name(name, "backend"))
+
+
+@contextlib.contextmanager
+def _overridden(name: str) -> Iterator[None]:
+    token = _override.set(name)
+    try:
+        yield
+    finally:
+        _override.reset(token)
+
+
+def requested_backend() -> str:
+    """Return the name that `backend` or JITNORM_BACKEND sets for a call made now, or "auto".
+
+    Raises:
+        ValueError: JITNORM_BACKEND names no backend.
+    """
+    return _override.get() or _backend_from_environment()
+
+
+mark_constant(requested_backend)
+
+
+@functools.cache  # reading the environment costs more than all the rest of a selection
+def _backend_from_environment() -> str:
+    return _check_name(os.environ.get(VARIABLE) or "auto", VARIABLE)
+
+
+def _check_name(name: str, source: str) -> str:
+    if name not in BACKENDS:
+        raise ValueError(f"{source} must be one of {', '.join(BACKENDS)}, got {name!r}")
+    return name
+
+
+def explain(op: str, input: torch.Tensor, weight: torch.Tensor, other: torch.Tensor | None = None) -> tuple[str, str]:
+    """Return which backend a call of `op` would use now, and why.
+
+    Nothing is written, built or launched; FlashInfer is imported if the answer depends on it.
+
+    Args:
+        op: "rmsnorm", "gemma_rmsnorm", "fused_add_rmsnorm" or "gemma_fused_add_rmsnorm".
+        input: as in the call.
+        weight: as in the call.
+        other: the residual of a fused operator; `out` of the others, if it is given.
+
+    Returns:
+        "flashinfer", "jit" or "torch", and the reason in words.
+
+    Raises:
+        RuntimeError: the requested backend does not support this call.
+        ValueError: there is no operator `op`, or JITNORM_BACKEND names no backend.
+        TypeError: an argument is not a tensor.
+    """
+    if op not in flashinfer_backend.RANKS:
+        raise ValueError(f"op must be one of {', '.join(flashinfer_backend.RANKS)}, got {op!r}")
+    return select_backend(op, input, weight, other)
+
+
+def select_backend(op: str, input: torch.Tensor, weight: torch.Tensor, other: torch.Tensor | None) -> tuple[str, str]:
+    """Do what `explain` documents, for an `op` that exists; every call of an operator begins with this.
+
+    Returns:
+        As `explain`, or "torch.fx" for a call that torch.fx.symbolic_trace is to record.
+    """
+    name = requested_backend()
+    try:
+        if name != "auto" and (selection := _select_without_flashinfer(name, op, input, weight, other)):
+            return selection
+        if not input.is_cuda:
+            reason = "the input is not on CUDA"
+        elif _is_dynamo_compiling():
+            reason = "torch.compile is tracing"
+        elif input.dtype not in (torch.float16, torch.bfloat16):
+            reason = "the input is neither float16 nor bfloat16"
+        else:
+            reason = flashinfer_backend.unavailable_reason() or flashinfer_backend.unsupported_reason(
+                op, input, weight, other
+            )
+        if not reason:
+            return "flashinfer", "the input is float16 or bfloat16 on CUDA, and FlashInfer is available"
+        if name == "flashinfer":
+            raise _unsupported(name, op, reason)
+        if input.shape[-1] in _KERNEL_SIZES:
+            return "jit", reason
+        return "torch", f"{reason}, and {_no_kernel(input)}"
+    except torch.fx.proxy.TraceError:
+        return _RECORDED
+    except (AttributeError, IndexError):
+        _check_tensors(op, input, weight, other)
+        raise
+
+
+def _select_without_flashinfer(
+    name: str, op: str, input: torch.Tensor, weight: torch.Tensor, other: torch.Tensor | None
+) -> tuple[str, str] | None:
+    """Return what `select_backend` returns where that does not depend on FlashInfer, or else None."""
+    if isinstance(input, torch.fx.Proxy):
+        return _RECORDED
+    if name == "torch":
+        return name, "it was requested"
+    if name == "jit":
+        if input.shape[-1] not in _KERNEL_SIZES:
+            raise _unsupported(name, op, _no_kernel(input))
+        return name, "it was requested"
+    if name == "auto-fast" and _has_kernel(input, weight, other):
+        return "jit", "auto-fast was requested, and jitnorm has a kernel"
+    return None
+
+
+def _unsupported(name: str, op: str, reason: str) -> RuntimeError:
+    return RuntimeError(
+        f"the backend {name} was requested and does not support this call of {op}: {reason}; "
+        "request auto to have a supported backend selected"
+    )
+
+
+def _no_kernel(input: torch.Tensor) -> str:
+    return f"jitnorm has no kernel for hidden size {input.shape[-1]}"
+
+
+def _has_kernel(input: torch.Tensor, weight: torch.Tensor, other: torch.Tensor | None) -> bool:
+    """Return whether a kernel of this package takes the call: it needs one stride from row to row."""
+    return (
+        input.shape[-1] in _KERNEL_SIZES
+        and weight.dtype in (input.dtype, torch.float32)
+        and _has_one_row_stride(input)
+        and (other is None or _has_one_row_stride(other))
+    )
+
+
+def _has_one_row_stride(tensor: torch.Tensor) -> bool:
+    return tensor.is_contiguous() or (tensor.stride(-1) == 1 and checks.row_stride(tensor) is not None)
+
+
+def _check_tensors(op: str, input: object, weight: object, other: object) -> None:
+    """Raise for an argument that is not a tensor, or has no last dimension."""
+    checks.tensor("input", input)
+    checks.tensor("weight", weight)
+    if other is not None:
+        checks.tensor(flashinfer_backend.other_name(op), other)
+    if isinstance(input, torch.Tensor) and input.dim() == 0:
+        raise ValueError("input must have at least one dimension, got a scalar")

@@ -1,0 +1,40 @@
+"""What starting `jitnorm` and importing the package import."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+# In one process: a module that one command imports fails the check for those that follow.
+_LIGHT_COMMANDS = """
+import sys
+import _jitnorm_command
+for words in ("--help", "--version", "cache --help", "cache dir", "cache ls", "cache ls --format json",
+              "cache ls --filter size>1MB", "cache clear --yes"):
+    sys.argv = ["jitnorm", *words.split()]
+    try:
+        _jitnorm_command.main()
+    except SystemExit as end:
+        assert not end.code
+    print(words, [name for name in ("torch", "tvm_ffi", "numpy", "tqdm") if name in sys.modules], file=sys.stderr)
+"""
+
+
+def test_commands_that_need_no_torch_do_not_import_it(cache_dir):
+    done = subprocess.run([sys.executable, "-c", _LIGHT_COMMANDS], capture_output=True, text=True)
+    lines = done.stderr.splitlines()
+    assert done.returncode == 0 and len(lines) == 8 and all(line.endswith(" []") for line in lines), done
+    assert "Commands:" in done.stdout and f"{cache_dir}\n" in done.stdout
+
+
+def test_as_a_module(cache_dir):
+    done = subprocess.run([sys.executable, "-m", "jitnorm", "cache", "dir"], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"{cache_dir}\n", "")
+
+
+def test_importing_the_package_imports_no_command_line(cache_dir):
+    check = "import json, sys, torch; old = {*sys.modules}; import jitnorm; print(json.dumps([*{*sys.modules} - old]))"
+    done = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True)
+    assert done.returncode == 0, done
+    assert not {"click", "tqdm", "tabulate", "jitnorm.cli"} & {*json.loads(done.stdout)}
