@@ -13,10 +13,12 @@ from jitnorm.batch_invariant.reductions import triton_kernels
 
 
 @pytest.mark.parametrize("dtype", TRITON_TEST_DTYPES)
-@pytest.mark.parametrize("columns", [1, 7, 1024, 1500, 40000])
+# One element, less than a vector, whole, ragged, and more than a program holds.
+@pytest.mark.parametrize("columns", [1, 7, 1024, 1500, 33000])
 def test_rows_alone_and_among_others(columns, dtype):
-    """Results are compared with float64, and those of a row alone with the same row among nine in a program."""
-    x, weight = random(9, columns, dtype=dtype), random(columns, dtype=dtype)
+    """Results are compared with float64, and those of a row alone with the same row among others in a program."""
+    rows = 9 if columns <= 1024 else 3  # only short rows share a program
+    x, weight = random(rows, columns, dtype=dtype), random(columns, dtype=dtype)
 
     def softmax(x, log):
         out = empty(*x.shape, dtype=dtype)
@@ -42,11 +44,11 @@ def test_rows_alone_and_among_others(columns, dtype):
     ):
         out = call(x)
         assert float((out - reference).abs().max()) <= 2 * TOLERANCE[dtype] * max(1, float(reference.abs().max()))
-        assert same_bits(call(x[4:5].clone()), out[4:5])
+        assert same_bits(call(x[1:2].clone()), out[1:2])
 
 
 def test_softmax_of_special_values():
-    for columns in (100, 40000):
+    for columns in (100, 33000):
         x = random(4, columns, dtype=torch.float32)
         x[0, 5], x[1, 7], x[2] = float("nan"), float("inf"), float("-inf")
         x[3, 1:] = float("-inf")

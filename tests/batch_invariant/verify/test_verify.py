@@ -11,6 +11,7 @@ import torch
 from click.testing import CliRunner
 from helpers import same_bits
 
+from jitnorm.batch_invariant import set_batch_invariant_mode
 from jitnorm.batch_invariant.verify import EXEMPT, OPERATORS, Case, Operator, compare, verify
 from jitnorm.cli import main
 from jitnorm.core import operators as registry
@@ -25,14 +26,37 @@ def run(*arguments):
 
 @pytest.mark.parametrize("op", OPERATORS)
 def test_every_operator_on_the_cpu(op):
-    """One dtype and shape each, because compiling takes most of the time."""
     shape = OPERATORS[op].shapes["cpu"][-1]
-    done = run("--op", op, "--dtype", "fp32", "--shape", "x".join(map(str, shape)), "--format", "json")
+    words = ["--op", op, "--dtype", "fp32", "--shape", "x".join(map(str, shape)), "--mode", "eager"]
+    done = run(*words, "--format", "json")
     (result,) = json.loads(done.stdout)
     assert done.exit_code == 0, result
     assert (result["op"], tuple(result["shape"]), result["difference"]) == (op, shape, "")
-    # 17 batches; four kinds of neighbours, three layouts and the compiler in batches of 1, 2, 5 and 17; three places
-    assert result["compared"] == 3 * (17 + 4 * (4 + 3 + 1))
+    # 17 batches; four kinds of neighbours and three layouts in batches of 1, 2, 5 and 17; three places
+    assert result["compared"] == 3 * (17 + 4 * (4 + 3))
+
+
+def all_operators(_, dtype, device):
+    """Make a case of all operators, so that they are compiled together."""
+    cases = [operator.make(operator.shapes["cpu"][-1], dtype, device) for operator in OPERATORS.values()]
+
+    def call(x):
+        pieces = x.split([case.row.shape[1] for case in cases], 1)
+        results = [case.call(piece.contiguous()) for case, piece in zip(cases, pieces, strict=True)]
+        return torch.cat([result.contiguous().view(torch.uint8) for result in results], 1)
+
+    return Case(torch.cat([case.row for case in cases], 1), call)
+
+
+def test_every_operator_compiled_on_the_cpu():
+    with set_batch_invariant_mode():
+        result = verify("all", Operator(all_operators, "N", {}), (1,), torch.float32, "cpu", 17, ["compiled"])
+    assert result.difference == "" and result.compared == 4 * 3
+
+
+def test_every_mode_is_compared():
+    (result,) = json.loads(run("--op", "rmsnorm", "--shape", "128", "--dtype", "fp32", "--format", "json").stdout)
+    assert result["compared"] == 3 * (17 + 4 * (4 + 3) + 4)  # and the compiler in batches of 1, 2, 5 and 17
 
 
 def run_on_the_gpu(op, *modes, shape=None, dtype="bf16"):
