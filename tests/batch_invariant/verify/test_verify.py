@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -214,7 +213,7 @@ def test_a_broken_kernel_is_caught(op, monkeypatch):
             outputs[index].view(torch.uint8).bitwise_xor_(1)
         return result
 
-    monkeypatch.setitem(registry.EXAMPLES, op, replace(registry.EXAMPLES[op], function=broken))
+    monkeypatch.setitem(registry.EXAMPLES, op, registry.EXAMPLES[op]._replace(function=broken))
     shape = OPERATORS[op].shapes["cpu"][-1]
     for index in range(3):
         result = verify(op, OPERATORS[op], shape, torch.float32, "cpu", 6, ["eager"])
