@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import gc
 import os
 from collections.abc import Iterable
 from importlib import metadata
+from types import ModuleType
 
 
 def is_on(variable: str) -> bool:
@@ -20,3 +23,23 @@ def installed_versions(names: Iterable[str]) -> dict[str, str]:
         with contextlib.suppress(metadata.PackageNotFoundError):
             versions[name] = metadata.version(name)
     return versions
+
+
+@functools.cache
+def import_tvm_ffi() -> ModuleType:
+    """Import tvm_ffi, which only calls of kernels need, and return it.
+
+    Its thousands of new objects would set off a full garbage collection, which after torch's import takes several times
+    as long as the import itself, in the middle of the first call. So the collector pauses for the import, and then
+    collects the youngest generation alone.
+    """
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        import tvm_ffi
+
+        gc.collect(0)
+    finally:
+        if was_enabled:
+            gc.enable()
+    return tvm_ffi

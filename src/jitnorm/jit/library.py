@@ -21,6 +21,7 @@ from contextlib import contextmanager, suppress
 from types import TracebackType
 from typing import TYPE_CHECKING, NamedTuple
 
+from jitnorm.jit.environment import import_tvm_ffi
 from jitnorm.jit.files import close, write_all
 
 if TYPE_CHECKING:
@@ -272,8 +273,7 @@ def open_library(name: str, content: bytes, export: str) -> tvm_ffi.Module:
         BadLibrary: The loader rejects it, or the function is missing.
         OSError: This process has too few descriptors, or no memory or disk space left.
     """
-    import tvm_ffi  # here, as most of the time of `import jitnorm` went to it. The libraries link to its runtime
-
+    load_module = import_tvm_ffi().get_global_func("ffi.Module.load_from_file.so")  # and the runtime they link to
     problem = ""
     for loadable_path in (_in_memory, _in_private_file):  # security policies may forbid to load from either
         with loadable_path(name, content) as path:
@@ -286,7 +286,7 @@ def open_library(name: str, content: bytes, export: str) -> tvm_ffi.Module:
                 continue
             if not hasattr(library, _symbol(export)):
                 raise BadLibrary(f"it does not define {_symbol(export)}")
-            module: tvm_ffi.Module = tvm_ffi.get_global_func("ffi.Module.load_from_file.so")(path, "so")
+            module: tvm_ffi.Module = load_module(path, "so")
             return module
     raise BadLibrary(problem)
 

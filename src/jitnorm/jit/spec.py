@@ -11,6 +11,8 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from jitnorm.jit.environment import import_tvm_ffi
+
 _FORMAT = 2  # of a cache entry; increment it when the content of an entry changes its meaning
 
 _PACKAGE = Path(__file__).resolve().parents[1]
@@ -148,11 +150,9 @@ class KernelSpec:
         return str(self.__dict__["_key"])
 
     def _hash(self) -> str:
-        import tvm_ffi  # here, as `jitnorm cache` needs no key and should start quickly
-
         digest = hashlib.sha256()
         parts = {"format": _FORMAT, "source": self.source, "ninja": self.ninja, "machine": platform.machine()}
-        parts["tvm_ffi"] = tvm_ffi.__version__
+        parts["tvm_ffi"] = import_tvm_ffi().__version__
         if self.target.device == "cpu":
             parts["cpu"] = cpu_features()
         else:
