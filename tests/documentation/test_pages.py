@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import logging
 import os
 import re
 import shlex
@@ -80,6 +81,16 @@ SNIPPETS = [
 ]
 
 
+@pytest.fixture
+def log_level():
+    """Restore the level of the package's logger, which the serving guide sets."""
+    logger = logging.getLogger("jitnorm")
+    level = logger.level
+    yield
+    logger.setLevel(level)
+
+
+@pytest.mark.usefixtures("log_level")
 @pytest.mark.filterwarnings("ignore:no cache metrics")  # the benchmarking guide asks a server that is not there
 @pytest.mark.parametrize(("page", "snippet"), SNIPPETS)
 def test_snippets_run(page, snippet, capsys):
