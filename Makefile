@@ -10,7 +10,7 @@ demo: $(VENV)/installed  ## build a kernel on demand, check it against PyTorch, 
 	$(BIN)/jitnorm demo
 
 test: $(VENV)/installed-dev  ## all tests that this machine can run
-	$(BIN)/python -m pytest -n auto --dist loadfile --durations 10
+	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder --durations 10
 
 test-gpu: $(VENV)/installed-dev
 	$(BIN)/python -m pytest -m gpu

@@ -21,6 +21,20 @@ for name in ("JITNORM_PREBUILT_DIR", "JITNORM_DISABLE_JIT"):
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported, which torch may do at any time
 
+# The files that take longest go first, so that the workers end at about the same time.
+_LONGEST_FILES = (
+    "batch_invariant/verify/test_verify.py",
+    "core/test_architectures.py",
+    "core/test_tracing.py",
+    "batch_invariant/attention/test_triton_kernels.py",
+    "batch_invariant/test_model.py",
+    "documentation/test_adding_a_kernel.py",
+    "test_compile_block.py",
+    "core/test_checks_agree.py",
+    "faults/test_campaign.py",
+    "batch_invariant/test_mode.py",
+)
+
 
 def pytest_unconfigure() -> None:
     if not _IS_WORKER:
@@ -39,6 +53,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for marker, why in lacking.items():
             if item.get_closest_marker(marker):
                 item.add_marker(pytest.mark.skip(reason=why))
+    items.sort(key=lambda item: not item.path.as_posix().endswith(_LONGEST_FILES))
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
