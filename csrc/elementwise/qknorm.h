@@ -5,7 +5,7 @@
 
 namespace jitnorm {
 
-// Division by a number that is known at the call alone, as a multiplication and a shift. Exact for dividends below 2^31
+// Division by a number that is known only at run time, as a multiplication and a shift. Exact for dividends below 2^31
 // (Granlund and Montgomery, 1994, theorem 4.2).
 struct UnsignedDivisor {
   unsigned multiplier;  // 2^shift / divisor, rounded up

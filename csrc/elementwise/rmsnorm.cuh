@@ -25,7 +25,7 @@ __device__ __forceinline__ void rmsnorm_block(const RMSNormParams& p, RowSum row
   Out* out = static_cast<Out*>(p.out) + row * p.out_stride;
   // The last block may have threads without a row, which still take part in the reductions.
   const bool exists = Kernel::kRowsPerBlock == 1 || row < p.num_rows;
-  // eps is never negative: the condition reads the parameters before the wait, not after it.
+  // Always true, as eps >= 0: it makes the compiler load the parameters before griddepcontrol.wait.
   if (exists && p.eps >= 0) prefetch_before_wait(input, weight, kHasResidual ? static_cast<void*>(residual) : out);
   grid_dependency_wait();
   if (exists) fragment.read(fragment.x, input);

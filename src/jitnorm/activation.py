@@ -15,8 +15,8 @@ from jitnorm.core.operators import CPP_TYPES, DTYPES, EXAMPLES, Example, Operato
 from jitnorm.core.targets import target_of
 from jitnorm.core.torch_library import (
     build_while_tracing,
-    count_version,
-    is_traced,
+    increment_versions,
+    needs_dispatcher,
     needs_grad,
     refuse_torch_func,
     register,
@@ -209,7 +209,7 @@ def _activation_slow_path(
     enable_pdl: bool | None,
 ) -> torch.Tensor:
     """Check the arguments, then run the right kernel, which is built and cached if need be."""
-    traced = is_traced(input, out, expert_ids)
+    traced = needs_dispatcher(input, out, expert_ids)
     if traced:
         _check_types(input, out, expert_ids, expert_step, enable_pdl)
         refuse_torch_func(activation.op, input)
@@ -237,8 +237,8 @@ def check(op: str, input: Any, out: Any, expert_ids: Any, expert_step: Any, enab
     checks.rows("input", input, alignment)
     if out is not None:
         checks.rows("out", out, alignment)
-        checks.written_rows("out", out)
-        checks.no_overlap("out", out, "input", input, even_exactly=True)
+        checks.no_row_overlap("out", out)
+        checks.no_overlap("out", out, "input", input, reject_identical=True)
     if expert_ids is None:
         return
     checks.storage("expert_ids", expert_ids)
@@ -264,7 +264,7 @@ def _check_types(input: Any, out: Any, expert_ids: Any, expert_step: Any, enable
 
 
 def _check_metadata(op: str, input: torch.Tensor, out: Any, expert_ids: Any, expert_step: Any) -> None:
-    """Raise for what is wrong with dtypes, shapes and devices, which tensors without storage have as well."""
+    """Raise for what is wrong with dtypes, shapes and devices; works on fake and meta tensors too."""
     checks.dtype("input", input, DTYPES)
     width = _width(op, input)
     if out is not None:
@@ -353,7 +353,7 @@ def _register(activation: Activation) -> None:
         if not activation.try_cached((input.dtype,), *arguments):
             check(activation.op, *arguments)
             activation.run(*arguments)
-        count_version(out)
+        increment_versions(out)
 
     def trace(input: Any, out: Any, expert_ids: Any, expert_step: int) -> None:
         _check_metadata(activation.op, input, out, expert_ids, expert_step)

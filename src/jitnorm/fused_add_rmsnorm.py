@@ -11,8 +11,8 @@ from jitnorm.core import checks, norms
 from jitnorm.core.norms import Norm
 from jitnorm.core.operators import EXAMPLES, Example, Shape
 from jitnorm.core.torch_library import (
-    count_version,
-    is_traced,
+    increment_versions,
+    needs_dispatcher,
     needs_grad,
     refuse_torch_func,
     refuse_unwritable,
@@ -130,7 +130,7 @@ def _fused_add_rmsnorm_slow_path(
     enable_pdl: bool | None,
 ) -> None:
     """Check the arguments, then run the right kernel, which is built and cached if need be."""
-    traced = is_traced(input, residual, weight)
+    traced = needs_dispatcher(input, residual, weight)
     if traced:
         checks.types(eps, enable_pdl, input=input, residual=residual, weight=weight)
         refuse_torch_func(norm.op, input, residual, weight)
@@ -146,9 +146,9 @@ def check(norm: Norm, input: Any, residual: Any, weight: Any, eps: Any, enable_p
     norms.check_input_and_weight(norm, input, weight, eps, enable_pdl)
     norms.check_like_input("residual", residual, input)
     for name, written in (("input", input), ("residual", residual)):
-        checks.written_rows(name, written)
+        checks.no_row_overlap(name, written)
         checks.no_shared_memory(name, written, "weight", weight)
-    checks.no_overlap("residual", residual, "input", input, even_exactly=True)
+    checks.no_overlap("residual", residual, "input", input, reject_identical=True)
 
 
 def _dispatch(
@@ -181,7 +181,7 @@ def _register(norm: Norm) -> None:
         if not norm.try_cached((input.dtype, weight.nbytes), *arguments):
             check(norm, input, residual, weight, eps, enable_pdl)
             norm.run(input, weight, *arguments)
-        count_version(input, residual)
+        increment_versions(input, residual)
 
     def run_functional(
         input: Any, residual: Any, weight: Any, eps: float = 1e-6, enable_pdl: bool | None = None
@@ -192,12 +192,12 @@ def _register(norm: Norm) -> None:
         return normalised, total
 
     def fake(input: Any, residual: Any, weight: Any, eps: float = 1e-6, enable_pdl: bool | None = None) -> None:
-        norms.trace(norm, input, weight, residual=residual)
+        norms.check_and_build(norm, input, weight, residual=residual)
 
     def fake_functional(
         input: Any, residual: Any, weight: Any, eps: float = 1e-6, enable_pdl: bool | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        norms.trace(norm, input, weight, residual=residual)
+        norms.check_and_build(norm, input, weight, residual=residual)
         return torch.empty_like(input), torch.empty_like(residual)
 
     def save(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 
 from jitnorm.core import checks
 from jitnorm.core.eligibility import can_call_operators, can_normalise, has_kernel_layout
-from jitnorm.core.torch_library import is_traced, needs_grad
+from jitnorm.core.torch_library import needs_dispatcher, needs_grad
 from jitnorm.fused_add_rmsnorm import fused_add_rmsnorm, gemma_fused_add_rmsnorm
 from jitnorm.rmsnorm import gemma_rmsnorm, rmsnorm
 
@@ -282,8 +282,8 @@ def _check_residual(x: torch.Tensor, residual: torch.Tensor) -> None:
             f"{list(x.shape)} {x.dtype} on {x.device}, "
             f"got {list(residual.shape)} {residual.dtype} on {residual.device}"
         )
-    if not is_traced(x, residual):
-        checks.no_overlap("residual", residual, "x", x, even_exactly=True)
+    if not needs_dispatcher(x, residual):
+        checks.no_overlap("residual", residual, "x", x, reject_identical=True)
 
 
 def _torch_rms_norm(

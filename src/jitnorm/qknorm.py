@@ -11,8 +11,8 @@ from jitnorm.core.norms import Norm
 from jitnorm.core.operators import DTYPES, EXAMPLES, Example, Shape
 from jitnorm.core.torch_library import (
     build_while_tracing,
-    count_version,
-    is_traced,
+    increment_versions,
+    needs_dispatcher,
     needs_grad,
     refuse_torch_func,
     refuse_unwritable,
@@ -127,7 +127,7 @@ def _qknorm_slow_path(
 ) -> None:
     """Check the arguments, then run the right kernel, which is built and cached if need be."""
     tensors = q, k, q_weight, k_weight
-    traced = is_traced(*tensors)
+    traced = needs_dispatcher(*tensors)
     if traced:
         checks.types(eps, enable_pdl, q=q, k=k, q_weight=q_weight, k_weight=k_weight)
         refuse_torch_func(QKNORM.op, *tensors)
@@ -155,14 +155,14 @@ def check(q: Any, k: Any, q_weight: Any, k_weight: Any, eps: Any, head_dim: Any,
     _check_overlap(q, k)
     for name, value in (("q", q), ("k", k)):
         for weight_name, weight in (("q_weight", q_weight), ("k_weight", k_weight)):
-            if checks.extents_meet(value, weight):
+            if checks.extents_overlap(value, weight):
                 raise ValueError(f"{name} must share no memory with {weight_name}, got a view that overlaps it")
 
 
 def _check_metadata(
     q: torch.Tensor, k: torch.Tensor, q_weight: torch.Tensor, k_weight: torch.Tensor, head_dim: Any
 ) -> None:
-    """Raise for what is wrong with dtypes, shapes and devices, which tensors without storage have as well."""
+    """Raise for what is wrong with dtypes, shapes and devices; works on fake and meta tensors too."""
     for name, value in (("q", q), ("k", k)):
         if value.dim() != 3:
             raise ValueError(f"{name} must have shape [tokens, heads, head_dim], got {list(value.shape)}")
@@ -188,12 +188,12 @@ def _check_heads(name: str, value: torch.Tensor) -> None:
     if value.numel() == 0:
         return
     checks.storage(name, value)
-    checks.written(name, value)
+    checks.no_internal_overlap(name, value)
     checks.aligned(name, value, *(value.stride(dim) for dim in (0, 1) if value.shape[dim] > 1))
 
 
 def _check_overlap(q: torch.Tensor, k: torch.Tensor) -> None:
-    if not checks.extents_meet(q, k):
+    if not checks.extents_overlap(q, k):
         return
     # The tokens of one may lie between those of the other, as in a fused projection.
     step = q.stride(0) * q.element_size()
@@ -237,7 +237,7 @@ def _run(
     if not QKNORM.try_cached((q.dtype, q_weight.nbytes), *arguments):
         check(*arguments)
         QKNORM.run(q, q_weight, *arguments)
-    count_version(q, k)
+    increment_versions(q, k)
 
 
 def _fake(

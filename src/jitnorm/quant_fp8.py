@@ -10,7 +10,13 @@ import torch
 from jitnorm.core import checks
 from jitnorm.core.operators import CPP_TYPES, DTYPES, EXAMPLES, Example, Operator, Shape
 from jitnorm.core.targets import target_of
-from jitnorm.core.torch_library import build_while_tracing, count_version, is_traced, refuse_gradient, register
+from jitnorm.core.torch_library import (
+    build_while_tracing,
+    increment_versions,
+    needs_dispatcher,
+    refuse_gradient,
+    register,
+)
 from jitnorm.jit.spec import KernelSpec, Target
 
 _E4M3 = torch.float8_e4m3fn
@@ -149,7 +155,7 @@ def _per_tensor_slow_path(input: torch.Tensor, output_q: torch.Tensor, output_s:
     """Check the arguments, then run the right kernels, which are built and cached if need be."""
     if not isinstance(is_static, bool):
         raise TypeError(f"is_static must be True or False, got {type(is_static).__name__}")
-    if is_traced(input, output_q, output_s):
+    if needs_dispatcher(input, output_q, output_s):
         _check_metadata(input, output_q, output_s)
         refuse_gradient(PER_TENSOR.op, input)
         operator = PER_TENSOR if is_static else PER_TENSOR_DYNAMIC
@@ -162,7 +168,7 @@ def _per_tensor_slow_path(input: torch.Tensor, output_q: torch.Tensor, output_s:
 
 def _per_token_slow_path(input: torch.Tensor, output_q: torch.Tensor, output_s: torch.Tensor) -> None:
     """Check the arguments, then run the right kernel, which is built and cached if need be."""
-    if is_traced(input, output_q, output_s):
+    if needs_dispatcher(input, output_q, output_s):
         _check_per_token_metadata(input, output_q, output_s)
         refuse_gradient(PER_TOKEN.op, input)
         torch.ops.jitnorm.per_token_quant_fp8(input, output_q, output_s)
@@ -208,13 +214,13 @@ def check_per_token(input: Any, output_q: Any, output_s: Any) -> None:
     checks.supported_device("input", input)
     for name, value in (("input", input), ("output_q", output_q)):
         checks.rows(name, value)
-    checks.written_rows("output_q", output_q)
+    checks.no_row_overlap("output_q", output_q)
     checks.elements("output_s", output_s, input.numel() // input.shape[-1], "one for each row of input")
     _check_overlap(input, output_q, output_s, writes_s=True)
 
 
 def _check_metadata(input: Any, output_q: Any, output_s: Any) -> None:
-    """Raise for what is wrong with types, dtypes, shapes and devices, which tensors without storage have as well."""
+    """Raise for what is wrong with types, dtypes, shapes and devices; works on fake and meta tensors too."""
     for name, value in (("input", input), ("output_q", output_q), ("output_s", output_s)):
         checks.tensor(name, value)
     checks.dtype("input", input, DTYPES)
@@ -251,7 +257,7 @@ def _register_per_tensor(is_static: bool) -> None:
         if not _try_cached_per_tensor(input, output_q, output_s, is_static):
             check_per_tensor(input, output_q, output_s, is_static)
             _run_per_tensor(input, output_q, output_s, is_static)
-        count_version(output_q, *([] if is_static else [output_s]))
+        increment_versions(output_q, *([] if is_static else [output_s]))
 
     def fake(input: Any, output_q: Any, output_s: Any) -> None:
         _check_metadata(input, output_q, output_s)
@@ -266,7 +272,7 @@ def _run_per_token(input: Any, output_q: Any, output_s: Any) -> None:
     if not PER_TOKEN.try_cached((input.dtype,), input, output_q, output_s):
         check_per_token(input, output_q, output_s)
         PER_TOKEN.run(input, output_q, output_s)
-    count_version(output_q, output_s)
+    increment_versions(output_q, output_s)
 
 
 def _fake_per_token(input: Any, output_q: Any, output_s: Any) -> None:

@@ -12,8 +12,8 @@ from jitnorm.core.norms import Norm
 from jitnorm.core.operators import EXAMPLES, Example
 from jitnorm.core.targets import resolve_target
 from jitnorm.core.torch_library import (
-    count_version,
-    is_traced,
+    increment_versions,
+    needs_dispatcher,
     needs_grad,
     refuse_torch_func,
     register,
@@ -48,8 +48,8 @@ def rmsnorm(
         weight: `[hidden_size]`, of the input's dtype or float32, on the same device.
         eps: added to the mean of the squares; zero or more.
         out: written; of the input's shape, dtype and device. Pass the input itself for a call in place; any other `out`
-            shares no memory with the input. Allocated if None. A call with `out` has no gradient, whether or not `out`
-            itself requires one: it is treated as data, as under no_grad.
+            shares no memory with the input. Allocated if None. A call with `out` raises RuntimeError if input or
+            weight needs a gradient; requires_grad of `out` itself is ignored.
         enable_pdl: programmatic dependent launch. None turns it on where the GPU supports it (sm_90 and later). On
             other GPUs and on the CPU it has no effect. The bits are the same.
 
@@ -59,7 +59,8 @@ def rmsnorm(
     Raises:
         TypeError: an argument is not a tensor, or has another dtype.
         ValueError: a shape, stride, device, alignment or overlap is not accepted, or eps is invalid.
-        RuntimeError: hidden_size is not supported (nothing is built then), or the kernel cannot be built or launched.
+        RuntimeError: hidden_size is not supported (nothing is built then), the kernel cannot be built or launched, or
+            `out` is given and a gradient is needed.
     """
     if _is_dynamo_compiling():
         return dispatch_rmsnorm(RMSNORM, input, weight, eps, out, enable_pdl)
@@ -127,7 +128,7 @@ def _rmsnorm_slow_path(
     enable_pdl: bool | None,
 ) -> torch.Tensor:
     """Check the arguments, then run the right kernel, which is built and cached if need be."""
-    traced = is_traced(input, weight, out)
+    traced = needs_dispatcher(input, weight, out)
     if traced:
         checks.types(eps, enable_pdl, input=input, weight=weight, **({} if out is None else {"out": out}))
         refuse_torch_func(norm.op, input, weight)
@@ -146,7 +147,7 @@ def check(norm: Norm, input: Any, weight: Any, eps: Any, out: Any, enable_pdl: A
     if out is None:
         return
     norms.check_like_input("out", out, input)
-    checks.written_rows("out", out)
+    checks.no_row_overlap("out", out)
     checks.no_overlap("out", out, "input", input)
     checks.no_shared_memory("out", out, "weight", weight)
 
@@ -185,14 +186,14 @@ def _register(norm: Norm) -> None:
         if not norm.try_cached((input.dtype, weight.nbytes), *arguments):
             check(norm, input, weight, eps, out, enable_pdl)
             norm.run(input, weight, *arguments)
-        count_version(out)
+        increment_versions(out)
 
     def fake(input: Any, weight: Any, eps: float = 1e-6, enable_pdl: bool | None = None) -> torch.Tensor:
-        norms.trace(norm, input, weight)
+        norms.check_and_build(norm, input, weight)
         return norms.new_like(input)
 
     def fake_out(input: Any, weight: Any, out: Any, eps: float = 1e-6, enable_pdl: bool | None = None) -> None:
-        norms.trace(norm, input, weight, out=out)
+        norms.check_and_build(norm, input, weight, out=out)
 
     def save(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
         ctx.save_for_backward(*inputs[:2])

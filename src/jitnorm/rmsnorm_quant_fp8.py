@@ -14,7 +14,13 @@ import torch
 from jitnorm.core import checks, norms
 from jitnorm.core.norms import Norm, new_like
 from jitnorm.core.operators import EXAMPLES, Example, Shape
-from jitnorm.core.torch_library import build_while_tracing, count_version, is_traced, refuse_gradient, register
+from jitnorm.core.torch_library import (
+    build_while_tracing,
+    increment_versions,
+    needs_dispatcher,
+    refuse_gradient,
+    register,
+)
 
 _E4M3 = torch.float8_e4m3fn
 
@@ -193,7 +199,7 @@ def _quant_norm_slow_path(
     if scale is not None and scales is not None:
         raise ValueError("scales must be None where scale is given, which is used for all rows, got both")
     given = scales if scale is None else scale
-    traced = is_traced(input, residual, weight, given, out)
+    traced = needs_dispatcher(input, residual, weight, given, out)
     if traced:
         _check_types(norm, input, residual, weight, out, given, eps, enable_pdl)
     else:
@@ -226,9 +232,9 @@ def check(
     norms.check_input_and_weight(norm, input, weight, eps, enable_pdl)
     if norm.has_residual:
         norms.check_like_input("residual", residual, input)
-        checks.written_rows("residual", residual)
+        checks.no_row_overlap("residual", residual)
         checks.no_shared_memory("residual", residual, "weight", weight)
-        checks.no_overlap("residual", residual, "input", input, even_exactly=True)
+        checks.no_overlap("residual", residual, "input", input, reject_identical=True)
     others = {"input": input, "weight": weight} | ({"residual": residual} if norm.has_residual else {})
     if scale is not None:
         name = norm.scale_name
@@ -241,7 +247,7 @@ def check(
     if out is not None:
         _check_out_metadata(input, out)
         checks.rows("out", out)
-        checks.written_rows("out", out)
+        checks.no_row_overlap("out", out)
         for name, value in others.items():
             checks.no_shared_memory("out", out, name, value)
 
@@ -284,7 +290,7 @@ def _register(norm: QuantNorm) -> None:
         if not norm.try_cached((input.dtype, weight.nbytes), *arguments):
             check(norm, input, residual[0] if has_residual else None, weight, out, scale, eps, enable_pdl)
             norm.run(input, weight, *arguments)
-        count_version(*residual, out, *([scale] if is_dynamic else []))
+        increment_versions(*residual, out, *([scale] if is_dynamic else []))
 
     def fake(*arguments: Any) -> None:
         input, *residual, weight, out, scale = arguments[:-2]

@@ -12,8 +12,8 @@ from jitnorm.core.operators import EXAMPLES, Example, Operator, Shape
 from jitnorm.core.targets import target_of
 from jitnorm.core.torch_library import (
     build_while_tracing,
-    count_version,
-    is_traced,
+    increment_versions,
+    needs_dispatcher,
     refuse_gradient,
     register,
 )
@@ -134,7 +134,7 @@ def store_cache(
 def _store_cache_slow_path(*arguments: Any) -> None:
     """Check the arguments, then run the right kernel, which is built and cached if need be."""
     tensors = arguments[:5]
-    if is_traced(*tensors):
+    if needs_dispatcher(*tensors):
         return _dispatch(*tensors, *_check_types(*arguments))
     check(*arguments)
     refuse_gradient(STORE_CACHE.op, *tensors)
@@ -169,10 +169,10 @@ def check(
     for cache, others in (("k_cache", ("k", "v")), ("v_cache", ("k", "v", "k_cache"))):
         if not rows[cache].numel():
             raise ValueError(f"{cache} must have a slot to write to, got shape {list(named[cache].shape)}")
-        checks.written_rows(cache, rows[cache])
+        checks.no_row_overlap(cache, rows[cache])
         checks.no_shared_memory(cache, rows[cache], "indices", indices)
         for other in others:
-            checks.no_overlap(cache, rows[cache], other, rows[other], even_exactly=True)
+            checks.no_overlap(cache, rows[cache], other, rows[other], reject_identical=True)
 
 
 def _check_types(
@@ -192,7 +192,7 @@ def _check_types(
 
 
 def _check_metadata(named: dict[str, torch.Tensor], indices: torch.Tensor, row_bytes: int, num_split: int) -> None:
-    """Raise for what is wrong with dtypes, shapes and devices, which tensors without storage have as well."""
+    """Raise for what is wrong with dtypes, shapes and devices; works on fake and meta tensors too."""
     k = named["k"]
     for name, value in named.items():
         checks.dtype(name, value, (k.dtype,))
@@ -280,7 +280,7 @@ def _run(
     if check_indices or not STORE_CACHE.try_cached((k.dtype,), *arguments):
         check(*arguments)
         _run_checked(*arguments)
-    count_version(k_cache, v_cache)
+    increment_versions(k_cache, v_cache)
 
 
 def _fake(

@@ -198,7 +198,7 @@ def test_import_loads_no_compiler():
 @pytest.mark.parametrize("can_split", [True, False])
 def test_user_settings_of_attention_are_restored(monkeypatch, can_split):
     """The mode disables cuDNN's attention only if torch has no operator that calls it for one sequence."""
-    monkeypatch.setattr(aten_patches, "can_split_cudnn_attention", lambda: can_split)
+    monkeypatch.setattr(aten_patches, "has_cudnn_attention_forward", lambda: can_split)
     cuda = torch.backends.cuda
     for enabled in (False, True):
         cuda.enable_cudnn_sdp(enabled)

@@ -262,7 +262,7 @@ bool rows_overlap(const Rows& a, const Rows& b, index_t hidden_size) {
 }
 
 // The widest access, 16, 8 or 4 bytes, that divides a row of `row_bytes`, a multiple of 4. Kernels of rows whose width
-// is known at the call alone are built for one of the three.
+// is known only at run time are built for one of the three.
 inline int vector_bytes(index_t row_bytes) { return row_bytes % 16 == 0 ? 16 : row_bytes % 8 == 0 ? 8 : 4; }
 
 }  // namespace jitnorm

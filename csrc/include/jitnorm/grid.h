@@ -1,6 +1,6 @@
-// CUDA grids over rows whose width is known at the call alone. A block covers some columns of some rows, and
+// CUDA grids over rows whose width is known only at run time. A block covers some columns of some rows, and
 // consecutive blocks follow each other along a row, so that no thread divides to find its place. Included by launch.h
-// for the grid of a launch, and by kernels whose width is known at the call alone.
+// for the grid of a launch, and by kernels whose width is known only at run time.
 #pragma once
 #include "jitnorm/dtype.h"
 

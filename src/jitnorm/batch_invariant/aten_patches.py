@@ -15,10 +15,10 @@ from typing import Any
 import torch
 
 from jitnorm.batch_invariant.attention.sdpa import (
-    can_split_cudnn_attention,
-    composed_attention,
     cudnn_attention,
     flash_attention,
+    has_cudnn_attention_forward,
+    math_attention,
 )
 from jitnorm.batch_invariant.inductor import inductor_fallbacks
 from jitnorm.batch_invariant.matmul.products import add_product, batched_product, product
@@ -35,7 +35,7 @@ class AtenPatches:
     def __init__(self, bmm: bool) -> None:
         self.bmm = bmm
         with ExitStack() as stack:
-            if not can_split_cudnn_attention():
+            if not has_cudnn_attention_forward():
                 stack.enter_context(_without_cudnn_attention())
             stack.enter_context(inductor_fallbacks(bmm))
             library = torch.library.Library("aten", "IMPL")
@@ -182,9 +182,9 @@ BMM_PATCHES: dict[str, Callable[..., Any]] = {"bmm": _bmm, "bmm.out": _bmm_out, 
 PATCHES_BY_KEY: dict[str, dict[str, Callable[..., Any]]] = {
     "CUDA": {
         "_scaled_dot_product_flash_attention": flash_attention,
-        **({"_scaled_dot_product_cudnn_attention": cudnn_attention} if can_split_cudnn_attention() else {}),
+        **({"_scaled_dot_product_cudnn_attention": cudnn_attention} if has_cudnn_attention_forward() else {}),
     },
-    "CPU": {"_scaled_dot_product_flash_attention_for_cpu": composed_attention},
+    "CPU": {"_scaled_dot_product_flash_attention_for_cpu": math_attention},
     # torch defines these by other operators, for every device; autograd differentiates the operators that they call.
     "CompositeImplicitAutograd": {"rms_norm": rms_norm, "linear": _linear},
 }

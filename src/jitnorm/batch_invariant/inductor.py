@@ -34,7 +34,7 @@ def inductor_fallbacks(bmm: bool) -> Iterator[None]:
         (lowering.lowerings, {op: lowering.fallback_handler(op, add_to_fallback_set=False) for op in operators}),
     )
     # The keys of caches on disk do not contain the mode. Patterns pad products by the shape of the batch, and replace
-    # composed attention by flash attention.
+    # math attention by flash attention.
     settings = {"force_disable_caches": True, "pattern_matcher": False}
     entries_before = [{op: table[op] for op in entries if op in table} for table, entries in tables]
     settings_before = {name: getattr(config, name) for name in settings}

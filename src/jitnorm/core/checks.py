@@ -152,14 +152,14 @@ def row_stride(value: torch.Tensor) -> int | None:
     return stride
 
 
-def written_rows(name: str, value: torch.Tensor) -> None:
+def no_row_overlap(name: str, value: torch.Tensor) -> None:
     """Raise if rows of `value`, which is written, overlap."""
     hidden_size, stride = value.shape[-1], row_stride(value) or 0
     if value.numel() > hidden_size and stride < hidden_size:
         raise ValueError(f"{name} must not overlap itself, got a row stride of {stride} for {hidden_size} elements")
 
 
-def written(name: str, value: torch.Tensor) -> None:
+def no_internal_overlap(name: str, value: torch.Tensor) -> None:
     """Raise if `value`, which is written and has any strides, overlaps itself."""
     taken = 1
     for stride, size in sorted(zip(value.stride(), value.shape, strict=True)):
@@ -170,8 +170,10 @@ def written(name: str, value: torch.Tensor) -> None:
             taken += (size - 1) * stride
 
 
-def no_overlap(name: str, value: torch.Tensor, like_name: str, like: torch.Tensor, even_exactly: bool = False) -> None:
-    """Raise if two tensors of rows share memory; unless `even_exactly`, they may be the same rows.
+def no_overlap(
+    name: str, value: torch.Tensor, like_name: str, like: torch.Tensor, reject_identical: bool = False
+) -> None:
+    """Raise if two tensors of rows share memory; unless `reject_identical`, they may be the same rows.
 
     If their strides differ, or one has no single row stride, extents that intersect count as sharing.
     """
@@ -180,23 +182,23 @@ def no_overlap(name: str, value: torch.Tensor, like_name: str, like: torch.Tenso
     stride, like_stride = _bytes(value, row_stride(value)), _bytes(like, row_stride(like))
     row, like_row = _bytes(value, value.shape[-1]), _bytes(like, like.shape[-1])
     offset = value.data_ptr() - like.data_ptr()
-    if not even_exactly and offset == 0 and (stride == like_stride or value.nbytes == row):
+    if not reject_identical and offset == 0 and (stride == like_stride or value.nbytes == row):
         return
     if offset >= extent(like) or -offset >= extent(value):
         return
     if stride and stride == like_stride and like_row <= offset % stride <= stride - row:
         return
-    itself = "" if even_exactly else f"be {like_name} itself or "
+    itself = "" if reject_identical else f"be {like_name} itself or "
     raise ValueError(f"{name} must {itself}share no memory with {like_name}, got a view that overlaps it")
 
 
 def no_shared_memory(name: str, value: torch.Tensor, like_name: str, like: torch.Tensor) -> None:
     """Raise if the extents of two tensors intersect, even where one's elements lie between the rows of the other."""
-    if extents_meet(value, like):
+    if extents_overlap(value, like):
         raise ValueError(f"{name} must share no memory with {like_name}, got a view that overlaps it")
 
 
-def extents_meet(a: torch.Tensor, b: torch.Tensor) -> bool:
+def extents_overlap(a: torch.Tensor, b: torch.Tensor) -> bool:
     """Return whether the memory from the first to the last element of `a` intersects that of `b`."""
     start, other = a.data_ptr(), b.data_ptr()
     return a.numel() > 0 and b.numel() > 0 and start < other + extent(b) and other < start + extent(a)

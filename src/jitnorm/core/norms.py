@@ -73,7 +73,7 @@ class Norm(Operator):
         )
 
     def run(self, input: torch.Tensor, weight: torch.Tensor, *arguments: Any) -> None:
-        """Run the kernel that serves `input` and `weight` on `arguments`, which have been checked."""
+        """Run the kernel for the sizes of `input` and `weight` on all `arguments` of the bindings, already checked."""
         key = input.shape[-1], input.dtype, weight.dtype, target_of(input)
         self.call((input.dtype, weight.nbytes), key, *arguments)
 
@@ -88,7 +88,7 @@ def new_like(input: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Ten
 
 
 def check_metadata(norm: Norm, input: torch.Tensor, weight: torch.Tensor, **like_input: torch.Tensor) -> None:
-    """Raise for what is wrong with dtypes, shapes and devices, which tensors without storage have as well.
+    """Raise for what is wrong with dtypes, shapes and devices; works on fake and meta tensors too.
 
     `like_input` are the other arguments that have the input's dtype, shape and device, by name.
     """
@@ -127,7 +127,7 @@ def check_like_input(name: str, value: Any, input: torch.Tensor) -> None:
     checks.rows(name, value)
 
 
-def trace(norm: Norm, input: torch.Tensor, weight: torch.Tensor, **like_input: torch.Tensor) -> None:
+def check_and_build(norm: Norm, input: torch.Tensor, weight: torch.Tensor, **like_input: torch.Tensor) -> None:
     """Raise for bad metadata, then build the kernel, so that the compiled graph's first run does not have to."""
     check_metadata(norm, input, weight, **like_input)
     build_while_tracing(norm, input, int(input.shape[-1]), input.dtype, weight.dtype)

@@ -38,8 +38,8 @@ class Operator:
 
     # Each operator has tables of its own, but not as fields: dynamo before torch 2.8 tries to understand their keys.
     #
-    # The last kernel used for each `fast_key`, which is what is cheapest to ask of tensors, such as the input's dtype
-    # and then the weight's bytes. Dictionaries of dictionaries, because looking up a tuple takes longer. The kernel may
+    # The last kernel used for each `fast_key`, made of tensor attributes that are cheap to read, such as the input's
+    # dtype and weight.nbytes. Dictionaries of dictionaries, because looking up a tuple takes longer. The kernel may
     # be for another device, or for other tensors with the same key: then it refuses them, and the slow path finds the
     # right one.
     fast_cache: ClassVar[dict[Hashable, Any]]

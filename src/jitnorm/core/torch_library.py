@@ -20,7 +20,7 @@ from jitnorm.jit.load import load
 _library = torch.library.Library("jitnorm", "DEF")
 
 
-def is_traced(*tensors: object) -> bool:
+def needs_dispatcher(*tensors: object) -> bool:
     """Return whether a call on these has to go through torch's dispatcher.
 
     It has to under torch.compile and tracers, while a dispatch mode is active, and for tensors whose storage does not
@@ -45,7 +45,7 @@ def _has_no_values(tensor: torch.Tensor) -> bool:
 def mark_constant(function: Any) -> None:
     """Let torch.compile treat the result of `function` as a constant of the graph.
 
-    As torch.compiler.assume_constant_result, which imports torch._dynamo, and that takes a second.
+    Unlike torch.compiler.assume_constant_result, this does not import torch._dynamo, which takes a second.
     """
     function._dynamo_marked_constant = True
 
@@ -104,7 +104,7 @@ def _reason_not_to_write(tensor: torch.Tensor, has_gradient: bool) -> str | None
     return None
 
 
-def count_version(*written: torch.Tensor) -> None:
+def increment_versions(*written: torch.Tensor) -> None:
     """Increment the versions of tensors that were written, so that autograd notices if a backward has saved one."""
     for tensor in written:
         if not tensor.is_inference():
@@ -134,7 +134,7 @@ def register(schema: str, implementation: Any, fake: Any) -> str:
     name = schema.partition("(")[0]
 
     def run(*arguments: Any, **keywords: Any) -> Any:
-        if torch.autograd.forward_ad._current_level >= 0:  # tangents would be lost, and not be missed
+        if torch.autograd.forward_ad._current_level >= 0:  # forward-mode tangents would be dropped silently
             raise RuntimeError(f"{name} has no forward-mode derivative")
         return implementation(*arguments, **keywords)
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from jitnorm.core import checks
-from jitnorm.core.torch_library import is_traced
+from jitnorm.core.torch_library import needs_dispatcher
 
 # The operators, and the ranks that both of FlashInfer's implementations support (its CUDA one is the stricter).
 RANKS = {
@@ -82,7 +82,7 @@ def unsupported_reason(op: str, input: torch.Tensor, weight: torch.Tensor, other
         input.requires_grad or weight.requires_grad or (other is not None and other.requires_grad)
     ):
         return "the call needs a gradient, and FlashInfer has none"
-    if is_traced(input, weight, other):
+    if needs_dispatcher(input, weight, other):
         return "the tensors are traced, and FlashInfer requires tensors with storage"
     if input.get_device() != torch.cuda.current_device():  # its CuTe kernels are compiled for that one
         return "FlashInfer requires inputs on the current CUDA device"
@@ -108,7 +108,7 @@ def unsupported_reason(op: str, input: torch.Tensor, weight: torch.Tensor, other
     if not _has_aligned_rows(other, hidden_size):
         return f"FlashInfer requires {other_name(op)} to have rows of adjacent, aligned elements that do not overlap"
     in_place = "fused" not in op and other.data_ptr() == input.data_ptr() and other.stride() == input.stride()
-    if checks.extents_meet(other, weight) or (checks.extents_meet(other, input) and not in_place):
+    if checks.extents_overlap(other, weight) or (checks.extents_overlap(other, input) and not in_place):
         return f"FlashInfer requires {other_name(op)} to share no memory with the other tensors"
     return ""
 

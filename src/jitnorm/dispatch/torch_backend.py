@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from jitnorm.core import checks
 from jitnorm.core.operators import DTYPES
-from jitnorm.core.torch_library import is_traced, needs_grad, refuse_unwritable
+from jitnorm.core.torch_library import needs_dispatcher, needs_grad, refuse_unwritable
 
 
 def rmsnorm(
@@ -61,8 +61,8 @@ def _check_rmsnorm(input: Any, weight: Any, eps: Any, out: Any, enable_pdl: Any)
     _check_input_and_weight(input, weight, eps, enable_pdl)
     if out is not None:
         _check_like_input("out", out, input)
-        if not is_traced(out, weight):
-            checks.written("out", out)
+        if not needs_dispatcher(out, weight):
+            checks.no_internal_overlap("out", out)
             checks.no_overlap("out", out, "input", input)
             checks.no_shared_memory("out", out, "weight", weight)
 
@@ -71,10 +71,10 @@ def _check_fused_add_rmsnorm(input: Any, residual: Any, weight: Any, eps: Any, e
     """Raise for arguments that no backend accepts; any size and any strides are accepted."""
     _check_input_and_weight(input, weight, eps, enable_pdl)
     _check_like_input("residual", residual, input)
-    if not is_traced(input, residual):
-        checks.written("input", input)
-        checks.written("residual", residual)
-        checks.no_overlap("residual", residual, "input", input, even_exactly=True)
+    if not needs_dispatcher(input, residual):
+        checks.no_internal_overlap("input", input)
+        checks.no_internal_overlap("residual", residual)
+        checks.no_overlap("residual", residual, "input", input, reject_identical=True)
 
 
 def _check_input_and_weight(input: Any, weight: Any, eps: Any, enable_pdl: Any) -> None:

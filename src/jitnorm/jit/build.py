@@ -119,7 +119,7 @@ def _build(spec: KernelSpec, cache: Cache, tools: Toolchain, announce: bool) -> 
                     raise BuildError(f"jitnorm cannot build {spec}: the compiler {tools.cxx.path} {error}") from None
                 continue  # a full disk or a killed linker may have caused it: try once more
             if spec.sources_changed:
-                raise RuntimeError("jitnorm's sources changed after this process read them: start it anew")
+                raise RuntimeError("jitnorm's sources changed after this process read them: restart the process")
             for name in (".ninja_log", ".ninja_deps", _LOG, "host.o", "kernel.cubin", "library.so"):
                 staging.remove(name)
             write_entry(staging, content, manifest(spec, tools, time.monotonic() - started))

@@ -247,7 +247,7 @@ class Cache:
             return  # another process was first, and logged it
         except (UntrustedPath, OSError) as error:
             problem = getattr(error, "strerror", None) or error
-            warn_once(f"{path} is not used: {reason}. It cannot be moved out of the way: {problem}")
+            warn_once(f"{path} is not used: {reason}. It cannot be moved to quarantine: {problem}")
 
     def quarantine_failed_build(self, staging: Folder, spec: KernelSpec) -> Path | None:
         """Move the folder of a failed build to quarantine, for its log. Return its new path, or None on failure."""

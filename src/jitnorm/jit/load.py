@@ -66,7 +66,7 @@ def _load(spec: KernelSpec) -> tvm_ffi.Module:
             cache = Cache(entry.root, entry.prebuilt)
             cache.quarantine(entry.path, f"it cannot be loaded: {error}", even_if_valid=True)
             if not entry.prebuilt and entry.path.exists():
-                locations.use_temporary(entry.root, f"{entry.path} cannot be loaded, nor moved out of the way")
+                locations.use_temporary(entry.root, f"{entry.path} cannot be loaded, and cannot be moved to quarantine")
     reason = " and ".join(f"{path}: {why}" for path, why in rejected.items()) or "its entry vanishes from the cache"
     raise RuntimeError(f"jitnorm cannot load {spec}: {reason}")
 

@@ -88,7 +88,8 @@ def use_temporary(root: Path, reason: str) -> Cache:
         folder = Path(tempfile.mkdtemp(prefix="jitnorm-"))
     except OSError as error:
         raise RuntimeError(
-            f"jitnorm cannot keep kernels in {root}: {reason}; nor for this process: {error}. Set JITNORM_CACHE_DIR"
+            f"jitnorm cannot write the cache {root} ({reason}) nor create a temporary folder ({error}): "
+            "set JITNORM_CACHE_DIR"
         ) from None
     logger.warning(
         "cannot keep kernels in %s: %s. This process keeps its own in %s; set JITNORM_CACHE_DIR", root, reason, folder

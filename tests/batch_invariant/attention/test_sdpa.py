@@ -67,7 +67,7 @@ def test_compiled_gradients(device):
 
 
 splits_cudnn = pytest.mark.skipif(
-    not sdpa.can_split_cudnn_attention(), reason="torch cannot call cuDNN's attention for one sequence"
+    not sdpa.has_cudnn_attention_forward(), reason="torch cannot call cuDNN's attention for one sequence"
 )
 CUDNN = pytest.param(SDPBackend.CUDNN_ATTENTION, marks=splits_cudnn)
 

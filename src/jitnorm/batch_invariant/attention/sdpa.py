@@ -105,12 +105,12 @@ def cudnn_attention(
     return out, logsumexp, None, None, *lengths, *rest
 
 
-def can_split_cudnn_attention() -> bool:
+def has_cudnn_attention_forward() -> bool:
     """Return whether this torch has cuDNN's attention as an operator below the one that the mode overrides."""
     return hasattr(_aten, "_cudnn_attention_forward")
 
 
-def composed_attention(
+def math_attention(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,

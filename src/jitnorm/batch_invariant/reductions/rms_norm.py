@@ -14,7 +14,7 @@ from jitnorm.batch_invariant.triton_support import TRITON_DTYPES, device_guard, 
 from jitnorm.core import checks
 from jitnorm.core.norms import is_supported_hidden_size
 from jitnorm.core.operators import DTYPES
-from jitnorm.core.torch_library import is_traced, needs_grad
+from jitnorm.core.torch_library import needs_dispatcher, needs_grad
 from jitnorm.rmsnorm import rmsnorm
 
 _MAX_ONES = 16
@@ -72,7 +72,7 @@ def rms_norm(
     checks.eps(eps)
     if _is_kernel_supported(input, weight):
         return rmsnorm(_aligned_unless_traced(input), _aligned_unless_traced(weight), eps)
-    if input.is_cuda and input.dtype in TRITON_DTYPES and not (is_traced(input) or needs_grad(input, weight)):
+    if input.is_cuda and input.dtype in TRITON_DTYPES and not (needs_dispatcher(input) or needs_grad(input, weight)):
         x = contiguous_aligned(input, 16)
         out = torch.empty_like(input, memory_format=torch.contiguous_format)
         with device_guard(x):
@@ -85,7 +85,7 @@ def rms_norm(
 
 def _aligned_unless_traced(tensor: torch.Tensor) -> torch.Tensor:
     """Return the tensor as the kernels need it. While it is traced it has no address, so it is only contiguous."""
-    if is_traced(tensor) or needs_grad(tensor):
+    if needs_dispatcher(tensor) or needs_grad(tensor):
         return tensor.contiguous()
     return contiguous_aligned(tensor, checks.CUDA_ALIGNMENT)
 
@@ -106,7 +106,7 @@ def _is_kernel_supported(input: torch.Tensor, weight: torch.Tensor) -> bool:
 
 def _ones_like_row(input: torch.Tensor) -> torch.Tensor:
     """Return a weight of ones for the rows of `input`, from a cache of the least recently used ones if possible."""
-    if is_traced(input):
+    if needs_dispatcher(input):
         return input.new_ones(input.shape[-1:])
     stream = None
     if input.is_cuda:
