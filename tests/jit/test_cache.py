@@ -185,7 +185,8 @@ def test_nowhere_to_keep_a_kernel(cache_dir, monkeypatch):
 
     monkeypatch.setattr(locations.tempfile, "mkdtemp", fail)
     cache_dir.write_text("")
-    with pytest.raises(RuntimeError, match=r"is not a folder; nor for this process: .*No usable temporary directory"):
+    words = r"is not a folder\) nor create a temporary folder \(.*No usable temporary directory"
+    with pytest.raises(RuntimeError, match=words):
         build(SPEC)
 
 
