@@ -6,6 +6,8 @@ import json
 import subprocess
 import sys
 
+from jitnorm.core.operators import OPERATORS
+
 # In one process: a module that one command imports fails the check for those that follow.
 _LIGHT_COMMANDS = """
 import sys
@@ -38,3 +40,11 @@ def test_importing_the_package_imports_no_command_line(cache_dir):
     done = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True)
     assert done.returncode == 0, done
     assert not {"click", "tqdm", "tabulate", "jitnorm.cli"} & {*json.loads(done.stdout)}
+
+
+def test_commands_know_every_operator():
+    """The command does not import the operators with the package, so its registry might be incomplete."""
+    script = "import _jitnorm_command, jitnorm.{}; from jitnorm.core.operators import OPERATORS; print(*OPERATORS)"
+    for module in ("warmup", "batch_invariant.verify"):
+        done = subprocess.run([sys.executable, "-c", script.format(module)], capture_output=True, text=True)
+        assert {*done.stdout.split()} == {*OPERATORS}, done.stderr

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, TypeVar
 
 import torch
 
+from jitnorm import _operators  # noqa: F401
 from jitnorm.core.checks import DTYPE_NAMES
 from jitnorm.core.operators import OPERATORS
 from jitnorm.core.targets import resolve_target

@@ -14,13 +14,7 @@ from typing import Any, TypeAlias
 import torch
 import torch.nn.functional as F
 
-# The modules of the operators fill the registry. The command does not import them with the package.
-from jitnorm import activation as _activation_module  # noqa: F401
-from jitnorm import fused_add_rmsnorm as _fused_add_rmsnorm_module  # noqa: F401
-from jitnorm import qknorm as _qknorm_module  # noqa: F401
-from jitnorm import quant_fp8 as _quant_fp8_module  # noqa: F401
-from jitnorm import rmsnorm_quant_fp8 as _rmsnorm_quant_fp8_module  # noqa: F401
-from jitnorm import store_cache as _store_cache_module  # noqa: F401
+from jitnorm import _operators  # noqa: F401
 from jitnorm.batch_invariant.operands import cancelling_operands
 from jitnorm.core.operators import EXAMPLES
 from jitnorm.core.operators import OPERATORS as REGISTRY

@@ -1,0 +1,12 @@
+"""Import the modules of all operators, which fills the registry in `jitnorm.core.operators`.
+
+What reads the whole registry imports this module: the command `jitnorm` does not import the operators with the package.
+"""
+
+import jitnorm.activation
+import jitnorm.fused_add_rmsnorm
+import jitnorm.qknorm
+import jitnorm.quant_fp8
+import jitnorm.rmsnorm
+import jitnorm.rmsnorm_quant_fp8
+import jitnorm.store_cache  # noqa: F401
