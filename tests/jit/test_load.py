@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import shutil
@@ -19,6 +20,7 @@ from helpers import rmsnorm_reference
 
 from jitnorm.jit import load as engine
 from jitnorm.jit.build import build
+from jitnorm.jit.environment import import_tvm_ffi
 from jitnorm.jit.spec import Target
 from jitnorm.rmsnorm import _jit_rmsnorm_module, rmsnorm, rmsnorm_spec
 
@@ -496,3 +498,14 @@ def test_jit_module_is_the_cached_loader(cache_dir):
         _jit_rmsnorm_module(96, torch.float32, device="cpu")
     with pytest.raises(ValueError, match="arch must be a CUDA architecture"):
         _jit_rmsnorm_module(512, torch.float32, device="cuda", arch="hopper")
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_importing_tvm_ffi_leaves_the_garbage_collector_as_it_was(enabled):
+    was_enabled = gc.isenabled()
+    (gc.enable if enabled else gc.disable)()
+    try:
+        import_tvm_ffi.__wrapped__()
+        assert gc.isenabled() == enabled
+    finally:
+        (gc.enable if was_enabled else gc.disable)()

@@ -62,7 +62,7 @@ def _patch(library: torch.library.Library, bmm: bool) -> None:
 
 @contextmanager
 def _without_cudnn_attention() -> Iterator[None]:
-    """Disable cuDNN's attention, so that torch chooses flash, memory-efficient or composed attention instead."""
+    """Disable cuDNN's attention, so that torch chooses flash, memory-efficient or math attention instead."""
     before = torch.backends.cuda.cudnn_sdp_enabled()
     torch.backends.cuda.enable_cudnn_sdp(False)
     try:

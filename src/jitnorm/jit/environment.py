@@ -29,9 +29,9 @@ def installed_versions(names: Iterable[str]) -> dict[str, str]:
 def import_tvm_ffi() -> ModuleType:
     """Import tvm_ffi, which only calls of kernels need, and return it.
 
-    Its thousands of new objects would set off a full garbage collection, which after torch's import takes several times
-    as long as the import itself, in the middle of the first call. So the collector pauses for the import, and then
-    collects the youngest generation alone.
+    Its thousands of new objects would set off a full garbage collection in the middle of the first call, which after
+    torch's import takes longer than the import of tvm_ffi itself. So the collector pauses for the import, and then
+    collects the youngest generation only.
     """
     was_enabled = gc.isenabled()
     gc.disable()
