@@ -1,0 +1,262 @@
+// RMSNorm, rotary embedding and cache store of the heads of q, k and v on CUDA, in one launch. A block takes
+// consecutive heads of the three tensors, so that blocks are full for any numbers of heads. A thread holds pairs of
+// vectors: the two that rotation combines, so that no data moves between threads. Included by generated sources
+// (jitnorm/jit/spec.py).
+#pragma once
+#include "elementwise/qknorm_rope_store.h"
+#include "jitnorm/launch.h"
+#include "jitnorm/rms_row.h"
+#ifdef __CUDACC__
+#include "jitnorm/quantise.h"
+#endif
+
+namespace jitnorm {
+
+constexpr int next_power_of_two(int n) { return n <= 1 ? 1 : 2 * next_power_of_two((n + 1) / 2); }
+
+// The elements of a weight; without a norm there is none, and any type serves.
+template <typename W, typename T>
+struct WeightOrInput {
+  using type = W;
+};
+template <typename T>
+struct WeightOrInput<NoNorm, T> {
+  using type = T;
+};
+
+template <int kHeadDim, int kRotaryDim_, typename T, typename W, typename C, typename Cache, typename QOut,
+          typename Rotation_>
+struct QKNormRopeStoreKernel : DefaultVariantOnly {
+  using input_t = T;
+  using weight_t = W;
+  using cos_sin_t = C;
+  using cache_t = Cache;
+  using q_out_t = QOut;
+  using rotation_t = Rotation_;
+  using params_t = QKNormRopeStoreParams;
+  static constexpr int kHiddenSize = kHeadDim;
+  static constexpr int kRotaryDim = kRotaryDim_;
+  static constexpr bool kHasNorm = sizeof(W) > sizeof(NoNorm);
+  static constexpr unsigned kAlignment = 16;
+  static constexpr float kInverse = 1. / kHeadDim;
+  static constexpr float kInverseResidue = 1. / kHeadDim - kInverse;  // the rounding error of kInverse
+  static constexpr int kElements = 16 / sizeof(T);                    // of a vector
+  static constexpr int kPairs = kHeadDim / (2 * kElements);           // of vectors
+  static constexpr int kRotaryPairs = kRotaryDim / (2 * kElements);
+  static constexpr int kThreadsPerRow = min(32, next_power_of_two(kPairs));
+  static constexpr int kPairsPerThread = (kPairs + kThreadsPerRow - 1) / kThreadsPerRow;
+  static constexpr int kRowsPerBlock = rows_per_block(kHeadDim * sizeof(T));
+  static constexpr int kThreads = kThreadsPerRow * kRowsPerBlock;
+  static constexpr int kMinBlocks = 1;
+  static_assert(kHeadDim % (2 * kElements) == 0 && kRotaryDim % (2 * kElements) == 0, "a head is pairs of vectors");
+
+#ifndef __CUDACC__
+  static Grid grid(const QKNormRopeStoreParams& p) { return grid_of_blocks(p.num_rows, kRowsPerBlock, kThreads); }
+#else
+  template <GridVariant>
+  static __device__ __forceinline__ void run(const QKNormRopeStoreParams& p) {
+    const int lane = threadIdx.x % kThreadsPerRow;
+    const unsigned index = blockIdx.x * kRowsPerBlock + threadIdx.x / kThreadsPerRow;
+    // The last block may have threads without a row, which still take part in the sum.
+    const bool exists = index < unsigned(p.num_rows);
+    const HeadRow row = head_row(p, exists ? index : 0);
+    const T* x = head_address<const T>(p.in[row.kind], row);
+    const WeightElement* weight = static_cast<const WeightElement*>(p.weight[row.kind]);
+    const bool rotates = kRotaryDim != 0 && row.kind != kValue, is_normalised = kHasNorm && weight;
+    prefetch_before_wait(p, row, exists);
+    grid_dependency_wait();
+
+    index_t positions[kSections] = {}, slot = p.skip_index;
+    if (rotates)
+#pragma unroll
+      for (int i = 0; i < kSections; i++)
+        positions[i] = load_index(p.positions, i * p.positions_stride + row.token, p.has_int64_positions);
+    if (row.kind != kQuery && row.token < p.num_stored) slot = load_index(p.slots, row.token, p.has_int64_slots);
+    Vector<T, kElements> from_x[kPairsPerThread][2];
+    Vector<WeightElement, kElements> from_weight[kPairsPerThread][2];
+    for_each_vector(lane, [&](int i, int j, int at) { from_x[i][j] = load<T, kElements>(x + at); });
+    if (is_normalised)
+      for_each_vector(lane,
+                      [&](int i, int j, int at) { from_weight[i][j] = load<WeightElement, kElements>(weight + at); });
+    const float scale = scale_of(p, row);
+    launch_dependents();
+    Angles angles[kPairsPerThread];
+    if (rotates)
+#pragma unroll
+      for (int i = 0; i < kPairsPerThread; i++)
+        if (is_rotary(lane, i)) angles[i].read(p, positions, pair_of(lane, i));
+
+    float rstd = 1;
+    if (kHasNorm) {
+      float sum = 0;
+      for_each_vector(lane, [&](int i, int j, int) {
+        float f[kElements], squares = 0;
+        to_float(from_x[i][j], f);
+#pragma unroll
+        for (int e = 0; e < kElements; e++) squares = fmaf(f[e], f[e], squares);
+        sum += squares;
+      });
+      rstd = rstd_of<T>(mean_plus_eps<QKNormRopeStoreKernel>(warp_sum<kThreadsPerRow>(sum), p.eps));
+    }
+    if (!exists) return;
+    const bool is_stored = slot != p.skip_index;
+    const ScaleDivider divide(scale);
+    QOut* q_out = head_address<QOut>(p.out[kQuery], row);
+    T* k_out = head_address<T>(p.out[kKey], row);
+    Cache* cache = is_stored ? cache_address<Cache>(p, row, static_cast<unsigned>(slot)) : nullptr;
+#pragma unroll
+    for (int i = 0; i < kPairsPerThread; i++) {
+      if (!has(lane, i)) continue;
+      float y[2][kElements];
+#pragma unroll
+      for (int j = 0; j < 2; j++) {
+        to_float(from_x[i][j], y[j]);
+        if (!is_normalised) continue;
+        float w[kElements];
+        to_float(from_weight[i][j], w);
+#pragma unroll
+        for (int e = 0; e < kElements; e++) y[j][e] = y[j][e] * rstd * (w[e] + p.weight_offset);
+        if (p.rounds_each_step) round_to_input(y[j]);
+      }
+      if (rotates && is_rotary(lane, i)) {
+        angles[i].rotate(y);
+        if (p.rounds_each_step) round_to_input(y[0]), round_to_input(y[1]);
+      }
+#pragma unroll
+      for (int j = 0; j < 2; j++) {
+        const int at = offset(lane, i, j);
+        if (row.kind == kQuery) write(q_out + at, y[j], divide);
+        if (row.kind == kKey && kChangesHeads) write(k_out + at, y[j], divide);
+        if (!is_stored) continue;
+        // Values keep their bits, also those of NaNs.
+        if constexpr (kIsCacheLikeInput) {
+          if (row.kind == kValue) store(cache + at, from_x[i][j]);
+          else write(cache + at, y[j], divide);
+        } else {
+          write(cache + at, y[j], divide);
+        }
+      }
+    }
+  }
+
+ private:
+  static constexpr bool kIsCacheLikeInput = sizeof(Cache) == sizeof(T);
+  static constexpr bool kChangesHeads = kHasNorm || kRotaryDim != 0;
+  static constexpr int kSections = rotation_t::kHasSections ? 3 : 1;
+  using WeightElement = typename WeightOrInput<W, T>::type;
+
+  // A thread's i-th pair of vectors, and whether it has one.
+  static __device__ __forceinline__ int pair_of(int lane, int i) { return lane + i * kThreadsPerRow; }
+  static __device__ __forceinline__ bool has(int lane, int i) {
+    return kPairs % kThreadsPerRow == 0 || pair_of(lane, i) < kPairs;
+  }
+  static __device__ __forceinline__ bool is_rotary(int lane, int i) {
+    return kRotaryPairs == kPairs ? has(lane, i) : pair_of(lane, i) < kRotaryPairs;
+  }
+
+  // Where the vectors of a pair lie in the head. Those of the first kRotaryPairs are half the rotary dimensions apart,
+  // those of the others half the dimensions that are not rotated.
+  static __device__ __forceinline__ int offset(int lane, int i, int j) {
+    const int pair = pair_of(lane, i);
+    const bool rotary = kRotaryPairs == kPairs || pair < kRotaryPairs;
+    return (rotary ? pair + j * kRotaryPairs : pair + kRotaryPairs + j * (kPairs - kRotaryPairs)) * kElements;
+  }
+
+  template <typename Function>
+  static __device__ __forceinline__ void for_each_vector(int lane, Function function) {
+#pragma unroll
+    for (int i = 0; i < kPairsPerThread; i++)
+      if (has(lane, i))
+#pragma unroll
+        for (int j = 0; j < 2; j++) function(i, j, offset(lane, i, j));
+  }
+
+  // The cosines and sines for one pair of vectors, of kElements pairs of elements.
+  struct Angles {
+    // With NeoX pairing they are adjacent. Otherwise each vector has its own, as its elements are pairs themselves.
+    static constexpr int kRuns = rotation_t::kIsNeox ? 1 : 2;
+    static constexpr int kRun = kElements / kRuns;
+    float cos[kElements], sin[kElements];
+
+    __device__ __forceinline__ void read(const QKNormRopeStoreParams& p, const index_t (&positions)[kSections],
+                                         int pair) {
+      const C* row = static_cast<const C*>(p.cos_sin) + positions[0] * p.cos_sin_stride;
+#pragma unroll
+      for (int r = 0; r < kRuns; r++) {
+        const int first = (pair + r * kRotaryPairs) * kRun;
+        if constexpr (rotation_t::kHasSections) {
+#pragma unroll
+          for (int e = 0; e < kRun; e++) {
+            const int section = section_of(p, first + e);
+            const index_t position = section == 0 ? positions[0] : section == 1 ? positions[1] : positions[2];
+            const C* angles = static_cast<const C*>(p.cos_sin) + position * p.cos_sin_stride + first + e;
+            cos[r * kRun + e] = to_float(angles[0]);
+            sin[r * kRun + e] = to_float(angles[kRotaryDim / 2]);
+          }
+        } else {
+          const auto c = load<C, kRun>(row + first), s = load<C, kRun>(row + kRotaryDim / 2 + first);
+          float f[kRun], g[kRun];
+          to_float(c, f);
+          to_float(s, g);
+#pragma unroll
+          for (int e = 0; e < kRun; e++) cos[r * kRun + e] = f[e], sin[r * kRun + e] = g[e];
+        }
+      }
+    }
+
+    __device__ __forceinline__ void rotate(float (&y)[2][kElements]) const {
+#pragma unroll
+      for (int e = 0; e < kElements; e++) {
+        float& a = rotation_t::kIsNeox ? y[0][e] : y[e / kRun][e % kRun * 2];
+        float& b = rotation_t::kIsNeox ? y[1][e] : y[e / kRun][e % kRun * 2 + 1];
+        const float rotated = fmaf(a, cos[e], -(b * sin[e]));
+        b = fmaf(b, cos[e], a * sin[e]);
+        a = rotated;
+      }
+    }
+  };
+
+  // Before the wait, the position may be an old one, which an earlier kernel is about to overwrite: it only chooses
+  // which row of the cosines and sines is prefetched, and is loaded again after the wait.
+  static __device__ __forceinline__ void prefetch_before_wait(const QKNormRopeStoreParams& p, HeadRow row,
+                                                              bool exists) {
+#if __CUDA_ARCH__ >= 900
+    if (blockIdx.x >= 32 || threadIdx.x % kThreadsPerRow != 0 || !exists) return;
+    jitnorm::prefetch_before_wait(head_address<const T>(p.in[row.kind], row), p.weight[kQuery], p.weight[kKey]);
+    if (kRotaryDim == 0 || row.head != 0 || row.kind == kValue) return;
+    const index_t position = load_index(p.positions, row.token, p.has_int64_positions);
+    if (position < 0 || position >= p.max_position) return;
+    prefetch<kRotaryDim * sizeof(C)>(static_cast<const C*>(p.cos_sin) + position * p.cos_sin_stride);
+#endif
+  }
+
+  // The quantisation scale of a row; 1 where its output is no float8.
+  static __device__ __forceinline__ float scale_of(const QKNormRopeStoreParams& p, HeadRow row) {
+    if (sizeof(QOut) == sizeof(T) && sizeof(Cache) == sizeof(T)) return 1;
+    const HeadScales scales = p.scales[row.kind];
+    return scales.data ? load(scales.data + row.head * scales.stride) : 1;
+  }
+
+  static __device__ __forceinline__ void round_to_input(float (&f)[kElements]) {
+    Vector<T, kElements> rounded;
+    from_float(f, rounded);
+    to_float(rounded, f);
+  }
+
+  template <typename Out>
+  static __device__ __forceinline__ void write(Out* to, const float (&f)[kElements], const ScaleDivider& divide) {
+    Vector<Out, kElements> y;
+    if constexpr (sizeof(Out) == sizeof(T)) {
+      from_float(f, y);
+    } else {
+      float quotients[kElements];
+#pragma unroll
+      for (int e = 0; e < kElements; e++) quotients[e] = divide(f[e]);
+      from_float(quotients, y);
+    }
+    store(to, y);
+  }
+#endif
+};
+
+}  // namespace jitnorm
