@@ -145,7 +145,7 @@ def _store_cache_slow_path(*arguments: Any) -> None:
 def _run_checked(*arguments: Any) -> None:
     k_cache, indices, skip_index = arguments[2], arguments[4], arguments[7]
     if check_indices:
-        _check_range(indices, k_cache.shape[0], skip_index)
+        checks.index_range("indices", indices, k_cache.shape[0], "the caches have {} slots", skip_index)
     STORE_CACHE.run(*arguments)
 
 
@@ -244,18 +244,6 @@ def _as_rows(name: str, value: torch.Tensor, alignment: int) -> torch.Tensor:
     rows = value.as_strided((value.shape[0], step), (value.stride(0), 1))
     checks.rows(name, rows, alignment)
     return rows
-
-
-def _check_range(indices: torch.Tensor, num_slots: int, skip_index: int | None) -> None:
-    """Raise IndexError for an index out of range. Waits for the GPU, so nothing is checked during a graph capture."""
-    if not indices.numel() or (indices.is_cuda and torch.cuda.is_current_stream_capturing()):
-        return
-    out_of_range = (indices < 0) | (indices >= num_slots)
-    if skip_index is not None:
-        out_of_range &= indices != skip_index
-    if out_of_range.any():
-        position = int(out_of_range.nonzero()[0])
-        raise IndexError(f"indices[{position}] is {int(indices[position])}, and the caches have {num_slots} slots")
 
 
 def _dispatch(*arguments: Any) -> None:
