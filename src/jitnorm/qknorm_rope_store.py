@@ -31,8 +31,7 @@ E4M3 = torch.float8_e4m3fn
 
 check_indices = is_on("JITNORM_CHECK_INDICES")  # read once, as in jitnorm.store_cache
 
-_CPP_TYPES: dict[torch.dtype | None, str] = {None: "NoNorm", E4M3: "e4m3_t"}
-_CPP_TYPES.update(CPP_TYPES)
+_CPP_TYPES: dict[Any, str] = {**CPP_TYPES, E4M3: "e4m3_t", None: "NoNorm"}
 _DTYPE_NAMES = {**checks.DTYPE_NAMES, E4M3: "fp8"}
 
 
@@ -740,8 +739,8 @@ def _fake_out(
 def _arguments_of(
     q: Any, k: Any, v: Any, cos_sin_cache: Any, positions: Any, q_out: Any, k_out: Any, options: dict[str, Any]
 ) -> Arguments:
-    named = dict(q=q, k=k, v=v, cos_sin_cache=cos_sin_cache, positions=positions, q_out=q_out, k_out=k_out)
-    return Arguments(**named, **(_DEFAULTS | options))
+    tensors = {"q": q, "k": k, "v": v, "cos_sin_cache": cos_sin_cache, "positions": positions}
+    return Arguments(**tensors, q_out=q_out, k_out=k_out, **(_DEFAULTS | options))
 
 
 _DEFAULTS: dict[str, Any] = {
