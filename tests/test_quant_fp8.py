@@ -225,7 +225,12 @@ def test_two_streams_compute_scales_at_the_same_time():
 
 
 def test_warm_up_builds_what_a_call_loads(cache_dir):
-    ops = ["per_tensor_quant_fp8", "per_tensor_quant_fp8_maxima", "per_tensor_quant_fp8_dynamic", "per_token_quant_fp8"]
+    ops = [
+        "per_tensor_quant_fp8",
+        "per_tensor_quant_fp8_partial_amax",
+        "per_tensor_quant_fp8_dynamic",
+        "per_token_quant_fp8",
+    ]
     assert len(jitnorm.warmup(ops, dtype="fp32", device="cpu").built) == 4
     x = torch.randn(2, 32)
     per_tensor(x)

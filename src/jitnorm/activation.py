@@ -45,7 +45,7 @@ class Activation(Operator):
         return KernelSpec(
             op=self.op,
             family="activation",
-            entry=self.entry,
+            binding=self.binding,
             name=f"{self.op}_{name}" + ("" if full else f"_by_{vector_bytes}"),
             kernel=f"ActivationKernel<{CPP_TYPES[dtype]}, {self.policy}, {vector_bytes}>",
             target=target,
@@ -86,7 +86,7 @@ def silu_and_mul(
     expert_ids: torch.Tensor | None = None,
     expert_step: int = 1,
 ) -> torch.Tensor:
-    """Compute `out = silu(input[..., :d]) * input[..., d:]`, the product of SwiGLU, in float32 and rounded once.
+    """Compute `out = silu(input[..., :d]) * input[..., d:]`, as in SwiGLU, in float32 and rounded once.
 
     `silu(x) = x / (1 + exp(-x))`, as `torch.nn.functional.silu` (Shazeer, 2020, https://arxiv.org/abs/2002.05202). A
     row's result has the same bits alone and in any batch. One kernel serves every d: the first call of a dtype compiles
@@ -98,12 +98,11 @@ def silu_and_mul(
             it is even. On CUDA rows are aligned to 16 bytes if d is a multiple of 16 bytes, otherwise to 8 or 4, as d
             is.
         out: `[..., d]`, written; of the input's dtype and device, sharing no memory with it. Allocated if None. A call
-            with `out` has no gradient, whether or not `out` itself requires one: it is treated as data, as under
-            no_grad.
+            with `out` raises RuntimeError if the input needs a gradient; requires_grad of `out` itself is ignored.
         enable_pdl: programmatic dependent launch. None turns it on where the GPU supports it. The bits are the same.
         expert_ids: for mixture-of-experts, int32 or int64, `[n]`, contiguous, on the input's device: row i belongs to
-            expert `expert_ids[i // expert_step]`, and rows of expert -1 are not computed. `out` keeps what it has
-            there; if `out` is None, these rows are zero. There may be more elements than rows need.
+            expert `expert_ids[i // expert_step]`, and rows of expert -1 are not computed. A given `out` keeps its
+            values there; if `out` is None, these rows are zero. There may be more elements than rows need.
         expert_step: how many adjacent rows share an element of expert_ids; 1 or more.
 
     Returns:
@@ -125,7 +124,7 @@ def gelu_and_mul(
     expert_ids: torch.Tensor | None = None,
     expert_step: int = 1,
 ) -> torch.Tensor:
-    """Compute `out = gelu(input[..., :d]) * input[..., d:]`, the product of GEGLU, in float32 and rounded once.
+    """Compute `out = gelu(input[..., :d]) * input[..., d:]`, as in GEGLU, in float32 and rounded once.
 
     `gelu(x) = x * (1 + erf(x / sqrt(2))) / 2`, as `torch.nn.functional.gelu` (Hendrycks and Gimpel, 2016,
     https://arxiv.org/abs/1606.08415), computed without the cancellation in `1 + erf` for x far below zero.
@@ -134,7 +133,7 @@ def gelu_and_mul(
         input: `[..., 2 * d]`. It and the arguments below have dtypes, sizes and strides as for `jitnorm.silu_and_mul`.
         out: `[..., d]`, written. Allocated if None.
         enable_pdl: programmatic dependent launch. None turns it on where the GPU supports it.
-        expert_ids: one for every `expert_step` rows. Rows of expert -1 are not computed.
+        expert_ids: one id for every `expert_step` rows. Rows of expert -1 are not computed.
         expert_step: how many adjacent rows share an element of expert_ids; 1 or more.
 
     Returns:
@@ -163,7 +162,7 @@ def gelu_tanh_and_mul(
         input: `[..., 2 * d]`. It and the arguments below have dtypes, sizes and strides as for `jitnorm.silu_and_mul`.
         out: `[..., d]`, written. Allocated if None.
         enable_pdl: programmatic dependent launch. None turns it on where the GPU supports it.
-        expert_ids: one for every `expert_step` rows. Rows of expert -1 are not computed.
+        expert_ids: one id for every `expert_step` rows. Rows of expert -1 are not computed.
         expert_step: how many adjacent rows share an element of expert_ids; 1 or more.
 
     Returns:
@@ -184,7 +183,7 @@ def _gated(
     expert_step: int,
 ) -> torch.Tensor:
     if _is_dynamo_compiling():
-        return _dispatch(activation, input, out, expert_ids, expert_step, enable_pdl)
+        return _call_torch_op(activation, input, out, expert_ids, expert_step, enable_pdl)
     try:
         if (
             input.__class__ is _Tensor
@@ -192,9 +191,9 @@ def _gated(
             and (expert_ids is None or expert_ids.__class__ is _Tensor)
             and (not input.requires_grad or not torch.is_grad_enabled())
         ):
-            to = _new_out(input, expert_ids) if out is None else out
-            if not activation.fast_cache[input.dtype](input, to, expert_ids, expert_step, enable_pdl):
-                return to
+            result = _new_out(input, expert_ids) if out is None else out
+            if not activation.fast_cache[input.dtype](input, result, expert_ids, expert_step, enable_pdl):
+                return result
     except Exception:  # no kernel yet, or arguments without such attributes: the slow path raises for these
         pass
     return _activation_slow_path(activation, input, out, expert_ids, expert_step, enable_pdl)
@@ -216,10 +215,10 @@ def _activation_slow_path(
     else:
         check(activation.op, input, out, expert_ids, expert_step, enable_pdl)
     if traced or needs_grad(input):
-        return _dispatch(activation, input, out, expert_ids, int(expert_step), enable_pdl)
-    to = _new_out(input, expert_ids) if out is None else out
-    activation.run(input, to, expert_ids, expert_step, enable_pdl)
-    return to
+        return _call_torch_op(activation, input, out, expert_ids, int(expert_step), enable_pdl)
+    result = _new_out(input, expert_ids) if out is None else out
+    activation.run(input, result, expert_ids, expert_step, enable_pdl)
+    return result
 
 
 def _new_out(input: torch.Tensor, expert_ids: object) -> torch.Tensor:
@@ -284,7 +283,7 @@ def _width(op: str, input: torch.Tensor) -> int:
     columns = int(input.shape[-1])
     if columns % 2:
         raise ValueError(f"input must have an even last dimension, gates and factors, got shape {list(input.shape)}")
-    if columns:  # without any, no kernel runs
+    if columns:  # for zero columns, no kernel runs
         _check_width(op, columns // 2, input.dtype)
     return columns // 2
 
@@ -297,7 +296,7 @@ def _check_width(op: str, width: int, dtype: torch.dtype) -> None:
         )
 
 
-def _dispatch(
+def _call_torch_op(
     activation: Activation,
     input: torch.Tensor,
     out: torch.Tensor | None,
@@ -326,8 +325,8 @@ def _gelu_backward(grad: torch.Tensor, gate: torch.Tensor, approximate: str) -> 
     return torch.ops.aten.gelu_backward(grad, gate, approximate=approximate)
 
 
-# The activation of a gate in float32 and its backward, by policy. torch.ops.aten is asked only at the call, because the
-# look-up takes time that an import should not.
+# The activation of a gate in float32 and its backward, by policy. torch.ops.aten is looked up only at the call, because
+# the look-up would slow down the import.
 _FORMULAS: dict[str, tuple[Any, Any]] = {
     "SiLU": (F.silu, _silu_backward),
     "GELU": (F.gelu, partial(_gelu_backward, approximate="none")),
@@ -336,7 +335,7 @@ _FORMULAS: dict[str, tuple[Any, Any]] = {
 
 
 def _register(activation: Activation) -> None:
-    """Define the functional form in torch.ops.jitnorm, which has a gradient, and the one that writes into `out`."""
+    """Define two forms in torch.ops.jitnorm: a functional one, which has a gradient, and one that writes into `out`."""
 
     def run(input: Any, expert_ids: Any = None, expert_step: int = 1, enable_pdl: bool | None = None) -> torch.Tensor:
         arguments = expert_ids, expert_step, enable_pdl
@@ -396,7 +395,7 @@ def _gradient(activation: Activation, input: torch.Tensor, grad: torch.Tensor) -
 
 
 def _skipped(input: torch.Tensor, expert_ids: torch.Tensor, expert_step: int) -> torch.Tensor:
-    """Return which rows are of expert -1, [..., 1]."""
+    """Return a mask of the rows of expert -1, [..., 1]."""
     rows = math.prod(input.shape[:-1])
     expert_of_row = expert_ids[torch.arange(rows, device=input.device) // expert_step]
     return (expert_of_row == -1).reshape(*input.shape[:-1], 1)

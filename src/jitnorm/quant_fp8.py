@@ -21,7 +21,7 @@ from jitnorm.jit.spec import KernelSpec, Target
 
 _E4M3 = torch.float8_e4m3fn
 _PARTIAL_AMAX_COUNT = 512  # kMaxPartialAmax in csrc/elementwise/quant_fp8.h
-_HIDDEN_SIZE_MULTIPLE = 16  # which products of such matrices need; kHiddenSizeMultiple in csrc/elementwise/quant_fp8.h
+_HIDDEN_SIZE_MULTIPLE = 16  # required by float8 GEMMs; kHiddenSizeMultiple in csrc/elementwise/quant_fp8.h
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class QuantFp8(Operator):
         return KernelSpec(
             op=self.op,
             family="quant_fp8",
-            entry=self.entry,
+            binding=self.binding,
             name=f"{self.op}_{name}",
             kernel=self.kernel_class.format(CPP_TYPES[dtype]),
             target=target,
@@ -62,9 +62,9 @@ class QuantFp8(Operator):
 _TENSOR, _TOKEN = "per_tensor_quant_fp8", "per_token_quant_fp8"
 PER_TENSOR = QuantFp8(_TENSOR, _TENSOR, "PerTensorQuantFp8Kernel<{}, Pass::kStatic>")
 PER_TENSOR_DYNAMIC = QuantFp8(f"{_TENSOR}_dynamic", _TENSOR, "PerTensorQuantFp8Kernel<{}, Pass::kDynamic>")
-# A dynamic scale takes two passes: this one writes the largest magnitude of each part of the tensor, and the other one
-# takes the largest of these.
-PARTIAL_AMAX = QuantFp8(f"{_TENSOR}_maxima", _TENSOR, "PartialAmaxKernel<{}>", part_of=PER_TENSOR_DYNAMIC)
+# The first of two passes for a dynamic scale. It writes the largest magnitude of each part of the tensor;
+# PER_TENSOR_DYNAMIC takes the largest of these.
+PARTIAL_AMAX = QuantFp8(f"{_TENSOR}_partial_amax", _TENSOR, "PartialAmaxKernel<{}>", part_of=PER_TENSOR_DYNAMIC)
 PER_TOKEN = QuantFp8(_TOKEN, _TOKEN, "PerTokenQuantFp8Kernel<{}>")
 
 _per_token_kernels = PER_TOKEN.fast_cache

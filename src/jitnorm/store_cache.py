@@ -1,4 +1,4 @@
-"""Writing new keys and values into a KV cache: `k_cache[indices] = k` and `v_cache[indices] = v`, in one launch."""
+"""Stores of new keys and values into a KV cache: `k_cache[indices] = k` and `v_cache[indices] = v`, in one launch."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ from jitnorm.jit.spec import KernelSpec, Target
 MAX_ROW_BYTES = 1 << 30  # kMaxRowBytes in csrc/elementwise/store_cache.h
 _NUM_SPLITS = (0, 1, 2, 4)
 
-# Whether indices are checked, for which the CPU waits for the GPU. Read once: reading an environment variable costs as
-# much as a launch.
+# Whether indices are checked, which makes the CPU wait for the GPU. Read once, because reading an environment variable
+# costs as much as a launch.
 check_indices = is_on("JITNORM_CHECK_INDICES")
 
 
@@ -40,7 +40,7 @@ class StoreCache(Operator):
         return KernelSpec(
             op=self.op,
             family="store_cache",
-            entry=self.entry,
+            binding=self.binding,
             name=self.op if full else f"{self.op}_by_{vector_bytes}",
             kernel=f"StoreCacheKernel<{vector_bytes}>",
             target=target,
@@ -59,7 +59,8 @@ class StoreCache(Operator):
     def run(self, *arguments: Any) -> None:
         """Run the kernel that serves `arguments`, which have been checked."""
         if arguments[0].is_complex():
-            # As pairs of numbers. So no kernel is cached for complex dtypes, and every call is checked for conjugates.
+            # As pairs of real numbers. No kernel is cached for a complex dtype, so that every call is checked for
+            # conjugate views.
             arguments = (*map(torch.view_as_real, arguments[:4]), *arguments[4:])
         k, v = arguments[:2]
         self.call((k.dtype,), (_vector_bytes(k, v), target_of(k)), *arguments)
@@ -85,9 +86,9 @@ def store_cache(
 ) -> None:
     """Write row i of k and v into slot `indices[i]` of their caches: `k_cache[indices] = k; v_cache[indices] = v`.
 
-    Bytes are copied unchanged. One kernel serves all dtypes with rows of a multiple of 16 bytes, one those of 8 and one
-    those of 4. Out-of-range indices are undefined behaviour; set `JITNORM_CHECK_INDICES=1` before importing jitnorm to
-    raise IndexError. If two rows have the same index, the slot may hold either row or a mixture of both.
+    Bytes are copied unchanged. One kernel serves rows of any dtype that are a multiple of 16 bytes, one multiples of 8,
+    and one multiples of 4. Out-of-range indices are undefined behaviour; set `JITNORM_CHECK_INDICES=1` before importing
+    jitnorm to raise IndexError. If two rows have the same index, the slot may hold either row or a mixture of both.
 
     Args:
         k: `[num_tokens, ...]`, of any dtype but PyTorch's quantised ones, on the CPU or a CUDA device; contiguous
@@ -99,9 +100,9 @@ def store_cache(
             with which they do not overlap. Shares no memory with any other argument.
         v_cache: `[num_slots, ...]`, written; likewise, for v.
         indices: `[num_tokens]`, int32 or int64, contiguous, on k's device.
-        row_bytes: the bytes in a row of k, or 0, which stands for them. Other values raise ValueError.
-        num_split: how many warps of a block share a row on CUDA: 1, 2 or 4, or 0 to choose by its width. The result is
-            the same.
+        row_bytes: the bytes in a row of k, or 0 for that. Other values raise ValueError.
+        num_split: how many warps of a block share a row on CUDA: 1, 2 or 4, or 0 to choose by the row's width. The
+            result is the same.
         skip_index: rows with this index are not written, for example the padding of a CUDA graph's batch.
 
     Raises:
@@ -114,7 +115,7 @@ def store_cache(
     """
     arguments = k, v, k_cache, v_cache, indices, row_bytes, num_split, skip_index
     if _is_dynamo_compiling():
-        return _dispatch(*arguments)
+        return _call_torch_op(*arguments)
     try:
         if (
             not check_indices
@@ -135,7 +136,7 @@ def _store_cache_slow_path(*arguments: Any) -> None:
     """Check the arguments, then run the right kernel, which is built and cached if need be."""
     tensors = arguments[:5]
     if needs_dispatcher(*tensors):
-        return _dispatch(*tensors, *_check_types(*arguments))
+        return _call_torch_op(*tensors, *_check_types(*arguments))
     check(*arguments)
     refuse_gradient(STORE_CACHE.op, *tensors)
     _run_checked(*arguments)
@@ -258,7 +259,7 @@ def _check_range(indices: torch.Tensor, num_slots: int, skip_index: int | None) 
         raise IndexError(f"indices[{position}] is {int(indices[position])}, and the caches have {num_slots} slots")
 
 
-def _dispatch(*arguments: Any) -> None:
+def _call_torch_op(*arguments: Any) -> None:
     """Call the operator in torch.ops.jitnorm, for tracers."""
     refuse_gradient(STORE_CACHE.op, *arguments[:5])
     *tensors, row_bytes, num_split, skip_index = arguments

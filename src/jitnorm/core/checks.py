@@ -1,7 +1,7 @@
 """Argument checks. A message is one line: the argument's name, what is accepted and what was given.
 
-The bindings in csrc check the same conditions in nanoseconds, and refuse a call without saying why. These functions
-raise for such a call, and for a call that comes before its kernel is built. tests/core/test_checks_agree.py compares
+The bindings in csrc check the same conditions in nanoseconds, and refuse a call without a reason. These functions raise
+for such a call, and for a bad call whose kernel is not built yet. tests/core/test_checks_agree.py compares
 the two.
 """
 
@@ -67,18 +67,18 @@ def vector_bytes(row_bytes: int) -> int:
 
 
 def power(limit: int) -> str:
-    """Return a power of two as messages write it, such as 2^30."""
+    """Return the text of a power of two, such as 2^30."""
     return f"2^{limit.bit_length() - 1}"
 
 
 def enumeration(values: Iterable[object], conjunction: str = "and") -> str:
-    """Return values as messages enumerate them, such as "1, 2 and 4", and dtypes without their module."""
-    *most, last = (str(value).removeprefix("torch.") for value in values)
-    return f"{', '.join(most)} {conjunction} {last}" if most else last
+    """Return values as a message lists them, such as "1, 2 and 4"; dtypes without the prefix `torch.`."""
+    *others, last = (str(value).removeprefix("torch.") for value in values)
+    return f"{', '.join(others)} {conjunction} {last}" if others else last
 
 
 def storage(name: str, value: torch.Tensor) -> None:
-    """Raise if `value` has elements and no memory."""
+    """Raise if `value` has elements and no storage."""
     if value.numel() and value.data_ptr() == 0:
         raise ValueError(f"{name} must have storage, got a tensor without any")
 
@@ -103,17 +103,17 @@ def rows(name: str, value: torch.Tensor, alignment: int = CUDA_ALIGNMENT) -> Non
     if row_stride(value) is None:
         raise ValueError(f"{name} must have leading dimensions that collapse to one row stride, got {layout}")
     storage(name, value)
-    aligned(name, value, row_stride(value) or 0, to=alignment)
+    aligned(name, value, row_stride(value) or 0, alignment=alignment)
 
 
-def aligned(name: str, value: torch.Tensor, *strides: int, to: int = CUDA_ALIGNMENT) -> None:
-    """Raise if `value` is on CUDA and an address of a row is not a multiple of `to` bytes. Strides are in elements."""
+def aligned(name: str, value: torch.Tensor, *strides: int, alignment: int = CUDA_ALIGNMENT) -> None:
+    """Raise if `value` is on CUDA and a row is not aligned to `alignment` bytes. Strides are in elements."""
     if not value.is_cuda:
         return
-    address, steps = value.data_ptr() % to, [stride * value.element_size() for stride in strides]
-    if address or any(step % to for step in steps):
+    address, steps = value.data_ptr() % alignment, [stride * value.element_size() for stride in strides]
+    if address or any(step % alignment for step in steps):
         raise ValueError(
-            f"{name} must be aligned to {to} bytes in every row, got an address of {address} modulo {to} "
+            f"{name} must be aligned to {alignment} bytes in every row, got an address of {address} modulo {alignment} "
             f"and strides of {' and '.join(map(str, steps))} bytes between rows"
         )
 
@@ -161,13 +161,13 @@ def no_row_overlap(name: str, value: torch.Tensor) -> None:
 
 def no_internal_overlap(name: str, value: torch.Tensor) -> None:
     """Raise if `value`, which is written and has any strides, overlaps itself."""
-    taken = 1
+    extent_so_far = 1  # in elements, of the dimensions with smaller strides
     for stride, size in sorted(zip(value.stride(), value.shape, strict=True)):
         if size > 1:
-            if stride < taken:
+            if stride < extent_so_far:
                 layout = f"shape {list(value.shape)} and strides {list(value.stride())}"
                 raise ValueError(f"{name} must not overlap itself, got {layout}")
-            taken += (size - 1) * stride
+            extent_so_far += (size - 1) * stride
 
 
 def no_overlap(
@@ -215,7 +215,7 @@ def extent(value: torch.Tensor) -> int:
 
 
 def eps(value: object) -> None:
-    """Raise unless `value` is a number of zero or more that fits a float and, if an int, 64 bits."""
+    """Raise unless `value` is a number of zero or more, in the range of a float; an int must fit 64 bits."""
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"eps must be a float, got {type(value).__name__}")
     if isinstance(value, int) and value.bit_length() > 63:
@@ -229,7 +229,7 @@ def eps(value: object) -> None:
 
 
 def is_integer(value: object) -> TypeGuard[int]:
-    """Return whether `value` is an integer. NumPy's integers are, and True is not."""
+    """Return whether `value` is an integer of Python or NumPy; a bool is not."""
     return isinstance(value, numbers.Integral) and not isinstance(value, bool)
 
 

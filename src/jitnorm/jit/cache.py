@@ -38,7 +38,7 @@ LOCKS = "locks"
 TOOLCHAINS = "toolchains"
 INVARIANCE = "invariance"
 
-# The cache may be in a folder that holds other things too. Only names of these forms are listed or removed.
+# The folder of the cache may contain other files too. Only names of these forms are listed or removed.
 _KERNEL = r"\w+\.(?:sm|cpu)_\w+"  # rmsnorm_4096_bf16.sm_90a
 _KERNEL_FOLDER = rf"{_KERNEL}\.[0-9a-f]{{16}}"  # and the spec's key
 _TOOLCHAIN = r"[0-9a-f]{12}"
@@ -75,7 +75,7 @@ class Cache:
     prebuilt: bool = False
 
     def open(self, *names: str, create: bool = False) -> Folder:
-        """Open the folder `root/names[0]/...`. What is found in place of a folder is moved to quarantine.
+        """Open the folder `root/names[0]/...`. Anything else in the place of a folder is moved to quarantine.
 
         Args:
             names: Names of the folders below the root.
@@ -117,7 +117,7 @@ class Cache:
                 yield Entry(self.root.joinpath(KERNELS, *names), self.prebuilt)
 
     def kernel_paths(self) -> Iterator[tuple[tuple[str, ...], bool]]:
-        """Yield the names below `kernels` that entries and their parents should have, and whether an entry is there."""
+        """Yield the paths below `kernels` that are named like entries, and whether each is a folder."""
         try:
             folder = open_path(self.root, (KERNELS,), self.prebuilt)
         except (UntrustedPath, OSError):
@@ -171,10 +171,10 @@ class Cache:
         return [self.entry(spec, n) for n in names if n == toolchain or (not toolchain and _is_toolchain(n))]
 
     def publish(self, staging: Folder, spec: KernelSpec, toolchain: str) -> Entry:
-        """Rename a finished build into an entry. If another process was first, return its entry.
+        """Rename a finished build to its entry's path. If another process was first, return its entry.
 
         Raises:
-            CacheNotWritable: A file is in the way that can neither be used nor moved.
+            CacheNotWritable: The path is occupied by something that can neither be used nor moved.
         """
         entry = self.entry(spec, toolchain)
         problem: OSError | UntrustedPath | None = None
@@ -219,8 +219,8 @@ class Cache:
     def quarantine(self, path: Path, reason: str, even_if_valid: bool = False) -> None:
         """Move a damaged file or folder of this cache to quarantine, and log it. The newest 16 are kept.
 
-        If it cannot be moved, that is logged and nothing is raised. An entry that proves to be valid stays: another
-        process has built it meanwhile.
+        If it cannot be moved, that is logged and nothing is raised. An entry that turns out to be valid is kept,
+        because another process has built it meanwhile.
 
         Args:
             path: The file or folder.
@@ -261,7 +261,7 @@ class Cache:
             return None
 
     def _open_quarantine(self) -> Folder:
-        """Open the quarantine. What is found in its place is moved into a new one."""
+        """Open the quarantine. Anything else in its place is moved into a new one."""
         with Folder.root(self.root) as root:
             try:
                 return root.make_folder(QUARANTINE)
@@ -300,7 +300,7 @@ class Cache:
     def build_lock(self, spec: KernelSpec, toolchain: str) -> Iterator[bool]:
         """Try to take the lock of a build, without waiting, and yield whether this process may build.
 
-        It may also where there are no locks: two processes then do the same work.
+        It may also on a file system without locks: two processes then do the same work.
         """
         with ExitStack() as stack:
             locked = True
@@ -315,7 +315,7 @@ class Cache:
                     break
             yield locked
 
-    # Records: small JSON files that are computed again where they are missing
+    # Records: small JSON files that are computed again if they are missing
 
     def read_record(self, part: str, name: str) -> Any:
         """Return the JSON value that `write_record` wrote, or None if there is none that can be trusted and read."""
@@ -345,7 +345,7 @@ def _kernel_folder(spec: KernelSpec) -> str:
 
 
 def host_of_build(name: str) -> str | None:
-    """Return the `host_id` in the name of a folder in `staging`; None for one that is only to be removed."""
+    """Return the `host_id` in the name of a folder in `staging`, or None if it is not a build's."""
     match = OWN_NAMES[STAGING].fullmatch(name)
     return match["host"] if match else None
 
@@ -362,7 +362,7 @@ def host_id() -> str:
 
 
 def _is_valid(quarantine: Folder, name: str, kernel_folder: str) -> bool:
-    """Return whether what was moved to quarantine from `kernel_folder` is a good entry after all."""
+    """Return whether what was moved to quarantine from `kernel_folder` is a valid entry after all."""
     with suppress(BadEntry, OSError, UntrustedPath), quarantine.folder(name) as folder:
         verified_library(folder, kernel_folder)
         return True

@@ -37,7 +37,7 @@ class Compiler:
     """A compiler, its version, and the file that gave this version.
 
     Attributes:
-        path: Its path, links unresolved, as some compilers find their parts beside argv[0].
+        path: Its path, links unresolved, because some compilers find their parts beside argv[0].
         version: The version that it printed.
         size: Size of the file in bytes, links resolved.
         mtime_ns: Modification time of the file, links resolved.
@@ -59,7 +59,7 @@ class Compiler:
         return compiler
 
     def unchanged(self) -> bool:
-        """Return whether the file has the size and time that it had when it was asked."""
+        """Return whether the file still has the size and time that it had when the version was read."""
         try:
             stat = os.stat(self.path)
         except (OSError, ValueError):
@@ -118,7 +118,7 @@ def find_ninja() -> str | None:
 
 
 def _which(name: str) -> str | None:
-    """Return the path of a program on the PATH. If PATH is not set it finds nothing, unlike `shutil.which`."""
+    """Return the path of a program on the PATH. If PATH is not set, return None, unlike `shutil.which`."""
     return shutil.which(name, path=os.environ.get("PATH", ""))
 
 
@@ -150,7 +150,7 @@ def require(device: str, cache: Cache | None) -> Toolchain:
         RuntimeError: A compiler is missing or does not work. The message says where it was searched for, and how to
             install it.
     """
-    # A compiler may be a script, whose file stays the same when the compiler behind it changes.
+    # A stored version is not used: a compiler may be a script, which stays the same when the compiler it calls changes.
     cxx = find_cxx()
     toolchain = _ask(device) if cxx else None
     if toolchain:
@@ -216,12 +216,12 @@ def _output(path: str | None, *arguments: str) -> str:
     return _run(path, *arguments)[0] if path else ""
 
 
-# Why a program did not answer, by its path, arguments, size and time: it costs its time limit only once.
+# Why a program did not answer, by its path, arguments, size and time, so that the time limit is spent only once.
 _unresponsive: dict[tuple[object, ...], str] = {}
 
 
 def _run(path: str, *arguments: str) -> tuple[str, str]:
-    """Return what the program prints if it succeeds, and else an empty string; and why there is no output."""
+    """Return what the program prints, or an empty string if it fails; and the reason for an empty string."""
     command = " ".join(arguments)
     try:
         stat = os.stat(path)
@@ -255,7 +255,7 @@ def _run(path: str, *arguments: str) -> tuple[str, str]:
 
 
 def _read_output(process: subprocess.Popen[bytes]) -> tuple[str, str]:
-    """Return what `process` prints until it ends, and why waiting for that stopped, if it did."""
+    """Return what `process` prints until it ends, or an empty string and the reason why it was not waited for."""
     assert process.stdout
     content = b""
     poll = select.poll()  # unlike select(), it accepts descriptors above 1023
