@@ -4,7 +4,7 @@
     python docs/messages.py --update   # reword entries like the message, remove those without one
 
 A message is the text of an exception, a warning, or a warning in the log, with "…" for each value in it. An entry is a
-row of a table: the message in backticks, and its cure.
+row of a table: the message in backticks, and its fix.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ _LOG_METHODS = ("warning", "error")
 
 
 def entries(page: str) -> dict[str, str]:
-    """Return the cure for each message of the page."""
+    """Return the fix for each message of the page."""
     return dict(rows(page))
 
 
 def rows(page: str) -> list[tuple[str, str]]:
-    """Return the rows of the page: each message and its cure."""
+    """Return the rows of the page: each message and its fix."""
     return _ENTRY.findall(page)
 
 

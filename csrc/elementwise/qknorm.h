@@ -1,5 +1,5 @@
 // RMSNorm of the heads of q and k, in place: the parameter struct of the kernel classes and, for the host compiler, the
-// binding that fills it in. Included by qknorm.cuh and qknorm_cpu.h.
+// bindings function that fills it in. Included by qknorm.cuh and qknorm_cpu.h.
 #pragma once
 #include "jitnorm/dtype.h"
 

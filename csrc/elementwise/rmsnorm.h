@@ -1,5 +1,5 @@
-// The RMSNorm family: the parameter struct of its kernel classes and, for the host compiler, the bindings that fill it
-// in. Included by rmsnorm.cuh and rmsnorm_cpu.h.
+// The RMSNorm family: the parameter struct of its kernel classes and, for the host compiler, the bindings functions
+// that fill it in. Included by rmsnorm.cuh and rmsnorm_cpu.h.
 #pragma once
 #include "jitnorm/dtype.h"
 #include "jitnorm/rms_policy.h"

@@ -228,7 +228,7 @@ def _new_out(input: torch.Tensor, expert_ids: object) -> torch.Tensor:
 
 
 def check(op: str, input: Any, out: Any, expert_ids: Any, expert_step: Any, enable_pdl: Any) -> None:
-    """Raise for what the bindings in csrc/elementwise/activation.h refuse."""
+    """Raise for arguments that the bindings function in csrc/elementwise/activation.h refuses."""
     _check_types(input, out, expert_ids, expert_step, enable_pdl)
     _check_metadata(op, input, out, expert_ids, expert_step)
     checks.supported_device("input", input)

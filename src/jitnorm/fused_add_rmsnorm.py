@@ -142,7 +142,7 @@ def _fused_add_rmsnorm_slow_path(
 
 
 def check(norm: Norm, input: Any, residual: Any, weight: Any, eps: Any, enable_pdl: Any) -> None:
-    """Raise for what the bindings `fused_add_rmsnorm` in csrc/elementwise/rmsnorm.h refuse."""
+    """Raise for arguments that the bindings function `fused_add_rmsnorm` in csrc/elementwise/rmsnorm.h refuses."""
     norms.check_input_and_weight(norm, input, weight, eps, enable_pdl)
     norms.check_like_input("residual", residual, input)
     for name, written in (("input", input), ("residual", residual)):

@@ -140,7 +140,7 @@ def _qknorm_slow_path(
 
 
 def check(q: Any, k: Any, q_weight: Any, k_weight: Any, eps: Any, head_dim: Any, enable_pdl: Any) -> None:
-    """Raise for what the bindings in csrc/elementwise/qknorm.h refuse."""
+    """Raise for arguments that the bindings function in csrc/elementwise/qknorm.h refuses."""
     for name, value in (("q", q), ("k", k), ("q_weight", q_weight), ("k_weight", k_weight)):
         checks.tensor(name, value)
     _check_metadata(q, k, q_weight, k_weight, head_dim)

@@ -199,7 +199,7 @@ def _try_cached_per_tensor(
 
 
 def check_per_tensor(input: Any, output_q: Any, output_s: Any, is_static: Any) -> None:
-    """Raise for what the bindings `per_tensor_quant_fp8` in csrc/elementwise/quant_fp8.h refuse."""
+    """Raise for arguments that the bindings function `per_tensor_quant_fp8` in csrc/elementwise/quant_fp8.h refuses."""
     _check_metadata(input, output_q, output_s)
     checks.supported_device("input", input)
     for name, value in (("input", input), ("output_q", output_q)):
@@ -209,7 +209,7 @@ def check_per_tensor(input: Any, output_q: Any, output_s: Any, is_static: Any) -
 
 
 def check_per_token(input: Any, output_q: Any, output_s: Any) -> None:
-    """Raise for what the bindings `per_token_quant_fp8` in csrc/elementwise/quant_fp8.h refuse."""
+    """Raise for arguments that the bindings function `per_token_quant_fp8` in csrc/elementwise/quant_fp8.h refuses."""
     _check_per_token_metadata(input, output_q, output_s)
     checks.supported_device("input", input)
     for name, value in (("input", input), ("output_q", output_q)):

@@ -142,7 +142,7 @@ def _rmsnorm_slow_path(
 
 
 def check(norm: Norm, input: Any, weight: Any, eps: Any, out: Any, enable_pdl: Any) -> None:
-    """Raise for what the bindings `rmsnorm` in csrc/elementwise/rmsnorm.h refuse."""
+    """Raise for arguments that the bindings function `rmsnorm` in csrc/elementwise/rmsnorm.h refuses."""
     norms.check_input_and_weight(norm, input, weight, eps, enable_pdl)
     if out is None:
         return

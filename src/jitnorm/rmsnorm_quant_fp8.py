@@ -232,7 +232,7 @@ def _outputs(
 def check(
     norm: QuantNorm, input: Any, residual: Any, weight: Any, out: Any, scale: Any, eps: Any, enable_pdl: Any
 ) -> None:
-    """Raise for what the bindings `norm_quant_fp8` in csrc/elementwise/rmsnorm.h refuse."""
+    """Raise for arguments that the bindings function `norm_quant_fp8` in csrc/elementwise/rmsnorm.h refuses."""
     _check_types(norm, input, residual, weight, out, scale, eps, enable_pdl)
     norms.check_input_and_weight(norm, input, weight, eps, enable_pdl)
     if norm.has_residual:

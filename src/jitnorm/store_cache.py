@@ -153,7 +153,7 @@ def _run_checked(*arguments: Any) -> None:
 def check(
     k: Any, v: Any, k_cache: Any, v_cache: Any, indices: Any, row_bytes: Any, num_split: Any, skip_index: Any
 ) -> None:
-    """Raise for what the bindings in csrc/elementwise/store_cache.h refuse."""
+    """Raise for arguments that the bindings function in csrc/elementwise/store_cache.h refuses."""
     named = {"k": k, "v": v, "k_cache": k_cache, "v_cache": v_cache}
     row_bytes, num_split, _ = _check_types(k, v, k_cache, v_cache, indices, row_bytes, num_split, skip_index)
     _check_metadata(named, indices, row_bytes, num_split)

@@ -23,7 +23,7 @@ def test_every_message_has_an_entry(found):
 
 def test_every_entry_is_a_message(found):
     assert not [text for text in KNOWN if text not in found]
-    assert all(cure.strip() for cure in KNOWN.values())
+    assert all(fix.strip() for fix in KNOWN.values())
     assert len(messages.rows(messages.PAGE.read_text())) == len(KNOWN)
 
 
