@@ -73,7 +73,7 @@ class Norm(Operator):
         )
 
     def run(self, input: torch.Tensor, weight: torch.Tensor, *arguments: Any) -> None:
-        """Run the kernel for `input` and `weight` on the arguments of its bindings function, which have been checked."""
+        """Run the kernel for `input` and `weight` on the arguments of its bindings function, already checked."""
         key = input.shape[-1], input.dtype, weight.dtype, target_of(input)
         self.call((input.dtype, weight.nbytes), key, *arguments)
 
