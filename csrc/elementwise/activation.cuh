@@ -1,4 +1,4 @@
-// Gated activations on CUDA. A thread reads 16 bytes of gate and 16 of up, and writes 16. One kernel serves every
+// Gated activations on CUDA. A thread reads 16 bytes of gate and 16 of up, and writes 16. One kernel supports every
 // width: the grid, computed at the call, places threads over the columns of a row. Included by generated sources
 // (jitnorm/jit/spec.py).
 #pragma once

@@ -23,7 +23,7 @@ struct QKNormKernel : RMSNormKernelBase<kHeadDim, T, W, Plain, S> {
     const auto [x, weight] = head_of<T, W>(p, row);
     // The last block may have threads without a row, which still take part in the sum.
     const bool has_row = S::kRowsPerBlock == 1 || row < unsigned(p.num_rows);
-    // Always true, as eps >= 0: it makes the compiler load the parameters before griddepcontrol.wait.
+    // eps >= 0 is always true. The condition makes the compiler load the parameters before griddepcontrol.wait.
     if (has_row && p.eps >= 0) prefetch_before_wait(x, p.q_weight, p.k_weight);
     grid_dependency_wait();
     if (has_row) fragment.read(fragment.x, x);

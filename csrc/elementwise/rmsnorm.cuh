@@ -25,7 +25,7 @@ __device__ __forceinline__ void rmsnorm_block(const RMSNormParams& p, RowSum row
   Out* out = static_cast<Out*>(p.out) + row * p.out_stride;
   // The last block may have threads without a row, which still take part in the reductions.
   const bool has_row = Kernel::kRowsPerBlock == 1 || row < p.num_rows;
-  // Always true, as eps >= 0: it makes the compiler load the parameters before griddepcontrol.wait.
+  // eps >= 0 is always true. The condition makes the compiler load the parameters before griddepcontrol.wait.
   if (has_row && p.eps >= 0) prefetch_before_wait(input, weight, kHasResidual ? static_cast<void*>(residual) : out);
   grid_dependency_wait();
   if (has_row) fragment.read(fragment.x, input);
@@ -33,7 +33,7 @@ __device__ __forceinline__ void rmsnorm_block(const RMSNormParams& p, RowSum row
   fragment.read(fragment.weight, weight);
   const float static_scale = kQuantisation == Quantisation::kStatic ? load(p.scale) : 1;
   if (kVariant != GridVariant::kSmallGrid) launch_dependents();
-  // Not for the last block, of which some rows may not exist.
+  // Not of the last block, which may have fewer rows.
   if (kVariant == GridVariant::kLargeGrid && fragment.lane == 0 && blockIdx.x + Kernel::kBlocksAhead < gridDim.x - 1) {
     constexpr index_t kRowsAhead = index_t(Kernel::kBlocksAhead) * Kernel::kRowsPerBlock;
     prefetch<Kernel::kRowBytes>(input + kRowsAhead * p.input_stride);

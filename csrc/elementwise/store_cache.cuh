@@ -1,6 +1,6 @@
 // Rows scattered into caches on CUDA. The threads of a row load its index and its vectors at the same time, then store
-// the vectors to the slot of that index. One kernel serves every width: the grid, computed at the call, places threads
-// over the columns of a row. Included by generated sources (jitnorm/jit/spec.py).
+// the vectors to the slot of that index. One kernel supports every width: the grid, computed at the call, places
+// threads over the columns of a row. Included by generated sources (jitnorm/jit/spec.py).
 #pragma once
 #include "elementwise/store_cache.h"
 #include "jitnorm/cuda_kernel.h"

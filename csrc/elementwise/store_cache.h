@@ -36,7 +36,7 @@ JITNORM_HOST_DEVICE index_t index_of(const StoreCacheParams& p, index_t row) {
 namespace jitnorm {
 
 constexpr index_t kMaxRowBytes = 1 << 30;                  // 32 bits count the bytes of a row of k and one of v
-constexpr index_t kNoSkipIndex = -0x7fffffffffffffff - 1;  // the smallest index_t, which is no slot
+constexpr index_t kNoSkipIndex = -0x7fffffffffffffff - 1;  // the smallest index_t, which is never a valid slot
 
 inline bool same_dtype(const DLTensor& a, const DLTensor& b) {
   return a.dtype.code == b.dtype.code && a.dtype.bits == b.dtype.bits && a.dtype.lanes == b.dtype.lanes;

@@ -37,7 +37,7 @@ class Activation(Operator):
     needs_size: ClassVar[bool] = False
 
     def spec(self, dtype: torch.dtype, vector_bytes: int, target: Target) -> KernelSpec:
-        """Return what to build for rows of whole accesses of `vector_bytes`. A kernel serves every such width."""
+        """Return what to build for rows of whole accesses of `vector_bytes`. A kernel supports every such width."""
         if dtype not in CPP_TYPES:
             raise TypeError(f"{self.op} takes {checks.enumeration(DTYPES)}, got {dtype}")
         name = checks.DTYPE_NAMES[dtype]
@@ -63,7 +63,7 @@ class Activation(Operator):
         return self.spec(dtype, checks.vector_bytes(size * dtype.itemsize), target)
 
     def run(self, input: torch.Tensor, *arguments: Any) -> None:
-        """Run the kernel that serves `input` on it and on `arguments`, which have been checked."""
+        """Run the kernel that supports `input` on it and on `arguments`, which have been checked."""
         if input.shape[-1] == 0:
             return
         key = input.dtype, checks.vector_bytes(input.shape[-1] // 2 * input.itemsize), target_of(input)
@@ -89,8 +89,8 @@ def silu_and_mul(
     """Compute `out = silu(input[..., :d]) * input[..., d:]`, as in SwiGLU, in float32 and rounded once.
 
     `silu(x) = x / (1 + exp(-x))`, as `torch.nn.functional.silu` (Shazeer, 2020, https://arxiv.org/abs/2002.05202). A
-    row's result has the same bits alone and in any batch. One kernel serves every d: the first call of a dtype compiles
-    it.
+    row's result has the same bits alone and in any batch. One kernel supports every d: the first call of a dtype
+    compiles it.
 
     Args:
         input: `[..., 2 * d]`, float16, bfloat16 or float32, on the CPU or a CUDA device. The last stride is 1 and the
@@ -277,7 +277,7 @@ def _check_metadata(op: str, input: torch.Tensor, out: Any, expert_ids: Any, exp
 
 
 def _width(op: str, input: torch.Tensor) -> int:
-    """Return d of an input [..., 2 * d]. ValueError for an odd dimension, RuntimeError if no kernel serves d."""
+    """Return d of an input [..., 2 * d]. ValueError for an odd dimension, RuntimeError if no kernel supports d."""
     if input.dim() == 0:
         raise ValueError("input must have at least one dimension, got a scalar")
     columns = int(input.shape[-1])

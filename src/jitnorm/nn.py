@@ -270,7 +270,7 @@ def _can_fuse_residual(x: torch.Tensor, residual: torch.Tensor, weight: torch.Te
 
 
 def _has_disjoint_rows(tensor: torch.Tensor) -> bool:
-    """Return whether no two rows share memory, as those of an expanded tensor do."""
+    """Return whether no two rows share memory, unlike the rows of an expanded tensor."""
     return tensor.is_contiguous() or (checks.row_stride(tensor) or 0) >= tensor.shape[-1]
 
 

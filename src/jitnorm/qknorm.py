@@ -30,7 +30,7 @@ class QKNorm(Norm):
     size_name: ClassVar[str | None] = "head_dim"
 
     def kernel_class(self, hidden_size: int) -> str:
-        """Return the class in csrc/elementwise that serves heads of this size. RuntimeError if there is none."""
+        """Return the class in csrc/elementwise that supports heads of this size. RuntimeError if there is none."""
         if hidden_size not in HEAD_DIMS:
             supported = checks.enumeration(HEAD_DIMS)
             raise RuntimeError(f"{self.op} does not support head_dim {hidden_size}: supported are {supported}")

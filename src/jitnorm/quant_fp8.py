@@ -26,7 +26,7 @@ _HIDDEN_SIZE_MULTIPLE = 16  # required by float8 GEMMs; kHiddenSizeMultiple in c
 
 @dataclass(frozen=True)
 class QuantFp8(Operator):
-    """One kernel of the family. It serves tensors of any size."""
+    """One kernel of the family. It supports tensors of any size."""
 
     kernel_class: str  # in csrc/elementwise/quant_fp8.cuh and _cpu.h, with {} for the input's type
 
@@ -51,7 +51,7 @@ class QuantFp8(Operator):
     def warmup_spec(
         self, size: int | None, dtype: torch.dtype, weight_dtype: torch.dtype, target: Target
     ) -> KernelSpec:
-        """Return what to build for a dtype: one kernel serves every size, and there is no weight."""
+        """Return what to build for a dtype: one kernel supports every size, and there is no weight."""
         return self.spec(dtype, target)
 
     def run(self, input: torch.Tensor, *arguments: Any) -> None:
@@ -95,7 +95,7 @@ def per_tensor_quant_fp8(
     Raises:
         TypeError: an argument is not a tensor, or has another dtype.
         ValueError: a shape, stride, device, alignment or overlap is not accepted.
-        RuntimeError: a kernel cannot be built or launched, or a gradient is needed: there is none.
+        RuntimeError: a kernel cannot be built or launched, or a gradient is needed, which this operator does not have.
     """
     if not _is_dynamo_compiling():
         try:

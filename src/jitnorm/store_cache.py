@@ -35,7 +35,7 @@ class StoreCache(Operator):
     needs_size: ClassVar[bool] = False
 
     def spec(self, vector_bytes: int, target: Target) -> KernelSpec:
-        """Return what to build for rows of whole accesses of `vector_bytes`. A kernel serves every such width."""
+        """Return what to build for rows of whole accesses of `vector_bytes`. A kernel supports every such width."""
         full = vector_bytes == checks.CUDA_ALIGNMENT
         return KernelSpec(
             op=self.op,
@@ -57,7 +57,7 @@ class StoreCache(Operator):
         return self.spec(checks.vector_bytes(size * dtype.itemsize), target)
 
     def run(self, *arguments: Any) -> None:
-        """Run the kernel that serves `arguments`, which have been checked."""
+        """Run the kernel that supports `arguments`, which have been checked."""
         if arguments[0].is_complex():
             # As pairs of real numbers. No kernel is cached for a complex dtype, so that every call is checked for
             # conjugate views.
@@ -86,9 +86,10 @@ def store_cache(
 ) -> None:
     """Write row i of k and v into slot `indices[i]` of their caches: `k_cache[indices] = k; v_cache[indices] = v`.
 
-    Bytes are copied unchanged. One kernel serves rows of any dtype that are a multiple of 16 bytes, one multiples of 8,
-    and one multiples of 4. Out-of-range indices are undefined behaviour; set `JITNORM_CHECK_INDICES=1` before importing
-    jitnorm to raise IndexError. If two rows have the same index, the slot may hold either row or a mixture of both.
+    Bytes are copied unchanged. One kernel supports rows of any dtype that are a multiple of 16 bytes, one multiples of
+    8, and one multiples of 4. Out-of-range indices are undefined behaviour; set `JITNORM_CHECK_INDICES=1` before
+    importing jitnorm to raise IndexError. If two rows have the same index, the slot may contain either row or a mixture
+    of both.
 
     Args:
         k: `[num_tokens, ...]`, of any dtype but PyTorch's quantised ones, on the CPU or a CUDA device; contiguous

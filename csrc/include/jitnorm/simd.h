@@ -75,7 +75,7 @@ inline floats from_fp16(halves h) {
 
 inline halves to_fp16(floats f) {
   words u = (words)f, sign = (u >> 16) & 0x8000, magnitude = u & 0x7fffffff;
-  // Below 2^-14, where fp16 is subnormal, the float adder rounds: the last bit of 0.5 is that of a subnormal fp16.
+  // Below 2^-14, where fp16 is subnormal, a float addition rounds: the ulp of 0.5f is the smallest fp16, 2^-24.
   words subnormal = (words)((floats)magnitude + 0.5f) - 0x3f000000;
   words normal = (magnitude - (112 << 23) + 0xfff + ((magnitude >> 13) & 1)) >> 13;  // to nearest even
   words rounded = magnitude < 113u << 23 ? subnormal : normal;
@@ -89,7 +89,7 @@ inline floats magnitude(floats f) { return (floats)((words)f & 0x7fffffff); }
 inline bytes to_e4m3(floats f) {
   floats limit = floats{} + kMaxE4M3, saturated = magnitude(f) < limit ? magnitude(f) : limit;
   words u = (words)saturated, sign = ((words)f >> 24) & 0x80;
-  // Below 2^-6, where e4m3 is subnormal, the float adder rounds: the last bit of 2^14 is that of a subnormal e4m3.
+  // Below 2^-6, where e4m3 is subnormal, a float addition rounds: the ulp of 2^14 is the smallest e4m3, 2^-9.
   words subnormal = (words)(saturated + 0x1p14f) - 0x46800000;
   words normal = (u - (120 << 23) + 0x7ffff + ((u >> 20) & 1)) >> 20;  // to nearest even
   words code = sign | (u < 121u << 23 ? subnormal : normal);
@@ -129,7 +129,7 @@ inline float max(const floats& f) {
   return largest;
 }
 
-// Off by less than 2 ulp. 0, infinity, NaN and subnormal numbers are those of libm's exp.
+// The error is below 2 ulp. Results that are 0, infinity, NaN or subnormal are the same as libm's.
 inline floats exp(floats x) {
   x = x < -104.f ? floats{} - 104.f : x;  // exp(-104) is 0, and exp(89) infinity; a NaN stays a NaN
   x = x > 89.f ? floats{} + 89.f : x;

@@ -127,7 +127,7 @@ __device__ __forceinline__ unsigned pack(const float* f, e4m3_t) {
   for (int i = 0; i < 2; i++) {
     const float magnitude = fminf(fabsf(f[i]), kMaxE4M3);
     const unsigned u = __float_as_uint(magnitude);
-    // Below 2^-6, where e4m3 is subnormal, the float adder rounds: the last bit of 2^14 is that of a subnormal e4m3.
+    // Below 2^-6, where e4m3 is subnormal, a float addition rounds: the ulp of 2^14 is the smallest e4m3, 2^-9.
     const unsigned subnormal = __float_as_uint(magnitude + 16384.f) - 0x46800000u;
     const unsigned normal = (u - (120u << 23) + 0x7ffffu + ((u >> 20) & 1u)) >> 20;
     code[i] =

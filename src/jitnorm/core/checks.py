@@ -199,7 +199,7 @@ def no_shared_memory(name: str, value: torch.Tensor, like_name: str, like: torch
 
 
 def extents_overlap(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Return whether the memory from the first to the last element of `a` intersects that of `b`."""
+    """Return whether the address ranges of two tensors, from first to last element, intersect."""
     start, other = a.data_ptr(), b.data_ptr()
     return a.numel() > 0 and b.numel() > 0 and start < other + extent(b) and other < start + extent(a)
 

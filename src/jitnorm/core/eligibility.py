@@ -74,7 +74,7 @@ def _has_address(tensor: torch.Tensor) -> bool:
 
 
 def _is_fake(tensor: Any) -> bool:
-    """Return whether `tensor` stands for an ordinary one while a graph that may contain our operators is traced."""
+    """Return whether `tensor` represents an ordinary one while a graph that may contain our operators is traced."""
     return isinstance(tensor, (FakeTensor, FunctionalTensor)) and not _requires_torch_operators()
 
 

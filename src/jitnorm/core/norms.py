@@ -23,7 +23,7 @@ def is_supported_hidden_size(hidden_size: int) -> bool:
 
 
 def kernel_class(hidden_size: int, op: str = "rmsnorm") -> str:
-    """Return the class in csrc/elementwise that serves `hidden_size`. RuntimeError if there is none."""
+    """Return the class in csrc/elementwise that supports `hidden_size`. RuntimeError if there is none."""
     if hidden_size in _WARP_HIDDEN_SIZES:
         return "RMSNormWarpKernel"
     if hidden_size in _BLOCK_HIDDEN_SIZES:
@@ -45,7 +45,7 @@ class Norm(Operator):
     has_weight: ClassVar[bool] = True
 
     def kernel_class(self, hidden_size: int) -> str:
-        """Return the class in csrc/elementwise that serves `hidden_size`. RuntimeError if there is none."""
+        """Return the class in csrc/elementwise that supports `hidden_size`. RuntimeError if there is none."""
         return kernel_class(hidden_size, self.op)
 
     def spec(self, hidden_size: int, dtype: torch.dtype, weight_dtype: torch.dtype, target: Target) -> KernelSpec:

@@ -31,7 +31,7 @@ class Operator:
     # The operator whose calls run this kernel too; None for an operator with a public function of its own.
     part_of: Operator | None = field(default=None, kw_only=True)
 
-    # What the size in `warmup_spec` is; None if one kernel serves all sizes.
+    # What the size in `warmup_spec` is; None if one kernel supports all sizes.
     size_name: ClassVar[str | None] = "hidden_size"
     needs_size: ClassVar[bool] = True  # whether a warm-up has to name a size
     has_weight: ClassVar[bool] = False  # whether kernels differ by the weight's dtype

@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-# The dispatch keys of which one is included on a thread while a mode is active: that of TorchDispatchMode (such as
-# make_fx and FakeTensorMode), of make_fx with pre_dispatch=True, and of torch.jit.trace.
+# While a mode is active, one of these dispatch keys is included on its thread: Python for a TorchDispatchMode (such as
+# those of make_fx and FakeTensorMode), PreDispatch for make_fx with pre_dispatch=True, Tracer for torch.jit.trace.
 _KEYS: tuple[Any, ...] = tuple(map(torch._C._dispatch_key_parse, ("Python", "PreDispatch", "Tracer")))
 _IS_KEY_INCLUDED = "_ZN3c104impl28tls_is_dispatch_key_includedENS_11DispatchKeyE"  # bool (uint16_t), in libc10
 

@@ -332,7 +332,7 @@ def first_error(log: str) -> str:
         for line in candidates:
             if pattern.search(line):
                 return line
-    return next(iter(candidates[-1:] or lines[-1:]), "the compiler said nothing")
+    return next(iter(candidates[-1:] or lines[-1:]), "the compiler printed nothing")
 
 
 @contextmanager

@@ -251,7 +251,7 @@ def _run(path: str, *arguments: str) -> tuple[str, str]:
         return "", f"{command}: {reason}"
     if process.returncode:
         return "", f"{command} exited {process.returncode}"
-    return output, f"{command} said nothing"
+    return output, f"{command} printed nothing"
 
 
 def _read_output(process: subprocess.Popen[bytes]) -> tuple[str, str]:
