@@ -70,7 +70,7 @@ def test_invalid_scales(device, scale):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(), (1,), (7,), (4096,), (3, 1367), (5, 7, 129), (2049, 1025)])
 def test_dynamic_scale(device, dtype, shape):
-    """Sizes just below and above a vector, a tile, and the number of partial maxima."""
+    """Sizes just below and above a vector, a tile, and the number of partial amax values."""
     x = (torch.randn(shape) * 3).to(dtype).to(device)
     q, s = per_tensor(x)
     assert s == quotient(x.abs().amax(), torch.tensor(448.0)).float()

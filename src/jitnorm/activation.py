@@ -113,7 +113,7 @@ def silu_and_mul(
         ValueError: a shape, stride, device, alignment or overlap is not accepted, or expert_step is invalid.
         RuntimeError: d is not supported (nothing is built then), or the kernel cannot be built or launched.
     """
-    return _gated(SILU_AND_MUL, input, out, enable_pdl, expert_ids, expert_step)
+    return _gated_activation(SILU_AND_MUL, input, out, enable_pdl, expert_ids, expert_step)
 
 
 def gelu_and_mul(
@@ -142,7 +142,7 @@ def gelu_and_mul(
     Raises:
         TypeError, ValueError, RuntimeError: as `jitnorm.silu_and_mul`.
     """
-    return _gated(GELU_AND_MUL, input, out, enable_pdl, expert_ids, expert_step)
+    return _gated_activation(GELU_AND_MUL, input, out, enable_pdl, expert_ids, expert_step)
 
 
 def gelu_tanh_and_mul(
@@ -171,10 +171,10 @@ def gelu_tanh_and_mul(
     Raises:
         TypeError, ValueError, RuntimeError: as `jitnorm.silu_and_mul`.
     """
-    return _gated(GELU_TANH_AND_MUL, input, out, enable_pdl, expert_ids, expert_step)
+    return _gated_activation(GELU_TANH_AND_MUL, input, out, enable_pdl, expert_ids, expert_step)
 
 
-def _gated(
+def _gated_activation(
     activation: Activation,
     input: torch.Tensor,
     out: torch.Tensor | None,
@@ -292,7 +292,8 @@ def _check_width(op: str, width: int, dtype: torch.dtype) -> None:
     if width * dtype.itemsize % checks.MIN_ACCESS_BYTES or not 1 <= width <= MAX_WIDTH:
         raise RuntimeError(
             f"{op} does not support d = {width} in {str(dtype).removeprefix('torch.')}: "
-            f"supported are multiples of {checks.MIN_ACCESS_BYTES // dtype.itemsize} up to {checks.power(MAX_WIDTH)}"
+            f"supported are multiples of {checks.MIN_ACCESS_BYTES // dtype.itemsize} "
+            f"up to {checks.power_of_two(MAX_WIDTH)}"
         )
 
 

@@ -155,22 +155,22 @@ def check(
     k: Any, v: Any, k_cache: Any, v_cache: Any, indices: Any, row_bytes: Any, num_split: Any, skip_index: Any
 ) -> None:
     """Raise for arguments that the bindings function in csrc/elementwise/store_cache.h refuses."""
-    named = {"k": k, "v": v, "k_cache": k_cache, "v_cache": v_cache}
+    tensors = {"k": k, "v": v, "k_cache": k_cache, "v_cache": v_cache}
     row_bytes, num_split, _ = _check_types(k, v, k_cache, v_cache, indices, row_bytes, num_split, skip_index)
-    _check_metadata(named, indices, row_bytes, num_split)
+    _check_metadata(tensors, indices, row_bytes, num_split)
     checks.supported_device("k", k)
-    for name, value in named.items():
+    for name, value in tensors.items():
         if value.is_conj():
             raise ValueError(f"{name} must not be a conjugate view, whose bytes are not its values: resolve_conj() it")
     alignment = _vector_bytes(k, v)
-    rows = {name: _as_rows(name, value, alignment) for name, value in named.items()}
+    rows = {name: _as_rows(name, value, alignment) for name, value in tensors.items()}
     checks.storage("indices", indices)
     checks.address("indices", indices, indices.element_size())
     if not indices.numel():
         return
     for cache, others in (("k_cache", ("k", "v")), ("v_cache", ("k", "v", "k_cache"))):
         if not rows[cache].numel():
-            raise ValueError(f"{cache} must have a slot to write to, got shape {list(named[cache].shape)}")
+            raise ValueError(f"{cache} must have a slot to write to, got shape {list(tensors[cache].shape)}")
         checks.no_row_overlap(cache, rows[cache])
         checks.no_shared_memory(cache, rows[cache], "indices", indices)
         for other in others:
@@ -193,23 +193,23 @@ def _check_types(
     )
 
 
-def _check_metadata(named: dict[str, torch.Tensor], indices: torch.Tensor, row_bytes: int, num_split: int) -> None:
+def _check_metadata(tensors: dict[str, torch.Tensor], indices: torch.Tensor, row_bytes: int, num_split: int) -> None:
     """Raise for what is wrong with dtypes, shapes and devices; works on fake and meta tensors too."""
-    k = named["k"]
-    for name, value in named.items():
+    k = tensors["k"]
+    for name, value in tensors.items():
         checks.dtype(name, value, (k.dtype,))
         checks.device(name, value, "k", k)
         if value.dim() < 2:
             raise ValueError(f"{name} must have two dimensions or more, got shape {list(value.shape)}")
     checks.indices("indices", indices, "k", k)
     for name in ("k", "v"):
-        if named[name].shape[0] != indices.shape[0]:
-            raise ValueError(f"{name} must have {indices.shape[0]} rows like indices, got {named[name].shape[0]}")
-        row, cache_row = _row_bytes(named[name]), _row_bytes(named[f"{name}_cache"])
+        if tensors[name].shape[0] != indices.shape[0]:
+            raise ValueError(f"{name} must have {indices.shape[0]} rows like indices, got {tensors[name].shape[0]}")
+        row, cache_row = _row_bytes(tensors[name]), _row_bytes(tensors[f"{name}_cache"])
         _check_row(name, row)
         if row != cache_row:
             raise ValueError(f"{name}_cache must have rows of {row} bytes like {name}, got {cache_row}")
-    slots, v_slots = named["k_cache"].shape[0], named["v_cache"].shape[0]
+    slots, v_slots = tensors["k_cache"].shape[0], tensors["v_cache"].shape[0]
     if slots != v_slots:
         raise ValueError(f"v_cache must have {slots} slots like k_cache, got {v_slots}")
     if row_bytes not in (0, _row_bytes(k)):
@@ -222,7 +222,7 @@ def _check_row(name: str, row_bytes: int) -> None:
     if row_bytes % checks.MIN_ACCESS_BYTES or not 0 < row_bytes <= MAX_ROW_BYTES:
         raise RuntimeError(
             f"store_cache does not support rows of {row_bytes} bytes, as of {name}: "
-            f"supported are multiples of {checks.MIN_ACCESS_BYTES} up to {checks.power(MAX_ROW_BYTES)}"
+            f"supported are multiples of {checks.MIN_ACCESS_BYTES} up to {checks.power_of_two(MAX_ROW_BYTES)}"
         )
 
 
@@ -296,8 +296,8 @@ def _fake(
     num_split: int = 0,
     skip_index: int | None = None,
 ) -> None:
-    named = {"k": k, "v": v, "k_cache": k_cache, "v_cache": v_cache}
-    _check_metadata(named, indices, row_bytes, num_split)
+    tensors = {"k": k, "v": v, "k_cache": k_cache, "v_cache": v_cache}
+    _check_metadata(tensors, indices, row_bytes, num_split)
     build_while_tracing(STORE_CACHE, k, _vector_bytes(k, v))
 
 

@@ -66,7 +66,7 @@ def vector_bytes(row_bytes: int) -> int:
     return next(n for n in (CUDA_ALIGNMENT, 8, MIN_ACCESS_BYTES) if row_bytes % n == 0)
 
 
-def power(limit: int) -> str:
+def power_of_two(limit: int) -> str:
     """Return the text of a power of two, such as 2^30."""
     return f"2^{limit.bit_length() - 1}"
 
@@ -171,37 +171,37 @@ def no_internal_overlap(name: str, value: torch.Tensor) -> None:
 
 
 def no_overlap(
-    name: str, value: torch.Tensor, like_name: str, like: torch.Tensor, reject_identical: bool = False
+    name: str, value: torch.Tensor, other_name: str, other: torch.Tensor, reject_identical: bool = False
 ) -> None:
     """Raise if two tensors of rows share memory; unless `reject_identical`, they may be the same rows.
 
     If their strides differ, or one has no single row stride, extents that intersect count as sharing.
     """
-    if not value.numel() or not like.numel():
+    if not value.numel() or not other.numel():
         return
-    stride, like_stride = _bytes(value, row_stride(value)), _bytes(like, row_stride(like))
-    row, like_row = _bytes(value, value.shape[-1]), _bytes(like, like.shape[-1])
-    offset = value.data_ptr() - like.data_ptr()
-    if not reject_identical and offset == 0 and (stride == like_stride or value.nbytes == row):
+    stride, other_stride = _bytes(value, row_stride(value)), _bytes(other, row_stride(other))
+    row, other_row = _bytes(value, value.shape[-1]), _bytes(other, other.shape[-1])
+    offset = value.data_ptr() - other.data_ptr()
+    if not reject_identical and offset == 0 and (stride == other_stride or value.nbytes == row):
         return
-    if offset >= extent(like) or -offset >= extent(value):
+    if offset >= extent(other) or -offset >= extent(value):
         return
-    if stride and stride == like_stride and like_row <= offset % stride <= stride - row:
+    if stride and stride == other_stride and other_row <= offset % stride <= stride - row:
         return
-    itself = "" if reject_identical else f"be {like_name} itself or "
-    raise ValueError(f"{name} must {itself}share no memory with {like_name}, got a view that overlaps it")
+    itself = "" if reject_identical else f"be {other_name} itself or "
+    raise ValueError(f"{name} must {itself}share no memory with {other_name}, got a view that overlaps it")
 
 
-def no_shared_memory(name: str, value: torch.Tensor, like_name: str, like: torch.Tensor) -> None:
+def no_shared_memory(name: str, value: torch.Tensor, other_name: str, other: torch.Tensor) -> None:
     """Raise if the extents of two tensors intersect, even where one's elements lie between the rows of the other."""
-    if extents_overlap(value, like):
-        raise ValueError(f"{name} must share no memory with {like_name}, got a view that overlaps it")
+    if extents_overlap(value, other):
+        raise ValueError(f"{name} must share no memory with {other_name}, got a view that overlaps it")
 
 
 def extents_overlap(a: torch.Tensor, b: torch.Tensor) -> bool:
     """Return whether the address ranges of two tensors, from first to last element, intersect."""
-    start, other = a.data_ptr(), b.data_ptr()
-    return a.numel() > 0 and b.numel() > 0 and start < other + extent(b) and other < start + extent(a)
+    a_start, b_start = a.data_ptr(), b.data_ptr()
+    return a.numel() > 0 and b.numel() > 0 and a_start < b_start + extent(b) and b_start < a_start + extent(a)
 
 
 def _bytes(value: torch.Tensor, elements: int | None) -> int:

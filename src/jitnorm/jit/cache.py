@@ -87,10 +87,10 @@ class Cache:
         """
         for last_try in (False, False, True):
             try:
-                folder = Folder.root(self.root, any_owner=self.prebuilt)
+                folder = Folder.open_root(self.root, any_owner=self.prebuilt)
                 for name in names:
                     with folder:
-                        folder = folder.make_folder(name) if create else folder.folder(name)
+                        folder = folder.create_folder(name) if create else folder.open_folder(name)
                 return folder
             except UntrustedPath as error:
                 if last_try or self.prebuilt or error.path == self.root:
@@ -100,7 +100,7 @@ class Cache:
 
     def exists(self) -> bool:
         """Return whether the folder exists, and no other user can write to it."""
-        with suppress(OSError, UntrustedPath), Folder.root(self.root, any_owner=self.prebuilt):
+        with suppress(OSError, UntrustedPath), Folder.open_root(self.root, any_owner=self.prebuilt):
             return True
         return False
 
@@ -126,7 +126,7 @@ class Cache:
             for kernel in filter(_is_kernel_folder, folder.names()):
                 found: list[tuple[tuple[str, ...], bool]]
                 try:
-                    with folder.folder(kernel) as parent:
+                    with folder.open_folder(kernel) as parent:
                         names = filter(_is_toolchain, parent.names())
                         found = [((kernel, name), parent.is_folder(name)) for name in names]
                 except UntrustedPath:
@@ -262,13 +262,13 @@ class Cache:
 
     def _open_quarantine(self) -> Folder:
         """Open the quarantine. Anything else in its place is moved into a new one."""
-        with Folder.root(self.root) as root:
+        with Folder.open_root(self.root) as root:
             try:
-                return root.make_folder(QUARANTINE)
+                return root.create_folder(QUARANTINE)
             except UntrustedPath as error:
                 new_name = f"{QUARANTINE}.{secrets.token_hex(4)}"
                 root.move(QUARANTINE, root, new_name)
-                folder = root.make_folder(QUARANTINE)
+                folder = root.create_folder(QUARANTINE)
                 root.move(new_name, folder, new_name)
                 logger.warning("%s is not used: %s. It is now in %s", error.path, error, folder.path / new_name)
                 return folder
@@ -363,7 +363,7 @@ def host_id() -> str:
 
 def _is_valid(quarantine: Folder, name: str, kernel_folder: str) -> bool:
     """Return whether what was moved to quarantine from `kernel_folder` is a valid entry after all."""
-    with suppress(BadEntry, OSError, UntrustedPath), quarantine.folder(name) as folder:
+    with suppress(BadEntry, OSError, UntrustedPath), quarantine.open_folder(name) as folder:
         verified_library(folder, kernel_folder)
         return True
     return False

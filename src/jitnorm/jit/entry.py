@@ -54,7 +54,7 @@ class Entry:
         return self.path.parents[2]
 
     def open(self) -> Folder:
-        """Open the entry's folder. Raises UntrustedPath or OSError, as `Folder.root`."""
+        """Open the entry's folder. Raises UntrustedPath or OSError, as `Folder.open_root`."""
         return open_path(self.root, self.path.parts[-3:], self.prebuilt)
 
     @property
@@ -168,10 +168,10 @@ def open_path(root: Path, names: tuple[str, ...], any_owner: bool = False) -> Fo
         UntrustedPath: One of the folders is not private.
         OSError: One cannot be opened.
     """
-    folder = Folder.root(root, any_owner=any_owner)
+    folder = Folder.open_root(root, any_owner=any_owner)
     for name in names:
         with folder:
-            folder = folder.folder(name)
+            folder = folder.open_folder(name)
     return folder
 
 

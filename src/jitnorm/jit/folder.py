@@ -64,7 +64,7 @@ class Folder:
         self._any_owner = any_owner
 
     @classmethod
-    def root(cls, path: Path, any_owner: bool = False) -> Folder:
+    def open_root(cls, path: Path, any_owner: bool = False) -> Folder:
         """Open the top folder. Only its path may contain links.
 
         Args:
@@ -77,8 +77,8 @@ class Folder:
         """
         return cls._open(os.fspath(path), None, path, any_owner)
 
-    def folder(self, name: str) -> Folder:
-        """Open the folder `name` in this one. Raises as `root`, and FileNotFoundError if it does not exist."""
+    def open_folder(self, name: str) -> Folder:
+        """Open the folder `name` in this one. Raises as `open_root`, and FileNotFoundError if it does not exist."""
         return self._open(name, self.fd, self.path / name, self._any_owner)
 
     @classmethod
@@ -98,11 +98,11 @@ class Folder:
             raise
         return folder
 
-    def make_folder(self, name: str) -> Folder:
+    def create_folder(self, name: str) -> Folder:
         """Open the folder `name`, and create it for this user alone if it does not exist."""
         with suppress(FileExistsError):
             os.mkdir(name, 0o700, dir_fd=self.fd)
-        return self.folder(name)
+        return self.open_folder(name)
 
     def close(self) -> None:
         """Close the descriptor."""
@@ -190,7 +190,7 @@ class Folder:
             if not self.is_folder(name):
                 os.unlink(name, dir_fd=self.fd)
                 return
-            with self._any_folder(name) as folder:
+            with self._open_any_folder(name) as folder:
                 for inner in folder.names():
                     folder.remove(inner)
             os.rmdir(name, dir_fd=self.fd)
@@ -205,13 +205,13 @@ class Folder:
         if not stat.S_ISDIR(info.st_mode):
             return info.st_size
         total = 0
-        with suppress(OSError), self._any_folder(name) as folder:
+        with suppress(OSError), self._open_any_folder(name) as folder:
             for inner in folder.names():
                 with suppress(OSError):
                     total += folder.size(inner)
         return total
 
-    def _any_folder(self, name: str) -> Folder:
+    def _open_any_folder(self, name: str) -> Folder:
         """Open the folder `name`, even if other users can write to it. Only for removing it and measuring its size."""
         try:
             fd = os.open(name, _OPEN_FOLDER | os.O_NOFOLLOW, dir_fd=self.fd)
@@ -274,7 +274,7 @@ class Folder:
             os.mkdir(name, 0o700, dir_fd=self.fd)
             # Until it is locked it looks abandoned: another process may have removed it, or be removing it.
             try:
-                made = self.folder(name)
+                made = self.open_folder(name)
             except FileNotFoundError:
                 continue
             if lock(made.fd) is not False and self._is_at(name, made.fd):

@@ -140,7 +140,7 @@ def create(root: Path) -> str | None:
             if not folder.is_dir():
                 with suppress(FileExistsError):
                     folder.mkdir(mode=0o700)
-        with Folder.root(root) as opened:
+        with Folder.open_root(root) as opened:
             if not opened.names():  # the tag excludes a folder from backups, so no folder with other files gets it
                 opened.write("CACHEDIR.TAG", _CACHEDIR_TAG)
     except OSError as error:
