@@ -59,8 +59,7 @@ JITNORM_HOST_DEVICE Head<T, W> head_of(const QKNormParams& p, unsigned row) {
 
 namespace jitnorm {
 
-// Of a value from 1 to 2^31.
-inline UnsignedDivisor divisor_of(unsigned value) {
+inline UnsignedDivisor divisor_of(unsigned value) {  // from 1 to 2^31
   unsigned shift = 31;
   while (1ull << (shift - 31) < value) shift++;
   UnsignedDivisor divisor;

@@ -215,7 +215,7 @@ def extent(value: torch.Tensor) -> int:
 
 
 def eps(value: object) -> None:
-    """Raise unless `value` is a number of zero or more, in the range of a float; an int must fit 64 bits."""
+    """Raise unless `value` is a number of zero or more that fits a float and, if an int, 64 bits."""
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"eps must be a float, got {type(value).__name__}")
     if isinstance(value, int) and value.bit_length() > 63:

@@ -125,7 +125,7 @@ class Example(NamedTuple):
     function: Callable[..., Any]
     make_arguments: Callable[[Shape], dict[str, Any]]  # those that the variant needs, by name
     written: tuple[str, ...] = ()  # the arguments that are written in place
-    per_row: tuple[str, ...] = ("input",)  # the arguments with one row for each row of the result
+    per_row: tuple[str, ...] = ("input",)  # the arguments that have one row for each row of the result
     # Makes the optional arguments in which the function returns its results, such as `out`.
     make_outputs: Callable[[Shape], dict[str, torch.Tensor]] | None = None
 
