@@ -160,11 +160,14 @@ def _registered_case(name: str, shape: Shape, dtype: torch.dtype, device: torch.
 
     def call(x: torch.Tensor) -> torch.Tensor:
         count, is_contiguous = x.shape[0], x.is_contiguous()
-        if writes_rows:
-            x = x.clone() if is_contiguous else x.new_empty_strided(x.shape, x.stride()).copy_(x)
+        if writes_rows and not is_contiguous:
+            x = x.new_empty_strided(x.shape, x.stride()).copy_(x)
         own = dict(arguments)
         for arg, columns in zip(per_row, x.split(widths, 1), strict=True):
             rows = _rows_like(arguments[arg], columns)
+            if is_contiguous and arg in example.written:
+                # Each is a copy of its own: if an operator writes to two views of one tensor, Inductor may be wrong.
+                rows = rows.clone(memory_format=torch.contiguous_format)
             own[arg] = rows.contiguous() if is_contiguous or arg in example.contiguous else rows
         for arg in caches:
             own[arg] = x.new_zeros(2 * count, *arguments[arg].shape[1:], dtype=arguments[arg].dtype)
