@@ -263,4 +263,4 @@ def _arguments(shape: Shape) -> dict[str, Any]:
     return heads | {"q_weight": shape.randn(shape.size), "k_weight": shape.randn(shape.size)}
 
 
-EXAMPLES[QKNORM.op] = Example(fused_inplace_qknorm, _arguments, written=("q", "k"), per_row=("q", "k"))
+EXAMPLES[QKNORM.op] = Example(fused_inplace_qknorm, _arguments, written=("q", "k"), per_row=("q", "k"), sizes=(64, 128))

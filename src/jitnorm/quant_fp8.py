@@ -294,6 +294,7 @@ EXAMPLES[PER_TENSOR.op] = Example(
     lambda shape: _arguments(shape, torch.full((1,), 0.25, device=shape.device)) | {"is_static": True},
     written=("output_q",),
     per_row=("input", "output_q"),
+    contiguous=("input", "output_q"),
 )
 EXAMPLES[PER_TENSOR_DYNAMIC.op] = Example(
     per_tensor_quant_fp8,
@@ -306,4 +307,5 @@ EXAMPLES[PER_TOKEN.op] = Example(
     lambda shape: _arguments(shape, shape.zeros(shape.rows, 1, dtype=torch.float32)),
     written=("output_q", "output_s"),
     per_row=("input", "output_q", "output_s"),
+    contiguous=("output_s",),
 )

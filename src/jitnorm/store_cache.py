@@ -321,5 +321,10 @@ def _arguments(shape: Shape) -> dict[str, Any]:
 
 
 EXAMPLES[STORE_CACHE.op] = Example(
-    store_cache, _arguments, written=("k_cache", "v_cache"), per_row=("k", "v", "indices")
+    store_cache,
+    _arguments,
+    written=("k_cache", "v_cache"),
+    per_row=("k", "v", "indices"),
+    slots="indices",
+    sizes=(1024, 6),  # rows for accesses of 16 bytes, and of 8 or 4
 )

@@ -126,6 +126,10 @@ class Example(NamedTuple):
     make_arguments: Callable[[Shape], dict[str, Any]]  # those that the variant needs, by name
     written: tuple[str, ...] = ()  # the arguments that are written in place
     per_row: tuple[str, ...] = ("input",)  # the arguments that have one row for each row of the result
+    contiguous: tuple[str, ...] = ()  # the arguments that must be contiguous; the rows of others may be apart
+    # The argument with the slot of each row in the caches, which are those written arguments that are not in `per_row`.
+    slots: str | None = None
+    sizes: tuple[int, ...] = (128, 4096)  # for `jitnorm verify-invariance`: a size for each kind of kernel
     # Makes the optional arguments in which the function returns its results, such as `out`.
     make_outputs: Callable[[Shape], dict[str, torch.Tensor]] | None = None
 
