@@ -7,8 +7,9 @@ from typing import Any
 
 import click
 
+from jitnorm.benchmark.options import format_option
 from jitnorm.cli import output
-from jitnorm.cli.base import Command, format_option
+from jitnorm.cli.base import Command
 
 
 @click.command(cls=Command)
