@@ -9,9 +9,8 @@ state dict, tied or sharded weights, optimiser state and `isinstance` do not cha
 
 import warnings
 from collections import Counter
-from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 
@@ -20,8 +19,7 @@ from jitnorm.core.norms import is_supported_hidden_size
 from jitnorm.nn import NORM_VARIANTS, NormOperators, normalise, refuse_script
 
 
-@dataclass(frozen=True)
-class _NormClass:
+class _NormClass(NamedTuple):
     """A class of RMSNorm modules in transformers.
 
     Attributes:
