@@ -27,7 +27,7 @@ _SIZE = re.compile(r"0*[1-9][0-9]{0,8}")  # a larger size is a mistake, and woul
 
 @click.command("verify-invariance", cls=Command, short_help="Compare rows alone and in batches, bit by bit.")
 @click.option("--op", **several(click.Choice(list(OPERATORS))), metavar="NAME", help=f"{', '.join(OPERATORS)}.")
-@click.option("--shape", **several(click.STRING), help="4096x14336: N and K of a product; 4096: the length of a row.")
+@click.option("--shape", **several(click.STRING), help="4096x14336: N and K of a GEMM; 4096: the length of a row.")
 @click.option("--dtype", **several(click.Choice(list(_DTYPES))), help="By default all.")
 @click.option("--device", type=click.Choice(["cuda", "cpu"]), help="By default CUDA where torch sees a GPU.")
 @click.option(
