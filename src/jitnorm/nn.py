@@ -7,7 +7,8 @@ the kernels do not support, such as other sizes and dtypes or several normalised
 # No `from __future__ import annotations`: torch.fx writes the annotations of forward into its code, as types, not text.
 
 from collections.abc import Callable
-from typing import Any, ClassVar, NamedTuple, NoReturn, overload
+from dataclasses import dataclass
+from typing import Any, ClassVar, NoReturn, overload
 
 import torch
 import torch.fx
@@ -25,7 +26,8 @@ _HALF_DTYPES = (torch.float16, torch.bfloat16)
 _DEFAULT_EPS_IS_FLOAT32 = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 7)
 
 
-class NormOperators(NamedTuple):
+@dataclass(frozen=True, eq=False, repr=False)
+class NormOperators:
     """The operators that one variant of RMSNorm calls.
 
     Attributes:

@@ -9,8 +9,9 @@ state dict, tied or sharded weights, optimiser state and `isinstance` do not cha
 
 import warnings
 from collections import Counter
+from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NoReturn
 
 import torch
 
@@ -19,7 +20,8 @@ from jitnorm.core.norms import is_supported_hidden_size
 from jitnorm.nn import NORM_VARIANTS, NormOperators, normalise, refuse_script
 
 
-class _NormClass(NamedTuple):
+@dataclass(frozen=True, eq=False, repr=False)
+class _NormClass:
     """A class of RMSNorm modules in transformers.
 
     Attributes:
