@@ -22,7 +22,7 @@ OPERATORS: dict[str, Operator] = {}
 EXAMPLES: dict[str, Example] = {}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class Operator:
     """One operator, or one variant of an operator. A subclass implements `spec`."""
 

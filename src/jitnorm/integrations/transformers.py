@@ -20,7 +20,7 @@ from jitnorm.core.norms import is_supported_hidden_size
 from jitnorm.nn import NORM_VARIANTS, NormOperators, normalise, refuse_script
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class _NormClass:
     """A class of RMSNorm modules in transformers.
 

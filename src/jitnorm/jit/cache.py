@@ -18,7 +18,6 @@ import hashlib
 import json
 import os
 import re
-import secrets
 import socket
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -39,6 +38,7 @@ TOOLCHAINS = "toolchains"
 INVARIANCE = "invariance"
 
 # The folder of the cache may contain other files too. Only names of these forms are listed or removed.
+# Regular expressions are compiled when they are used: `import jitnorm` would pay for it.
 _KERNEL = r"\w+\.(?:sm|cpu)_\w+"  # rmsnorm_4096_bf16.sm_90a
 _KERNEL_FOLDER = rf"{_KERNEL}\.[0-9a-f]{{16}}"  # and the spec's key
 _TOOLCHAIN = r"[0-9a-f]{12}"
@@ -46,15 +46,13 @@ _TOOLCHAIN_RECORD = r"(?:cpu|cuda)-[0-9a-f]{16}"
 _TOKEN = r"[0-9a-f]{8}"
 _BUILD = rf"{_KERNEL}\..+\.(?P<host>[0-9a-f]{{8}})\.\d+\.[0-9a-z_]{{8}}"  # and host name, host id, process id, token
 OWN_NAMES = {
-    STAGING: re.compile(rf"{_BUILD}|removed\.[0-9a-f]{{16}}"),
+    STAGING: rf"{_BUILD}|removed\.[0-9a-f]{{16}}",
     # A file found in place of one of the cache's folders is not among them: it may be the user's, and is kept.
-    QUARANTINE: re.compile(rf"(?:failed\.{_KERNEL}|{_KERNEL_FOLDER}.*|{_TOOLCHAIN_RECORD}.*)\.{_TOKEN}"),
-    LOCKS: re.compile(rf"{_KERNEL_FOLDER}\.{_TOOLCHAIN}"),
-    TOOLCHAINS: re.compile(rf"{_TOOLCHAIN_RECORD}\.\S*"),
-    INVARIANCE: re.compile(r"[0-9a-f]{24}\.\S*"),
+    QUARANTINE: rf"(?:failed\.{_KERNEL}|{_KERNEL_FOLDER}.*|{_TOOLCHAIN_RECORD}.*)\.{_TOKEN}",
+    LOCKS: rf"{_KERNEL_FOLDER}\.{_TOOLCHAIN}",
+    TOOLCHAINS: rf"{_TOOLCHAIN_RECORD}\.\S*",
+    INVARIANCE: r"[0-9a-f]{24}\.\S*",
 }
-_is_kernel_folder = re.compile(_KERNEL_FOLDER).fullmatch
-_is_toolchain = re.compile(_TOOLCHAIN).fullmatch
 _MAX_QUARANTINED = 16
 
 
@@ -123,11 +121,11 @@ class Cache:
         except (UntrustedPath, OSError):
             return
         with folder:
-            for kernel in filter(_is_kernel_folder, folder.names()):
+            for kernel in (name for name in folder.names() if re.fullmatch(_KERNEL_FOLDER, name)):
                 found: list[tuple[tuple[str, ...], bool]]
                 try:
                     with folder.open_folder(kernel) as parent:
-                        names = filter(_is_toolchain, parent.names())
+                        names = [name for name in parent.names() if re.fullmatch(_TOOLCHAIN, name)]
                         found = [((kernel, name), parent.is_folder(name)) for name in names]
                 except UntrustedPath:
                     found = [((kernel,), False)]
@@ -168,7 +166,7 @@ class Cache:
         except (UntrustedPath, OSError) as error:
             warn_once(f"{self.root} is not used: {error}")
             return []
-        return [self.entry(spec, n) for n in names if n == toolchain or (not toolchain and _is_toolchain(n))]
+        return [self.entry(spec, n) for n in names if n == toolchain or (not toolchain and re.fullmatch(_TOOLCHAIN, n))]
 
     def publish(self, staging: Folder, spec: KernelSpec, toolchain: str) -> Entry:
         """Rename a finished build to its entry's path. If another process was first, return its entry.
@@ -210,7 +208,7 @@ class Cache:
     def discard(self, names: tuple[str, ...], name: str) -> None:
         """Remove `root/names/name`, by a rename first, so that no process sees a part of it."""
         with open_path(self.root, names) as folder, self.open(STAGING, create=True) as staging:
-            removed = f"removed.{secrets.token_hex(8)}"
+            removed = f"removed.{os.urandom(8).hex()}"
             folder.move(name, staging, removed)
             staging.remove(removed)
 
@@ -232,7 +230,7 @@ class Cache:
             warn_once(f"{path} is not used: {reason}")
             return
         is_entry = len(names) == 3
-        new_name = f"{names[-2] if is_entry else names[-1]}.{secrets.token_hex(4)}"
+        new_name = f"{names[-2] if is_entry else names[-1]}.{os.urandom(4).hex()}"
         try:
             with open_path(self.root, names[:-1]) as folder, self._open_quarantine() as quarantine:
                 if names == (QUARANTINE,):
@@ -251,7 +249,7 @@ class Cache:
 
     def quarantine_failed_build(self, staging: Folder, spec: KernelSpec) -> Path | None:
         """Move the folder of a failed build to quarantine, for its log. Return its new path, or None on failure."""
-        new_name = f"failed.{spec.name}.{spec.target.sm}.{secrets.token_hex(4)}"
+        new_name = f"failed.{spec.name}.{spec.target.sm}.{os.urandom(4).hex()}"
         try:
             with self.open(STAGING) as source, self._open_quarantine() as quarantine:
                 source.move(staging.path.name, quarantine, new_name)
@@ -266,7 +264,7 @@ class Cache:
             try:
                 return root.create_folder(QUARANTINE)
             except UntrustedPath as error:
-                new_name = f"{QUARANTINE}.{secrets.token_hex(4)}"
+                new_name = f"{QUARANTINE}.{os.urandom(4).hex()}"
                 root.move(QUARANTINE, root, new_name)
                 folder = root.create_folder(QUARANTINE)
                 root.move(new_name, folder, new_name)
@@ -346,7 +344,7 @@ def _kernel_folder(spec: KernelSpec) -> str:
 
 def host_of_build(name: str) -> str | None:
     """Return the `host_id` in the name of a folder in `staging`, or None if it is not a build's."""
-    match = OWN_NAMES[STAGING].fullmatch(name)
+    match = re.fullmatch(OWN_NAMES[STAGING], name)
     return match["host"] if match else None
 
 
@@ -369,10 +367,10 @@ def _is_valid(quarantine: Folder, name: str, kernel_folder: str) -> bool:
     return False
 
 
-def remove_oldest(folder: Folder, pattern: re.Pattern[str], max_kept: int) -> None:
+def remove_oldest(folder: Folder, pattern: str, max_kept: int) -> None:
     """Remove all but the newest `max_kept` of the names that match `pattern`."""
     times = {}
-    for name in filter(pattern.fullmatch, folder.names()):
+    for name in (name for name in folder.names() if re.fullmatch(pattern, name)):
         with suppress(OSError):
             times[name] = folder.stat(name).st_ctime_ns
     for name in sorted(times, key=lambda name: times[name])[:-max_kept]:

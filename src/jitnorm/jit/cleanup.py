@@ -8,6 +8,7 @@ may not be visible on a network file system.
 from __future__ import annotations
 
 import os
+import re
 import time
 from collections.abc import Iterator
 from contextlib import suppress
@@ -115,6 +116,6 @@ def _expired_builds(cache: Cache) -> Iterator[Path]:
 def _own_names(cache: Cache, part: str) -> list[str]:
     try:
         with open_path(cache.root, (part,)) as folder:
-            return [name for name in folder.names() if OWN_NAMES[part].fullmatch(name)]
+            return [name for name in folder.names() if re.fullmatch(OWN_NAMES[part], name)]
     except (UntrustedPath, OSError):
         return []

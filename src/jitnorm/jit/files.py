@@ -6,7 +6,6 @@ import errno
 import fcntl
 import json
 import os
-import secrets
 import stat
 from contextlib import suppress
 from pathlib import Path
@@ -74,7 +73,7 @@ def replace_file(
 
 
 def _replace_file(name: str, content: bytes, dir_fd: int | None, mode: int, sync: bool) -> None:
-    draft = f"{name}.{secrets.token_hex(4)}.tmp"
+    draft = f"{name}.{os.urandom(4).hex()}.tmp"
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
     fd = os.open(draft, flags, mode, dir_fd=dir_fd)
     try:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import errno
 import os
-import secrets
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -270,7 +269,7 @@ class Folder:
     def temporary_folder(self, prefix: str) -> Iterator[Folder]:
         """Create a folder for this user alone, lock it for the block, and remove it at the end if it still exists."""
         while True:
-            name = f"{prefix}.{secrets.token_hex(4)}"
+            name = f"{prefix}.{os.urandom(4).hex()}"
             os.mkdir(name, 0o700, dir_fd=self.fd)
             # Until it is locked it looks abandoned: another process may have removed it, or be removing it.
             try:

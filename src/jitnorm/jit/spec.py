@@ -10,6 +10,7 @@ import platform
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from jitnorm.jit.environment import import_tvm_ffi
 
@@ -19,12 +20,11 @@ _PACKAGE = Path(__file__).resolve().parents[1]
 # In a wheel the sources are inside the package, in a checkout they are beside src.
 CSRC = next((d for d in (_PACKAGE / "csrc", _PACKAGE.parents[1] / "csrc") if d.is_dir()), _PACKAGE / "csrc")
 
-_ARCH = re.compile(r"(?:sm_?)?(?:([0-9]{1,2})\.([0-9])|([2-9]|1[0-9])([0-9]))([af]?)")
-_MAJOR = re.compile(r"(?:sm_?)?([0-9]|1[0-9])([af]?)")  # 9 or 12: a major version alone, not 0.9 or 1.2
+_ARCH = r"(?:sm_?)?(?:([0-9]{1,2})\.([0-9])|([2-9]|1[0-9])([0-9]))([af]?)"
+_MAJOR = r"(?:sm_?)?([0-9]|1[0-9])([af]?)"  # 9 or 12: a major version alone, not 0.9 or 1.2
 
 
-@dataclass(frozen=True)
-class Target:
+class Target(NamedTuple):
     """What a kernel is compiled for: this machine's CPU, or one CUDA architecture.
 
     Attributes:
@@ -42,9 +42,9 @@ class Target:
         Raises:
             ValueError: `arch` is anything else, such as a major version alone.
         """
-        match = _ARCH.fullmatch(str(arch))
+        match = re.fullmatch(_ARCH, str(arch))
         if not match:
-            major = _MAJOR.fullmatch(str(arch))
+            major = re.fullmatch(_MAJOR, str(arch))
             meant = f": is '{major[1]}.0{major[2]}' meant?" if major else ""
             raise ValueError(f"arch must be a CUDA architecture such as '9.0a', '90a' or 'sm_90a', got {arch!r}{meant}")
         return cls("cuda", f"{match[1] or match[3]}.{match[2] or match[4]}{match[5]}")

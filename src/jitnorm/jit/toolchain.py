@@ -17,9 +17,8 @@ import subprocess
 import sys
 import time
 from contextlib import suppress
-from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from jitnorm.jit.cache import TOOLCHAINS, Cache
 from jitnorm.jit.folder import UntrustedPath
@@ -32,8 +31,7 @@ _ANSWER_LIMIT_BYTES = 1 << 20
 _KILL_LIMIT_S = 5.0
 
 
-@dataclass(frozen=True)
-class Compiler:
+class Compiler(NamedTuple):
     """A compiler, its version, and the file that gave this version.
 
     Attributes:
@@ -52,9 +50,9 @@ class Compiler:
 
     @classmethod
     def from_json(cls, value: Any) -> Compiler:
-        """Return the compiler that `asdict` turned into `value`. Raises TypeError for any other value."""
+        """Return the compiler that `_asdict` turned into `value`. Raises TypeError for any other value."""
         compiler = cls(**value)
-        if any(type(getattr(compiler, f.name)).__name__ != f.type for f in fields(cls)):
+        if [*map(type, compiler)] != [str, str, int, int, str]:
             raise TypeError("a field has another type")
         return compiler
 
@@ -67,8 +65,7 @@ class Compiler:
         return (stat.st_size, stat.st_mtime_ns) == (self.size, self.mtime_ns)
 
 
-@dataclass(frozen=True)
-class Toolchain:
+class Toolchain(NamedTuple):
     """The compilers of a build: the host compiler, and nvcc for CUDA."""
 
     cxx: Compiler
@@ -293,5 +290,6 @@ def _read_stored(device: str, cache: Cache | None) -> Toolchain | None:
 
 def _store(device: str, cache: Cache | None, toolchain: Toolchain) -> None:
     if cache and _read_stored(device, cache) != toolchain:
+        record = {name: c._asdict() if c else None for name, c in toolchain._asdict().items()}
         with suppress(OSError, UntrustedPath):  # in a read-only cache nothing is stored: the next process asks again
-            cache.write_record(TOOLCHAINS, _record_name(device), asdict(toolchain))
+            cache.write_record(TOOLCHAINS, _record_name(device), record)
