@@ -69,9 +69,7 @@ class Together(KernelSpec):
         parts = [super().source]
         for number, spec in enumerate(self.others):
             device, _, host = re.sub(r"\bKernel\b", f"Kernel{number}", spec.source).partition("#else\n")
-            _, _, bindings = host.partition(
-                "\n"
-            )  # the first line defines the symbols, as that of the first kernel does
+            _, _, bindings = host.partition("\n")  # its first line defines the symbols, once is enough
             bindings = bindings.replace("(__tvm_ffi_", f"(__tvm_ffi_{number}_")
             parts.append(f"{device}#else\n{bindings}" if self.all_bindings else f"{device}#endif\n")
         return "\n".join(parts)
