@@ -1,8 +1,7 @@
 // RMSNorm, rotary embedding and cache store of the heads of q, k and v on CUDA, in one launch. A block takes
 // consecutive heads of the three tensors, so that blocks are full for any numbers of heads. A thread holds pairs of
-// vectors: the two that rotation combines, so that no data moves between threads. It holds those of several heads, which
-// share the weight, the cosines and the sines. Included by generated sources
-// (jitnorm/jit/spec.py).
+// vectors: the two that rotation combines, so that no data moves between threads. It holds those of several heads,
+// which share the weight, the cosines and the sines. Included by generated sources (jitnorm/jit/spec.py).
 #pragma once
 #include "elementwise/qknorm_rope_store.h"
 #include "jitnorm/launch.h"
@@ -31,7 +30,7 @@ struct WeightOrInput<NoNorm, T> {
 };
 
 template <int kHeadDim, int kRotaryDim_, typename T, typename W, typename C, typename Cache, typename QOut,
-          typename Rotation_>
+          typename Rotation_, bool kRoundsEachStep_>
 struct QKNormRopeStoreKernel {
   using input_t = T;
   using weight_t = W;
@@ -40,6 +39,7 @@ struct QKNormRopeStoreKernel {
   using q_out_t = QOut;
   using rotation_t = Rotation_;
   using params_t = QKNormRopeStoreParams;
+  static constexpr bool kRoundsEachStep = kRoundsEachStep_;
   static constexpr int kHiddenSize = kHeadDim;
   static constexpr int kRotaryDim = kRotaryDim_;
   static constexpr bool kHasNorm = sizeof(W) > sizeof(NoNorm);
@@ -87,16 +87,14 @@ struct QKNormRopeStoreKernel {
 #pragma unroll
       for (int i = 0; i < kSections; i++)
         positions[i] = load_index(p.positions, i * p.positions_stride + group.token, p.has_int64_positions);
-    if (group.kind != kQuery && group.token < p.num_stored)
-      slot = load_index(p.slots, group.token, p.has_int64_slots);
+    if (group.kind != kQuery && group.token < p.num_stored) slot = load_index(p.slots, group.token, p.has_int64_slots);
     InputVector from_x[kHeadsPerRow][kPairsPerThread][2];
     Vector<WeightElement, kElementsPerVector> from_weight[kPairsPerThread][2];
 #pragma unroll
     for (int h = 0; h < kHeadsPerRow; h++)
       if (h < num_heads)
-        for_each_vector(lane, [&](int i, int j, int at) {
-          from_x[h][i][j] = load<T, kElementsPerVector>(x + h * x_stride + at);
-        });
+        for_each_vector(
+            lane, [&](int i, int j, int at) { from_x[h][i][j] = load<T, kElementsPerVector>(x + h * x_stride + at); });
     if (is_normalised)
       for_each_vector(lane, [&](int i, int j, int at) {
         from_weight[i][j] = load<WeightElement, kElementsPerVector>(weight + at);
@@ -114,8 +112,12 @@ struct QKNormRopeStoreKernel {
 #pragma unroll
       for (int h = 0; h < kHeadsPerRow; h++) rstd[h] = rstd_of_head(from_x[h], lane, p.eps);
     const bool is_stored = slot != p.skip_index;
-    QOut* q_out = head_address<QOut>(p.out[kQuery], group);
-    T* k_out = head_address<T>(p.out[kKey], group);
+    // Where the results in the input's dtype go; null for v, and for q where its result is float8.
+    const bool has_out = kChangesHeads && group.kind != kValue && !(kQOutIsFloat8 && group.kind == kQuery);
+    T* out = has_out ? head_address<T>(p.out[group.kind], group) : nullptr;
+    e4m3_t* q_out = head_address<e4m3_t>(p.out[kQuery], group);
+    const index_t out_stride = p.out[group.kind].head_stride, q_out_stride = p.out[kQuery].head_stride;
+    const index_t cache_stride = p.cache[group.kind].head_stride;
     Cache* cache = is_stored ? cache_address<Cache>(p, group, static_cast<unsigned>(slot)) : nullptr;
 #pragma unroll
     for (int h = 0; h < kHeadsPerRow; h++) {
@@ -131,35 +133,35 @@ struct QKNormRopeStoreKernel {
           if (!is_normalised) continue;
           float w[kElementsPerVector];
           to_float(from_weight[i][j], w);
+          if (p.weight_offset != 0)
 #pragma unroll
-          for (int e = 0; e < kElementsPerVector; e++) y[j][e] = y[j][e] * rstd[h] * (w[e] + p.weight_offset);
-          if (p.rounds_each_step) round_to_input(y[j]);
+            for (int e = 0; e < kElementsPerVector; e++) w[e] += p.weight_offset;
+#pragma unroll
+          for (int e = 0; e < kElementsPerVector; e++) y[j][e] = y[j][e] * rstd[h] * w[e];
+          if (kRoundsEachStep) round_to_input(y[j]);
         }
         if (rotates && is_rotary(lane, i)) {
           angles[i].rotate(y);
-          if (p.rounds_each_step) round_to_input(y[0]), round_to_input(y[1]);
+          if (kRoundsEachStep) round_to_input(y[0]), round_to_input(y[1]);
         }
 #pragma unroll
         for (int j = 0; j < 2; j++) {
           const int at = offset(lane, i, j);
-          if (group.kind == kQuery) write(q_out + h * p.out[kQuery].head_stride + at, y[j], divide);
-          if (group.kind == kKey && kChangesHeads) write(k_out + h * p.out[kKey].head_stride + at, y[j], divide);
+          // What is not changed keeps its bits, also those of NaNs.
+          InputVector result = from_x[h][i][j];
+          if (kChangesHeads && group.kind != kValue) from_float(y[j], result);
+          if (out) store(out + h * out_stride + at, result);
+          if (kQOutIsFloat8 && group.kind == kQuery) store_float8(q_out + h * q_out_stride + at, y[j], divide);
           if (!is_stored) continue;
-          Cache* stored = cache + h * p.cache[group.kind].head_stride + at;
-          // Values keep their bits, also those of NaNs.
-          if constexpr (kIsCacheLikeInput) {
-            if (group.kind == kValue) store(stored, from_x[h][i][j]);
-            else write(stored, y[j], divide);
-          } else {
-            write(stored, y[j], divide);
-          }
+          if constexpr (kCacheIsFloat8) store_float8(cache + h * cache_stride + at, y[j], divide);
+          else store(cache + h * cache_stride + at, result);
         }
       }
     }
   }
 
  private:
-  static constexpr bool kIsCacheLikeInput = sizeof(Cache) == sizeof(T);
+  static constexpr bool kCacheIsFloat8 = sizeof(Cache) != sizeof(T), kQOutIsFloat8 = sizeof(QOut) != sizeof(T);
   static constexpr bool kChangesHeads = kHasNorm || kRotaryDim != 0;
   static constexpr int kSections = rotation_t::kHasSections ? 3 : 1;
   using WeightElement = typename WeightOrInput<W, T>::type;
@@ -274,7 +276,7 @@ struct QKNormRopeStoreKernel {
 
   // The quantisation scale of the group's head `h`; 1 where its output is no float8.
   static __device__ __forceinline__ float scale_of(const QKNormRopeStoreParams& p, HeadGroup group, int h) {
-    if (sizeof(QOut) == sizeof(T) && sizeof(Cache) == sizeof(T)) return 1;
+    if (!kCacheIsFloat8 && !kQOutIsFloat8) return 1;
     const HeadScales scales = p.scales[group.kind];
     return scales.data ? load(scales.data + (group.head + h) * scales.stride) : 1;
   }
@@ -285,17 +287,13 @@ struct QKNormRopeStoreKernel {
     to_float(rounded, f);
   }
 
-  template <typename Out>
-  static __device__ __forceinline__ void write(Out* to, const float (&f)[kElementsPerVector], const ScaleDivider& divide) {
-    Vector<Out, kElementsPerVector> y;
-    if constexpr (sizeof(Out) == sizeof(T)) {
-      from_float(f, y);
-    } else {
-      float quotients[kElementsPerVector];
+  static __device__ __forceinline__ void store_float8(e4m3_t* to, const float (&f)[kElementsPerVector],
+                                                      const ScaleDivider& divide) {
+    float quotients[kElementsPerVector];
 #pragma unroll
-      for (int e = 0; e < kElementsPerVector; e++) quotients[e] = divide(f[e]);
-      from_float(quotients, y);
-    }
+    for (int e = 0; e < kElementsPerVector; e++) quotients[e] = divide(f[e]);
+    Vector<e4m3_t, kElementsPerVector> y;
+    from_float(quotients, y);
     store(to, y);
   }
 #endif

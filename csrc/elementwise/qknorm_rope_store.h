@@ -68,7 +68,6 @@ struct QKNormRopeStoreParams {
   bool has_interleaved_sections;
   bool has_int64_positions;  // or int32 ones
   bool has_int64_slots;
-  bool rounds_each_step;  // to T after norm and rotation, or only once at the end
   float eps;
   float weight_offset;
 };
@@ -270,7 +269,7 @@ Outcome qk_norm_rope_store(const TVMFFIAny* args, int num_args) {
       !as_optional_bool(args[12], true, &is_neox) || !as_int(args[13], &section[0]) || !as_int(args[14], &section[1]) ||
       !as_int(args[15], &section[2]) || !as_optional_bool(args[16], false, &has_interleaved_sections) ||
       !as_int(args[22], &skip_index) || !as_optional_bool(args[23], false, &rounds_each_step) ||
-      !as_optional_bool(args[24], true, &enable_pdl))
+      rounds_each_step != Kernel::kRoundsEachStep || !as_optional_bool(args[24], true, &enable_pdl))
     return Outcome::kRefused;
 
   if (!rotates) {
@@ -345,7 +344,6 @@ Outcome qk_norm_rope_store(const TVMFFIAny* args, int num_args) {
   params.first_group[kValue] = static_cast<unsigned>(q_groups + k_groups);
   params.num_heads[kQuery] = static_cast<unsigned>(q_heads);
   params.num_heads[kKey] = params.num_heads[kValue] = static_cast<unsigned>(k_heads);
-  params.rounds_each_step = rounds_each_step;
   params.eps = static_cast<float>(eps);
   params.weight_offset = static_cast<float>(weight_offset);
   return launch<Kernel>(params, device, enable_pdl);

@@ -8,7 +8,7 @@
 namespace jitnorm {
 
 template <int kHeadDim, int kRotaryDim_, typename T, typename W, typename C, typename Cache, typename QOut,
-          typename Rotation_>
+          typename Rotation_, bool kRoundsEachStep_>
 struct QKNormRopeStoreKernel {
   using input_t = T;
   using weight_t = W;
@@ -17,6 +17,7 @@ struct QKNormRopeStoreKernel {
   using q_out_t = QOut;
   using rotation_t = Rotation_;
   using params_t = QKNormRopeStoreParams;
+  static constexpr bool kRoundsEachStep = kRoundsEachStep_;
   static constexpr int kHiddenSize = kHeadDim;
   static constexpr int kRotaryDim = kRotaryDim_;
   static constexpr bool kHasNorm = sizeof(W) > sizeof(NoNorm);
@@ -64,7 +65,7 @@ struct QKNormRopeStoreKernel {
     for (int i = 0; i < kHeadDim; i += kLanes) sums += load(y + i) * load(y + i);
     const float rstd = 1. / __builtin_sqrt(double(sum(sums)) / kHeadDim + p.eps);
     for (int i = 0; i < kHeadDim; i += kLanes) store(y + i, load(y + i) * rstd * (load(weight + i) + p.weight_offset));
-    if (p.rounds_each_step) round_to_input(y);
+    if (kRoundsEachStep) round_to_input(y);
   }
 
   static void rotate(const QKNormRopeStoreParams& p, unsigned token, float* y) {
@@ -87,7 +88,7 @@ struct QKNormRopeStoreKernel {
       b = b * cos + a * sin;
       a = rotated;
     }
-    if (p.rounds_each_step) round_to_input(y);
+    if (kRoundsEachStep) round_to_input(y);
   }
 
   static const C* angles_at(const QKNormRopeStoreParams& p, index_t i) {

@@ -51,6 +51,7 @@ class Variant:
         q_out_dtype: That of the result for q, dtype or float8_e4m3fn.
         is_neox: Whether element i is rotated with i + rotary_dim / 2, and not 2 i with 2 i + 1.
         has_sections: Whether a token has three positions.
+        rounds_each_step: Whether norm and rotation round their results.
     """
 
     head_dim: int
@@ -62,6 +63,7 @@ class Variant:
     q_out_dtype: torch.dtype
     is_neox: bool = True
     has_sections: bool = False
+    rounds_each_step: bool = False
 
 
 class HeadsOperator(Operator):
@@ -75,14 +77,15 @@ class HeadsOperator(Operator):
         v = variant
         check_sizes(self.op, v.head_dim, v.rotary_dim)
         types = [_CPP_TYPES[d] for d in (v.dtype, v.weight_dtype, v.cos_sin_dtype, v.cache_dtype, v.q_out_dtype)]
-        rotation = f"Rotation<{str(v.is_neox).lower()}, {str(v.has_sections).lower()}>"
+        is_neox, has_sections, rounds = (str(flag).lower() for flag in (v.is_neox, v.has_sections, v.rounds_each_step))
+        policies = f"{', '.join(types)}, Rotation<{is_neox}, {has_sections}>, {rounds}"
         name, warmup = self._names(v)
         return KernelSpec(
             op=self.op,
             family="qknorm_rope_store",
             binding=self.binding,
             name=name,
-            kernel=f"QKNormRopeStoreKernel<{v.head_dim}, {v.rotary_dim}, {', '.join(types)}, {rotation}>",
+            kernel=f"QKNormRopeStoreKernel<{v.head_dim}, {v.rotary_dim}, {policies}>",
             target=target,
             warmup=warmup,
         )
@@ -107,6 +110,9 @@ class HeadsOperator(Operator):
             if v.has_sections:
                 name += "_mrope"
                 warmup += " --mrope"
+        if v.rounds_each_step:
+            name += "_each_step"
+            warmup += " --rounding each_step"
         if v.cache_dtype != v.dtype:
             name += "_fp8_cache"
             warmup += " --cache-dtype fp8"
@@ -133,6 +139,7 @@ class HeadsOperator(Operator):
         q_out_dtype: torch.dtype | None = None,
         is_neox: bool = True,
         has_sections: bool = False,
+        rounds_each_step: bool = False,
     ) -> Variant:
         """Return the variant of this operator with these properties; None stands for what most models have."""
         if dtype not in DTYPES or weight_dtype not in (dtype, torch.float32):
@@ -150,6 +157,7 @@ class HeadsOperator(Operator):
             q_out_dtype or dtype,
             is_neox or not self.rotates,
             has_sections and self.rotates,
+            rounds_each_step and self is not STORE_HEADS,
         )
 
     def run(self, a: Arguments) -> None:
@@ -260,6 +268,7 @@ class Arguments:
             q_out_dtype=dtype if self.q_out is None else self.q_out.dtype,
             is_neox=self.is_neox or not rotates,
             has_sections=rotates and self.has_sections,
+            rounds_each_step=self.rounding == "each_step",
         )
 
     @property
