@@ -128,8 +128,9 @@ def slots_on(device):
 
 
 def scales_on(device, per_head):
-    count = KV_HEADS if per_head else 1
-    return [torch.linspace(first, 2 * first, count, device=device) for first in (0.013, 0.7)]
+    """Return scales of k and v; one for all heads has no dimension, as in vLLM's attention layers."""
+    scales = [torch.linspace(first, 2 * first, KV_HEADS, device=device) for first in (0.013, 0.7)]
+    return scales if per_head else [scale[0].clone() for scale in scales]
 
 
 @pytest.mark.parametrize("adapter", SIGNATURES, ids=lambda adapter: adapter.__name__)
