@@ -80,7 +80,7 @@ class HeadsOperator(Operator):
         return KernelSpec(
             op=self.op,
             family="qknorm_rope_store",
-            entry=self.entry,
+            binding=self.binding,
             name=name,
             kernel=f"QKNormRopeStoreKernel<{v.head_dim}, {v.rotary_dim}, {', '.join(types)}, {rotation}>",
             target=target,
@@ -497,7 +497,7 @@ def slow_path(a: Arguments) -> None:
         a = _check_types(a)
         if not _is_dynamo_compiling():  # it cannot trace this check, and does not need it: torch.func breaks the graph
             refuse_torch_func(a.operator.op, *tensors)
-        return _dispatch(a)
+        return _call_torch_op(a)
     a = check(a)
     refuse_gradient(a.operator.op, *tensors)
     return run_checked(a)
@@ -715,7 +715,7 @@ def _check_angles(a: Arguments) -> None:
     checks.aligned("cos_sin_cache", angles, *(angles.stride(0),) * (angles.shape[0] > 1))
 
 
-def _dispatch(a: Arguments) -> None:
+def _call_torch_op(a: Arguments) -> None:
     """Call the operator in torch.ops.jitnorm, for tracers.
 
     There are two: one writes q and k in place, and one writes q_out and k_out, so that a compiled graph copies neither.
@@ -826,5 +826,7 @@ def _arguments(shape: Shape) -> dict[str, Any]:
 
 
 _WRITTEN, _PER_ROW = ("q", "k", "k_cache", "v_cache"), ("q", "k", "v", "positions", "slot_mapping")
-EXAMPLES[QK_NORM_ROPE_STORE.op] = Example(qk_norm_rope_store, _arguments, written=_WRITTEN, per_row=_PER_ROW)
-EXAMPLES[ROPE.op] = Example(rope_and_store, _heads, written=_WRITTEN, per_row=_PER_ROW)
+EXAMPLES[QK_NORM_ROPE_STORE.op] = Example(
+    qk_norm_rope_store, _arguments, written=_WRITTEN, per_row=_PER_ROW, slots="slot_mapping"
+)
+EXAMPLES[ROPE.op] = Example(rope_and_store, _heads, written=_WRITTEN, per_row=_PER_ROW, slots="slot_mapping")

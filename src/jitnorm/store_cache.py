@@ -1,4 +1,4 @@
-"""Writing new keys and values into a KV cache: `k_cache[indices] = k` and `v_cache[indices] = v`, in one launch."""
+"""Stores of new keys and values into a KV cache: `k_cache[indices] = k` and `v_cache[indices] = v`, in one launch."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ from jitnorm.qknorm_rope_store import E4M3, NO_SKIP_INDEX, STORE_HEADS, Argument
 MAX_ROW_BYTES = 1 << 30  # kMaxRowBytes in csrc/elementwise/store_cache.h
 _NUM_SPLITS = (0, 1, 2, 4)
 
-# Whether indices are checked, for which the CPU waits for the GPU. Read once: reading an environment variable costs as
-# much as a launch.
+# Whether indices are checked, which makes the CPU wait for the GPU. Read once, because reading an environment variable
+# costs as much as a launch.
 check_indices = is_on("JITNORM_CHECK_INDICES")
 
 
@@ -37,12 +37,12 @@ class StoreCache(Operator):
     needs_size: ClassVar[bool] = False
 
     def spec(self, vector_bytes: int, target: Target) -> KernelSpec:
-        """Return what to build for rows of whole accesses of `vector_bytes`. A kernel serves every such width."""
+        """Return what to build for rows of whole accesses of `vector_bytes`. A kernel supports every such width."""
         full = vector_bytes == checks.CUDA_ALIGNMENT
         return KernelSpec(
             op=self.op,
             family="store_cache",
-            entry=self.entry,
+            binding=self.binding,
             name=self.op if full else f"{self.op}_by_{vector_bytes}",
             kernel=f"StoreCacheKernel<{vector_bytes}>",
             target=target,
@@ -59,9 +59,10 @@ class StoreCache(Operator):
         return self.spec(checks.vector_bytes(size * dtype.itemsize), target)
 
     def run(self, *arguments: Any) -> None:
-        """Run the kernel that serves `arguments`, which have been checked."""
+        """Run the kernel that supports `arguments`, which have been checked."""
         if arguments[0].is_complex():
-            # As pairs of numbers. So no kernel is cached for complex dtypes, and every call is checked for conjugates.
+            # As pairs of real numbers. No kernel is cached for a complex dtype, so that every call is checked for
+            # conjugate views.
             arguments = (*map(torch.view_as_real, arguments[:4]), *arguments[4:])
         k, v = arguments[:2]
         self.call((k.dtype,), (_vector_bytes(k, v), target_of(k)), *arguments)
@@ -90,8 +91,8 @@ def store_cache(
 ) -> None:
     """Write row i of k and v into slot `indices[i]` of their caches: `k_cache[indices] = k; v_cache[indices] = v`.
 
-    Bytes are copied unchanged. One kernel serves all dtypes with rows of a multiple of 16 bytes, one those of 8 and one
-    those of 4. Other kernels serve caches that are paged (`[blocks, block_size, heads, head_dim]`), of float8, or with
+    Bytes are copied unchanged. One kernel supports rows of any dtype that are a multiple of 16 bytes, one multiples of
+    8, and one multiples of 4. Other kernels support caches that are paged (`[blocks, block_size, heads, head_dim]`), of float8, or with
     heads at any strides. Out-of-range indices are undefined behaviour; set `JITNORM_CHECK_INDICES=1` before importing
     jitnorm to raise IndexError. If two rows have the same index, the slot may hold either row or a mixture of both.
 
@@ -108,9 +109,9 @@ def store_cache(
             free strides of blocks, tokens and heads, or of float8_e4m3fn.
         v_cache: `[num_slots, ...]`, written; likewise, for v.
         indices: `[num_tokens]`, int32 or int64, contiguous, on k's device.
-        row_bytes: the bytes in a row of k, or 0, which stands for them. Other values raise ValueError.
-        num_split: how many warps of a block share a row on CUDA: 1, 2 or 4, or 0 to choose by its width. The result is
-            the same.
+        row_bytes: the bytes in a row of k, or 0 for that. Other values raise ValueError.
+        num_split: how many warps of a block share a row on CUDA: 1, 2 or 4, or 0 to choose by the row's width. The
+            result is the same.
         skip_index: rows with this index are not written, for example the padding of a CUDA graph's batch.
         k_scale: float32, one element or `[heads]`, on k's device: a float8 k_cache is k divided by it. None for 1.
         v_scale: likewise, for v.
@@ -125,7 +126,7 @@ def store_cache(
     """
     arguments = k, v, k_cache, v_cache, indices, row_bytes, num_split, skip_index
     if _is_dynamo_compiling():
-        return _dispatch(*arguments, k_scale, v_scale)
+        return _call_torch_op(*arguments, k_scale, v_scale)
     try:
         if (
             not check_indices
@@ -166,7 +167,7 @@ def _store_cache_slow_path(*arguments: Any) -> None:
     """Check the arguments, then run the right kernel, which is built and cached if need be."""
     tensors = [t for t in (*arguments[:5], *arguments[8:]) if t is not None]
     if needs_dispatcher(*tensors):
-        return _dispatch(*arguments[:5], *_check_types(*arguments[:8]), *arguments[8:])
+        return _call_torch_op(*arguments[:5], *_check_types(*arguments[:8]), *arguments[8:])
     heads = check(*arguments)
     refuse_gradient(STORE_CACHE.op, *tensors)
     return _run_checked(heads, *arguments)
@@ -234,22 +235,22 @@ def check(
     for name, value in (("k_scale", k_scale), ("v_scale", v_scale)):
         if value is not None:
             raise ValueError(f"{name} must be None unless the caches are float8_e4m3fn, got {type(value).__name__}")
-    named = {"k": k, "v": v, "k_cache": k_cache, "v_cache": v_cache}
+    tensors = {"k": k, "v": v, "k_cache": k_cache, "v_cache": v_cache}
     row_bytes, num_split, _ = _check_types(k, v, k_cache, v_cache, indices, row_bytes, num_split, skip_index)
-    _check_metadata(named, indices, row_bytes, num_split)
+    _check_metadata(tensors, indices, row_bytes, num_split)
     checks.supported_device("k", k)
-    for name, value in named.items():
+    for name, value in tensors.items():
         if value.is_conj():
             raise ValueError(f"{name} must not be a conjugate view, whose bytes are not its values: resolve_conj() it")
     alignment = _vector_bytes(k, v)
-    rows = {name: _as_rows(name, value, alignment) for name, value in named.items()}
+    rows = {name: _as_rows(name, value, alignment) for name, value in tensors.items()}
     checks.storage("indices", indices)
     checks.address("indices", indices, indices.element_size())
     if not indices.numel():
         return None
     for cache, others in (("k_cache", ("k", "v")), ("v_cache", ("k", "v", "k_cache"))):
         if not rows[cache].numel():
-            raise ValueError(f"{cache} must have a slot to write to, got shape {list(named[cache].shape)}")
+            raise ValueError(f"{cache} must have a slot to write to, got shape {list(tensors[cache].shape)}")
         checks.no_row_overlap(cache, rows[cache])
         checks.no_shared_memory(cache, rows[cache], "indices", indices)
         for other in others:
@@ -273,23 +274,23 @@ def _check_types(
     )
 
 
-def _check_metadata(named: dict[str, torch.Tensor], indices: torch.Tensor, row_bytes: int, num_split: int) -> None:
+def _check_metadata(tensors: dict[str, torch.Tensor], indices: torch.Tensor, row_bytes: int, num_split: int) -> None:
     """Raise for what is wrong with dtypes, shapes and devices; works on fake and meta tensors too."""
-    k = named["k"]
-    for name, value in named.items():
+    k = tensors["k"]
+    for name, value in tensors.items():
         checks.dtype(name, value, (k.dtype,))
         checks.device(name, value, "k", k)
         if value.dim() < 2:
             raise ValueError(f"{name} must have two dimensions or more, got shape {list(value.shape)}")
     checks.indices("indices", indices, "k", k)
     for name in ("k", "v"):
-        if named[name].shape[0] != indices.shape[0]:
-            raise ValueError(f"{name} must have {indices.shape[0]} rows like indices, got {named[name].shape[0]}")
-        row, cache_row = _row_bytes(named[name]), _row_bytes(named[f"{name}_cache"])
+        if tensors[name].shape[0] != indices.shape[0]:
+            raise ValueError(f"{name} must have {indices.shape[0]} rows like indices, got {tensors[name].shape[0]}")
+        row, cache_row = _row_bytes(tensors[name]), _row_bytes(tensors[f"{name}_cache"])
         _check_row(name, row)
         if row != cache_row:
             raise ValueError(f"{name}_cache must have rows of {row} bytes like {name}, got {cache_row}")
-    slots, v_slots = named["k_cache"].shape[0], named["v_cache"].shape[0]
+    slots, v_slots = tensors["k_cache"].shape[0], tensors["v_cache"].shape[0]
     if slots != v_slots:
         raise ValueError(f"v_cache must have {slots} slots like k_cache, got {v_slots}")
     _check_settings(k, row_bytes, num_split)
@@ -306,7 +307,7 @@ def _check_row(name: str, row_bytes: int) -> None:
     if row_bytes % checks.MIN_ACCESS_BYTES or not 0 < row_bytes <= MAX_ROW_BYTES:
         raise RuntimeError(
             f"store_cache does not support rows of {row_bytes} bytes, as of {name}: "
-            f"supported are multiples of {checks.MIN_ACCESS_BYTES} up to {checks.power(MAX_ROW_BYTES)}"
+            f"supported are multiples of {checks.MIN_ACCESS_BYTES} up to {checks.power_of_two(MAX_ROW_BYTES)}"
         )
 
 
@@ -329,7 +330,7 @@ def _as_rows(name: str, value: torch.Tensor, alignment: int) -> torch.Tensor:
     return rows
 
 
-def _dispatch(*arguments: Any) -> None:
+def _call_torch_op(*arguments: Any) -> None:
     """Call the operator in torch.ops.jitnorm, for tracers."""
     *tensors, row_bytes, num_split, skip_index, k_scale, v_scale = arguments
     refuse_gradient(STORE_CACHE.op, *tensors)
@@ -376,8 +377,8 @@ def _fake(
         qknorm_rope_store.check_metadata(heads)
         build_while_tracing(heads.operator, k, heads.variant)
         return
-    named = {"k": k, "v": v, "k_cache": k_cache, "v_cache": v_cache}
-    _check_metadata(named, indices, row_bytes, num_split)
+    tensors = {"k": k, "v": v, "k_cache": k_cache, "v_cache": v_cache}
+    _check_metadata(tensors, indices, row_bytes, num_split)
     build_while_tracing(STORE_CACHE, k, _vector_bytes(k, v))
 
 
@@ -401,7 +402,12 @@ def _arguments(shape: Shape) -> dict[str, Any]:
 
 
 EXAMPLES[STORE_CACHE.op] = Example(
-    store_cache, _arguments, written=("k_cache", "v_cache"), per_row=("k", "v", "indices")
+    store_cache,
+    _arguments,
+    written=("k_cache", "v_cache"),
+    per_row=("k", "v", "indices"),
+    slots="indices",
+    sizes=(1024, 6),  # rows for accesses of 16 bytes, and of 8 or 4
 )
 
 
