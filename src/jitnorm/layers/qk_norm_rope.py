@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -145,13 +146,18 @@ def _heads(name: str, x: Any, positions: torch.Tensor, head_dim: int) -> torch.T
     """Return `x` as `[tokens, heads, head_dim]`: a view, or a copy where its strides do not allow one."""
     checks.tensor(name, x)
     tokens = positions.shape[-1]
-    all_heads = x.numel() // head_dim if head_dim > 0 else 0
-    is_divisible = all_heads % tokens == 0 if tokens else all_heads == 0
-    if head_dim < 1 or x.dim() < 2 or x.shape[-1] % head_dim or not is_divisible:
+    rows = math.prod(x.shape[:-1])
+    is_split = rows != tokens and x.shape[-1:] == (head_dim,)  # into heads
+    if (
+        head_dim < 1
+        or x.dim() < 2
+        or x.shape[-1] % head_dim
+        or tokens != (math.prod(x.shape[:-2]) if is_split else rows)
+    ):
         raise ValueError(
             f"{name} must have whole heads of {head_dim} for each of {tokens} positions, got {list(x.shape)}"
         )
-    heads: torch.Tensor = x.reshape(tokens, all_heads // tokens if tokens else 1, head_dim)
+    heads: torch.Tensor = x.reshape(tokens, x.shape[-2] if is_split else x.shape[-1] // head_dim, head_dim)
     return heads
 
 
@@ -254,7 +260,7 @@ def _sections(sizes: Sequence[int], interleaved: bool, device: torch.device) -> 
 
 def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, is_neox: bool) -> torch.Tensor:
     """Rotate pairs of elements of each head, in float32 or wider, and round once."""
-    wide = torch.float32 if x.dtype in (torch.float16, torch.bfloat16) else x.dtype
+    wide = torch.float64 if not isinstance(x, torch.fx.Proxy) and x.dtype == torch.float64 else torch.float32
     rotary_dim = 2 * cos.shape[-1]
     pairs, rest = x[..., :rotary_dim].to(wide), x[..., rotary_dim:]
     cos, sin = cos.to(wide), sin.to(wide)
