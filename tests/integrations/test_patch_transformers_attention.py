@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from collections import Counter
 
 import pytest
 import torch
@@ -22,7 +23,11 @@ MODELS = {
     "Llama": {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}},
     "Qwen2": {},
     "Qwen3": {},
-    "Gemma3": {"query_pre_attn_scalar": 64, "sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"]},
+    "Gemma3": {
+        "query_pre_attn_scalar": 64,
+        "sliding_window": 4,
+        "layer_types": ["sliding_attention", "full_attention"],
+    },
 }
 LAYERS, HEAD_DIM = 2, 64
 models = pytest.mark.parametrize("name", MODELS)
@@ -134,25 +139,30 @@ class Operators(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-@models
-def test_a_layer_launches_one_operator_instead_of_the_norms_and_the_rotation(name):
-    """The difference of models of two and four layers is what two layers launch."""
-    counts = {}
-    for layers in (2, 4):
+def operators_of_a_layer(name, attention):
+    """Return how often one layer calls each operator: what a model of three layers calls more than one of two."""
+    counts = []
+    for layers in (2, 3):
         more = {"layer_types": ["full_attention"] * layers} if name == "Gemma3" else {}
-        model, inputs = make(name, num_hidden_layers=layers, **more), {"input_ids": batch()["input_ids"]}
-        patch_transformers(model, attention=True)
-        logits(model, inputs)
+        model, ids = make(name, num_hidden_layers=layers, **more), batch()["input_ids"]
+        patch_transformers(model, attention=attention)
+        logits(model, {"input_ids": ids, "use_cache": False})
         with Operators() as seen:
-            logits(model, inputs)
-        counts[layers] = seen.names
-    added = list(counts[4])
-    for operator in counts[2]:
-        added.remove(operator)
-    assert added.count("jitnorm.qk_norm_rope_store_out.default") == 2
-    assert not [n for n in added if n.split(".")[1] in ("cat", "neg", "arange", "index", "clone", "copy_", "_to_copy")]
-    # Allocated: q and k of a layer, and whatever the norms of the layer allocate.
-    assert counts[2].count("aten.cat.default") == counts[4].count("aten.cat.default")
+            logits(model, {"input_ids": ids, "use_cache": False})
+        counts.append(Counter(seen.names))
+    return counts[1] - counts[0]
+
+
+@models
+def test_a_layer_calls_one_operator_instead_of_its_norms_and_its_rotation(name):
+    before, after = operators_of_a_layer(name, False), operators_of_a_layer(name, True)
+    # The rotation of transformers, of q and of k: x * cos + cat(-second half, first half) * sin.
+    replaced = {"aten.mul.Tensor": 4, "aten.add.Tensor": 2, "aten.cat.default": 2, "aten.neg.default": 2}
+    if name in ("Qwen3", "Gemma3"):
+        replaced["jitnorm.gemma_rmsnorm.default" if name == "Gemma3" else "jitnorm.rmsnorm.default"] = 2
+        replaced["aten.empty_like.default"] = 2
+    assert before - after == Counter(replaced)
+    assert after - before == {"jitnorm.qk_norm_rope_store_out.default": 1, "aten.new_empty.default": 2}
 
 
 @models
