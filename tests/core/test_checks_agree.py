@@ -42,7 +42,7 @@ DRAWS = 1500
 
 
 def kernel(operator, *key):
-    return getattr(load(operator.spec(*key, CPU)), operator.entry)
+    return getattr(load(operator.spec(*key, CPU)), operator.binding)
 
 
 class Draw:
