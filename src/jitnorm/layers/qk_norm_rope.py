@@ -45,8 +45,8 @@ def apply_qk_norm_rope(
 
     One call of `jitnorm.qk_norm_rope_store` does it where the kernel computes what the modules compute: on the CPU or
     an NVIDIA GPU, for supported sizes and dtypes, with one eps for both norms, where no gradient is needed. Otherwise
-    the modules are called, and PyTorch rotates and stores. So it is for the compiler "inductor", which fuses PyTorch's
-    operators with what is around them, but not with a store: with caches the kernel is called under inductor too.
+    the modules are called, and PyTorch rotates and stores. For the compiler "inductor" PyTorch computes too, because
+    inductor fuses it with what is around it; with caches the kernel is called, because inductor cannot fuse a store.
 
     The kernel rounds once, after the rotation, so its results are closer to exact ones than those of modules, which
     also round before it. The kernel's results have the same bits in any batch.
