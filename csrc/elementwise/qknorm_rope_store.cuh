@@ -10,10 +10,11 @@
 #include "jitnorm/quantise.h"
 #endif
 
-#define JN_HEADS 2
+#define JN_VEC 4
+#define JN_HEADS 4
 #define JN_BLOCKS 5
-#define JN_LARGE 16
-#define JN_AHEAD 2
+#define JN_LARGE 8
+#define JN_AHEAD 4
 namespace jitnorm {
 
 constexpr int next_power_of_two(int n) { return n <= 1 ? 1 : 2 * next_power_of_two((n + 1) / 2); }
@@ -45,7 +46,7 @@ struct QKNormRopeStoreKernel {
   static constexpr unsigned kAlignment = 16;
   static constexpr float kInverse = 1. / kHeadDim;
   static constexpr float kInverseResidue = 1. / kHeadDim - kInverse;  // the rounding error of kInverse
-  static constexpr int kElementsPerVector = 16 / sizeof(T);
+  static constexpr int kElementsPerVector = JN_VEC;
   static constexpr int kPairs = kHeadDim / (2 * kElementsPerVector);  // of vectors
   static constexpr int kRotaryPairs = kRotaryDim / (2 * kElementsPerVector);
   static constexpr int kThreadsPerRow = min(32, next_power_of_two(kPairs));
@@ -58,7 +59,7 @@ struct QKNormRopeStoreKernel {
   // From kMinLargeHeads on, a thread takes several heads. It then converts addresses, weights and angles once for all
   // of them, and has more bytes in flight. In a smaller grid, more threads with one head each are done earlier.
   static constexpr index_t kMinLargeHeads = (JN_LARGE << 20) / kHeadBytes;
-  static constexpr int kLargeHeadsPerRow = kPairsPerThread == 1 ? JN_HEADS : 1;
+  static constexpr int kLargeHeadsPerRow = max(1, JN_HEADS / kPairsPerThread);
   static constexpr int kBlocksAhead = (JN_AHEAD << 20) / (kRowsPerBlock * kLargeHeadsPerRow * kHeadBytes);
   static constexpr unsigned kMaxSmallGrid = DefaultVariantOnly::kMaxSmallGrid;
   static constexpr unsigned kMinLargeGrid = 1;  // there is one, and variant() chooses it
