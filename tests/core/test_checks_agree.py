@@ -197,14 +197,14 @@ def rope_calls(draw):
     a = Arguments(
         *(q, k, draw.pick((v, v, v, v if stored else None)), cos_sin, positions, *caches, *weights, eps),
         *(draw.pick((0.0, 1, float("nan"))), True),
-        draw.pick(((8, 4, 4), [6, 5, 5], (16, 0, 0)) * 3 + ((4, 4, 4), None)) if sections else draw.pick((None, (8, 4, 4))),
+        draw.pick(((8, 4, 4), [6, 5, 5], (16, 0, 0)) * 3 + ((4, 4, 4), None))
+        if sections
+        else draw.pick((None, (8, 4, 4))),
         *(draw.pick((True, False)), q_out, k_out),
         *(scale(heads, q_dtype == E4M3), *(scale(kv_heads, stored and cache_dtype == E4M3) for _ in range(2))),
         *(draw.pick((-1, 0, 2**63 - 1)), draw.pick(("once", "each_step")), pdl),
     )
-    variant = Variant(
-        *(H, 32, F32, F32 if weighted else None, F32, cache_dtype, q_dtype, True, sections)
-    )
+    variant = Variant(*(H, 32, F32, F32 if weighted else None, F32, cache_dtype, q_dtype, True, sections))
     operator = QK_NORM_ROPE_STORE if weighted else ROPE
     yield operator, (variant,), a.of_bindings(), lambda: check_qk_norm_rope_store(a)
 
