@@ -477,7 +477,8 @@ def slow_path(a: Arguments) -> None:
     tensors = [t for t in a.tensors.values() if t is not None]
     if needs_dispatcher(*tensors):
         a = _check_types(a)
-        refuse_torch_func(a.operator.op, *tensors)
+        if not _is_dynamo_compiling():  # which cannot trace it
+            refuse_torch_func(a.operator.op, *tensors)
         return _dispatch(a)
     a = check(a)
     refuse_gradient(a.operator.op, *tensors)

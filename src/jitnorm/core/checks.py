@@ -326,7 +326,7 @@ def number(name: str, value: object) -> None:
     """Raise unless `value` is a number that fits a float and, if an int, 64 bits."""
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name} must be a float, got {type(value).__name__}")
-    if isinstance(value, int) and value.bit_length() > 63:
+    if isinstance(value, int) and not -(1 << 63) <= value < 1 << 63:
         raise ValueError(f"{name} must be a float or a 64-bit integer, got one of {value.bit_length()} bits")
     try:
         float(value)
