@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import torch
-from peers import IMPLS, find, rmsnorm_reference
+from peers import IMPLS, ROUND_SUM, find, rmsnorm_reference
 
 from jitnorm.benchmark import marker
 
+OPS = ["fused_add_rmsnorm", "gemma_fused_add_rmsnorm"]
+OPS += [f"{op}{ROUND_SUM}" for op in OPS]
 SHAPES = [(1024, 64), (4096, 1), (4096, 64), (4096, 1024), (4096, 16384), (8192, 8192)]
 
 
-@marker.parametrize("op", ["fused_add_rmsnorm", "gemma_fused_add_rmsnorm"], ["fused_add_rmsnorm"])
+@marker.parametrize("op", OPS, ["fused_add_rmsnorm"])
 @marker.parametrize("hidden_size,num_tokens", SHAPES, [(4096, 64)])
 @marker.benchmark("impl", IMPLS)
 def bench(op: str, hidden_size: int, num_tokens: int, impl: str) -> marker.BenchResult:
@@ -20,7 +22,8 @@ def bench(op: str, hidden_size: int, num_tokens: int, impl: str) -> marker.Bench
 
     def reference(x: torch.Tensor, residual: torch.Tensor, w: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         total = x.double() + residual.double()
-        return rmsnorm_reference(total, 1 + w.float() if "gemma" in op else w), total
+        normalised = total.to(x.dtype) if op.endswith(ROUND_SUM) else total
+        return rmsnorm_reference(normalised, 1 + w.float() if "gemma" in op else w), total
 
     return marker.do_bench(
         find(op, impl),

@@ -1,4 +1,4 @@
-"""Measure batch-invariant matrix products of the shapes of a layer, torch's, and each GEMM backend by itself."""
+"""Measure batch-invariant mm with the shapes of a model's layers, torch.mm, and each GEMM backend alone."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def call_backend(name: str, x: torch.Tensor, weight: torch.Tensor) -> Callable[.
 @marker.parametrize("num_tokens", [1, 16, 128, 1024, 8192], [16])
 @marker.benchmark("impl", [*CALLS, *BACKENDS])
 def bench(n: int, k: int, num_tokens: int, impl: str) -> marker.BenchResult:
-    """Measure batch-invariant matrix products of the shapes of a layer, torch's, and each GEMM backend by itself."""
+    """Measure batch-invariant mm with the shapes of a model's layers, torch.mm, and each GEMM backend alone."""
     x, weight = marker.create_random(num_tokens, k), marker.create_random(n, k)
     call = CALLS.get(impl) or call_backend(impl, x, weight)
     return marker.do_bench(call, input_args=(x, weight), check=lambda x, weight: x.double() @ weight.double().t())

@@ -2,6 +2,7 @@
 
 rmsnorm, gemma_rmsnorm                          (input, weight, out); the result is in `out` or returned
 fused_add_rmsnorm, gemma_fused_add_rmsnorm      (input, residual, weight); both written in place
+  with _round_sum behind the name               the same, for peers that normalise the rounded sum
 fused_inplace_qknorm                            (q, k, q_weight, k_weight); q and k written in place
 silu_and_mul, gelu_and_mul, gelu_tanh_and_mul   (input, out); the result is in `out` or returned
 store_cache                                     (k, v, k_cache, v_cache, indices)
@@ -20,6 +21,7 @@ from jitnorm.benchmark import marker
 
 Call = Callable[..., object]
 EPS = 1e-6
+ROUND_SUM = "_round_sum"  # the end of the names of operators that normalise the sum as rounded into the residual
 
 
 def find(op: str, impl: str) -> Call:
@@ -55,9 +57,11 @@ def rmsnorm_reference(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 def _jitnorm(op: str) -> Call:
     import jitnorm
 
-    function = getattr(jitnorm, op)
+    function = getattr(jitnorm, op.removesuffix(ROUND_SUM))
     if op in ("rmsnorm", "gemma_rmsnorm"):
         return lambda x, w, out: function(x, w, EPS, out)
+    if op.endswith(ROUND_SUM):
+        return lambda *tensors: function(*tensors, EPS, round_sum=True)
     if "norm" in op:
         return lambda *tensors: function(*tensors, EPS)
     return function
@@ -89,11 +93,18 @@ def _gated(activation: Callable[[torch.Tensor], torch.Tensor]) -> Call:
     return call
 
 
+def _gemma_add_norm(x: torch.Tensor, residual: torch.Tensor, w: torch.Tensor) -> None:
+    _add_norm(x, residual, 1 + w)
+
+
+# In eager mode torch rounds the sum, and when compiled it does not, unless `_torch_compile` tells it to.
 _TORCH: dict[str, Call] = {
     "rmsnorm": lambda x, w, out: _rms_norm(x, w),
     "gemma_rmsnorm": lambda x, w, out: _rms_norm(x, 1 + w),
     "fused_add_rmsnorm": _add_norm,
-    "gemma_fused_add_rmsnorm": lambda x, residual, w: _add_norm(x, residual, 1 + w),
+    f"fused_add_rmsnorm{ROUND_SUM}": _add_norm,
+    "gemma_fused_add_rmsnorm": _gemma_add_norm,
+    f"gemma_fused_add_rmsnorm{ROUND_SUM}": _gemma_add_norm,
     "fused_inplace_qknorm": _qk_norm,
     "silu_and_mul": _gated(F.silu),
     "gelu_and_mul": _gated(F.gelu),
@@ -105,6 +116,7 @@ _TORCH: dict[str, Call] = {
 def _torch_compile(op: str) -> Call:
     """Return the operator compiled by torch, once for each shape; the result is copied to `out` where there is one."""
     eager, compiled = _TORCH[op], {}
+    options = {"emulate_precision_casts": True} if op.endswith(ROUND_SUM) else None
 
     def into_out(*tensors: torch.Tensor) -> None:
         result = eager(*tensors)
@@ -115,7 +127,7 @@ def _torch_compile(op: str) -> Call:
         shapes = tuple(tensor.shape for tensor in tensors)
         if shapes not in compiled:
             torch._dynamo.reset()
-            compiled[shapes] = torch.compile(lambda *t: into_out(*t), dynamic=False)
+            compiled[shapes] = torch.compile(lambda *t: into_out(*t), dynamic=False, options=options)
         compiled[shapes](*tensors)
 
     return call
@@ -128,7 +140,7 @@ def _sglang(op: str) -> Call:
         from sglang.jit_kernel import activation as module
     else:
         from sglang.jit_kernel import norm as module
-    function = getattr(module, op)
+    function = getattr(module, op.removesuffix(ROUND_SUM))  # its fused_add_rmsnorm rounds the sum
     if op in ("rmsnorm", "gemma_rmsnorm"):
         return lambda x, w, out: function(x, w, out, EPS)
     if "norm" in op:
@@ -144,7 +156,7 @@ def _flashinfer(op: str, cuda: bool) -> Call:
             raise LookupError("its activations have a CUDA implementation only")
         function = getattr(flashinfer, op)
         return lambda x, out: function(x, out, enable_pdl=True)
-    function = getattr(flashinfer.norm, op)
+    function = getattr(flashinfer.norm, op)  # none with ROUND_SUM: it normalises the unrounded sum
 
     def fused(x: torch.Tensor, residual: torch.Tensor, w: torch.Tensor) -> None:
         flashinfer.norm._USE_CUDA_NORM = cuda
@@ -178,7 +190,7 @@ def _liger(op: str) -> Call:
         gemma = "gemma" in op
         options = (EPS, float(gemma), "gemma" if gemma else "llama", None)
         return lambda x, w, out: rms_norm_forward(x, w, *options)[0]
-    if op.endswith("fused_add_rmsnorm"):
+    if "fused_add_rmsnorm" in op:  # which rounds the sum
         from liger_kernel.ops.fused_add_rms_norm import fused_add_rms_norm_forward
 
         gemma = "gemma" in op

@@ -1,4 +1,4 @@
-"""Time tiles of the persistent Triton kernel on this GPU, as the time of torch's product over the tile's.
+"""Time tiles of the persistent Triton kernel on this GPU, as the time of torch.mm over the tile's.
 
     python benchmarks/tune_matmul.py [--tokens 1 16] [--model llama qwen] [--check]
 

@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "docs" / "performance.md"]  # each table is in one of them
 RESULTS = Path(__file__).parent / "results"
 
-# Decode, q/k heads, prefill, and more traffic than any cache holds; those that are lost among them.
+# Decode, q/k heads, prefill, and more traffic than fits any cache. The shapes where a peer is faster are among them.
 GPU_SHAPES = [
     *((64, 1048576), (128, 64), (128, 4096), (1024, 64), (1024, 131072), (4096, 1), (4096, 64), (4096, 1024)),
     *((4096, 32768), (7168, 16384), (8192, 1), (8192, 16384)),
@@ -164,9 +164,9 @@ LAYERS = {
 def batch_invariant_h200() -> list[str]:
     """Return the time in batch-invariant mode divided by that outside it."""
     lines = [_row(["what", "shapes", "geometric mean", "best", "worst"]), _row(["---", *["---:"] * 4])]
-    products = _read("matmul_h200")
+    gemms = _read("matmul_h200")
     for title, line in {"as chosen": "jitnorm", "Triton alone": "triton"}.items():
-        lines.append(_ratios(f"products, GEMM backend {title}", products, line, ["torch"]))
+        lines.append(_ratios(f"mm, GEMM backend {title}", gemms, line, ["torch"]))
     layers = _read("llama_layer_h200")
     for title, shapes in LAYERS.items():
         rows = [row for row in layers.rows if tuple(row.point[axis] for axis in layers.axes) in shapes]

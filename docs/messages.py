@@ -1,10 +1,10 @@
 """List the messages of the package, and compare them with docs/guides/troubleshooting.md.
 
-    python docs/messages.py            # print messages without an entry, and entries without a message
-    python docs/messages.py --update   # reword entries like the message, remove those without one
+    python docs/messages.py            # print messages without a row, and rows without a message
+    python docs/messages.py --update   # reword rows like the message, remove those without one
 
-A message is the text of an exception, a warning, or a warning in the log, with "…" for each value in it. An entry is a
-row of a table: the message in backticks, and its cure.
+A message is the text of an exception, a warning, or a warning in the log, with "…" for each value in it. A row of a
+table on the page is a message in backticks, and its fix.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "guides" / "troubleshooting.md"
 VALUE = "…"
-_ENTRY = re.compile(r"^\| `(.+?)` \| (.+) \|$", re.MULTILINE)
+_ROW = re.compile(r"^\| `(.+?)` \| (.+) \|$", re.MULTILINE)
 _LOG_METHODS = ("warning", "error")
 
 
-def entries(page: str) -> dict[str, str]:
-    """Return the cure for each message of the page."""
+def fixes(page: str) -> dict[str, str]:
+    """Return the fix for each message of the page."""
     return dict(rows(page))
 
 
 def rows(page: str) -> list[tuple[str, str]]:
-    """Return the rows of the page: each message and its cure."""
-    return _ENTRY.findall(page)
+    """Return the rows of the page: each message and its fix."""
+    return _ROW.findall(page)
 
 
 def messages() -> dict[str, str]:
@@ -163,9 +163,9 @@ def _messages_of_cpp() -> Iterator[tuple[str, str]]:
 
 
 def updated(page: str) -> str:
-    """Return the page without entries that no message has, reworded where a message without an entry is like them."""
-    missing = messages().keys() - entries(page).keys()
-    for old in sorted(entries(page).keys() - messages().keys()):
+    """Return the page without rows that match no message, reworded if a message without a row is similar."""
+    missing = messages().keys() - fixes(page).keys()
+    for old in sorted(fixes(page).keys() - messages().keys()):
         close = difflib.get_close_matches(old, missing, n=1, cutoff=0.6)
         if close:
             page = page.replace(f"| `{old}` |", f"| `{close[0]}` |")
@@ -177,13 +177,13 @@ def updated(page: str) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--update", action="store_true", help="reword and remove entries")
+    parser.add_argument("--update", action="store_true", help="reword and remove rows")
     if parser.parse_args().update:
         PAGE.write_text(updated(PAGE.read_text()))
-    known, found = entries(PAGE.read_text()), messages()
-    missing = [f"{place}: no entry for `{text}`" for text, place in found.items() if text not in known]
+    known, found = fixes(PAGE.read_text()), messages()
+    missing = [f"{place}: no row for `{text}`" for text, place in found.items() if text not in known]
     obsolete = [f"{PAGE.relative_to(ROOT)}: no message `{text}`" for text in known if text not in found]
-    print("\n".join([*missing, *obsolete, f"{len(found)} messages, {len(missing)} without an entry"]))
+    print("\n".join([*missing, *obsolete, f"{len(found)} messages, {len(missing)} without a row"]))
     return 1 if missing or obsolete else 0
 
 

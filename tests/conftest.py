@@ -24,8 +24,8 @@ if not torch.cuda.is_available():
 # The files that take longest go first, so that the workers end at about the same time.
 _LONGEST_FILES = (
     "batch_invariant/verify/test_verify.py",
-    "core/test_architectures.py",
     "core/test_tracing.py",
+    "core/test_architectures.py",
     "batch_invariant/attention/test_triton_kernels.py",
     "batch_invariant/test_model.py",
     "documentation/test_adding_a_kernel.py",

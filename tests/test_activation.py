@@ -10,8 +10,6 @@ from helpers import DTYPES, TOLERANCE, assert_refused, compiled, relative_error,
 import jitnorm
 from jitnorm import gelu_and_mul, gelu_tanh_and_mul, silu_and_mul
 from jitnorm.activation import GELU_AND_MUL, GELU_TANH_AND_MUL, SILU_AND_MUL
-from jitnorm.jit.build import build
-from jitnorm.jit.spec import Target
 
 # Activations of a gate in float64. gelu uses erfc, because 1 + erf loses its digits far below zero.
 DEFINITIONS = {
@@ -352,15 +350,6 @@ def test_module_and_function_can_be_imported():
     from jitnorm.activation import silu_and_mul as imported
 
     assert jitnorm.silu_and_mul is imported
-
-
-@pytest.mark.nvcc
-@pytest.mark.parametrize("arch", ["7.5", "8.0", "8.9", "9.0a", "10.0a", "12.0a"])
-def test_compiles_for(arch):
-    """Each activation, dtype and access once: sm_75 converts bfloat16 itself, float32 has its own exponential."""
-    build(SILU_AND_MUL.spec(torch.bfloat16, 16, Target.cuda(arch))).verify()
-    build(GELU_AND_MUL.spec(torch.float32, 8, Target.cuda(arch))).verify()
-    build(GELU_TANH_AND_MUL.spec(torch.float16, 4, Target.cuda(arch))).verify()
 
 
 @pytest.mark.gpu

@@ -17,7 +17,7 @@ from jitnorm.core.operators import OPERATORS
 HEADS, HEAD_DIM, LENGTH = 2, 64, 5
 HIDDEN = HEADS * HEAD_DIM
 FUSED = ("fused_add_rmsnorm", "gemma_fused_add_rmsnorm")
-NORMS = [operator for operator in OPERATORS.values() if operator.entry in ("rmsnorm", "fused_add_rmsnorm")]
+NORMS = [operator for operator in OPERATORS.values() if operator.binding in ("rmsnorm", "fused_add_rmsnorm")]
 
 
 @pytest.fixture(autouse=True)
@@ -216,8 +216,8 @@ def test_opcheck(norm, device):
         return torch.randn(*shape, device=device).bfloat16()
 
     x, w, strided = rows(3, 5, 64), rows(64), rows(5, 3 * 64)[:, 64:128]
-    is_first = norm.op == norm.entry
-    if norm.entry == "rmsnorm":
+    is_first = norm.op == norm.binding
+    if norm.binding == "rmsnorm":
         check(norm.op, (rows(3, 64).requires_grad_(), w.clone().requires_grad_()))
         check(f"{norm.op}_out", (strided, w.float(), rows(5, 128)[:, :64], 1e-5, True))
         if is_first:
@@ -254,6 +254,6 @@ def test_every_registered_operator_is_checked():
         ),
     }
     forms = {"rmsnorm": ("", "_out"), "fused_add_rmsnorm": ("", "_functional")}
-    expected = {f"jitnorm::{norm.op}{form}" for norm in NORMS for form in forms[norm.entry]}
+    expected = {f"jitnorm::{norm.op}{form}" for norm in NORMS for form in forms[norm.binding]}
     registered = {schema.name for schema in torch._C._jit_get_all_schemas() if schema.name.startswith("jitnorm::")}
     assert registered - elsewhere == expected

@@ -168,4 +168,4 @@ def test_refused_alike_before_and_after_the_kernel_is_built(index, warm, cache_d
 
 def test_the_variants_are_different_kernels():
     norms = [operator for operator in REGISTRY.values() if isinstance(operator, Norm)]
-    assert len({(norm.family, norm.entry, norm.policy) for norm in norms}) == len(norms) == 11
+    assert len({(norm.family, norm.binding, norm.policy) for norm in norms}) == len(norms) == 11

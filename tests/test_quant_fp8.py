@@ -70,7 +70,7 @@ def test_invalid_scales(device, scale):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(), (1,), (7,), (4096,), (3, 1367), (5, 7, 129), (2049, 1025)])
 def test_dynamic_scale(device, dtype, shape):
-    """Sizes just below and above a vector, a tile, and the number of partial maxima."""
+    """Sizes just below and above a vector, a tile, and the number of partial amax values."""
     x = (torch.randn(shape) * 3).to(dtype).to(device)
     q, s = per_tensor(x)
     assert s == quotient(x.abs().amax(), torch.tensor(448.0)).float()
@@ -225,7 +225,12 @@ def test_two_streams_compute_scales_at_the_same_time():
 
 
 def test_warm_up_builds_what_a_call_loads(cache_dir):
-    ops = ["per_tensor_quant_fp8", "per_tensor_quant_fp8_maxima", "per_tensor_quant_fp8_dynamic", "per_token_quant_fp8"]
+    ops = [
+        "per_tensor_quant_fp8",
+        "per_tensor_quant_fp8_partial_amax",
+        "per_tensor_quant_fp8_dynamic",
+        "per_token_quant_fp8",
+    ]
     assert len(jitnorm.warmup(ops, dtype="fp32", device="cpu").built) == 4
     x = torch.randn(2, 32)
     per_tensor(x)

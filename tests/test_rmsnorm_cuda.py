@@ -30,7 +30,7 @@ def captured(function):
 
 @pytest.mark.parametrize(("hidden_size", "long"), [(128, 200_003), (1280, 20_483), (8192, 6147)])
 def test_every_length_of_grid(hidden_size, long):
-    """Short, common and long grids run different kernels of one library: right in each, and the same bits."""
+    """Small, medium and large grids run different kernels of one library: right in each, and the same bits."""
     x, w = inputs(long, hidden_size)
     whole = rmsnorm(x, w, out=torch.full_like(x, float("nan")))
     residual = torch.randn_like(x)

@@ -1,4 +1,4 @@
-// Gated activations on CUDA. A thread reads 16 bytes of gate and 16 of up, and writes 16. One kernel serves every
+// Gated activations on CUDA. A thread reads 16 bytes of gate and 16 of up, and writes 16. One kernel supports every
 // width: the grid, computed at the call, places threads over the columns of a row. Included by generated sources
 // (jitnorm/jit/spec.py).
 #pragma once
@@ -13,8 +13,8 @@
 namespace jitnorm {
 
 #ifdef __CUDACC__
-// The Math of activations whose result is rounded to T. The special function unit's relative error is 2^-22, which
-// suffices except for exp of large numbers in float32.
+// The Math of activations whose result is rounded to T. The special function unit's relative error of 2^-22 suffices,
+// except for exp of large numbers in float32.
 template <typename T>
 struct DeviceMath {
   static __device__ __forceinline__ float exp(float x) {
@@ -41,20 +41,20 @@ struct ActivationKernel : DefaultVariantOnly {
   using params_t = ActivationParams;
   static constexpr int kVectorBytes = kVectorBytes_;
   static constexpr unsigned kAlignment = kVectorBytes;
-  static constexpr int kElements = kVectorBytes / sizeof(T);
-  static constexpr int kVectors = 16 / kVectorBytes;  // of gate, and as many of up, in a thread
+  static constexpr int kElementsPerVector = kVectorBytes / sizeof(T);
+  static constexpr int kVectorsPerThread = 16 / kVectorBytes;  // of gate, and as many of up, in a thread
   static constexpr int kThreads = 512;
-  static constexpr int kMinBlocks = kMaxThreadsPerSM / kThreads;  // a thread has only 32 bytes in flight
+  static constexpr int kMinBlocksPerSM = kMaxThreadsPerSM / kThreads;  // a thread has only 32 bytes in flight
 
   static Grid grid(const ActivationParams& p) {
-    return grid_over_columns(p.num_rows, p.width / kElements, kVectors, kThreads);
+    return grid_over_columns(p.num_rows, p.width / kElementsPerVector, kVectorsPerThread, kThreads);
   }
 
 #ifdef __CUDACC__
   template <GridVariant>
   static __device__ __forceinline__ void run(const ActivationParams& p) {
     const index_t row = grid_row();
-    const int first = first_column(kVectors) * kElements, step = blockDim.x * kElements;
+    const int first = first_column(kVectorsPerThread) * kElementsPerVector, step = blockDim.x * kElementsPerVector;
     if (row >= p.num_rows || first >= p.width) return;
     const T* gate = static_cast<const T*>(p.input) + row * p.input_stride + first;
     const T* up = gate + p.width;
@@ -62,23 +62,23 @@ struct ActivationKernel : DefaultVariantOnly {
     prefetch_before_wait(gate, up, out, linear_block_index());
     grid_dependency_wait();
     if (is_skipped(p, row)) return;
-    Vector<T, kElements> gates[kVectors], ups[kVectors];
+    Vector<T, kElementsPerVector> gates[kVectorsPerThread], ups[kVectorsPerThread];
 #pragma unroll
-    for (int i = 0; i < kVectors; i++) {
+    for (int i = 0; i < kVectorsPerThread; i++) {
       if (i > 0 && first + i * step >= p.width) continue;
-      gates[i] = load<T, kElements>(gate + i * step);
-      ups[i] = load<T, kElements>(up + i * step);
+      gates[i] = load<T, kElementsPerVector>(gate + i * step);
+      ups[i] = load<T, kElementsPerVector>(up + i * step);
     }
     launch_dependents();
 #pragma unroll
-    for (int i = 0; i < kVectors; i++) {
+    for (int i = 0; i < kVectorsPerThread; i++) {
       if (i > 0 && first + i * step >= p.width) continue;
-      float x[kElements], y[kElements];
+      float x[kElementsPerVector], y[kElementsPerVector];
       to_float(gates[i], x);
       to_float(ups[i], y);
 #pragma unroll
-      for (int j = 0; j < kElements; j++) y[j] *= Activation::template apply<DeviceMath<T>>(x[j]);
-      Vector<T, kElements> result;
+      for (int j = 0; j < kElementsPerVector; j++) y[j] *= Activation::template apply<DeviceMath<T>>(x[j]);
+      Vector<T, kElementsPerVector> result;
       from_float(y, result);
       store(out + i * step, result);
     }

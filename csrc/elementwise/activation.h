@@ -1,13 +1,14 @@
 // Gated activations, out = activation(gate) * up: the activations themselves, the parameter struct of their kernel
-// classes and, for the host compiler, the binding that fills it in. Included by activation.cuh and activation_cpu.h.
+// classes and, for the host compiler, the bindings function that fills it in. Included by activation.cuh and
+// activation_cpu.h.
 #pragma once
 #include "jitnorm/dtype.h"
 
 namespace jitnorm {
 
-// An activation is a template over F, float on CUDA and a SIMD register of floats on the CPU, and over Math, which has
-// exp(x), reciprocal(x) and times_sigmoid(x, u), x / (1 + exp(-u)). At +infinity it is its limit and at -infinity NaN,
-// as in PyTorch.
+// An activation is a template over F, which is float on CUDA and a SIMD register of floats on the CPU, and over Math,
+// which has exp(x), reciprocal(x) and times_sigmoid(x, u) = x / (1 + exp(-u)). At +infinity its value is its limit, at
+// -infinity NaN, as in PyTorch.
 
 // x * sigmoid(x)
 struct SiLU {
@@ -20,8 +21,8 @@ struct SiLU {
 // x * Phi(x), where Phi is the distribution function of the normal distribution, (1 + erf(x / sqrt(2))) / 2.
 struct GELU {
   // Phi(-t) = exp(-t^2 / 2) * s * P(s) with s = 1 / (1 + 0.27 t), where P interpolates at the nine Chebyshev nodes of
-  // 0 <= t <= 14.5; beyond, the result is below the smallest float. The relative error is at most 3e-8, in the tail
-  // too, where 1 + erf(x) would cancel.
+  // 0 <= t <= 14.5; for larger t, the result is below the smallest float. The relative error is at most 3e-8, in the
+  // tail too, where 1 + erf(x) would cancel.
   template <typename Math, typename F>
   static JITNORM_HOST_DEVICE F apply(F x) {
     const F t = x < 0.f ? -x : x, s = Math::reciprocal(1.f + 0.27f * t);
@@ -55,7 +56,7 @@ struct ActivationParams {
   index_t out_stride;
   index_t num_rows;
   int width;
-  bool has_int64_ids;      // or int32 ones
+  bool has_int64_ids;      // otherwise int32
   const void* expert_ids;  // one for expert_step rows each; null to skip no row
   index_t expert_step;
 };

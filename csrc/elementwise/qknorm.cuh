@@ -1,5 +1,5 @@
-// RMSNorm of the heads of q and k on CUDA, in one launch. A block takes consecutive heads of either tensor, so that
-// blocks are full for any numbers of heads. Included by generated sources (jitnorm/jit/spec.py).
+// RMSNorm of the heads of q and k on CUDA, in one launch. A block takes consecutive heads, of q, of k or of both, so
+// that blocks are full for any number of heads. Included by generated sources (jitnorm/jit/spec.py).
 #pragma once
 #include "elementwise/qknorm.h"
 #include "jitnorm/launch.h"
@@ -11,9 +11,9 @@ template <int kHeadDim, typename T, typename W = T, typename S = typename Defaul
 struct QKNormKernel : RMSNormKernelBase<kHeadDim, T, W, Plain, S> {
   using params_t = QKNormParams;
   using Base = RMSNormKernelBase<kHeadDim, T, W, Plain, S>;
-  // To find its row, a thread needs two registers more than in the norms' kernels, which would leave an SM 10 of its 12
-  // blocks. 48 KiB of rows in flight limit the registers again.
-  static constexpr int kMinBlocks = max(1, min(48 * 1024 / Base::kReadBytes, Base::kMaxBlocks));
+  // To find its row, a thread needs two registers more than in the kernels of the other norms, so that only 10 blocks
+  // instead of 12 would fit an SM. Asking for 48 KiB of rows in flight limits the registers again.
+  static constexpr int kMinBlocksPerSM = max(1, min(48 * 1024 / Base::kBlockReadBytes, Base::kMaxBlocksPerSM));
 
 #ifdef __CUDACC__
   template <GridVariant kVariant>
@@ -22,19 +22,19 @@ struct QKNormKernel : RMSNormKernelBase<kHeadDim, T, W, Plain, S> {
     const unsigned row = blockIdx.x * S::kRowsPerBlock + threadIdx.x / S::kThreadsPerRow;
     const auto [x, weight] = head_of<T, W>(p, row);
     // The last block may have threads without a row, which still take part in the sum.
-    const bool exists = S::kRowsPerBlock == 1 || row < unsigned(p.num_rows);
-    // Always true, as eps >= 0: it makes the compiler load the parameters before griddepcontrol.wait.
-    if (exists && p.eps >= 0) prefetch_before_wait(x, p.q_weight, p.k_weight);
+    const bool has_row = S::kRowsPerBlock == 1 || row < unsigned(p.num_rows);
+    // eps >= 0 is always true. The condition makes the compiler load the parameters before griddepcontrol.wait.
+    if (has_row && p.eps >= 0) prefetch_before_wait(x, p.q_weight, p.k_weight);
     grid_dependency_wait();
-    if (exists) fragment.read(fragment.x, x);
+    if (has_row) fragment.read(fragment.x, x);
     fragment.read(fragment.weight, weight);
-    if (kVariant != GridVariant::kShort) launch_dependents();
-    if (kVariant == GridVariant::kLong && fragment.lane == 0 && blockIdx.x + Base::kBlocksAhead < gridDim.x - 1)
+    if (kVariant != GridVariant::kSmallGrid) launch_dependents();
+    if (kVariant == GridVariant::kLargeGrid && fragment.lane == 0 && blockIdx.x + Base::kBlocksAhead < gridDim.x - 1)
       prefetch<Base::kRowBytes>(head_of<T, W>(p, row + Base::kBlocksAhead * S::kRowsPerBlock).row);
-    const float squares = row_sum(exists ? fragment.sum_of_squares() : 0.f);
-    if (kVariant == GridVariant::kShort) launch_dependents();
+    const float squares = row_sum(has_row ? fragment.sum_of_squares() : 0.f);
+    if (kVariant == GridVariant::kSmallGrid) launch_dependents();
     const float rstd = rstd_of<T>(mean_plus_eps<QKNormKernel>(squares, p.eps));
-    if (exists) fragment.write(x, rstd);
+    if (has_row) fragment.write(x, rstd);
   }
 
  private:

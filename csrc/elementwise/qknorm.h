@@ -1,5 +1,5 @@
 // RMSNorm of the heads of q and k, in place: the parameter struct of the kernel classes and, for the host compiler, the
-// binding that fills it in. Included by qknorm.cuh and qknorm_cpu.h.
+// bindings function that fills it in. Included by qknorm.cuh and qknorm_cpu.h.
 #pragma once
 #include "jitnorm/divisor.h"
 #include "jitnorm/dtype.h"
@@ -49,7 +49,7 @@ namespace jitnorm {
 
 constexpr index_t kMaxRows = kMaxDividend;
 
-// q or k, [tokens, heads, head_dim]. The stride of a dimension of one element is arbitrary, and set to 0 here.
+// q or k, [tokens, heads, head_dim]. A dimension of one element may have any stride; here it has the stride 0.
 struct Heads {
   char* data;
   index_t tokens, heads, stride, head_stride;
@@ -60,7 +60,7 @@ struct Heads {
 // False if `tensor` has another rank, dtype or head_dim, rows that share memory, no storage, or rows that are not
 // adjacent elements aligned to kAlignment.
 template <typename Kernel>
-bool as_heads(const DLTensor* tensor, Heads* to) {
+bool as_heads(const DLTensor* tensor, Heads* result) {
   using T = typename Kernel::input_t;
   constexpr index_t size = sizeof(T), head_dim = Kernel::kHiddenSize;
   if (!tensor || tensor->ndim != 3 || !has_dtype<T>(*tensor) || tensor->shape[2] != head_dim || tensor->strides[2] != 1)
@@ -69,13 +69,13 @@ bool as_heads(const DLTensor* tensor, Heads* to) {
   const index_t stride = tokens > 1 ? tensor->strides[0] : 0, head_stride = heads > 1 ? tensor->strides[1] : 0;
   char* data = data_of(*tensor);
   const index_t width = (heads - 1) * head_stride + head_dim, length = (tokens - 1) * stride + head_dim;
-  to->data = data;
-  to->tokens = tokens;
-  to->heads = heads;
-  to->stride = stride;
-  to->head_stride = head_stride;
-  to->width = width;
-  to->end = data + ((tokens - 1) * stride + width) * size;
+  result->data = data;
+  result->tokens = tokens;
+  result->heads = heads;
+  result->stride = stride;
+  result->head_stride = head_stride;
+  result->width = width;
+  result->end = data + ((tokens - 1) * stride + width) * size;
   if (tokens == 0 || heads == 0) return true;
   const bool disjoint = (tokens == 1 || stride >= head_dim) && (heads == 1 || head_stride >= head_dim) &&
                         (tokens == 1 || heads == 1 || stride >= width || head_stride >= length);
@@ -83,8 +83,8 @@ bool as_heads(const DLTensor* tensor, Heads* to) {
          head_stride * size % Kernel::kAlignment == 0;
 }
 
-// Whether q and k share memory. Exact for equal strides from token to token, as in a fused projection, where the tokens
-// of one lie between those of the other. For different strides, overlapping extents count as shared.
+// Whether q and k share memory. Exact if both have the same stride from token to token, as in a fused projection, where
+// tokens of q and k alternate. For different strides, overlapping extents count as shared memory.
 template <typename T>
 bool heads_overlap(const Heads& q, const Heads& k) {
   constexpr index_t size = sizeof(T);

@@ -1,7 +1,7 @@
 // RMSNorm, rotary embedding and cache store of the heads of q, k and v on CUDA, in one launch. A block takes
 // consecutive heads of the three tensors, so that blocks are full for any numbers of heads. A thread holds pairs of
-// vectors: the two that rotation combines, so that no data moves between threads. Included by generated sources
-// (jitnorm/jit/spec.py).
+// vectors: the two that rotation combines, so that no data moves between threads. It holds those of several heads,
+// which share the weight, the cosines and the sines. Included by generated sources (jitnorm/jit/spec.py).
 #pragma once
 #include "elementwise/qknorm_rope_store.h"
 #include "jitnorm/launch.h"
@@ -10,6 +10,11 @@
 #include "jitnorm/quantise.h"
 #endif
 
+#define JN_HEADS 2
+#define JN_THREADS 128
+#define JN_BLOCKS 1
+#define JN_LARGE (~0u)
+#define JN_AHEAD 2
 namespace jitnorm {
 
 constexpr int next_power_of_two(int n) { return n <= 1 ? 1 : 2 * next_power_of_two((n + 1) / 2); }
@@ -25,8 +30,8 @@ struct WeightOrInput<NoNorm, T> {
 };
 
 template <int kHeadDim, int kRotaryDim_, typename T, typename W, typename C, typename Cache, typename QOut,
-          typename Rotation_>
-struct QKNormRopeStoreKernel : DefaultVariantOnly {
+          typename Rotation_, bool kRoundsEachStep_>
+struct QKNormRopeStoreKernel {
   using input_t = T;
   using weight_t = W;
   using cos_sin_t = C;
@@ -34,116 +39,133 @@ struct QKNormRopeStoreKernel : DefaultVariantOnly {
   using q_out_t = QOut;
   using rotation_t = Rotation_;
   using params_t = QKNormRopeStoreParams;
+  static constexpr bool kRoundsEachStep = kRoundsEachStep_;
   static constexpr int kHiddenSize = kHeadDim;
   static constexpr int kRotaryDim = kRotaryDim_;
   static constexpr bool kHasNorm = sizeof(W) > sizeof(NoNorm);
   static constexpr unsigned kAlignment = 16;
   static constexpr float kInverse = 1. / kHeadDim;
   static constexpr float kInverseResidue = 1. / kHeadDim - kInverse;  // the rounding error of kInverse
-  static constexpr int kElements = 16 / sizeof(T);                    // of a vector
-  static constexpr int kPairs = kHeadDim / (2 * kElements);           // of vectors
-  static constexpr int kRotaryPairs = kRotaryDim / (2 * kElements);
+  static constexpr int kElementsPerVector = 16 / sizeof(T);
+  static constexpr int kPairs = kHeadDim / (2 * kElementsPerVector);  // of vectors
+  static constexpr int kRotaryPairs = kRotaryDim / (2 * kElementsPerVector);
   static constexpr int kThreadsPerRow = min(32, next_power_of_two(kPairs));
   static constexpr int kPairsPerThread = (kPairs + kThreadsPerRow - 1) / kThreadsPerRow;
-  static constexpr int kRowsPerBlock = rows_per_block(kHeadDim * sizeof(T));
-  static constexpr int kThreads = kThreadsPerRow * kRowsPerBlock;
-  static constexpr int kMinBlocks = 1;
-  static_assert(kHeadDim % (2 * kElements) == 0 && kRotaryDim % (2 * kElements) == 0, "a head is pairs of vectors");
+  static constexpr int kHeadsPerRow = kPairsPerThread > 1 ? 1 : JN_HEADS;
+  static constexpr int kThreads = max(JN_THREADS, kThreadsPerRow);
+  static constexpr int kRowsPerBlock = kThreads / kThreadsPerRow;
+  static constexpr int kMinBlocksPerSM = JN_BLOCKS;
+  static constexpr int kHeadBytes = kHeadDim * sizeof(T);
+  static constexpr int kBlockReadBytes = kRowsPerBlock * kHeadsPerRow * kHeadBytes;
+  static constexpr unsigned kMaxSmallGrid = 0;
+  static constexpr unsigned kMinLargeGrid = JN_LARGE;
+  static constexpr unsigned kBlocksAhead = max(128, (JN_AHEAD << 20) / kBlockReadBytes);
+  static_assert(kHeadDim % (2 * kElementsPerVector) == 0 && kRotaryDim % (2 * kElementsPerVector) == 0,
+                "a head is pairs of vectors");
 
 #ifndef __CUDACC__
   static Grid grid(const QKNormRopeStoreParams& p) { return grid_of_blocks(p.num_rows, kRowsPerBlock, kThreads); }
 #else
-  template <GridVariant>
+  template <GridVariant kVariant>
   static __device__ __forceinline__ void run(const QKNormRopeStoreParams& p) {
     const int lane = threadIdx.x % kThreadsPerRow;
-    const unsigned index = blockIdx.x * kRowsPerBlock + threadIdx.x / kThreadsPerRow;
-    // The last block may have threads without a row, which still take part in the sum.
-    const bool exists = index < unsigned(p.num_rows);
-    const HeadRow row = head_row(p, exists ? index : 0);
-    const T* x = head_address<const T>(p.in[row.kind], row);
-    const WeightElement* weight = static_cast<const WeightElement*>(p.weight[row.kind]);
-    const bool rotates = kRotaryDim != 0 && row.kind != kValue, is_normalised = kHasNorm && weight;
-    prefetch_before_wait(p, row, exists);
+    const unsigned row = blockIdx.x * kRowsPerBlock + threadIdx.x / kThreadsPerRow;
+    // The last block may have threads without a row, and a row may have fewer heads. Their threads still take part in
+    // the sums.
+    const bool has_row = row < unsigned(p.num_rows);
+    const HeadGroup group = head_group<kHeadsPerRow>(p, has_row ? row : 0);
+    const int num_heads = has_row ? p.num_heads[group.kind] - group.head : 0;
+    const T* x = head_address<const T>(p.in[group.kind], group);
+    const index_t x_stride = p.in[group.kind].head_stride;
+    const WeightElement* weight = static_cast<const WeightElement*>(p.weight[group.kind]);
+    const bool rotates = kRotaryDim != 0 && group.kind != kValue, is_normalised = kHasNorm && weight;
+    prefetch_before_wait(p, group, has_row);
     grid_dependency_wait();
 
     index_t positions[kSections] = {}, slot = p.skip_index;
     if (rotates)
 #pragma unroll
       for (int i = 0; i < kSections; i++)
-        positions[i] = load_index(p.positions, i * p.positions_stride + row.token, p.has_int64_positions);
-    if (row.kind != kQuery && row.token < p.num_stored) slot = load_index(p.slots, row.token, p.has_int64_slots);
-    Vector<T, kElements> from_x[kPairsPerThread][2];
-    Vector<WeightElement, kElements> from_weight[kPairsPerThread][2];
-    for_each_vector(lane, [&](int i, int j, int at) { from_x[i][j] = load<T, kElements>(x + at); });
+        positions[i] = load_index(p.positions, i * p.positions_stride + group.token, p.has_int64_positions);
+    if (group.kind != kQuery && group.token < p.num_stored) slot = load_index(p.slots, group.token, p.has_int64_slots);
+    InputVector from_x[kHeadsPerRow][kPairsPerThread][2];
+    Vector<WeightElement, kElementsPerVector> from_weight[kPairsPerThread][2];
+#pragma unroll
+    for (int h = 0; h < kHeadsPerRow; h++)
+      if (h < num_heads)
+        for_each_vector(
+            lane, [&](int i, int j, int at) { from_x[h][i][j] = load<T, kElementsPerVector>(x + h * x_stride + at); });
     if (is_normalised)
-      for_each_vector(lane,
-                      [&](int i, int j, int at) { from_weight[i][j] = load<WeightElement, kElements>(weight + at); });
-    const float scale = scale_of(p, row);
+      for_each_vector(lane, [&](int i, int j, int at) {
+        from_weight[i][j] = load<WeightElement, kElementsPerVector>(weight + at);
+      });
     launch_dependents();
+    if (kVariant == GridVariant::kLargeGrid) prefetch_later_row(p, row, lane);
     Angles angles[kPairsPerThread];
     if (rotates)
 #pragma unroll
       for (int i = 0; i < kPairsPerThread; i++)
         if (is_rotary(lane, i)) angles[i].read(p, positions, pair_of(lane, i));
 
-    float rstd = 1;
-    if (kHasNorm) {
-      float sum = 0;
-      for_each_vector(lane, [&](int i, int j, int) {
-        float f[kElements], squares = 0;
-        to_float(from_x[i][j], f);
+    float rstd[kHeadsPerRow];
+    if (kHasNorm)
 #pragma unroll
-        for (int e = 0; e < kElements; e++) squares = fmaf(f[e], f[e], squares);
-        sum += squares;
-      });
-      rstd = rstd_of<T>(mean_plus_eps<QKNormRopeStoreKernel>(warp_sum<kThreadsPerRow>(sum), p.eps));
-    }
-    if (!exists) return;
+      for (int h = 0; h < kHeadsPerRow; h++) rstd[h] = rstd_of_head(from_x[h], lane, p.eps);
     const bool is_stored = slot != p.skip_index;
-    const ScaleDivider divide(scale);
-    QOut* q_out = head_address<QOut>(p.out[kQuery], row);
-    T* k_out = head_address<T>(p.out[kKey], row);
-    Cache* cache = is_stored ? cache_address<Cache>(p, row, static_cast<unsigned>(slot)) : nullptr;
+    // Where the results in the input's dtype go; null for v, and for q where its result is float8.
+    const bool has_out = kChangesHeads && group.kind != kValue && !(kQOutIsFloat8 && group.kind == kQuery);
+    T* out = has_out ? head_address<T>(p.out[group.kind], group) : nullptr;
+    e4m3_t* q_out = head_address<e4m3_t>(p.out[kQuery], group);
+    const index_t out_stride = p.out[group.kind].head_stride, q_out_stride = p.out[kQuery].head_stride;
+    const index_t cache_stride = p.cache[group.kind].head_stride;
+    Cache* cache = is_stored ? cache_address<Cache>(p, group, static_cast<unsigned>(slot)) : nullptr;
 #pragma unroll
-    for (int i = 0; i < kPairsPerThread; i++) {
-      if (!has(lane, i)) continue;
-      float y[2][kElements];
+    for (int h = 0; h < kHeadsPerRow; h++) {
+      if (h >= num_heads) break;
+      const ScaleDivider divide(scale_of(p, group, h));
 #pragma unroll
-      for (int j = 0; j < 2; j++) {
-        to_float(from_x[i][j], y[j]);
-        if (!is_normalised) continue;
-        float w[kElements];
-        to_float(from_weight[i][j], w);
+      for (int i = 0; i < kPairsPerThread; i++) {
+        if (!has(lane, i)) continue;
+        float y[2][kElementsPerVector];
 #pragma unroll
-        for (int e = 0; e < kElements; e++) y[j][e] = y[j][e] * rstd * (w[e] + p.weight_offset);
-        if (p.rounds_each_step) round_to_input(y[j]);
-      }
-      if (rotates && is_rotary(lane, i)) {
-        angles[i].rotate(y);
-        if (p.rounds_each_step) round_to_input(y[0]), round_to_input(y[1]);
-      }
+        for (int j = 0; j < 2; j++) {
+          to_float(from_x[h][i][j], y[j]);
+          if (!is_normalised) continue;
+          float w[kElementsPerVector];
+          to_float(from_weight[i][j], w);
+          if (p.weight_offset != 0)
 #pragma unroll
-      for (int j = 0; j < 2; j++) {
-        const int at = offset(lane, i, j);
-        if (row.kind == kQuery) write(q_out + at, y[j], divide);
-        if (row.kind == kKey && kChangesHeads) write(k_out + at, y[j], divide);
-        if (!is_stored) continue;
-        // Values keep their bits, also those of NaNs.
-        if constexpr (kIsCacheLikeInput) {
-          if (row.kind == kValue) store(cache + at, from_x[i][j]);
-          else write(cache + at, y[j], divide);
-        } else {
-          write(cache + at, y[j], divide);
+            for (int e = 0; e < kElementsPerVector; e++) w[e] += p.weight_offset;
+#pragma unroll
+          for (int e = 0; e < kElementsPerVector; e++) y[j][e] = y[j][e] * rstd[h] * w[e];
+          if (kRoundsEachStep) round_to_input(y[j]);
+        }
+        if (rotates && is_rotary(lane, i)) {
+          angles[i].rotate(y);
+          if (kRoundsEachStep) round_to_input(y[0]), round_to_input(y[1]);
+        }
+#pragma unroll
+        for (int j = 0; j < 2; j++) {
+          const int at = offset(lane, i, j);
+          // What is not changed keeps its bits, also those of NaNs.
+          InputVector result = from_x[h][i][j];
+          if (kChangesHeads && group.kind != kValue) from_float(y[j], result);
+          if (out) store(out + h * out_stride + at, result);
+          if (kQOutIsFloat8 && group.kind == kQuery) store_float8(q_out + h * q_out_stride + at, y[j], divide);
+          if (!is_stored) continue;
+          if constexpr (kCacheIsFloat8) store_float8(cache + h * cache_stride + at, y[j], divide);
+          else store(cache + h * cache_stride + at, result);
         }
       }
     }
   }
 
  private:
-  static constexpr bool kIsCacheLikeInput = sizeof(Cache) == sizeof(T);
+  static constexpr bool kCacheIsFloat8 = sizeof(Cache) != sizeof(T), kQOutIsFloat8 = sizeof(QOut) != sizeof(T);
   static constexpr bool kChangesHeads = kHasNorm || kRotaryDim != 0;
   static constexpr int kSections = rotation_t::kHasSections ? 3 : 1;
   using WeightElement = typename WeightOrInput<W, T>::type;
+  using InputVector = Vector<T, kElementsPerVector>;
 
   // A thread's i-th pair of vectors, and whether it has one.
   static __device__ __forceinline__ int pair_of(int lane, int i) { return lane + i * kThreadsPerRow; }
@@ -159,7 +181,7 @@ struct QKNormRopeStoreKernel : DefaultVariantOnly {
   static __device__ __forceinline__ int offset(int lane, int i, int j) {
     const int pair = pair_of(lane, i);
     const bool rotary = kRotaryPairs == kPairs || pair < kRotaryPairs;
-    return (rotary ? pair + j * kRotaryPairs : pair + kRotaryPairs + j * (kPairs - kRotaryPairs)) * kElements;
+    return (rotary ? pair + j * kRotaryPairs : pair + kRotaryPairs + j * (kPairs - kRotaryPairs)) * kElementsPerVector;
   }
 
   template <typename Function>
@@ -171,12 +193,12 @@ struct QKNormRopeStoreKernel : DefaultVariantOnly {
         for (int j = 0; j < 2; j++) function(i, j, offset(lane, i, j));
   }
 
-  // The cosines and sines for one pair of vectors, of kElements pairs of elements.
+  // The cosines and sines for one pair of vectors, of kElementsPerVector pairs of elements.
   struct Angles {
     // With NeoX pairing they are adjacent. Otherwise each vector has its own, as its elements are pairs themselves.
     static constexpr int kRuns = rotation_t::kIsNeox ? 1 : 2;
-    static constexpr int kRun = kElements / kRuns;
-    float cos[kElements], sin[kElements];
+    static constexpr int kRun = kElementsPerVector / kRuns;
+    float cos[kElementsPerVector], sin[kElementsPerVector];
 
     __device__ __forceinline__ void read(const QKNormRopeStoreParams& p, const index_t (&positions)[kSections],
                                          int pair) {
@@ -204,9 +226,9 @@ struct QKNormRopeStoreKernel : DefaultVariantOnly {
       }
     }
 
-    __device__ __forceinline__ void rotate(float (&y)[2][kElements]) const {
+    __device__ __forceinline__ void rotate(float (&y)[2][kElementsPerVector]) const {
 #pragma unroll
-      for (int e = 0; e < kElements; e++) {
+      for (int e = 0; e < kElementsPerVector; e++) {
         float& a = rotation_t::kIsNeox ? y[0][e] : y[e / kRun][e % kRun * 2];
         float& b = rotation_t::kIsNeox ? y[1][e] : y[e / kRun][e % kRun * 2 + 1];
         const float rotated = fmaf(a, cos[e], -(b * sin[e]));
@@ -216,44 +238,62 @@ struct QKNormRopeStoreKernel : DefaultVariantOnly {
     }
   };
 
+  static __device__ __forceinline__ float rstd_of_head(const InputVector (&x)[kPairsPerThread][2], int lane,
+                                                       float eps) {
+    float sum = 0;
+    for_each_vector(lane, [&](int i, int j, int) {
+      float f[kElementsPerVector], squares = 0;
+      to_float(x[i][j], f);
+#pragma unroll
+      for (int e = 0; e < kElementsPerVector; e++) squares = fmaf(f[e], f[e], squares);
+      sum += squares;
+    });
+    return rstd_of<T>(mean_plus_eps<QKNormRopeStoreKernel>(warp_sum<kThreadsPerRow>(sum), eps));
+  }
+
   // Before the wait, the position may be an old one, which an earlier kernel is about to overwrite: it only chooses
   // which row of the cosines and sines is prefetched, and is loaded again after the wait.
-  static __device__ __forceinline__ void prefetch_before_wait(const QKNormRopeStoreParams& p, HeadRow row,
-                                                              bool exists) {
+  static __device__ __forceinline__ void prefetch_before_wait(const QKNormRopeStoreParams& p, HeadGroup group,
+                                                              bool has_row) {
 #if __CUDA_ARCH__ >= 900
-    if (blockIdx.x >= 32 || threadIdx.x % kThreadsPerRow != 0 || !exists) return;
-    jitnorm::prefetch_before_wait(head_address<const T>(p.in[row.kind], row), p.weight[kQuery], p.weight[kKey]);
-    if (kRotaryDim == 0 || row.head != 0 || row.kind == kValue) return;
-    const index_t position = load_index(p.positions, row.token, p.has_int64_positions);
+    if (blockIdx.x >= 32 || threadIdx.x % kThreadsPerRow != 0 || !has_row) return;
+    jitnorm::prefetch_before_wait(head_address<const T>(p.in[group.kind], group), p.weight[kQuery], p.weight[kKey]);
+    if (kRotaryDim == 0 || group.head != 0 || group.kind == kValue) return;
+    const index_t position = load_index(p.positions, group.token, p.has_int64_positions);
     if (position < 0 || position >= p.max_position) return;
     prefetch<kRotaryDim * sizeof(C)>(static_cast<const C*>(p.cos_sin) + position * p.cos_sin_stride);
 #endif
   }
 
-  // The quantisation scale of a row; 1 where its output is no float8.
-  static __device__ __forceinline__ float scale_of(const QKNormRopeStoreParams& p, HeadRow row) {
-    if (sizeof(QOut) == sizeof(T) && sizeof(Cache) == sizeof(T)) return 1;
-    const HeadScales scales = p.scales[row.kind];
-    return scales.data ? load(scales.data + row.head * scales.stride) : 1;
+  static __device__ __forceinline__ void prefetch_later_row(const QKNormRopeStoreParams& p, unsigned row, int lane) {
+    row += kBlocksAhead * kRowsPerBlock;
+    if (lane >= kHeadsPerRow || row >= p.num_rows) return;
+    const HeadGroup group = head_group<kHeadsPerRow>(p, row);
+    if (group.head + lane >= p.num_heads[group.kind]) return;
+    const HeadTensor& heads = p.in[group.kind];
+    prefetch<kHeadBytes>(head_address<const T>(heads, group) + lane * heads.head_stride);
   }
 
-  static __device__ __forceinline__ void round_to_input(float (&f)[kElements]) {
-    Vector<T, kElements> rounded;
+  // The quantisation scale of the group's head `h`; 1 where its output is no float8.
+  static __device__ __forceinline__ float scale_of(const QKNormRopeStoreParams& p, HeadGroup group, int h) {
+    if (!kCacheIsFloat8 && !kQOutIsFloat8) return 1;
+    const HeadScales scales = p.scales[group.kind];
+    return scales.data ? load(scales.data + (group.head + h) * scales.stride) : 1;
+  }
+
+  static __device__ __forceinline__ void round_to_input(float (&f)[kElementsPerVector]) {
+    Vector<T, kElementsPerVector> rounded;
     from_float(f, rounded);
     to_float(rounded, f);
   }
 
-  template <typename Out>
-  static __device__ __forceinline__ void write(Out* to, const float (&f)[kElements], const ScaleDivider& divide) {
-    Vector<Out, kElements> y;
-    if constexpr (sizeof(Out) == sizeof(T)) {
-      from_float(f, y);
-    } else {
-      float quotients[kElements];
+  static __device__ __forceinline__ void store_float8(e4m3_t* to, const float (&f)[kElementsPerVector],
+                                                      const ScaleDivider& divide) {
+    float quotients[kElementsPerVector];
 #pragma unroll
-      for (int e = 0; e < kElements; e++) quotients[e] = divide(f[e]);
-      from_float(quotients, y);
-    }
+    for (int e = 0; e < kElementsPerVector; e++) quotients[e] = divide(f[e]);
+    Vector<e4m3_t, kElementsPerVector> y;
+    from_float(quotients, y);
     store(to, y);
   }
 #endif

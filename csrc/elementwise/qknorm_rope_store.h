@@ -41,7 +41,8 @@ struct HeadScales {
   unsigned stride;  // 0 for one scale
 };
 
-// A row is one head of one token. Rows are numbered token by token: the heads of q, then those of k, then those of v.
+// A row is a group of adjacent heads of one tensor of one token: as many as the kernel class takes at a time, or fewer
+// at the end of a tensor. Rows are numbered token by token: the groups of q, then those of k, then those of v.
 struct QKNormRopeStoreParams {
   HeadTensor in[kHeadKinds];
   HeadTensor out[kHeadKinds];    // null data: not written; never written for v
@@ -56,46 +57,48 @@ struct QKNormRopeStoreParams {
   index_t max_position;
   index_t skip_index;
   index_t num_rows;
-  UnsignedDivisor heads_divisor;  // divides by num_heads
-  UnsignedDivisor block_divisor;  // divides by block_size
-  unsigned num_heads;             // of q, k and v together
-  unsigned first_head[kHeadKinds];
+  UnsignedDivisor groups_divisor;  // divides by num_groups
+  UnsignedDivisor block_divisor;   // divides by block_size
+  unsigned num_groups;             // of q, k and v of a token together
+  unsigned first_group[kHeadKinds];
+  unsigned num_heads[kHeadKinds];
   unsigned block_size;
   unsigned num_stored;      // tokens that have a slot: the first ones
   unsigned section_end[2];  // the first pairs of the second and third section, or interleaved: where these end
   bool has_interleaved_sections;
   bool has_int64_positions;  // or int32 ones
   bool has_int64_slots;
-  bool rounds_each_step;  // to T after norm and rotation, or only once at the end
   float eps;
   float weight_offset;
 };
 
-// One row: which head of which tensor it is.
-struct HeadRow {
+// Which heads a row is.
+struct HeadGroup {
   HeadKind kind;
   unsigned token;
-  unsigned head;  // of its tensor
+  unsigned head;  // the first, of its tensor
 };
 
-JITNORM_HOST_DEVICE HeadRow head_row(const QKNormRopeStoreParams& p, unsigned row) {
-  const unsigned token = quotient(row, p.heads_divisor), head = row - token * p.num_heads;
-  const HeadKind kind = head < p.first_head[kKey] ? kQuery : head < p.first_head[kValue] ? kKey : kValue;
-  return {kind, token, head - p.first_head[kind]};
+template <int kHeadsPerRow>
+JITNORM_HOST_DEVICE HeadGroup head_group(const QKNormRopeStoreParams& p, unsigned row) {
+  const unsigned token = quotient(row, p.groups_divisor), group = row - token * p.num_groups;
+  const HeadKind kind = group < p.first_group[kKey] ? kQuery : group < p.first_group[kValue] ? kKey : kValue;
+  return {kind, token, (group - p.first_group[kind]) * kHeadsPerRow};
 }
 
+// The addresses of a group's first head. The others are head_stride apart.
 template <typename T>
-JITNORM_HOST_DEVICE T* head_address(const HeadTensor& heads, HeadRow row) {
-  return reinterpret_cast<T*>(heads.data) + row.token * heads.stride + row.head * heads.head_stride;
+JITNORM_HOST_DEVICE T* head_address(const HeadTensor& heads, HeadGroup group) {
+  return reinterpret_cast<T*>(heads.data) + group.token * heads.stride + group.head * heads.head_stride;
 }
 
-// The address of a head in the cache. `slot` is in range, so that it fits 31 bits.
+// `slot` is in range, so that it fits 31 bits.
 template <typename T>
-JITNORM_HOST_DEVICE T* cache_address(const QKNormRopeStoreParams& p, HeadRow row, unsigned slot) {
-  const PagedCache& cache = p.cache[row.kind];
+JITNORM_HOST_DEVICE T* cache_address(const QKNormRopeStoreParams& p, HeadGroup group, unsigned slot) {
+  const PagedCache& cache = p.cache[group.kind];
   const unsigned block = quotient(slot, p.block_divisor), token = slot - block * p.block_size;
   return reinterpret_cast<T*>(cache.data) + block * cache.block_stride + token * cache.token_stride +
-         row.head * cache.head_stride;
+         group.head * cache.head_stride;
 }
 
 // Which of a token's three positions rotates pair `pair`: 0 time, 1 height, 2 width. Sections lie one after another, or
@@ -266,7 +269,7 @@ Outcome qk_norm_rope_store(const TVMFFIAny* args, int num_args) {
       !as_bool(args[12], &is_neox) || !as_int(args[13], &section[0]) || !as_int(args[14], &section[1]) ||
       !as_int(args[15], &section[2]) || !as_bool(args[16], &has_interleaved_sections) ||
       !as_int(args[22], &skip_index) || !as_bool(args[23], &rounds_each_step) ||
-      !as_optional_bool(args[24], true, &enable_pdl))
+      rounds_each_step != Kernel::kRoundsEachStep || !as_optional_bool(args[24], true, &enable_pdl))
     return Outcome::kRefused;
 
   if (!rotates) {
@@ -325,22 +328,26 @@ Outcome qk_norm_rope_store(const TVMFFIAny* args, int num_args) {
     params.cache[kValue] = paged_cache(v_cache, sizeof(Cache));
   }
 
-  const index_t heads = q_heads + k_heads + (has_cache ? k_heads : 0), rows = tokens * heads;
-  if (rows == 0) return Outcome::kDone;
-  if (rows > kMaxDividend || !outputs_are_separate(out, in, kOutputs, kInputs)) return Outcome::kRefused;
+  constexpr index_t per_row = Kernel::kHeadsPerRow;
+  const index_t heads = q_heads + k_heads + (has_cache ? k_heads : 0);
+  const index_t q_groups = (q_heads + per_row - 1) / per_row, k_groups = (k_heads + per_row - 1) / per_row;
+  const index_t groups = q_groups + k_groups + (has_cache ? k_groups : 0);
+  if (tokens * heads == 0) return Outcome::kDone;
+  if (tokens * heads > kMaxDividend || !outputs_are_separate(out, in, kOutputs, kInputs)) return Outcome::kRefused;
   for (int i = 0; i < kHeadKinds; i++) params.in[i] = head_tensor(in[i], sizeof(T));
   params.out[kQuery] = head_tensor(out[kQOut], sizeof(QOut));
   params.out[kKey] = head_tensor(out[kKOut], sizeof(T));
   params.weight[kQuery] = in[kQWeight].data;
   params.weight[kKey] = in[kKWeight].data;
   params.skip_index = skip_index;
-  params.num_rows = rows;
-  params.heads_divisor = divisor_of(heads);
+  params.num_rows = tokens * groups;
+  params.groups_divisor = divisor_of(groups);
   params.block_divisor = divisor_of(params.block_size);
-  params.num_heads = static_cast<unsigned>(heads);
-  params.first_head[kKey] = static_cast<unsigned>(q_heads);
-  params.first_head[kValue] = static_cast<unsigned>(q_heads + k_heads);
-  params.rounds_each_step = rounds_each_step;
+  params.num_groups = static_cast<unsigned>(groups);
+  params.first_group[kKey] = static_cast<unsigned>(q_groups);
+  params.first_group[kValue] = static_cast<unsigned>(q_groups + k_groups);
+  params.num_heads[kQuery] = static_cast<unsigned>(q_heads);
+  params.num_heads[kKey] = params.num_heads[kValue] = static_cast<unsigned>(k_heads);
   params.eps = static_cast<float>(eps);
   params.weight_offset = static_cast<float>(weight_offset);
   return launch<Kernel>(params, device, enable_pdl);

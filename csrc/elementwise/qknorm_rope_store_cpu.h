@@ -8,7 +8,7 @@
 namespace jitnorm {
 
 template <int kHeadDim, int kRotaryDim_, typename T, typename W, typename C, typename Cache, typename QOut,
-          typename Rotation_>
+          typename Rotation_, bool kRoundsEachStep_>
 struct QKNormRopeStoreKernel {
   using input_t = T;
   using weight_t = W;
@@ -17,16 +17,18 @@ struct QKNormRopeStoreKernel {
   using q_out_t = QOut;
   using rotation_t = Rotation_;
   using params_t = QKNormRopeStoreParams;
+  static constexpr bool kRoundsEachStep = kRoundsEachStep_;
   static constexpr int kHiddenSize = kHeadDim;
   static constexpr int kRotaryDim = kRotaryDim_;
   static constexpr bool kHasNorm = sizeof(W) > sizeof(NoNorm);
   static constexpr unsigned kAlignment = 1;
+  static constexpr int kHeadsPerRow = 1;
   static_assert(kHeadDim % kLanes == 0, "a head is whole vectors");
 
   static constexpr index_t row_elements(const QKNormRopeStoreParams&) { return kHeadDim; }
 
   static void run(const QKNormRopeStoreParams& p, index_t index) {
-    const HeadRow row = head_row(p, static_cast<unsigned>(index));
+    const HeadGroup row = head_group<kHeadsPerRow>(p, static_cast<unsigned>(index));
     const T* x = head_address<const T>(p.in[row.kind], row);
     float y[kHeadDim];
     for (int i = 0; i < kHeadDim; i += kLanes) store(y + i, load(x + i));
@@ -63,7 +65,7 @@ struct QKNormRopeStoreKernel {
     for (int i = 0; i < kHeadDim; i += kLanes) sums += load(y + i) * load(y + i);
     const float rstd = 1. / __builtin_sqrt(double(sum(sums)) / kHeadDim + p.eps);
     for (int i = 0; i < kHeadDim; i += kLanes) store(y + i, load(y + i) * rstd * (load(weight + i) + p.weight_offset));
-    if (p.rounds_each_step) round_to_input(y);
+    if (kRoundsEachStep) round_to_input(y);
   }
 
   static void rotate(const QKNormRopeStoreParams& p, unsigned token, float* y) {
@@ -86,7 +88,7 @@ struct QKNormRopeStoreKernel {
       b = b * cos + a * sin;
       a = rotated;
     }
-    if (p.rounds_each_step) round_to_input(y);
+    if (kRoundsEachStep) round_to_input(y);
   }
 
   static const C* angles_at(const QKNormRopeStoreParams& p, index_t i) {

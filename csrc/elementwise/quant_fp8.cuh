@@ -16,20 +16,20 @@ template <typename T>
 struct QuantFp8KernelBase : DefaultVariantOnly {
   using input_t = T;
   using params_t = QuantFp8Params;
-  static constexpr int kElements = 16 / sizeof(T);  // of a vector
+  static constexpr int kElementsPerVector = 16 / sizeof(T);
   static constexpr int kThreads = 256;
   static constexpr int kWarps = kThreads / 32;
-  static constexpr int kMinBlocks = 1;
+  static constexpr int kMinBlocksPerSM = 1;
   static constexpr unsigned kAlignment = 16;
 
 #ifndef __CUDACC__
   static Grid grid(const QuantFp8Params& p) { return grid_of_blocks(p.num_rows, 1, kThreads); }
 #else
-  static __device__ __forceinline__ float vector_amax(const Vector<T, kElements>& x, float amax) {
-    float f[kElements];
+  static __device__ __forceinline__ float vector_amax(const Vector<T, kElementsPerVector>& x, float amax) {
+    float f[kElementsPerVector];
     to_float(x, f);
 #pragma unroll
-    for (int j = 0; j < kElements; j++) amax = fmaxf(amax, fabsf(f[j]));
+    for (int j = 0; j < kElementsPerVector; j++) amax = fmaxf(amax, fabsf(f[j]));
     return amax;
   }
 
@@ -38,21 +38,21 @@ struct QuantFp8KernelBase : DefaultVariantOnly {
     return block_max<kWarps>(amax, partial, threadIdx.x / kWarpSize);
   }
 
-  static __device__ __forceinline__ void quantise(e4m3_t* out, const Vector<T, kElements>& x,
+  static __device__ __forceinline__ void quantise(e4m3_t* out, const Vector<T, kElementsPerVector>& x,
                                                   const ScaleDivider& divide) {
-    float f[kElements];
+    float f[kElementsPerVector];
     to_float(x, f);
 #pragma unroll
-    for (int j = 0; j < kElements; j++) f[j] = divide(f[j]);
-    Vector<e4m3_t, kElements> y;
+    for (int j = 0; j < kElementsPerVector; j++) f[j] = divide(f[j]);
+    Vector<e4m3_t, kElementsPerVector> y;
     from_float(f, y);
     store(out, y);
   }
 #endif
 };
 
-// The first kernel of a dynamic scale. A grid-stride loop: a maximum is the same in any order, so the number of blocks
-// does not matter to the result.
+// The first kernel of a dynamic scale, with a grid-stride loop: a maximum is the same in any order, so the number of
+// blocks does not affect the result.
 template <typename T>
 struct PartialAmaxKernel : QuantFp8KernelBase<T> {
   static constexpr Pass kPass = Pass::kPartialAmax;
@@ -62,22 +62,23 @@ struct PartialAmaxKernel : QuantFp8KernelBase<T> {
   template <GridVariant>
   static __device__ __forceinline__ void run(const QuantFp8Params& p) {
     using Base = QuantFp8KernelBase<T>;
-    constexpr int kElements = Base::kElements, kUnroll = 4;
+    constexpr int kElementsPerVector = Base::kElementsPerVector, kUnroll = 4;
     const T* input = static_cast<const T*>(p.input);
-    const index_t vectors = p.num_elements / kElements, step = p.num_rows * Base::kThreads;
+    const index_t vectors = p.num_elements / kElementsPerVector, step = p.num_rows * Base::kThreads;
     index_t i = index_t(blockIdx.x) * Base::kThreads + threadIdx.x;
     float amax = 0;
-    prefetch_before_wait(input + (i < vectors ? i : 0) * kElements, p.partial_amax, p.partial_amax);
+    prefetch_before_wait(input + (i < vectors ? i : 0) * kElementsPerVector, p.partial_amax, p.partial_amax);
     grid_dependency_wait();
     for (; i + (kUnroll - 1) * step < vectors; i += kUnroll * step) {
-      Vector<T, kElements> x[kUnroll];
+      Vector<T, kElementsPerVector> x[kUnroll];
 #pragma unroll
-      for (int k = 0; k < kUnroll; k++) x[k] = load<T, kElements>(input + (i + k * step) * kElements);
+      for (int k = 0; k < kUnroll; k++) x[k] = load<T, kElementsPerVector>(input + (i + k * step) * kElementsPerVector);
 #pragma unroll
       for (int k = 0; k < kUnroll; k++) amax = Base::vector_amax(x[k], amax);
     }
-    for (; i < vectors; i += step) amax = Base::vector_amax(load<T, kElements>(input + i * kElements), amax);
-    const index_t last = vectors * kElements + threadIdx.x;  // elements that fill no vector
+    for (; i < vectors; i += step)
+      amax = Base::vector_amax(load<T, kElementsPerVector>(input + i * kElementsPerVector), amax);
+    const index_t last = vectors * kElementsPerVector + threadIdx.x;  // elements that fill no vector
     if (blockIdx.x == 0 && last < p.num_elements) amax = fmaxf(amax, fabsf(to_float(input[last])));
     launch_dependents();
     amax = Base::block_amax(amax);
@@ -86,28 +87,31 @@ struct PartialAmaxKernel : QuantFp8KernelBase<T> {
 #endif
 };
 
-// A block takes a tile, two vectors a thread.
+// A block takes a tile, two vectors per thread.
 template <typename T, Pass kPass_>
 struct PerTensorQuantFp8Kernel : QuantFp8KernelBase<T> {
   static constexpr Pass kPass = kPass_;
-  static constexpr int kVectors = 2;
-  static constexpr int kTile = kVectors * QuantFp8KernelBase<T>::kThreads * QuantFp8KernelBase<T>::kElements;
+  static constexpr int kVectorsPerThread = 2;
+  static constexpr int kTile =
+      kVectorsPerThread * QuantFp8KernelBase<T>::kThreads * QuantFp8KernelBase<T>::kElementsPerVector;
 
 #ifdef __CUDACC__
   template <GridVariant>
   static __device__ __forceinline__ void run(const QuantFp8Params& p) {
     using Base = QuantFp8KernelBase<T>;
-    constexpr int kElements = Base::kElements;
+    constexpr int kElementsPerVector = Base::kElementsPerVector;
     const index_t first = index_t(blockIdx.x) * kTile;
     const T* input = static_cast<const T*>(p.input) + first;
     e4m3_t* out = static_cast<e4m3_t*>(p.out) + first;
-    const int count = p.num_elements - first < kTile ? int(p.num_elements - first) : kTile, vectors = count / kElements;
+    const int count = p.num_elements - first < kTile ? int(p.num_elements - first) : kTile,
+              vectors = count / kElementsPerVector;
     prefetch_before_wait(input, kPass == Pass::kDynamic ? p.partial_amax : p.scale, out);
     grid_dependency_wait();
-    Vector<T, kElements> x[kVectors];
+    Vector<T, kElementsPerVector> x[kVectorsPerThread];
 #pragma unroll
-    for (int k = 0; k < kVectors; k++)
-      if (int i = threadIdx.x + k * Base::kThreads; i < vectors) x[k] = load<T, kElements>(input + i * kElements);
+    for (int k = 0; k < kVectorsPerThread; k++)
+      if (int i = threadIdx.x + k * Base::kThreads; i < vectors)
+        x[k] = load<T, kElementsPerVector>(input + i * kElementsPerVector);
     float scale;
     if constexpr (kPass == Pass::kStatic) {
       scale = load(p.scale);
@@ -124,10 +128,12 @@ struct PerTensorQuantFp8Kernel : QuantFp8KernelBase<T> {
     }
     const ScaleDivider divide(scale);
 #pragma unroll
-    for (int k = 0; k < kVectors; k++)
-      if (int i = threadIdx.x + k * Base::kThreads; i < vectors) Base::quantise(out + i * kElements, x[k], divide);
+    for (int k = 0; k < kVectorsPerThread; k++)
+      if (int i = threadIdx.x + k * Base::kThreads; i < vectors)
+        Base::quantise(out + i * kElementsPerVector, x[k], divide);
     // Elements of the last tile that fill no vector.
-    if (int last = vectors * kElements + threadIdx.x; last < count) out[last] = to_e4m3(divide(to_float(input[last])));
+    if (int last = vectors * kElementsPerVector + threadIdx.x; last < count)
+      out[last] = to_e4m3(divide(to_float(input[last])));
   }
 #endif
 };
@@ -139,23 +145,23 @@ struct PerTokenQuantFp8Kernel : QuantFp8KernelBase<T> {
   template <GridVariant>
   static __device__ __forceinline__ void run(const QuantFp8Params& p) {
     using Base = QuantFp8KernelBase<T>;
-    constexpr int kElements = Base::kElements;
+    constexpr int kElementsPerVector = Base::kElementsPerVector;
     const T* input = static_cast<const T*>(p.input) + index_t(blockIdx.x) * p.input_stride;
     e4m3_t* out = static_cast<e4m3_t*>(p.out) + index_t(blockIdx.x) * p.out_stride;
-    const index_t vectors = p.num_elements / kElements;
+    const index_t vectors = p.num_elements / kElementsPerVector;
     prefetch_before_wait(input, input, out);
     grid_dependency_wait();
     float amax = 0;
 #pragma unroll 4
     for (index_t i = threadIdx.x; i < vectors; i += Base::kThreads)
-      amax = Base::vector_amax(load<T, kElements>(input + i * kElements), amax);
+      amax = Base::vector_amax(load<T, kElementsPerVector>(input + i * kElementsPerVector), amax);
     launch_dependents();
     const float scale = dynamic_scale(Base::block_amax(amax), kMinTokenScale);
     if (threadIdx.x == 0) p.scale[blockIdx.x] = scale;
     const ScaleDivider divide(scale);
 #pragma unroll 4
     for (index_t i = threadIdx.x; i < vectors; i += Base::kThreads)
-      Base::quantise(out + i * kElements, load<T, kElements>(input + i * kElements), divide);
+      Base::quantise(out + i * kElementsPerVector, load<T, kElementsPerVector>(input + i * kElementsPerVector), divide);
   }
 #endif
 };

@@ -5,20 +5,20 @@
 
 namespace jitnorm {
 
-// A dynamic scale of a tensor takes two kernels, and no memory that is zeroed beforehand. Each block of the first
+// A dynamic scale of a tensor takes two kernels, and no memory that must be zeroed beforehand. Each block of the first
 // writes the amax (largest magnitude) of its part of the tensor; each block of the second reduces these to the tensor's
 // amax.
 enum class Pass { kStatic, kPartialAmax, kDynamic };
 
-constexpr int kMaxPartialAmax = 512;     // so that a block of the second kernel reads two for each thread
-constexpr int kHiddenSizeMultiple = 16;  // of rows with a scale each, as matrix products with such scales require
+constexpr int kMaxPartialAmax = 512;     // two for each thread of a block of the second kernel
+constexpr int kHiddenSizeMultiple = 16;  // of rows with a scale each, as float8 GEMMs require
 
 struct QuantFp8Params {
   const void* input;
   void* out;
-  float* scale;          // one for the tensor, read or written; or one a row, written
-  float* partial_amax;   // null for a static scale and for a scale a row
-  index_t num_rows;      // or the tiles or parts that a tensor is divided into
+  float* scale;          // one for the tensor, read or written; or one per row, written
+  float* partial_amax;   // null for a static scale and for a scale per row
+  index_t num_rows;      // for one scale per tensor: its tiles or parts
   index_t num_elements;  // of the tensor, or of a row
   index_t input_stride;  // from row to row, like out_stride
   index_t out_stride;

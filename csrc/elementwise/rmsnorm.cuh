@@ -24,33 +24,33 @@ __device__ __forceinline__ void rmsnorm_block(const RMSNormParams& p, RowSum row
   const W* weight = static_cast<const W*>(p.weight);
   Out* out = static_cast<Out*>(p.out) + row * p.out_stride;
   // The last block may have threads without a row, which still take part in the reductions.
-  const bool exists = Kernel::kRowsPerBlock == 1 || row < p.num_rows;
-  // Always true, as eps >= 0: it makes the compiler load the parameters before griddepcontrol.wait.
-  if (exists && p.eps >= 0) prefetch_before_wait(input, weight, kHasResidual ? static_cast<void*>(residual) : out);
+  const bool has_row = Kernel::kRowsPerBlock == 1 || row < p.num_rows;
+  // eps >= 0 is always true. The condition makes the compiler load the parameters before griddepcontrol.wait.
+  if (has_row && p.eps >= 0) prefetch_before_wait(input, weight, kHasResidual ? static_cast<void*>(residual) : out);
   grid_dependency_wait();
-  if (exists) fragment.read(fragment.x, input);
-  if (kHasResidual && exists) fragment.read(fragment.residual, residual);
+  if (has_row) fragment.read(fragment.x, input);
+  if (kHasResidual && has_row) fragment.read(fragment.residual, residual);
   fragment.read(fragment.weight, weight);
   const float static_scale = kQuantisation == Quantisation::kStatic ? load(p.scale) : 1;
-  if (kVariant != GridVariant::kShort) launch_dependents();
-  // Not for the last block, of which some rows may not exist.
-  if (kVariant == GridVariant::kLong && fragment.lane == 0 && blockIdx.x + Kernel::kBlocksAhead < gridDim.x - 1) {
+  if (kVariant != GridVariant::kSmallGrid) launch_dependents();
+  // Not of the last block, which may have fewer rows.
+  if (kVariant == GridVariant::kLargeGrid && fragment.lane == 0 && blockIdx.x + Kernel::kBlocksAhead < gridDim.x - 1) {
     constexpr index_t kRowsAhead = index_t(Kernel::kBlocksAhead) * Kernel::kRowsPerBlock;
     prefetch<Kernel::kRowBytes>(input + kRowsAhead * p.input_stride);
     if (kHasResidual) prefetch<Kernel::kRowBytes>(residual + kRowsAhead * p.residual_stride);
   }
-  if (kHasResidual && exists) fragment.add_residual(residual);
-  const float squares = row_sum(exists ? fragment.sum_of_squares() : 0.f);
-  if (kVariant == GridVariant::kShort) launch_dependents();
+  if (kHasResidual && has_row) fragment.add_residual(residual);
+  const float squares = row_sum(has_row ? fragment.sum_of_squares() : 0.f);
+  if (kVariant == GridVariant::kSmallGrid) launch_dependents();
   const float rstd = rstd_of<T>(mean_plus_eps<Kernel>(squares, p.eps));
   if constexpr (kQuantisation == Quantisation::kNone) {
-    if (exists) fragment.write(out, rstd);
+    if (has_row) fragment.write(out, rstd);
   } else if constexpr (kQuantisation == Quantisation::kStatic) {
-    if (exists) fragment.write(out, rstd, ScaleDivider(static_scale));
+    if (has_row) fragment.write(out, rstd, ScaleDivider(static_scale));
   } else {
-    const float scale = dynamic_scale(row_max(exists ? fragment.amax(rstd) : 0.f), kMinTokenScale);
-    if (exists) fragment.write(out, rstd, ScaleDivider(scale));
-    if (exists && fragment.lane == 0) p.scale[row] = scale;
+    const float scale = dynamic_scale(row_max(has_row ? fragment.amax(rstd) : 0.f), kMinTokenScale);
+    if (has_row) fragment.write(out, rstd, ScaleDivider(scale));
+    if (has_row && fragment.lane == 0) p.scale[row] = scale;
   }
 }
 #endif
@@ -80,7 +80,7 @@ struct RMSNormKernel : RMSNormKernelBase<kHiddenSize, T, W, Policy, S> {
   static __device__ __forceinline__ void run(const RMSNormParams& params) {
     constexpr int kWarps = S::kThreadsPerRow / kWarpSize;
     __shared__ alignas(16) float partial_sums[S::kRowsPerBlock][kWarps];
-    __shared__ alignas(16) float partial_maxima[S::kRowsPerBlock][kWarps];
+    __shared__ alignas(16) float partial_max[S::kRowsPerBlock][kWarps];
     rmsnorm_block<RMSNormKernel, kVariant>(
         params,
         [&](float value) {
@@ -89,7 +89,7 @@ struct RMSNormKernel : RMSNormKernelBase<kHiddenSize, T, W, Policy, S> {
         },
         [&](float value) {
           const int warp = threadIdx.x / kWarpSize;
-          return block_max<kWarps>(value, partial_maxima[warp / kWarps], warp % kWarps);
+          return block_max<kWarps>(value, partial_max[warp / kWarps], warp % kWarps);
         });
   }
 #endif

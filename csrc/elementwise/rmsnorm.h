@@ -1,12 +1,12 @@
-// The RMSNorm family: the parameter struct of its kernel classes and, for the host compiler, the bindings that fill it
-// in. Included by rmsnorm.cuh and rmsnorm_cpu.h.
+// The RMSNorm family: the parameter struct of its kernel classes and, for the host compiler, the bindings functions
+// that fill it in. Included by rmsnorm.cuh and rmsnorm_cpu.h.
 #pragma once
 #include "jitnorm/dtype.h"
 #include "jitnorm/rms_policy.h"
 
 namespace jitnorm {
 
-// What every operator reads comes first, so that it shares one constant-cache line.
+// What all operators read comes first, so that it fits one constant-cache line.
 struct RMSNormParams {
   const void* input;
   const void* weight;
@@ -17,7 +17,7 @@ struct RMSNormParams {
   index_t num_rows;
   void* residual;  // null without one
   index_t residual_stride;
-  float* scale;  // quantisation: static, one that is read; dynamic, one a row that is written; null without
+  float* scale;  // static quantisation: one scale, read; dynamic: one per row, written; otherwise null
 };
 
 }  // namespace jitnorm
@@ -105,8 +105,8 @@ Outcome fused_add_rmsnorm(const TVMFFIAny* args, int num_args) {
   return launch<Kernel>(params, input->device, enable_pdl);
 }
 
-// Both operators with e4m3 outputs. `args` begins with the weight, after the input and the residual, which is null for
-// an operator without.
+// Both operators with e4m3 outputs. `residual` is null for an operator without one. `args` are the arguments after
+// these two, from the weight on.
 template <typename Kernel>
 Outcome norm_quant_fp8(const DLTensor* input, const DLTensor* residual, const TVMFFIAny* args) {
   using T = typename Kernel::input_t;
@@ -152,7 +152,7 @@ Outcome norm_quant_fp8(const DLTensor* input, const DLTensor* residual, const TV
 }
 
 // rmsnorm_quant_fp8(input, weight, out, scale, eps, enable_pdl). src/jitnorm/rmsnorm_quant_fp8.py explains refused
-// calls. A static scale is read; dynamic scales are written, one a row.
+// calls. A static scale is read; dynamic scales are written, one per row.
 template <typename Kernel>
 Outcome rmsnorm_quant_fp8(const TVMFFIAny* args, int num_args) {
   return num_args == 6 ? norm_quant_fp8<Kernel>(as_tensor(args[0]), nullptr, args + 1) : Outcome::kRefused;

@@ -30,7 +30,7 @@ struct RMSNormKernel {
       return;
     }
     T* residual = static_cast<T*>(p.residual) + row * p.residual_stride;
-    // What is normalised: the residual as stored, or with kRoundSum off the sum in float, kept in `sum`.
+    // With kRoundSum the stored residual is normalised; otherwise the sum in float, kept in `sum`.
     float sum[Policy::kRoundSum ? 1 : kHiddenSize];
     const float rstd = rstd_of_row<kHiddenSize>(p.eps, [&](int i) {
       floats f = load(x + i) + load(residual + i);
@@ -60,7 +60,7 @@ struct RMSNormKernel {
   }
 };
 
-// The same code under the name that CUDA has for these sizes.
+// The same code under the name of the CUDA kernel class for short rows.
 template <int kHiddenSize, typename T, typename W = T, typename Policy = Plain>
 struct RMSNormWarpKernel : RMSNormKernel<kHiddenSize, T, W, Policy> {};
 

@@ -1,6 +1,6 @@
 // Rows scattered into caches on CUDA. The threads of a row load its index and its vectors at the same time, then store
-// the vectors to the slot of that index. One kernel serves every width: the grid, computed at the call, places threads
-// over the columns of a row. Included by generated sources (jitnorm/jit/spec.py).
+// the vectors to the slot of that index. One kernel supports every width: the grid, computed at the call, places
+// threads over the columns of a row. Included by generated sources (jitnorm/jit/spec.py).
 #pragma once
 #include "elementwise/store_cache.h"
 #include "jitnorm/cuda_kernel.h"
@@ -17,34 +17,34 @@ struct StoreCacheKernel : DefaultVariantOnly {
   using params_t = StoreCacheParams;
   static constexpr int kVectorBytes = kVectorBytes_;
   static constexpr unsigned kAlignment = kVectorBytes;
-  static constexpr int kVectors = 16 / kVectorBytes;  // of k, and as many of v, that a thread has in flight
+  static constexpr int kVectorsPerThread = 16 / kVectorBytes;  // of k, and as many of v, that a thread has in flight
   static constexpr int kThreads = 256;
-  static constexpr int kMinBlocks = 4;
+  static constexpr int kMinBlocksPerSM = 4;
   static constexpr int kBytesAhead = 2 << 20;  // from a row to the one that it prefetches into L2
 
   static Grid grid(const StoreCacheParams& p) {
     const int vectors = p.k_vectors > p.v_vectors ? p.k_vectors : p.v_vectors;
-    if (p.num_split == 0) return grid_over_columns(p.num_rows, vectors, kVectors, kThreads);
+    if (p.num_split == 0) return grid_over_columns(p.num_rows, vectors, kVectorsPerThread, kThreads);
     const unsigned threads_x = 32 * p.num_split;
-    return grid_over_columns(p.num_rows, vectors, kVectors, threads_x, kThreads / threads_x);
+    return grid_over_columns(p.num_rows, vectors, kVectorsPerThread, threads_x, kThreads / threads_x);
   }
 
 #ifdef __CUDACC__
   template <GridVariant>
   static __device__ __forceinline__ void run(const StoreCacheParams& p) {
     const index_t row = grid_row();
-    const int first = first_column(kVectors), step = blockDim.x;
+    const int first = first_column(kVectorsPerThread), step = blockDim.x;
     if (row >= p.num_rows || (first >= p.k_vectors && first >= p.v_vectors)) return;
     const char* k = p.k + row * p.k_stride;
     const char* v = p.v + row * p.v_stride;
     grid_dependency_wait();
     const index_t index = index_of(p, row);
-    ByteVector from_k[kVectors], from_v[kVectors];
+    ByteVector k_data[kVectorsPerThread], v_data[kVectorsPerThread];
 #pragma unroll
-    for (int i = 0; i < kVectors; i++) {
+    for (int i = 0; i < kVectorsPerThread; i++) {
       const int column = first + i * step;
-      if (column < p.k_vectors) from_k[i] = read(k, column);
-      if (column < p.v_vectors) from_v[i] = read(v, column);
+      if (column < p.k_vectors) k_data[i] = read(k, column);
+      if (column < p.v_vectors) v_data[i] = read(v, column);
     }
     launch_dependents();
     prefetch_later_row(p, row, k, v);
@@ -52,10 +52,10 @@ struct StoreCacheKernel : DefaultVariantOnly {
     char* k_slot = p.k_cache + index * p.k_cache_stride;
     char* v_slot = p.v_cache + index * p.v_cache_stride;
 #pragma unroll
-    for (int i = 0; i < kVectors; i++) {
+    for (int i = 0; i < kVectorsPerThread; i++) {
       const int column = first + i * step;
-      if (column < p.k_vectors) write(k_slot, column, from_k[i]);
-      if (column < p.v_vectors) write(v_slot, column, from_v[i]);
+      if (column < p.k_vectors) write(k_slot, column, k_data[i]);
+      if (column < p.v_vectors) write(v_slot, column, v_data[i]);
     }
   }
 

@@ -1,6 +1,6 @@
 // Rows of keys and values scattered into their caches: the parameter struct of the kernel classes and, for the host
-// compiler, the binding that fills it in. Included by store_cache.cuh and store_cache_cpu.h. Rows are bytes, of any
-// dtype.
+// compiler, the bindings function that fills it in. Included by store_cache.cuh and store_cache_cpu.h. Rows are bytes,
+// of any dtype.
 #pragma once
 #include "jitnorm/dtype.h"
 
@@ -18,10 +18,10 @@ struct StoreCacheParams {
   index_t v_cache_stride;
   index_t num_rows;
   index_t skip_index;  // rows with this index are not written
-  int k_vectors;       // in a row
+  int k_vectors;       // per row
   int v_vectors;
-  int num_split;           // warps a row; 0 chooses them by the row's width
-  bool has_int64_indices;  // or int32 ones
+  int num_split;           // warps per row; 0 to choose by the row's width
+  bool has_int64_indices;  // otherwise int32
 };
 
 JITNORM_HOST_DEVICE index_t index_of(const StoreCacheParams& p, index_t row) {
@@ -36,7 +36,7 @@ JITNORM_HOST_DEVICE index_t index_of(const StoreCacheParams& p, index_t row) {
 namespace jitnorm {
 
 constexpr index_t kMaxRowBytes = 1 << 30;                  // 32 bits count the bytes of a row of k and one of v
-constexpr index_t kNoSkipIndex = -0x7fffffffffffffff - 1;  // the smallest index_t, which is no slot
+constexpr index_t kNoSkipIndex = -0x7fffffffffffffff - 1;  // the smallest index_t, which is never a valid slot
 
 inline bool same_dtype(const DLTensor& a, const DLTensor& b) {
   return a.dtype.code == b.dtype.code && a.dtype.bits == b.dtype.bits && a.dtype.lanes == b.dtype.lanes;
@@ -80,11 +80,12 @@ Outcome store_cache(const TVMFFIAny* args, int num_args) {
   }
   const DLDevice device = tensors[0]->device;
   const auto& [k, v, k_cache, v_cache] = rows;
-  const index_t k_bytes = widths[0], v_bytes = widths[1], both = k_bytes | v_bytes;
+  const index_t k_bytes = widths[0], v_bytes = widths[1];
+  const index_t bits = k_bytes | v_bytes;  // a multiple of 4, 8 or 16 exactly if both are
   const DLTensor* indices = as_indices(args[4], device);
   if (!indices || indices->shape[0] != k.count || v.count != k.count || v_cache.count != k_cache.count ||
-      widths[2] != k_bytes || widths[3] != v_bytes || k_bytes == 0 || v_bytes == 0 || both % 4 != 0 ||
-      k_bytes > kMaxRowBytes || v_bytes > kMaxRowBytes || vector_bytes(both) != Kernel::kVectorBytes ||
+      widths[2] != k_bytes || widths[3] != v_bytes || k_bytes == 0 || v_bytes == 0 || bits % 4 != 0 ||
+      k_bytes > kMaxRowBytes || v_bytes > kMaxRowBytes || vector_bytes(bits) != Kernel::kVectorBytes ||
       !as_int(args[5], &row_bytes) || (row_bytes != 0 && row_bytes != k_bytes) || !as_int(args[6], &num_split) ||
       (num_split != 0 && num_split != 1 && num_split != 2 && num_split != 4) ||
       (args[7].type_index != kTVMFFINone && !as_int(args[7], &skip_index)) || !runs_on<Kernel>(device))

@@ -1,8 +1,8 @@
-// Matrix products by the libcublasLt that the process has loaded, with algorithms that do not split k. The binding of
+// GEMMs by the libcublasLt that the process has loaded, with algorithms that do not split k. The bindings of
 // jitnorm.batch_invariant's cuBLASLt backend, included by its generated source.
 //
-// cuBLASLt's C interface is stable, and declared here as far as it is used, so that its headers need not be installed.
-// The constants have the values of those that the comments name.
+// cuBLASLt's C interface is stable. The part that is used is declared here, so that its headers need not be installed.
+// The comments name the types and enumerations of cuBLASLt whose values the constants have.
 #pragma once
 #include <dlfcn.h>
 #include <tvm/ffi/extra/c_env_api.h>
@@ -11,7 +11,7 @@
 
 namespace jitnorm {
 
-struct CublasLt {};  // the template argument of the binding, where other families have a kernel class
+struct CublasLt {};  // the template argument of the bindings function, where other families have a kernel class
 
 namespace lt {
 
@@ -38,7 +38,7 @@ constexpr int kOpTranspose = 1, kEpilogueBias = 4;
 struct Library {
   int (*create)(Handle*);
   size_t (*version)();
-  int (*operation_create)(Handle*, int compute, int scale);
+  int (*operation_create)(Handle*, int compute_type, int scale_type);
   int (*operation_set)(Handle, int, const void*, size_t);
   int (*operation_destroy)(Handle);
   int (*layout_create)(Handle*, int type, uint64_t rows, uint64_t columns, int64_t stride);
@@ -53,8 +53,8 @@ struct Library {
 };
 inline Library library;
 
-// Everything that the library's choice of an algorithm depends on, except addresses: all operands have the same
-// alignment.
+// Everything that the library's choice of an algorithm depends on, except the alignment of addresses, which is the same
+// for all operands.
 struct Key {
   int64_t m, n, k, b_stride, workspace_bytes;
   int32_t device, type, out_type, b_transposed, has_bias, tf32;
@@ -117,7 +117,7 @@ inline bool choose_algorithm(Plan& plan, Handle handle) {
   return false;
 }
 
-// Makes the plan of a key. cuBLASLt's matrices are column-major: to it, a row-major product is out^T = b^T a^T.
+// Makes the plan of a key. cuBLASLt's matrices are column-major, so it is asked for out^T = b^T a^T.
 inline Outcome make_plan(Plan& plan, const Key& key, Handle handle) {
   if (plan.state != Plan::kEmpty) {
     library.operation_destroy(plan.operation);
@@ -128,7 +128,7 @@ inline Outcome make_plan(Plan& plan, const Key& key, Handle handle) {
   plan = Plan{};
   plan.key = key;
   const int32_t transpose = kOpTranspose, epilogue = kEpilogueBias;
-  const uintptr_t aligned = 16;  // in place of the bias's address, of which the choice depends on the alignment alone
+  const uintptr_t aligned = 16;  // in place of the bias's address: only its alignment affects the choice
   if (int status = library.operation_create(&plan.operation, key.tf32 ? kComputeTf32 : kComputeFloat, kRealFloat))
     return raise_error("cublasLtMatmulDescCreate", status);
   if (key.b_transposed) library.operation_set(plan.operation, kTransposeA, &transpose, sizeof transpose);
@@ -151,7 +151,8 @@ inline int type_of(const DLTensor& tensor) {
   return has_dtype<float>(tensor) ? kRealFloat : -1;
 }
 
-// A matrix on CUDA, of a supported type, aligned to 16 bytes. `stride` becomes that from row to row.
+// Whether `tensor` is a matrix on CUDA, of a supported type, aligned to 16 bytes. Sets `stride` to its row stride, or
+// that of its transpose if `transposed`.
 inline bool as_matrix(const DLTensor* tensor, bool transposed, int64_t* stride) {
   if (!tensor || tensor->ndim != 2 || tensor->device.device_type != kDLCUDA || type_of(*tensor) < 0) return false;
   *stride = tensor->strides[transposed ? 1 : 0];
@@ -187,8 +188,8 @@ inline int64_t cublaslt_open(const TVMFFIAny* args, int num_args) {
   return complete ? static_cast<int64_t>(l.version()) : 0;
 }
 
-// cublaslt_matmul(a, b, bias, out, b_transposed, tf32, workspace): out = a @ b + bias. bias may be None, and workspace,
-// a tensor of bytes, too. The caller has made the GPU current and holds the GIL, which guards the plans.
+// cublaslt_matmul(a, b, bias, out, b_transposed, tf32, workspace): out = a @ b + bias. bias may be None. workspace is
+// a tensor of bytes or None. The caller has made the GPU current and holds the GIL, which guards the plans.
 template <typename>
 Outcome cublaslt_matmul(const TVMFFIAny* args, int num_args) {
   if (num_args != 7 || !lt::library.matmul) return Outcome::kRefused;
@@ -245,7 +246,7 @@ Outcome cublaslt_matmul(const TVMFFIAny* args, int num_args) {
 
 }  // namespace jitnorm
 
-// Not by JITNORM_EXPORT, as it returns no Outcome.
+// Without JITNORM_EXPORT, because it does not return an Outcome.
 extern "C" JITNORM_PUBLIC int __tvm_ffi_cublaslt_open(void*, const TVMFFIAny* args, int32_t num_args,
                                                       TVMFFIAny* result) {
   result->type_index = kTVMFFIInt;

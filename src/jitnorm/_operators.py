@@ -1,6 +1,7 @@
 """Import the modules of all operators, which fills the registry in `jitnorm.core.operators`.
 
-What reads the whole registry imports this module: the command `jitnorm` does not import the operators with the package.
+Code that reads the whole registry imports this module, because the command `jitnorm` does not import the operators with
+the package.
 """
 
 import jitnorm.activation

@@ -27,7 +27,7 @@ from jitnorm.jit.spec import KernelSpec, Target
 MAX_WIDTH = 1 << 30  # kMaxWidth in csrc/elementwise/activation.h
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class Activation(Operator):
     """One of the gated activations."""
 
@@ -37,7 +37,7 @@ class Activation(Operator):
     needs_size: ClassVar[bool] = False
 
     def spec(self, dtype: torch.dtype, vector_bytes: int, target: Target) -> KernelSpec:
-        """Return what to build for rows of whole accesses of `vector_bytes`. A kernel serves every such width."""
+        """Return what to build for rows of whole accesses of `vector_bytes`. A kernel supports every such width."""
         if dtype not in CPP_TYPES:
             raise TypeError(f"{self.op} takes {checks.enumeration(DTYPES)}, got {dtype}")
         name = checks.DTYPE_NAMES[dtype]
@@ -45,7 +45,7 @@ class Activation(Operator):
         return KernelSpec(
             op=self.op,
             family="activation",
-            entry=self.entry,
+            binding=self.binding,
             name=f"{self.op}_{name}" + ("" if full else f"_by_{vector_bytes}"),
             kernel=f"ActivationKernel<{CPP_TYPES[dtype]}, {self.policy}, {vector_bytes}>",
             target=target,
@@ -63,7 +63,7 @@ class Activation(Operator):
         return self.spec(dtype, checks.vector_bytes(size * dtype.itemsize), target)
 
     def run(self, input: torch.Tensor, *arguments: Any) -> None:
-        """Run the kernel that serves `input` on it and on `arguments`, which have been checked."""
+        """Run the kernel that supports `input` on it and on `arguments`, which have been checked."""
         if input.shape[-1] == 0:
             return
         key = input.dtype, checks.vector_bytes(input.shape[-1] // 2 * input.itemsize), target_of(input)
@@ -86,11 +86,11 @@ def silu_and_mul(
     expert_ids: torch.Tensor | None = None,
     expert_step: int = 1,
 ) -> torch.Tensor:
-    """Compute `out = silu(input[..., :d]) * input[..., d:]`, the product of SwiGLU, in float32 and rounded once.
+    """Compute `out = silu(input[..., :d]) * input[..., d:]`, as in SwiGLU, in float32 and rounded once.
 
     `silu(x) = x / (1 + exp(-x))`, as `torch.nn.functional.silu` (Shazeer, 2020, https://arxiv.org/abs/2002.05202). A
-    row's result has the same bits alone and in any batch. One kernel serves every d: the first call of a dtype compiles
-    it.
+    row's result has the same bits alone and in any batch. One kernel supports every d: the first call of a dtype
+    compiles it.
 
     Args:
         input: `[..., 2 * d]`, float16, bfloat16 or float32, on the CPU or a CUDA device. The last stride is 1 and the
@@ -98,12 +98,11 @@ def silu_and_mul(
             it is even. On CUDA rows are aligned to 16 bytes if d is a multiple of 16 bytes, otherwise to 8 or 4, as d
             is.
         out: `[..., d]`, written; of the input's dtype and device, sharing no memory with it. Allocated if None. A call
-            with `out` has no gradient, whether or not `out` itself requires one: it is treated as data, as under
-            no_grad.
+            with `out` raises RuntimeError if the input needs a gradient; requires_grad of `out` itself is ignored.
         enable_pdl: programmatic dependent launch. None turns it on where the GPU supports it. The bits are the same.
         expert_ids: for mixture-of-experts, int32 or int64, `[n]`, contiguous, on the input's device: row i belongs to
-            expert `expert_ids[i // expert_step]`, and rows of expert -1 are not computed. `out` keeps what it has
-            there; if `out` is None, these rows are zero. There may be more elements than rows need.
+            expert `expert_ids[i // expert_step]`, and rows of expert -1 are not computed. A given `out` keeps its
+            values there; if `out` is None, these rows are zero. There may be more elements than rows need.
         expert_step: how many adjacent rows share an element of expert_ids; 1 or more.
 
     Returns:
@@ -114,7 +113,7 @@ def silu_and_mul(
         ValueError: a shape, stride, device, alignment or overlap is not accepted, or expert_step is invalid.
         RuntimeError: d is not supported (nothing is built then), or the kernel cannot be built or launched.
     """
-    return _gated(SILU_AND_MUL, input, out, enable_pdl, expert_ids, expert_step)
+    return _gated_activation(SILU_AND_MUL, input, out, enable_pdl, expert_ids, expert_step)
 
 
 def gelu_and_mul(
@@ -125,7 +124,7 @@ def gelu_and_mul(
     expert_ids: torch.Tensor | None = None,
     expert_step: int = 1,
 ) -> torch.Tensor:
-    """Compute `out = gelu(input[..., :d]) * input[..., d:]`, the product of GEGLU, in float32 and rounded once.
+    """Compute `out = gelu(input[..., :d]) * input[..., d:]`, as in GEGLU, in float32 and rounded once.
 
     `gelu(x) = x * (1 + erf(x / sqrt(2))) / 2`, as `torch.nn.functional.gelu` (Hendrycks and Gimpel, 2016,
     https://arxiv.org/abs/1606.08415), computed without the cancellation in `1 + erf` for x far below zero.
@@ -134,7 +133,7 @@ def gelu_and_mul(
         input: `[..., 2 * d]`. It and the arguments below have dtypes, sizes and strides as for `jitnorm.silu_and_mul`.
         out: `[..., d]`, written. Allocated if None.
         enable_pdl: programmatic dependent launch. None turns it on where the GPU supports it.
-        expert_ids: one for every `expert_step` rows. Rows of expert -1 are not computed.
+        expert_ids: one id for every `expert_step` rows. Rows of expert -1 are not computed.
         expert_step: how many adjacent rows share an element of expert_ids; 1 or more.
 
     Returns:
@@ -143,7 +142,7 @@ def gelu_and_mul(
     Raises:
         TypeError, ValueError, RuntimeError: as `jitnorm.silu_and_mul`.
     """
-    return _gated(GELU_AND_MUL, input, out, enable_pdl, expert_ids, expert_step)
+    return _gated_activation(GELU_AND_MUL, input, out, enable_pdl, expert_ids, expert_step)
 
 
 def gelu_tanh_and_mul(
@@ -163,7 +162,7 @@ def gelu_tanh_and_mul(
         input: `[..., 2 * d]`. It and the arguments below have dtypes, sizes and strides as for `jitnorm.silu_and_mul`.
         out: `[..., d]`, written. Allocated if None.
         enable_pdl: programmatic dependent launch. None turns it on where the GPU supports it.
-        expert_ids: one for every `expert_step` rows. Rows of expert -1 are not computed.
+        expert_ids: one id for every `expert_step` rows. Rows of expert -1 are not computed.
         expert_step: how many adjacent rows share an element of expert_ids; 1 or more.
 
     Returns:
@@ -172,10 +171,10 @@ def gelu_tanh_and_mul(
     Raises:
         TypeError, ValueError, RuntimeError: as `jitnorm.silu_and_mul`.
     """
-    return _gated(GELU_TANH_AND_MUL, input, out, enable_pdl, expert_ids, expert_step)
+    return _gated_activation(GELU_TANH_AND_MUL, input, out, enable_pdl, expert_ids, expert_step)
 
 
-def _gated(
+def _gated_activation(
     activation: Activation,
     input: torch.Tensor,
     out: torch.Tensor | None,
@@ -184,7 +183,7 @@ def _gated(
     expert_step: int,
 ) -> torch.Tensor:
     if _is_dynamo_compiling():
-        return _dispatch(activation, input, out, expert_ids, expert_step, enable_pdl)
+        return _call_torch_op(activation, input, out, expert_ids, expert_step, enable_pdl)
     try:
         if (
             input.__class__ is _Tensor
@@ -192,9 +191,9 @@ def _gated(
             and (expert_ids is None or expert_ids.__class__ is _Tensor)
             and (not input.requires_grad or not torch.is_grad_enabled())
         ):
-            to = _new_out(input, expert_ids) if out is None else out
-            if not activation.fast_cache[input.dtype](input, to, expert_ids, expert_step, enable_pdl):
-                return to
+            result = _new_out(input, expert_ids) if out is None else out
+            if not activation.fast_cache[input.dtype](input, result, expert_ids, expert_step, enable_pdl):
+                return result
     except Exception:  # no kernel yet, or arguments without such attributes: the slow path raises for these
         pass
     return _activation_slow_path(activation, input, out, expert_ids, expert_step, enable_pdl)
@@ -216,10 +215,10 @@ def _activation_slow_path(
     else:
         check(activation.op, input, out, expert_ids, expert_step, enable_pdl)
     if traced or needs_grad(input):
-        return _dispatch(activation, input, out, expert_ids, int(expert_step), enable_pdl)
-    to = _new_out(input, expert_ids) if out is None else out
-    activation.run(input, to, expert_ids, expert_step, enable_pdl)
-    return to
+        return _call_torch_op(activation, input, out, expert_ids, int(expert_step), enable_pdl)
+    result = _new_out(input, expert_ids) if out is None else out
+    activation.run(input, result, expert_ids, expert_step, enable_pdl)
+    return result
 
 
 def _new_out(input: torch.Tensor, expert_ids: object) -> torch.Tensor:
@@ -229,7 +228,7 @@ def _new_out(input: torch.Tensor, expert_ids: object) -> torch.Tensor:
 
 
 def check(op: str, input: Any, out: Any, expert_ids: Any, expert_step: Any, enable_pdl: Any) -> None:
-    """Raise for what the bindings in csrc/elementwise/activation.h refuse."""
+    """Raise for arguments that the bindings function in csrc/elementwise/activation.h refuses."""
     _check_types(input, out, expert_ids, expert_step, enable_pdl)
     _check_metadata(op, input, out, expert_ids, expert_step)
     checks.supported_device("input", input)
@@ -278,13 +277,13 @@ def _check_metadata(op: str, input: torch.Tensor, out: Any, expert_ids: Any, exp
 
 
 def _width(op: str, input: torch.Tensor) -> int:
-    """Return d of an input [..., 2 * d]. ValueError for an odd dimension, RuntimeError if no kernel serves d."""
+    """Return d of an input [..., 2 * d]. ValueError for an odd dimension, RuntimeError if no kernel supports d."""
     if input.dim() == 0:
         raise ValueError("input must have at least one dimension, got a scalar")
     columns = int(input.shape[-1])
     if columns % 2:
         raise ValueError(f"input must have an even last dimension, gates and factors, got shape {list(input.shape)}")
-    if columns:  # without any, no kernel runs
+    if columns:  # for zero columns, no kernel runs
         _check_width(op, columns // 2, input.dtype)
     return columns // 2
 
@@ -293,11 +292,12 @@ def _check_width(op: str, width: int, dtype: torch.dtype) -> None:
     if width * dtype.itemsize % checks.MIN_ACCESS_BYTES or not 1 <= width <= MAX_WIDTH:
         raise RuntimeError(
             f"{op} does not support d = {width} in {str(dtype).removeprefix('torch.')}: "
-            f"supported are multiples of {checks.MIN_ACCESS_BYTES // dtype.itemsize} up to {checks.power(MAX_WIDTH)}"
+            f"supported are multiples of {checks.MIN_ACCESS_BYTES // dtype.itemsize} "
+            f"up to {checks.power_of_two(MAX_WIDTH)}"
         )
 
 
-def _dispatch(
+def _call_torch_op(
     activation: Activation,
     input: torch.Tensor,
     out: torch.Tensor | None,
@@ -326,8 +326,8 @@ def _gelu_backward(grad: torch.Tensor, gate: torch.Tensor, approximate: str) -> 
     return torch.ops.aten.gelu_backward(grad, gate, approximate=approximate)
 
 
-# The activation of a gate in float32 and its backward, by policy. torch.ops.aten is asked only at the call, because the
-# look-up takes time that an import should not.
+# The activation of a gate in float32 and its backward, by policy. torch.ops.aten is looked up only at the call, because
+# the look-up would slow down the import.
 _FORMULAS: dict[str, tuple[Any, Any]] = {
     "SiLU": (F.silu, _silu_backward),
     "GELU": (F.gelu, partial(_gelu_backward, approximate="none")),
@@ -336,7 +336,7 @@ _FORMULAS: dict[str, tuple[Any, Any]] = {
 
 
 def _register(activation: Activation) -> None:
-    """Define the functional form in torch.ops.jitnorm, which has a gradient, and the one that writes into `out`."""
+    """Define two forms in torch.ops.jitnorm: a functional one, which has a gradient, and one that writes into `out`."""
 
     def run(input: Any, expert_ids: Any = None, expert_step: int = 1, enable_pdl: bool | None = None) -> torch.Tensor:
         arguments = expert_ids, expert_step, enable_pdl
@@ -396,7 +396,7 @@ def _gradient(activation: Activation, input: torch.Tensor, grad: torch.Tensor) -
 
 
 def _skipped(input: torch.Tensor, expert_ids: torch.Tensor, expert_step: int) -> torch.Tensor:
-    """Return which rows are of expert -1, [..., 1]."""
+    """Return a mask of the rows of expert -1, [..., 1]."""
     rows = math.prod(input.shape[:-1])
     expert_of_row = expert_ids[torch.arange(rows, device=input.device) // expert_step]
     return (expert_of_row == -1).reshape(*input.shape[:-1], 1)

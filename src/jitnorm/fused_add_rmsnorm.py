@@ -52,16 +52,16 @@ def fused_add_rmsnorm(
         weight: `[hidden_size]`, of the input's dtype or float32, on the same device.
         eps: added to the mean of the squares; zero or more.
         enable_pdl: programmatic dependent launch. None turns it on where the GPU supports it.
-        round_sum: normalise the rounded sum, as the residual holds it. `residual += input` followed by
+        round_sum: normalise the sum as rounded into the residual. `residual += input` followed by
             `rmsnorm(residual, weight)`, and SGLang's kernel, compute this. Use it for models whose reference or cached
-            results were computed so.
+            results were computed in this way.
 
     Raises:
         TypeError, ValueError, RuntimeError: as `jitnorm.rmsnorm`. ValueError also if input and residual overlap.
     """
     norm = FUSED_ADD_RMSNORM_ROUND_SUM if round_sum else FUSED_ADD_RMSNORM
     if _is_dynamo_compiling():
-        return _dispatch(norm, input, residual, weight, eps, enable_pdl)
+        return _call_torch_op(norm, input, residual, weight, eps, enable_pdl)
     try:
         if (
             input.__class__ is residual.__class__ is _Tensor
@@ -97,14 +97,14 @@ def gemma_fused_add_rmsnorm(
         weight: `[hidden_size]`, of the input's dtype or float32, on the same device.
         eps: added to the mean of the squares; zero or more.
         enable_pdl: programmatic dependent launch. None turns it on where the GPU supports it.
-        round_sum: normalise the rounded sum, as the residual holds it.
+        round_sum: normalise the sum as rounded into the residual.
 
     Raises:
         TypeError, ValueError, RuntimeError: as `jitnorm.fused_add_rmsnorm`.
     """
     norm = GEMMA_FUSED_ADD_RMSNORM_ROUND_SUM if round_sum else GEMMA_FUSED_ADD_RMSNORM
     if _is_dynamo_compiling():
-        return _dispatch(norm, input, residual, weight, eps, enable_pdl)
+        return _call_torch_op(norm, input, residual, weight, eps, enable_pdl)
     try:
         if (
             input.__class__ is residual.__class__ is _Tensor
@@ -137,12 +137,12 @@ def _fused_add_rmsnorm_slow_path(
     else:
         check(norm, input, residual, weight, eps, enable_pdl)
     if traced or needs_grad(input, residual, weight):
-        return _dispatch(norm, input, residual, weight, float(eps), enable_pdl)
+        return _call_torch_op(norm, input, residual, weight, float(eps), enable_pdl)
     return norm.run(input, weight, input, residual, weight, eps, enable_pdl)
 
 
 def check(norm: Norm, input: Any, residual: Any, weight: Any, eps: Any, enable_pdl: Any) -> None:
-    """Raise for what the bindings `fused_add_rmsnorm` in csrc/elementwise/rmsnorm.h refuse."""
+    """Raise for arguments that the bindings function `fused_add_rmsnorm` in csrc/elementwise/rmsnorm.h refuses."""
     norms.check_input_and_weight(norm, input, weight, eps, enable_pdl)
     norms.check_like_input("residual", residual, input)
     for name, written in (("input", input), ("residual", residual)):
@@ -151,7 +151,7 @@ def check(norm: Norm, input: Any, residual: Any, weight: Any, eps: Any, enable_p
     checks.no_overlap("residual", residual, "input", input, reject_identical=True)
 
 
-def _dispatch(
+def _call_torch_op(
     norm: Norm,
     input: torch.Tensor,
     residual: torch.Tensor,
@@ -161,7 +161,7 @@ def _dispatch(
 ) -> None:
     """Call the operator in torch.ops.jitnorm, for tracers and gradients.
 
-    With gradients the functional form computes what is then copied into `input` and `residual`.
+    With gradients, the functional form is called and its results are copied into `input` and `residual`.
     """
     if needs_grad(input, residual, weight):
         refuse_unwritable(norm.op, input, residual, weight, input=input, residual=residual)
@@ -174,7 +174,7 @@ def _dispatch(
 
 
 def _register(norm: Norm) -> None:
-    """Define the form that writes in place in torch.ops.jitnorm, and the functional one, which has a gradient."""
+    """Define two forms in torch.ops.jitnorm: one that writes in place, and a functional one, which has a gradient."""
 
     def run(input: Any, residual: Any, weight: Any, eps: float = 1e-6, enable_pdl: bool | None = None) -> None:
         arguments = input, residual, weight, eps, enable_pdl
@@ -201,7 +201,7 @@ def _register(norm: Norm) -> None:
         return torch.empty_like(input), torch.empty_like(residual)
 
     def save(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
-        # The rounded sum, not its terms: the form that writes in place overwrites those.
+        # Save the rounded sum, not its terms: a later in-place call may overwrite those.
         ctx.save_for_backward(output[1], inputs[2])
         ctx.eps = inputs[3]
 

@@ -26,7 +26,7 @@ _HALF_DTYPES = (torch.float16, torch.bfloat16)
 _DEFAULT_EPS_IS_FLOAT32 = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 7)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class NormOperators:
     """The operators that one variant of RMSNorm calls.
 
@@ -44,7 +44,7 @@ class NormOperators:
 
 
 NORM_VARIANTS = {
-    # torch.ops.jitnorm is looked up at the call: torch_library registers more of an operator when it is looked up.
+    # torch.ops.jitnorm is looked up only at the call: looking an operator up registers its fake implementation.
     "rmsnorm": NormOperators(
         rmsnorm, fused_add_rmsnorm, lambda *args: torch.ops.jitnorm.fused_add_rmsnorm_functional(*args), 0.0
     ),
@@ -61,7 +61,7 @@ class _ResidualNorm(torch.nn.Module):
     """The forward method that the modules share."""
 
     _variant: ClassVar[str]  # a key of NORM_VARIANTS
-    _ones: torch.Tensor | None  # what a kernel multiplies by where there is no weight
+    _ones: torch.Tensor | None  # the weight for the kernels if the module has none
     weight: Any  # torch.nn.Parameter or None
     normalized_shape: tuple[int, ...]
     eps: float | None
@@ -103,7 +103,7 @@ class _ResidualNorm(torch.nn.Module):
 class RMSNorm(_ResidualNorm, torch.nn.RMSNorm):
     """`torch.nn.RMSNorm`, computed by this package's kernels wherever they support the call.
 
-    The constructor, the state dict and the text are torch's own. With a residual, the sum is normalised.
+    The constructor, the state dict and the repr are torch's own. With a residual, the sum is normalised.
 
     Args:
         normalized_shape: the size of the last dimension, or the sizes of several (which PyTorch computes).
@@ -131,13 +131,13 @@ class RMSNorm(_ResidualNorm, torch.nn.RMSNorm):
         if eps is not None:
             checks.eps(eps)
         super().__init__(normalized_shape, eps, elementwise_affine, device, dtype)
-        # The kernels always multiply. float32 goes with an input of every dtype.
+        # The kernels always multiply by a weight. float32 weights are accepted with inputs of every dtype.
         ones = None if elementwise_affine else torch.ones(self.normalized_shape, device=device, dtype=torch.float32)
         self.register_buffer("_ones", ones, persistent=False)
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> "RMSNorm":
         super()._apply(fn, recurse)
-        if self._ones is not None:  # half() rounds its dtype, to_empty() leaves it unwritten
+        if self._ones is not None:  # half() changes its dtype, and to_empty() leaves it uninitialised
             self._ones = torch.ones_like(self._ones, dtype=torch.float32)
         return self
 
@@ -182,7 +182,7 @@ class GemmaRMSNorm(_ResidualNorm):
         torch.nn.init.zeros_(self.weight)
 
     def extra_repr(self) -> str:
-        """Return the arguments that the module's text shows."""
+        """Return the arguments that the module's repr shows."""
         return f"{self.normalized_shape}, eps={self.eps}"
 
 
@@ -202,7 +202,7 @@ def rms_norm(
         x: argument of forward.
         residual: argument of forward.
         weight: the module's parameter, or None.
-        ones: what a kernel multiplies by where there is no weight.
+        ones: the weight for the kernels if `weight` is None.
         normalized_shape: the module's.
         eps: the module's.
 
@@ -244,7 +244,7 @@ def normalise(norm: Callable[..., torch.Tensor], input: torch.Tensor, weight: to
     """
     if has_kernel_layout(input):
         return norm(input, weight, eps)
-    # Heads before tokens, as in q.view(b, s, h, d).transpose(1, 2): rows still, in another order.
+    # Heads before tokens, as in q.view(b, s, h, d).transpose(1, 2): the same rows in another order.
     if input.dim() >= 3 and has_kernel_layout(rows := input.transpose(-3, -2)):
         return norm(rows, weight, eps).transpose(-3, -2)
     return norm(input.clone(memory_format=torch.contiguous_format), weight, eps)
@@ -253,7 +253,7 @@ def normalise(norm: Callable[..., torch.Tensor], input: torch.Tensor, weight: to
 def _fused_add(
     operators: NormOperators, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Add and normalise in place, or in new tensors if autograd needs what would be overwritten."""
+    """Add and normalise in place, or into new tensors if a gradient is needed."""
     if needs_grad(x, residual, weight):
         return operators.fused_add_functional(x, residual, weight, eps)
     operators.fused_add(x, residual, weight, eps)
@@ -261,7 +261,7 @@ def _fused_add(
 
 
 def _can_fuse_residual(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor) -> bool:
-    """Return whether a fused kernel takes these tensors as they are: it overwrites two, which cannot be copies."""
+    """Return whether a fused kernel supports these tensors without a copy, since it overwrites two of them."""
     return (
         can_normalise(x, weight)
         and can_call_operators(residual, weight)
@@ -270,12 +270,12 @@ def _can_fuse_residual(x: torch.Tensor, residual: torch.Tensor, weight: torch.Te
 
 
 def _has_disjoint_rows(tensor: torch.Tensor) -> bool:
-    """Return whether no two rows share memory, as those of an expanded tensor do."""
+    """Return whether no two rows share memory, unlike the rows of an expanded tensor."""
     return tensor.is_contiguous() or (checks.row_stride(tensor) or 0) >= tensor.shape[-1]
 
 
 def _check_residual(x: torch.Tensor, residual: torch.Tensor) -> None:
-    """Raise for a residual that the kernels refuse, where addition in PyTorch would broadcast or promote it."""
+    """Raise for a residual that the kernels refuse, and that PyTorch's addition would broadcast or promote."""
     if residual.shape != x.shape or residual.dtype != x.dtype or residual.device != x.device:
         raise ValueError(
             "residual must have the shape, dtype and device of x: "

@@ -18,19 +18,19 @@ from jitnorm.core.torch_library import (
     refuse_unwritable,
     register,
 )
-from jitnorm.rmsnorm import RMSNORM, dispatch_rmsnorm
+from jitnorm.rmsnorm import RMSNORM, call_rmsnorm_torch_op
 
 HEAD_DIMS = (64, 128, 256, 512, 1024)
 MAX_ROWS = 2**31 - 1  # kMaxRows in csrc/elementwise/qknorm.h
 
 
 class QKNorm(Norm):
-    """A norm whose rows are the heads of two tensors. It has sizes of its own."""
+    """A norm whose rows are the heads of two tensors. Its sizes differ from those of the other norms."""
 
     size_name: ClassVar[str | None] = "head_dim"
 
     def kernel_class(self, hidden_size: int) -> str:
-        """Return the class in csrc/elementwise that serves heads of this size. RuntimeError if there is none."""
+        """Return the class in csrc/elementwise that supports heads of this size. RuntimeError if there is none."""
         if hidden_size not in HEAD_DIMS:
             supported = checks.enumeration(HEAD_DIMS)
             raise RuntimeError(f"{self.op} does not support head_dim {hidden_size}: supported are {supported}")
@@ -79,10 +79,11 @@ def fused_inplace_qknorm(
 
     Args:
         q: `[tokens, q_heads, head_dim]`, float16, bfloat16 or float32, on the CPU or a CUDA device; written. The last
-            stride is 1; the others are free as long as no two heads share memory, so that slices of a fused QKV
-            projection need no copy. On CUDA every head is aligned to 16 bytes. head_dim is 64, 128, 256, 512 or 1024.
-        k: `[tokens, kv_heads, head_dim]`, likewise, of q's dtype and device; written. Shares no memory with q: its
-            tokens may lie between q's in one buffer, at the same stride. kv_heads need not divide q_heads.
+            stride is 1; the other strides are arbitrary as long as no two heads share memory, so that slices of a fused
+            QKV projection need no copy. On CUDA every head is aligned to 16 bytes. head_dim is 64, 128, 256, 512 or
+            1024.
+        k: `[tokens, kv_heads, head_dim]`, likewise, of q's dtype and device; written. Shares no memory with q, but
+            tokens of q and k may alternate in one buffer, at the same stride. kv_heads need not divide q_heads.
         q_weight: `[head_dim]`, of q's dtype or float32, on the same device.
         k_weight: `[head_dim]`, of q_weight's dtype.
         eps: added to the mean of the squares; zero or more.
@@ -96,7 +97,7 @@ def fused_inplace_qknorm(
             together have 2^31 heads or more, or the kernel cannot be built or launched.
     """
     if _is_dynamo_compiling():
-        return _dispatch(q, k, q_weight, k_weight, eps, head_dim, enable_pdl)
+        return _call_torch_op(q, k, q_weight, k_weight, eps, head_dim, enable_pdl)
     try:
         if (
             q.__class__ is k.__class__ is _Tensor
@@ -134,12 +135,12 @@ def _qknorm_slow_path(
     else:
         check(*tensors, eps, head_dim, enable_pdl)
     if traced or needs_grad(*tensors):
-        return _dispatch(*tensors, float(eps), checks.integer("head_dim", head_dim), enable_pdl)
+        return _call_torch_op(*tensors, float(eps), checks.integer("head_dim", head_dim), enable_pdl)
     return QKNORM.run(q, q_weight, q, k, q_weight, k_weight, eps, head_dim, enable_pdl)
 
 
 def check(q: Any, k: Any, q_weight: Any, k_weight: Any, eps: Any, head_dim: Any, enable_pdl: Any) -> None:
-    """Raise for what the bindings in csrc/elementwise/qknorm.h refuse."""
+    """Raise for arguments that the bindings function in csrc/elementwise/qknorm.h refuses."""
     for name, value in (("q", q), ("k", k), ("q_weight", q_weight), ("k_weight", k_weight)):
         checks.tensor(name, value)
     _check_metadata(q, k, q_weight, k_weight, head_dim)
@@ -195,7 +196,7 @@ def _check_heads(name: str, value: torch.Tensor) -> None:
 def _check_overlap(q: torch.Tensor, k: torch.Tensor) -> None:
     if not checks.extents_overlap(q, k):
         return
-    # The tokens of one may lie between those of the other, as in a fused projection.
+    # Tokens of q and k may alternate, as in a fused projection.
     step = q.stride(0) * q.element_size()
     if q.shape[0] > 1 and q.stride(0) == k.stride(0):
         offset = (k.data_ptr() - q.data_ptr()) % step
@@ -204,7 +205,7 @@ def _check_overlap(q: torch.Tensor, k: torch.Tensor) -> None:
     raise ValueError("k must share no memory with q, got a view that overlaps it")
 
 
-def _dispatch(
+def _call_torch_op(
     q: torch.Tensor,
     k: torch.Tensor,
     q_weight: torch.Tensor,
@@ -221,9 +222,11 @@ def _dispatch(
     refuse_unwritable(QKNORM.op, q_weight, q=q)
     refuse_unwritable(QKNORM.op, k_weight, k=k)
     # The norm reads copies, because its backward needs the values that are overwritten here. Both results are computed
-    # before either is copied, because the second computation may fail.
+    # before q or k is overwritten, because the second computation may fail.
     results = [
-        dispatch_rmsnorm(RMSNORM, heads.clone(memory_format=torch.contiguous_format), weight, eps, None, enable_pdl)
+        call_rmsnorm_torch_op(
+            RMSNORM, heads.clone(memory_format=torch.contiguous_format), weight, eps, None, enable_pdl
+        )
         for heads, weight in ((q, q_weight), (k, k_weight))
     ]
     for written, result in zip((q, k), results, strict=True):
@@ -260,4 +263,4 @@ def _arguments(shape: Shape) -> dict[str, Any]:
     return heads | {"q_weight": shape.randn(shape.size), "k_weight": shape.randn(shape.size)}
 
 
-EXAMPLES[QKNORM.op] = Example(fused_inplace_qknorm, _arguments, written=("q", "k"), per_row=("q", "k"))
+EXAMPLES[QKNORM.op] = Example(fused_inplace_qknorm, _arguments, written=("q", "k"), per_row=("q", "k"), sizes=(64, 128))

@@ -29,6 +29,8 @@ MAX_ROWS = 2**31 - 1  # kMaxDividend in csrc/include/jitnorm/divisor.h, for the 
 ROUNDINGS = ("once", "each_step")
 E4M3 = torch.float8_e4m3fn
 
+NO_SKIP_INDEX = -(2**63)  # which is no slot
+
 check_indices = is_on("JITNORM_CHECK_INDICES")  # read once, as in jitnorm.store_cache
 
 _CPP_TYPES: dict[Any, str] = {**CPP_TYPES, E4M3: "e4m3_t", None: "NoNorm"}
@@ -49,6 +51,7 @@ class Variant:
         q_out_dtype: That of the result for q, dtype or float8_e4m3fn.
         is_neox: Whether element i is rotated with i + rotary_dim / 2, and not 2 i with 2 i + 1.
         has_sections: Whether a token has three positions.
+        rounds_each_step: Whether norm and rotation round their results.
     """
 
     head_dim: int
@@ -60,6 +63,7 @@ class Variant:
     q_out_dtype: torch.dtype
     is_neox: bool = True
     has_sections: bool = False
+    rounds_each_step: bool = False
 
 
 class HeadsOperator(Operator):
@@ -73,14 +77,15 @@ class HeadsOperator(Operator):
         v = variant
         check_sizes(self.op, v.head_dim, v.rotary_dim)
         types = [_CPP_TYPES[d] for d in (v.dtype, v.weight_dtype, v.cos_sin_dtype, v.cache_dtype, v.q_out_dtype)]
-        rotation = f"Rotation<{str(v.is_neox).lower()}, {str(v.has_sections).lower()}>"
+        is_neox, has_sections, rounds = (str(flag).lower() for flag in (v.is_neox, v.has_sections, v.rounds_each_step))
+        policies = f"{', '.join(types)}, Rotation<{is_neox}, {has_sections}>, {rounds}"
         name, warmup = self._names(v)
         return KernelSpec(
             op=self.op,
             family="qknorm_rope_store",
-            entry=self.entry,
+            binding=self.binding,
             name=name,
-            kernel=f"QKNormRopeStoreKernel<{v.head_dim}, {v.rotary_dim}, {', '.join(types)}, {rotation}>",
+            kernel=f"QKNormRopeStoreKernel<{v.head_dim}, {v.rotary_dim}, {policies}>",
             target=target,
             warmup=warmup,
         )
@@ -105,6 +110,9 @@ class HeadsOperator(Operator):
             if v.has_sections:
                 name += "_mrope"
                 warmup += " --mrope"
+        if v.rounds_each_step:
+            name += "_each_step"
+            warmup += " --rounding each_step"
         if v.cache_dtype != v.dtype:
             name += "_fp8_cache"
             warmup += " --cache-dtype fp8"
@@ -131,6 +139,7 @@ class HeadsOperator(Operator):
         q_out_dtype: torch.dtype | None = None,
         is_neox: bool = True,
         has_sections: bool = False,
+        rounds_each_step: bool = False,
     ) -> Variant:
         """Return the variant of this operator with these properties; None stands for what most models have."""
         if dtype not in DTYPES or weight_dtype not in (dtype, torch.float32):
@@ -148,6 +157,7 @@ class HeadsOperator(Operator):
             q_out_dtype or dtype,
             is_neox or not self.rotates,
             has_sections and self.rotates,
+            rounds_each_step and self is not STORE_HEADS,
         )
 
     def run(self, a: Arguments) -> None:
@@ -162,8 +172,15 @@ class QKNormRopeStore(HeadsOperator):
     has_weight: ClassVar[bool] = True
 
 
+class StoreHeads(HeadsOperator):
+    """The operator that only stores k and v: the part of `store_cache` for paged and float8 caches."""
+
+    rotates: ClassVar[bool] = False
+
+
 QK_NORM_ROPE_STORE = QKNormRopeStore("qk_norm_rope_store", "qk_norm_rope_store")
 ROPE = HeadsOperator("rope", "qk_norm_rope_store")
+STORE_HEADS = StoreHeads("store_cache_heads", "qk_norm_rope_store")
 
 _norm_kernels = QK_NORM_ROPE_STORE.fast_cache
 _rope_kernels = ROPE.fast_cache
@@ -204,10 +221,25 @@ class Arguments:
     rounding: Any
     enable_pdl: Any
 
+    @classmethod
+    def of_store(
+        cls, k: Any, v: Any, k_cache: Any, v_cache: Any, indices: Any, k_scale: Any, v_scale: Any, skip_index: Any
+    ) -> Arguments:
+        """Return the arguments of a call that only stores k and v."""
+        return cls(
+            *(None, k, v, None, None, k_cache, v_cache, indices, None, None, 0.0, 0.0, True, None, False, None, None),
+            *(None, k_scale, v_scale, skip_index, "once", None),
+        )
+
+    @property
+    def slots_name(self) -> str:
+        """Return what the caller calls `slot_mapping`."""
+        return "indices" if self.operator is STORE_HEADS else "slot_mapping"
+
     @property
     def tensors(self) -> dict[str, Any]:
         """Return the arguments that are tensors or None, by name."""
-        return {name: getattr(self, name) for name in TENSORS}
+        return {self.slots_name if name == "slot_mapping" else name: getattr(self, name) for name in TENSORS}
 
     @property
     def has_sections(self) -> bool:
@@ -217,6 +249,8 @@ class Arguments:
     @property
     def operator(self) -> HeadsOperator:
         """Return the operator that serves them."""
+        if self.q is None and self.cos_sin_cache is None:
+            return STORE_HEADS
         return ROPE if self.q_weight is None and self.k_weight is None else QK_NORM_ROPE_STORE
 
     @property
@@ -235,6 +269,7 @@ class Arguments:
             q_out_dtype=dtype if self.q_out is None else self.q_out.dtype,
             is_neox=self.is_neox or not rotates,
             has_sections=rotates and self.has_sections,
+            rounds_each_step=self.rounding == "each_step",
         )
 
     @property
@@ -479,21 +514,21 @@ def slow_path(a: Arguments) -> None:
         a = _check_types(a)
         if not _is_dynamo_compiling():  # which cannot trace it
             refuse_torch_func(a.operator.op, *tensors)
-        return _dispatch(a)
+        return _call_torch_op(a)
     a = check(a)
     refuse_gradient(a.operator.op, *tensors)
     return run_checked(a)
 
 
-def run_checked(a: Arguments, operator: HeadsOperator | None = None) -> None:
+def run_checked(a: Arguments) -> None:
     """Run the kernel on arguments that have been checked; with JITNORM_CHECK_INDICES=1, check the indices first."""
     if check_indices:
         if a.cos_sin_cache is not None:
             checks.index_range("positions", a.positions, a.cos_sin_cache.shape[0], "cos_sin_cache has {} rows")
         if a.k_cache is not None:
             slots = a.k_cache.shape[0] * (a.k_cache.shape[1] if a.k_cache.dim() == 4 else 1)
-            checks.index_range("slot_mapping", a.slot_mapping, slots, "the caches have {} slots", a.skip_index)
-    (operator or a.operator).run(a)
+            checks.index_range(a.slots_name, a.slot_mapping, slots, "the caches have {} slots", a.skip_index)
+    a.operator.run(a)
 
 
 def check(a: Arguments) -> Arguments:
@@ -509,8 +544,8 @@ def check(a: Arguments) -> Arguments:
             checks.rows(name, value)
     if a.cos_sin_cache is not None:
         _check_angles(a)
-    for name in ("positions", "slot_mapping"):
-        if (value := getattr(a, name)) is not None:
+    for name, value in (("positions", a.positions), (a.slots_name, a.slot_mapping)):
+        if value is not None:
             checks.storage(name, value)
             checks.address(name, value, value.element_size())
     for name in ("q_scale", "k_scale", "v_scale"):
@@ -677,9 +712,11 @@ def _check_caches(a: Arguments, tokens: int, kv_heads: int, head_dim: int) -> No
     checks.shape("v_cache", a.v_cache, a.k_cache.shape, "like k_cache")
     if (slots := math.prod(leading)) > MAX_ROWS:
         raise RuntimeError(f"{a.operator.op} does not support more than {MAX_ROWS} slots, got {slots}")
-    checks.indices("slot_mapping", a.slot_mapping, "k", a.k)
+    checks.indices(a.slots_name, a.slot_mapping, "k", a.k)
     if a.slot_mapping.shape[0] > tokens:
-        raise ValueError(f"slot_mapping must have at most {tokens} elements like k's tokens, got {len(a.slot_mapping)}")
+        raise ValueError(
+            f"{a.slots_name} must have at most {tokens} elements like k's tokens, got {len(a.slot_mapping)}"
+        )
 
 
 def _check_angles(a: Arguments) -> None:
@@ -697,7 +734,7 @@ def _check_angles(a: Arguments) -> None:
     checks.aligned("cos_sin_cache", angles, *(angles.stride(0),) * (angles.shape[0] > 1))
 
 
-def _dispatch(a: Arguments) -> None:
+def _call_torch_op(a: Arguments) -> None:
     """Call the operator in torch.ops.jitnorm, for tracers.
 
     There are two: one writes q and k in place, and one writes q_out and k_out, so that a compiled graph copies neither.
@@ -808,5 +845,7 @@ def _arguments(shape: Shape) -> dict[str, Any]:
 
 
 _WRITTEN, _PER_ROW = ("q", "k", "k_cache", "v_cache"), ("q", "k", "v", "positions", "slot_mapping")
-EXAMPLES[QK_NORM_ROPE_STORE.op] = Example(qk_norm_rope_store, _arguments, written=_WRITTEN, per_row=_PER_ROW)
-EXAMPLES[ROPE.op] = Example(rope_and_store, _heads, written=_WRITTEN, per_row=_PER_ROW)
+EXAMPLES[QK_NORM_ROPE_STORE.op] = Example(
+    qk_norm_rope_store, _arguments, written=_WRITTEN, per_row=_PER_ROW, slots="slot_mapping"
+)
+EXAMPLES[ROPE.op] = Example(rope_and_store, _heads, written=_WRITTEN, per_row=_PER_ROW, slots="slot_mapping")

@@ -21,12 +21,12 @@ from jitnorm.jit.spec import KernelSpec, Target
 
 _E4M3 = torch.float8_e4m3fn
 _PARTIAL_AMAX_COUNT = 512  # kMaxPartialAmax in csrc/elementwise/quant_fp8.h
-_HIDDEN_SIZE_MULTIPLE = 16  # which products of such matrices need; kHiddenSizeMultiple in csrc/elementwise/quant_fp8.h
+_HIDDEN_SIZE_MULTIPLE = 16  # required by float8 GEMMs; kHiddenSizeMultiple in csrc/elementwise/quant_fp8.h
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class QuantFp8(Operator):
-    """One kernel of the family. It serves tensors of any size."""
+    """One kernel of the family. It supports tensors of any size."""
 
     kernel_class: str  # in csrc/elementwise/quant_fp8.cuh and _cpu.h, with {} for the input's type
 
@@ -41,7 +41,7 @@ class QuantFp8(Operator):
         return KernelSpec(
             op=self.op,
             family="quant_fp8",
-            entry=self.entry,
+            binding=self.binding,
             name=f"{self.op}_{name}",
             kernel=self.kernel_class.format(CPP_TYPES[dtype]),
             target=target,
@@ -51,7 +51,7 @@ class QuantFp8(Operator):
     def warmup_spec(
         self, size: int | None, dtype: torch.dtype, weight_dtype: torch.dtype, target: Target
     ) -> KernelSpec:
-        """Return what to build for a dtype: one kernel serves every size, and there is no weight."""
+        """Return what to build for a dtype: one kernel supports every size, and there is no weight."""
         return self.spec(dtype, target)
 
     def run(self, input: torch.Tensor, *arguments: Any) -> None:
@@ -62,9 +62,9 @@ class QuantFp8(Operator):
 _TENSOR, _TOKEN = "per_tensor_quant_fp8", "per_token_quant_fp8"
 PER_TENSOR = QuantFp8(_TENSOR, _TENSOR, "PerTensorQuantFp8Kernel<{}, Pass::kStatic>")
 PER_TENSOR_DYNAMIC = QuantFp8(f"{_TENSOR}_dynamic", _TENSOR, "PerTensorQuantFp8Kernel<{}, Pass::kDynamic>")
-# A dynamic scale takes two passes: this one writes the largest magnitude of each part of the tensor, and the other one
-# takes the largest of these.
-PARTIAL_AMAX = QuantFp8(f"{_TENSOR}_maxima", _TENSOR, "PartialAmaxKernel<{}>", part_of=PER_TENSOR_DYNAMIC)
+# The first of two passes for a dynamic scale. It writes the largest magnitude of each part of the tensor;
+# PER_TENSOR_DYNAMIC takes the largest of these.
+PARTIAL_AMAX = QuantFp8(f"{_TENSOR}_partial_amax", _TENSOR, "PartialAmaxKernel<{}>", part_of=PER_TENSOR_DYNAMIC)
 PER_TOKEN = QuantFp8(_TOKEN, _TOKEN, "PerTokenQuantFp8Kernel<{}>")
 
 _per_token_kernels = PER_TOKEN.fast_cache
@@ -95,7 +95,7 @@ def per_tensor_quant_fp8(
     Raises:
         TypeError: an argument is not a tensor, or has another dtype.
         ValueError: a shape, stride, device, alignment or overlap is not accepted.
-        RuntimeError: a kernel cannot be built or launched, or a gradient is needed: there is none.
+        RuntimeError: a kernel cannot be built or launched, or a gradient is needed, which this operator does not have.
     """
     if not _is_dynamo_compiling():
         try:
@@ -199,7 +199,7 @@ def _try_cached_per_tensor(
 
 
 def check_per_tensor(input: Any, output_q: Any, output_s: Any, is_static: Any) -> None:
-    """Raise for what the bindings `per_tensor_quant_fp8` in csrc/elementwise/quant_fp8.h refuse."""
+    """Raise for arguments that the bindings function `per_tensor_quant_fp8` in csrc/elementwise/quant_fp8.h refuses."""
     _check_metadata(input, output_q, output_s)
     checks.supported_device("input", input)
     for name, value in (("input", input), ("output_q", output_q)):
@@ -209,7 +209,7 @@ def check_per_tensor(input: Any, output_q: Any, output_s: Any, is_static: Any) -
 
 
 def check_per_token(input: Any, output_q: Any, output_s: Any) -> None:
-    """Raise for what the bindings `per_token_quant_fp8` in csrc/elementwise/quant_fp8.h refuse."""
+    """Raise for arguments that the bindings function `per_token_quant_fp8` in csrc/elementwise/quant_fp8.h refuses."""
     _check_per_token_metadata(input, output_q, output_s)
     checks.supported_device("input", input)
     for name, value in (("input", input), ("output_q", output_q)):
@@ -294,6 +294,7 @@ EXAMPLES[PER_TENSOR.op] = Example(
     lambda shape: _arguments(shape, torch.full((1,), 0.25, device=shape.device)) | {"is_static": True},
     written=("output_q",),
     per_row=("input", "output_q"),
+    contiguous=("input", "output_q"),
 )
 EXAMPLES[PER_TENSOR_DYNAMIC.op] = Example(
     per_tensor_quant_fp8,
@@ -306,4 +307,5 @@ EXAMPLES[PER_TOKEN.op] = Example(
     lambda shape: _arguments(shape, shape.zeros(shape.rows, 1, dtype=torch.float32)),
     written=("output_q", "output_s"),
     per_row=("input", "output_q", "output_s"),
+    contiguous=("output_s",),
 )

@@ -63,16 +63,16 @@ def rmsnorm(
             `out` is given and a gradient is needed.
     """
     if _is_dynamo_compiling():
-        return dispatch_rmsnorm(RMSNORM, input, weight, eps, out, enable_pdl)
+        return call_rmsnorm_torch_op(RMSNORM, input, weight, eps, out, enable_pdl)
     try:
-        to = torch.empty_like(input) if out is None else out
+        result = torch.empty_like(input) if out is None else out
         if (
-            input.__class__ is to.__class__ is _Tensor
+            input.__class__ is result.__class__ is _Tensor
             and (weight.__class__ is _Parameter or weight.__class__ is _Tensor)
             and (not (weight.requires_grad or input.requires_grad) or not torch.is_grad_enabled())
-            and not _rmsnorm_kernels[input.dtype][weight.nbytes](input, weight, to, eps, enable_pdl)
+            and not _rmsnorm_kernels[input.dtype][weight.nbytes](input, weight, result, eps, enable_pdl)
         ):
-            return to
+            return result
     except Exception:  # no kernel yet, or arguments without such attributes: the slow path raises for these
         pass
     return _rmsnorm_slow_path(RMSNORM, input, weight, eps, out, enable_pdl)
@@ -104,16 +104,16 @@ def gemma_rmsnorm(
         TypeError, ValueError, RuntimeError: as `jitnorm.rmsnorm`.
     """
     if _is_dynamo_compiling():
-        return dispatch_rmsnorm(GEMMA_RMSNORM, input, weight, eps, out, enable_pdl)
+        return call_rmsnorm_torch_op(GEMMA_RMSNORM, input, weight, eps, out, enable_pdl)
     try:
-        to = torch.empty_like(input) if out is None else out
+        result = torch.empty_like(input) if out is None else out
         if (
-            input.__class__ is to.__class__ is _Tensor
+            input.__class__ is result.__class__ is _Tensor
             and (weight.__class__ is _Parameter or weight.__class__ is _Tensor)
             and (not (weight.requires_grad or input.requires_grad) or not torch.is_grad_enabled())
-            and not _gemma_rmsnorm_kernels[input.dtype][weight.nbytes](input, weight, to, eps, enable_pdl)
+            and not _gemma_rmsnorm_kernels[input.dtype][weight.nbytes](input, weight, result, eps, enable_pdl)
         ):
-            return to
+            return result
     except Exception:  # as in rmsnorm
         pass
     return _rmsnorm_slow_path(GEMMA_RMSNORM, input, weight, eps, out, enable_pdl)
@@ -135,14 +135,14 @@ def _rmsnorm_slow_path(
     else:
         check(norm, input, weight, eps, out, enable_pdl)
     if traced or needs_grad(input, weight):
-        return dispatch_rmsnorm(norm, input, weight, float(eps), out, enable_pdl)
-    to = norms.new_like(input) if out is None else out
-    norm.run(input, weight, input, weight, to, eps, enable_pdl)
-    return to
+        return call_rmsnorm_torch_op(norm, input, weight, float(eps), out, enable_pdl)
+    result = norms.new_like(input) if out is None else out
+    norm.run(input, weight, input, weight, result, eps, enable_pdl)
+    return result
 
 
 def check(norm: Norm, input: Any, weight: Any, eps: Any, out: Any, enable_pdl: Any) -> None:
-    """Raise for what the bindings `rmsnorm` in csrc/elementwise/rmsnorm.h refuse."""
+    """Raise for arguments that the bindings function `rmsnorm` in csrc/elementwise/rmsnorm.h refuses."""
     norms.check_input_and_weight(norm, input, weight, eps, enable_pdl)
     if out is None:
         return
@@ -152,7 +152,7 @@ def check(norm: Norm, input: Any, weight: Any, eps: Any, out: Any, enable_pdl: A
     checks.no_shared_memory("out", out, "weight", weight)
 
 
-def dispatch_rmsnorm(
+def call_rmsnorm_torch_op(
     norm: Norm,
     input: torch.Tensor,
     weight: torch.Tensor,
@@ -171,7 +171,7 @@ def dispatch_rmsnorm(
 
 
 def _register(norm: Norm) -> None:
-    """Define the functional form in torch.ops.jitnorm, which has a gradient, and the one that writes into `out`."""
+    """Define two forms in torch.ops.jitnorm: a functional one, which has a gradient, and one that writes into `out`."""
 
     def run(input: Any, weight: Any, eps: float = 1e-6, enable_pdl: bool | None = None) -> torch.Tensor:
         out = norms.new_like(input)
@@ -218,7 +218,7 @@ for _norm, _function in ((RMSNORM, rmsnorm), (GEMMA_RMSNORM, gemma_rmsnorm)):
         make_outputs=lambda shape: {"out": shape.zeros()},
     )
 
-# What only the package's own tools and tests call.
+# The rest is called only by the package's own tools and tests.
 
 rmsnorm_spec = RMSNORM.spec
 

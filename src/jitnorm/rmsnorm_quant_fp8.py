@@ -25,7 +25,7 @@ from jitnorm.core.torch_library import (
 _E4M3 = torch.float8_e4m3fn
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class QuantNorm(Norm):
     """A norm with a quantised output."""
 
@@ -38,10 +38,10 @@ class QuantNorm(Norm):
         return "scales" if self.is_dynamic else "scale"
 
 
-def _make(entry: str, policy: str, has_residual: bool, is_dynamic: bool) -> QuantNorm:
-    op = f"{entry}_dynamic" if is_dynamic else entry
-    quantising = f"{'DynamicFp8' if is_dynamic else 'StaticFp8'}<{policy}>"
-    return QuantNorm(op, entry, quantising, has_residual, is_dynamic)
+def _make(binding: str, norm_policy: str, has_residual: bool, is_dynamic: bool) -> QuantNorm:
+    op = f"{binding}_dynamic" if is_dynamic else binding
+    policy = f"{'DynamicFp8' if is_dynamic else 'StaticFp8'}<{norm_policy}>"
+    return QuantNorm(op, binding, policy, has_residual, is_dynamic)
 
 
 RMSNORM_QUANT_FP8 = _make("rmsnorm_quant_fp8", "Plain", has_residual=False, is_dynamic=False)
@@ -69,7 +69,7 @@ def rmsnorm_quant_fp8(
 
     `out = e4m3(clip(y / scale, +-448))` with `y = input / sqrt(mean(input^2) + eps) * weight` in float32, not rounded
     to the input's dtype in between. The quotient is rounded to float32, and then to the nearest e4m3 number, ties to
-    even. Infinities saturate where a scale is given, a NaN becomes a NaN. `out * scale` is about `y`.
+    even. Infinities saturate if a scale is given, a NaN becomes a NaN. `out * scale` approximates `y`.
 
     With `scale`, one for the whole tensor, this is vLLM's rms_norm_static_fp8_quant and FlashInfer's rmsnorm_quant.
     Without it each row gets a scale of its own, `max(abs(y)) / 448` and at least `1 / (448 * 512)`, which is the scale
@@ -103,17 +103,17 @@ def rmsnorm_quant_fp8(
                 and input.__class__ is _Tensor
                 and (weight.__class__ is _Parameter or weight.__class__ is _Tensor)
             ):
-                to, by = _outputs(input, out, given)
+                q, q_scale = _outputs(input, out, given)
                 if (
-                    to.__class__ is _Tensor
-                    and (by.__class__ is _Tensor or by.__class__ is _Parameter)
+                    q.__class__ is _Tensor
+                    and (q_scale.__class__ is _Tensor or q_scale.__class__ is _Parameter)
                     and (
-                        not (weight.requires_grad or input.requires_grad or by.requires_grad)
+                        not (weight.requires_grad or input.requires_grad or q_scale.requires_grad)
                         or not torch.is_grad_enabled()
                     )
-                    and not norm.fast_cache[input.dtype][weight.nbytes](input, weight, to, by, eps, enable_pdl)
+                    and not norm.fast_cache[input.dtype][weight.nbytes](input, weight, q, q_scale, eps, enable_pdl)
                 ):
-                    return to, by
+                    return q, q_scale
         except Exception:  # no kernel yet, or arguments without such attributes: the slow path raises for these
             pass
     return _quant_norm_slow_path(norm, input, None, weight, scale, eps, out, enable_pdl, scales)
@@ -166,19 +166,24 @@ def fused_add_rmsnorm_quant_fp8(
                 and input.__class__ is residual.__class__ is _Tensor
                 and (weight.__class__ is _Parameter or weight.__class__ is _Tensor)
             ):
-                to, by = _outputs(input, out, given)
+                q, q_scale = _outputs(input, out, given)
                 if (
-                    to.__class__ is _Tensor
-                    and (by.__class__ is _Tensor or by.__class__ is _Parameter)
+                    q.__class__ is _Tensor
+                    and (q_scale.__class__ is _Tensor or q_scale.__class__ is _Parameter)
                     and (
-                        not (weight.requires_grad or input.requires_grad or residual.requires_grad or by.requires_grad)
+                        not (
+                            weight.requires_grad
+                            or input.requires_grad
+                            or residual.requires_grad
+                            or q_scale.requires_grad
+                        )
                         or not torch.is_grad_enabled()
                     )
                     and not norm.fast_cache[input.dtype][weight.nbytes](
-                        input, residual, weight, to, by, eps, enable_pdl
+                        input, residual, weight, q, q_scale, eps, enable_pdl
                     )
                 ):
-                    return to, by
+                    return q, q_scale
         except Exception:  # as in rmsnorm_quant_fp8
             pass
     return _quant_norm_slow_path(norm, input, residual, weight, scale, eps, out, enable_pdl, scales)
@@ -205,19 +210,19 @@ def _quant_norm_slow_path(
     else:
         check(norm, input, residual, weight, out, given, eps, enable_pdl)
     refuse_gradient(norm.op, input, residual, weight, scale)
-    to, by = _outputs(input, out, given)
-    tensors = (*((input, residual) if norm.has_residual else (input,)), weight, to, by)
+    q, q_scale = _outputs(input, out, given)
+    tensors = (*((input, residual) if norm.has_residual else (input,)), weight, q, q_scale)
     if traced:
         getattr(torch.ops.jitnorm, norm.op)(*tensors, float(eps), enable_pdl)
     else:
         norm.run(input, weight, *tensors, eps, enable_pdl)
-    return to, by
+    return q, q_scale
 
 
 def _outputs(
     input: torch.Tensor, out: torch.Tensor | None, scale: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return `out` and `scale`, and for each that is None a new tensor: the quantised rows, and a scale for each."""
+    """Return `out` and `scale`, each replaced by a new tensor if it is None."""
     return (
         new_like(input, torch.float8_e4m3fn) if out is None else out,
         input.new_empty((*input.shape[:-1], 1), dtype=torch.float32) if scale is None else scale,
@@ -227,7 +232,7 @@ def _outputs(
 def check(
     norm: QuantNorm, input: Any, residual: Any, weight: Any, out: Any, scale: Any, eps: Any, enable_pdl: Any
 ) -> None:
-    """Raise for what the bindings `norm_quant_fp8` in csrc/elementwise/rmsnorm.h refuse."""
+    """Raise for arguments that the bindings function `norm_quant_fp8` in csrc/elementwise/rmsnorm.h refuses."""
     _check_types(norm, input, residual, weight, out, scale, eps, enable_pdl)
     norms.check_input_and_weight(norm, input, weight, eps, enable_pdl)
     if norm.has_residual:

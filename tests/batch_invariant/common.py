@@ -1,7 +1,7 @@
 """What tests of batch-invariant mode share.
 
 Tests of Triton kernels run on a GPU if there is one, otherwise in Triton's interpreter, which tests/conftest.py
-enables. It computes products with numpy, whose order of additions is its own, and supports no bfloat16 in them. So it
+enables. It computes tl.dot with numpy, whose order of additions is its own, and supports no bfloat16 in them. So it
 shows that results, offsets, ragged ends and strides are right, and for reductions that the schedule does not depend on
 the number of rows.
 """

@@ -1,57 +1,113 @@
-"""The CUDA sources compile for every architecture that the README names; nothing runs."""
+"""The CUDA sources compile for every architecture that the README names; nothing runs.
+
+Most of the time of a build goes to the start of the compilers and to headers, so that kernels of one architecture are
+built together: one source, one cubin, one library.
+"""
 
 from __future__ import annotations
+
+import re
+from dataclasses import dataclass
 
 import pytest
 import torch
 
+from jitnorm.activation import GELU_AND_MUL, GELU_TANH_AND_MUL, SILU_AND_MUL
 from jitnorm.fused_add_rmsnorm import FUSED_ADD_RMSNORM, FUSED_ADD_RMSNORM_ROUND_SUM, GEMMA_FUSED_ADD_RMSNORM
 from jitnorm.jit.build import build
-from jitnorm.jit.spec import Target
+from jitnorm.jit.spec import KernelSpec, Target
 from jitnorm.qknorm import HEAD_DIMS, QKNORM
 from jitnorm.quant_fp8 import PARTIAL_AMAX, PER_TENSOR, PER_TENSOR_DYNAMIC, PER_TOKEN
 from jitnorm.rmsnorm import RMSNORM
 from jitnorm.rmsnorm_quant_fp8 import FUSED_ADD_RMSNORM_QUANT_FP8_DYNAMIC, RMSNORM_QUANT_FP8
+from jitnorm.store_cache import STORE_CACHE
 
 pytestmark = pytest.mark.nvcc
 
+F16, BF16, F32 = torch.float16, torch.bfloat16, torch.float32
 ARCHITECTURES = ("7.5", "8.0", "8.9", "9.0a", "10.0a", "12.0a")
-# One of each class, with weights of either dtype: vectors of float32 weights are loaded in two parts. sm_75 has
-# conversions of its own.
+# Each kernel class, activation and access once, and weights of either dtype: vectors of float32 weights are loaded in
+# two parts. Each is compiled for every architecture: sm_75 has conversions of its own, sm_90 begins PDL.
 KERNELS = (
-    (RMSNORM, 128, torch.float16, torch.float32),
-    (RMSNORM, 8192, torch.bfloat16, torch.bfloat16),
-    (GEMMA_FUSED_ADD_RMSNORM, 256, torch.bfloat16, torch.bfloat16),
-    (FUSED_ADD_RMSNORM_ROUND_SUM, 4096, torch.float16, torch.float32),
-    (QKNORM, 128, torch.bfloat16, torch.bfloat16),
-    (QKNORM, 1024, torch.float16, torch.float32),
-    (RMSNORM_QUANT_FP8, 4096, torch.bfloat16, torch.bfloat16),
-    (FUSED_ADD_RMSNORM_QUANT_FP8_DYNAMIC, 256, torch.float32, torch.float32),
+    (RMSNORM, 128, F16, F32),
+    (RMSNORM, 8192, BF16, BF16),
+    (GEMMA_FUSED_ADD_RMSNORM, 256, BF16, BF16),
+    (FUSED_ADD_RMSNORM_ROUND_SUM, 4096, F16, F32),
+    (QKNORM, 128, BF16, BF16),
+    (QKNORM, 1024, F16, F32),
+    (RMSNORM_QUANT_FP8, 4096, BF16, BF16),
+    (FUSED_ADD_RMSNORM_QUANT_FP8_DYNAMIC, 256, F32, F32),
+    (PER_TENSOR, BF16),
+    (PARTIAL_AMAX, BF16),
+    (PER_TENSOR_DYNAMIC, BF16),
+    (PER_TOKEN, BF16),
+    (SILU_AND_MUL, BF16, 16),
+    (GELU_AND_MUL, F32, 8),  # float32 has an exponential of its own
+    (GELU_TANH_AND_MUL, F16, 4),
+    (STORE_CACHE, 16),
+    (STORE_CACHE, 4),
+)
+# One of each file of sources.
+FAMILIES = (
+    (RMSNORM, 512, BF16, BF16),
+    (QKNORM, 256, BF16, BF16),
+    (PER_TOKEN, F16),
+    (SILU_AND_MUL, F16, 16),
+    (STORE_CACHE, 8),
 )
 
 
-@pytest.mark.parametrize("arch", ARCHITECTURES)
-@pytest.mark.parametrize(("norm", "hidden_size", "dtype", "weight_dtype"), KERNELS)
-def test_compiles(arch, norm, hidden_size, dtype, weight_dtype):
-    entry = build(norm.spec(hidden_size, dtype, weight_dtype, Target.cuda(arch)))
+@dataclass(frozen=True)
+class Together(KernelSpec):
+    """The first of some kernels, whose source contains the others as well, with or without their bindings."""
+
+    others: tuple[KernelSpec, ...] = ()
+    all_bindings: bool = False
+
+    @property
+    def source(self) -> str:
+        parts = [super().source]
+        for number, spec in enumerate(self.others):
+            device, _, host = re.sub(r"\bKernel\b", f"Kernel{number}", spec.source).partition("#else\n")
+            _, _, bindings = host.partition("\n")  # its first line defines the symbols, once is enough
+            bindings = bindings.replace("(__tvm_ffi_", f"(__tvm_ffi_{number}_")
+            parts.append(f"{device}#else\n{bindings}" if self.all_bindings else f"{device}#endif\n")
+        return "\n".join(parts)
+
+
+def build_together(arch: str, kernels, all_bindings: bool = False) -> None:
+    first, *others = [operator.spec(*key, Target.cuda(arch)) for operator, *key in kernels]
+    entry = build(Together(**vars(first), others=tuple(others), all_bindings=all_bindings))
     assert entry.manifest["arch"] == Target.cuda(arch).sm
-    entry.verify()
+    content = entry.verify()
+    assert all(spec.name.encode() in content for spec in (first, *others))
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
-def test_quantisation_compiles(arch):
-    for operator in (
-        (PER_TENSOR, PARTIAL_AMAX, PER_TENSOR_DYNAMIC, PER_TOKEN) if arch == "9.0a" else (PER_TENSOR_DYNAMIC,)
-    ):
-        build(operator.spec(torch.bfloat16, Target.cuda(arch))).verify()
+def test_compiles(arch):
+    # The bindings are the same for every architecture, except that those before sm_90 launch without PDL.
+    build_together(arch, KERNELS, all_bindings=arch == "9.0a")
 
 
-def test_every_size_compiles_for_one_architecture():
-    """A schedule is chosen at compile time: for an untested size it might be one that does not compile."""
-    for hidden_size in range(512, 8193, 768):
-        build(RMSNORM.spec(hidden_size, torch.bfloat16, torch.bfloat16, Target.cuda("9.0a")))
-        build(FUSED_ADD_RMSNORM.spec(hidden_size, torch.float32, torch.float32, Target.cuda("8.0")))
-        build(RMSNORM_QUANT_FP8.spec(hidden_size, torch.float16, torch.float32, Target.cuda("8.9")))
-    for head_dim in HEAD_DIMS:
-        build(QKNORM.spec(head_dim, torch.bfloat16, torch.bfloat16, Target.cuda("9.0a")))
-        build(QKNORM.spec(head_dim, torch.float32, torch.float32, Target.cuda("7.5")))
+@pytest.mark.parametrize(("arch", "kernel"), [*zip(ARCHITECTURES, FAMILIES, strict=False)])
+def test_a_build_of_one_kernel(arch, kernel):
+    """As above for a source that includes the header of one family alone, and has the bindings of that family."""
+    build_together(arch, [kernel])
+
+
+@pytest.mark.parametrize(
+    ("arch", "operator", "sizes", "dtype", "weight_dtype"),
+    [
+        ("9.0a", RMSNORM, range(512, 8193, 768), BF16, BF16),
+        ("8.0", FUSED_ADD_RMSNORM, range(512, 8193, 768), F32, F32),
+        ("8.9", RMSNORM_QUANT_FP8, range(512, 8193, 768), F16, F32),
+        ("9.0a", QKNORM, HEAD_DIMS, BF16, BF16),
+        ("7.5", QKNORM, HEAD_DIMS, F32, F32),
+    ],
+)
+def test_sizes_compile(arch, operator, sizes, dtype, weight_dtype):
+    """A schedule is chosen at compile time: for an untested size it might be one that does not compile.
+
+    The bindings contain nothing else that depends on the size.
+    """
+    build_together(arch, [(operator, size, dtype, weight_dtype) for size in sizes])

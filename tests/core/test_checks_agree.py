@@ -44,7 +44,7 @@ DRAWS = 1500
 
 
 def kernel(operator, *key):
-    return getattr(load(operator.spec(*key, CPU)), operator.entry)
+    return getattr(load(operator.spec(*key, CPU)), operator.binding)
 
 
 class Draw:
@@ -164,8 +164,13 @@ def rope_calls(draw):
         buffer.zero_()  # so that every position and slot, wherever it lies, is in range
     tokens, heads, kv_heads = draw.pick((1, 2, 2, 3, 3, 0)), draw.pick((2, 1, 4, 0)), draw.pick((1, 2, 0))
     # One kernel with all that may differ, one with nothing, and what lies between: each takes a build.
-    weighted, sections, cache_dtype, q_dtype = draw.pick(
-        ((True, False, F32, F32), (True, True, E4M3, E4M3), (False, False, E4M3, F32), (False, True, F32, F32))
+    weighted, sections, cache_dtype, q_dtype, rounding = draw.pick(
+        (
+            (True, False, F32, F32, "once"),
+            (True, True, E4M3, E4M3, "each_step"),
+            (False, False, E4M3, F32, "once"),
+            (False, True, F32, F32, "once"),
+        )
     )
     q, k, v = (rope_heads(draw, F32, tokens, n) for n in (heads, kv_heads, draw.pick((*[kv_heads] * 9, 1))))
     positions = draw.view(torch.int32, (tokens,), (draw.pick((1,) * 19 + (2,)),), step=1)
@@ -202,9 +207,11 @@ def rope_calls(draw):
         else draw.pick((None, (8, 4, 4))),
         *(draw.pick((True, False)), q_out, k_out),
         *(scale(heads, q_dtype == E4M3), *(scale(kv_heads, stored and cache_dtype == E4M3) for _ in range(2))),
-        *(draw.pick((-1, 0, 2**63 - 1)), draw.pick(("once", "each_step")), pdl),
+        *(draw.pick((-1, 0, 2**63 - 1)), rounding, pdl),
     )
-    variant = Variant(*(H, 32, F32, F32 if weighted else None, F32, cache_dtype, q_dtype, True, sections))
+    variant = Variant(
+        *(H, 32, F32, F32 if weighted else None, F32, cache_dtype, q_dtype, True, sections, rounding == "each_step")
+    )
     operator = QK_NORM_ROPE_STORE if weighted else ROPE
     yield operator, (variant,), a.of_bindings(), lambda: check_qk_norm_rope_store(a)
 

@@ -1,4 +1,4 @@
-"""The troubleshooting page has an entry for every message of the package, and none for others."""
+"""The troubleshooting page has a row for every message of the package, and no others."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import pytest
 from documentation.pages import load
 
 messages = load("docs/messages.py")
-KNOWN = messages.entries(messages.PAGE.read_text())
+KNOWN = messages.fixes(messages.PAGE.read_text())
 
 
 @pytest.fixture(scope="module")
@@ -15,15 +15,15 @@ def found():
     return messages.messages()
 
 
-def test_every_message_has_an_entry(found):
+def test_every_message_has_a_row(found):
     assert len(found) > 200
     missing = {place: text for text, place in found.items() if text not in KNOWN}
-    assert not missing, "python docs/messages.py lists them; --update rewords entries"
+    assert not missing, "python docs/messages.py lists them; --update rewords rows"
 
 
-def test_every_entry_is_a_message(found):
+def test_every_row_is_a_message(found):
     assert not [text for text in KNOWN if text not in found]
-    assert all(cure.strip() for cure in KNOWN.values())
+    assert all(fix.strip() for fix in KNOWN.values())
     assert len(messages.rows(messages.PAGE.read_text())) == len(KNOWN)
 
 

@@ -541,7 +541,7 @@ def wrapped(view: torch.Tensor, how: str) -> Any:
         plain = (
             view
             if view.dtype in (F32, F16, torch.int32, torch.int64, torch.float64, torch.uint8)
-            else view.contiguous().view(torch.uint8)
+            else view.clone(memory_format=torch.contiguous_format).view(torch.uint8)
         )
         return plain.numpy() if not view.is_inference() else np.zeros(view.shape, np.float32)
     if how == "dlpack":

@@ -232,7 +232,7 @@ def test_a_folder_from_which_nothing_can_be_loaded(cache_dir, monkeypatch):
             "ptxas error   : Entry function uses too much shared data\n",
             "ptxas error   : Entry function uses too much shared data",
         ),
-        ("", "the compiler said nothing"),
+        ("", "the compiler printed nothing"),
     ],
 )
 def test_the_first_real_error(log, expected):

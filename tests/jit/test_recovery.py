@@ -566,7 +566,7 @@ def test_removing_stays_inside_though_folders_are_exchanged_for_links(tmp_path, 
         real(name, *arguments, **keywords)
 
     monkeypatch.setattr(os, "rmdir", busy)
-    with Folder.root(tmp_path / "cache") as folder, contextlib.suppress(OSError):
+    with Folder.open_root(tmp_path / "cache") as folder, contextlib.suppress(OSError):
         folder.remove("tree")
     assert exchanged and (victim / "b" / "file").exists()
 
@@ -582,7 +582,7 @@ def test_a_new_folder_may_be_removed_before_it_is_locked(tmp_path, monkeypatch):
         if len(made) == 1:
             os.rmdir(name, dir_fd=keywords["dir_fd"])
 
-    with Folder.root(tmp_path) as folder:
+    with Folder.open_root(tmp_path) as folder:
         monkeypatch.setattr(os, "mkdir", remove_the_first)
         with folder.temporary_folder("test"):
             assert os.listdir(tmp_path) == [made[1]]

@@ -77,7 +77,7 @@ def test_a_memory_that_cannot_be_written_is_done_without(tmp_path):
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 @pytest.mark.parametrize(
     ("script", "why"),
-    [("#!/bin/sh\nexit 3", "--version exited 3"), ("#!/bin/sh", "--version said nothing"), ("#!/x", "No such file")],
+    [("#!/bin/sh\nexit 3", "--version exited 3"), ("#!/bin/sh", "--version printed nothing"), ("#!/x", "No such file")],
 )
 def test_what_does_not_answer_is_no_compiler(tmp_path, monkeypatch, device, script, why):
     broken = tmp_path / "g++"

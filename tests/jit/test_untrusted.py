@@ -197,7 +197,7 @@ def test_a_path_of_any_bytes_builds(copier, cache_dir, tmp_path, monkeypatch):
 
 def test_paths_are_quoted_for_the_shell_and_for_ninja(tmp_path):
     odd = Compiler("/x/$HOME `id` 'q'/g++", "1", 0, 0)
-    with Folder.root(tmp_path) as folder:
+    with Folder.open_root(tmp_path) as folder:
         write_sources(SPEC, folder, Toolchain(odd))
     line = (tmp_path / "paths.ninja").read_text().splitlines()[0]
     assert line == """cxx = '/x/$$HOME `id` '"'"'q'"'"'/g++'"""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import _thread
 import os
 import shutil
 import subprocess
@@ -15,6 +16,7 @@ from tqdm import tqdm
 
 import jitnorm
 from jitnorm.jit import load, locations
+from jitnorm.warmup import run
 
 from .commands import command, config_file, refusal
 
@@ -85,12 +87,41 @@ def test_jobs_run_together(cache_dir, tmp_path, monkeypatch, jobs, built):
     assert len(result.built) == built and len(result.failed) == 2 - built
 
 
-def test_one_kernel_is_built_without_a_thread(cache_dir, monkeypatch):
-    """A thread that runs out of memory before its first line leaves whoever started it waiting forever."""
+def test_starts_no_thread_that_is_waited_for(cache_dir, monkeypatch):
+    """A thread that runs out of memory before its first line leaves whoever called Thread.start waiting forever."""
     monkeypatch.setattr(threading.Thread, "start", lambda thread: pytest.fail(f"{thread} was started"))
     monkeypatch.setattr(tqdm, "monitor", None)
-    said = command("--hidden-size", 64, "--device", "cpu")
-    assert "1 built" in said.stdout
+    said = command("--hidden-size", "64,128", "--device", "cpu")
+    assert "2 built" in said.stdout
+
+
+def refuse_thread(*_):
+    raise RuntimeError("can't start new thread")
+
+
+@pytest.mark.parametrize("start", [refuse_thread, lambda *_: None], ids=["refused", "ends before its first line"])
+def test_builds_in_the_calling_thread_where_no_other_starts(cache_dir, monkeypatch, start):
+    monkeypatch.setattr(_thread, "start_new_thread", start)
+    assert len(jitnorm.warmup(hidden_size=[64, 128], device="cpu", jobs=2).built) == 2
+
+
+@pytest.mark.parametrize("thread", ["other", "calling"])
+def test_an_unexpected_exception_of_a_build_is_raised(cache_dir, monkeypatch, thread):
+    other_began = threading.Event()
+
+    def fail(spec):
+        is_calling = threading.current_thread() is threading.main_thread()
+        if not is_calling:
+            other_began.set()
+        elif not other_began.wait(60):
+            pytest.fail("no other thread began to build")
+        if (thread == "calling") == is_calling:
+            raise MemoryError(thread)
+        return run.Outcome(spec, 0.0)
+
+    monkeypatch.setattr(run, "_build", fail)
+    with pytest.raises(MemoryError, match=thread):
+        jitnorm.warmup(hidden_size=[64, 128, 256], device="cpu", jobs=2)
 
 
 def test_one_failure_does_not_stop_the_others(cache_dir, tmp_path, monkeypatch):

@@ -1,5 +1,5 @@
-// What a CUDA kernel class is made of: its variants for short and long grids, its entry points, and programmatic
-// dependent launch (PDL). Included by rms_row.h and every elementwise/<family>.cuh.
+// What a CUDA kernel class is made of: its variants for small and large grids, its __global__ functions, and
+// programmatic dependent launch (PDL). Included by rms_row.h and every elementwise/<family>.cuh.
 //
 // Two compilers read those files. nvcc compiles the device code to a cubin; the host compiler takes the constants that
 // a launch needs. Code for nvcc alone is inside #ifdef __CUDACC__, and includes no standard header.
@@ -7,23 +7,23 @@
 
 namespace jitnorm {
 
-// The variants of a kernel, which launch() chooses by the number of blocks in the grid's first dimension: short for up
-// to kMaxShortGrid, long from kMinLongGrid on. Code that is faster in a grid of thousands of blocks slows a single row
-// down by 60 ns, even if a branch skips it. So a cubin has up to three kernels, and `run` of a kernel class is a
-// template over GridVariant.
-enum class GridVariant { kDefault, kShort, kLong };
-constexpr int kGridVariants = 3;
+// The variants of a kernel. launch() chooses one by the number of blocks in the grid's first dimension: kSmallGrid for
+// up to kMaxSmallGrid blocks, kLargeGrid from kMinLargeGrid on. Code that is faster in a grid of thousands of blocks
+// slows a single row down by 60 ns, even if a branch skips it. So a cubin has up to three kernels, and `run` of a
+// kernel class is a template over GridVariant.
+enum class GridVariant { kDefault, kSmallGrid, kLargeGrid };
+constexpr int kNumGridVariants = 3;
 
-// Base of kernel classes with the default variant alone.
+// The base of kernel classes that have only the default variant.
 struct DefaultVariantOnly {
-  static constexpr unsigned kMaxShortGrid = 0, kMinLongGrid = ~0u;
+  static constexpr unsigned kMaxSmallGrid = 0, kMinLargeGrid = ~0u;
 };
 
 template <typename Kernel, GridVariant kVariant>
 constexpr bool kHasVariant =
-    kVariant == GridVariant::kShort  ? Kernel::kMaxShortGrid != DefaultVariantOnly::kMaxShortGrid
-    : kVariant == GridVariant::kLong ? Kernel::kMinLongGrid != DefaultVariantOnly::kMinLongGrid
-                                     : true;
+    kVariant == GridVariant::kSmallGrid   ? Kernel::kMaxSmallGrid != DefaultVariantOnly::kMaxSmallGrid
+    : kVariant == GridVariant::kLargeGrid ? Kernel::kMinLargeGrid != DefaultVariantOnly::kMinLargeGrid
+                                          : true;
 
 // The maximum number of resident threads on an SM.
 #if !defined(__CUDA_ARCH__)
@@ -40,11 +40,12 @@ constexpr int kMaxThreadsPerSM = 1536;
 
 #ifdef __CUDACC__
 
-// Defines the kernel SYMBOL, which runs one variant of the kernel class KERNEL; empty if KERNEL has no such variant.
-#define JITNORM_DEFINE_KERNEL(SYMBOL, KERNEL, VARIANT)                               \
-  extern "C" __global__ void __launch_bounds__(KERNEL::kThreads, KERNEL::kMinBlocks) \
-      SYMBOL(const __grid_constant__ KERNEL::params_t params) {                      \
-    jitnorm::run_variant<KERNEL, VARIANT>(params);                                   \
+// Defines the __global__ function SYMBOL, which runs one variant of the kernel class KERNEL, and does nothing if KERNEL
+// has no such variant.
+#define JITNORM_DEFINE_KERNEL(SYMBOL, KERNEL, VARIANT)                                    \
+  extern "C" __global__ void __launch_bounds__(KERNEL::kThreads, KERNEL::kMinBlocksPerSM) \
+      SYMBOL(const __grid_constant__ KERNEL::params_t params) {                           \
+    jitnorm::run_variant<KERNEL, VARIANT>(params);                                        \
   }
 
 namespace jitnorm {
@@ -54,25 +55,25 @@ __device__ __forceinline__ void run_variant(const typename Kernel::params_t& par
   if constexpr (kHasVariant<Kernel, kVariant>) Kernel::template run<kVariant>(params);
 }
 
-// PDL: waits until the kernels before this one in the stream have ended. Nothing that they may have written is read
-// before.
+// PDL: waits until the kernels before this one in the stream have ended. A kernel must call it before it reads anything
+// that they may have written.
 __device__ __forceinline__ void grid_dependency_wait() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
 }
 
-// PDL: lets blocks of the next kernel in the stream start while this one still computes.
+// PDL: lets blocks of the next kernel in the stream start while this kernel still computes.
 __device__ __forceinline__ void launch_dependents() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
 #endif
 }
 
-// Uses the time until grid_dependency_wait() returns. To compute the addresses, and the condition under which a caller
-// comes here, a thread reads the parameters, which brings them into the constant cache. The prefetches into L2 fetch
-// the addresses' translations; an earlier kernel's writes go through L2 too, so no stale value can be read. Only the
-// first 32 blocks do it: no others can be waiting, and one prefetch a block slows short rows in a large grid by 7%.
+// Prefetches three addresses into L2, to use the time until grid_dependency_wait() returns. This also warms the TLB. An
+// earlier kernel's writes go through L2 too, so no stale value can be read. To compute the addresses, a thread reads
+// the parameters, which brings them into the constant cache. Only the first 32 blocks prefetch, which suffices: one
+// prefetch in each block would slow short rows in a large grid by 7%.
 __device__ __forceinline__ void prefetch_before_wait(const void* a, const void* b, const void* c,
                                                      unsigned block = blockIdx.x) {
 #if __CUDA_ARCH__ >= 900

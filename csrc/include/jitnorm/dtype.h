@@ -1,8 +1,8 @@
 // Element types, row indices, and the specifier of functions that both compilers see. Every other header includes this
 // one.
 //
-// Element types are a name and a size. vector.h (CUDA) and simd.h (CPU) convert them to float: cuda_bf16.h and
-// cuda_fp16.h would double the time of a build.
+// An element type is only a name and a size. vector.h (CUDA) and simd.h (CPU) convert it to float: including
+// cuda_bf16.h and cuda_fp16.h would double the time of a build.
 #pragma once
 
 // For functions that CUDA and CPU kernels share. nvcc compiles device code alone, so __host__ is not needed.
@@ -14,7 +14,7 @@
 
 namespace jitnorm {
 
-using index_t = long long;  // row numbers, and strides in elements: both can exceed 2^31
+using index_t = long long;  // for row numbers and strides, which can exceed 2^31
 
 struct bf16_t {
   unsigned short bits;

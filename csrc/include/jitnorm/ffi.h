@@ -1,10 +1,10 @@
-// Bindings: what turns the arguments of a tvm-ffi call into a kernel's parameter struct. Host compiler only; the
-// bindings of every family (elementwise/<family>.h) include this header. It uses tvm-ffi's C header alone, as its C++
-// headers would add a second to every build.
+// What bindings functions need: they check the arguments of a tvm-ffi call and turn them into a kernel's parameter
+// struct. Host compiler only; included by the bindings of every family (elementwise/<family>.h). It uses only tvm-ffi's
+// C header, because the C++ headers would add a second to every build.
 //
-// Bindings decide, Python explains: a call with arguments that a kernel cannot take returns 1 (Outcome::kRefused), and
-// Python then raises an error that says what is wrong. Bindings raise only what Python cannot know, such as a failed
-// launch.
+// Bindings refuse, Python explains: a bindings function returns 1 (Outcome::kRefused) for arguments that the kernel
+// does not support, and Python then raises an error that says what is wrong. Bindings raise only what Python cannot
+// know, such as a failed launch.
 #pragma once
 #include <tvm/ffi/c_api.h>
 
@@ -31,18 +31,18 @@ inline int return_outcome(Outcome outcome, TVMFFIAny* result) {
   return 0;
 }
 
-// Both run a kernel class, and are what bindings need of a device. launch.h defines them for CUDA, parallel.h for the
-// CPU; a library includes one of the two.
+// Whether a kernel class runs on a device, and its launch. Defined by launch.h for CUDA and by parallel.h for the CPU;
+// a library includes one of the two.
 template <typename Kernel>
 bool runs_on(DLDevice device);
 template <typename Kernel>
 Outcome launch(const typename Kernel::params_t& params, DLDevice device, bool enable_pdl);
 
-constexpr int kMaxGpus = 64;  // length of tables that are indexed by CUDA device id; no host has as many
+constexpr int kMaxGpus = 64;  // the length of tables that are indexed by CUDA device id
 
-// torch's modes (torch.jit.trace, make_fx, TorchDispatchMode) must see a call before a kernel runs. While one is
-// active, its thread includes one of these dispatch keys. jitnorm.core.torch_modes finds torch's function that looks a
-// key up, and the numbers of the keys: linking to torch would bind a library to one version of it.
+// torch's modes (torch.jit.trace, make_fx, TorchDispatchMode) must see a call before a kernel runs. While a mode is
+// active, one of these dispatch keys is included on its thread. jitnorm.core.torch_modes finds torch's function that
+// queries a key, and the numbers of the keys: linking to torch would bind a library to one version of it.
 struct ModeKeys {
   bool (*is_included)(uint16_t key) = nullptr;
   uint16_t python, pre_dispatch, tracer;
@@ -55,8 +55,9 @@ inline bool is_mode_active() {
          keys.is_included(keys.tracer);
 }
 
-// watch_modes(is_included, python, pre_dispatch, tracer): sets the keys. Until it is called, a mode counts as active.
-inline Outcome watch_modes(const TVMFFIAny* args, int num_args) {
+// set_mode_query(is_included, python, pre_dispatch, tracer): sets torch's function and the keys. Until it is called,
+// is_mode_active() returns true.
+inline Outcome set_mode_query(const TVMFFIAny* args, int num_args) {
   if (num_args != 4) return Outcome::kRefused;
   mode_keys.is_included = reinterpret_cast<bool (*)(uint16_t)>(args[0].v_int64);
   mode_keys.python = static_cast<uint16_t>(args[1].v_int64);
@@ -65,7 +66,8 @@ inline Outcome watch_modes(const TVMFFIAny* args, int num_args) {
   return Outcome::kDone;
 }
 
-// The binding kBinding for calls that torch's dispatcher has not seen: refuses them while a mode is active.
+// The bindings function kBinding for calls that do not come through torch's dispatcher. Refuses them while a mode is
+// active.
 template <Outcome (*kBinding)(const TVMFFIAny*, int)>
 Outcome fast_path(const TVMFFIAny* args, int num_args) {
   return is_mode_active() ? Outcome::kRefused : kBinding(args, num_args);
@@ -96,7 +98,7 @@ inline bool as_optional_bool(const TVMFFIAny& arg, bool if_none, bool* value) {
 
 // Tensor arguments.
 
-// Null if the argument is no tensor.
+// Null if the argument is not a tensor.
 inline const DLTensor* as_tensor(const TVMFFIAny& arg) {
   if (arg.type_index == kTVMFFITensor) return reinterpret_cast<const DLTensor*>(arg.v_obj + 1);
   if (arg.type_index == kTVMFFIDLTensorPtr) return static_cast<const DLTensor*>(arg.v_ptr);
@@ -138,7 +140,7 @@ inline bool same_shape(const DLTensor& a, const DLTensor& b) {
   return true;
 }
 
-// Same shape but for the last dimension.
+// Whether all dimensions but the last are the same.
 inline bool same_leading_shape(const DLTensor& a, const DLTensor& b) {
   if (a.ndim != b.ndim) return false;
   for (int i = 0; i < a.ndim - 1; i++)
@@ -238,7 +240,7 @@ inline Rows index_rows(const DLTensor& indices) {
 
 // Overlap of memory.
 
-// Whether no two rows share memory, as is required of rows that are written.
+// Whether no two rows share memory, which is required of rows that are written.
 inline bool rows_are_disjoint(const Rows& rows, index_t hidden_size) {
   return rows.count <= 1 || rows.stride >= hidden_size;
 }
@@ -248,8 +250,8 @@ inline bool extents_overlap(const Rows& a, const Rows& b) {
   return a.count && b.count && a.data < b.end && b.data < a.end;
 }
 
-// Whether a row of `a` shares memory with a row of `b`. Exact for equal strides, as of column slices of one buffer,
-// which interleave without touching. For different strides, overlapping extents count as shared.
+// Whether a row of `a` shares memory with a row of `b`. Exact for equal strides, as of two column slices of one buffer,
+// whose rows alternate. For different strides, overlapping extents count as shared memory.
 inline bool rows_overlap(const Rows& a, index_t a_row_bytes, const Rows& b, index_t b_row_bytes,
                          index_t element_bytes) {
   if (!extents_overlap(a, b)) return false;
@@ -265,10 +267,10 @@ bool rows_overlap(const Rows& a, const Rows& b, index_t hidden_size) {
   return rows_overlap(a, hidden_size * sizeof(T), b, hidden_size * sizeof(T), sizeof(T));
 }
 
-// The widest access, 16, 8 or 4 bytes, that divides a row of `row_bytes`, a multiple of 4. Kernels of rows whose width
-// is known only at run time are built for one of the three.
+// The widest access, of 16, 8 or 4 bytes, that divides `row_bytes`, which is a multiple of 4. Kernels for rows whose
+// width is known only at run time are built for one of the three.
 inline int vector_bytes(index_t row_bytes) { return row_bytes % 16 == 0 ? 16 : row_bytes % 8 == 0 ? 8 : 4; }
 
 }  // namespace jitnorm
 
-JITNORM_EXPORT(__tvm_ffi_watch_modes, jitnorm::watch_modes)
+JITNORM_EXPORT(__tvm_ffi_set_mode_query, jitnorm::set_mode_query)

@@ -1,6 +1,5 @@
 // CUDA grids over rows whose width is known only at run time. A block covers some columns of some rows, and
-// consecutive blocks follow each other along a row, so that no thread divides to find its place. Included by launch.h
-// for the grid of a launch, and by kernels whose width is known only at run time.
+// consecutive blocks follow each other along a row, so that no thread needs a division to find its row and columns.
 #pragma once
 #include "jitnorm/dtype.h"
 
@@ -11,22 +10,32 @@ constexpr index_t kMaxGridYZ = 0xffff;
 
 struct Grid {
   index_t x;                      // blocks along a row; launch() raises for more than kMaxGridX
-  unsigned y, z;                  // blocks over the rows: z grids of y, where y alone would exceed its limit
-  unsigned threads_x, threads_y;  // of a block
+  unsigned y, z;                  // blocks over the rows, y * z of them: y alone could exceed kMaxGridYZ
+  unsigned threads_x, threads_y;  // per block
 };
 
 inline index_t divide_up(index_t n, index_t by) { return (n + by - 1) / by; }
 
 // One dimension of blocks, each with `rows_per_block` whole rows.
 inline Grid grid_of_blocks(index_t rows, int rows_per_block, unsigned threads) {
-  return {divide_up(rows, rows_per_block), 1, 1, threads, 1};
+  Grid grid;
+  grid.x = divide_up(rows, rows_per_block);
+  grid.y = grid.z = 1;
+  grid.threads_x = threads;
+  grid.threads_y = 1;
+  return grid;
 }
 
 // Blocks of threads_x by threads_y over rows of `columns`. A thread takes `per_thread` columns, threads_x apart.
 inline Grid grid_over_columns(index_t rows, index_t columns, int per_thread, unsigned threads_x, unsigned threads_y) {
   const index_t blocks = divide_up(rows, threads_y), z = divide_up(blocks, kMaxGridYZ);
-  return {divide_up(columns, index_t(per_thread) * threads_x), static_cast<unsigned>(divide_up(blocks, z)),
-          static_cast<unsigned>(z), threads_x, threads_y};
+  Grid grid;
+  grid.x = divide_up(columns, index_t(per_thread) * threads_x);
+  grid.y = static_cast<unsigned>(divide_up(blocks, z));
+  grid.z = static_cast<unsigned>(z);
+  grid.threads_x = threads_x;
+  grid.threads_y = threads_y;
+  return grid;
 }
 
 // The same in blocks of at most `max_threads`. Short rows share a block. The threads of longer rows are spread evenly
@@ -47,7 +56,7 @@ __device__ __forceinline__ index_t grid_row() {
   return (index_t(blockIdx.z) * gridDim.y + blockIdx.y) * blockDim.y + threadIdx.y;
 }
 
-// The block's linear index within its z, for prefetch_before_wait: the first blocks of a grid all have z = 0.
+// The block's index over x and y, for prefetch_before_wait: the first blocks of a grid all have z = 0.
 __device__ __forceinline__ unsigned linear_block_index() { return blockIdx.y * gridDim.x + blockIdx.x; }
 #endif
 

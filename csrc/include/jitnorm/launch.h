@@ -1,11 +1,11 @@
 // Launches of CUDA kernels, through the driver API. Included by every elementwise/<family>.cuh; nvcc skips it.
 //
-// A library holds the cubin in its read-only data and loads it into the driver at the first call. So a build needs no
-// host pass of nvcc and no CUDA runtime, and a launch does not pay for the runtime. The driver is looked up by name, so
-// that the library also loads on a host without one.
+// A library contains the cubin in its read-only data and loads it into the driver at the first call. So a build needs
+// no host pass of nvcc and no CUDA runtime, and a launch has no overhead of the runtime. The driver is opened with
+// dlopen, so that the library also loads on a host without a driver.
 //
-// A CUDA kernel class has params_t, kThreads and kMinBlocks for __launch_bounds__, kAlignment, a base or constants that
-// say which GridVariants it has (cuda_kernel.h), grid(params), and run<variant>(params) on the device.
+// A CUDA kernel class has params_t, kThreads and kMinBlocksPerSM for __launch_bounds__, kAlignment, a base or constants
+// that say which GridVariants it has (cuda_kernel.h), grid(params), and run<variant>(params) on the device.
 #pragma once
 #ifndef __CUDACC__
 #include <cuda.h>
@@ -21,7 +21,7 @@ extern "C" const char jitnorm_cubin[];  // linked in from kernel.cubin; see src/
 namespace jitnorm {
 
 // The kernels' names in the cubin, by GridVariant. Defined by the generated source.
-extern const char* const kKernelSymbols[kGridVariants];
+extern const char* const kKernelSymbols[kNumGridVariants];
 
 inline Outcome raise_error(const char* what, const char* why) {
   char message[512];
@@ -44,9 +44,9 @@ struct Driver {
   JITNORM_DRIVER_FUNCTION(device_attribute, cuDeviceGetAttribute)
   JITNORM_DRIVER_FUNCTION(primary_retain, cuDevicePrimaryCtxRetain)
   JITNORM_DRIVER_FUNCTION(current_device, cuCtxGetDevice)
-  JITNORM_DRIVER_FUNCTION(push, cuCtxPushCurrent)
-  JITNORM_DRIVER_FUNCTION(pop, cuCtxPopCurrent)
-  JITNORM_DRIVER_FUNCTION(capture_mode, cuThreadExchangeStreamCaptureMode)
+  JITNORM_DRIVER_FUNCTION(push_context, cuCtxPushCurrent)
+  JITNORM_DRIVER_FUNCTION(pop_context, cuCtxPopCurrent)
+  JITNORM_DRIVER_FUNCTION(exchange_capture_mode, cuThreadExchangeStreamCaptureMode)
   JITNORM_DRIVER_FUNCTION(library_load, cuLibraryLoadData)
   JITNORM_DRIVER_FUNCTION(library_kernel, cuLibraryGetKernel)
   JITNORM_DRIVER_FUNCTION(kernel_function, cuKernelGetFunction)
@@ -66,17 +66,17 @@ inline const Driver& driver() {
   return functions;
 }
 
-// Makes a device current until the end of the scope. Costs one query if it is current already.
+// Makes a device current until the end of the scope. Costs one query if the device is current already.
 class DeviceGuard {
  public:
   DeviceGuard(CUdevice device, CUcontext context) {
     CUdevice current;
     if (driver().current_device(&current) == CUDA_SUCCESS && current == device) return;
-    pushed_ = driver().push(context) == CUDA_SUCCESS;
+    pushed_ = driver().push_context(context) == CUDA_SUCCESS;
   }
   ~DeviceGuard() {
     CUcontext popped;
-    if (pushed_) driver().pop(&popped);
+    if (pushed_) driver().pop_context(&popped);
   }
   DeviceGuard(const DeviceGuard&) = delete;
 
@@ -84,21 +84,21 @@ class DeviceGuard {
   bool pushed_ = false;
 };
 
-// The state of one GPU. Two threads may prepare it at once; both write the same values.
+// The state of one GPU. Two threads may call prepare() at once; both write the same values.
 struct Gpu {
   enum State : int { kUnprepared = 0, kReady, kOtherArch };
   int state;
   CUdevice device;
   CUcontext context;
-  CUfunction functions[kGridVariants];  // the kernels in this context, by GridVariant
+  CUfunction functions[kNumGridVariants];  // the kernels in this context, by GridVariant
 };
 
 inline Gpu gpus[kMaxGpus];
 
-// The loaded cubin. Its kernels belong to no context; a context has its own CUfunction of each.
+// The loaded cubin. A CUkernel belongs to no context; each context has its own CUfunction of it.
 struct LoadedCubin {
   CUlibrary library = nullptr;
-  CUkernel kernels[kGridVariants] = {};  // by GridVariant
+  CUkernel kernels[kNumGridVariants] = {};  // by GridVariant
   CUresult result = driver().library_load(&library, jitnorm_cubin, nullptr, nullptr, 0, nullptr, nullptr, 0);
 
   void find_kernel(GridVariant variant) {
@@ -112,8 +112,8 @@ const LoadedCubin& loaded_cubin() {
   static const LoadedCubin cubin = [] {
     LoadedCubin loaded;
     loaded.find_kernel(GridVariant::kDefault);
-    if (kHasVariant<Kernel, GridVariant::kShort>) loaded.find_kernel(GridVariant::kShort);
-    if (kHasVariant<Kernel, GridVariant::kLong>) loaded.find_kernel(GridVariant::kLong);
+    if (kHasVariant<Kernel, GridVariant::kSmallGrid>) loaded.find_kernel(GridVariant::kSmallGrid);
+    if (kHasVariant<Kernel, GridVariant::kLargeGrid>) loaded.find_kernel(GridVariant::kLargeGrid);
     return loaded;
   }();
   return cubin;
@@ -141,12 +141,12 @@ template <typename Kernel>
   if (result == CUDA_SUCCESS) result = d.primary_retain(&gpu.context, gpu.device);
   if (result == CUDA_SUCCESS) {
     DeviceGuard guard(gpu.device, gpu.context);
-    d.capture_mode(&mode);
+    d.exchange_capture_mode(&mode);
     const LoadedCubin& cubin = loaded_cubin<Kernel>();
     result = cubin.result;
-    for (int i = 0; i < kGridVariants; i++)
+    for (int i = 0; i < kNumGridVariants; i++)
       if (cubin.kernels[i] && result == CUDA_SUCCESS) result = d.kernel_function(&gpu.functions[i], cubin.kernels[i]);
-    d.capture_mode(&mode);
+    d.exchange_capture_mode(&mode);
   }
   if (result != CUDA_SUCCESS) {
     const char* why = "unknown error";
@@ -186,9 +186,9 @@ Outcome launch(const typename Kernel::params_t& params, DLDevice device, bool en
   config.attrs = &attribute;
   config.numAttrs = enable_pdl && JITNORM_CUDA_ARCH >= 90;  // PDL begins with sm_90
   void* arguments[] = {const_cast<typename Kernel::params_t*>(&params)};
-  const GridVariant variant = config.gridDimX <= Kernel::kMaxShortGrid  ? GridVariant::kShort
-                              : config.gridDimX >= Kernel::kMinLongGrid ? GridVariant::kLong
-                                                                        : GridVariant::kDefault;
+  const GridVariant variant = config.gridDimX <= Kernel::kMaxSmallGrid   ? GridVariant::kSmallGrid
+                              : config.gridDimX >= Kernel::kMinLargeGrid ? GridVariant::kLargeGrid
+                                                                         : GridVariant::kDefault;
   DeviceGuard guard(gpu.device, gpu.context);
   CUresult result = driver().launch(&config, gpu.functions[int(variant)], arguments, nullptr);
   if (result == CUDA_SUCCESS) return Outcome::kDone;

@@ -1,4 +1,4 @@
-// Launches of CPU kernels: shares the rows of a call out over OpenMP threads. Included by every
+// Launches of CPU kernels: distributes the rows of a call over OpenMP threads. Included by every
 // elementwise/<family>_cpu.h.
 //
 // A CPU kernel class has params_t with num_rows, kAlignment, run(params, row), and row_elements(params): the elements
@@ -13,11 +13,11 @@ extern "C" int omp_get_max_threads();
 namespace jitnorm {
 
 constexpr index_t kMinParallelElements = 1 << 15;  // for fewer, waking the threads takes longer than the work
-constexpr index_t kMinChunkElements = 1 << 11;     // so that a call of run_rows costs little beside its rows
+constexpr index_t kMinChunkElements = 1 << 11;     // for fewer, a call of run_rows would cost more than its rows
 
-// Python's global interpreter lock. A call arrives with it and keeps it while its work is short, since releasing it
-// costs as much as a short call. The functions are found by name, so that a library serves every version of Python, or
-// none.
+// Python's global interpreter lock. The calling thread has it, and releases it only for long calls: releasing it costs
+// as much as a short call. The functions are looked up by name, so that a library works with every version of Python,
+// and without Python.
 struct GilFunctions {
   int (*is_held)() = reinterpret_cast<int (*)()>(dlsym(nullptr, "PyGILState_Check"));
   void* (*release)() = reinterpret_cast<void* (*)()>(dlsym(nullptr, "PyEval_SaveThread"));
@@ -40,24 +40,25 @@ class ScopedGilRelease {
   void* state_ = nullptr;
 };
 
-// Set in a forked child, which has none of its parent's threads: libgomp would wait for them for ever.
-inline bool is_serial = false;
+// Set in a forked child, which has none of its parent's threads: libgomp would wait for them forever.
+inline bool threads_disabled = false;
 
-// run_serially(): called by jit/load.py after a fork.
-inline Outcome run_serially(const TVMFFIAny*, int) {
-  is_serial = true;
+// disable_threads(): makes all later calls run on the calling thread. jit/load.py calls it after a fork.
+inline Outcome disable_threads(const TVMFFIAny*, int) {
+  threads_disabled = true;
   return Outcome::kDone;
 }
 
-// at::get_num_threads, or null without torch. OpenMP's own number belongs to a thread, so that a new Python thread
-// would miss torch.set_num_threads of another. Found by name, as a library is not bound to a version of torch.
+// at::get_num_threads, or null without torch. OpenMP keeps its own number of threads per thread, so that a call of
+// torch.set_num_threads in one Python thread would not affect another. Looked up by name, so that a library is not
+// bound to a version of torch.
 inline int (*const torch_num_threads)() = [] {
   void* torch = dlopen("libtorch_cpu.so", RTLD_LAZY | RTLD_NOLOAD);
   return reinterpret_cast<int (*)()>(torch ? dlsym(torch, "_ZN2at15get_num_threadsEv") : nullptr);
 }();
 
-// torch_num_threads is no static variable of this function: its guard would need libstdc++, and linking that takes a
-// third of a build.
+// torch_num_threads is not a static variable of this function: its guard would need libstdc++, and linking that takes
+// a third of a build.
 inline int num_threads() { return torch_num_threads ? torch_num_threads() : omp_get_max_threads(); }
 
 template <typename Kernel>
@@ -80,7 +81,7 @@ Outcome launch(const typename Kernel::params_t& params, DLDevice, bool) {
     return Outcome::kDone;
   }
   ScopedGilRelease released;
-  if (is_serial) {
+  if (threads_disabled) {
     run_rows<Kernel>(params, 0, rows);
     return Outcome::kDone;
   }
@@ -92,4 +93,4 @@ Outcome launch(const typename Kernel::params_t& params, DLDevice, bool) {
 
 }  // namespace jitnorm
 
-JITNORM_EXPORT(__tvm_ffi_run_serially, jitnorm::run_serially)
+JITNORM_EXPORT(__tvm_ffi_disable_threads, jitnorm::disable_threads)

@@ -6,7 +6,7 @@
 namespace jitnorm {
 
 // Lower limits of dynamic scales, so that rows of zeros can be divided. For a token it is vLLM's, whose operators ours
-// replace; for a tensor it is smaller than any scale in use.
+// replace; for a tensor it is smaller than any scale that occurs in practice.
 constexpr float kMinTokenScale = 1.f / (448 * 512);
 constexpr float kMinTensorScale = 0x1p-90f;
 
@@ -17,10 +17,10 @@ JITNORM_HOST_DEVICE float dynamic_scale(float amax, float min_scale) {
 }
 
 #ifdef __CUDACC__
-// x / scale for many x in 4 instructions, where a division takes 8 and a branch: a product with the reciprocal,
-// corrected by its residue (Markstein). Rounded to e4m3 the result has the bits of the division's, for scales of 2^-90
-// to 2^125 and for 0, infinity and NaN. Near the limits of float the residue is inexact, and ties may round the other
-// way.
+// x / scale for many x, in 4 instructions each, where a division takes 8 and a branch: x times the reciprocal,
+// corrected by its remainder (Markstein). Rounded to e4m3, the result has the same bits as the division's, for scales
+// from 2^-90 to 2^125 and for 0, infinity and NaN. Outside this range the remainder is inexact, and ties may round the
+// other way.
 struct ScaleDivider {
   float scale, reciprocal;
 
@@ -31,13 +31,13 @@ struct ScaleDivider {
   }
 
   __device__ __forceinline__ float operator()(float x) const {
-    const float product = clamp_to_512(x * reciprocal);  // an infinite product would become NaN below
-    const float residue = fmaf(product, scale, -x);
-    return fmaf(-residue, reciprocal, product);
+    const float quotient = clamp_to_512(x * reciprocal);  // an infinity would become NaN below
+    const float remainder = fmaf(quotient, scale, -x);
+    return fmaf(-remainder, reciprocal, quotient);
   }
 
  private:
-  // 512 is beyond kMaxE4M3, so what is clamped saturates anyway.
+  // 512 is above kMaxE4M3, so what is clamped would saturate anyway.
   static __device__ __forceinline__ float clamp_to_512(float f) {
 #if __CUDA_ARCH__ >= 860
     asm("min.xorsign.abs.f32 %0, %0, 0f44000000;" : "+f"(f));

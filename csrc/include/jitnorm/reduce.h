@@ -1,5 +1,5 @@
-// Sums and maxima over the threads that share a row, in an order that the template arguments fix. Device code, included
-// by rms_row.h and elementwise/quant_fp8.cuh.
+// Sums and maximums over the threads that share a row, in an order that depends only on the template arguments. Device
+// code, included by rms_row.h and elementwise/quant_fp8.cuh.
 #pragma once
 
 namespace jitnorm {
@@ -37,7 +37,7 @@ __device__ __forceinline__ float block_sum(float value, float (&partial)[kWarps]
   return (sums[0] + sums[1]) + (sums[2] + sums[3]);
 }
 
-// Likewise. `partial` differs from that of an earlier block_sum, which other threads may still read.
+// Likewise. `partial` must not be the one of an earlier block_sum, which other threads may still read.
 template <int kWarps>
 __device__ __forceinline__ float block_max(float value, float (&partial)[kWarps], int warp) {
   value = warp_max<kWarpSize>(value);

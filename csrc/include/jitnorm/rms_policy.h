@@ -1,6 +1,6 @@
-// The policies of the norms: a template argument of a kernel class that sets one operator of the RMSNorm family apart
-// from the others. Included by elementwise/rmsnorm.h and rms_row.h; jitnorm's Python names the policies of each
-// operator.
+// The policies of the norms. A policy is the template argument of a kernel class that distinguishes the operators of
+// the RMSNorm family. Included by elementwise/rmsnorm.h and rms_row.h. The operators' Python modules name these
+// classes.
 #pragma once
 #include "jitnorm/dtype.h"
 
@@ -15,7 +15,7 @@ struct Plain {
   using output_t = T;  // for inputs of type T
   static constexpr Quantisation kQuantisation = Quantisation::kNone;
   static constexpr bool kHasResidual = false;
-  static constexpr bool kRoundSum = false;     // normalise the sum as rounded to T; otherwise the sum in float
+  static constexpr bool kRoundSum = false;     // whether to normalise the sum rounded to T, not the sum in float
   static constexpr float kWeightOffset = 0.f;  // added to the weight
 };
 struct Gemma : Plain {

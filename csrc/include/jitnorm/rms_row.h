@@ -24,16 +24,16 @@ struct Schedule {
 
 constexpr int min(int a, int b) { return a < b ? a : b; }
 constexpr int max(int a, int b) { return a > b ? a : b; }
-constexpr int round_up(int n, int to) { return (n + to - 1) / to * to; }
+constexpr int round_up(int n, int multiple) { return (n + multiple - 1) / multiple * multiple; }
 
 // Short rows share a block that reads about 4 KiB. Smaller blocks take longer to launch than to move their bytes.
-constexpr int rows_per_block(int read_bytes) { return max(1, 4096 / read_bytes); }
+constexpr int rows_per_block(int row_read_bytes) { return max(1, 4096 / row_read_bytes); }
 
-// Rows of up to 256 elements: two 16-byte vectors a thread.
+// Rows of up to 256 elements: two 16-byte vectors per thread.
 constexpr int warp_threads_per_row(int row_bytes) { return row_bytes / 32; }
 
-// Longer rows: two vectors a thread with up to 256 threads, then up to five, without a remainder if the size allows it.
-// More threads reduce the latency of a single row, but keep fewer rows in flight.
+// Longer rows: two vectors per thread with up to 256 threads, then up to five, evenly if the size allows it. More
+// threads reduce the latency of a single row, but keep fewer rows in flight.
 constexpr int block_threads_per_row(int row_bytes) {
   const int vectors = row_bytes / 16;
   if (vectors <= 256) return vectors <= 64 ? 32 : vectors <= 128 ? 64 : 128;
@@ -53,15 +53,16 @@ constexpr int residual_threads_per_row(int row_bytes) {
 template <int kHiddenSize, typename T, typename Policy>
 struct DefaultSchedule {
   static constexpr int kRowBytes = kHiddenSize * sizeof(T);
-  static constexpr int kReadBytes = Policy::kHasResidual ? 2 * kRowBytes : kRowBytes;
+  static constexpr int kRowReadBytes = Policy::kHasResidual ? 2 * kRowBytes : kRowBytes;
   static constexpr int kThreadsPerRow = kHiddenSize <= 256     ? warp_threads_per_row(kRowBytes)
                                         : Policy::kHasResidual ? residual_threads_per_row(kRowBytes)
                                                                : block_threads_per_row(kRowBytes);
-  using type = Schedule<kThreadsPerRow, rows_per_block(kReadBytes)>;
+  using type = Schedule<kThreadsPerRow, rows_per_block(kRowReadBytes)>;
 };
 
 constexpr int kRegistersPerSM = 65536;
-// The smallest kMaxThreadsPerSM before sm_80, and from sm_80 on. More threads would leave each fewer registers.
+// The smallest kMaxThreadsPerSM of the architectures before sm_80, and of those from sm_80 on. A larger number would
+// leave each thread fewer registers.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
 constexpr int kThreadsOnAnySM = 1024;
 #else
@@ -80,28 +81,30 @@ struct RMSNormKernelBase : S {
   static constexpr float kInverse = 1. / kHiddenSize;
   static constexpr float kInverseResidue = 1. / kHiddenSize - kInverse;  // the rounding error of kInverse
   static constexpr int kRowBytes = kHiddenSize * sizeof(T);
-  static constexpr int kReadBytes = (Policy::kHasResidual ? 2 : 1) * kRowBytes * S::kRowsPerBlock;  // of a block
+  static constexpr int kBlockReadBytes = (Policy::kHasResidual ? 2 : 1) * kRowBytes * S::kRowsPerBlock;
   static constexpr int kThreads = S::kThreadsPerRow * S::kRowsPerBlock;
   static constexpr int kVectorsPerThread = (kRowBytes / 16 + S::kThreadsPerRow - 1) / S::kThreadsPerRow;
-  // 64 KiB of rows in flight on an SM keep memory busy. Where blocks are large, kMinBlocks limits registers for that,
-  // as far as a thread's vectors of row, residual and weight allow. Small blocks fit an SM in any case.
-  static constexpr int kRegisters =
+  // 64 KiB of rows in flight on an SM keep memory busy. Where blocks are large, kMinBlocksPerSM limits registers for
+  // that, as far as a thread's vectors of row, residual and weight allow. Small blocks fit an SM in any case.
+  static constexpr int kRegistersPerThread =
       (4 * kVectorsPerThread + 12) * (1 + sizeof(W) / sizeof(T) + (Policy::kHasResidual ? 1 : 0));
-  static constexpr int kMaxBlocks = min(kRegistersPerSM / (kRegisters * kThreads), kThreadsOnAnySM / kThreads);
-  static constexpr int kMinBlocks = kReadBytes < 8192 ? 1 : max(1, min(64 * 1024 / kReadBytes, kMaxBlocks));
-  // In a long grid, which reads about as much as L2 holds or more, a block prefetches the rows of the block
-  // kBlocksAhead into L2: with the rows in registers alone, memory is idle for 2 to 4% of the time. In a shorter grid
-  // this would delay the block's own rows.
-  static constexpr int kLongGridBytes = (Policy::kHasResidual ? 16 : 48) << 20;
+  static constexpr int kMaxBlocksPerSM =
+      min(kRegistersPerSM / (kRegistersPerThread * kThreads), kThreadsOnAnySM / kThreads);
+  static constexpr int kMinBlocksPerSM =
+      kBlockReadBytes < 8192 ? 1 : max(1, min(64 * 1024 / kBlockReadBytes, kMaxBlocksPerSM));
+  // In a large grid, which reads about as much as L2 holds or more, a block prefetches into L2 the rows of the block
+  // with an index kBlocksAhead larger: without that, memory is idle for 2 to 4% of the time. In a smaller grid, the
+  // prefetch would delay the block's own rows.
+  static constexpr int kLargeGridBytes = (Policy::kHasResidual ? 16 : 48) << 20;
   static constexpr int kBytesAhead = (Policy::kHasResidual ? 4 : 2) << 20;
-  static constexpr unsigned kMinLongGrid = kRowBytes < 256        ? DefaultVariantOnly::kMinLongGrid
-                                           : Policy::kHasResidual ? max(1024, kLongGridBytes / kReadBytes)
-                                                                  : kLongGridBytes / kReadBytes;
-  static constexpr unsigned kBlocksAhead = max(128, kBytesAhead / kReadBytes);
-  // In a short grid, a block launches its dependents late where threads have much to compute after their loads, which
-  // the next kernel's blocks would slow down.
-  static constexpr unsigned kMaxShortGrid =
-      kVectorsPerThread > 3 && !Policy::kHasResidual ? 16 : DefaultVariantOnly::kMaxShortGrid;
+  static constexpr unsigned kMinLargeGrid = kRowBytes < 256        ? DefaultVariantOnly::kMinLargeGrid
+                                            : Policy::kHasResidual ? max(1024, kLargeGridBytes / kBlockReadBytes)
+                                                                   : kLargeGridBytes / kBlockReadBytes;
+  static constexpr unsigned kBlocksAhead = max(128, kBytesAhead / kBlockReadBytes);
+  // In a small grid, a block launches its dependents late if threads have much to compute after their loads: the next
+  // kernel's blocks would slow that down.
+  static constexpr unsigned kMaxSmallGrid =
+      kVectorsPerThread > 3 && !Policy::kHasResidual ? 16 : DefaultVariantOnly::kMaxSmallGrid;
 
 #ifndef __CUDACC__
   template <typename Params>
@@ -112,88 +115,89 @@ struct RMSNormKernelBase : S {
 };
 
 #ifdef __CUDACC__
-// The vectors of a row that one of its threads holds: every kThreadsPerRow-th, beginning with its lane's. `lane` is the
-// thread's index within its row.
+// The vectors of a row that one thread holds: every kThreadsPerRow-th, beginning with number `lane`, the thread's index
+// within its row.
 template <typename Kernel>
 struct RowFragment {
   using T = typename Kernel::input_t;
   using W = typename Kernel::weight_t;
   using Policy = typename Kernel::policy_t;
-  static constexpr int kThreads = Kernel::kThreadsPerRow;
-  static constexpr int kElements = 16 / sizeof(T);                  // of a vector
-  static constexpr int kVectors = Kernel::kHiddenSize / kElements;  // of the row
-  static constexpr int kCount = Kernel::kVectorsPerThread;
-  static_assert(Kernel::kHiddenSize % kElements == 0, "a row is made of 16-byte vectors");
+  static constexpr int kThreadsPerRow = Kernel::kThreadsPerRow;
+  static constexpr int kElementsPerVector = 16 / sizeof(T);
+  static constexpr int kVectorsPerRow = Kernel::kHiddenSize / kElementsPerVector;
+  static constexpr int kVectorsPerThread = Kernel::kVectorsPerThread;
+  static_assert(Kernel::kHiddenSize % kElementsPerVector == 0, "a row is made of 16-byte vectors");
 
   const int lane;
-  Vector<T, kElements> x[kCount];
-  Vector<T, kElements> residual[Policy::kHasResidual ? kCount : 1];
-  Vector<W, kElements> weight[kCount];
+  Vector<T, kElementsPerVector> x[kVectorsPerThread];
+  Vector<T, kElementsPerVector> residual[Policy::kHasResidual ? kVectorsPerThread : 1];
+  Vector<W, kElementsPerVector> weight[kVectorsPerThread];
 
   explicit __device__ RowFragment(int lane) : lane(lane) {}
 
   // Whether the thread has an i-th vector: a row's vectors may not divide evenly among its threads.
   __device__ __forceinline__ bool has(int i) const {
-    return kVectors % kThreads == 0 || lane + i * kThreads < kVectors;
+    return kVectorsPerRow % kThreadsPerRow == 0 || lane + i * kThreadsPerRow < kVectorsPerRow;
   }
-  __device__ __forceinline__ int offset(int i) const { return (lane + i * kThreads) * kElements; }
+  __device__ __forceinline__ int offset(int i) const { return (lane + i * kThreadsPerRow) * kElementsPerVector; }
 
   template <typename E, int kSize>
-  __device__ __forceinline__ void read(Vector<E, kElements> (&to)[kSize], const E* from) {
+  __device__ __forceinline__ void read(Vector<E, kElementsPerVector> (&dst)[kSize], const E* src) {
 #pragma unroll
     for (int i = 0; i < kSize; i++)
-      if (has(i)) to[i] = load<E, kElements>(from + offset(i));
+      if (has(i)) dst[i] = load<E, kElementsPerVector>(src + offset(i));
   }
 
-  // Adds the input to the residual, and stores the sum to `to`.
-  __device__ __forceinline__ void add_residual(T* to) {
+  // Adds the input to the residual, and stores the sum to `dst`.
+  __device__ __forceinline__ void add_residual(T* dst) {
 #pragma unroll
-    for (int i = 0; i < kCount; i++) {
+    for (int i = 0; i < kVectorsPerThread; i++) {
       if (!has(i)) continue;
-      float f[kElements], r[kElements];
+      float f[kElementsPerVector], r[kElementsPerVector];
       to_float(x[i], f);
       to_float(residual[i], r);
 #pragma unroll
-      for (int j = 0; j < kElements; j++) f[j] += r[j];
-      Vector<T, kElements> sum;
+      for (int j = 0; j < kElementsPerVector; j++) f[j] += r[j];
+      Vector<T, kElementsPerVector> sum;
       from_float(f, sum);
-      store(to + offset(i), sum);
+      store(dst + offset(i), sum);
       if (Policy::kRoundSum) x[i] = sum;
     }
   }
 
-  // The i-th vector of what is normalised. A sum in float is computed again at each use, which costs less than the
-  // registers to keep it.
-  __device__ __forceinline__ void value(int i, float (&f)[kElements]) const {
+  // The i-th vector of what is normalised. An unrounded sum is computed again at each use: registers to keep it would
+  // cost more.
+  __device__ __forceinline__ void value(int i, float (&f)[kElementsPerVector]) const {
     to_float(x[i], f);
     if (!Policy::kHasResidual || Policy::kRoundSum) return;
-    float r[kElements];
+    float r[kElementsPerVector];
     to_float(residual[i], r);
 #pragma unroll
-    for (int j = 0; j < kElements; j++) f[j] += r[j];
+    for (int j = 0; j < kElementsPerVector; j++) f[j] += r[j];
   }
 
   __device__ __forceinline__ float sum_of_squares() const {
     float sum = 0;
 #pragma unroll
-    for (int i = 0; i < kCount; i++) {
+    for (int i = 0; i < kVectorsPerThread; i++) {
       if (!has(i)) continue;
-      float f[kElements], squares = 0;  // one dependency chain a vector: in one over all, each addition would wait
+      // One sum per vector: in a single sum over all vectors, each addition would wait for the one before.
+      float f[kElementsPerVector], squares = 0;
       value(i, f);
 #pragma unroll
-      for (int j = 0; j < kElements; j++) squares = fmaf(f[j], f[j], squares);
+      for (int j = 0; j < kElementsPerVector; j++) squares = fmaf(f[j], f[j], squares);
       sum += squares;
     }
     return sum;
   }
 
   // The i-th vector of the result, in float. `rstd` is the reciprocal root mean square of the row.
-  __device__ __forceinline__ void normalised(int i, float rstd, float (&f)[kElements]) const {
-    float w[kElements];
+  __device__ __forceinline__ void normalised(int i, float rstd, float (&f)[kElementsPerVector]) const {
+    float w[kElementsPerVector];
     value(i, f);
     to_float(weight[i], w);
 #pragma unroll
-    for (int j = 0; j < kElements; j++)
+    for (int j = 0; j < kElementsPerVector; j++)
       f[j] = f[j] * rstd * (Policy::kWeightOffset == 0 ? w[j] : Policy::kWeightOffset + w[j]);
   }
 
@@ -201,12 +205,12 @@ struct RowFragment {
   __device__ __forceinline__ float amax(float rstd) const {
     float largest = 0;
 #pragma unroll
-    for (int i = 0; i < kCount; i++) {
+    for (int i = 0; i < kVectorsPerThread; i++) {
       if (!has(i)) continue;
-      float f[kElements];
+      float f[kElementsPerVector];
       normalised(i, rstd, f);
 #pragma unroll
-      for (int j = 0; j < kElements; j++) largest = fmaxf(largest, fabsf(f[j]));
+      for (int j = 0; j < kElementsPerVector; j++) largest = fmaxf(largest, fabsf(f[j]));
     }
     return largest;
   }
@@ -219,20 +223,20 @@ struct RowFragment {
   template <typename Out, typename Epilogue>
   __device__ __forceinline__ void write(Out* out, float rstd, Epilogue epilogue) const {
 #pragma unroll
-    for (int i = 0; i < kCount; i++) {
+    for (int i = 0; i < kVectorsPerThread; i++) {
       if (!has(i)) continue;
-      float f[kElements];
+      float f[kElementsPerVector];
       normalised(i, rstd, f);
 #pragma unroll
-      for (int j = 0; j < kElements; j++) f[j] = epilogue(f[j]);
-      Vector<Out, kElements> y;
+      for (int j = 0; j < kElementsPerVector; j++) f[j] = epilogue(f[j]);
+      Vector<Out, kElementsPerVector> y;
       from_float(f, y);
       store(out + offset(i), y);
     }
   }
 };
 
-// The mean of squares plus eps, with one rounding even where 1 / kHiddenSize is no float. kInverseResidue may be
+// The mean of squares plus eps, with one rounding even if 1 / kHiddenSize is not exact in float. kInverseResidue may be
 // negative, so it never multiplies an infinite sum: inf - inf would be NaN.
 template <typename Kernel>
 __device__ __forceinline__ float mean_plus_eps(float sum, float eps) {

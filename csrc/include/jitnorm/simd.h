@@ -1,15 +1,15 @@
 // Vectors of floats on the CPU, one SIMD register each, in the vector extensions of GCC and Clang: loads, stores,
 // conversions, reductions, exp, and the RMS of a row. Included by every elementwise/<family>_cpu.h that computes.
 //
-// immintrin.h would double the time of a build. Half-precision conversions are builtins, or written out where the
-// machine has none: compilers vectorise no loop over _Float16. exp is written out, as compilers vectorise libm's under
-// -ffast-math alone.
+// immintrin.h would double the time of a build. Half-precision conversions are builtins, or written out for machines
+// without such instructions: compilers do not vectorise a loop over _Float16. exp is written out, because compilers
+// vectorise libm's only under -ffast-math.
 #pragma once
 #include "jitnorm/dtype.h"
 
 namespace jitnorm {
 
-// The floats of one register. GCC makes scalar code of longer vectors.
+// The number of floats in one register. GCC generates scalar code for longer vectors.
 #if defined(__AVX512F__)
 constexpr int kLanes = 16;
 #elif defined(__AVX2__)
@@ -17,24 +17,24 @@ constexpr int kLanes = 8;
 #else
 constexpr int kLanes = 4;
 #endif
-// kLanes of each: float, signed and unsigned 32-bit integers, bytes.
+// Vectors of kLanes floats, signed 32-bit integers, unsigned 32-bit integers, and bytes.
 typedef float floats __attribute__((vector_size(4 * kLanes)));
 typedef int ints __attribute__((vector_size(4 * kLanes)));
 typedef unsigned words __attribute__((vector_size(4 * kLanes)));
 typedef unsigned char bytes __attribute__((vector_size(kLanes)));
-// The bits of 16-bit elements, signed because the builtins take them so.
+// Vectors of kLanes 16-bit elements, as bits. Signed, as the builtins require.
 typedef short halves __attribute__((vector_size(2 * kLanes)));
 
 template <typename V, typename T>
-inline V read(const T* from) {
+inline V read(const T* src) {
   V v;
-  __builtin_memcpy(&v, from, sizeof v);
+  __builtin_memcpy(&v, src, sizeof v);
   return v;
 }
 
 template <typename V, typename T>
-inline void write(T* to, V v) {
-  __builtin_memcpy(to, &v, sizeof v);
+inline void write(T* dst, V v) {
+  __builtin_memcpy(dst, &v, sizeof v);
 }
 
 // Sign-extended, since halves are signed. The conversions ignore the upper half.
@@ -75,7 +75,7 @@ inline floats from_fp16(halves h) {
 
 inline halves to_fp16(floats f) {
   words u = (words)f, sign = (u >> 16) & 0x8000, magnitude = u & 0x7fffffff;
-  // Below 2^-14, where fp16 is subnormal, the float adder rounds: the last bit of 0.5 is that of a subnormal fp16.
+  // Below 2^-14, where fp16 is subnormal, a float addition rounds: the ulp of 0.5f is the smallest fp16, 2^-24.
   words subnormal = (words)((floats)magnitude + 0.5f) - 0x3f000000;
   words normal = (magnitude - (112 << 23) + 0xfff + ((magnitude >> 13) & 1)) >> 13;  // to nearest even
   words rounded = magnitude < 113u << 23 ? subnormal : normal;
@@ -89,28 +89,28 @@ inline floats magnitude(floats f) { return (floats)((words)f & 0x7fffffff); }
 inline bytes to_e4m3(floats f) {
   floats limit = floats{} + kMaxE4M3, saturated = magnitude(f) < limit ? magnitude(f) : limit;
   words u = (words)saturated, sign = ((words)f >> 24) & 0x80;
-  // Below 2^-6, where e4m3 is subnormal, the float adder rounds: the last bit of 2^14 is that of a subnormal e4m3.
+  // Below 2^-6, where e4m3 is subnormal, a float addition rounds: the ulp of 2^14 is the smallest e4m3, 2^-9.
   words subnormal = (words)(saturated + 0x1p14f) - 0x46800000;
   words normal = (u - (120 << 23) + 0x7ffff + ((u >> 20) & 1)) >> 20;  // to nearest even
   words code = sign | (u < 121u << 23 ? subnormal : normal);
   return __builtin_convertvector(f == f ? code : words{} + 0x7f, bytes);
 }
 
-inline floats load(const float* from) { return read<floats>(from); }
-inline floats load(const bf16_t* from) { return from_bf16(read<halves>(from)); }
-inline floats load(const fp16_t* from) { return from_fp16(read<halves>(from)); }
+inline floats load(const float* src) { return read<floats>(src); }
+inline floats load(const bf16_t* src) { return from_bf16(read<halves>(src)); }
+inline floats load(const fp16_t* src) { return from_fp16(read<halves>(src)); }
 // `count` elements, fewer than kLanes, followed by zeros.
 template <typename T>
-inline floats load_partial(const T* from, int count) {
+inline floats load_partial(const T* src, int count) {
   T padded[kLanes] = {};
-  __builtin_memcpy(padded, from, count * sizeof(T));
+  __builtin_memcpy(padded, src, count * sizeof(T));
   return load(padded);
 }
 
-inline void store(float* to, floats f) { write(to, f); }
-inline void store(bf16_t* to, floats f) { write(to, to_bf16(f)); }
-inline void store(fp16_t* to, floats f) { write(to, to_fp16(f)); }
-inline void store(e4m3_t* to, floats f) { write(to, to_e4m3(f)); }
+inline void store(float* dst, floats f) { write(dst, f); }
+inline void store(bf16_t* dst, floats f) { write(dst, to_bf16(f)); }
+inline void store(fp16_t* dst, floats f) { write(dst, to_fp16(f)); }
+inline void store(e4m3_t* dst, floats f) { write(dst, to_e4m3(f)); }
 
 // Recursive, because GCC would compile a loop over the lanes to loads from memory.
 template <int kCount = kLanes>
@@ -129,9 +129,9 @@ inline float max(const floats& f) {
   return largest;
 }
 
-// Off by less than 2 ulp. 0, infinity, NaN and subnormal numbers are those of libm's exp.
+// The error is below 2 ulp. Results that are 0, infinity, NaN or subnormal are the same as libm's.
 inline floats exp(floats x) {
-  x = x < -104.f ? floats{} - 104.f : x;  // exp(-104) is 0, and exp(89) infinity; a NaN stays
+  x = x < -104.f ? floats{} - 104.f : x;  // exp(-104) is 0, and exp(89) infinity; a NaN stays a NaN
   x = x > 89.f ? floats{} + 89.f : x;
   const floats n = (x * 1.44269504f + 12582912.f) - 12582912.f;  // to an integer: 1.5 * 2^23 has no fraction bits
   floats r = x - n * 0.693359375f;                               // log(2) in two parts, the first exact times n

@@ -31,31 +31,31 @@ struct alignas(N * sizeof(T) < 16 ? N * sizeof(T) : 16) Vector {
 
 // volatile, because the compiler would sink a load to its first use to save registers: then a thread would wait for one
 // load after another instead of having all in flight.
-__device__ __forceinline__ void load_access(uint4& to, const uint4* from) {
+__device__ __forceinline__ void load_access(uint4& dst, const uint4* src) {
   asm volatile("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];"
-               : "=r"(to.x), "=r"(to.y), "=r"(to.z), "=r"(to.w)
-               : "l"(from)
+               : "=r"(dst.x), "=r"(dst.y), "=r"(dst.z), "=r"(dst.w)
+               : "l"(src)
                : "memory");
 }
-__device__ __forceinline__ void load_access(uint2& to, const uint2* from) {
-  asm volatile("ld.global.v2.u32 {%0, %1}, [%2];" : "=r"(to.x), "=r"(to.y) : "l"(from) : "memory");
+__device__ __forceinline__ void load_access(uint2& dst, const uint2* src) {
+  asm volatile("ld.global.v2.u32 {%0, %1}, [%2];" : "=r"(dst.x), "=r"(dst.y) : "l"(src) : "memory");
 }
-__device__ __forceinline__ void load_access(unsigned& to, const unsigned* from) {
-  asm volatile("ld.global.u32 %0, [%1];" : "=r"(to) : "l"(from) : "memory");
+__device__ __forceinline__ void load_access(unsigned& dst, const unsigned* src) {
+  asm volatile("ld.global.u32 %0, [%1];" : "=r"(dst) : "l"(src) : "memory");
 }
 
 template <typename T, int N>
-__device__ __forceinline__ Vector<T, N> load(const T* from) {
+__device__ __forceinline__ Vector<T, N> load(const T* src) {
   Vector<T, N> v;
 #pragma unroll
   for (int i = 0; i < v.kAccesses; i++)
-    load_access(v.words[i], reinterpret_cast<const typename Vector<T, N>::access_t*>(from) + i);
+    load_access(v.words[i], reinterpret_cast<const typename Vector<T, N>::access_t*>(src) + i);
   return v;
 }
 
-__device__ __forceinline__ float load(const float* from) {
+__device__ __forceinline__ float load(const float* src) {
   float f;
-  asm volatile("ld.global.f32 %0, [%1];" : "=f"(f) : "l"(from) : "memory");
+  asm volatile("ld.global.f32 %0, [%1];" : "=f"(f) : "l"(src) : "memory");
   return f;
 }
 
@@ -73,23 +73,23 @@ __device__ __forceinline__ index_t load_index(const void* from, index_t i, bool 
 }
 
 template <typename T, int N>
-__device__ __forceinline__ void store(T* to, const Vector<T, N>& v) {
+__device__ __forceinline__ void store(T* dst, const Vector<T, N>& v) {
 #pragma unroll
-  for (int i = 0; i < v.kAccesses; i++) reinterpret_cast<typename Vector<T, N>::access_t*>(to)[i] = v.words[i];
+  for (int i = 0; i < v.kAccesses; i++) reinterpret_cast<typename Vector<T, N>::access_t*>(dst)[i] = v.words[i];
 }
 
-// Prefetches kBytes, a multiple of 16, into L2. An earlier kernel's writes go through L2 too, so this may come before
-// they do.
+// Prefetches kBytes, a multiple of 16, into L2. This may come before an earlier kernel's writes, which go through L2
+// too.
 template <int kBytes>
-__device__ __forceinline__ void prefetch(const void* from) {
+__device__ __forceinline__ void prefetch(const void* src) {
 #if __CUDA_ARCH__ >= 900
-  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "n"(kBytes));
+  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(src), "n"(kBytes));
 #endif
 }
 // Likewise, for a number of bytes that is known at run time.
-__device__ __forceinline__ void prefetch(const void* from, unsigned bytes) {
+__device__ __forceinline__ void prefetch(const void* src, unsigned bytes) {
 #if __CUDA_ARCH__ >= 900
-  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes));
+  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(src), "r"(bytes));
 #endif
 }
 
@@ -140,7 +140,7 @@ __device__ __forceinline__ unsigned pack(const float* f, e4m3_t) {
   for (int i = 0; i < 2; i++) {
     const float magnitude = fminf(fabsf(f[i]), kMaxE4M3);
     const unsigned u = __float_as_uint(magnitude);
-    // Below 2^-6, where e4m3 is subnormal, the float adder rounds: the last bit of 2^14 is that of a subnormal e4m3.
+    // Below 2^-6, where e4m3 is subnormal, a float addition rounds: the ulp of 2^14 is the smallest e4m3, 2^-9.
     const unsigned subnormal = __float_as_uint(magnitude + 16384.f) - 0x46800000u;
     const unsigned normal = (u - (120u << 23) + 0x7ffffu + ((u >> 20) & 1u)) >> 20;
     code[i] =

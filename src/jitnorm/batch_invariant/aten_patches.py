@@ -21,7 +21,7 @@ from jitnorm.batch_invariant.attention.sdpa import (
     math_attention,
 )
 from jitnorm.batch_invariant.inductor import inductor_fallbacks
-from jitnorm.batch_invariant.matmul.products import add_product, batched_product, product
+from jitnorm.batch_invariant.matmul.gemm import addmm, bmm, mm
 from jitnorm.batch_invariant.reductions.rms_norm import clear_ones, rms_norm
 from jitnorm.batch_invariant.reductions.softmax_mean import aten_mean, aten_softmax
 
@@ -75,21 +75,21 @@ def _without_cudnn_attention() -> Iterator[None]:
 
 
 def _mm(self: torch.Tensor, mat2: torch.Tensor) -> torch.Tensor:
-    return product(self, mat2)
+    return mm(self, mat2)
 
 
 def _mm_out(self: torch.Tensor, mat2: torch.Tensor, *, out: torch.Tensor) -> torch.Tensor:
-    return _into(out, product(self, mat2))
+    return _into(out, mm(self, mat2))
 
 
 def _mm_dtype(self: torch.Tensor, mat2: torch.Tensor, out_dtype: torch.dtype) -> torch.Tensor:
-    return product(self, mat2, out_dtype=out_dtype)
+    return mm(self, mat2, out_dtype=out_dtype)
 
 
 def _addmm(
     self: torch.Tensor, mat1: torch.Tensor, mat2: torch.Tensor, *, beta: float = 1, alpha: float = 1
 ) -> torch.Tensor:
-    return add_product(self, mat1, mat2, beta, alpha)
+    return addmm(self, mat1, mat2, beta, alpha)
 
 
 def _addmm_out(
@@ -101,21 +101,21 @@ def _addmm_out(
     alpha: float = 1,
     out: torch.Tensor,
 ) -> torch.Tensor:
-    return _into(out, add_product(self, mat1, mat2, beta, alpha))
+    return _into(out, addmm(self, mat1, mat2, beta, alpha))
 
 
 def _bmm(self: torch.Tensor, mat2: torch.Tensor) -> torch.Tensor:
-    return batched_product(self, mat2)
+    return bmm(self, mat2)
 
 
 def _bmm_out(self: torch.Tensor, mat2: torch.Tensor, *, out: torch.Tensor) -> torch.Tensor:
-    return _into(out, batched_product(self, mat2))
+    return _into(out, bmm(self, mat2))
 
 
 def _baddbmm(
     self: torch.Tensor, batch1: torch.Tensor, batch2: torch.Tensor, *, beta: float = 1, alpha: float = 1
 ) -> torch.Tensor:
-    return add_product(self, batch1, batch2, beta, alpha)
+    return addmm(self, batch1, batch2, beta, alpha)
 
 
 def _softmax(self: torch.Tensor, dim: int, half_to_float: bool) -> torch.Tensor:
@@ -153,7 +153,7 @@ def _into(out: torch.Tensor, result: torch.Tensor) -> torch.Tensor:
 
 
 def _linear(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """Compute one product, rounded once, with the bias included.
+    """Compute one GEMM, rounded once, with the bias included.
 
     torch adds the bias separately if the input's strides do not fold into one row stride, which for a single sequence
     they may do.

@@ -1,6 +1,6 @@
 """torch.compile inside the mode: Inductor calls the patched operators instead of generating code for them.
 
-Inductor's own reductions and products choose a schedule by the shape of the batch. Entering or leaving the mode also
+Inductor's own reductions and GEMMs choose a schedule by the shape of the batch. Entering or leaving the mode also
 discards compiled code, so that code compiled outside the mode is not used inside, nor the other way round.
 """
 
@@ -33,7 +33,7 @@ def inductor_fallbacks(bmm: bool) -> Iterator[None]:
         (decomposition.decompositions, dict.fromkeys((*operators, *_overloads(_COMPOSITE_OPERATORS)))),
         (lowering.lowerings, {op: lowering.fallback_handler(op, add_to_fallback_set=False) for op in operators}),
     )
-    # The keys of caches on disk do not contain the mode. Patterns pad products by the shape of the batch, and replace
+    # The keys of caches on disk do not contain the mode. Patterns pad GEMMs by the shape of the batch, and replace
     # math attention by flash attention.
     settings = {"force_disable_caches": True, "pattern_matcher": False}
     entries_before = [{op: table[op] for op in entries if op in table} for table, entries in tables]

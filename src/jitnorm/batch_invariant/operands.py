@@ -1,4 +1,4 @@
-"""Prepare and compare operands: what products, attention, reductions and their invariance checks share."""
+"""Prepare and compare operands: what GEMMs, attention, reductions and their invariance checks share."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def cancelling_operands(
     device: torch.device,
     generator: torch.Generator | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return random `[rows, k]` and `[k, n]` whose exact product is zero, or 2^-22 if k is odd.
+    """Return random `[rows, k]` and `[k, n]` whose matrix product is exactly zero, or 2^-22 if k is odd.
 
     A computed product is then nothing but the rounding errors of its additions, and another order of additions changes
     nearly every element.

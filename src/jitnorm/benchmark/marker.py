@@ -29,6 +29,7 @@ import torch
 from jitnorm.benchmark import runner, settings
 from jitnorm.benchmark.call import create_empty, create_random
 from jitnorm.benchmark.measure import do_bench
+from jitnorm.benchmark.options import format_option
 from jitnorm.benchmark.report import create_figure, format_csv, format_table, save_plot
 from jitnorm.benchmark.results import COPY, UNITS, BenchResult, Report
 from jitnorm.core.checks import DTYPE_NAMES
@@ -235,14 +236,7 @@ def command(benchmark: Benchmark, copy: bool) -> click.Command:
         type=click.FloatRange(min=0),
         help="Time limit for each implementation in a row to become stable. [1]",
     )
-    @click.option(
-        "--format",
-        "output_format",
-        type=click.Choice(["table", "json"]),
-        default="table",
-        show_default=True,
-        help="What to print: a table for people, or JSON for programs.",
-    )
+    @format_option
     @click.option("--output", type=_FILE, callback=_check_folder, help="Write JSON: machine, versions, every sample.")
     @click.option("--csv", "csv_file", type=_FILE, callback=_check_folder, help="Write the table as CSV.")
     @click.option(

@@ -5,19 +5,18 @@ from __future__ import annotations
 import functools
 import inspect
 import itertools
-import operator
-import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from jitnorm.benchmark.call import create_empty, create_random
 from jitnorm.benchmark.machine import describe_machine
 from jitnorm.benchmark.measure import do_bench
+from jitnorm.benchmark.options import split_filter
+from jitnorm.benchmark.progress import ProgressBar
 from jitnorm.benchmark.results import (
     COPY,
     BenchResult,
@@ -30,8 +29,6 @@ from jitnorm.benchmark.results import (
     run_until_stable,
 )
 from jitnorm.benchmark.settings import current_settings, override_settings
-
-_COMPARISONS = {"<": operator.lt, "<=": operator.le, ">": operator.gt, ">=": operator.ge}
 
 
 class Skip(Exception):
@@ -98,18 +95,18 @@ def list_points(axes: Sequence[Axis], full: bool, filters: Sequence[str] = ()) -
 
 def parse_filter(text: str, names: Sequence[str]) -> tuple[str, Callable[[dict[str, Any]], bool]]:
     """Return the axis and the condition of a filter such as "num_tokens>=64" or "op=rmsnorm,gemma_rmsnorm" (either)."""
-    match = re.fullmatch(r"\s*(\w+)\s*(<=|>=|!=|==?|<|>)\s*(\S.*?)\s*", text)
-    if not match or match[1] not in names:
+    expression = split_filter(text)
+    if expression is None or expression.name not in names:
         raise ValueError(f"{text!r} is not a filter such as 'num_tokens>=64': the axes are {', '.join(names)}")
-    name, sign, value = match.groups()
-    if sign in ("=", "==", "!="):
-        accepted = {word.strip() for word in value.split(",")}
-        return name, lambda point: (str(point[name]) in accepted) == (sign != "!=")
+    name = expression.name
+    if expression.is_equality:
+        accepted = {word.strip() for word in expression.value.split(",")}
+        return name, lambda point: expression.compare(str(point[name]) in accepted, True)
     try:
-        bound = float(value)
+        bound = float(expression.value)
     except ValueError as error:
-        raise ValueError(f"{text!r}: {sign} needs a number") from error
-    return name, lambda point: bool(_COMPARISONS[sign](point[name], bound))
+        raise ValueError(f"{text!r}: {expression.sign} needs a number") from error
+    return name, lambda point: expression.compare(point[name], bound)
 
 
 def run_grid(
@@ -133,7 +130,7 @@ def run_grid(
     run = current_settings()
     report.settings = {"device": str(run.device), "dtype": str(run.dtype).removeprefix("torch."), "cold": run.cold}
     report.lines = [*([COPY] if copy else []), *lines]
-    with tqdm(total=len(points), unit="row", disable=None, leave=False) as bar:
+    with ProgressBar(total=len(points), unit="row") as bar:
         for point in points:
             bar.set_postfix_str(", ".join(map(str, point.values())))
             report.rows.append(_measure_row(fn, point, line_axis, lines, copy))

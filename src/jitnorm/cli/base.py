@@ -1,4 +1,4 @@
-"""Base classes and options of all commands: expected errors are one line on stderr and a non-zero exit status."""
+"""Base classes of all commands, which print expected errors as one line on stderr, and options of several values."""
 
 from __future__ import annotations
 
@@ -101,13 +101,3 @@ def several(of: click.ParamType) -> dict[str, Any]:  # type: ignore[type-arg]
         "multiple": True,
         "callback": lambda ctx, param, lists: tuple(value for values in lists for value in values),
     }
-
-
-format_option = click.option(
-    "--format",
-    "output_format",
-    type=click.Choice(["table", "json"]),
-    default="table",
-    show_default=True,
-    help="Print a table for people, or JSON for programs.",
-)

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import click
 
+from jitnorm.benchmark.options import format_option
 from jitnorm.cli import output
-from jitnorm.cli.base import BadValue, Group, format_option
+from jitnorm.cli.base import BadValue, Group
 
 _JSON = click.Path(exists=True, dir_okay=False, path_type=Path)
 

@@ -10,8 +10,9 @@ from pathlib import Path
 import click
 
 from jitnorm._version import __version__
+from jitnorm.benchmark.options import format_option
 from jitnorm.cli import output
-from jitnorm.cli.base import Group, format_option
+from jitnorm.cli.base import Group
 from jitnorm.cli.filters import Filter, filter_option, max_size_option, older_than_option, select
 from jitnorm.cli.kernels import CachedKernel, all_kernels, caches, find_kernels, kernels_in
 from jitnorm.jit import cleanup, locations

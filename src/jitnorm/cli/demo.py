@@ -15,8 +15,9 @@ import torch
 import torch.nn.functional as F
 
 from jitnorm._version import __version__
+from jitnorm.benchmark.options import format_option
 from jitnorm.cli import output
-from jitnorm.cli.base import Command, format_option
+from jitnorm.cli.base import Command
 from jitnorm.core.targets import resolve_target
 from jitnorm.jit import locations
 from jitnorm.jit.load import find

@@ -7,8 +7,9 @@ from typing import Any
 
 import click
 
+from jitnorm.benchmark.options import format_option
 from jitnorm.cli import output
-from jitnorm.cli.base import Command, format_option
+from jitnorm.cli.base import Command
 
 
 @click.command(cls=Command)
@@ -72,10 +73,10 @@ def _invariance_checks(checks: list[dict[str, Any]]) -> None:
     """Print the results of batch-invariant mode's checks on this machine, if there are any."""
     if not checks:
         return
-    click.echo("batch-invariant products, as checked here")
+    click.echo("GEMM backends of batch-invariant mode, as checked on this machine")
     fields = ("backend", "problem", "gpu", "driver", "library")
     rows = [[*(str(check[f]) for f in fields), str(check["first_difference"] or "same bits")] for check in checks]
-    output.table(("BACKEND", "PRODUCT", "GPU", "DRIVER", "LIBRARY", "FOUND"), rows)
+    output.table(("BACKEND", "GEMM", "GPU", "DRIVER", "LIBRARY", "FOUND"), rows)
     click.echo()
 
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
-import operator
 import re
 from collections.abc import Callable, Sequence
 from fractions import Fraction
 from typing import TYPE_CHECKING, Any
 
 import click
+
+from jitnorm.benchmark.options import split_filter
 
 if TYPE_CHECKING:
     from jitnorm.cli.kernels import CachedKernel
@@ -19,14 +20,6 @@ Filter = Callable[["CachedKernel"], bool]
 
 _SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
 _POWERS = "bkmgt"
-_COMPARISONS = {
-    ">": operator.gt,
-    "<": operator.lt,
-    ">=": operator.ge,
-    "<=": operator.le,
-    "=": operator.eq,
-    "!=": operator.ne,
-}
 _NUMBER = r"([0-9]{1,30}(?:\.[0-9]{1,30})?)"
 _MAX_BYTES = 1 << 63
 _MAX_DAYS = 36500
@@ -80,14 +73,14 @@ def parse_filter(text: str) -> Filter:
     Raises:
         ValueError: it is no such condition, or no kernel can have the value.
     """
-    match = re.fullmatch(r"\s*(\w+)\s*([<>]=?|!=|=)\s*(\S.*?)\s*", text)
-    field, sign, value = match.groups() if match else ("", "", "")
-    if field == "size":
-        bound, compare = parse_size(value), _COMPARISONS[sign]
-        return lambda kernel: compare(kernel.size, bound)
-    if field in _TEXT_FIELDS and sign in ("=", "!="):
-        _check_value(field, value)
-        return lambda kernel: fnmatch.fnmatchcase(getattr(kernel, field), value) == (sign == "=")
+    if expression := split_filter(text):
+        field, value = expression.name, expression.value
+        if field == "size":
+            bound = parse_size(value)
+            return lambda kernel: expression.compare(kernel.size, bound)
+        if field in _TEXT_FIELDS and expression.is_equality:
+            _check_value(field, value)
+            return lambda kernel: expression.compare(fnmatch.fnmatchcase(getattr(kernel, field), value), True)
     raise ValueError(
         f"{_shown(text)} is not a filter: use size with > < >= <= = !=, or {', '.join(_TEXT_FIELDS)} with = and !="
     )

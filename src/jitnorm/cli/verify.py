@@ -10,12 +10,13 @@ from dataclasses import asdict
 
 import click
 import torch
-from tqdm import tqdm
 
 from jitnorm.batch_invariant import set_batch_invariant_mode
 from jitnorm.batch_invariant.verify import MODES, OPERATORS, Result, verify
+from jitnorm.benchmark.options import format_option
+from jitnorm.benchmark.progress import ProgressBar
 from jitnorm.cli import output
-from jitnorm.cli.base import Command, format_option, several
+from jitnorm.cli.base import Command, several
 from jitnorm.core.checks import DTYPE_NAMES
 
 _DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
@@ -26,7 +27,7 @@ _SIZE = re.compile(r"0*[1-9][0-9]{0,8}")  # a larger size is a mistake, and woul
 
 @click.command("verify-invariance", cls=Command, short_help="Compare rows alone and in batches, bit by bit.")
 @click.option("--op", **several(click.Choice(list(OPERATORS))), metavar="NAME", help=f"{', '.join(OPERATORS)}.")
-@click.option("--shape", **several(click.STRING), help="4096x14336: N and K of a product; 4096: the length of a row.")
+@click.option("--shape", **several(click.STRING), help="4096x14336: N and K of a GEMM; 4096: the length of a row.")
 @click.option("--dtype", **several(click.Choice(list(_DTYPES))), help="By default all.")
 @click.option("--device", type=click.Choice(["cuda", "cpu"]), help="By default CUDA where torch sees a GPU.")
 @click.option(
@@ -73,12 +74,12 @@ def verify_invariance(
     with contextlib.nullcontext() if outside else set_batch_invariant_mode(), warnings.catch_warnings():
         # The mode disables Inductor's caches, and dynamo warns about that at each compilation.
         warnings.filterwarnings("ignore", "dynamo_pgo force disabled")
-        with tqdm(plan, disable=None, leave=False) as bar:
+        with ProgressBar(plan) as bar:
             for name, size, d in bar:
                 bar.set_postfix_str(f"{name} {_text(size)} {DTYPE_NAMES[d]}")
                 results.append(verify(name, OPERATORS[name], size, d, device, max_batch, mode or MODES))
                 if output_format == "table":
-                    with tqdm.external_write_mode():
+                    with ProgressBar.external_write_mode():
                         output.line(_cells(results[-1]), widths, _RIGHT_ALIGNED)
                 if results[-1].difference:
                     break

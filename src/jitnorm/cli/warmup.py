@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import click
-from tqdm import tqdm
 
+from jitnorm.benchmark.options import format_option
+from jitnorm.benchmark.progress import ProgressBar
 from jitnorm.cli import output
-from jitnorm.cli.base import Command, format_option, several
+from jitnorm.cli.base import Command, several
 from jitnorm.jit import locations
 from jitnorm.jit.spec import KernelSpec
 from jitnorm.warmup import DTYPES, OPS, argument_problem, make_plan
@@ -104,14 +105,11 @@ def _build(specs: list[KernelSpec], jobs: int, result: Result, is_table: bool) -
     prepare(specs)
     if is_table:
         click.echo(f"{len(specs)} to build, {min(jobs, len(specs))} at a time")
-    # A thread that runs out of memory before its first line is waited for forever, and tqdm starts one for each bar.
-    tqdm.monitor_interval = 0
-    # disable=None: a progress bar on a terminal only.
-    with tqdm(total=len(specs), unit="kernel", disable=None, leave=False) as bar:
+    with ProgressBar(total=len(specs), unit="kernel") as bar:
         for outcome in build_all(specs, jobs):
             result.add(outcome)
             bar.update()
-            with tqdm.external_write_mode():
+            with ProgressBar.external_write_mode():
                 if outcome.error is not None:
                     click.echo(f"failed   {_line(outcome.spec)}: {outcome.error}", err=True)
                 elif is_table:

@@ -1,7 +1,7 @@
 """Argument checks. A message is one line: the argument's name, what is accepted and what was given.
 
-The bindings in csrc check the same conditions in nanoseconds, and refuse a call without saying why. These functions
-raise for such a call, and for a call that comes before its kernel is built. tests/core/test_checks_agree.py compares
+The bindings in csrc check the same conditions in nanoseconds, and refuse a call without a reason. These functions raise
+for such a call, and for a bad call whose kernel is not built yet. tests/core/test_checks_agree.py compares
 the two.
 """
 
@@ -66,19 +66,19 @@ def vector_bytes(row_bytes: int) -> int:
     return next(n for n in (CUDA_ALIGNMENT, 8, MIN_ACCESS_BYTES) if row_bytes % n == 0)
 
 
-def power(limit: int) -> str:
-    """Return a power of two as messages write it, such as 2^30."""
+def power_of_two(limit: int) -> str:
+    """Return the text of a power of two, such as 2^30."""
     return f"2^{limit.bit_length() - 1}"
 
 
 def enumeration(values: Iterable[object], conjunction: str = "and") -> str:
-    """Return values as messages enumerate them, such as "1, 2 and 4", and dtypes without their module."""
-    *most, last = (str(value).removeprefix("torch.") for value in values)
-    return f"{', '.join(most)} {conjunction} {last}" if most else last
+    """Return values as a message lists them, such as "1, 2 and 4"; dtypes without the prefix `torch.`."""
+    *others, last = (str(value).removeprefix("torch.") for value in values)
+    return f"{', '.join(others)} {conjunction} {last}" if others else last
 
 
 def storage(name: str, value: torch.Tensor) -> None:
-    """Raise if `value` has elements and no memory."""
+    """Raise if `value` has elements and no storage."""
     if value.numel() and value.data_ptr() == 0:
         raise ValueError(f"{name} must have storage, got a tensor without any")
 
@@ -124,17 +124,17 @@ def rows(name: str, value: torch.Tensor, alignment: int = CUDA_ALIGNMENT) -> Non
     if row_stride(value) is None:
         raise ValueError(f"{name} must have leading dimensions that collapse to one row stride, got {layout}")
     storage(name, value)
-    aligned(name, value, row_stride(value) or 0, to=alignment)
+    aligned(name, value, row_stride(value) or 0, alignment=alignment)
 
 
-def aligned(name: str, value: torch.Tensor, *strides: int, to: int = CUDA_ALIGNMENT) -> None:
-    """Raise if `value` is on CUDA and an address of a row is not a multiple of `to` bytes. Strides are in elements."""
+def aligned(name: str, value: torch.Tensor, *strides: int, alignment: int = CUDA_ALIGNMENT) -> None:
+    """Raise if `value` is on CUDA and a row is not aligned to `alignment` bytes. Strides are in elements."""
     if not value.is_cuda:
         return
-    address, steps = value.data_ptr() % to, [stride * value.element_size() for stride in strides]
-    if address or any(step % to for step in steps):
+    address, steps = value.data_ptr() % alignment, [stride * value.element_size() for stride in strides]
+    if address or any(step % alignment for step in steps):
         raise ValueError(
-            f"{name} must be aligned to {to} bytes in every row, got an address of {address} modulo {to} "
+            f"{name} must be aligned to {alignment} bytes in every row, got an address of {address} modulo {alignment} "
             f"and strides of {' and '.join(map(str, steps))} bytes between rows"
         )
 
@@ -182,13 +182,13 @@ def no_row_overlap(name: str, value: torch.Tensor) -> None:
 
 def no_internal_overlap(name: str, value: torch.Tensor) -> None:
     """Raise if `value`, which is written and has any strides, overlaps itself."""
-    taken = 1
+    extent_so_far = 1  # in elements, of the dimensions with smaller strides
     for stride, size in sorted(zip(value.stride(), value.shape, strict=True)):
         if size > 1:
-            if stride < taken:
+            if stride < extent_so_far:
                 layout = f"shape {list(value.shape)} and strides {list(value.stride())}"
                 raise ValueError(f"{name} must not overlap itself, got {layout}")
-            taken += (size - 1) * stride
+            extent_so_far += (size - 1) * stride
 
 
 _MAX_STEPS = 4  # kMaxSteps in csrc/include/jitnorm/strided.h
@@ -203,7 +203,7 @@ def heads(name: str, value: torch.Tensor, alignment: int = CUDA_ALIGNMENT) -> No
         return
     strides = [stride for stride, size in zip(value.stride()[:-1], value.shape[:-1], strict=True) if size > 1]
     storage(name, value)
-    aligned(name, value, *strides, to=alignment)
+    aligned(name, value, *strides, alignment=alignment)
 
 
 def are_same_rows(value: torch.Tensor, other: torch.Tensor) -> bool:
@@ -272,37 +272,37 @@ def _is_self_overlapping(value: torch.Tensor) -> bool:
 
 
 def no_overlap(
-    name: str, value: torch.Tensor, like_name: str, like: torch.Tensor, reject_identical: bool = False
+    name: str, value: torch.Tensor, other_name: str, other: torch.Tensor, reject_identical: bool = False
 ) -> None:
     """Raise if two tensors of rows share memory; unless `reject_identical`, they may be the same rows.
 
     If their strides differ, or one has no single row stride, extents that intersect count as sharing.
     """
-    if not value.numel() or not like.numel():
+    if not value.numel() or not other.numel():
         return
-    stride, like_stride = _bytes(value, row_stride(value)), _bytes(like, row_stride(like))
-    row, like_row = _bytes(value, value.shape[-1]), _bytes(like, like.shape[-1])
-    offset = value.data_ptr() - like.data_ptr()
-    if not reject_identical and offset == 0 and (stride == like_stride or value.nbytes == row):
+    stride, other_stride = _bytes(value, row_stride(value)), _bytes(other, row_stride(other))
+    row, other_row = _bytes(value, value.shape[-1]), _bytes(other, other.shape[-1])
+    offset = value.data_ptr() - other.data_ptr()
+    if not reject_identical and offset == 0 and (stride == other_stride or value.nbytes == row):
         return
-    if offset >= extent(like) or -offset >= extent(value):
+    if offset >= extent(other) or -offset >= extent(value):
         return
-    if stride and stride == like_stride and like_row <= offset % stride <= stride - row:
+    if stride and stride == other_stride and other_row <= offset % stride <= stride - row:
         return
-    itself = "" if reject_identical else f"be {like_name} itself or "
-    raise ValueError(f"{name} must {itself}share no memory with {like_name}, got a view that overlaps it")
+    itself = "" if reject_identical else f"be {other_name} itself or "
+    raise ValueError(f"{name} must {itself}share no memory with {other_name}, got a view that overlaps it")
 
 
-def no_shared_memory(name: str, value: torch.Tensor, like_name: str, like: torch.Tensor) -> None:
+def no_shared_memory(name: str, value: torch.Tensor, other_name: str, other: torch.Tensor) -> None:
     """Raise if the extents of two tensors intersect, even where one's elements lie between the rows of the other."""
-    if extents_overlap(value, like):
-        raise ValueError(f"{name} must share no memory with {like_name}, got a view that overlaps it")
+    if extents_overlap(value, other):
+        raise ValueError(f"{name} must share no memory with {other_name}, got a view that overlaps it")
 
 
 def extents_overlap(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Return whether the memory from the first to the last element of `a` intersects that of `b`."""
-    start, other = a.data_ptr(), b.data_ptr()
-    return a.numel() > 0 and b.numel() > 0 and start < other + extent(b) and other < start + extent(a)
+    """Return whether the address ranges of two tensors, from first to last element, intersect."""
+    a_start, b_start = a.data_ptr(), b.data_ptr()
+    return a.numel() > 0 and b.numel() > 0 and a_start < b_start + extent(b) and b_start < a_start + extent(a)
 
 
 def _bytes(value: torch.Tensor, elements: int | None) -> int:
@@ -335,7 +335,7 @@ def number(name: str, value: object) -> None:
 
 
 def is_integer(value: object) -> TypeGuard[int]:
-    """Return whether `value` is an integer. NumPy's integers are, and True is not."""
+    """Return whether `value` is an integer of Python or NumPy; a bool is not."""
     return isinstance(value, numbers.Integral) and not isinstance(value, bool)
 
 

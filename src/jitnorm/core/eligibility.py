@@ -22,12 +22,13 @@ _functorch_level = torch._C._functorch.peek_interpreter_stack
 
 
 def can_call_operators(input: Any, weight: Any) -> bool:
-    """Return whether whatever interprets a call on these tensors can interpret this package's operators.
+    """Return whether a call on these tensors may use this package's operators, in the active mode or transform.
 
-    Eager mode can, and so can torch.compile, torch.export, make_fx, FakeTensors and dispatch modes, which see operators
-    of torch.ops. The following need PyTorch's own operators: torch.func and forward-mode derivatives, which have rules
-    for these alone; other tensor subclasses with a `__torch_dispatch__`, which may handle no others; torch.fx's
-    proxies, which have no dtype; torch.jit.trace and the ONNX exporter, whose results run without this package.
+    It may in eager mode, and under torch.compile, torch.export, make_fx, FakeTensors and dispatch modes, which see
+    operators of torch.ops. The following need PyTorch's own operators: torch.func and forward-mode derivatives, which
+    have rules only for these; other tensor subclasses with a `__torch_dispatch__`, which may not handle other
+    operators; torch.fx's proxies, which have no dtype; torch.jit.trace and the ONNX exporter, whose results run without
+    this package.
     """
     if _is_dynamo_compiling():  # first: dynamo must not trace into the rest
         return not _requires_torch_operators()
@@ -68,12 +69,12 @@ def has_kernel_layout(tensor: torch.Tensor) -> bool:
 
 
 def _has_address(tensor: torch.Tensor) -> bool:
-    """Return whether `tensor` has memory; a traced one has none, will be allocated aligned, and is checked later."""
+    """Return whether `tensor` has an address. A traced one has none; its address is checked when the graph runs."""
     return not _is_dynamo_compiling() and type(tensor).__torch_dispatch__ is _DEFAULT_DISPATCH
 
 
 def _is_fake(tensor: Any) -> bool:
-    """Return whether `tensor` represents an ordinary one in the trace of a graph that may contain our operators."""
+    """Return whether `tensor` represents an ordinary one while a graph that may contain our operators is traced."""
     return isinstance(tensor, (FakeTensor, FunctionalTensor)) and not _requires_torch_operators()
 
 

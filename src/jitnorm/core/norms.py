@@ -23,7 +23,7 @@ def is_supported_hidden_size(hidden_size: int) -> bool:
 
 
 def kernel_class(hidden_size: int, op: str = "rmsnorm") -> str:
-    """Return the class in csrc/elementwise that serves `hidden_size`. RuntimeError if there is none."""
+    """Return the class in csrc/elementwise that supports `hidden_size`. RuntimeError if there is none."""
     if hidden_size in _WARP_HIDDEN_SIZES:
         return "RMSNormWarpKernel"
     if hidden_size in _BLOCK_HIDDEN_SIZES:
@@ -34,7 +34,7 @@ def kernel_class(hidden_size: int, op: str = "rmsnorm") -> str:
     raise RuntimeError(f"{op} does not support hidden_size {hidden_size}: supported are {supported}")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class Norm(Operator):
     """One norm, or one of its variants."""
 
@@ -45,7 +45,7 @@ class Norm(Operator):
     has_weight: ClassVar[bool] = True
 
     def kernel_class(self, hidden_size: int) -> str:
-        """Return the class in csrc/elementwise that serves `hidden_size`. RuntimeError if there is none."""
+        """Return the class in csrc/elementwise that supports `hidden_size`. RuntimeError if there is none."""
         return kernel_class(hidden_size, self.op)
 
     def spec(self, hidden_size: int, dtype: torch.dtype, weight_dtype: torch.dtype, target: Target) -> KernelSpec:
@@ -65,7 +65,7 @@ class Norm(Operator):
         return KernelSpec(
             op=self.op,
             family=self.family,
-            entry=self.entry,
+            binding=self.binding,
             name=f"{self.op}_{hidden_size}_{name}{suffix}",
             kernel=f"{cls}<{hidden_size}, {CPP_TYPES[dtype]}, {CPP_TYPES[weight_dtype]}{policy}>",
             target=target,
@@ -73,7 +73,7 @@ class Norm(Operator):
         )
 
     def run(self, input: torch.Tensor, weight: torch.Tensor, *arguments: Any) -> None:
-        """Run the kernel for the sizes of `input` and `weight` on all `arguments` of the bindings, already checked."""
+        """Run the kernel for `input` and `weight` on the arguments of its bindings function, already checked."""
         key = input.shape[-1], input.dtype, weight.dtype, target_of(input)
         self.call((input.dtype, weight.nbytes), key, *arguments)
 
@@ -81,7 +81,7 @@ class Norm(Operator):
 def new_like(input: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
     """Return an empty tensor like `input` whose last stride is 1.
 
-    torch.empty_like alone gives rows that start one element apart, as overlapping windows do, the strides of columns.
+    For rows that start one element apart, as overlapping windows do, torch.empty_like returns a transposed layout.
     """
     out = torch.empty_like(input, dtype=dtype)
     return out if out.dim() == 0 or out.stride(-1) == 1 else input.new_empty(input.shape, dtype=dtype)
@@ -90,7 +90,7 @@ def new_like(input: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Ten
 def check_metadata(norm: Norm, input: torch.Tensor, weight: torch.Tensor, **like_input: torch.Tensor) -> None:
     """Raise for what is wrong with dtypes, shapes and devices; works on fake and meta tensors too.
 
-    `like_input` are the other arguments that have the input's dtype, shape and device, by name.
+    `like_input` are the other arguments that must have the input's dtype, shape and device, by name.
     """
     if input.dim() == 0:
         raise ValueError("input must have at least one dimension, got a scalar")

@@ -22,41 +22,41 @@ OPERATORS: dict[str, Operator] = {}
 EXAMPLES: dict[str, Example] = {}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class Operator:
     """One operator, or one variant of an operator. A subclass implements `spec`."""
 
     op: str  # its name
-    entry: str  # the function of the bindings in csrc/elementwise through which its kernels are called
-    # The operator whose calls run this kernel as well; None for an operator that has a call of its own.
+    binding: str  # the bindings function in csrc/elementwise that calls its kernels
+    # The operator whose calls run this kernel too; None for an operator with a public function of its own.
     part_of: Operator | None = field(default=None, kw_only=True)
 
-    # What the size in `warmup_spec` is. None where one kernel serves all sizes.
+    # What the size in `warmup_spec` is; None if one kernel supports all sizes.
     size_name: ClassVar[str | None] = "hidden_size"
     needs_size: ClassVar[bool] = True  # whether a warm-up has to name a size
     has_weight: ClassVar[bool] = False  # whether kernels differ by the weight's dtype
 
-    # Each operator has tables of its own, but not as fields: dynamo before torch 2.8 tries to understand their keys.
+    # Each operator has its own tables. They are not fields, because dynamo before torch 2.8 tries to trace their keys.
     #
     # The last kernel used for each `fast_key`, made of tensor attributes that are cheap to read, such as the input's
-    # dtype and weight.nbytes. Dictionaries of dictionaries, because looking up a tuple takes longer. The kernel may
-    # be for another device, or for other tensors with the same key: then it refuses them, and the slow path finds the
-    # right one.
+    # dtype and weight.nbytes. Nested dictionaries, because looking up a tuple takes longer. The cached kernel may be
+    # for another device, or for other tensors with the same key: then it refuses the call, and the slow path finds
+    # the right one.
     fast_cache: ClassVar[dict[Hashable, Any]]
-    # The same kernels for calls that come from torch's dispatcher: these run whatever mode of torch is active.
-    dispatched_cache: ClassVar[dict[tuple[Hashable, ...], Callable[..., int]]]
-    # Every kernel used so far, for the fast path and for dispatched calls, by the arguments of `spec`.
+    # The same kernels for calls through torch.ops.jitnorm: these do not check for an active mode of torch.
+    torch_op_cache: ClassVar[dict[tuple[Hashable, ...], Callable[..., int]]]
+    # Every kernel used so far, by the arguments of `spec`: its function for the fast path, and that for torch.ops.
     kernels_by_spec: ClassVar[dict[tuple[Any, ...], tuple[Any, Any]]]
 
     def __post_init__(self) -> None:
-        for table in ("fast_cache", "dispatched_cache", "kernels_by_spec"):
+        for table in ("fast_cache", "torch_op_cache", "kernels_by_spec"):
             object.__setattr__(self, table, {})
         OPERATORS[self.op] = self
 
     @property
     def tables(self) -> tuple[dict[Any, Any], ...]:
-        """Return all that the operator remembers of kernels, for tests that clear it."""
-        return self.fast_cache, self.dispatched_cache, self.kernels_by_spec
+        """Return the operator's tables of kernels, for tests that clear them."""
+        return self.fast_cache, self.torch_op_cache, self.kernels_by_spec
 
     def spec(self, *args: Any, **kwargs: Any) -> KernelSpec:
         """Return what to build. RuntimeError for an unsupported size, TypeError for an unsupported dtype."""
@@ -65,7 +65,7 @@ class Operator:
     def warmup_spec(
         self, size: int | None, dtype: torch.dtype, weight_dtype: torch.dtype, target: Target
     ) -> KernelSpec:
-        """Return what to build for a size, or for most sizes where it is None. Raises what `spec` raises."""
+        """Return what to build for a size, or for most sizes if it is None. Raises as `spec`."""
         return self.spec(size, dtype, weight_dtype, target)
 
     def kernel(self, fast_key: tuple[Hashable, ...], key: tuple[Any, ...]) -> Callable[..., int]:
@@ -73,26 +73,26 @@ class Operator:
         functions = self.kernels_by_spec.get(key)
         if functions is None:
             functions = self.kernels_by_spec[key] = self._load(key)
-        # A launch takes microseconds: if another thread got the interpreter meanwhile, this one would wait for it
-        # afterwards. CPU libraries release the GIL themselves, where the work takes long enough.
+        # A launch takes microseconds: if another thread took the GIL meanwhile, this one would wait for it afterwards.
+        # CPU libraries release the GIL themselves if the work takes long enough.
         for function in functions:
             function.release_gil = False
-        fast_path, dispatched = functions
+        fast_path, torch_op = functions
         *outer, last = fast_key
         table = self.fast_cache
         for name in outer:
             table = table.setdefault(name, {})
-        table[last], self.dispatched_cache[fast_key] = fast_path, dispatched
-        return dispatched  # type: ignore[no-any-return]
+        table[last], self.torch_op_cache[fast_key] = fast_path, torch_op
+        return torch_op  # type: ignore[no-any-return]
 
     def _load(self, key: tuple[Any, ...]) -> tuple[Any, Any]:
         library = load(self.spec(*key))
-        torch_modes.watch(library)
-        return getattr(library, f"{self.entry}_fast_path"), getattr(library, self.entry)
+        torch_modes.set_mode_query(library)
+        return getattr(library, f"{self.binding}_fast_path"), getattr(library, self.binding)
 
     def try_cached(self, fast_key: tuple[Hashable, ...], *arguments: Any) -> bool:
         """Run the kernel cached for `fast_key` on unchecked arguments. False if there is none or it refuses them."""
-        function = self.dispatched_cache.get(fast_key)
+        function = self.torch_op_cache.get(fast_key)
         return function is not None and not function(*arguments)
 
     def call(self, fast_key: tuple[Hashable, ...], key: tuple[Any, ...], *arguments: Any) -> None:
@@ -102,7 +102,7 @@ class Operator:
 
 
 class Shape(NamedTuple):
-    """What the tensors of an example call are made for."""
+    """Sizes, dtype and device of the tensors of an example call."""
 
     rows: int
     size: int  # as in `Operator.warmup_spec`
@@ -110,11 +110,11 @@ class Shape(NamedTuple):
     device: torch.device
 
     def randn(self, *shape: int) -> torch.Tensor:
-        """Return normally distributed numbers of the dtype, [rows, size] unless a shape is given."""
+        """Return normally distributed numbers of this dtype, [rows, size] unless a shape is given."""
         return torch.randn(shape or (self.rows, self.size), device=self.device).to(self.dtype)
 
     def zeros(self, *shape: int, dtype: torch.dtype | None = None) -> torch.Tensor:
-        """Return zeros of a dtype, or of this one, [rows, size] unless a shape is given."""
+        """Return zeros of `dtype`, or of this dtype, [rows, size] unless a shape is given."""
         zeros = torch.zeros(shape or (self.rows, self.size), dtype=torch.float32, device=self.device)
         return zeros.to(dtype or self.dtype)
 
@@ -126,6 +126,10 @@ class Example(NamedTuple):
     make_arguments: Callable[[Shape], dict[str, Any]]  # those that the variant needs, by name
     written: tuple[str, ...] = ()  # the arguments that are written in place
     per_row: tuple[str, ...] = ("input",)  # the arguments that have one row for each row of the result
+    contiguous: tuple[str, ...] = ()  # the arguments that must be contiguous; the rows of others may be apart
+    # The argument with the slot of each row in the caches, which are those written arguments that are not in `per_row`.
+    slots: str | None = None
+    sizes: tuple[int, ...] = (128, 4096)  # for `jitnorm verify-invariance`: a size for each kind of kernel
     # Makes the optional arguments in which the function returns its results, such as `out`.
     make_outputs: Callable[[Shape], dict[str, torch.Tensor]] | None = None
 
@@ -142,7 +146,7 @@ class Example(NamedTuple):
         return self.make_outputs(Shape(rows, size, dtype, torch.device(device))) if self.make_outputs else {}
 
     def run(self, arguments: dict[str, Any]) -> tuple[torch.Tensor, ...]:
-        """Call the function. Return its results, then the arguments that it has written in place."""
+        """Call the function. Return its results, followed by the arguments that it has written in place."""
         result = self.function(**arguments)
         returned = () if result is None else result if isinstance(result, tuple) else (result,)
         return (*returned, *(arguments[name] for name in self.written))

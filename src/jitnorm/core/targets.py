@@ -1,4 +1,4 @@
-"""The target that kernels are built for: of a tensor, or of a device and architecture by name."""
+"""Find the target to build kernels for: that of a tensor, or of a device and an architecture by name."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ import torch
 from jitnorm.jit.spec import Target
 
 _CPU = Target("cpu")
-_MIN_ARCH = 7.5  # Turing: what tests/core/test_architectures.py compiles
+_MIN_ARCH = 7.5  # Turing, the oldest that tests/core/test_architectures.py compiles for
 
 
 def target_of(tensor: torch.Tensor) -> Target:
-    """Return the target of the tensor's own device. Two GPUs of one machine may differ."""
+    """Return the target for the tensor's device. GPUs of one machine may differ."""
     return _CPU if tensor.device.type == "cpu" else cuda_target(tensor.device.index)
 
 
 @functools.cache
 def cuda_target(index: int | None) -> Target:
-    """Return the target of this GPU."""
+    """Return the target for the GPU with this index; None for the current one."""
     return _with_suffix("{}.{}".format(*torch.cuda.get_device_capability(index)))
 
 

@@ -1,6 +1,6 @@
 """Registration of operators with torch, as torch.ops.jitnorm.*: for torch.compile, export, fake tensors and autograd.
 
-Eager calls without gradients do not use torch.ops: a dispatched call takes three times as long as a direct one.
+Eager calls without gradients do not use torch.ops: through torch's dispatcher a call takes three times as long.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ _library = torch.library.Library("jitnorm", "DEF")
 
 
 def needs_dispatcher(*tensors: object) -> bool:
-    """Return whether a call on these has to go through torch's dispatcher.
+    """Return whether a call on these arguments has to go through torch's dispatcher.
 
-    It has to under torch.compile and tracers, while a dispatch mode is active, and for tensors whose storage does not
-    hold their values.
+    It has to under torch.compile and tracers, while a dispatch mode is active, and for tensors whose values are not in
+    their storage.
     """
     return (
         torch.compiler.is_compiling()
@@ -51,7 +51,7 @@ def mark_constant(function: Any) -> None:
 
 
 def needs_grad(*tensors: object) -> bool:
-    """Return whether autograd has to record a call on these."""
+    """Return whether autograd has to record a call on these arguments."""
     return torch.is_grad_enabled() and any(isinstance(t, torch.Tensor) and t.requires_grad for t in tensors)
 
 
@@ -62,7 +62,7 @@ def refuse_gradient(op: str, *tensors: object) -> None:
 
 
 def refuse_torch_func(op: str, *tensors: object) -> None:
-    """Raise RuntimeError if torch.func is to differentiate a call on these, which it cannot."""
+    """Raise RuntimeError if torch.func would have to differentiate a call on these, which it cannot."""
     if any(
         isinstance(t, torch.Tensor) and torch._C._functorch.is_gradtrackingtensor(t) and needs_grad(t) for t in tensors
     ):
@@ -75,7 +75,7 @@ def refuse_torch_func(op: str, *tensors: object) -> None:
 def refuse_unwritable(op: str, *needed: object, **written: torch.Tensor) -> None:
     """Raise RuntimeError if autograd forbids overwriting one of `written`.
 
-    torch itself raises while it writes, for some of these even afterwards. So all are checked before the first write.
+    torch itself raises only during the write, or even after it. So all are checked before the first write.
 
     Args:
         op: the operator's name, for the message.
@@ -112,13 +112,13 @@ def increment_versions(*written: torch.Tensor) -> None:
 
 
 def build_while_tracing(operator: Operator, like: torch.Tensor, *sizes: Any) -> None:
-    """Build `operator.spec(*sizes, target)` for the device of `like`, so that the graph's first run need not."""
+    """Build `operator.spec(*sizes, target)` for the device of `like`, so that the graph's first run does not."""
     if not like.is_meta:
         load(operator.spec(*sizes, target_of(like)))
 
 
 def register(schema: str, implementation: Any, fake: Any) -> str:
-    """Define torch.ops.jitnorm.<name> of a schema.
+    """Define an operator in torch.ops.jitnorm.
 
     `fake` is registered with torch when the operator is first looked up: see `_Namespace`.
 
@@ -145,10 +145,10 @@ def register(schema: str, implementation: Any, fake: Any) -> str:
 
 
 def register_autograd(name: str, backward: Any, save: Any) -> None:
-    """Give the operator that `register` named a backward; `save` stores what that needs.
+    """Register a backward for the operator `name`, which `register` returned; `save` stores what the backward needs.
 
-    As torch.library.register_autograd, which would create three classes for each operator at import: here torch creates
-    them at the operator's first call with a gradient.
+    Does what torch.library.register_autograd does. That would create three classes for each operator at import; here
+    torch creates them at the operator's first call with a gradient.
     """
 
     @functools.cache
@@ -171,15 +171,15 @@ def register_autograd(name: str, backward: Any, save: Any) -> None:
 class _Namespace(torch._ops._OpNamespace):
     """torch.ops.jitnorm, which registers an operator's fake implementation when the operator is first looked up.
 
-    Registering all of them takes 6 ms, which `import jitnorm` would pay in processes that trace nothing. What traces
-    asks this object for the operator first, C++ included; torch keeps what it returned as an attribute, so that calls
-    do not come here. What C++ finds without it, as TorchScript and AOTInductor do, is registered by `register`.
+    Registering all of them would add 6 ms to `import jitnorm`, also in processes that trace nothing. Every tracer looks
+    the operator up here first, from C++ too. torch then stores the result as an attribute, so that later calls do not
+    reach `__getattr__`. TorchScript and AOTInductor do not look operators up here; `register` defines all they need.
     """
 
     __module__ = torch._ops.__name__  # torch names operators after it, and torch.fx writes that name into its code
 
     def __getattr__(self, name: str) -> Any:
-        with _lock:  # until the fake implementation is there, other threads do not get the operator
+        with _lock:  # other threads get the operator only once its fake implementation is registered
             if fake := _pending_fakes.pop(name, None):
                 torch.library.register_fake(f"jitnorm::{name}", fake, lib=_library)
             return super().__getattr__(name)
@@ -187,4 +187,4 @@ class _Namespace(torch._ops._OpNamespace):
 
 _pending_fakes: dict[str, Any] = {}
 _lock = threading.RLock()
-torch.ops.jitnorm.__class__ = _Namespace  # the same object, which others may have asked for already
+torch.ops.jitnorm.__class__ = _Namespace  # changes the existing object, to which others may already refer

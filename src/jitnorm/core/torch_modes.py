@@ -1,4 +1,4 @@
-"""Whether a tracer or a dispatch mode of torch is active on this thread, and so has to see every call.
+"""Find out whether a tracer or a dispatch mode of torch is active on this thread, which must see every call.
 
 The fast path of an operator does not use torch's dispatcher, so it has to check this itself.
 """
@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-# The dispatch keys that a thread includes while a mode is active: TorchDispatchMode (which make_fx and FakeTensorMode
-# are), make_fx with pre_dispatch=True, and torch.jit.trace.
+# While a mode is active, one of these dispatch keys is included on its thread: Python for a TorchDispatchMode (such as
+# those of make_fx and FakeTensorMode), PreDispatch for make_fx with pre_dispatch=True, Tracer for torch.jit.trace.
 _KEYS: tuple[Any, ...] = tuple(map(torch._C._dispatch_key_parse, ("Python", "PreDispatch", "Tracer")))
 _IS_KEY_INCLUDED = "_ZN3c104impl28tls_is_dispatch_key_includedENS_11DispatchKeyE"  # bool (uint16_t), in libc10
 
@@ -27,18 +27,18 @@ def is_active() -> bool:
     )
 
 
-def watch(library: Any) -> None:
-    """Give a loaded kernel library the function of torch that it asks for active modes, and their dispatch keys.
+def set_mode_query(library: Any) -> None:
+    """Pass to a loaded kernel library torch's function that queries a dispatch key, and the keys of the modes.
 
     Without these the library refuses every call of the fast path: calls take the slow path, with the same results.
     """
     if address := _is_key_included():
-        library.watch_modes(address, *map(int, _KEYS))
+        library.set_mode_query(address, *map(int, _KEYS))
 
 
 @functools.cache
 def _is_key_included() -> int:
-    """Return the address of torch's function that tells whether this thread includes a dispatch key, or 0."""
+    """Return the address of torch's function that queries whether a dispatch key is included, or 0."""
     try:
         libc10 = ctypes.CDLL("libc10.so", mode=os.RTLD_NOLOAD | os.RTLD_LAZY)  # the one that torch loaded
         return ctypes.cast(libc10[_IS_KEY_INCLUDED], ctypes.c_void_p).value or 0

@@ -69,7 +69,7 @@ def unsupported_reason(op: str, input: torch.Tensor, weight: torch.Tensor, other
     """Return which requirement of FlashInfer's this call does not meet, or "" if it meets all.
 
     The function lists what must be true, so that an unforeseen kind of call goes to another backend: FlashInfer's
-    kernels check no dtype but the input's, and no alignment (weights of another dtype gave NaN without an error:
+    kernels check only the input's dtype, and no alignment (weights of another dtype gave NaN without an error:
     sgl-project/sglang#32807).
 
     Args:
@@ -84,7 +84,7 @@ def unsupported_reason(op: str, input: torch.Tensor, weight: torch.Tensor, other
         return "the call needs a gradient, and FlashInfer has none"
     if needs_dispatcher(input, weight, other):
         return "the tensors are traced, and FlashInfer requires tensors with storage"
-    if input.get_device() != torch.cuda.current_device():  # its CuTe kernels are compiled for that one
+    if input.get_device() != torch.cuda.current_device():  # its CuTe kernels are compiled for the current device
         return "FlashInfer requires inputs on the current CUDA device"
     if input.dim() not in RANKS[op]:
         return f"FlashInfer requires inputs of {' or '.join(map(str, RANKS[op]))} dimensions"

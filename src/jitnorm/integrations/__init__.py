@@ -1,1 +1,1 @@
-"""What plugs jitnorm into other projects, a module each."""
+"""Integrations of jitnorm into other projects, one module for each."""

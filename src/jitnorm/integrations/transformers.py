@@ -20,7 +20,7 @@ from jitnorm.core.norms import is_supported_hidden_size
 from jitnorm.nn import NORM_VARIANTS, NormOperators, normalise, refuse_script
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class _NormClass:
     """A class of RMSNorm modules in transformers.
 
@@ -72,7 +72,7 @@ class _Patched(torch.nn.Module):
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         norm_class, weight = self._jitnorm_class, self.weight
-        # With a weight of another dtype the original runs: Llama's class promotes the result to it.
+        # With a weight of another dtype the original runs: Llama's class promotes the result to that dtype.
         if can_normalise(hidden_states, weight) and weight.dtype == hidden_states.dtype:
             eps = getattr(self, norm_class.eps_attribute)
             return normalise(norm_class.operators.norm, hidden_states, weight, eps)
@@ -113,7 +113,7 @@ class TransformersPatch:
 
     Attributes:
         replaced: the name in the model of each patched module, with the name of its original class.
-        left: the name of each other RMSNorm module, with the reason why it was left unpatched.
+        left: the name of each other RMSNorm module, with the reason why it was not patched.
     """
 
     replaced: dict[str, str]

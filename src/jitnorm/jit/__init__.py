@@ -1,6 +1,6 @@
-"""Build kernels on first use, keep them on disk, and load them. Nothing here knows an operator.
+"""Build kernels on first use, keep them on disk, and load them. Nothing here depends on an operator.
 
-From the top down; each module imports only those below it:
+Each module imports only modules below it in this list:
 
     load         return a kernel's module: from memory, from a cache, or from the compiler
     build        run ninja and the compilers, and check their output
@@ -9,7 +9,7 @@ From the top down; each module imports only those below it:
     cleanup      remove what builds left behind
     locations    decide which caches this process uses
     cache        find, publish and quarantine entries
-    entry        one compiled kernel on disk
+    entry        a cache entry: one compiled kernel on disk
     spec         what to build: source, ninja file and their key
     folder       access a folder that other users may have changed
     files        lock and write files

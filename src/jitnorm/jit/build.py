@@ -35,7 +35,7 @@ class BuildError(RuntimeError):
 
 
 class BuildInterrupted(RuntimeError):
-    """A signal ended the compiler. The kernel is not at fault, and the next call builds it again."""
+    """A signal ended the compiler. This says nothing about the kernel: the next call builds it again."""
 
 
 class _DamagedOutput(Exception):
@@ -51,9 +51,9 @@ _LOG = "build.log"
 _MAX_LOG_BYTES = 1 << 26
 _MAX_OUTPUT_BYTES = 1 << 28
 
-# Starts ninja, and terminates it and its compilers when this process closes a pipe or ends, in whatever way: standard
-# input is that pipe, and nothing is written to it. The shell and its children have a session of their own, so that
-# Ctrl-C on a terminal interrupts this process only.
+# Starts ninja, and terminates it and its compilers when this process closes a pipe or ends in any way. The pipe is
+# standard input, and nothing is written to it. The shell and its children have a session of their own, so that Ctrl-C
+# on a terminal interrupts only this process.
 _SUPERVISOR = """
 exec 3<&0 </dev/null
 "$0" 3<&- &
@@ -92,7 +92,7 @@ def build(spec: KernelSpec, announce: bool = True) -> Entry:
         BuildInterrupted: A signal ended it.
         RuntimeError: A compiler or ninja is missing.
     """
-    spec.key  # noqa: B018  raises where the sources cannot be read, which is not a fault of the cache
+    spec.key  # noqa: B018  raises if the sources cannot be read, before the cache is involved
     cache = locations.writable()
     tools = toolchain.require(spec.target.device, cache)
     try:
@@ -131,7 +131,7 @@ def _checked_output(spec: KernelSpec, staging: Folder, child: ChildCheck) -> byt
     """Return the library that the compilers wrote. Raises _DamagedOutput unless it is undamaged and can be loaded."""
     try:
         content = staging.read("library.so", _MAX_OUTPUT_BYTES)
-        library = check_library(content, [spec.entry])
+        library = check_library(content, [spec.binding])
         if spec.target.device == "cuda":
             cubin = staging.read("kernel.cubin", _MAX_OUTPUT_BYTES)
             check_cubin(cubin, spec.name)
@@ -214,7 +214,7 @@ def _run_ninja(spec: KernelSpec, cache: Cache, staging: Folder, announce: bool) 
         try:
             ended = _wait(process, spec, cache, announce)
         finally:
-            if process.poll() != 0:  # compilers may still run where ninja was killed
+            if process.poll() != 0:  # if ninja was killed, compilers may still run
                 write_end.close()
                 _end_session(process)
     try:
@@ -325,14 +325,14 @@ _NOISE = re.compile(r"^ninja:|^FAILED:|linker command failed|ld returned")
 
 
 def first_error(log: str) -> str:
-    """Return the line of a build's log that says best why it failed, without ninja's own messages."""
+    """Return the line of a build's log that best explains why it failed, without ninja's own messages."""
     lines = [line.strip() for line in log.splitlines() if line.strip()]
     candidates = [line for line in lines if not _NOISE.search(line)]
     for pattern in _ERRORS:
         for line in candidates:
             if pattern.search(line):
                 return line
-    return next(iter(candidates[-1:] or lines[-1:]), "the compiler said nothing")
+    return next(iter(candidates[-1:] or lines[-1:]), "the compiler printed nothing")
 
 
 @contextmanager

@@ -18,7 +18,6 @@ import hashlib
 import json
 import os
 import re
-import secrets
 import socket
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -38,7 +37,8 @@ LOCKS = "locks"
 TOOLCHAINS = "toolchains"
 INVARIANCE = "invariance"
 
-# The cache may be in a folder that holds other things too. Only names of these forms are listed or removed.
+# The folder of the cache may contain other files too. Only names of these forms are listed or removed.
+# Regular expressions are compiled when they are used: `import jitnorm` would pay for it.
 _KERNEL = r"\w+\.(?:sm|cpu)_\w+"  # rmsnorm_4096_bf16.sm_90a
 _KERNEL_FOLDER = rf"{_KERNEL}\.[0-9a-f]{{16}}"  # and the spec's key
 _TOOLCHAIN = r"[0-9a-f]{12}"
@@ -46,15 +46,13 @@ _TOOLCHAIN_RECORD = r"(?:cpu|cuda)-[0-9a-f]{16}"
 _TOKEN = r"[0-9a-f]{8}"
 _BUILD = rf"{_KERNEL}\..+\.(?P<host>[0-9a-f]{{8}})\.\d+\.[0-9a-z_]{{8}}"  # and host name, host id, process id, token
 OWN_NAMES = {
-    STAGING: re.compile(rf"{_BUILD}|removed\.[0-9a-f]{{16}}"),
+    STAGING: rf"{_BUILD}|removed\.[0-9a-f]{{16}}",
     # A file found in place of one of the cache's folders is not among them: it may be the user's, and is kept.
-    QUARANTINE: re.compile(rf"(?:failed\.{_KERNEL}|{_KERNEL_FOLDER}.*|{_TOOLCHAIN_RECORD}.*)\.{_TOKEN}"),
-    LOCKS: re.compile(rf"{_KERNEL_FOLDER}\.{_TOOLCHAIN}"),
-    TOOLCHAINS: re.compile(rf"{_TOOLCHAIN_RECORD}\.\S*"),
-    INVARIANCE: re.compile(r"[0-9a-f]{24}\.\S*"),
+    QUARANTINE: rf"(?:failed\.{_KERNEL}|{_KERNEL_FOLDER}.*|{_TOOLCHAIN_RECORD}.*)\.{_TOKEN}",
+    LOCKS: rf"{_KERNEL_FOLDER}\.{_TOOLCHAIN}",
+    TOOLCHAINS: rf"{_TOOLCHAIN_RECORD}\.\S*",
+    INVARIANCE: r"[0-9a-f]{24}\.\S*",
 }
-_is_kernel_folder = re.compile(_KERNEL_FOLDER).fullmatch
-_is_toolchain = re.compile(_TOOLCHAIN).fullmatch
 _MAX_QUARANTINED = 16
 
 
@@ -75,7 +73,7 @@ class Cache:
     prebuilt: bool = False
 
     def open(self, *names: str, create: bool = False) -> Folder:
-        """Open the folder `root/names[0]/...`. What is found in place of a folder is moved to quarantine.
+        """Open the folder `root/names[0]/...`. Anything else in the place of a folder is moved to quarantine.
 
         Args:
             names: Names of the folders below the root.
@@ -87,10 +85,10 @@ class Cache:
         """
         for last_try in (False, False, True):
             try:
-                folder = Folder.root(self.root, any_owner=self.prebuilt)
+                folder = Folder.open_root(self.root, any_owner=self.prebuilt)
                 for name in names:
                     with folder:
-                        folder = folder.make_folder(name) if create else folder.folder(name)
+                        folder = folder.create_folder(name) if create else folder.open_folder(name)
                 return folder
             except UntrustedPath as error:
                 if last_try or self.prebuilt or error.path == self.root:
@@ -100,7 +98,7 @@ class Cache:
 
     def exists(self) -> bool:
         """Return whether the folder exists, and no other user can write to it."""
-        with suppress(OSError, UntrustedPath), Folder.root(self.root, any_owner=self.prebuilt):
+        with suppress(OSError, UntrustedPath), Folder.open_root(self.root, any_owner=self.prebuilt):
             return True
         return False
 
@@ -117,17 +115,17 @@ class Cache:
                 yield Entry(self.root.joinpath(KERNELS, *names), self.prebuilt)
 
     def kernel_paths(self) -> Iterator[tuple[tuple[str, ...], bool]]:
-        """Yield the names below `kernels` that entries and their parents should have, and whether an entry is there."""
+        """Yield the paths below `kernels` that are named like entries, and whether each is a folder."""
         try:
             folder = open_path(self.root, (KERNELS,), self.prebuilt)
         except (UntrustedPath, OSError):
             return
         with folder:
-            for kernel in filter(_is_kernel_folder, folder.names()):
+            for kernel in (name for name in folder.names() if re.fullmatch(_KERNEL_FOLDER, name)):
                 found: list[tuple[tuple[str, ...], bool]]
                 try:
-                    with folder.folder(kernel) as parent:
-                        names = filter(_is_toolchain, parent.names())
+                    with folder.open_folder(kernel) as parent:
+                        names = [name for name in parent.names() if re.fullmatch(_TOOLCHAIN, name)]
                         found = [((kernel, name), parent.is_folder(name)) for name in names]
                 except UntrustedPath:
                     found = [((kernel,), False)]
@@ -168,13 +166,13 @@ class Cache:
         except (UntrustedPath, OSError) as error:
             warn_once(f"{self.root} is not used: {error}")
             return []
-        return [self.entry(spec, n) for n in names if n == toolchain or (not toolchain and _is_toolchain(n))]
+        return [self.entry(spec, n) for n in names if n == toolchain or (not toolchain and re.fullmatch(_TOOLCHAIN, n))]
 
     def publish(self, staging: Folder, spec: KernelSpec, toolchain: str) -> Entry:
-        """Rename a finished build into an entry. If another process was first, return its entry.
+        """Rename a finished build to its entry's path. If another process was first, return its entry.
 
         Raises:
-            CacheNotWritable: A file is in the way that can neither be used nor moved.
+            CacheNotWritable: The path is occupied by something that can neither be used nor moved.
         """
         entry = self.entry(spec, toolchain)
         problem: OSError | UntrustedPath | None = None
@@ -210,7 +208,7 @@ class Cache:
     def discard(self, names: tuple[str, ...], name: str) -> None:
         """Remove `root/names/name`, by a rename first, so that no process sees a part of it."""
         with open_path(self.root, names) as folder, self.open(STAGING, create=True) as staging:
-            removed = f"removed.{secrets.token_hex(8)}"
+            removed = f"removed.{os.urandom(8).hex()}"
             folder.move(name, staging, removed)
             staging.remove(removed)
 
@@ -219,8 +217,8 @@ class Cache:
     def quarantine(self, path: Path, reason: str, even_if_valid: bool = False) -> None:
         """Move a damaged file or folder of this cache to quarantine, and log it. The newest 16 are kept.
 
-        If it cannot be moved, that is logged and nothing is raised. An entry that proves to be valid stays: another
-        process has built it meanwhile.
+        If it cannot be moved, that is logged and nothing is raised. An entry that turns out to be valid is kept,
+        because another process has built it meanwhile.
 
         Args:
             path: The file or folder.
@@ -232,7 +230,7 @@ class Cache:
             warn_once(f"{path} is not used: {reason}")
             return
         is_entry = len(names) == 3
-        new_name = f"{names[-2] if is_entry else names[-1]}.{secrets.token_hex(4)}"
+        new_name = f"{names[-2] if is_entry else names[-1]}.{os.urandom(4).hex()}"
         try:
             with open_path(self.root, names[:-1]) as folder, self._open_quarantine() as quarantine:
                 if names == (QUARANTINE,):
@@ -251,7 +249,7 @@ class Cache:
 
     def quarantine_failed_build(self, staging: Folder, spec: KernelSpec) -> Path | None:
         """Move the folder of a failed build to quarantine, for its log. Return its new path, or None on failure."""
-        new_name = f"failed.{spec.name}.{spec.target.sm}.{secrets.token_hex(4)}"
+        new_name = f"failed.{spec.name}.{spec.target.sm}.{os.urandom(4).hex()}"
         try:
             with self.open(STAGING) as source, self._open_quarantine() as quarantine:
                 source.move(staging.path.name, quarantine, new_name)
@@ -261,14 +259,14 @@ class Cache:
             return None
 
     def _open_quarantine(self) -> Folder:
-        """Open the quarantine. What is found in its place is moved into a new one."""
-        with Folder.root(self.root) as root:
+        """Open the quarantine. Anything else in its place is moved into a new one."""
+        with Folder.open_root(self.root) as root:
             try:
-                return root.make_folder(QUARANTINE)
+                return root.create_folder(QUARANTINE)
             except UntrustedPath as error:
-                new_name = f"{QUARANTINE}.{secrets.token_hex(4)}"
+                new_name = f"{QUARANTINE}.{os.urandom(4).hex()}"
                 root.move(QUARANTINE, root, new_name)
-                folder = root.make_folder(QUARANTINE)
+                folder = root.create_folder(QUARANTINE)
                 root.move(new_name, folder, new_name)
                 logger.warning("%s is not used: %s. It is now in %s", error.path, error, folder.path / new_name)
                 return folder
@@ -300,7 +298,7 @@ class Cache:
     def build_lock(self, spec: KernelSpec, toolchain: str) -> Iterator[bool]:
         """Try to take the lock of a build, without waiting, and yield whether this process may build.
 
-        It may also where there are no locks: two processes then do the same work.
+        It may also on a file system without locks: two processes then do the same work.
         """
         with ExitStack() as stack:
             locked = True
@@ -315,7 +313,7 @@ class Cache:
                     break
             yield locked
 
-    # Records: small JSON files that are computed again where they are missing
+    # Records: small JSON files that are computed again if they are missing
 
     def read_record(self, part: str, name: str) -> Any:
         """Return the JSON value that `write_record` wrote, or None if there is none that can be trusted and read."""
@@ -345,8 +343,8 @@ def _kernel_folder(spec: KernelSpec) -> str:
 
 
 def host_of_build(name: str) -> str | None:
-    """Return the `host_id` in the name of a folder in `staging`; None for one that is only to be removed."""
-    match = OWN_NAMES[STAGING].fullmatch(name)
+    """Return the `host_id` in the name of a folder in `staging`, or None if it is not a build's."""
+    match = re.fullmatch(OWN_NAMES[STAGING], name)
     return match["host"] if match else None
 
 
@@ -362,17 +360,17 @@ def host_id() -> str:
 
 
 def _is_valid(quarantine: Folder, name: str, kernel_folder: str) -> bool:
-    """Return whether what was moved to quarantine from `kernel_folder` is a good entry after all."""
-    with suppress(BadEntry, OSError, UntrustedPath), quarantine.folder(name) as folder:
+    """Return whether what was moved to quarantine from `kernel_folder` is a valid entry after all."""
+    with suppress(BadEntry, OSError, UntrustedPath), quarantine.open_folder(name) as folder:
         verified_library(folder, kernel_folder)
         return True
     return False
 
 
-def remove_oldest(folder: Folder, pattern: re.Pattern[str], max_kept: int) -> None:
+def remove_oldest(folder: Folder, pattern: str, max_kept: int) -> None:
     """Remove all but the newest `max_kept` of the names that match `pattern`."""
     times = {}
-    for name in filter(pattern.fullmatch, folder.names()):
+    for name in (name for name in folder.names() if re.fullmatch(pattern, name)):
         with suppress(OSError):
             times[name] = folder.stat(name).st_ctime_ns
     for name in sorted(times, key=lambda name: times[name])[:-max_kept]:

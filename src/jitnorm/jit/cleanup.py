@@ -1,13 +1,14 @@
 """Remove what builds leave behind in a cache: folders of processes that have ended, quarantine, records.
 
-A process that creates a folder in `staging`, a lock file or a draft of a record keeps it locked until it is done. One
-that is not locked belongs to a process that has ended. Neither age nor clock is consulted, except for builds of other
-hosts, whose locks a network file system need not show.
+A process that creates a folder in `staging`, a lock file or a draft of a record keeps it locked until it is done. What
+is not locked belongs to a process that has ended. Age does not matter, except for builds of other hosts, whose locks
+may not be visible on a network file system.
 """
 
 from __future__ import annotations
 
 import os
+import re
 import time
 from collections.abc import Iterator
 from contextlib import suppress
@@ -52,7 +53,7 @@ def remove_abandoned(cache: Cache, limit_s: float) -> None:
 
 
 def leftovers(cache: Cache) -> list[Path]:
-    """Return what has no further use: the remains of failed, damaged and unfinished builds.
+    """Return what can be deleted: the remains of failed, damaged and unfinished builds.
 
     An unfinished build of another host counts a day after its last change, by the clock of the file system.
     """
@@ -63,7 +64,7 @@ def leftovers(cache: Cache) -> list[Path]:
 
 
 def records(cache: Cache) -> list[Path]:
-    """Return the files of `toolchains` and `invariance`, which are computed again where they are missing."""
+    """Return the files of `toolchains` and `invariance`, which are computed again if they are missing."""
     return [cache.root / part / name for part in (TOOLCHAINS, INVARIANCE) for name in _own_names(cache, part)]
 
 
@@ -99,7 +100,7 @@ def _abandoned(cache: Cache) -> Iterator[Path]:
 
 
 def _expired_builds(cache: Cache) -> Iterator[Path]:
-    """Yield unfinished builds older than a day, of which no lock says whether they are in progress."""
+    """Yield unfinished builds that are not locked and older than a day, such as those of other hosts."""
     with suppress(OSError, UntrustedPath), open_path(cache.root, (STAGING,)) as staging:
         names = [name for name in _own_names(cache, STAGING) if not staging.is_locked(name)]
         if not names:
@@ -115,6 +116,6 @@ def _expired_builds(cache: Cache) -> Iterator[Path]:
 def _own_names(cache: Cache, part: str) -> list[str]:
     try:
         with open_path(cache.root, (part,)) as folder:
-            return [name for name in folder.names() if OWN_NAMES[part].fullmatch(name)]
+            return [name for name in folder.names() if re.fullmatch(OWN_NAMES[part], name)]
     except (UntrustedPath, OSError):
         return []

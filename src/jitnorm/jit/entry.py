@@ -54,7 +54,7 @@ class Entry:
         return self.path.parents[2]
 
     def open(self) -> Folder:
-        """Open the entry's folder. Raises UntrustedPath or OSError, as `Folder.root`."""
+        """Open the entry's folder. Raises UntrustedPath or OSError, as `Folder.open_root`."""
         return open_path(self.root, self.path.parts[-3:], self.prebuilt)
 
     @property
@@ -93,7 +93,7 @@ class Entry:
         return content
 
     def verify(self) -> bytes:
-        """Return the library's bytes if they are those that were built for this entry's path.
+        """Return the library's bytes if they are the bytes that were built for this entry's path.
 
         Raises:
             BadEntry: They are not, or another user could have written them.
@@ -109,7 +109,8 @@ class Entry:
     def mark_in_use(self) -> None:
         """Mark the entry as loaded until this process ends, so that `clear` and `prune` leave it alone.
 
-        The mark is a shared lock on the manifest. Nothing waits for it: anybody who can read the file can lock it.
+        The mark is a shared lock on the manifest. No process waits for it, because any user who can read the file can
+        lock it.
         """
         self.release()  # the descriptor may be that of an earlier entry at this path
         with suppress(OSError, UntrustedPath), self.open() as folder:
@@ -118,7 +119,7 @@ class Entry:
             for _ in range(_LOCK_TRIES):
                 if lock(fd, shared=True) is not False:
                     break
-                time.sleep(0.002)  # another process tests whether it is in use, or removes it, or is hostile
+                time.sleep(0.002)  # another process tests whether it is in use, removes it, or is malicious
             os.utime(fd)
 
     def release(self) -> None:
@@ -127,7 +128,7 @@ class Entry:
             close(fd)
 
     def in_use(self) -> bool:
-        """Return whether a process has marked the entry as in use, or this is unknown.
+        """Return whether a process has marked the entry as in use. True also if that cannot be determined.
 
         On a file system without locks no entry can be marked. Removing a loaded kernel harms no process: its library
         is loaded from memory.
@@ -150,7 +151,7 @@ class Entry:
                 stack.callback(close, fd)
                 unused = lock(fd) is not False
             except (UntrustedPath, FileNotFoundError):
-                unused = True  # it is damaged: no process can have loaded it
+                unused = True  # the entry is damaged: no process can have loaded it
             except OSError:
                 unused = False
             yield unused
@@ -167,10 +168,10 @@ def open_path(root: Path, names: tuple[str, ...], any_owner: bool = False) -> Fo
         UntrustedPath: One of the folders is not private.
         OSError: One cannot be opened.
     """
-    folder = Folder.root(root, any_owner=any_owner)
+    folder = Folder.open_root(root, any_owner=any_owner)
     for name in names:
         with folder:
-            folder = folder.folder(name)
+            folder = folder.open_folder(name)
     return folder
 
 

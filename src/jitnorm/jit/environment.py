@@ -29,9 +29,9 @@ def installed_versions(names: Iterable[str]) -> dict[str, str]:
 def import_tvm_ffi() -> ModuleType:
     """Import tvm_ffi, which only calls of kernels need, and return it.
 
-    Its thousands of new objects would set off a full garbage collection in the middle of the first call, which after
-    torch's import takes longer than the import of tvm_ffi itself. So the collector pauses for the import, and then
-    collects the youngest generation only.
+    The import creates thousands of objects, which would trigger a full garbage collection. After torch's import, that
+    takes longer than the import of tvm_ffi itself. So the collector is disabled during the import, and then collects
+    only the youngest generation.
     """
     was_enabled = gc.isenabled()
     gc.disable()

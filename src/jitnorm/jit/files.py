@@ -6,7 +6,6 @@ import errno
 import fcntl
 import json
 import os
-import secrets
 import stat
 from contextlib import suppress
 from pathlib import Path
@@ -17,7 +16,7 @@ _NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
 
 
 def close(fd: int) -> None:
-    """Close a descriptor of a file that was only read, or written and synced: a failure changes nothing."""
+    """Close a descriptor and ignore errors. For a file that was only read, or written and synced."""
     with suppress(OSError):
         os.close(fd)
 
@@ -68,17 +67,17 @@ def replace_file(
         try:
             _replace_file(name, content, dir_fd, mode, sync)
             return
-        except FileNotFoundError:  # between open and flock the draft looks abandoned, and another process removed it
+        except FileNotFoundError:  # another process removed the draft, which looks abandoned between open and flock
             if last_try:
                 raise
 
 
 def _replace_file(name: str, content: bytes, dir_fd: int | None, mode: int, sync: bool) -> None:
-    draft = f"{name}.{secrets.token_hex(4)}.tmp"
+    draft = f"{name}.{os.urandom(4).hex()}.tmp"
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
     fd = os.open(draft, flags, mode, dir_fd=dir_fd)
     try:
-        lock(fd)  # while it is held, no other process takes the draft for that of a dead one
+        lock(fd)  # while it is held, no other process considers the draft abandoned
         write_all(fd, content)
         if sync:
             os.fsync(fd)

@@ -1,15 +1,14 @@
 """Access a folder that other users may have changed: by descriptor, following no link, checking owner and mode.
 
 A path is resolved anew at every use, and a user who can write to one of its folders can replace what it names between
-two uses. An open folder stays the same folder. So everything in the cache is opened from its root downwards, each
-folder relative to the descriptor of its parent, and type, owner and mode are those of the open descriptor.
+two uses. A descriptor always refers to the same folder. So everything in the cache is opened from its root downwards,
+each folder relative to the descriptor of its parent, and type, owner and mode are read from the open descriptor.
 """
 
 from __future__ import annotations
 
 import errno
 import os
-import secrets
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -19,7 +18,7 @@ from types import TracebackType
 from jitnorm.jit.files import close, lock, replace_file
 
 _OPEN_FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
-# Without O_NONBLOCK, opening a FIFO waits for somebody to write into it.
+# Without O_NONBLOCK, opening a FIFO waits until a process opens it for writing.
 _OPEN_FILE = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
 # The errors of open() for a link, for a file in place of a folder, for a socket, and for missing permissions.
 _UNTRUSTED_ERRORS = (errno.ELOOP, errno.EMLINK, errno.ENOTDIR, errno.EISDIR, errno.ENXIO, errno.EACCES, errno.EPERM)
@@ -38,11 +37,11 @@ class UntrustedPath(RuntimeError):
 
 
 def reason_for_distrust(info: os.stat_result, any_owner: bool = False) -> str | None:
-    """Return why another user could have written the file that `info` describes, or None if no other user could.
+    """Return why the file that `info` describes may have been written by another user, or None if it cannot have been.
 
     Args:
         info: The result of `os.stat` or `os.fstat`.
-        any_owner: Whether the owner is accepted whoever it is, as in the prebuilt layer.
+        any_owner: Whether any owner is accepted, as in the prebuilt layer.
     """
     if not any_owner and info.st_uid not in (os.geteuid(), 0):
         return f"belongs to user {info.st_uid}, and this is user {os.geteuid()}"
@@ -64,12 +63,12 @@ class Folder:
         self._any_owner = any_owner
 
     @classmethod
-    def root(cls, path: Path, any_owner: bool = False) -> Folder:
-        """Open the folder that all others are inside of. Its path alone may contain links.
+    def open_root(cls, path: Path, any_owner: bool = False) -> Folder:
+        """Open the top folder. Only its path may contain links.
 
         Args:
             path: Path of the folder.
-            any_owner: Whether it and what is in it may belong to any user.
+            any_owner: Whether the folder and its contents may belong to any user.
 
         Raises:
             UntrustedPath: It is not a folder, or other users can write to it.
@@ -77,8 +76,8 @@ class Folder:
         """
         return cls._open(os.fspath(path), None, path, any_owner)
 
-    def folder(self, name: str) -> Folder:
-        """Open the folder `name` in this one. Raises as `root`, and FileNotFoundError if it does not exist."""
+    def open_folder(self, name: str) -> Folder:
+        """Open the folder `name` in this one. Raises as `open_root`, and FileNotFoundError if it does not exist."""
         return self._open(name, self.fd, self.path / name, self._any_owner)
 
     @classmethod
@@ -98,11 +97,11 @@ class Folder:
             raise
         return folder
 
-    def make_folder(self, name: str) -> Folder:
+    def create_folder(self, name: str) -> Folder:
         """Open the folder `name`, and create it for this user alone if it does not exist."""
         with suppress(FileExistsError):
             os.mkdir(name, 0o700, dir_fd=self.fd)
-        return self.folder(name)
+        return self.open_folder(name)
 
     def close(self) -> None:
         """Close the descriptor."""
@@ -121,7 +120,7 @@ class Folder:
         return sorted(os.listdir(self.fd))
 
     def stat(self, name: str) -> os.stat_result:
-        """Return the status of `name`, of a link that of the link itself."""
+        """Return the status of `name`. Links are not followed."""
         return os.stat(name, dir_fd=self.fd, follow_symlinks=False)
 
     def is_folder(self, name: str) -> bool:
@@ -171,26 +170,26 @@ class Folder:
         """Write the file `name` atomically. With `sync`, wait until it is on the disk."""
         replace_file(name, content, dir_fd=self.fd, sync=sync)
 
-    def move(self, name: str, to: Folder, new_name: str) -> None:
-        """Move the file or folder `name` into another folder of the same file system, by one rename."""
+    def move(self, name: str, destination: Folder, new_name: str) -> None:
+        """Move the file or folder `name` into `destination`, a folder of the same file system, by one rename."""
         try:
-            os.rename(name, new_name, src_dir_fd=self.fd, dst_dir_fd=to.fd)
+            os.rename(name, new_name, src_dir_fd=self.fd, dst_dir_fd=destination.fd)
         except PermissionError:
             if not self.is_folder(name):
                 raise
             self._grant_access(name)  # moving a folder rewrites its "..", which needs write access to it
-            os.rename(name, new_name, src_dir_fd=self.fd, dst_dir_fd=to.fd)
+            os.rename(name, new_name, src_dir_fd=self.fd, dst_dir_fd=destination.fd)
 
     def remove(self, name: str) -> None:
-        """Remove the file or folder `name`, of a folder all that is in it, of a link the link itself.
+        """Remove the file or folder `name`, with all that is in it. Links are not followed.
 
-        Does nothing if it does not exist.
+        Does nothing if `name` does not exist.
         """
         try:
             if not self.is_folder(name):
                 os.unlink(name, dir_fd=self.fd)
                 return
-            with self._any_folder(name) as folder:
+            with self._open_any_folder(name) as folder:
                 for inner in folder.names():
                     folder.remove(inner)
             os.rmdir(name, dir_fd=self.fd)
@@ -205,14 +204,14 @@ class Folder:
         if not stat.S_ISDIR(info.st_mode):
             return info.st_size
         total = 0
-        with suppress(OSError), self._any_folder(name) as folder:
+        with suppress(OSError), self._open_any_folder(name) as folder:
             for inner in folder.names():
                 with suppress(OSError):
                     total += folder.size(inner)
         return total
 
-    def _any_folder(self, name: str) -> Folder:
-        """Open the folder `name`, whoever can write to it. Only removing and measuring may use it."""
+    def _open_any_folder(self, name: str) -> Folder:
+        """Open the folder `name`, even if other users can write to it. Only for removing it and measuring its size."""
         try:
             fd = os.open(name, _OPEN_FOLDER | os.O_NOFOLLOW, dir_fd=self.fd)
         except PermissionError:
@@ -255,7 +254,8 @@ class Folder:
         fd = -1
         try:
             fd = os.open(name, os.O_RDONLY | _OPEN_FILE, dir_fd=self.fd)
-            # Without locks (None) nothing is known. The process that held this lock may have removed the file.
+            # On a file system without locks (None), `name` counts as in use. The process that held this lock may have
+            # removed the file.
             abandoned = lock(fd) is True and self._is_at(name, fd)
         except OSError as error:
             abandoned = error.errno in _UNTRUSTED_ERRORS  # a link or a socket, which jitnorm never creates
@@ -269,11 +269,11 @@ class Folder:
     def temporary_folder(self, prefix: str) -> Iterator[Folder]:
         """Create a folder for this user alone, lock it for the block, and remove it at the end if it still exists."""
         while True:
-            name = f"{prefix}.{secrets.token_hex(4)}"
+            name = f"{prefix}.{os.urandom(4).hex()}"
             os.mkdir(name, 0o700, dir_fd=self.fd)
-            # Until it is locked it looks abandoned: another process may have removed it, or have started to.
+            # Until it is locked it looks abandoned: another process may have removed it, or be removing it.
             try:
-                made = self.folder(name)
+                made = self.open_folder(name)
             except FileNotFoundError:
                 continue
             if lock(made.fd) is not False and self._is_at(name, made.fd):
@@ -313,7 +313,7 @@ class Folder:
 
     @property
     def descriptor_path(self) -> str:
-        """Return a path of this folder that survives a rename, valid in this process; without /proc, its plain path."""
+        """Return a path, valid in this process, that survives renames of this folder; without /proc, its plain path."""
         path = f"/proc/self/fd/{self.fd}"
         return path if os.path.isdir(path) else os.fspath(self.path)
 

@@ -33,7 +33,7 @@ _ET_DYN = 3
 _SHT_SYMTAB, _SHT_DYNAMIC, _SHT_NOBITS, _SHT_DYNSYM = 2, 6, 8, 11
 _SHF_EXECINSTR = 4
 _DT_NEEDED = 1
-_ZEROS = bytes(256)  # code has no such run of zeros; a hole in a file reads as a longer one
+_ZEROS = bytes(256)  # machine code has no run of so many zeros; a hole in a file is read as zeros
 _CHECK_LIMIT_S = 60.0
 _KILL_LIMIT_S = 5.0
 _SEALS = fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE
@@ -99,7 +99,7 @@ class Elf:
                 part = self._slice(section.offset, section.size)
                 whole = len(part) - len(part) % struct.calcsize(form)
                 names = self._linked(section)
-                yield from ((entry, names) for entry in struct.iter_unpack(form, part[:whole]))
+                yield from ((record, names) for record in struct.iter_unpack(form, part[:whole]))
 
     def symbols(self) -> set[str]:
         """Return the names of the symbols that the file defines."""
@@ -154,7 +154,8 @@ def _symbol(function: str) -> str:
 
 
 # The program of the child process. Its input is a line with the size of each part in bytes, then the parts: the paths
-# of libraries that the parent has loaded, and the library. Like `open_library`, it loads the library from memory.
+# of the dependencies that the parent has loaded, and the library. Like `open_library`, it loads the library from
+# memory.
 _CHILD = """
 import _ctypes, os, sys
 sys.stdout.write("ready")
@@ -174,13 +175,13 @@ except (OSError, AttributeError) as error:
 
 
 class ChildCheck:
-    """A child process that loads a library, so that a library which ends the process that loads it ends only the child.
+    """A child process that tries to load a library: a library that crashes when it is loaded crashes only the child.
 
-    It is created before the build, so that it has started when the library is built. Use it in a `with` statement.
+    It is created before the build, so that it is ready when the library is built. Use it in a `with` statement.
     """
 
     def __init__(self) -> None:
-        """Start the child. A program that embeds Python has no interpreter to start: then nothing is checked."""
+        """Start the child. Nothing is checked in a program that embeds Python, which has no interpreter to start."""
         self._process: subprocess.Popen[bytes] | None = None
         if os.path.basename(sys.executable or "").startswith("python") and _can_load_from_memory():
             with suppress(OSError):
@@ -193,7 +194,7 @@ class ChildCheck:
                 )
 
     def check(self, content: bytes, library: Elf) -> None:
-        """Raise BadLibrary if loading the library in `content` fails, or ends the child."""
+        """Raise BadLibrary if loading the library in `content` fails or crashes the child."""
         if not self._process:
             return
         parts = [*map(os.fsencode, _loaded_paths(library)), content]
@@ -204,7 +205,7 @@ class ChildCheck:
             return  # a busy machine, or a process that was forked meanwhile and holds a pipe: there is no result
         code = self._process.returncode
         if ready != b"ready" or not code:
-            return  # this Python cannot be started like that, or the library was loaded
+            return  # Python could not be started in this way, or the library was loaded
         if code < 0:
             raise BadLibrary(f"opening it ends a process by signal {-code}")
         lines = errors.decode(errors="replace").strip().splitlines()
@@ -273,9 +274,10 @@ def open_library(name: str, content: bytes, export: str) -> tvm_ffi.Module:
         BadLibrary: The loader rejects it, or the function is missing.
         OSError: This process has too few descriptors, or no memory or disk space left.
     """
-    load_module = import_tvm_ffi().get_global_func("ffi.Module.load_from_file.so")  # and the runtime they link to
+    # Importing tvm_ffi also loads the runtime that the libraries link to.
+    load_module = import_tvm_ffi().get_global_func("ffi.Module.load_from_file.so")
     problem = ""
-    for loadable_path in (_in_memory, _in_private_file):  # security policies may forbid to load from either
+    for loadable_path in (_in_memory, _in_private_file):  # a security policy may forbid loading from one of them
         with loadable_path(name, content) as path:
             if not path:
                 continue

@@ -21,10 +21,10 @@ from jitnorm.jit.log import logger
 from jitnorm.jit.spec import KernelSpec
 
 if TYPE_CHECKING:
-    import tvm_ffi  # `import jitnorm` would take twice as long with it: library.open_library imports it
+    import tvm_ffi  # importing it here would double the time of `import jitnorm`: open_library does so
 
 _loaded: dict[KernelSpec, tvm_ffi.Module] = {}
-_failed: dict[KernelSpec, str] = {}  # a kernel that failed to build does not start the compiler at every call
+_failed: dict[KernelSpec, str] = {}  # failed builds, which are not repeated at every call
 _locks: defaultdict[KernelSpec, threading.RLock] = defaultdict(threading.RLock)
 _forked = False
 _MAX_TRIES = 4
@@ -81,8 +81,8 @@ def find(spec: KernelSpec, mark_in_use: bool = True, ignore: Container[Path] = (
     """
     for cache in (locations.prebuilt(), *locations.searched()):
         if cache and (cache.prebuilt or cache.exists()):
-            # An entry of the prebuilt layer is used whatever built it. So is any entry where there is no compiler:
-            # nothing newer can be built.
+            # An entry of the prebuilt layer is used whatever toolchain built it. So is any entry if there is no
+            # compiler, because nothing newer can be built.
             tools = None if cache.prebuilt else toolchain.identify(spec.target.device, cache)
             if entry := cache.find(spec, tools.key if tools else None, mark_in_use):
                 if entry.path not in ignore:
@@ -121,21 +121,21 @@ def _build(spec: KernelSpec) -> Entry:
 
 
 def _open(spec: KernelSpec, entry: Entry) -> tvm_ffi.Module:
-    module = open_library(spec.name, entry.content, spec.entry)
+    module = open_library(spec.name, entry.content, spec.binding)
     logger.debug("loaded %s from %s", spec, entry.path)
     if spec.target.device == "cpu" and _forked:
-        module.run_serially()
+        module.disable_threads()
     return module
 
 
 def _after_fork() -> None:
-    # A forked child has none of its parent's OpenMP threads, and another thread may have held a lock.
+    # A forked child has none of its parent's OpenMP threads. A lock that another thread held stays locked in it.
     global _forked
     _forked = True
     _locks.clear()
     for spec, module in _loaded.items():
         if spec.target.device == "cpu":
-            module.run_serially()
+            module.disable_threads()
 
 
 if sys.platform != "win32":

@@ -1,4 +1,4 @@
-"""Decide which caches this process uses: the prebuilt layer, its own cache, or a temporary folder in its stead."""
+"""Decide which caches this process uses: the prebuilt layer, the cache, or a temporary folder instead of it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from jitnorm.jit.log import logger
 
 _CACHEDIR_TAG = b"Signature: 8a477f597d28d172789f06886806bc55\n# Compiled kernels of jitnorm; safe to delete.\n"
 
-_temporary: Cache | None = None  # the cache of this process alone, once its own cannot be written
+_temporary: Cache | None = None  # the cache of this process alone, after the default one could not be written
 
 
 def prebuilt() -> Cache | None:
@@ -37,7 +37,7 @@ def default_root() -> Path:
 
 
 def _platform_folder() -> str:
-    from platformdirs import user_cache_dir  # here, as it creates a fifth of the objects that `import jitnorm` does
+    from platformdirs import user_cache_dir  # imported here, because it would slow down `import jitnorm`
 
     return user_cache_dir("jitnorm", appauthor=False)
 
@@ -50,7 +50,7 @@ def _absolute(path: str) -> Path:
 
 
 def readable() -> Cache:
-    """Return the cache of this process, which need not exist: the temporary one, if there is one."""
+    """Return the cache of this process: the temporary one, if there is one, or the default, which need not exist."""
     return _temporary or Cache(default_root())
 
 
@@ -140,7 +140,7 @@ def create(root: Path) -> str | None:
             if not folder.is_dir():
                 with suppress(FileExistsError):
                     folder.mkdir(mode=0o700)
-        with Folder.root(root) as opened:
+        with Folder.open_root(root) as opened:
             if not opened.names():  # the tag excludes a folder from backups, so no folder with other files gets it
                 opened.write("CACHEDIR.TAG", _CACHEDIR_TAG)
     except OSError as error:

@@ -1,7 +1,7 @@
 """Create the package's logger, `logging.getLogger("jitnorm")`, with a default for processes that configure no logging.
 
-Builds are logged at INFO, and problems that a call survives at WARNING. JITNORM_LOG sets the level. An application
-that configures logging decides about these messages as about any others.
+Builds are logged at INFO, and problems that do not fail a call at WARNING. JITNORM_LOG sets the level. In an
+application that configures logging, these messages are treated like any others.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ LEVELS = {
 class DefaultHandler(logging.Handler):
     """Writes to the current sys.stderr while the application has configured nothing, like `logging.lastResort`.
 
-    That handler omits INFO, and a build of several seconds should not be silent on a terminal.
+    That handler omits INFO, but a build of several seconds should show a message on a terminal.
     """
 
     def emit(self, record: logging.LogRecord) -> None:
@@ -37,7 +37,7 @@ class DefaultHandler(logging.Handler):
             stream.flush()
 
     def _is_configured(self) -> bool:
-        """Return whether the application decides about the messages of the package."""
+        """Return whether the application has configured logging for the package's messages."""
         return (
             not logger.propagate
             or bool(logging.getLogger().handlers)
@@ -68,5 +68,5 @@ _check_level()
 
 @functools.cache
 def warn_once(message: str) -> None:
-    """Log a message at WARNING the first time that this process has it."""
+    """Log a message at WARNING, once per process."""
     logger.warning("%s", message)

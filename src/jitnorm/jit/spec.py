@@ -10,21 +10,21 @@ import platform
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from jitnorm.jit.environment import import_tvm_ffi
 
 _FORMAT = 2  # of a cache entry; increment it when the content of an entry changes its meaning
 
 _PACKAGE = Path(__file__).resolve().parents[1]
-# In a wheel the sources are inside the package, in a checkout beside src.
+# In a wheel the sources are inside the package, in a checkout they are beside src.
 CSRC = next((d for d in (_PACKAGE / "csrc", _PACKAGE.parents[1] / "csrc") if d.is_dir()), _PACKAGE / "csrc")
 
-_ARCH = re.compile(r"(?:sm_?)?(?:([0-9]{1,2})\.([0-9])|([2-9]|1[0-9])([0-9]))([af]?)")
-_MAJOR = re.compile(r"(?:sm_?)?([0-9]|1[0-9])([af]?)")  # 9 or 12: a major version alone, not 0.9 or 1.2
+_ARCH = r"(?:sm_?)?(?:([0-9]{1,2})\.([0-9])|([2-9]|1[0-9])([0-9]))([af]?)"
+_MAJOR = r"(?:sm_?)?([0-9]|1[0-9])([af]?)"  # 9 or 12: a major version alone, not 0.9 or 1.2
 
 
-@dataclass(frozen=True)
-class Target:
+class Target(NamedTuple):
     """What a kernel is compiled for: this machine's CPU, or one CUDA architecture.
 
     Attributes:
@@ -42,9 +42,9 @@ class Target:
         Raises:
             ValueError: `arch` is anything else, such as a major version alone.
         """
-        match = _ARCH.fullmatch(str(arch))
+        match = re.fullmatch(_ARCH, str(arch))
         if not match:
-            major = _MAJOR.fullmatch(str(arch))
+            major = re.fullmatch(_MAJOR, str(arch))
             meant = f": is '{major[1]}.0{major[2]}' meant?" if major else ""
             raise ValueError(f"arch must be a CUDA architecture such as '9.0a', '90a' or 'sm_90a', got {arch!r}{meant}")
         return cls("cuda", f"{match[1] or match[3]}.{match[2] or match[4]}{match[5]}")
@@ -62,7 +62,7 @@ class KernelSpec:
     Attributes:
         op: The operator's name.
         family: Name of the files csrc/<folder>/<family>.cuh and <family>_cpu.h.
-        entry: The function that the library exports, which the bindings in <family>.h define.
+        binding: The bindings function that the library exports, which <family>.h defines.
         name: The instance's name in profilers, errors and the cache.
         kernel: The C++ type, such as "RMSNormKernel<4096, bf16_t, bf16_t>".
         target: What it is compiled for.
@@ -72,7 +72,7 @@ class KernelSpec:
 
     op: str
     family: str
-    entry: str
+    binding: str
     name: str
     kernel: str
     target: Target
@@ -97,18 +97,22 @@ class KernelSpec:
     def source(self) -> str:
         """Return the source. For CUDA, nvcc compiles it for the device, and the host compiler for the host."""
         header = f"{self.family}.cuh" if self.target.device == "cuda" else f"{self.family}_cpu.h"
-        binding = f"jitnorm::{self.entry}<jitnorm::Kernel>"
+        function = f"jitnorm::{self.binding}<jitnorm::Kernel>"
         source = (
             f'// {self}\n#include "{self.folder}/{header}"\n\n'
             f"namespace jitnorm {{\nusing Kernel = {self.kernel};\n}}\n\n"
         )
         exports = (
-            f"JITNORM_EXPORT(__tvm_ffi_{self.entry}, {binding})\n"
-            f"JITNORM_EXPORT(__tvm_ffi_{self.entry}_fast_path, jitnorm::fast_path<{binding}>)\n"
+            f"JITNORM_EXPORT(__tvm_ffi_{self.binding}, {function})\n"
+            f"JITNORM_EXPORT(__tvm_ffi_{self.binding}_fast_path, jitnorm::fast_path<{function}>)\n"
         )
         if self.target.device == "cpu":
             return source + exports
-        symbols = {"kDefault": self.name, "kShort": f"{self.name}_short", "kLong": f"{self.name}_long"}
+        symbols = {
+            "kDefault": self.name,
+            "kSmallGrid": f"{self.name}_small_grid",
+            "kLargeGrid": f"{self.name}_large_grid",
+        }
         kernels = "".join(
             f"JITNORM_DEFINE_KERNEL({symbol}, jitnorm::Kernel, jitnorm::GridVariant::{variant})\n"
             for variant, symbol in symbols.items()

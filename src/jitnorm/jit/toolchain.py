@@ -17,9 +17,8 @@ import subprocess
 import sys
 import time
 from contextlib import suppress
-from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from jitnorm.jit.cache import TOOLCHAINS, Cache
 from jitnorm.jit.folder import UntrustedPath
@@ -32,12 +31,11 @@ _ANSWER_LIMIT_BYTES = 1 << 20
 _KILL_LIMIT_S = 5.0
 
 
-@dataclass(frozen=True)
-class Compiler:
+class Compiler(NamedTuple):
     """A compiler, its version, and the file that gave this version.
 
     Attributes:
-        path: Its path, links unresolved, as some compilers find their parts beside argv[0].
+        path: Its path, links unresolved, because some compilers find their parts beside argv[0].
         version: The version that it printed.
         size: Size of the file in bytes, links resolved.
         mtime_ns: Modification time of the file, links resolved.
@@ -52,14 +50,14 @@ class Compiler:
 
     @classmethod
     def from_json(cls, value: Any) -> Compiler:
-        """Return the compiler that `asdict` turned into `value`. Raises TypeError for any other value."""
+        """Return the compiler that `_asdict` turned into `value`. Raises TypeError for any other value."""
         compiler = cls(**value)
-        if any(type(getattr(compiler, f.name)).__name__ != f.type for f in fields(cls)):
+        if [*map(type, compiler)] != [str, str, int, int, str]:
             raise TypeError("a field has another type")
         return compiler
 
     def unchanged(self) -> bool:
-        """Return whether the file has the size and time that it had when it was asked."""
+        """Return whether the file still has the size and time that it had when the version was read."""
         try:
             stat = os.stat(self.path)
         except (OSError, ValueError):
@@ -67,8 +65,7 @@ class Compiler:
         return (stat.st_size, stat.st_mtime_ns) == (self.size, self.mtime_ns)
 
 
-@dataclass(frozen=True)
-class Toolchain:
+class Toolchain(NamedTuple):
     """The compilers of a build: the host compiler, and nvcc for CUDA."""
 
     cxx: Compiler
@@ -118,7 +115,7 @@ def find_ninja() -> str | None:
 
 
 def _which(name: str) -> str | None:
-    """Return the path of a program on the PATH. If PATH is not set it finds nothing, unlike `shutil.which`."""
+    """Return the path of a program on the PATH. If PATH is not set, return None, unlike `shutil.which`."""
     return shutil.which(name, path=os.environ.get("PATH", ""))
 
 
@@ -150,7 +147,7 @@ def require(device: str, cache: Cache | None) -> Toolchain:
         RuntimeError: A compiler is missing or does not work. The message says where it was searched for, and how to
             install it.
     """
-    # A compiler may be a script, whose file stays the same when the compiler behind it changes.
+    # A stored version is not used: a compiler may be a script, which stays the same when the compiler it calls changes.
     cxx = find_cxx()
     toolchain = _ask(device) if cxx else None
     if toolchain:
@@ -216,12 +213,12 @@ def _output(path: str | None, *arguments: str) -> str:
     return _run(path, *arguments)[0] if path else ""
 
 
-# Why a program did not answer, by its path, arguments, size and time: it costs its time limit only once.
+# Why a program did not answer, by its path, arguments, size and time, so that the time limit is spent only once.
 _unresponsive: dict[tuple[object, ...], str] = {}
 
 
 def _run(path: str, *arguments: str) -> tuple[str, str]:
-    """Return what the program prints if it succeeds, and else an empty string; and why there is no output."""
+    """Return what the program prints, or an empty string if it fails; and the reason for an empty string."""
     command = " ".join(arguments)
     try:
         stat = os.stat(path)
@@ -251,11 +248,11 @@ def _run(path: str, *arguments: str) -> tuple[str, str]:
         return "", f"{command}: {reason}"
     if process.returncode:
         return "", f"{command} exited {process.returncode}"
-    return output, f"{command} said nothing"
+    return output, f"{command} printed nothing"
 
 
 def _read_output(process: subprocess.Popen[bytes]) -> tuple[str, str]:
-    """Return what `process` prints until it ends, and why waiting for that stopped, if it did."""
+    """Return what `process` prints until it ends, or an empty string and the reason why it was not waited for."""
     assert process.stdout
     content = b""
     poll = select.poll()  # unlike select(), it accepts descriptors above 1023
@@ -293,5 +290,6 @@ def _read_stored(device: str, cache: Cache | None) -> Toolchain | None:
 
 def _store(device: str, cache: Cache | None, toolchain: Toolchain) -> None:
     if cache and _read_stored(device, cache) != toolchain:
+        record = {name: c._asdict() if c else None for name, c in toolchain._asdict().items()}
         with suppress(OSError, UntrustedPath):  # in a read-only cache nothing is stored: the next process asks again
-            cache.write_record(TOOLCHAINS, _record_name(device), asdict(toolchain))
+            cache.write_record(TOOLCHAINS, _record_name(device), record)

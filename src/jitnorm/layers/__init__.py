@@ -1,4 +1,4 @@
-"""Parts of a model that select their implementation for the device and the compiler in use."""
+"""Functions for parts of a model, which select an implementation for the device and the compiler in use."""
 
 from jitnorm.layers.compiler import set_compiler
 from jitnorm.layers.fp8_linear import apply_fp8_linear

@@ -1,4 +1,4 @@
-"""The compiler that the layers assume: a setting of the process, which an argument of a call overrides."""
+"""Set the compiler that the layers assume, for a process; an argument of a call overrides it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A float8 linear layer: the quantisation of its input and the matrix product."""
+"""A float8 linear layer: the quantisation of its input and the GEMM."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from jitnorm.quant_fp8 import per_tensor_quant_fp8, per_token_quant_fp8
 
 _E4M3 = torch.float8_e4m3fn
 _E4M3_MAX = 448.0
-_MIN_SCALE_PER_TENSOR = 2.0**-90  # as the kernels': of an input of zeros
+_MIN_SCALE_PER_TENSOR = 2.0**-90  # as in the kernels: kMinTensorScale and kMinTokenScale in quantise.h
 _MIN_SCALE_PER_TOKEN = 1 / (_E4M3_MAX * 512)
 _FEATURES_MULTIPLE = 16  # what torch._scaled_mm requires of both sides of a weight
 
@@ -42,13 +42,13 @@ def apply_fp8_linear(
     | None | True | False | dynamic, per tensor |
 
     The input is quantised by this package's kernels, with one exception: with a given scale, compressed_tensor_quant
-    and the compiler "inductor", it is quantised in plain PyTorch, as a product with the scale's reciprocal, a clamp and
-    a cast. Inductor fuses these into one kernel with the norm and the residual's addition before them. Where the
-    product meets a tie, the code may differ by one from the kernels', which divide. Where no kernel may be called, as
-    under torch.jit.trace and torch.func, PyTorch computes the kernels' codes. An input that is already quantised, as by
-    `jitnorm.rmsnorm_quant_fp8`, is used as it is.
+    and the compiler "inductor", it is quantised in plain PyTorch, as a multiplication by the scale's reciprocal, a
+    clamp and a cast. Inductor fuses these into one kernel with the norm and the residual addition before them. On a
+    tie, the float8 value may differ by one step from the kernels', which divide. If no kernel may be called, as under
+    torch.jit.trace and torch.func, PyTorch computes the same values as the kernels. An input that is already quantised,
+    as by `jitnorm.rmsnorm_quant_fp8`, is used as it is.
 
-    torch._scaled_mm computes the product on GPUs with float8 tensor cores (sm_89 and later), if out_features is a
+    torch._scaled_mm computes the GEMM on GPUs with float8 tensor cores (sm_89 and later), if out_features is a
     multiple of 16. Elsewhere, on the CPU too, input and weight are dequantised and multiplied in float32.
     torch._scaled_mm accepts scales per token and per channel for bfloat16 outputs only; for other dtypes it returns
     float32, which is scaled afterwards.
@@ -96,19 +96,19 @@ def apply_fp8_linear(
 
 
 def _quantise_fusible(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """Return the codes of `x / scale`, computed as a product that inductor fuses with what precedes it."""
+    """Return the float8 values of `x / scale`, by operations that inductor fuses with those before them."""
     return (x.float() * scale.reciprocal()).clamp(-_E4M3_MAX, _E4M3_MAX).to(_E4M3).contiguous()
 
 
 def _quantise_static(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """Return the codes of `x / scale`."""
+    """Return the float8 values of `x / scale`."""
     if not can_call_operators(x, scale):
         return _quantise_in_torch(x, scale)
     return _call_per_tensor_kernel(x, scale, is_static=True)
 
 
 def _quantise_per_tensor(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the codes and the scale of the whole tensor."""
+    """Return the float8 values, and the scale of the whole tensor."""
     if not can_call_operators(x, x):
         with_zero = torch.cat((_max_magnitude(x).flatten(), x.new_zeros(1).float()))  # amax needs an element
         scale = (with_zero.amax() / _E4M3_MAX).clamp(min=_MIN_SCALE_PER_TENSOR)
@@ -118,7 +118,7 @@ def _quantise_per_tensor(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _quantise_per_token(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the codes and the scale of each row, `[tokens, 1]`."""
+    """Return the float8 values, and the scale of each row, `[tokens, 1]`."""
     if not can_call_operators(x, x):
         scale = (_max_magnitude(x) / _E4M3_MAX).clamp(min=_MIN_SCALE_PER_TOKEN)
         return _quantise_in_torch(x, scale), scale
@@ -136,7 +136,7 @@ def _call_per_tensor_kernel(x: torch.Tensor, scale: torch.Tensor, is_static: boo
 
 
 def _quantise_in_torch(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """Return the kernels' codes where no kernel may be called."""
+    """Return the same float8 values as the kernels, for calls that may not call one."""
     return (x.float() / scale).clamp(-_E4M3_MAX, _E4M3_MAX).to(_E4M3).contiguous()
 
 
@@ -161,7 +161,7 @@ def _multiply(
     """Return `(q * scale) @ (weight * weight_scale) + bias`, rounded to `dtype`."""
     is_per_tensor = scale.numel() == 1 and scale.dim() < 2 and weight_scale.numel() == 1
     rows, columns = scale.reshape(-1, 1), weight_scale.reshape(1, -1)
-    if q.numel() == 0 or not _has_float8_product(q.device, weight.shape[1]):
+    if q.numel() == 0 or not _has_float8_gemm(q.device, weight.shape[1]):
         out = (q.float() * rows) @ (weight.float() * columns)
     elif dtype == torch.float32 or (dtype == torch.float16 and not is_per_tensor):
         one = torch.ones((), dtype=torch.float32, device=q.device)
@@ -177,8 +177,8 @@ def _multiply(
     return (out if bias is None else out + bias).to(dtype)
 
 
-def _has_float8_product(device: torch.device, out_features: int) -> bool:
-    """Return whether torch._scaled_mm can compute the product."""
+def _has_float8_gemm(device: torch.device, out_features: int) -> bool:
+    """Return whether torch._scaled_mm can compute the GEMM."""
     return device.type == "cuda" and out_features % _FEATURES_MULTIPLE == 0 and _has_float8_cores(device.index)
 
 

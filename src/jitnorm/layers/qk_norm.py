@@ -30,21 +30,21 @@ def apply_qk_norm(
     """Apply `q_norm` to every head of `q`, and `k_norm` to every head of `k`.
 
     One call of `jitnorm.fused_inplace_qknorm` replaces the two modules if q and k may be overwritten and it computes
-    what the modules compute: on the CPU or an NVIDIA GPU, for a supported head_dim and dtype, with one eps for both,
-    where no gradient is needed. Its results have the same bits in any batch, so batch-invariant mode does not change
-    the choice. Otherwise the modules are called, and under inductor always: it fuses their own code with what is around
-    it.
+    what the modules compute: on the CPU or an NVIDIA GPU, for a supported head_dim and dtype, with the same eps for
+    both, if no gradient is needed. Its results have the same bits in any batch, so batch-invariant mode does not change
+    the choice. Otherwise the modules are called. They are always called under inductor, which fuses the modules' own
+    code with the operations around it.
 
     Args:
         q: `[..., q_heads * head_dim]`, such as a slice of a fused QKV projection. **Overwritten if allowed.**
         k: `[..., kv_heads * head_dim]`. **Overwritten if allowed.**
         q_norm: an RMSNorm module over head_dim, called with a tensor. The kernel can replace it if its class is named
-            RMSNorm or is one of the Llama kind that `jitnorm.patch_transformers` supports, and it has no hooks, a
-            `weight` to multiply by, and its eps as `variance_epsilon` or `eps`.
+            RMSNorm or is one of the Llama-like classes that `jitnorm.patch_transformers` supports, and if it has no
+            hooks, a `weight` to multiply by, and its eps as `variance_epsilon` or `eps`.
         k_norm: the same for k.
         head_dim: elements of a head.
-        alt_stream: a stream for k's norm, to run beside q's. Used if the modules are called while a CUDA graph is being
-            captured.
+        alt_stream: a stream for k's norm, to run concurrently with q's. Used if the modules are called while a CUDA
+            graph is being captured.
         allow_inplace: whether q and k may be overwritten.
         compiler: what compiles the call, "eager" or "inductor"; None for the setting of
             `jitnorm.layers.set_compiler`.
@@ -88,9 +88,9 @@ def apply_qk_norm(
 def _reshape_for_qk_norm(x: torch.Tensor, head_dim: int, compiler: Compiler | None = None) -> torch.Tensor:
     """Return `x`, `[..., heads * head_dim]`, with head_dim as its last dimension.
 
-    Inductor on CUDA gets a view that keeps the leading dimensions, and fuses reshape, norm and what comes next into one
-    kernel. Everything else gets a matrix of one head a row. That copies a slice of a QKV projection, but with the
-    view's strides the norms of ROCm end in a memory access fault.
+    For inductor on CUDA this is a view that keeps the leading dimensions, so that inductor fuses reshape, norm and the
+    next operations into one kernel. Otherwise it is a matrix with one head per row. That copies a slice of a QKV
+    projection, but with the view's strides the norms of ROCm fail with a memory access fault.
     """
     if x.is_cuda and torch.version.hip is None and resolve_compiler(compiler) == "inductor":
         return x.view(*x.shape[:-1], -1, head_dim)

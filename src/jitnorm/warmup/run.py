@@ -1,12 +1,14 @@
-"""Build many kernels at a time: one thread for each, which waits for its compiler."""
+"""Build many kernels at a time, in threads, which wait for their compilers."""
 
 from __future__ import annotations
 
+import _thread
 import os
 import time
+from collections import deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
+from queue import SimpleQueue
 from typing import NamedTuple
 
 from jitnorm.jit.load import find
@@ -80,17 +82,46 @@ def build_all(specs: Sequence[KernelSpec], jobs: int | None = None) -> Iterator[
         specs: The kernels.
         jobs: How many to build at a time; None for as many as there are CPUs.
     """
-    if len(specs) < 2 or jobs == 1:
-        # Without a thread: starting one waits forever if it runs out of memory before its first line.
-        yield from map(_build, specs)
-        return
-    with ThreadPoolExecutor(max_workers=jobs or default_jobs(), thread_name_prefix="jitnorm-warmup") as pool:
-        pending = [pool.submit(_build, spec) for spec in specs]
+    waiting = deque(specs)
+    outcomes: SimpleQueue[Outcome | BaseException] = SimpleQueue()
+    # This thread builds too, and threads that do not start are not waited for: a process may have no memory for them.
+    for _ in range(min(jobs or default_jobs(), len(specs)) - 1):
         try:
-            for done in as_completed(pending):
-                yield done.result()
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)  # after Ctrl-C no more builds are started
+            # Thread.start would wait forever for a thread that runs out of memory before its first line.
+            _thread.start_new_thread(_build_waiting, (waiting, outcomes))
+        except (RuntimeError, MemoryError):
+            break
+    left = len(specs)
+    try:
+        while left:
+            left -= 1
+            spec = _take(waiting) if outcomes.empty() else None
+            outcome = _build(spec) if spec else outcomes.get()  # of a thread, which is waited for at the end only
+            if isinstance(outcome, BaseException):
+                raise outcome
+            yield outcome
+    finally:
+        while _take(waiting):  # after Ctrl-C no more builds are started, and those that run are waited for
+            left -= 1
+        for _ in range(left):
+            outcomes.get()
+
+
+def _take(waiting: deque[KernelSpec]) -> KernelSpec | None:
+    """Remove and return the next kernel; None if another thread has taken the last one."""
+    try:
+        return waiting.popleft()
+    except IndexError:
+        return None
+
+
+def _build_waiting(waiting: deque[KernelSpec], outcomes: SimpleQueue[Outcome | BaseException]) -> None:
+    """Build kernels until none waits."""
+    while spec := _take(waiting):
+        try:
+            outcomes.put(_build(spec))
+        except BaseException as error:
+            outcomes.put(error)  # `build_all` raises it
 
 
 def default_jobs() -> int:

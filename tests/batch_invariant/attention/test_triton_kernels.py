@@ -45,32 +45,36 @@ def exact_scores(q, k, bias=None, is_causal=False, scale=None):
     return scores
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
-    ("queries", "keys", "group", "dim", "value_dim", "is_causal"),
+    ("queries", "keys", "group", "dim", "value_dim", "is_causal", "dtype"),
     [
-        (1, 100, 4, 64, 64, False),  # one split of the keys
-        (1, 700, 4, 128, 128, False),  # several
-        (1, 2100, 1, 64, 64, False),
-        (3, 130, 3, 80, 80, False),
-        (64, 300, 4, 64, 64, False),  # several blocks of rows
-        (5, 5, 4, 96, 96, True),
-        (64, 64, 3, 64, 64, True),
-        (20, 300, 1, 70, 33, False),  # rows that are not aligned to 16 bytes
-        (2, 140, 2, 256, 192, False),
+        (*case, dtype)
+        for case in (
+            (1, 100, 4, 64, 64, False),  # one split of the keys, and one leaf
+            (1, 700, 4, 128, 128, False),  # several
+            (1, 1100, 1, 64, 64, False),
+            (3, 130, 3, 80, 80, False),
+            (64, 300, 4, 64, 64, False),  # several blocks of rows
+            (5, 5, 4, 96, 96, True),
+            (64, 64, 3, 64, 64, True),
+            (20, 300, 1, 70, 33, False),  # rows that are not aligned to 16 bytes
+            (2, 140, 2, 256, 192, False),
+        )
+        for dtype in DTYPES
+        # The interpreter computes every dtype in the same way, but for the rounding: there, one shape shows it.
+        if GPU or dtype == torch.float32 or case[1] == 100
     ],
 )
-def test_matches_the_definition(dtype, queries, keys, group, dim, value_dim, is_causal):
+def test_matches_the_definition(queries, keys, group, dim, value_dim, is_causal, dtype):
     """Strides are those of a projection and of a cache with unused slots. A sequence alone has the same bits."""
-    q = random(3, queries, 2 * group, dim, dtype=dtype).transpose(1, 2)
-    k, v = (torch.full((3, 2, keys + 30, d), NAN, device=DEVICE, dtype=dtype)[:, :, :keys] for d in (dim, value_dim))
+    q = random(2, queries, 2 * group, dim, dtype=dtype).transpose(1, 2)
+    k, v = (torch.full((2, 2, keys + 30, d), NAN, device=DEVICE, dtype=dtype)[:, :, :keys] for d in (dim, value_dim))
     k.copy_(random(*k.shape, dtype=dtype))
     v.copy_(random(*v.shape, dtype=dtype))
     out = attend(q, k, v, is_causal=is_causal)
     assert relative_error(out, exact(q, k, v, is_causal=is_causal)) <= TOLERANCE[dtype]
-    for i in range(3):
-        alone = attend(*(t[i : i + 1].clone() for t in (q, k, v)), is_causal=is_causal)
-        assert same_bits(alone, out[i : i + 1])
+    alone = attend(*(t[1:].clone() for t in (q, k, v)), is_causal=is_causal)
+    assert same_bits(alone, out[1:])
 
 
 def test_scale_and_result_in_other_strides():
@@ -80,7 +84,7 @@ def test_scale_and_result_in_other_strides():
     assert relative_error(out, exact(q, k, v, scale=0.3)) <= TOLERANCE[q.dtype]
 
 
-@pytest.mark.parametrize("keys", [100, 700])
+@pytest.mark.parametrize("keys", [100, 300])  # one leaf, several
 def test_bias(keys):
     q, k, v = random(3, 4, 2, 64), random(3, 2, keys, 64), random(3, 2, keys, 64)
     for shape in ((keys,), (2, keys), (4, 1, 1), (3, 1, 1, keys), (3, 4, 2, keys)):
@@ -94,7 +98,7 @@ def test_bias(keys):
 
 
 @pytest.mark.filterwarnings("ignore:invalid value")  # numpy's, of NaN
-@pytest.mark.parametrize("keys", [100, 700])
+@pytest.mark.parametrize("keys", [100, 300])  # one leaf, several
 def test_what_is_not_finite_stays_in_its_sequence(keys):
     q, k, v = random(4, 4, 1, 64), random(4, 2, keys, 64), random(4, 2, keys, 64)
     clean = attend(q, k, v)
@@ -110,11 +114,11 @@ def test_without_keys():
     assert attend(random(0, 4, 1, 64), random(0, 2, 9, 64), random(0, 2, 9, 64)).numel() == 0
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES if GPU else DTYPES[1:])
 @pytest.mark.parametrize(
     ("rows", "dim", "keys"),
     # A program adds up 3, 2 or no levels of the tree; the last split and the last leaf are full or not.
-    [(1, 64, 1000), (1, 64, 512), (20, 128, 200), (5, 256, 140), (33, 128, 140)],
+    [(1, 64, 600), (1, 64, 512), (20, 128, 200), (5, 256, 140), (33, 128, 140)],
 )
 def test_splits_of_all_lengths_give_the_same_bits(dtype, rows, dim, keys):
     q, k, v = (random(2, length, 1, dim, dtype=dtype).transpose(1, 2) for length in (rows, keys, keys))
@@ -166,7 +170,7 @@ def test_schedules():
         for dim in (64, 128, 256):
             for keys in (1, 128, 1024, 2049, 16384, 10**6):
                 levels = tree_levels(rows, dim)
-                schedules = {choose_schedule(rows, keys, dim, groups, 132) for groups in (1, 8, 64, 512, 10**5)}
+                schedules = {choose_schedule(rows, keys, dim, kv_heads, 132) for kv_heads in (1, 8, 64, 512, 10**5)}
                 # All but split_keys is the same for every batch.
                 assert len({schedule._replace(split_keys=0) for schedule in schedules}) == 1
                 for leaf, split, block, *_ in schedules:

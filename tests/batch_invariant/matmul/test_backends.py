@@ -245,7 +245,7 @@ BACKENDS = {
 # A layer; ragged tiles; rows that TMA does not support; one column
 @pytest.mark.parametrize(("n", "k"), [(4096, 4096), (264, 136), (77, 33), (1, 64)])
 def test_every_backend_on_the_gpu(backend, dtype, transposed, bias, n, k):
-    """Every backend computes the product, and the last resort, the fixed tile, passes the invariance check."""
+    """Every backend computes the GEMM, and the last resort, the fixed tile, passes the invariance check."""
     device = torch.device("cuda", 0)
     problem = Problem(device, n, k, dtype, dtype, transposed, k if transposed else n, bias, False)
     if backend.startswith("cublaslt") and not cublaslt.library_version():
@@ -261,7 +261,7 @@ def test_every_backend_on_the_gpu(backend, dtype, transposed, bias, n, k):
         except UnsupportedProblem:
             pytest.skip("cuBLASLt has no kernel for it")
         exact = a.double() @ b.double() + (c.double() if bias else 0)
-        # The larger of the norm of this product and the norm that such products have on average: the terms of
+        # The larger of the norm of this result and the norm that such results have on average: the terms of
         # a single number may nearly cancel, and a number that came out large is rounded to fewer places.
         norm = max(float(exact.norm()), math.sqrt(m * n * k))
         assert (out.double() - exact).norm() <= TOLERANCE[dtype] * norm

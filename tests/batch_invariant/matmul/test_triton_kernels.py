@@ -15,7 +15,7 @@ from jitnorm.batch_invariant.matmul.problem import BATCH_SIZES
 
 @pytest.mark.parametrize("dtype", TRITON_TEST_DTYPES)
 @pytest.mark.parametrize(("m", "n", "k"), [(1, 1, 1), (5, 130, 70), (70, 67, 129)])
-def test_batched_products(m, n, k, dtype):
+def test_batched_gemm(m, n, k, dtype):
     a, out = random(2, m, k, dtype=dtype), empty(2, m, n, dtype=dtype)
     for b in (random(2, k, n, dtype=dtype), random(2, n, k, dtype=dtype).transpose(1, 2)):
         triton_kernels.batched_gemm(a, b, out, False)
@@ -28,19 +28,19 @@ def test_batched_products(m, n, k, dtype):
 
 
 @pytest.mark.skipif(GPU and torch.cuda.get_device_capability() < (9, 0), reason="no TMA")
-@pytest.mark.parametrize("transposed", [True, False])  # loads of b differ
+# Loads of b differ by its layout, and the end by the bias: neither depends on the other.
+@pytest.mark.parametrize(("transposed", "has_bias"), [(True, False), (False, True)])
 @pytest.mark.parametrize("tile", triton_kernels.TILES)
-def test_persistent_products(tile, transposed):
+def test_persistent_gemm(tile, transposed, has_bias):
     """There are fewer programs than tiles, so that each computes several; every dimension has a ragged end."""
     # More rows of the smallest tiles than are computed together, and a second column of tiles.
     dtype, (m, n, k) = torch.float16, (150, tile.block_n + 48, tile.block_k + 8)
     a, stored = random(m, k, dtype=dtype), random(*((n, k) if transposed else (k, n)), dtype=dtype)
     b = stored.t() if transposed else stored
-    for bias in (None, random(n, dtype=dtype)):
-        out = empty(m, n, dtype=dtype)
-        triton_kernels.persistent_gemm(a, b, bias, out, transposed, stored.stride(0), tile, 3)
-        exact = a.double() @ b.double() + (0 if bias is None else bias.double())
-        assert relative_error(out, exact) <= TOLERANCE[dtype]
+    bias, out = random(n, dtype=dtype) if has_bias else None, empty(m, n, dtype=dtype)
+    triton_kernels.persistent_gemm(a, b, bias, out, transposed, stored.stride(0), tile, 3)
+    exact = a.double() @ b.double() + (bias.double() if has_bias else 0)
+    assert relative_error(out, exact) <= TOLERANCE[dtype]
 
 
 @pytest.mark.parametrize("columns", [64, 4096, 6144, 28672])

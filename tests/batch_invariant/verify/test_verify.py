@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 import json
 
 import numpy as np
@@ -11,7 +13,7 @@ from click.testing import CliRunner
 from helpers import same_bits
 
 from jitnorm.batch_invariant import set_batch_invariant_mode
-from jitnorm.batch_invariant.verify import EXEMPT, OPERATORS, Case, Operator, compare, verify
+from jitnorm.batch_invariant.verify import EXEMPT, OPERATORS, Case, Operator, cases, compare, verify
 from jitnorm.cli import main
 from jitnorm.core import operators as registry
 
@@ -35,21 +37,22 @@ def test_every_operator_on_the_cpu(op):
     assert result["compared"] == 3 * (17 + 4 * (4 + 3))
 
 
-def all_operators(_, dtype, device):
-    """Make a case of all operators, so that they are compiled together."""
-    cases = [operator.make(operator.shapes["cpu"][-1], dtype, device) for operator in OPERATORS.values()]
-
-    def call(x):
-        pieces = x.split([case.row.shape[1] for case in cases], 1)
-        results = [case.call(piece.contiguous()) for case, piece in zip(cases, pieces, strict=True)]
-        return torch.cat([result.contiguous().view(torch.uint8) for result in results], 1)
-
-    return Case(torch.cat([case.row for case in cases], 1), call)
+# Inductor takes seconds for each operator. It compiles each patched ATen operator, because it has a table of these, and
+# one registered operator of each kind: with a new result, in place, with several results, and with a cache. The others
+# are compiled without it, by AOTAutograd.
+INDUCTOR = ("mm", "addmm", "mm.dtype", "bmm_batch", "attention", "softmax", "log_softmax", "mean", "rms_norm")
+INDUCTOR += ("rmsnorm", "fused_add_rmsnorm", "rmsnorm_quant_fp8_dynamic", "store_cache")
+# A size without a kernel, whose fallback Inductor fuses.
+COMPILED_SHAPES = {"rms_norm": (33,)}
 
 
-def test_every_operator_compiled_on_the_cpu():
+@pytest.mark.parametrize("op", OPERATORS)
+def test_every_operator_compiled_on_the_cpu(op, monkeypatch):
+    backend = "inductor" if op in INDUCTOR else "aot_eager"
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
+    shape = COMPILED_SHAPES.get(op, OPERATORS[op].shapes["cpu"][0])
     with set_batch_invariant_mode():
-        result = verify("all", Operator(all_operators, "N", {}), (1,), torch.float32, "cpu", 17, ["compiled"])
+        result = verify(op, OPERATORS[op], shape, torch.float32, "cpu", 17, ["compiled"])
     assert result.difference == "" and result.compared == 4 * 3
 
 
@@ -127,7 +130,7 @@ def test_lines_are_printed_at_once(form, monkeypatch):
 
 
 def test_catches_torch_on_the_cpu():
-    """Outside the mode, torch computes float32 products of few rows by another kernel."""
+    """Outside the mode, torch computes float32 GEMMs of few rows by another kernel."""
     words = ["--op", "mm", "--dtype", "fp32", "--shape", "256x512", "--mode", "eager"]
     done = run(*words, "--outside")
     assert done.exit_code == 1
@@ -139,7 +142,7 @@ def test_catches_torch_on_the_cpu():
 
 @pytest.mark.gpu
 def test_catches_cublas():
-    """cuBLAS splits k of these products for few rows, on the H200 up to 31."""
+    """cuBLAS splits k of these GEMMs for few rows, on the H200 up to 31."""
     words = ["verify-invariance", "--op", "mm_transposed", "--shape", "4096x14336", "--dtype", "bf16"]
     words += ["--mode", "eager"]
     assert CliRunner().invoke(main, [*words, "--outside"]).exit_code == 1
@@ -184,18 +187,10 @@ def test_catches(call, words, monkeypatch):
     assert result.difference.startswith(words)
 
 
-def test_every_registered_operator_has_a_case():
-    """Or a reason why it has none."""
-    names = {*registry.OPERATORS}
-    assert names <= {*OPERATORS, *EXEMPT} and not {*OPERATORS} & {*EXEMPT}
-    assert {*EXEMPT} <= names
-
-
-def outputs_of(arguments, before, result):
-    """Return the tensors that a call returned, and the arguments that it wrote."""
-    returned = () if result is None else result if isinstance(result, tuple) else (result,)
-    written = [t for t, old in zip(arguments, before, strict=True) if old is not None and not same_bits(t, old)]
-    return [t for t in (*returned, *written) if t.shape[0] > 1]
+def written_outputs(arguments, before):
+    """Return the arguments that a call wrote, without a scale for all rows."""
+    written = [t for name, t in arguments.items() if name in before and not same_bits(t, before[name])]
+    return [t for t in written if t.shape[0] > 1]
 
 
 @pytest.mark.parametrize("op", REGISTERED)
@@ -204,23 +199,82 @@ def test_a_broken_kernel_is_caught(op, monkeypatch):
     function = registry.EXAMPLES[op].function
     counts = set()
 
-    def broken(*arguments, **options):
-        before = [t.clone() if isinstance(t, torch.Tensor) else None for t in arguments]
-        result = function(*arguments, **options)
-        outputs = outputs_of(arguments, before, result)
-        if arguments[0].shape[0] >= 5:
+    def broken(**arguments):
+        before = {name: t.clone() for name, t in arguments.items() if isinstance(t, torch.Tensor)}
+        result = function(**arguments)
+        returned = () if result is None else result if isinstance(result, tuple) else (result,)
+        outputs = [*(t for t in returned if t.shape[0] > 1), *written_outputs(arguments, before)]
+        if next(iter(before.values())).shape[0] >= 5:
             counts.add(len(outputs))
             outputs[index].view(torch.uint8).bitwise_xor_(1)
         return result
 
     monkeypatch.setitem(registry.EXAMPLES, op, registry.EXAMPLES[op]._replace(function=broken))
     shape = OPERATORS[op].shapes["cpu"][-1]
-    for index in range(3):
+    for index in itertools.count():
         result = verify(op, OPERATORS[op], shape, torch.float32, "cpu", 6, ["eager"])
         assert result.difference.startswith("the first row of 5"), (index, result)
         if index + 1 == max(counts):
             break
     assert len(counts) == 1
+
+
+def scale_and_store(q, k, v, table, positions, k_cache, v_cache, slot_mapping):
+    """Scale q and k in place by their positions, then write k and v to caches, as a fused operator of a model does."""
+    for heads in (q, k):
+        heads *= table[positions][:, None]
+    k_cache[slot_mapping], v_cache[slot_mapping] = k, v
+
+
+def forgets_a_position(**arguments):
+    positions = arguments["positions"]
+    scale_and_store(**arguments | {"positions": torch.cat((positions[:4], positions[:1].expand(len(positions[4:]))))})
+
+
+def writes_another_slot(**arguments):
+    scale_and_store(**arguments)
+    if len(arguments["q"]) > 4:
+        arguments["v_cache"][arguments["slot_mapping"] + 1] = 1
+
+
+def writes_one_slot_twice(**arguments):
+    scale_and_store(**arguments)
+    if len(arguments["q"]) > 4:
+        arguments["k_cache"][arguments["slot_mapping"][0]] = arguments["k"][1]
+
+
+@pytest.mark.parametrize(
+    ("function", "words"),
+    [
+        (scale_and_store, ""),
+        (forgets_a_position, "the last row of"),
+        (writes_another_slot, "the first row of 5:"),
+        (writes_one_slot_twice, "the first row of 5:"),
+    ],
+)
+def test_a_case_with_positions_and_caches(function, words, monkeypatch):
+    """Integers of a row are valid positions whatever the row contains."""
+
+    def make_arguments(shape):
+        q, k, v = (shape.randn(shape.rows, heads, shape.size) for heads in (2, 1, 1))
+        return {
+            **{"q": q, "k": k, "v": v, "table": torch.randn(9, shape.size).to(shape.dtype)},
+            "positions": torch.arange(shape.rows) % 9,
+            **{f"{name}_cache": shape.zeros(2 * shape.rows, 1, shape.size) for name in "kv"},
+            "slot_mapping": torch.arange(shape.rows),
+        }
+
+    example = registry.Example(
+        function,
+        make_arguments,
+        written=("q", "k", "k_cache", "v_cache"),
+        per_row=("q", "k", "v", "positions", "slot_mapping"),
+        slots="slot_mapping",
+    )
+    monkeypatch.setitem(registry.EXAMPLES, "made up", example)
+    operator = Operator(functools.partial(cases._registered_case, "made up"), "N", {})
+    result = verify("made up", operator, (16,), torch.bfloat16, "cpu", 6, ["eager"])
+    assert result.difference.startswith(words) and bool(result.difference) == bool(words), result
 
 
 @pytest.mark.parametrize("modes", [["cudagraph"], ["eager,cudagraph"], ["eager", "cudagraph"]])
@@ -278,7 +332,7 @@ def test_lists_of_operators_and_dtypes(monkeypatch):
 @pytest.mark.parametrize("shape", ["9" * 10, "9" * 30, "9" * 5000, "\u0664"])
 def test_sizes_that_are_no_numbers_or_too_large(shape):
     done = run("--op", "rmsnorm", "--shape", shape, "--dtype", "fp32")
-    assert done.exit_code == 2 and "--shape must be N for rmsnorm" in done.stderr and len(done.stderr) < 300
+    assert done.exit_code == 2 and "--shape must be HIDDEN_SIZE for rmsnorm" in done.stderr and len(done.stderr) < 300
 
 
 @pytest.mark.parametrize("shape", ["4096", "4096x", "0x4", "axb"])

@@ -10,9 +10,9 @@ MAX_SPLITS = 32  # of the keys of a sequence
 
 
 class Schedule(NamedTuple):
-    """What one program does; benchmarks/tune_attention.py tries others. All but `split_keys` affects the bits."""
+    """The work of one program; benchmarks/tune_attention.py tries others. All but `split_keys` affect the bits."""
 
-    leaf_keys: int  # keys that are added in their order: a leaf of the binary tree
+    leaf_keys: int  # keys that are added in sequence: a leaf of the binary tree
     split_keys: int  # keys of a program: `leaf_keys` times a power of two, up to 2**tree_levels
     block_keys: int  # keys that are loaded at a time
     num_warps: int
@@ -20,16 +20,16 @@ class Schedule(NamedTuple):
 
 
 @functools.lru_cache(1024)
-def choose_schedule(rows: int, keys: int, head_dim: int, groups: int, num_sms: int) -> Schedule:
+def choose_schedule(rows: int, keys: int, head_dim: int, num_kv_heads: int, num_sms: int) -> Schedule:
     """Return the schedule of a call.
 
-    All but `split_keys` follows from what belongs to one sequence, so that its bits do not depend on the others.
+    All but `split_keys` follow from what belongs to one sequence, so that its bits do not depend on the others.
 
     Args:
         rows: queries of a sequence times the query heads that share a head of keys.
         keys: keys of a sequence.
         head_dim: the larger one of keys and values.
-        groups: heads of keys in all sequences together; affects `split_keys` only.
+        num_kv_heads: heads of keys in all sequences together; affects `split_keys` only.
         num_sms: SMs of the GPU; affects `split_keys` only.
     """
     levels = tree_levels(rows, head_dim)
@@ -37,12 +37,12 @@ def choose_schedule(rows: int, keys: int, head_dim: int, groups: int, num_sms: i
     # a split leaves for the second kernel have as many numbers as there are rows.
     min_leaf = max(128, 8 * rows, _ceil_div(keys, MAX_SPLITS << levels))
     leaf = _next_power_of_2(max(min_leaf, min(512, _ceil_div(keys, 8))))
-    groups *= _ceil_div(rows, block_rows(rows, head_dim))
+    programs_per_split = num_kv_heads * _ceil_div(rows, block_rows(rows, head_dim))
     costs = {}
     for split in (leaf << level for level in range(levels + 1)):
         splits = _ceil_div(keys, split)
         if splits <= MAX_SPLITS:
-            costs[split] = _estimate_cost(leaf, split, splits, groups * splits / num_sms)
+            costs[split] = _estimate_cost(leaf, split, splits, programs_per_split * splits / num_sms)
     return Schedule(leaf, min(costs, key=costs.__getitem__), 64 if head_dim <= 128 else 32, 4, 3)
 
 

@@ -1,4 +1,4 @@
-"""Products on the CPU, by torch's library, in blocks that always have the same number of rows.
+"""GEMMs on the CPU, by torch's library, in blocks that always have the same number of rows.
 
 The library chooses its kernel by the shapes of its operands, so every call gives it the same shape. The last block is
 padded with zeros.
@@ -17,7 +17,7 @@ _MIN_COLUMNS = 16
 _BLOCK_ROWS = 32
 
 
-def add_product(
+def addmm(
     addend: torch.Tensor | None, a: torch.Tensor, b: torch.Tensor, beta: float = 1, alpha: float = 1
 ) -> torch.Tensor:
     """Return `beta * addend + alpha * a @ b` for `[m, k]` and `[k, n]`.
@@ -29,7 +29,7 @@ def add_product(
     if 0 < columns < _MIN_COLUMNS:
         padding = _MIN_COLUMNS - columns
         padded = None if addend is None else F.pad(addend.expand(rows, columns), (0, padding))
-        return add_product(padded, a, F.pad(b, (0, padding)), beta, alpha)[:, :columns].contiguous()
+        return addmm(padded, a, F.pad(b, (0, padding)), beta, alpha)[:, :columns].contiguous()
     out = a.new_empty(rows, columns)
     a = contiguous_aligned(a)
     if addend is not None:

@@ -1,4 +1,4 @@
-"""Products on CUDA, and the choice of a GEMM backend, which never depends on the number of rows."""
+"""GEMMs on CUDA, and the choice of a GEMM backend, which never depends on the number of rows."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from jitnorm.batch_invariant.triton_support import device_guard, triton_module
 
 _ALIGNMENT = 16  # bytes, of every operand: what tensor cores and TMA need
 
-# The selected backends. The key is made of what a call reads fastest, as products in decoding take only 10 us.
+# The selected backends. The key is made of what a call reads fastest, as GEMMs in decoding take only 10 us.
 _gemms: dict[tuple[Any, ...], Gemm] = {}
 _lock = threading.Lock()
 
 
-def cuda_product(a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None, out_dtype: torch.dtype) -> torch.Tensor:
+def cuda_mm(a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None, out_dtype: torch.dtype) -> torch.Tensor:
     """Return `a @ b + bias` for `[m, k]` and `[k, n]`, which have been checked.
 
     Backends get `a`, `bias` and the result contiguous, `b` contiguous along rows or along columns, and all of them
@@ -50,10 +50,10 @@ def cuda_product(a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None, ou
     return out
 
 
-def cuda_batched_product(a: torch.Tensor, b: torch.Tensor, out_dtype: torch.dtype) -> torch.Tensor:
+def cuda_bmm(a: torch.Tensor, b: torch.Tensor, out_dtype: torch.dtype) -> torch.Tensor:
     """Return `a[i] @ b[i]` for `[batch, m, k]` and `[batch, k, n]`, which have been checked.
 
-    The Triton backend computes all of them: attention makes such products, in sizes that grow with every token, and
+    The Triton backend computes all of them: attention makes such calls, in sizes that grow with every token, and
     they are too many for an invariance check of each.
     """
     out = a.new_empty(a.shape[0], a.shape[1], b.shape[2], dtype=out_dtype)
@@ -95,7 +95,7 @@ def _select_and_cache(key: tuple[Any, ...]) -> Gemm:
     problem = _problem(*key)
     if torch.cuda.is_current_stream_capturing():
         raise RuntimeError(
-            f"batch-invariant mode met the product {problem} for the first time while a CUDA graph was captured, and "
+            f"batch-invariant mode met the GEMM {problem} for the first time while a CUDA graph was captured, and "
             "must first check which GEMM backend is batch-invariant for it: run the model once in the mode before "
             "capturing"
         )

@@ -26,7 +26,7 @@ from jitnorm.jit.folder import UntrustedPath
 from jitnorm.jit.log import logger
 
 _ROWS = 7  # different rows, which a batch repeats: as 7 is odd, each of them comes to every place of a tile
-_MAX_ELEMENTS = 1 << 29  # of one product: 8192 rows of the widest layers, fewer of a vocabulary
+_MAX_ELEMENTS = 1 << 29  # of one result: 8192 rows of the widest layers, fewer of a vocabulary
 _SECONDS_UNTIL_LOGGED = 2
 
 
@@ -99,17 +99,17 @@ def find_first_difference(gemm: Gemm, problem: Problem) -> str:
     b = _with_strides_of(problem, b)
     bias = torch.zeros(problem.n, dtype=problem.dtype, device=device) if problem.bias else None
 
-    def product(a: torch.Tensor) -> torch.Tensor:
+    def multiply(a: torch.Tensor) -> torch.Tensor:
         out = torch.full((a.shape[0], problem.n), float("nan"), dtype=problem.out_dtype, device=device)
         gemm(a, b, bias, out)
         return out
 
-    alone = torch.cat([product(rows[i : i + 1].clone()) for i in range(_ROWS)])
+    alone = torch.cat([multiply(rows[i : i + 1].clone()) for i in range(_ROWS)])
     if not alone.isfinite().all():
         return "the result of a single row is not finite"
     # All counts are read together at the end, because each read waits for the GPU.
     sizes = [m for m in BATCH_SIZES if m <= 256 or m * problem.n <= _MAX_ELEMENTS]
-    counts = torch.stack([_count_differences(product(_repeat(rows, m)), alone) for m in sizes]).tolist()
+    counts = torch.stack([_count_differences(multiply(_repeat(rows, m)), alone) for m in sizes]).tolist()
     for m, count in zip(sizes, counts, strict=True):
         if count:
             return f"{count} of {m * problem.n} elements differ in a batch of {m}"

@@ -19,7 +19,7 @@ class UnsupportedProblem(RuntimeError):
 
 @dataclass(frozen=True)
 class Problem:
-    """A product `a @ b + bias` in all but the number of rows of `a`, by which no backend may be chosen."""
+    """A GEMM `a @ b + bias` in all but the number of rows of `a`, by which no backend may be chosen."""
 
     device: torch.device
     n: int
@@ -42,6 +42,6 @@ class Problem:
         )
 
 
-# A GEMM backend, bound to one problem: writes `a @ b + bias` into `out`, the last of (a, b, bias, out). `cuda_product`
+# A GEMM backend, bound to one problem: writes `a @ b + bias` into `out`, the last of (a, b, bias, out). `cuda_mm`
 # in cuda.py says how these are laid out.
 Gemm: TypeAlias = Callable[[torch.Tensor, torch.Tensor, "torch.Tensor | None", torch.Tensor], None]

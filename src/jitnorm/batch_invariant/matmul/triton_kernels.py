@@ -2,7 +2,7 @@
 
 An element of the result is the sum of the same terms in the same order whatever the tile's height and width: one
 accumulator goes through k in steps of a tensor core's instruction. So a tile may be chosen by the number of rows, but
-only if the invariance check passes with such tiles on the GPU itself; otherwise all products have one tile.
+only if the invariance check passes with such tiles on the GPU itself; otherwise all GEMMs have one tile.
 """
 
 from __future__ import annotations

@@ -1,15 +1,15 @@
 """The invariance cases: operators as functions of rows, with all other operands fixed.
 
-The mode's ATen operators have cases, and so has every operator and variant in the package's registry, under its name
-there. For another one of a family, name it in `_REGISTERED_OPERATORS`. A test fails for an operator of the registry
-that is neither there nor in `EXEMPT`.
+The mode's ATen operators have cases here. The cases of the package's own operators are made from their example calls in
+the registry, under the same names.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +18,8 @@ from jitnorm import _operators  # noqa: F401
 from jitnorm.batch_invariant.operands import cancelling_operands
 from jitnorm.core.operators import EXAMPLES
 from jitnorm.core.operators import OPERATORS as REGISTRY
+
+_EXAMPLE_ROWS = 64  # of the example call from which a case is made
 
 Shape: TypeAlias = tuple[int, ...]
 RowFunction: TypeAlias = Callable[[torch.Tensor], torch.Tensor]  # from [m, width] to [m, anything]
@@ -47,8 +49,8 @@ _LAYERS: tuple[Shape, ...] = ((4096, 4096), (4096, 14336), (5120, 25600), (1000,
 _HEADS: tuple[Shape, ...] = ((128, 1000), (300, 128))
 
 
-def _product(call: WeightedFunction, transposed: bool, shapes: tuple[Shape, ...] = _LAYERS) -> Operator:
-    """Return the cases of a product of the rows and a fixed matrix, which is row-major or the transpose of such."""
+def _gemm(call: WeightedFunction, transposed: bool, shapes: tuple[Shape, ...] = _LAYERS) -> Operator:
+    """Return the cases of a GEMM of the rows and a fixed matrix, which is row-major or the transpose of such."""
 
     def make(shape: Shape, dtype: torch.dtype, device: torch.device) -> Case:
         n, k = shape
@@ -131,109 +133,82 @@ def _rms_norm(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     return F.rms_norm(x, weight.shape, weight, 1e-6)
 
 
-def _bytes(*results: torch.Tensor) -> torch.Tensor:
-    """Return the bytes of several results of the same rows in one tensor."""
-    return torch.cat([result.flatten(1).view(torch.uint8) for result in results], -1)
+def _registered_operator(name: str) -> Operator:
+    """Return the cases of an operator of the registry, which are made from its example call."""
+    shapes: tuple[Shape, ...] = tuple((size,) for size in EXAMPLES[name].sizes)
+    sizes = (REGISTRY[name].size_name or "n").replace(" ", "_").upper()
+    return Operator(functools.partial(_registered_case, name), sizes, {"cuda": shapes, "cpu": shapes})
 
 
-def _function(name: str) -> Callable[..., Any]:
-    """Return the public function of an operator of the registry, for each call, so that tests can replace it."""
-    return EXAMPLES[name].function
+def _registered_case(name: str, shape: Shape, dtype: torch.dtype, device: torch.device) -> Case:
+    """Make a case whose row consists of one row of each per-row argument of the example call.
 
-
-def _registered_norm(name: str) -> Operator:
-    return _norm(lambda x, weight: _function(name)(x, weight))
-
-
-def _fused_add_norm(name: str, **options: Any) -> Operator:
-    def call(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        input, residual = x.clone(memory_format=torch.contiguous_format), x.flip(-1).contiguous()
-        _function(name)(input, residual, weight, **options)
-        return torch.cat((input, residual), -1)
-
-    return _norm(call)
-
-
-def _static_scale(x: torch.Tensor) -> torch.Tensor:
-    return torch.full((1,), 0.25, dtype=torch.float32, device=x.device)
-
-
-def _quant_norm(name: str, is_static: bool) -> Operator:
-    def call(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        q, scales = _function(name)(x, weight, _static_scale(x) if is_static else None)
-        return _bytes(q) if is_static else _bytes(q, scales)
-
-    return _norm(call)
-
-
-def _fused_add_quant_norm(name: str, is_static: bool) -> Operator:
-    def call(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        residual = x.flip(-1).contiguous()
-        q, scales = _function(name)(x, residual, weight, _static_scale(x) if is_static else None)
-        return _bytes(q, residual) if is_static else _bytes(q, scales, residual)
-
-    return _norm(call)
-
-
-def _per_tensor_quant(x: torch.Tensor) -> torch.Tensor:
-    input = x.contiguous()
-    q = torch.empty_like(input, dtype=torch.float8_e4m3fn)
-    _function("per_tensor_quant_fp8")(input, q, _static_scale(x), is_static=True)
-    return _bytes(q)
-
-
-def _per_token_quant(x: torch.Tensor) -> torch.Tensor:
-    q, scales = torch.empty_like(x, dtype=torch.float8_e4m3fn), x.new_empty((x.shape[0], 1), dtype=torch.float32)
-    _function("per_token_quant_fp8")(x, q, scales)
-    return _bytes(q, scales)
-
-
-def _qknorm(shape: Shape, dtype: torch.dtype, device: torch.device) -> Case:
-    """Make a case whose row is a token's three heads of q and one of k."""
-    (head_dim,) = shape
-    q_weight, k_weight = torch.randn(2, head_dim, device=device).to(dtype).unbind()
+    If the batch is contiguous, so is each argument; otherwise the rows of the arguments are apart as well. Rows are
+    written to a cache from its last used slot to its first. Every second slot is unused, and must not change.
+    """
+    (size,) = shape
+    example = EXAMPLES[name]
+    arguments = example.arguments(_EXAMPLE_ROWS, size, dtype, device)
+    per_row = [arg for arg in example.per_row if arg != example.slots]
+    caches = [arg for arg in example.written if arg not in example.per_row] if example.slots else []
+    # Each argument begins at a multiple of 64 elements, so that its rows are aligned as the kernels require.
+    widths = [-(-arguments[arg][0].numel() // 64) * 64 for arg in per_row]
+    results = example.run(arguments)
+    # A function may also return what is the same for all rows, such as a given scale.
+    is_per_row = [result.shape[0] == _EXAMPLE_ROWS for result in results[: len(results) - len(example.written)]]
+    writes_rows = any(arg in example.written for arg in per_row)
 
     def call(x: torch.Tensor) -> torch.Tensor:
-        heads = x.clone(memory_format=torch.contiguous_format).view(-1, 4, head_dim)
-        _function("fused_inplace_qknorm")(heads[:, :3], heads[:, 3:], q_weight, k_weight)
-        return heads.flatten(1)
+        count, is_contiguous = x.shape[0], x.is_contiguous()
+        if writes_rows and not is_contiguous:
+            x = x.new_empty_strided(x.shape, x.stride()).copy_(x)
+        own = dict(arguments)
+        for arg, columns in zip(per_row, x.split(widths, 1), strict=True):
+            rows = _rows_like(arguments[arg], columns)
+            if is_contiguous and arg in example.written:
+                # Each is a copy of its own: if an operator writes to two views of one tensor, Inductor may be wrong.
+                rows = rows.clone(memory_format=torch.contiguous_format)
+            own[arg] = rows.contiguous() if is_contiguous or arg in example.contiguous else rows
+        for arg in caches:
+            own[arg] = x.new_zeros(2 * count, *arguments[arg].shape[1:], dtype=arguments[arg].dtype)
+        if example.slots:
+            own[example.slots] = 2 * torch.arange(count, device=x.device, dtype=arguments[example.slots].dtype).flip(0)
+        result = EXAMPLES[name].function(**own)  # looked up for each call, so that tests can replace it
+        returned = () if result is None else result if isinstance(result, tuple) else (result,)
+        results = [result for result, keep in zip(returned, is_per_row, strict=True) if keep]
+        for arg in example.written:
+            results.append(own[arg].unflatten(0, (count, 2)).flip(0) if arg in caches else own[arg])
+        return _join([result.flatten(1) for result in results])
 
-    return Case(torch.randn(1, 4 * head_dim, device=device).to(dtype), call)
-
-
-def _store_cache(shape: Shape, dtype: torch.dtype, device: torch.device) -> Case:
-    """Make a case whose row is a token's key and value, and whose result is their slots and the slots behind these."""
-    (width,) = shape
-
-    def call(x: torch.Tensor) -> torch.Tensor:
-        tokens = x.shape[0]
-        k, v = x.split(width, 1)
-        k_cache, v_cache = x.new_zeros(2 * tokens, width), x.new_zeros(2 * tokens, width)
-        slots = 2 * torch.arange(tokens, device=x.device).flip(0)  # the last token's first; every second stays free
-        _function("store_cache")(k, v, k_cache, v_cache, slots)
-        return torch.cat([cache.view(tokens, 2 * width).flip(0) for cache in (k_cache, v_cache)], -1)
-
-    return Case(torch.randn(1, 2 * width, device=device).to(dtype), call)
-
-
-def _activation(name: str) -> Operator:
-    return _rowwise(lambda x: _function(name)(x), 256, 8192)
+    return Case(torch.randn(1, sum(widths), device=device).to(dtype), call)
 
 
-def _by_size(make: Callable[[Shape, torch.dtype, torch.device], Case], name: str, *sizes: int) -> Operator:
-    """Return the cases of an operator with one size, on either device."""
-    shapes: tuple[Shape, ...] = tuple((size,) for size in sizes)
-    return Operator(make, name, {"cuda": shapes, "cpu": shapes})
+def _rows_like(example: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+    """Return rows of the shape and dtype of the example's, made of `columns`, which are `[rows, a multiple of 64]`.
+
+    Integers, such as positions, must be valid: a number in `columns` selects one of the example's.
+    """
+    if example.dtype.is_floating_point:
+        return columns[:, : example[0].numel()].reshape(-1, *example.shape[1:]).to(example.dtype)
+    number = (16 * columns[:, 0].float()).abs().nan_to_num(0.0, 0.0, 0.0)
+    return example[number.clamp(max=_EXAMPLE_ROWS - 1).long()]
+
+
+def _join(results: list[torch.Tensor]) -> torch.Tensor:
+    """Return several results of the same rows in one tensor; as bytes if they have several dtypes, or float8."""
+    if len({result.dtype for result in results}) > 1 or results[0].element_size() == 1:
+        results = [result.view(torch.uint8) for result in results]
+    return torch.cat(results, -1)
 
 
 _ATEN_OPERATORS: dict[str, Operator] = {
-    "mm": _product(torch.mm, transposed=False),
-    "mm_transposed": _product(torch.mm, transposed=True),
-    "addmm": _product(_addmm, transposed=True),
-    "linear": _product(_linear, transposed=True),
-    "mm.dtype": _product(_mm_dtype, transposed=True),
-    "bmm": _product(_bmm, transposed=True, shapes=_HEADS),
-    "bmm_batch": _product(_bmm_batch, transposed=False, shapes=_HEADS),
+    "mm": _gemm(torch.mm, transposed=False),
+    "mm_transposed": _gemm(torch.mm, transposed=True),
+    "addmm": _gemm(_addmm, transposed=True),
+    "linear": _gemm(_linear, transposed=True),
+    "mm.dtype": _gemm(_mm_dtype, transposed=True),
+    "bmm": _gemm(_bmm, transposed=True, shapes=_HEADS),
+    "bmm_batch": _gemm(_bmm_batch, transposed=False, shapes=_HEADS),
     "attention": Operator(
         _attention,
         "HEADSxQUERIESxKEYSxHEAD_DIM",
@@ -244,26 +219,7 @@ _ATEN_OPERATORS: dict[str, Operator] = {
     "mean": _reduction(lambda x: x.mean(-1, keepdim=True)),
     "rms_norm": _norm(_rms_norm, 1000),
 }
-_REGISTERED_OPERATORS: dict[str, Operator] = {
-    **{name: _registered_norm(name) for name in ("rmsnorm", "gemma_rmsnorm")},
-    **{name: _fused_add_norm(name) for name in ("fused_add_rmsnorm", "gemma_fused_add_rmsnorm")},
-    **{
-        name: _fused_add_norm(name, round_sum=True)
-        for name in ("fused_add_rmsnorm_round_sum", "gemma_fused_add_rmsnorm_round_sum")
-    },
-    "rmsnorm_quant_fp8": _quant_norm("rmsnorm_quant_fp8", is_static=True),
-    "rmsnorm_quant_fp8_dynamic": _quant_norm("rmsnorm_quant_fp8_dynamic", is_static=False),
-    "fused_add_rmsnorm_quant_fp8": _fused_add_quant_norm("fused_add_rmsnorm_quant_fp8", is_static=True),
-    "fused_add_rmsnorm_quant_fp8_dynamic": _fused_add_quant_norm(
-        "fused_add_rmsnorm_quant_fp8_dynamic", is_static=False
-    ),
-    "per_tensor_quant_fp8": _rowwise(_per_tensor_quant, 128, 4096),
-    "per_token_quant_fp8": _rowwise(_per_token_quant, 128, 4096),
-    "fused_inplace_qknorm": _by_size(_qknorm, "HEAD_DIM", 64, 128),
-    # Rows for accesses of 16 bytes, and of 8 or 4.
-    "store_cache": _by_size(_store_cache, "WIDTH", 1024, 6),
-    **{name: _activation(name) for name in ("silu_and_mul", "gelu_and_mul", "gelu_tanh_and_mul")},
-}
+_REGISTERED_OPERATORS = {name: _registered_operator(name) for name, example in EXAMPLES.items() if example.per_row}
 OPERATORS = {**_ATEN_OPERATORS, **_REGISTERED_OPERATORS}
 
 

@@ -1,4 +1,4 @@
-"""Test that matrix products in batch-invariant mode are right, and have the same bits for a row in any batch."""
+"""Test that GEMMs in batch-invariant mode are right, and have the same bits for a row in any batch."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_matches_the_definition(device, shape, dtype):
 @pytest.mark.parametrize("b_layout", LAYOUTS)
 @pytest.mark.parametrize("a_layout", LAYOUTS)
 def test_strides(device, a_layout, b_layout):
-    """Strides of a do not affect the bits. Other strides of b may select another product."""
+    """Strides of a do not affect the bits. Other strides of b may select another GEMM."""
     a, b = operands(37, 72, 129, torch.bfloat16, device)
     other_b = LAYOUTS[b_layout](b)
     out = matmul_persistent(LAYOUTS[a_layout](a), other_b)
@@ -109,7 +109,7 @@ def test_mm_dtype_rounds_to_float32(mode, device, dtype):
     assert relative_error(out, a.double() @ b.double()) <= TOLERANCE[torch.float32]
 
 
-def test_a_shared_weight_is_one_product(mode, device):
+def test_a_shared_weight_is_one_gemm(mode, device):
     """torch.matmul calls mm or bmm for it, depending on the strides and the size of the input."""
     weight = torch.randn(40, 64, device=device)
     x = torch.randn(3, 5, 64, device=device)
@@ -126,7 +126,7 @@ def test_integers_and_float64(mode):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_linear_is_one_product_whatever_the_strides(mode, device, dtype):
+def test_linear_is_one_gemm_whatever_the_strides(mode, device, dtype):
     """The strides of some tokens of each sequence fold into one row stride for one sequence, but not for five."""
     hidden, weight = torch.randn(5, 6, 256, device=device).to(dtype), torch.randn(300, 256, device=device).to(dtype)
     for bias in (None, torch.randn(300, device=device).to(dtype)):

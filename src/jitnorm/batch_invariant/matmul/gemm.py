@@ -1,11 +1,11 @@
-"""The public products, and what the patched ATen operators call: argument checks and the choice by device."""
+"""The public GEMMs, and what the patched ATen operators call: argument checks and the choice by device."""
 
 from __future__ import annotations
 
 import torch
 
 from jitnorm.batch_invariant.matmul import cpu
-from jitnorm.batch_invariant.matmul.cuda import cuda_batched_product, cuda_product
+from jitnorm.batch_invariant.matmul.cuda import cuda_bmm, cuda_mm
 from jitnorm.batch_invariant.operands import require_eager
 from jitnorm.batch_invariant.triton_support import TRITON_DTYPES
 from jitnorm.core import checks
@@ -29,10 +29,10 @@ def matmul_persistent(a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | Non
     Raises:
         TypeError: an argument is not a tensor, or dtypes differ.
         ValueError: shapes do not fit, or tensors are on different devices.
-        RuntimeError: a gradient is needed, or the first product of its kind is computed while a CUDA graph is captured.
+        RuntimeError: a gradient is needed, or the first GEMM of its kind is computed while a CUDA graph is captured.
     """
     require_eager("matmul_persistent", "torch.mm or torch.addmm", a, b, bias)
-    return product(a, b, bias)
+    return mm(a, b, bias)
 
 
 def bmm_batch_invariant(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
@@ -50,7 +50,7 @@ def bmm_batch_invariant(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor | No
         TypeError, ValueError, RuntimeError: as `matmul_persistent`.
     """
     require_eager("bmm_batch_invariant", "torch.bmm", a, b, out)
-    result = batched_product(a, b)
+    result = bmm(a, b)
     if out is None:
         return result
     checks.tensor("out", out)
@@ -60,7 +60,7 @@ def bmm_batch_invariant(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor | No
     return out.copy_(result)
 
 
-def product(
+def mm(
     a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None = None, out_dtype: torch.dtype | None = None
 ) -> torch.Tensor:
     """Return `a @ b + bias` for `[m, k]` and `[k, n]`, rounded to `out_dtype` once."""
@@ -71,50 +71,48 @@ def product(
         checks.shape("bias", bias, [b.shape[1]], "one for each column of b")
         checks.device("bias", bias, "a", a)
     if a.is_cuda and a.dtype in TRITON_DTYPES:
-        return cuda_product(a, b, bias, out_dtype or a.dtype)
+        return cuda_mm(a, b, bias, out_dtype or a.dtype)
     if out_dtype not in (None, a.dtype):
         bias = None if bias is None else bias.float()
-        return product(a.float(), b.float(), bias).to(out_dtype)
+        return mm(a.float(), b.float(), bias).to(out_dtype)
     if a.is_cuda:  # float64 and the like: torch's own kernels, for which the mode promises nothing
         out = a.new_empty(a.shape[0], b.shape[1])
         return out.copy_(bias).addmm_(a, b) if bias is not None else out.addmm_(a, b, beta=0)
-    return cpu.add_product(bias, a, b)
+    return cpu.addmm(bias, a, b)
 
 
-def add_product(
-    addend: torch.Tensor, a: torch.Tensor, b: torch.Tensor, beta: float = 1, alpha: float = 1
-) -> torch.Tensor:
+def addmm(addend: torch.Tensor, a: torch.Tensor, b: torch.Tensor, beta: float = 1, alpha: float = 1) -> torch.Tensor:
     """Return `beta * addend + alpha * a @ b` for matrices, or for batches of them.
 
     Args:
         addend: broadcast to the shape of the result.
     """
     if a.dim() == 2 and addend.shape == b.shape[1:] and beta == alpha == 1:
-        return product(a, b, addend)
+        return mm(a, b, addend)
     _check(a, b, a.dim())
     checks.tensor("input", addend)
     checks.dtype("input", addend, (a.dtype,))
     addend = addend.expand(*a.shape[:-1], b.shape[-1])
     if a.device.type == "cpu" and a.dim() == 2:
-        return cpu.add_product(addend, a, b, beta, alpha)
+        return cpu.addmm(addend, a, b, beta, alpha)
     accumulator_dtype = torch.promote_types(a.dtype, torch.float32) if a.is_floating_point() else a.dtype
-    multiply = batched_product if a.dim() == 3 else product
+    multiply = bmm if a.dim() == 3 else mm
     total = multiply(a, b, out_dtype=accumulator_dtype).mul_(alpha)
     return (total if beta == 0 else total.add_(addend, alpha=beta)).to(a.dtype)
 
 
-def batched_product(a: torch.Tensor, b: torch.Tensor, out_dtype: torch.dtype | None = None) -> torch.Tensor:
+def bmm(a: torch.Tensor, b: torch.Tensor, out_dtype: torch.dtype | None = None) -> torch.Tensor:
     """Return `a[i] @ b[i]` for each i of `[batch, m, k]` and `[batch, k, n]`, rounded to `out_dtype` once."""
     _check(a, b, 3)
     batch, rows, depth = a.shape
     if batch and _is_shared(b):
-        # torch.matmul has expanded a weight: compute the same product, with the same bits, as if it had not.
-        return product(a.reshape(batch * rows, depth), b[0], out_dtype=out_dtype).view(batch, rows, b.shape[2])
+        # torch.matmul has expanded a weight: compute the same GEMM, with the same bits, as if it had not.
+        return mm(a.reshape(batch * rows, depth), b[0], out_dtype=out_dtype).view(batch, rows, b.shape[2])
     if a.is_cuda and a.dtype in TRITON_DTYPES:
-        return cuda_batched_product(a, b, out_dtype or a.dtype)
+        return cuda_bmm(a, b, out_dtype or a.dtype)
     out = a.new_empty(batch, rows, b.shape[2], dtype=out_dtype or a.dtype)
     for i in range(batch):
-        out[i] = product(a[i], b[i], out_dtype=out_dtype)
+        out[i] = mm(a[i], b[i], out_dtype=out_dtype)
     return out
 
 
