@@ -19,7 +19,7 @@ import torch
 
 from jitnorm.activation import MAX_WIDTH, SILU_AND_MUL
 from jitnorm.activation import check as check_activation
-from jitnorm.core.checks import power, vector_bytes
+from jitnorm.core.checks import power_of_two, vector_bytes
 from jitnorm.core.operators import OPERATORS
 from jitnorm.fused_add_rmsnorm import FUSED_ADD_RMSNORM
 from jitnorm.fused_add_rmsnorm import check as check_fused_add_rmsnorm
@@ -326,7 +326,7 @@ def test_checks_and_bindings_agree_at_every_limit(limits):
 
 def test_the_limits_are_those_of_the_messages():
     """The widest row that is accepted is the one that the message names."""
-    assert power(MAX_WIDTH) == power(MAX_ROW_BYTES) == "2^30"
+    assert power_of_two(MAX_WIDTH) == power_of_two(MAX_ROW_BYTES) == "2^30"
     with pytest.raises(RuntimeError, match=r"d = 1073741825 in float32: supported are multiples of 1 up to 2\^30"):
         check_activation("silu_and_mul", torch.empty(0, 2 * MAX_WIDTH + 2), None, None, 1, None)
     wide = torch.empty(0, MAX_ROW_BYTES + 4, dtype=torch.uint8)
