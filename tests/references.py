@@ -95,6 +95,15 @@ def qk_norm_rope(a: Arguments) -> Results:
     return tuple(results)
 
 
+def _store_heads(a: Arguments) -> Results:
+    caches = []
+    for name in ("k", "v"):
+        cache, slots = a[f"{name}_cache"].double(), a["indices"]
+        cache[slots // cache.shape[1], slots % cache.shape[1]] = a[name].double()
+        caches.append(cache)
+    return tuple(caches)
+
+
 def _qk_norm_rope_store(a: Arguments) -> Results:
     q, k = qk_norm_rope(a)
     caches = []
@@ -151,4 +160,5 @@ REFERENCES: dict[str, Callable[[Arguments], Results]] = {
     "gelu_and_mul": _gated(_gelu),
     "gelu_tanh_and_mul": _gated(_gelu_tanh),
     "store_cache": _store_cache,
+    "store_cache_heads": _store_heads,
 }
