@@ -67,6 +67,14 @@ FORMS = [
         },
     ),
     Form(
+        "store_cache_heads",
+        more={
+            **dict.fromkeys(("k_cache", "v_cache"), lambda: torch.zeros(3, 4, 1, HIDDEN).to(torch.float8_e4m3fn)),
+            "indices": lambda: torch.randperm(12)[:TOKENS],
+            **dict.fromkeys(("k_scale", "v_scale"), lambda: torch.full((1,), 0.5)),
+        },
+    ),
+    Form(
         "rope",
         more={
             "q_out": lambda: torch.zeros(TOKENS, 2, HIDDEN).to(torch.float8_e4m3fn),
