@@ -265,11 +265,11 @@ Outcome qk_norm_rope_store(const TVMFFIAny* args, int num_args) {
   double eps, weight_offset;
   index_t section[3], skip_index;
   bool is_neox, has_interleaved_sections, rounds_each_step, enable_pdl;
-  if (!as_float(args[10], &eps) || !(eps >= 0) || !as_float(args[11], &weight_offset) ||
-      !as_bool(args[12], &is_neox) || !as_int(args[13], &section[0]) || !as_int(args[14], &section[1]) ||
-      !as_int(args[15], &section[2]) || !as_bool(args[16], &has_interleaved_sections) ||
-      !as_int(args[22], &skip_index) || !as_bool(args[23], &rounds_each_step) ||
-      rounds_each_step != Kernel::kRoundsEachStep || !as_optional_bool(args[24], true, &enable_pdl))
+  if (!as_float(args[10], &eps) || !(eps >= 0) || !as_float(args[11], &weight_offset) || !as_bool(args[12], &is_neox) ||
+      !as_int(args[13], &section[0]) || !as_int(args[14], &section[1]) || !as_int(args[15], &section[2]) ||
+      !as_bool(args[16], &has_interleaved_sections) || !as_int(args[22], &skip_index) ||
+      !as_bool(args[23], &rounds_each_step) || rounds_each_step != Kernel::kRoundsEachStep ||
+      !as_optional_bool(args[24], true, &enable_pdl))
     return Outcome::kRefused;
 
   if (!rotates) {
