@@ -11,9 +11,8 @@
 #endif
 
 #define JN_HEADS 2
-#define JN_THREADS 128
-#define JN_BLOCKS 1
-#define JN_LARGE (~0u)
+#define JN_BLOCKS 5
+#define JN_LARGE 16
 #define JN_AHEAD 2
 namespace jitnorm {
 
@@ -51,23 +50,32 @@ struct QKNormRopeStoreKernel {
   static constexpr int kRotaryPairs = kRotaryDim / (2 * kElementsPerVector);
   static constexpr int kThreadsPerRow = min(32, next_power_of_two(kPairs));
   static constexpr int kPairsPerThread = (kPairs + kThreadsPerRow - 1) / kThreadsPerRow;
-  static constexpr int kHeadsPerRow = kPairsPerThread > 1 ? 1 : JN_HEADS;
-  static constexpr int kThreads = max(JN_THREADS, kThreadsPerRow);
+  static constexpr int kHeadBytes = kHeadDim * sizeof(T);
+  static constexpr int kThreads = max(128, kThreadsPerRow);
   static constexpr int kRowsPerBlock = kThreads / kThreadsPerRow;
   static constexpr int kMinBlocksPerSM = JN_BLOCKS;
-  static constexpr int kHeadBytes = kHeadDim * sizeof(T);
-  static constexpr int kBlockReadBytes = kRowsPerBlock * kHeadsPerRow * kHeadBytes;
-  static constexpr unsigned kMaxSmallGrid = 0;
-  static constexpr unsigned kMinLargeGrid = JN_LARGE;
-  static constexpr unsigned kBlocksAhead = max(128, (JN_AHEAD << 20) / kBlockReadBytes);
+
+  // From kMinLargeHeads on, a thread takes several heads. It then converts addresses, weights and angles once for all
+  // of them, and has more bytes in flight. In a smaller grid, more threads with one head each are done earlier.
+  static constexpr index_t kMinLargeHeads = (JN_LARGE << 20) / kHeadBytes;
+  static constexpr int kLargeHeadsPerRow = kPairsPerThread == 1 ? JN_HEADS : 1;
+  static constexpr int kBlocksAhead = (JN_AHEAD << 20) / (kRowsPerBlock * kLargeHeadsPerRow * kHeadBytes);
+  static constexpr unsigned kMaxSmallGrid = DefaultVariantOnly::kMaxSmallGrid;
+  static constexpr unsigned kMinLargeGrid = 1;  // there is one, and variant() chooses it
+  static int heads_per_row(index_t num_heads) { return num_heads < kMinLargeHeads ? 1 : kLargeHeadsPerRow; }
   static_assert(kHeadDim % (2 * kElementsPerVector) == 0 && kRotaryDim % (2 * kElementsPerVector) == 0,
                 "a head is pairs of vectors");
 
 #ifndef __CUDACC__
   static Grid grid(const QKNormRopeStoreParams& p) { return grid_of_blocks(p.num_rows, kRowsPerBlock, kThreads); }
+  static GridVariant variant(const QKNormRopeStoreParams& p) {
+    return p.num_all_heads < kMinLargeHeads ? GridVariant::kDefault : GridVariant::kLargeGrid;
+  }
 #else
   template <GridVariant kVariant>
   static __device__ __forceinline__ void run(const QKNormRopeStoreParams& p) {
+    constexpr bool kIsLarge = kVariant == GridVariant::kLargeGrid;
+    constexpr int kHeadsPerRow = kIsLarge ? kLargeHeadsPerRow : 1;
     const int lane = threadIdx.x % kThreadsPerRow;
     const unsigned row = blockIdx.x * kRowsPerBlock + threadIdx.x / kThreadsPerRow;
     // The last block may have threads without a row, and a row may have fewer heads. Their threads still take part in
@@ -100,7 +108,7 @@ struct QKNormRopeStoreKernel {
         from_weight[i][j] = load<WeightElement, kElementsPerVector>(weight + at);
       });
     launch_dependents();
-    if (kVariant == GridVariant::kLargeGrid) prefetch_later_row(p, row, lane);
+    if (kIsLarge) prefetch_later_row(p, row, lane);
     Angles angles[kPairsPerThread];
     if (rotates)
 #pragma unroll
@@ -216,7 +224,8 @@ struct QKNormRopeStoreKernel {
             sin[r * kRun + e] = to_float(angles[kRotaryDim / 2]);
           }
         } else {
-          const auto c = load<C, kRun>(row + first), s = load<C, kRun>(row + kRotaryDim / 2 + first);
+          const auto c = load<C, kRun>(row + first);
+          const auto s = load<C, kRun>(row + kRotaryDim / 2 + first);
           float f[kRun], g[kRun];
           to_float(c, f);
           to_float(s, g);
@@ -267,8 +276,8 @@ struct QKNormRopeStoreKernel {
 
   static __device__ __forceinline__ void prefetch_later_row(const QKNormRopeStoreParams& p, unsigned row, int lane) {
     row += kBlocksAhead * kRowsPerBlock;
-    if (lane >= kHeadsPerRow || row >= p.num_rows) return;
-    const HeadGroup group = head_group<kHeadsPerRow>(p, row);
+    if (lane >= kLargeHeadsPerRow || row >= p.num_rows) return;
+    const HeadGroup group = head_group<kLargeHeadsPerRow>(p, row);
     if (group.head + lane >= p.num_heads[group.kind]) return;
     const HeadTensor& heads = p.in[group.kind];
     prefetch<kHeadBytes>(head_address<const T>(heads, group) + lane * heads.head_stride);

@@ -57,6 +57,7 @@ struct QKNormRopeStoreParams {
   index_t max_position;
   index_t skip_index;
   index_t num_rows;
+  index_t num_all_heads;           // of all tokens
   UnsignedDivisor groups_divisor;  // divides by num_groups
   UnsignedDivisor block_divisor;   // divides by block_size
   unsigned num_groups;             // of q, k and v of a token together
@@ -328,12 +329,12 @@ Outcome qk_norm_rope_store(const TVMFFIAny* args, int num_args) {
     params.cache[kValue] = paged_cache(v_cache, sizeof(Cache));
   }
 
-  constexpr index_t per_row = Kernel::kHeadsPerRow;
-  const index_t heads = q_heads + k_heads + (has_cache ? k_heads : 0);
+  const index_t heads = tokens * (q_heads + k_heads + (has_cache ? k_heads : 0));
+  const index_t per_row = Kernel::heads_per_row(heads);
   const index_t q_groups = (q_heads + per_row - 1) / per_row, k_groups = (k_heads + per_row - 1) / per_row;
   const index_t groups = q_groups + k_groups + (has_cache ? k_groups : 0);
-  if (tokens * heads == 0) return Outcome::kDone;
-  if (tokens * heads > kMaxDividend || !outputs_are_separate(out, in, kOutputs, kInputs)) return Outcome::kRefused;
+  if (heads == 0) return Outcome::kDone;
+  if (heads > kMaxDividend || !outputs_are_separate(out, in, kOutputs, kInputs)) return Outcome::kRefused;
   for (int i = 0; i < kHeadKinds; i++) params.in[i] = head_tensor(in[i], sizeof(T));
   params.out[kQuery] = head_tensor(out[kQOut], sizeof(QOut));
   params.out[kKey] = head_tensor(out[kKOut], sizeof(T));
@@ -341,6 +342,7 @@ Outcome qk_norm_rope_store(const TVMFFIAny* args, int num_args) {
   params.weight[kKey] = in[kKWeight].data;
   params.skip_index = skip_index;
   params.num_rows = tokens * groups;
+  params.num_all_heads = heads;
   params.groups_divisor = divisor_of(groups);
   params.block_divisor = divisor_of(params.block_size);
   params.num_groups = static_cast<unsigned>(groups);

@@ -22,13 +22,13 @@ struct QKNormRopeStoreKernel {
   static constexpr int kRotaryDim = kRotaryDim_;
   static constexpr bool kHasNorm = sizeof(W) > sizeof(NoNorm);
   static constexpr unsigned kAlignment = 1;
-  static constexpr int kHeadsPerRow = 1;
   static_assert(kHeadDim % kLanes == 0, "a head is whole vectors");
 
+  static int heads_per_row(index_t) { return 1; }
   static constexpr index_t row_elements(const QKNormRopeStoreParams&) { return kHeadDim; }
 
   static void run(const QKNormRopeStoreParams& p, index_t index) {
-    const HeadGroup row = head_group<kHeadsPerRow>(p, static_cast<unsigned>(index));
+    const HeadGroup row = head_group<1>(p, static_cast<unsigned>(index));
     const T* x = head_address<const T>(p.in[row.kind], row);
     float y[kHeadDim];
     for (int i = 0; i < kHeadDim; i += kLanes) store(y + i, load(x + i));

@@ -512,7 +512,7 @@ def slow_path(a: Arguments) -> None:
     tensors = [t for t in a.tensors.values() if t is not None]
     if needs_dispatcher(*tensors):
         a = _check_types(a)
-        if not _is_dynamo_compiling():  # which cannot trace it
+        if not _is_dynamo_compiling():  # it cannot trace this check, and does not need it: torch.func breaks the graph
             refuse_torch_func(a.operator.op, *tensors)
         return _call_torch_op(a)
     a = check(a)
