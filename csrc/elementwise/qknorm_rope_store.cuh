@@ -10,8 +10,9 @@
 #include "jitnorm/quantise.h"
 #endif
 
-#define JN_VEC 4
-#define JN_HEADS 4
+#define JN_VEC 8
+#define JN_OPAQUE 1
+#define JN_HEADS 2
 #define JN_BLOCKS 5
 #define JN_LARGE 8
 #define JN_AHEAD 4
@@ -202,6 +203,20 @@ struct QKNormRopeStoreKernel {
         for (int j = 0; j < 2; j++) function(i, j, offset(lane, i, j));
   }
 
+  // As to_float, by another instruction. ptxas would otherwise keep the floats from the sum of squares to the end, in
+  // twice the registers, and so have fewer heads in flight.
+  static __device__ __forceinline__ void to_float_again(const InputVector& v, float (&f)[kElementsPerVector]) {
+    to_float(v, f);
+    if constexpr (JN_OPAQUE && sizeof(T) == 2) {
+      const unsigned* words = reinterpret_cast<const unsigned*>(v.words);
+#pragma unroll
+      for (int i = 0; i < kElementsPerVector / 2; i++) {
+        asm("prmt.b32 %0, %1, 0, 0x1044;" : "=f"(f[2 * i]) : "r"(words[i]));
+        asm("prmt.b32 %0, %1, 0, 0x3244;" : "=f"(f[2 * i + 1]) : "r"(words[i]));
+      }
+    }
+  }
+
   // The cosines and sines for one pair of vectors, of kElementsPerVector pairs of elements.
   struct Angles {
     // With NeoX pairing they are adjacent. Otherwise each vector has its own, as its elements are pairs themselves.
@@ -253,7 +268,7 @@ struct QKNormRopeStoreKernel {
     float sum = 0;
     for_each_vector(lane, [&](int i, int j, int) {
       float f[kElementsPerVector], squares = 0;
-      to_float(x[i][j], f);
+      to_float_again(x[i][j], f);
 #pragma unroll
       for (int e = 0; e < kElementsPerVector; e++) squares = fmaf(f[e], f[e], squares);
       sum += squares;

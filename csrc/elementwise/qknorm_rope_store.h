@@ -266,11 +266,11 @@ Outcome qk_norm_rope_store(const TVMFFIAny* args, int num_args) {
   double eps, weight_offset;
   index_t section[3], skip_index;
   bool is_neox, has_interleaved_sections, rounds_each_step, enable_pdl;
-  if (!as_float(args[10], &eps) || !(eps >= 0) || !as_float(args[11], &weight_offset) ||
-      !as_optional_bool(args[12], true, &is_neox) || !as_int(args[13], &section[0]) || !as_int(args[14], &section[1]) ||
-      !as_int(args[15], &section[2]) || !as_optional_bool(args[16], false, &has_interleaved_sections) ||
-      !as_int(args[22], &skip_index) || !as_optional_bool(args[23], false, &rounds_each_step) ||
-      rounds_each_step != Kernel::kRoundsEachStep || !as_optional_bool(args[24], true, &enable_pdl))
+  if (!as_float(args[10], &eps) || !(eps >= 0) || !as_float(args[11], &weight_offset) || !as_bool(args[12], &is_neox) ||
+      !as_int(args[13], &section[0]) || !as_int(args[14], &section[1]) || !as_int(args[15], &section[2]) ||
+      !as_bool(args[16], &has_interleaved_sections) || !as_int(args[22], &skip_index) ||
+      !as_bool(args[23], &rounds_each_step) || rounds_each_step != Kernel::kRoundsEachStep ||
+      !as_optional_bool(args[24], true, &enable_pdl))
     return Outcome::kRefused;
 
   if (!rotates) {
@@ -287,10 +287,13 @@ Outcome qk_norm_rope_store(const TVMFFIAny* args, int num_args) {
         (cos_sin->shape[0] == 0 || !cos_sin->data || !is_aligned(data_of(*cos_sin), Kernel::kAlignment) ||
          stride * sizeof(C) % Kernel::kAlignment != 0))
       return Outcome::kRefused;
+    // Sections of one position rotate as one, but are checked all the same.
+    const bool is_given_sections = section[0] != 0 || section[1] != 0 || section[2] != 0;
+    if ((has_sections || is_given_sections) &&
+        (section[0] < 0 || section[1] < 0 || section[2] < 0 || section[0] > rotary_dim || section[1] > rotary_dim ||
+         section[2] > rotary_dim || section[0] + section[1] + section[2] != rotary_dim / 2))
+      return Outcome::kRefused;
     if (has_sections) {
-      if (section[0] < 0 || section[1] < 0 || section[2] < 0 || section[0] > rotary_dim || section[1] > rotary_dim ||
-          section[2] > rotary_dim || section[0] + section[1] + section[2] != rotary_dim / 2)
-        return Outcome::kRefused;
       params.section_end[0] = has_interleaved_sections ? 3 * section[1] : section[0];
       params.section_end[1] = has_interleaved_sections ? 3 * section[2] : section[0] + section[1];
       params.positions_stride = positions->strides[0];
@@ -307,13 +310,14 @@ Outcome qk_norm_rope_store(const TVMFFIAny* args, int num_args) {
 
   params.block_size = 1;
   if (!has_cache) {
-    if (args[7].type_index != kTVMFFINone) return Outcome::kRefused;
+    if (args[7].type_index != kTVMFFINone || args[20].type_index != kTVMFFINone || args[21].type_index != kTVMFFINone)
+      return Outcome::kRefused;
   } else {
     const DLTensor* slots = as_indices(args[7], device);
     const StridedRows &k_cache = out[kKCache], &v_cache = out[kVCache];
     if (!slots || slots->shape[0] > tokens || k_cache.counts[2] != k_heads || v_cache.counts[2] != k_heads ||
         k_cache.counts[0] != v_cache.counts[0] || k_cache.counts[1] != v_cache.counts[1] ||
-        k_cache.counts[0] * k_cache.counts[1] > kMaxDividend ||
+        (k_cache.counts[1] != 0 && k_cache.counts[0] > kMaxDividend / k_cache.counts[1]) ||
         (slots->shape[0] != 0 && k_heads != 0 && k_cache.is_empty))
       return Outcome::kRefused;
     in[kSlots] = as_one_row(*slots);

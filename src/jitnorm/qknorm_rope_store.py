@@ -188,6 +188,7 @@ _is_dynamo_compiling = torch.compiler.is_dynamo_compiling
 _any_requires_grad = torch._C._any_requires_grad
 _Tensor = torch.Tensor
 _NO_SECTIONS = (0, 0, 0)
+_SEQUENCES = frozenset({list, tuple})
 _OPTIONAL_TENSOR = frozenset({torch.Tensor, type(None)})
 _OPTIONAL_WEIGHT = frozenset({torch.Tensor, torch.nn.Parameter, type(None)})
 
@@ -285,7 +286,7 @@ class Arguments:
 
     def of_bindings(self) -> tuple[Any, ...]:
         """Return them as the bindings in csrc/elementwise/qknorm_rope_store.h take them."""
-        sections = self.mrope_section if self.cos_sin_cache is not None and self.has_sections else _NO_SECTIONS
+        sections = _NO_SECTIONS if self.cos_sin_cache is None else self.mrope_section or _NO_SECTIONS
         return (
             *(self.q, self.k, self.v, self.cos_sin_cache, self.positions, self.k_cache, self.v_cache),
             *(self.slot_mapping, self.q_weight, self.k_weight, self.eps, self.weight_offset, self.is_neox),
@@ -294,6 +295,7 @@ class Arguments:
         )
 
 
+_HEADS = ("q", "k", "v", "q_out", "k_out", "k_cache", "v_cache")  # the tensors of heads
 TENSORS = (
     *("q", "k", "v", "cos_sin_cache", "positions", "k_cache", "v_cache", "slot_mapping", "q_weight", "k_weight"),
     *("q_out", "k_out", "q_scale", "k_scale", "v_scale"),
@@ -400,17 +402,21 @@ def qk_norm_rope_store(
                 and q_scale.__class__ in _OPTIONAL_TENSOR
                 and k_scale.__class__ is v_scale.__class__
                 and k_scale.__class__ in _OPTIONAL_TENSOR
+                and (mrope_section is None or (mrope_section.__class__ in _SEQUENCES and any(mrope_section)))
                 and rounding in ROUNDINGS
                 and (
                     not torch.is_grad_enabled()
-                    or not _any_requires_grad(q, k, v, k_cache, v_cache, q_weight, k_weight, q_out, k_out)
+                    or not _any_requires_grad(
+                        *(q, k, v, cos_sin_cache, k_cache, v_cache, q_weight, k_weight, q_out, k_out),
+                        *(q_scale, k_scale, v_scale),
+                    )
                 )
                 and not (_rope_kernels if q_weight is k_weight is None else _norm_kernels)[k.dtype][
                     cos_sin_cache.nbytes
                 ](
                     *(q, k, v, cos_sin_cache, positions, k_cache, v_cache, slot_mapping, q_weight, k_weight, eps),
                     *(weight_offset, is_neox),
-                    *(_NO_SECTIONS if mrope_section is None or positions.dim() == 1 else mrope_section),
+                    *(_NO_SECTIONS if mrope_section is None else mrope_section),
                     *(mrope_interleaved, q_out, k_out, q_scale, k_scale, v_scale, skip_index),
                     *(rounding == "each_step", enable_pdl),
                 )
@@ -418,6 +424,8 @@ def qk_norm_rope_store(
                 return None
         except Exception:  # no kernel yet, or arguments without such attributes: the slow path raises for these
             pass
+    for name, value in (("q", q), ("cos_sin_cache", cos_sin_cache), ("positions", positions)):
+        checks.tensor(name, value)  # slow_path takes None for steps that are left out
     return slow_path(
         Arguments(
             *(q, k, v, cos_sin_cache, positions, k_cache, v_cache, slot_mapping, q_weight, k_weight, eps),
@@ -528,7 +536,7 @@ def check(a: Arguments) -> Arguments:
     a = _check_types(a)
     check_metadata(a)
     checks.supported_device("k", a.k)
-    for name in ("q", "k", "v", "q_out", "k_out", "k_cache", "v_cache"):
+    for name in _HEADS:
         if (value := getattr(a, name)) is not None:
             checks.heads(name, value, checks.CUDA_ALIGNMENT * value.element_size() // a.k.element_size())
     for name in ("q_weight", "k_weight"):
@@ -558,6 +566,8 @@ def _check_overlap(a: Arguments) -> None:
     written = a.written
     replaced = {"q_out": "q", "k_out": "k"}
     for i, (name, value) in enumerate(written.items()):
+        if not value.numel():
+            continue
         checks.no_internal_overlap(name, value)
         others = {n: t for n, t in a.tensors.items() if t is not None and n != name}
         for other, tensor in others.items():
@@ -565,7 +575,7 @@ def _check_overlap(a: Arguments) -> None:
                 continue  # compared when it is its turn
             if replaced.get(name) == other and checks.are_same_rows(value, tensor):
                 continue
-            checks.no_shared_heads(name, value, other, tensor)
+            checks.no_shared_heads(name, value, other, tensor, has_heads=other in _HEADS)
 
 
 def _check_types(a: Arguments) -> Arguments:

@@ -15,6 +15,7 @@ from jitnorm.core.torch_library import (
     build_while_tracing,
     increment_versions,
     needs_dispatcher,
+    needs_grad,
     refuse_gradient,
     register,
 )
@@ -143,6 +144,9 @@ def store_cache(
             if (
                 kernel is not None
                 and row_bytes == num_split == 0
+                and (k_scale is None or k_scale.__class__ is _Tensor)
+                and (v_scale is None or v_scale.__class__ is _Tensor)
+                and not needs_grad(k_scale, v_scale)
                 and not _store_heads(kernel[0], arguments, k_scale, v_scale)
             ):
                 return None
@@ -165,6 +169,9 @@ def _store_heads(kernel: Any, arguments: tuple[Any, ...], k_scale: Any, v_scale:
 
 def _store_cache_slow_path(*arguments: Any) -> None:
     """Check the arguments, then run the right kernel, which is built and cached if need be."""
+    for name, value in zip(("k_scale", "v_scale"), arguments[8:], strict=True):
+        if value is not None:
+            checks.tensor(name, value)
     tensors = [t for t in (*arguments[:5], *arguments[8:]) if t is not None]
     if needs_dispatcher(*tensors):
         return _call_torch_op(*arguments[:5], *_check_types(*arguments[:8]), *arguments[8:])

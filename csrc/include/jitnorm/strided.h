@@ -97,7 +97,8 @@ inline bool rows_are_disjoint(const StridedRows& rows) {
 }
 
 // Whether a row of `a` shares memory with a row of `b`. Exact for equal strides, as of slices of one projection or of
-// one cache. For different strides, and for rows that overlap each other, overlapping extents count as shared.
+// one cache. For different strides, for rows that overlap each other, and where rows of one lie between those of the
+// other in more places than kMaxSteps, overlapping extents count as shared.
 inline bool share_memory(const StridedRows& a, const StridedRows& b) {
   if (a.is_empty || b.is_empty || a.end <= b.data || b.end <= a.data) return false;
   if (!rows_are_disjoint(a) || !rows_are_disjoint(b)) return true;
@@ -108,27 +109,36 @@ inline bool share_memory(const StridedRows& a, const StridedRows& b) {
   }
   const DimsByStride order(strides);
   // `distance` is that from a row of a to one of b, `below_a` and `below_b` the extents of the dimensions that follow.
-  // As strides are nested, the nearest index differences of each dimension alone can bring two rows near enough.
+  // A step is a difference of indices. Those that bring two rows near enough are few where strides are nested, as in
+  // each tensor alone; in the two together they may not be, where only one has the dimension.
+  constexpr index_t kMaxSteps = 4;
   struct Search {
     const StridedRows &a, &b;
     const index_t* strides;
     const int* dims;
 
     bool finds(index_t distance, int level) const {
-      index_t below_a = a.row_bytes, below_b = b.row_bytes;
-      for (int i = level; i < kMaxLeadingDims; i++) {
-        below_a += (a.counts[dims[i]] - 1) * strides[dims[i]];
-        below_b += (b.counts[dims[i]] - 1) * strides[dims[i]];
-      }
-      if (distance >= below_a || -distance >= below_b) return false;
-      if (level == kMaxLeadingDims) return true;
+      if (level == kMaxLeadingDims) return distance < a.row_bytes && -distance < b.row_bytes;
       const int dim = dims[level];
       const index_t stride = strides[dim], min = 1 - b.counts[dim], max = a.counts[dim] - 1;
       if (stride == 0) return min < max || finds(distance, level + 1);
-      const index_t nearest = distance >= 0 ? distance / stride : -((stride - 1 - distance) / stride);  // rounded down
-      for (index_t step = nearest - 1; step <= nearest + 2; step++)
-        if (step >= min && step <= max && finds(distance - step * stride, level + 1)) return true;
+      index_t below_a = a.row_bytes, below_b = b.row_bytes;
+      for (int i = level + 1; i < kMaxLeadingDims; i++) {
+        below_a += (a.counts[dims[i]] - 1) * strides[dims[i]];
+        below_b += (b.counts[dims[i]] - 1) * strides[dims[i]];
+      }
+      index_t first = rounded_down(distance - below_a, stride) + 1;
+      index_t last = -rounded_down(-(distance + below_b), stride) - 1;
+      if (first < min) first = min;
+      if (last > max) last = max;
+      if (last - first >= kMaxSteps) return true;
+      for (index_t step = first; step <= last; step++)
+        if (finds(distance - step * stride, level + 1)) return true;
       return false;
+    }
+
+    static index_t rounded_down(index_t dividend, index_t divisor) {
+      return dividend >= 0 ? dividend / divisor : -((divisor - 1 - dividend) / divisor);
     }
   };
   return Search{a, b, strides, order.dims}.finds(b.data - a.data, 0);

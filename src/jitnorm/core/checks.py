@@ -191,6 +191,9 @@ def no_internal_overlap(name: str, value: torch.Tensor) -> None:
             extent_so_far += (size - 1) * stride
 
 
+_MAX_STEPS = 4  # kMaxSteps in csrc/include/jitnorm/strided.h
+
+
 def heads(name: str, value: torch.Tensor, alignment: int = CUDA_ALIGNMENT) -> None:
     """Raise unless `value`, [..., heads, head_dim], has adjacent elements in a head, memory and alignment."""
     layout = f"shape {list(value.shape)} and strides {list(value.stride())}"
@@ -199,8 +202,6 @@ def heads(name: str, value: torch.Tensor, alignment: int = CUDA_ALIGNMENT) -> No
     if value.numel() == 0:
         return
     strides = [stride for stride, size in zip(value.stride()[:-1], value.shape[:-1], strict=True) if size > 1]
-    if any(stride < 0 for stride in strides):
-        raise ValueError(f"{name} must have strides of zero or more, got {layout}")
     storage(name, value)
     aligned(name, value, *strides, alignment=alignment)
 
@@ -210,41 +211,46 @@ def are_same_rows(value: torch.Tensor, other: torch.Tensor) -> bool:
     return value.data_ptr() == other.data_ptr() and value.dtype == other.dtype and _leading(value) == _leading(other)
 
 
-def no_shared_heads(name: str, value: torch.Tensor, other_name: str, other: torch.Tensor) -> None:
-    """Raise if a head of `value` shares memory with one of `other`, or with `other` where that has no heads.
+def no_shared_heads(
+    name: str, value: torch.Tensor, other_name: str, other: torch.Tensor, has_heads: bool = True
+) -> None:
+    """Raise if a head of `value` shares memory with a head of `other`, or without `has_heads` with all its extent.
 
-    Exact for equal strides, as of slices of one projection or of one cache. For different strides, and for heads that
-    overlap each other, overlapping extents count as shared. As csrc/include/jitnorm/strided.h decides.
+    Exact for equal strides, as of slices of one projection or of one cache. For different strides, for heads that
+    overlap each other, and where heads of one lie between those of the other in more places than _MAX_STEPS,
+    overlapping extents count as shared. As csrc/include/jitnorm/strided.h decides.
     """
-    if extents_overlap(value, other) and _share_memory(value, other):
+    if extents_overlap(value, other) and _share_memory(value, other, has_heads):
         raise ValueError(f"{name} must share no memory with {other_name}, got a view that overlaps it")
 
 
-def _share_memory(a: torch.Tensor, b: torch.Tensor) -> bool:
-    if b.dim() not in (3, 4) or not b.is_floating_point() or _is_self_overlapping(a) or _is_self_overlapping(b):
+def _share_memory(a: torch.Tensor, b: torch.Tensor, b_has_heads: bool) -> bool:
+    if _is_self_overlapping(a) or (b_has_heads and _is_self_overlapping(b)):
         return True
     dims = []
-    for (size_a, stride_a), (size_b, stride_b) in zip(_leading(a), _leading(b), strict=True):
+    leading_b = _leading(b) if b_has_heads else [(1, 0)] * 3
+    for (size_a, stride_a), (size_b, stride_b) in zip(_leading(a), leading_b, strict=True):
         if size_a > 1 and size_b > 1 and stride_a != stride_b:
             return True
         dims.append((stride_a if size_a > 1 else stride_b, size_a, size_b))
     dims.sort(key=lambda dim: -dim[0])
-    row_a, row_b = (t.shape[-1] * t.element_size() for t in (a, b))
+    row_a = a.shape[-1] * a.element_size()
+    row_b = b.shape[-1] * b.element_size() if b_has_heads else extent(b)
 
     def meet(distance: int, level: int) -> bool:
         """Return whether rows this far apart can meet by steps along the dimensions from `level` on."""
-        below_a = row_a + sum((size - 1) * stride for stride, size, _ in dims[level:])
-        below_b = row_b + sum((size - 1) * stride for stride, _, size in dims[level:])
-        if distance >= below_a or -distance >= below_b:
-            return False
         if level == len(dims):
-            return True
+            return distance < row_a and -distance < row_b
         stride, size_a, size_b = dims[level]
         if stride == 0:
             return size_a > 1 or size_b > 1 or meet(distance, level + 1)
-        nearest = distance // stride
-        steps = range(max(nearest - 1, 1 - size_b), min(nearest + 2, size_a - 1) + 1)
-        return any(meet(distance - step * stride, level + 1) for step in steps)
+        below_a = row_a + sum((size - 1) * stride for stride, size, _ in dims[level + 1 :])
+        below_b = row_b + sum((size - 1) * stride for stride, _, size in dims[level + 1 :])
+        first = max((distance - below_a) // stride + 1, 1 - size_b)
+        last = min(-(-(distance + below_b) // stride) - 1, size_a - 1)
+        if last - first >= _MAX_STEPS:
+            return True
+        return any(meet(distance - step * stride, level + 1) for step in range(first, last + 1))
 
     return meet(b.data_ptr() - a.data_ptr(), 0)
 
@@ -320,7 +326,7 @@ def number(name: str, value: object) -> None:
     """Raise unless `value` is a number that fits a float and, if an int, 64 bits."""
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name} must be a float, got {type(value).__name__}")
-    if isinstance(value, int) and value.bit_length() > 63:
+    if isinstance(value, int) and not -(1 << 63) <= value < 1 << 63:
         raise ValueError(f"{name} must be a float or a 64-bit integer, got one of {value.bit_length()} bits")
     try:
         float(value)
