@@ -10,15 +10,14 @@
 #include "jitnorm/quantise.h"
 #endif
 
-#define JN_VEC 8
-#define JN_OPAQUE 1
-#define JN_HEADS 2
-#define JN_BLOCKS 5
-#define JN_LARGE 8
-#define JN_AHEAD 4
 namespace jitnorm {
 
 constexpr int next_power_of_two(int n) { return n <= 1 ? 1 : 2 * next_power_of_two((n + 1) / 2); }
+
+template <typename T>
+constexpr bool kIsBf16 = false;
+template <>
+constexpr bool kIsBf16<bf16_t> = true;
 
 // The elements of a weight; without a norm there is none, and any type serves.
 template <typename W, typename T>
@@ -47,23 +46,26 @@ struct QKNormRopeStoreKernel {
   static constexpr unsigned kAlignment = 16;
   static constexpr float kInverse = 1. / kHeadDim;
   static constexpr float kInverseResidue = 1. / kHeadDim - kInverse;  // the rounding error of kInverse
-  static constexpr int kElementsPerVector = JN_VEC;
+  static constexpr int kElementsPerVector = 16 / sizeof(T);
   static constexpr int kPairs = kHeadDim / (2 * kElementsPerVector);  // of vectors
   static constexpr int kRotaryPairs = kRotaryDim / (2 * kElementsPerVector);
   static constexpr int kThreadsPerRow = min(32, next_power_of_two(kPairs));
   static constexpr int kPairsPerThread = (kPairs + kThreadsPerRow - 1) / kThreadsPerRow;
+  static constexpr bool kCacheIsFloat8 = sizeof(Cache) != sizeof(T), kQOutIsFloat8 = sizeof(QOut) != sizeof(T);
   static constexpr int kHeadBytes = kHeadDim * sizeof(T);
   static constexpr int kThreads = max(128, kThreadsPerRow);
   static constexpr int kRowsPerBlock = kThreads / kThreadsPerRow;
-  static constexpr int kMinBlocksPerSM = JN_BLOCKS;
+  // 48 KiB of heads in flight on an SM; 40 where 80 registers are too few for a thread.
+  static constexpr int kMinBlocksPerSM = kQOutIsFloat8 || sizeof(W) > sizeof(T) ? 5 : 6;
 
-  // From kMinLargeHeads on, a thread takes several heads. It then converts addresses, weights and angles once for all
-  // of them, and has more bytes in flight. In a smaller grid, more threads with one head each are done earlier.
-  static constexpr index_t kMinLargeHeads = (JN_LARGE << 20) / kHeadBytes;
-  static constexpr int kLargeHeadsPerRow = max(1, JN_HEADS / kPairsPerThread);
-  static constexpr int kBlocksAhead = (JN_AHEAD << 20) / (kRowsPerBlock * kLargeHeadsPerRow * kHeadBytes);
+  // From kMinLargeHeads on, in all tokens, a thread takes two heads: it loads weights, cosines and sines once for both,
+  // and has more bytes in flight. For fewer heads, more threads with one head each finish earlier. Large grids also
+  // prefetch later rows into L2.
+  static constexpr int kLargeHeadsPerRow = kPairsPerThread > 1 ? 1 : 2;
+  static constexpr index_t kMinLargeHeads = (8 << 20) / kHeadBytes;
+  static constexpr int kBlocksAhead = (4 << 20) / (kRowsPerBlock * kLargeHeadsPerRow * kHeadBytes);
   static constexpr unsigned kMaxSmallGrid = DefaultVariantOnly::kMaxSmallGrid;
-  static constexpr unsigned kMinLargeGrid = 1;  // there is one, and variant() chooses it
+  static constexpr unsigned kMinLargeGrid = 1;  // not the default: there is one, and variant() chooses it
   static int heads_per_row(index_t num_heads) { return num_heads < kMinLargeHeads ? 1 : kLargeHeadsPerRow; }
   static_assert(kHeadDim % (2 * kElementsPerVector) == 0 && kRotaryDim % (2 * kElementsPerVector) == 0,
                 "a head is pairs of vectors");
@@ -109,6 +111,9 @@ struct QKNormRopeStoreKernel {
       for_each_vector(lane, [&](int i, int j, int at) {
         from_weight[i][j] = load<WeightElement, kElementsPerVector>(weight + at);
       });
+    float scale[kHeadsPerRow];
+#pragma unroll
+    for (int h = 0; h < kHeadsPerRow; h++) scale[h] = h < num_heads ? scale_of(p, group, h) : 1;
     launch_dependents();
     if (kIsLarge) prefetch_later_row(p, row, lane);
     Angles angles[kPairsPerThread];
@@ -132,7 +137,7 @@ struct QKNormRopeStoreKernel {
 #pragma unroll
     for (int h = 0; h < kHeadsPerRow; h++) {
       if (h >= num_heads) break;
-      const ScaleDivider divide(scale_of(p, group, h));
+      const ScaleDivider divide(scale[h]);
 #pragma unroll
       for (int i = 0; i < kPairsPerThread; i++) {
         if (!has(lane, i)) continue;
@@ -171,7 +176,6 @@ struct QKNormRopeStoreKernel {
   }
 
  private:
-  static constexpr bool kCacheIsFloat8 = sizeof(Cache) != sizeof(T), kQOutIsFloat8 = sizeof(QOut) != sizeof(T);
   static constexpr bool kChangesHeads = kHasNorm || kRotaryDim != 0;
   static constexpr int kSections = rotation_t::kHasSections ? 3 : 1;
   using WeightElement = typename WeightOrInput<W, T>::type;
@@ -203,17 +207,19 @@ struct QKNormRopeStoreKernel {
         for (int j = 0; j < 2; j++) function(i, j, offset(lane, i, j));
   }
 
-  // As to_float, by another instruction. ptxas would otherwise keep the floats from the sum of squares to the end, in
-  // twice the registers, and so have fewer heads in flight.
-  static __device__ __forceinline__ void to_float_again(const InputVector& v, float (&f)[kElementsPerVector]) {
-    to_float(v, f);
-    if constexpr (JN_OPAQUE && sizeof(T) == 2) {
+  // As to_float, by other instructions, for the sum of squares. With the same ones, ptxas would keep the floats for the
+  // results, in twice the registers of the vectors, and an SM would have fewer heads in flight. Where float8 results
+  // need more instructions anyway, converting once is faster.
+  static __device__ __forceinline__ void to_float_for_sum(const InputVector& v, float (&f)[kElementsPerVector]) {
+    if constexpr (kIsBf16<T> && !kCacheIsFloat8 && !kQOutIsFloat8) {
       const unsigned* words = reinterpret_cast<const unsigned*>(v.words);
 #pragma unroll
       for (int i = 0; i < kElementsPerVector / 2; i++) {
         asm("prmt.b32 %0, %1, 0, 0x1044;" : "=f"(f[2 * i]) : "r"(words[i]));
         asm("prmt.b32 %0, %1, 0, 0x3244;" : "=f"(f[2 * i + 1]) : "r"(words[i]));
       }
+    } else {
+      to_float(v, f);
     }
   }
 
@@ -268,7 +274,7 @@ struct QKNormRopeStoreKernel {
     float sum = 0;
     for_each_vector(lane, [&](int i, int j, int) {
       float f[kElementsPerVector], squares = 0;
-      to_float_again(x[i][j], f);
+      to_float_for_sum(x[i][j], f);
 #pragma unroll
       for (int e = 0; e < kElementsPerVector; e++) squares = fmaf(f[e], f[e], squares);
       sum += squares;

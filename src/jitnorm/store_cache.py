@@ -93,9 +93,10 @@ def store_cache(
     """Write row i of k and v into slot `indices[i]` of their caches: `k_cache[indices] = k; v_cache[indices] = v`.
 
     Bytes are copied unchanged. One kernel supports rows of any dtype that are a multiple of 16 bytes, one multiples of
-    8, and one multiples of 4. Other kernels support caches that are paged (`[blocks, block_size, heads, head_dim]`), of float8, or with
-    heads at any strides. Out-of-range indices are undefined behaviour; set `JITNORM_CHECK_INDICES=1` before importing
-    jitnorm to raise IndexError. If two rows have the same index, the slot may hold either row or a mixture of both.
+    8, and one multiples of 4. Other kernels support caches that are paged (`[blocks, block_size, heads, head_dim]`), of
+    float8, or with heads at any strides. Out-of-range indices are undefined behaviour; set `JITNORM_CHECK_INDICES=1`
+    before importing jitnorm to raise IndexError. If two rows have the same index, the slot may contain either row or a
+    mixture of both.
 
     Args:
         k: `[num_tokens, ...]`, of any dtype but PyTorch's quantised ones, on the CPU or a CUDA device; contiguous
