@@ -56,7 +56,7 @@ struct QKNormRopeStoreKernel {
   static constexpr int kThreads = max(128, kThreadsPerRow);
   static constexpr int kRowsPerBlock = kThreads / kThreadsPerRow;
   // 48 KiB of heads in flight on an SM; 40 where 80 registers are too few for a thread.
-  static constexpr int kMinBlocksPerSM = kQOutIsFloat8 || sizeof(W) > sizeof(T) ? 5 : 6;
+  static constexpr int kMinBlocksPerSM = kIsBf16<T> && sizeof(W) <= sizeof(T) && !kQOutIsFloat8 ? 6 : 5;
 
   // From kMinLargeHeads on, in all tokens, a thread takes two heads: it loads weights, cosines and sines once for both,
   // and has more bytes in flight. For fewer heads, more threads with one head each finish earlier. Large grids also
