@@ -175,9 +175,9 @@ inline bool as_positions(const DLTensor& tensor, index_t tokens, bool has_sectio
          (tokens == 0 || tensor.data) && is_aligned(data_of(tensor), tensor.dtype.bits / 8);
 }
 
-// Whether the outputs overlap nothing but the heads that they replace.
-inline bool outputs_are_separate(const StridedRows* outputs, const StridedRows* inputs, int num_outputs,
-                                 int num_inputs) {
+// Whether the outputs overlap no other argument. The first `num_replacing` outputs may be the input of the same index.
+inline bool outputs_are_separate(const StridedRows* outputs, const StridedRows* inputs, int num_outputs, int num_inputs,
+                                 int num_replacing) {
   for (int i = 0; i < num_outputs; i++) {
     const StridedRows& output = outputs[i];
     if (output.is_empty) continue;
@@ -185,7 +185,8 @@ inline bool outputs_are_separate(const StridedRows* outputs, const StridedRows* 
     for (int j = 0; j < i; j++)
       if (share_memory(output, outputs[j])) return false;
     for (int j = 0; j < num_inputs; j++)
-      if (share_memory(output, inputs[j]) && !(i == j && are_same_rows(output, inputs[j]))) return false;
+      if (share_memory(output, inputs[j]) && !(i == j && i < num_replacing && are_same_rows(output, inputs[j])))
+        return false;
   }
   return true;
 }
@@ -226,7 +227,7 @@ Outcome qk_norm_rope_store(const TVMFFIAny* args, int num_args) {
   QKNormRopeStoreParams params{};
 
   enum Input { kQ, kK, kV, kQWeight, kKWeight, kCosSin, kPositions, kSlots, kQScale, kKScale, kVScale, kInputs };
-  enum Output { kQOut, kKOut, kKCache, kVCache, kOutputs };
+  enum Output { kQOut, kKOut, kKCache, kVCache, kOutputs };  // the first two have the indices of kQ and kK
   StridedRows in[kInputs], out[kOutputs];
   if (!as_optional_heads<Kernel, T>(args[0], device, false, &in[kQ]) ||
       !as_optional_heads<Kernel, T>(args[1], device, false, &in[kK]) ||
@@ -334,7 +335,7 @@ Outcome qk_norm_rope_store(const TVMFFIAny* args, int num_args) {
   const index_t q_groups = (q_heads + per_row - 1) / per_row, k_groups = (k_heads + per_row - 1) / per_row;
   const index_t groups = q_groups + k_groups + (has_cache ? k_groups : 0);
   if (heads == 0) return Outcome::kDone;
-  if (heads > kMaxDividend || !outputs_are_separate(out, in, kOutputs, kInputs)) return Outcome::kRefused;
+  if (heads > kMaxDividend || !outputs_are_separate(out, in, kOutputs, kInputs, kKOut + 1)) return Outcome::kRefused;
   for (int i = 0; i < kHeadKinds; i++) params.in[i] = head_tensor(in[i], sizeof(T));
   params.out[kQuery] = head_tensor(out[kQOut], sizeof(QOut));
   params.out[kKey] = head_tensor(out[kKOut], sizeof(T));

@@ -42,8 +42,9 @@ struct QKNormRopeStoreKernel {
     const index_t slot = index_at(p.slots, row.token, p.has_int64_slots);
     if (slot == p.skip_index) return;
     Cache* cache = cache_address<Cache>(p, row, static_cast<unsigned>(slot));
-    // Values keep their bits, also those of NaNs.
-    if (row.kind == kValue && sizeof(Cache) == sizeof(T)) __builtin_memcpy(cache, x, sizeof(T) * kHeadDim);
+    // What is not changed keeps its bits, also those of NaNs.
+    const bool is_changed = kChangesHeads && row.kind == kKey;
+    if (!is_changed && sizeof(Cache) == sizeof(T)) __builtin_memcpy(cache, x, sizeof(T) * kHeadDim);
     else write(cache, y, p.scales[row.kind], row.head);
   }
 
