@@ -119,6 +119,24 @@ def test_one_row_for_many_slots_and_other_shapes_of_a_row(device):
     k, v, k_cache, v_cache = tokens_and_caches(1, (2, 64), device=device)
     slots = some_slots(5, 50, device=device)
     check(k.expand(5, 2, 64), v.expand(5, 2, 64), k_cache.view(50, 128), v_cache.view(50, 1, 128), slots)
+    k, v, k_cache, v_cache = tokens_and_caches(5, (4, 32), device=device)  # heads that have no kernel of their own
+    for shape in ((50, 2, 2, 32), (50, 1, 4, 32)):
+        check(k, v, k_cache.view(shape), v_cache.view(shape), slots)
+
+
+def test_heads_before_tokens(device):
+    k, v, k_cache, v_cache = tokens_and_caches(5, (2, 64), device=device)
+    swapped = (t.transpose(0, 1).contiguous().transpose(0, 1) for t in (k, v, k_cache, v_cache))
+    check(*swapped, some_slots(5, 50, device=device))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_paged_caches_keep_the_bits_of_nans(device, dtype):
+    bits = torch.tensor([0x7FC1, 0x7F81] if dtype == torch.bfloat16 else [0x7E01, 0x7C01], dtype=torch.int16)
+    k = bits.repeat(32).view(1, 1, 64).to(device).view(dtype)
+    k_cache, v_cache = (torch.zeros(2, 4, 1, 64, dtype=dtype, device=device) for _ in range(2))
+    store_cache(k, k.clone(), k_cache, v_cache, torch.tensor([5], device=device))
+    assert same_bits(k_cache[1, 1], k[0]) and same_bits(v_cache[1, 1], k[0])
 
 
 @pytest.mark.parametrize("index_dtype", INDEX_DTYPES)
@@ -155,7 +173,7 @@ def bad_calls(device):
     buffer = random(16, 128, device=device)
     wide = random(8, 384, device=device)
     f = store_cache
-    heads_first = k.transpose(0, 1).contiguous().transpose(0, 1)
+    heads_first = k.view(4, 2, 2, 32).transpose(0, 1).contiguous().transpose(0, 1)
     calls = [
         ("k is a list", TypeError, "k must be a torch.Tensor, got list", lambda: f([1], v, kc, vc, i)),
         ("cache is None", TypeError, "v_cache must be a torch.Tensor", lambda: f(k, v, kc, None, i)),

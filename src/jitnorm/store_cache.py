@@ -207,12 +207,28 @@ def _as_heads(
     if not all(isinstance(t, torch.Tensor) and t.dim() in (3, 4) for t in tensors) or k.dim() != 3:
         return None
     is_quantised = k_cache.dtype == E4M3 != k.dtype or k_scale is not None or v_scale is not None
-    if k_cache.dim() == 3 and not is_quantised and all(_has_contiguous_rows(t) for t in tensors):
+    if not is_quantised and _are_rows(tensors, indices):
         return None
     _, num_split, skip_index = _check_types(k, v, k_cache, v_cache, indices, row_bytes, num_split, skip_index)
     _check_settings(k, row_bytes, num_split)
     skip_index = NO_SKIP_INDEX if skip_index is None else skip_index
     return Arguments.of_store(k, v, k_cache, v_cache, indices, k_scale, v_scale, skip_index)
+
+
+def _are_rows(tensors: tuple[torch.Tensor, ...], indices: Any) -> bool:
+    """Return whether the kernels of STORE_CACHE serve these k, v and caches, or their checks explain why none does."""
+    k, v, k_cache, v_cache = tensors
+    is_contiguous = all(_has_contiguous_rows(t) for t in tensors)
+    if k_cache.dim() == 3:
+        return is_contiguous or any(t.stride(-1) != 1 for t in tensors)
+    # A 4-D cache may hold rows of other dimensions than k's, or be paged with one token in each block.
+    return (
+        is_contiguous
+        and _row_bytes(k) == _row_bytes(k_cache)
+        and _row_bytes(v) == _row_bytes(v_cache)
+        and isinstance(indices, torch.Tensor)
+        and indices.shape == k.shape[:1]
+    )
 
 
 def _has_contiguous_rows(value: torch.Tensor) -> bool:
