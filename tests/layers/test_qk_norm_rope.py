@@ -301,6 +301,8 @@ def test_symbolic_trace():
 
     want = expected(q, None, angles, positions)
     assert relative_error(torch.fx.symbolic_trace(function)(q, k, angles, positions)[0], want) <= 1e-6
+    with pytest.raises(ValueError, match=r"k_cache must be None under torch\.fx\.symbolic_trace"):
+        torch.fx.symbolic_trace(lambda q, k: apply_qk_norm_rope(q, k, None, None, D, angles, positions, k_cache=q))
 
 
 @torch.no_grad()
@@ -323,6 +325,10 @@ def test_no_tokens_and_no_heads(compiler):
     angles, positions = cosines_and_sines(), positions_of(0)
     q, k = apply_qk_norm_rope(torch.randn(0, 2 * D), torch.randn(0, D), *norms(), D, angles, positions)
     assert q.shape == (0, 2 * D) and k.shape == (0, D)
+    q, k, caches = torch.randn(0, 2, D), torch.randn(0, 2, D), torch.zeros(2, 4, 2, D)
+    store = {"v": k.clone(), "k_cache": caches[0], "v_cache": caches[1], "slot_mapping": positions}
+    q, k = apply_qk_norm_rope(q, k, *norms(), D, angles, positions, compiler=compiler, **store)
+    assert q.shape == k.shape == (0, 2, D)
     q, k = torch.randn(3, 2 * D), torch.randn(3, 0)
     want = expected(q, None, angles, positions_of(3) * 0)
     got = apply_qk_norm_rope(q, k, None, None, D, angles, positions_of(3) * 0, compiler=compiler)

@@ -82,7 +82,8 @@ def apply_qk_norm_rope(
 
     Raises:
         TypeError: An argument has a wrong type, or dtype for the kernel.
-        ValueError: Shapes do not go together, some arguments of the store are missing, or there is no such compiler.
+        ValueError: Shapes do not go together, some arguments of the store are missing, there is no such compiler, or
+            `torch.fx.symbolic_trace` traces a call that stores.
         RuntimeError: As of `jitnorm.qk_norm_rope_store`.
     """
     compiler = resolve_compiler(compiler)
@@ -94,7 +95,11 @@ def apply_qk_norm_rope(
         "mrope_interleaved": mrope_interleaved,
     }
     norms = q_norm, k_norm
+    store = {"k_cache": k_cache, "v_cache": v_cache, "slot_mapping": slot_mapping}
+    given = [name for name, value in store.items() if value is not None]
     if isinstance(q, torch.fx.Proxy):  # which torch.fx.symbolic_trace records, and which has no shape yet
+        if given:
+            raise ValueError(f"{given[0]} must be None under torch.fx.symbolic_trace, which cannot trace the store")
         q_heads, k_heads = (x.unflatten(-1, (-1, head_dim)) for x in (q, k))
         q_heads, k_heads = _normalise_and_rotate(q_heads, k_heads, norms, cos_sin_cache, positions, **rotation)
         return q_heads.flatten(-2), k_heads.flatten(-2)
@@ -102,8 +107,6 @@ def apply_qk_norm_rope(
         checks.tensor(name, x)
     _check_positions(positions, mrope_section)
     q_heads, k_heads = _heads("q", q, positions, head_dim), _heads("k", k, positions, head_dim)
-    store = {"k_cache": k_cache, "v_cache": v_cache, "slot_mapping": slot_mapping}
-    given = [name for name, value in store.items() if value is not None]
     missing = [name for name, value in {"v": v, **store}.items() if value is None]
     if given and missing:
         raise ValueError(f"{given[0]} must be given with {checks.enumeration(missing)}, got None")
@@ -146,14 +149,8 @@ def _heads(name: str, x: Any, positions: torch.Tensor, head_dim: int) -> torch.T
     """Return `x` as `[tokens, heads, head_dim]`: a view, or a copy where its strides do not allow one."""
     checks.tensor(name, x)
     tokens = positions.shape[-1]
-    rows = math.prod(x.shape[:-1])
-    is_split = rows != tokens and x.shape[-1:] == (head_dim,)  # into heads
-    if (
-        head_dim < 1
-        or x.dim() < 2
-        or x.shape[-1] % head_dim
-        or tokens != (math.prod(x.shape[:-2]) if is_split else rows)
-    ):
+    is_split = x.dim() >= 2 and x.shape[-1] == head_dim and math.prod(x.shape[:-2]) == tokens  # into heads
+    if head_dim < 1 or x.dim() < 2 or x.shape[-1] % head_dim or not (is_split or math.prod(x.shape[:-1]) == tokens):
         raise ValueError(
             f"{name} must have whole heads of {head_dim} for each of {tokens} positions, got {list(x.shape)}"
         )
