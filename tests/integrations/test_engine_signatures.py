@@ -297,9 +297,9 @@ def refused_calls():
     def flash(query, key, head_size=HEAD_DIM, cache=cos_sin_cache):
         return lambda: flashinfer.apply_rope_with_cos_sin_cache_inplace(positions, query, key, head_size, cache)
 
-    def sgl(k_cache, rope_dim=0):
+    def sgl(k_cache, rope_dim=0, cache=cos_sin_cache):
         return lambda: sglang.apply_rope_inplace_with_kvcache(
-            key, key.clone(), value, k_cache, rows, cos_sin_cache, positions, positions, is_neox=True, rope_dim=rope_dim
+            key, key.clone(), value, k_cache, k_cache, cache, positions, positions, is_neox=True, rope_dim=rope_dim
         )
 
     return [
@@ -322,6 +322,14 @@ def refused_calls():
         ),
         ("q_out dtype", TypeError, "q_out must be bfloat16", lambda: update(q_out=torch.zeros(5, 4, 64))),
         ("q_out shape", ValueError, "q_out must have shape", lambda: update(q_out=torch.zeros(5, 9, dtype=DTYPE))),
+        (
+            "q_out elements",
+            ValueError,
+            "q_out must have shape",
+            lambda: update(q_out=torch.zeros(10, 128, dtype=DTYPE)),
+        ),
+        ("heads are a float", TypeError, "num_heads_q must be an int, got float", lambda: update(num_heads_q=4.0)),
+        ("no heads", ValueError, "num_heads_k must be zero or more, got -1", lambda: update(num_heads_k=-1)),
         ("qkv strides", ValueError, "qkv must have a last stride of 1", lambda: update(qkv=qkv.t().contiguous().t())),
         ("query", TypeError, "query must be a torch.Tensor", flash(None, qkv)),
         ("head_size", ValueError, r"query must have shape \[tokens, heads \* 80\]", flash(qkv, qkv.clone(), 80)),
@@ -332,6 +340,7 @@ def refused_calls():
             flash(qkv, qkv, cache=cos_sin_cache.to(DTYPE)),
         ),
         ("rope_dim", ValueError, "rope_dim must be 0 or the last dimension of cos_sin_cache, 64", sgl(bf16[0], 32)),
+        ("no rows of angles", ValueError, "cos_sin_cache must have shape", sgl(bf16[0][0], cache=torch.tensor(1.0))),
         ("rows", ValueError, "k_cache must have rows of 128 elements", sgl(rows)),
         ("fp8 cache", TypeError, "k_cache must be bfloat16", sgl(rows.to(E4M3))),
     ]

@@ -57,7 +57,7 @@ def apply_rope_inplace_with_kvcache(
         checks.tensor(name, value)
         checks.dtype(name, value, (k.dtype,))
     checks.tensor("cos_sin_cache", cos_sin_cache)
-    if rope_dim not in (0, cos_sin_cache.shape[-1]):
+    if cos_sin_cache.dim() and rope_dim not in (0, cos_sin_cache.shape[-1]):
         raise ValueError(
             f"rope_dim must be 0 or the last dimension of cos_sin_cache, {cos_sin_cache.shape[-1]}, got {rope_dim}"
         )

@@ -124,14 +124,16 @@ def do_qk_norm_rope_kvcache_update(
     checks.tensor("q_out", q_out)
     checks.tensor("k_out", k_out)
     checks.dtype("q_out", q_out, (qkv.dtype,))
+    q_out = q_out.view(q.shape) if q_out.shape == (len(q), num_heads_q * head_dim) else q_out
+    k_out = k_out.view(k.shape) if k_out.shape == (len(k), num_heads_k * head_dim) else k_out
     qk_norm_rope_store(
         *(q, k, v, cos_sin_cache, positions, key_cache, value_cache, slot_mapping),
         q_weight=q_weight,
         k_weight=k_weight,
         eps=rms_norm_eps,
         is_neox=is_neox,
-        q_out=q_out.view(q.shape) if q_out.dim() == 2 and q_out.numel() == q.numel() else q_out,
-        k_out=k_out.view(k.shape) if k_out.dim() == 2 and k_out.numel() == k.numel() else k_out,
+        q_out=q_out,
+        k_out=k_out,
         k_scale=scales[0],
         v_scale=scales[1],
         rounding="each_step",
@@ -184,6 +186,10 @@ def _split_heads(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return the heads of q, k and v as views of a fused projection."""
     checks.tensor("qkv", qkv)
+    sizes = {"num_heads_q": num_heads_q, "num_heads_k": num_heads_k, "num_heads_v": num_heads_v, "head_dim": head_dim}
+    for name, size in sizes.items():
+        if checks.integer(name, size) < 0:
+            raise ValueError(f"{name} must be zero or more, got {size}")
     heads = num_heads_q + num_heads_k + num_heads_v
     if qkv.dim() != 2 or qkv.shape[1] != heads * head_dim:
         raise ValueError(
