@@ -208,6 +208,81 @@ inline PagedCache paged_cache(const StridedRows& rows, index_t element_bytes) {
   return cache;
 }
 
+// Reads the arguments of the rotation: cos_sin_cache, positions, is_neox and mRoPE's sections. `cos_sin_rows` and
+// `position_rows` become the memory of the first two.
+template <typename Kernel>
+bool as_rotation(const TVMFFIAny* args, index_t tokens, DLDevice device, QKNormRopeStoreParams* params,
+                 StridedRows* cos_sin_rows, StridedRows* position_rows) {
+  using C = typename Kernel::cos_sin_t;
+  constexpr index_t rotary_dim = Kernel::kRotaryDim;
+  constexpr bool has_sections = Kernel::rotation_t::kHasSections;
+  index_t section[3];
+  bool is_neox;
+  if (!as_bool(args[12], &is_neox) || !as_int(args[13], &section[0]) || !as_int(args[14], &section[1]) ||
+      !as_int(args[15], &section[2]) || !as_bool(args[16], &params->has_interleaved_sections))
+    return false;
+  if (rotary_dim == 0) return args[3].type_index == kTVMFFINone && args[4].type_index == kTVMFFINone;
+
+  const DLTensor *cos_sin = as_tensor(args[3]), *positions = as_tensor(args[4]);
+  if (is_neox != Kernel::rotation_t::kIsNeox || !cos_sin || cos_sin->ndim != 2 || !is_on(*cos_sin, device) ||
+      !has_dtype<C>(*cos_sin) || cos_sin->shape[1] != rotary_dim || cos_sin->strides[1] != 1 ||
+      (cos_sin->shape[0] > 1 && cos_sin->strides[0] < rotary_dim) || !positions ||
+      !as_positions(*positions, tokens, has_sections, device))
+    return false;
+  const index_t stride = cos_sin->shape[0] > 1 ? cos_sin->strides[0] : rotary_dim;
+  if (tokens != 0 && (cos_sin->shape[0] == 0 || !cos_sin->data || !is_aligned(data_of(*cos_sin), Kernel::kAlignment) ||
+                      stride * sizeof(C) % Kernel::kAlignment != 0))
+    return false;
+  // With one position for each token the sections change nothing, but are checked all the same.
+  const bool has_given_sections = section[0] != 0 || section[1] != 0 || section[2] != 0;
+  if ((has_sections || has_given_sections) &&
+      (section[0] < 0 || section[1] < 0 || section[2] < 0 || section[0] > rotary_dim || section[1] > rotary_dim ||
+       section[2] > rotary_dim || section[0] + section[1] + section[2] != rotary_dim / 2))
+    return false;
+  if (has_sections) {
+    const bool is_interleaved = params->has_interleaved_sections;
+    params->section_end[0] = is_interleaved ? 3 * section[1] : section[0];
+    params->section_end[1] = is_interleaved ? 3 * section[2] : section[0] + section[1];
+    params->positions_stride = positions->strides[0];
+  }
+  *cos_sin_rows = as_one_row(*cos_sin);
+  *position_rows = as_one_row(*positions);
+  params->cos_sin = cos_sin_rows->data;
+  params->cos_sin_stride = stride;
+  params->max_position = cos_sin->shape[0];
+  params->positions = position_rows->data;
+  params->has_int64_positions = positions->dtype.bits == 64;
+  return true;
+}
+
+// Reads slot_mapping, and compares the caches with k. `slot_rows` becomes the memory of the slots. Without caches there
+// are no slots and no scales.
+template <typename Kernel>
+bool as_stored_tokens(const TVMFFIAny* args, const StridedRows& k, const StridedRows& k_cache,
+                      const StridedRows& v_cache, DLDevice device, QKNormRopeStoreParams* params,
+                      StridedRows* slot_rows) {
+  using Cache = typename Kernel::cache_t;
+  params->block_size = 1;
+  if (!k_cache.is_given())
+    return args[7].type_index == kTVMFFINone && args[20].type_index == kTVMFFINone &&
+           args[21].type_index == kTVMFFINone;
+  const index_t tokens = k.counts[0], heads = k.counts[2];
+  const DLTensor* slots = as_indices(args[7], device);
+  if (!slots || slots->shape[0] > tokens || k_cache.counts[2] != heads || v_cache.counts[2] != heads ||
+      k_cache.counts[0] != v_cache.counts[0] || k_cache.counts[1] != v_cache.counts[1] ||
+      (k_cache.counts[1] != 0 && k_cache.counts[0] > kMaxDividend / k_cache.counts[1]) ||
+      (slots->shape[0] != 0 && heads != 0 && k_cache.is_empty))
+    return false;
+  *slot_rows = as_one_row(*slots);
+  params->slots = slot_rows->data;
+  params->has_int64_slots = slots->dtype.bits == 64;
+  params->num_stored = static_cast<unsigned>(slots->shape[0]);
+  if (!k_cache.is_empty) params->block_size = static_cast<unsigned>(k_cache.counts[1]);
+  params->cache[kKey] = paged_cache(k_cache, sizeof(Cache));
+  params->cache[kValue] = paged_cache(v_cache, sizeof(Cache));
+  return true;
+}
+
 // qk_norm_rope_store(q, k, v, cos_sin_cache, positions, k_cache, v_cache, slot_mapping, q_weight, k_weight, eps,
 // weight_offset, is_neox, mrope_section[0], mrope_section[1], mrope_section[2], mrope_interleaved, q_out, k_out,
 // q_scale, k_scale, v_scale, skip_index, rounds_each_step, enable_pdl). The sections are 0 without mRoPE. Tensors are
@@ -215,11 +290,8 @@ inline PagedCache paged_cache(const StridedRows& rows, index_t element_bytes) {
 template <typename Kernel>
 Outcome qk_norm_rope_store(const TVMFFIAny* args, int num_args) {
   using T = typename Kernel::input_t;
-  using C = typename Kernel::cos_sin_t;
   using Cache = typename Kernel::cache_t;
   using QOut = typename Kernel::q_out_t;
-  constexpr index_t rotary_dim = Kernel::kRotaryDim;
-  constexpr bool has_sections = Kernel::rotation_t::kHasSections, rotates = rotary_dim != 0;
   if (num_args != 25) return Outcome::kRefused;
   const DLTensor* k_tensor = as_tensor(args[1]);
   if (!k_tensor || !runs_on<Kernel>(k_tensor->device)) return Outcome::kRefused;
@@ -251,7 +323,7 @@ Outcome qk_norm_rope_store(const TVMFFIAny* args, int num_args) {
     return Outcome::kRefused;
 
   // Where the results go: in place, unless an output is given. What is neither normalised nor rotated is not written.
-  constexpr bool changes_heads = Kernel::kHasNorm || rotates;
+  constexpr bool changes_heads = Kernel::kHasNorm || Kernel::kRotaryDim != 0;
   for (int i = 0; i < 2; i++) {  // q, then k
     StridedRows& output = out[kQOut + i];
     if (output.is_given()) {
@@ -265,70 +337,15 @@ Outcome qk_norm_rope_store(const TVMFFIAny* args, int num_args) {
   if (!changes_heads && (q.is_given() || !has_cache)) return Outcome::kRefused;
 
   double eps, weight_offset;
-  index_t section[3], skip_index;
-  bool is_neox, has_interleaved_sections, rounds_each_step, enable_pdl;
-  if (!as_float(args[10], &eps) || !(eps >= 0) || !as_float(args[11], &weight_offset) || !as_bool(args[12], &is_neox) ||
-      !as_int(args[13], &section[0]) || !as_int(args[14], &section[1]) || !as_int(args[15], &section[2]) ||
-      !as_bool(args[16], &has_interleaved_sections) || !as_int(args[22], &skip_index) ||
-      !as_bool(args[23], &rounds_each_step) || rounds_each_step != Kernel::kRoundsEachStep ||
-      !as_optional_bool(args[24], true, &enable_pdl))
+  bool rounds_each_step, enable_pdl;
+  if (!as_float(args[10], &eps) || !(eps >= 0) || !as_float(args[11], &weight_offset) ||
+      !as_int(args[22], &params.skip_index) || !as_bool(args[23], &rounds_each_step) ||
+      rounds_each_step != Kernel::kRoundsEachStep || !as_optional_bool(args[24], true, &enable_pdl))
     return Outcome::kRefused;
 
-  if (!rotates) {
-    if (args[3].type_index != kTVMFFINone || args[4].type_index != kTVMFFINone) return Outcome::kRefused;
-  } else {
-    const DLTensor *cos_sin = as_tensor(args[3]), *positions = as_tensor(args[4]);
-    if (is_neox != Kernel::rotation_t::kIsNeox || !cos_sin || cos_sin->ndim != 2 || !is_on(*cos_sin, device) ||
-        !has_dtype<C>(*cos_sin) || cos_sin->shape[1] != rotary_dim || cos_sin->strides[1] != 1 ||
-        (cos_sin->shape[0] > 1 && cos_sin->strides[0] < rotary_dim) || !positions ||
-        !as_positions(*positions, tokens, has_sections, device))
-      return Outcome::kRefused;
-    const index_t stride = cos_sin->shape[0] > 1 ? cos_sin->strides[0] : rotary_dim;
-    if (tokens != 0 &&
-        (cos_sin->shape[0] == 0 || !cos_sin->data || !is_aligned(data_of(*cos_sin), Kernel::kAlignment) ||
-         stride * sizeof(C) % Kernel::kAlignment != 0))
-      return Outcome::kRefused;
-    // Sections of one position rotate as one, but are checked all the same.
-    const bool is_given_sections = section[0] != 0 || section[1] != 0 || section[2] != 0;
-    if ((has_sections || is_given_sections) &&
-        (section[0] < 0 || section[1] < 0 || section[2] < 0 || section[0] > rotary_dim || section[1] > rotary_dim ||
-         section[2] > rotary_dim || section[0] + section[1] + section[2] != rotary_dim / 2))
-      return Outcome::kRefused;
-    if (has_sections) {
-      params.section_end[0] = has_interleaved_sections ? 3 * section[1] : section[0];
-      params.section_end[1] = has_interleaved_sections ? 3 * section[2] : section[0] + section[1];
-      params.positions_stride = positions->strides[0];
-    }
-    in[kCosSin] = as_one_row(*cos_sin);
-    in[kPositions] = as_one_row(*positions);
-    params.cos_sin = in[kCosSin].data;
-    params.cos_sin_stride = stride;
-    params.max_position = cos_sin->shape[0];
-    params.positions = in[kPositions].data;
-    params.has_int64_positions = positions->dtype.bits == 64;
-    params.has_interleaved_sections = has_interleaved_sections;
-  }
-
-  params.block_size = 1;
-  if (!has_cache) {
-    if (args[7].type_index != kTVMFFINone || args[20].type_index != kTVMFFINone || args[21].type_index != kTVMFFINone)
-      return Outcome::kRefused;
-  } else {
-    const DLTensor* slots = as_indices(args[7], device);
-    const StridedRows &k_cache = out[kKCache], &v_cache = out[kVCache];
-    if (!slots || slots->shape[0] > tokens || k_cache.counts[2] != k_heads || v_cache.counts[2] != k_heads ||
-        k_cache.counts[0] != v_cache.counts[0] || k_cache.counts[1] != v_cache.counts[1] ||
-        (k_cache.counts[1] != 0 && k_cache.counts[0] > kMaxDividend / k_cache.counts[1]) ||
-        (slots->shape[0] != 0 && k_heads != 0 && k_cache.is_empty))
-      return Outcome::kRefused;
-    in[kSlots] = as_one_row(*slots);
-    params.slots = in[kSlots].data;
-    params.has_int64_slots = slots->dtype.bits == 64;
-    params.num_stored = static_cast<unsigned>(slots->shape[0]);
-    if (!k_cache.is_empty) params.block_size = static_cast<unsigned>(k_cache.counts[1]);
-    params.cache[kKey] = paged_cache(k_cache, sizeof(Cache));
-    params.cache[kValue] = paged_cache(v_cache, sizeof(Cache));
-  }
+  if (!as_rotation<Kernel>(args, tokens, device, &params, &in[kCosSin], &in[kPositions]) ||
+      !as_stored_tokens<Kernel>(args, k, out[kKCache], out[kVCache], device, &params, &in[kSlots]))
+    return Outcome::kRefused;
 
   const index_t heads = tokens * (q_heads + k_heads + (has_cache ? k_heads : 0));
   const index_t per_row = Kernel::heads_per_row(heads);
@@ -341,7 +358,6 @@ Outcome qk_norm_rope_store(const TVMFFIAny* args, int num_args) {
   params.out[kKey] = head_tensor(out[kKOut], sizeof(T));
   params.weight[kQuery] = in[kQWeight].data;
   params.weight[kKey] = in[kKWeight].data;
-  params.skip_index = skip_index;
   params.num_rows = tokens * groups;
   params.num_all_heads = heads;
   params.groups_divisor = divisor_of(groups);
