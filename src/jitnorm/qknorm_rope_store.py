@@ -39,7 +39,7 @@ _DTYPE_NAMES = {**checks.DTYPE_NAMES, E4M3: "fp8"}
 
 @dataclass(frozen=True)
 class Variant:
-    """What a kernel is compiled for, but its target.
+    """The properties that a kernel is compiled for, other than its target.
 
     Attributes:
         head_dim: The elements of a head.
@@ -73,7 +73,7 @@ class HeadsOperator(Operator):
     rotates: ClassVar[bool] = True
 
     def spec(self, variant: Variant, target: Target) -> KernelSpec:
-        """Return what to build for a variant. RuntimeError for an unsupported head_dim or rotary_dim."""
+        """Return what to build for a variant. Raise RuntimeError for an unsupported head_dim or rotary_dim."""
         v = variant
         check_sizes(self.op, v.head_dim, v.rotary_dim)
         types = [_CPP_TYPES[d] for d in (v.dtype, v.weight_dtype, v.cos_sin_dtype, v.cache_dtype, v.q_out_dtype)]
@@ -363,19 +363,19 @@ def qk_norm_rope_store(
         k_weight: `[head_dim]`, of q_weight's dtype. None: k is not normalised.
         eps: Added to the mean of the squares; zero or more.
         weight_offset: Added to the weights; 1 for Gemma's norms.
-        is_neox: Which elements form a pair.
+        is_neox: Which elements form a pair: i and i + rotary_dim / 2, or with False 2 i and 2 i + 1.
         mrope_section: How many pairs are rotated by a token's first, second and third position (time, height, width);
             their sum is rotary_dim / 2. With positions `[tokens]` all three are the same.
         mrope_interleaved: Whether pairs 0, 3, 6, ... belong to the first section, 1, 4, ... to the second and 2, 5, ...
-            to the third until it is full, and the rest to the first (Qwen3-VL); otherwise the sections follow each
-            other (Qwen2-VL).
+            to the third, each until it is full; the remaining pairs belong to the first (Qwen3-VL). Otherwise the
+            sections follow each other (Qwen2-VL).
         q_out: `[tokens, q_heads, head_dim]`, written instead of q; of q's dtype or float8_e4m3fn.
         k_out: `[tokens, kv_heads, head_dim]`, written instead of k; of k's dtype.
         q_scale: float32, one element or `[q_heads]`, on q's device: a float8 q_out is q divided by it. None for 1.
         k_scale: float32, one element or `[kv_heads]`: a float8 k_cache is k divided by it. None for 1.
         v_scale: Likewise, for v.
         skip_index: Tokens with this slot are not stored.
-        rounding: "once" or "each_step".
+        rounding: "once", or "each_step" to round after the norm, the rotation and the quantisation, as described above.
         enable_pdl: Programmatic dependent launch. None turns it on where the GPU supports it. The bits are the same.
 
     Raises:
@@ -560,6 +560,7 @@ def check(a: Arguments) -> Arguments:
 
 
 def _check_overlap(a: Arguments) -> None:
+    """Raise if a written tensor overlaps itself or another argument, unless it is the input that it replaces."""
     written = a.written
     replaced = {"q_out": "q", "k_out": "k"}
     for i, (name, value) in enumerate(written.items()):
@@ -611,7 +612,7 @@ def _check_types(a: Arguments) -> Arguments:
 
 
 def check_sizes(op: str, head_dim: int, rotary_dim: int) -> None:
-    """Raise RuntimeError unless there is a kernel for heads of this size, of which so many elements are rotated."""
+    """Raise RuntimeError unless there is a kernel for head_dim, and for a rotation of rotary_dim elements of a head."""
     step = HEAD_DIMS.step
     if head_dim not in HEAD_DIMS:
         supported = f"the multiples of {step} from {HEAD_DIMS[0]} to {HEAD_DIMS[-1]}"

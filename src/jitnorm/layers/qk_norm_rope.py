@@ -192,7 +192,7 @@ def _can_fuse(
 
 
 def is_supported_size(head_dim: int, rotary_dim: int) -> bool:
-    """Return whether there is a kernel for heads of this size, of which so many elements are rotated."""
+    """Return whether there is a kernel for head_dim, and for a rotation of rotary_dim elements of a head."""
     return head_dim in HEAD_DIMS and rotary_dim % ROTARY_STEP == 0 and 0 < rotary_dim <= head_dim
 
 
@@ -223,7 +223,7 @@ def _has_kernel_layout(x: torch.Tensor) -> bool:
 
 
 def _can_overwrite(x: torch.Tensor, heads: torch.Tensor) -> bool:
-    """Return whether the heads of `x` may be written in place, which in a compiled graph costs a copy of the whole."""
+    """Return whether to write the heads of `x` in place: not if they are a copy, nor in a compiled graph."""
     return not needs_dispatcher(x) and heads.data_ptr() == x.data_ptr()
 
 
