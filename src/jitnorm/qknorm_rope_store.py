@@ -664,10 +664,11 @@ def check_metadata(a: Arguments) -> None:
     _check_caches(a, tokens, kv_heads, head_dim)
     for name, output in (("q_scale", "q_out"), ("k_scale", "k_cache"), ("v_scale", "v_cache")):
         if (scale := getattr(a, name)) is not None:
-            _check_scale(name, scale, output, getattr(a, output), heads[name[0]])
+            check_scale(name, scale, output, getattr(a, output), heads[name[0]])
 
 
-def _check_scale(name: str, scale: torch.Tensor, output_name: str, output: torch.Tensor | None, heads: int) -> None:
+def check_scale(name: str, scale: torch.Tensor, output_name: str, output: torch.Tensor | None, heads: int) -> None:
+    """Raise unless `output` is float8 and `scale` has one element, or one for each head."""
     if output is None or output.dtype != E4M3:
         given = "none" if output is None else str(output.dtype).removeprefix("torch.")
         raise ValueError(f"{name} must be given with a float8_e4m3fn {output_name}, got {given}")

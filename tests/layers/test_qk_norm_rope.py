@@ -335,6 +335,20 @@ def test_no_tokens_and_no_heads(compiler):
     assert relative_error(got[0], want) <= 1e-6 and got[1].shape == (3, 0)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("size", [D, D + 8])  # the second has no kernel
+def test_bad_options_are_refused_with_and_without_a_kernel(size):
+    q, k, cache, angles = torch.randn(3, 2, size), torch.randn(3, 1, size), torch.zeros(4, 1, size), torch.ones(9, size)
+    store = {"v": k.clone(), "k_cache": cache, "v_cache": cache.clone(), "slot_mapping": positions_of(3) * 0}
+    for message, options in (
+        ("k_scale must be given with a float8_e4m3fn k_cache, got float32", {**store, "k_scale": torch.ones(1)}),
+        ("slot_mapping must have at most 3 elements", {**store, "slot_mapping": torch.arange(4)}),
+        (f"mrope_section must add up to {size // 2}", {"mrope_section": [4, 4, 4]}),
+    ):
+        with pytest.raises(ValueError, match=message):
+            apply_qk_norm_rope(q, k, None, None, size, angles, positions_of(3) * 0, **options)
+
+
 def test_bad_arguments_are_refused():
     _, q, k, v = projection(3)
     angles, positions, cache = cosines_and_sines(), positions_of(3), torch.zeros(4, K_HEADS, D)

@@ -15,7 +15,7 @@ from jitnorm.core.norm_modules import LLAMA_CLASSES, eps_of, original_class, wei
 from jitnorm.core.operators import DTYPES
 from jitnorm.core.torch_library import needs_dispatcher, needs_grad
 from jitnorm.layers.compiler import Compiler, resolve_compiler
-from jitnorm.qknorm_rope_store import E4M3, HEAD_DIMS, ROTARY_STEP, qk_norm_rope_store
+from jitnorm.qknorm_rope_store import E4M3, HEAD_DIMS, ROTARY_STEP, check_scale, qk_norm_rope_store
 
 E4M3_MAX = torch.finfo(E4M3).max
 
@@ -131,6 +131,7 @@ def apply_qk_norm_rope(
             **rotation,
         )
         return (q, k) if q_out is None or k_out is None else (q_out.view(q.shape), k_out.view(k.shape))
+    _check_options(k_heads, cos_sin_cache, mrope_section, store, {"k_scale": k_scale, "v_scale": v_scale})
     q_heads, k_heads = _normalise_and_rotate(q_heads, k_heads, norms, cos_sin_cache, positions, **rotation)
     if v_heads is not None and slot_mapping is not None:
         _store(k_heads, k_cache, slot_mapping, k_scale)
@@ -143,6 +144,29 @@ def _check_positions(positions: torch.Tensor, mrope_section: Sequence[int] | Non
         raise ValueError(
             f"positions must have shape [tokens], or [3, tokens] with mrope_section, got {list(positions.shape)}"
         )
+
+
+def _check_options(
+    k: torch.Tensor,
+    cos_sin_cache: torch.Tensor,
+    mrope_section: Sequence[int] | None,
+    store: dict[str, torch.Tensor | None],
+    scales: dict[str, torch.Tensor | None],
+) -> None:
+    """Raise what the operator raises for options that PyTorch would ignore, or refuse without naming the argument."""
+    if mrope_section is not None and 2 * sum(mrope_section) != cos_sin_cache.shape[-1]:
+        raise ValueError(
+            f"mrope_section must add up to {cos_sin_cache.shape[-1] // 2}, half of cos_sin_cache's last dimension, "
+            f"got {list(mrope_section)}"
+        )
+    for name, scale in scales.items():
+        if scale is not None:
+            checks.tensor(name, scale)
+            cache = name.replace("scale", "cache")
+            check_scale(name, scale, cache, store[cache], k.shape[1])
+    slots = store["slot_mapping"]
+    if slots is not None and slots.shape[0] > k.shape[0]:
+        raise ValueError(f"slot_mapping must have at most {k.shape[0]} elements like k's tokens, got {len(slots)}")
 
 
 def _heads(name: str, x: Any, positions: torch.Tensor, head_dim: int) -> torch.Tensor:
