@@ -21,7 +21,7 @@ from jitnorm.core.torch_library import (
 )
 from jitnorm.jit.environment import is_on
 from jitnorm.jit.spec import KernelSpec, Target
-from jitnorm.qknorm_rope_store import E4M3, NO_SKIP_INDEX, STORE_HEADS, Arguments
+from jitnorm.qknorm_rope_store import E4M3, EXAMPLE_SIZES, NO_SKIP_INDEX, STORE_HEADS, Arguments
 
 MAX_ROW_BYTES = 1 << 30  # kMaxRowBytes in csrc/elementwise/store_cache.h
 _NUM_SPLITS = (0, 1, 2, 4)
@@ -428,5 +428,11 @@ def _head_arguments(shape: Shape) -> dict[str, Any]:
 
 
 EXAMPLES[STORE_HEADS.op] = Example(
-    store_cache, _head_arguments, written=("k_cache", "v_cache"), per_row=("k", "v", "indices")
+    store_cache,
+    _head_arguments,
+    written=("k_cache", "v_cache"),
+    per_row=("k", "v", "indices"),
+    slots="indices",
+    slot_dims=2,
+    sizes=EXAMPLE_SIZES,
 )

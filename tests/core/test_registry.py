@@ -69,6 +69,7 @@ def test_a_row_has_the_same_bits_alone_and_in_a_batch(op, device):
         one = {name: v[row : row + 1] if name in example.per_row else copy.deepcopy(v) for name, v in alone.items()}
         for name, of_one, of_all in zip(names, example.run(one), results, strict=True):
             if example.slots and name and name not in example.per_row:
+                of_one, of_all = (cache.flatten(0, example.slot_dims - 1) for cache in (of_one, of_all))
                 assert same_bits(of_one[one[example.slots]], of_all[one[example.slots]])
             elif of_all.shape[0] == ROWS:  # a given scale is one for all rows
                 assert same_bits(of_one, of_all[row : row + 1])
