@@ -9,7 +9,7 @@ import torch
 
 from jitnorm import qknorm_rope_store
 from jitnorm.core import checks
-from jitnorm.core.operators import EXAMPLES, Example, Operator, Shape
+from jitnorm.core.operators import DTYPES, EXAMPLES, Example, Operator, Shape
 from jitnorm.core.targets import target_of
 from jitnorm.core.torch_library import (
     build_while_tracing,
@@ -207,7 +207,7 @@ def _as_heads(
     if not all(isinstance(t, torch.Tensor) and t.dim() in (3, 4) for t in tensors) or k.dim() != 3:
         return None
     is_quantised = k_cache.dtype == E4M3 != k.dtype or k_scale is not None or v_scale is not None
-    if k_cache.dim() == 3 and not is_quantised and all(_has_contiguous_rows(t) for t in tensors):
+    if k_cache.dim() == 3 and not is_quantised and (k.dtype not in DTYPES or all(map(_has_contiguous_rows, tensors))):
         return None
     _, num_split, skip_index = _check_types(k, v, k_cache, v_cache, indices, row_bytes, num_split, skip_index)
     _check_settings(k, row_bytes, num_split)

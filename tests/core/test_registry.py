@@ -118,7 +118,8 @@ def benchmarked():
         for family in {f"bench_{example.function.__module__.rpartition('.')[2]}" for example in EXAMPLES.values()}:
             if (BENCHMARKS / f"{family}.py").exists():  # a family may share the benchmark of another
                 bench = importlib.import_module(family).bench
-                for point in {point.get("op"): point for point in reversed(bench.points(full=True))}.values():
+                points = reversed(bench.points(full=True))
+                for point in {point.get("op", point.get("steps")): point for point in points}.values():
                     bench(**point, impl="jitnorm")
     forget_kernels()
     return called

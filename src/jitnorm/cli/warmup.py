@@ -54,10 +54,14 @@ _DTYPE, _CACHE_DTYPE = click.Choice(list(DTYPES)), click.Choice(list(CACHE_DTYPE
     **several(_CACHE_DTYPE),
     help="Build for a result for q of this dtype, the input's or fp8; by default the input's.",
 )
-@click.option("--interleaved", is_flag=True, help="Rotate neighbours, elements 2 i and 2 i + 1 of a head (GPT-J style).")
+@click.option(
+    "--interleaved", is_flag=True, help="Rotate neighbours, elements 2 i and 2 i + 1 of a head (GPT-J style)."
+)
 @click.option("--mrope", is_flag=True, help="Build for three positions of each token.")
 @click.option(
-    "--rounding", **several(click.Choice(ROUNDINGS)), help="Round once, at the end, or after each step; by default once."
+    "--rounding",
+    **several(click.Choice(ROUNDINGS)),
+    help="Round once, at the end, or after each step; by default once.",
 )
 @click.option(
     "--config",

@@ -27,7 +27,7 @@ from jitnorm.warmup.run import Result, build_all, find_cached, prepare
 if TYPE_CHECKING:
     from jitnorm.warmup.config import ModelConfig
 
-__all__ = ["CACHE_DTYPES", "DTYPES", "OPTIONS", "OPS", "Plan", "Result", "make_plan", "warmup"]
+__all__ = ["CACHE_DTYPES", "DTYPES", "OPS", "OPTIONS", "Plan", "Result", "make_plan", "warmup"]
 
 OPS = OPERATORS  # the operators that can be built ahead of time, by name
 

@@ -289,7 +289,11 @@ def read_config(path: str | os.PathLike[str]) -> ModelConfig:
         is_gemma=config.family in _GEMMA_NORMS,
         kv_sizes=_kv_sizes(config),
         dtype=config.text("dtype") or config.text("torch_dtype"),
-        notes=[*_notes_on_family(config), *_notes_on_rotation(config, rotation), *_notes_on_activation(file, hidden_act, intermediate_sizes)],
+        notes=[
+            *_notes_on_family(config),
+            *_notes_on_rotation(config, rotation),
+            *_notes_on_activation(file, hidden_act, intermediate_sizes),
+        ],
         is_patchable=is_supported_family(config.family),
         has_patchable_attention=f"{config.family}attention" in {name.lower() for name in ATTENTION_CLASSES},
         rotation=rotation,
