@@ -170,7 +170,8 @@ def compiled(steps: str) -> Call:
     functions: dict[Any, Call] = {}
 
     def call(*tensors: Tensor) -> None:
-        key = tuple((tensor.shape, tensor.dtype) for tensor in tensors)
+        # A graph that writes to slices of one tensor is compiled for the size of that tensor.
+        key = tuple((t.shape, t.dtype, t.untyped_storage().nbytes()) for t in tensors)
         if key not in functions:
             torch._dynamo.reset()
             functions[key] = torch.compile(plain(steps), dynamic=False)

@@ -189,8 +189,7 @@ class HeadsOperator(Operator):
 
     def run(self, a: Arguments) -> None:
         """Run the kernel that serves arguments that have been checked."""
-        key = a.k.dtype, a.cos_sin_cache.nbytes if a.cos_sin_cache is not None else 0
-        self.call(key, (a.variant, target_of(a.k)), *a.of_bindings())
+        self.call((a.k.dtype, a.k.size(-1)), (a.variant, target_of(a.k)), *a.of_bindings())
 
 
 class QKNormRopeStore(HeadsOperator):
@@ -439,9 +438,7 @@ def qk_norm_rope_store(
                         *(q_scale, k_scale, v_scale),
                     )
                 )
-                and not (_rope_kernels if q_weight is k_weight is None else _norm_kernels)[k.dtype][
-                    cos_sin_cache.nbytes
-                ](
+                and not (_rope_kernels if q_weight is k_weight is None else _norm_kernels)[k.dtype][k.size(-1)](
                     *(q, k, v, cos_sin_cache, positions, k_cache, v_cache, slot_mapping, q_weight, k_weight, eps),
                     *(weight_offset, is_neox),
                     *(_NO_SECTIONS if mrope_section is None else mrope_section),

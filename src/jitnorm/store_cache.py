@@ -141,14 +141,14 @@ def store_cache(
             kernel = _kernels.get(k.dtype)
             if kernel is not None and k_scale is v_scale is None and not kernel(*arguments):
                 return None
-            kernel = _head_kernels.get(k.dtype)
+            kernels = _head_kernels.get(k.dtype)
             if (
-                kernel is not None
+                kernels is not None
                 and row_bytes == num_split == 0
                 and (k_scale is None or k_scale.__class__ is _Tensor)
                 and (v_scale is None or v_scale.__class__ is _Tensor)
                 and not needs_grad(k_scale, v_scale)
-                and not _store_heads(kernel[0], arguments, k_scale, v_scale)
+                and not _store_heads(kernels[k.size(-1)], arguments, k_scale, v_scale)
             ):
                 return None
     except Exception:  # arguments without such attributes: the slow path raises for these
@@ -158,9 +158,7 @@ def store_cache(
 
 def _store_heads(kernel: Any, arguments: tuple[Any, ...], k_scale: Any, v_scale: Any) -> Any:
     """Call a kernel of STORE_HEADS, through the bindings in csrc/elementwise/qknorm_rope_store.h."""
-    k, v, k_cache, v_cache, indices, row_bytes, num_split, skip_index = arguments
-    if row_bytes or num_split:
-        return True  # refused: the slow path checks these
+    k, v, k_cache, v_cache, indices, _, _, skip_index = arguments
     skip_index = NO_SKIP_INDEX if skip_index is None else skip_index
     return kernel(
         *(None, k, v, None, None, k_cache, v_cache, indices, None, None, 0.0, 0.0, True, 0, 0, 0, False, None, None),
