@@ -16,7 +16,10 @@ from jitnorm.qknorm_rope_store import angles_of
 HEADS = [(128, 32, 8, 128), (128, 64, 8, 128), (128, 16, 8, 128), (256, 16, 2, 64), (64, 8, 1, 64)]
 TOKENS = [1, 16, 64, 256, 1024, 4096, 16384]
 # The steps in one call, and the dtype of the caches: the input's, or float8.
-STEPS = [("norm+rope+store", "input"), ("norm+rope+store", "fp8"), ("rope+store", "input"), ("store", "fp8")]
+STEPS = [
+    *(("norm+rope+store", "input"), ("norm+rope+store", "fp8"), ("rope+store", "input"), ("rope", "input")),
+    ("store", "fp8"),
+]
 MAX_POSITION = 4096
 BLOCK_SIZE = 16
 
@@ -37,7 +40,7 @@ def store(cache: Tensor, slots: Tensor, heads: Tensor) -> None:
 
 
 def jitnorm(steps: str) -> Call:
-    from jitnorm import qk_norm_rope_store, rope_and_store, store_cache
+    from jitnorm import qk_norm_rope_store, rope, rope_and_store, store_cache
 
     def norm_rope_store(*tensors: Tensor) -> None:
         qk_norm_rope_store(*tensors[:8], q_weight=tensors[8], k_weight=tensors[9], eps=EPS)
@@ -45,6 +48,7 @@ def jitnorm(steps: str) -> Call:
     return {
         "norm+rope+store": norm_rope_store,
         "rope+store": lambda *tensors: rope_and_store(*tensors[:8]),
+        "rope": lambda *tensors: rope(tensors[0], tensors[1], *tensors[3:5]),
         "store": lambda *tensors: store_cache(tensors[1], tensors[2], *tensors[5:8]),
     }[steps]
 
@@ -62,7 +66,7 @@ def separate(steps: str) -> Call:
         rope(q, k, angles, positions)
         store_cache(k, v, k_cache, v_cache, slots)
 
-    if steps == "store":
+    if "+" not in steps:
         raise LookupError("it is one operator")
     return call
 
@@ -70,7 +74,7 @@ def separate(steps: str) -> Call:
 def sglang(steps: str) -> Call:
     from sglang.jit_kernel.kvcache import store_cache
     from sglang.jit_kernel.norm import fused_inplace_qknorm
-    from sglang.jit_kernel.rope import apply_rope_inplace_with_kvcache
+    from sglang.jit_kernel.rope import apply_rope_inplace, apply_rope_inplace_with_kvcache
 
     def call(
         q: Tensor, k: Tensor, v: Tensor, angles: Tensor, positions: Tensor, k_cache: Tensor, v_cache: Tensor,
@@ -81,7 +85,9 @@ def sglang(steps: str) -> Call:
         k_rows, v_rows = (cache.view(-1, k.shape[1] * k.shape[2]) for cache in (k_cache, v_cache))
         if "norm" in steps:
             fused_inplace_qknorm(q, k, q_weight, k_weight, EPS)
-        if "rope" in steps:
+        if steps == "rope":
+            apply_rope_inplace(q, k, angles, positions, is_neox=True)
+        elif "rope" in steps:
             apply_rope_inplace_with_kvcache(q, k, v, k_rows, v_rows, angles, positions, slots, is_neox=True)
         else:
             store_cache(k.flatten(1), v.flatten(1), k_rows, v_rows, slots)
@@ -107,6 +113,8 @@ def flashinfer(steps: str) -> Call:
         flashinfer.rope._apply_rope_pos_ids_cos_sin_cache(
             q=q, k=k, q_rope=q, k_rope=k, cos_sin_cache=angles, pos_ids=positions, interleave=False
         )
+        if "store" not in steps:
+            return
         k_rows, v_rows = (cache.view(-1, k.shape[1] * k.shape[2]) for cache in (k_cache, v_cache))
         store_cache(k.flatten(1), v.flatten(1), k_rows, v_rows, slots)
 
@@ -128,6 +136,8 @@ def vllm(steps: str) -> Call:
             ops.fused_qk_norm_rope(qkv, *heads, EPS, q_weight, k_weight, angles, True, positions)
         elif "rope" in steps:
             ops.rotary_embedding(positions, q, k, q.shape[2], angles, True)
+        if "store" not in steps:
+            return
         one = torch.ones((), device=k.device)
         dtype = "auto" if k_cache.dtype == k.dtype else "fp8"
         caches = (k_cache, v_cache) if dtype == "auto" else (k_cache.view(torch.uint8), v_cache.view(torch.uint8))
@@ -149,8 +159,9 @@ def plain(steps: str) -> Call:
                 y = rotate(y, angles[positions].float())
             if steps != "store":
                 x.copy_(y)
-        store(k_cache, slots, k)
-        store(v_cache, slots, v)
+        if "store" in steps:
+            store(k_cache, slots, k)
+            store(v_cache, slots, v)
 
     return call
 
@@ -189,8 +200,9 @@ def reference(steps: str) -> Callable[..., tuple[Tensor, ...]]:
         if "rope" in steps:
             q, k = (rotate(x.double(), angles.double()[positions]) for x in (q, k))
         k_cache, v_cache = k_cache.double(), v_cache.double()
-        store(k_cache, slots, k)
-        store(v_cache, slots, v)
+        if "store" in steps:
+            store(k_cache, slots, k)
+            store(v_cache, slots, v)
         return q, k, k_cache, v_cache
 
     return call
@@ -236,12 +248,14 @@ def bench(
         return tensors[0], tensors[1], tensors[5], tensors[6]  # to be checked
 
     changed = () if steps == "store" else (q, k)
-    stored = tuple(torch.empty_like(x, dtype=dtype) for x in (k, v))  # as many bytes as the caches get
+    reads = {"store": (k, v, slots), "rope": (q, k, positions)}.get(steps, (q, k, v, positions, slots))
+    # As many bytes as the caches get.
+    stored = tuple(torch.empty_like(x, dtype=dtype) for x in (k, v) if "store" in steps)
     return marker.do_bench(
         call,
         input_args=(q, k, v, angles, positions, k_cache, v_cache, slots, *weights),
         graph_clone_args=(0, 1, 2, 5, 6, 8, 9),
-        memory_args=(*changed, v, positions, slots) if changed else (k, v, slots),
+        memory_args=reads,
         memory_output=changed,
         extra_memory_args=stored,
         check=reference(steps),

@@ -27,6 +27,7 @@ HEAD_DIMS = range(64, 512 + 1, 16)
 ROTARY_STEP = 16  # of rotary_dim: a kernel loads whole vectors of cosines
 MAX_ROWS = 2**31 - 1  # kMaxDividend in csrc/include/jitnorm/divisor.h, for the heads of all tokens and for slots
 ROUNDINGS = ("once", "each_step")
+EXAMPLE_SIZES = (128, 256)  # heads whose threads have one pair of vectors, and several
 E4M3 = torch.float8_e4m3fn
 
 NO_SKIP_INDEX = -(2**63)  # which is no slot
@@ -70,6 +71,9 @@ class HeadsOperator(Operator):
     """An operator whose rows are the heads of q, k and v. Its kernels differ by the steps that they take."""
 
     size_name: ClassVar[str | None] = "head_dim"
+    options: ClassVar[tuple[str, ...]] = (
+        *("rotary_dim", "cos_sin_dtype", "cache_dtype", "q_out_dtype", "interleaved", "mrope", "rounding"),
+    )
     rotates: ClassVar[bool] = True
 
     def spec(self, variant: Variant, target: Target) -> KernelSpec:
@@ -122,11 +126,27 @@ class HeadsOperator(Operator):
         return name, warmup
 
     def warmup_spec(
-        self, size: int | None, dtype: torch.dtype, weight_dtype: torch.dtype, target: Target
+        self,
+        size: int | None,
+        dtype: torch.dtype,
+        weight_dtype: torch.dtype,
+        target: Target,
+        *,
+        rotary_dim: int | None = None,
+        cos_sin_dtype: torch.dtype | None = None,
+        cache_dtype: torch.dtype | None = None,
+        q_out_dtype: torch.dtype | None = None,
+        interleaved: bool = False,
+        mrope: bool = False,
+        rounding: str = "once",
     ) -> KernelSpec:
-        """Return what to build for heads of `size` elements, all rotated, and caches of the same dtype."""
+        """Return what to build for heads of `size` elements; by default all rotated, and caches of the same dtype."""
         assert size is not None
-        return self.spec(self.variant(size, dtype, weight_dtype), target)
+        types = cos_sin_dtype, cache_dtype, q_out_dtype
+        variant = self.variant(
+            *(size, dtype, weight_dtype, rotary_dim, *types, not interleaved, mrope, rounding == "each_step")
+        )
+        return self.spec(variant, target)
 
     def variant(
         self,
@@ -147,6 +167,13 @@ class HeadsOperator(Operator):
                 f"{self.op} takes {checks.enumeration(DTYPES)}, with weights of the same dtype or float32, "
                 f"got {dtype} with weights of {weight_dtype}"
             )
+        for name, given, other in (
+            ("cos_sin_dtype", cos_sin_dtype, torch.float32),
+            ("cache_dtype", cache_dtype, E4M3),
+            ("q_out_dtype", q_out_dtype, E4M3),
+        ):
+            if given not in (None, dtype, other):
+                raise TypeError(f"{name} must be {dtype} like the input's or {other}, got {given}")
         return Variant(
             head_dim,
             (head_dim if rotary_dim is None else rotary_dim) if self.rotates else 0,
@@ -174,6 +201,7 @@ class QKNormRopeStore(HeadsOperator):
 class StoreHeads(HeadsOperator):
     """The operator that only stores k and v: the part of `store_cache` for paged and float8 caches."""
 
+    options: ClassVar[tuple[str, ...]] = ("cache_dtype",)
     rotates: ClassVar[bool] = False
 
 
@@ -845,6 +873,8 @@ def _arguments(shape: Shape) -> dict[str, Any]:
 
 _WRITTEN, _PER_ROW = ("q", "k", "k_cache", "v_cache"), ("q", "k", "v", "positions", "slot_mapping")
 EXAMPLES[QK_NORM_ROPE_STORE.op] = Example(
-    qk_norm_rope_store, _arguments, written=_WRITTEN, per_row=_PER_ROW, slots="slot_mapping"
+    qk_norm_rope_store, _arguments, written=_WRITTEN, per_row=_PER_ROW, slots="slot_mapping", sizes=EXAMPLE_SIZES
 )
-EXAMPLES[ROPE.op] = Example(rope_and_store, _heads, written=_WRITTEN, per_row=_PER_ROW, slots="slot_mapping")
+EXAMPLES[ROPE.op] = Example(
+    rope_and_store, _heads, written=_WRITTEN, per_row=_PER_ROW, slots="slot_mapping", sizes=EXAMPLE_SIZES
+)

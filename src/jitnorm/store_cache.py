@@ -9,7 +9,7 @@ import torch
 
 from jitnorm import qknorm_rope_store
 from jitnorm.core import checks
-from jitnorm.core.operators import EXAMPLES, Example, Operator, Shape
+from jitnorm.core.operators import DTYPES, EXAMPLES, Example, Operator, Shape
 from jitnorm.core.targets import target_of
 from jitnorm.core.torch_library import (
     build_while_tracing,
@@ -21,7 +21,7 @@ from jitnorm.core.torch_library import (
 )
 from jitnorm.jit.environment import is_on
 from jitnorm.jit.spec import KernelSpec, Target
-from jitnorm.qknorm_rope_store import E4M3, NO_SKIP_INDEX, STORE_HEADS, Arguments
+from jitnorm.qknorm_rope_store import E4M3, EXAMPLE_SIZES, NO_SKIP_INDEX, STORE_HEADS, Arguments
 
 MAX_ROW_BYTES = 1 << 30  # kMaxRowBytes in csrc/elementwise/store_cache.h
 _NUM_SPLITS = (0, 1, 2, 4)
@@ -205,7 +205,7 @@ def _as_heads(
     if not all(isinstance(t, torch.Tensor) and t.dim() in (3, 4) for t in tensors) or k.dim() != 3:
         return None
     is_quantised = k_cache.dtype == E4M3 != k.dtype or k_scale is not None or v_scale is not None
-    if not is_quantised and _are_rows(tensors, indices):
+    if not is_quantised and (k.dtype not in DTYPES or _are_rows(tensors, indices)):
         return None
     _, num_split, skip_index = _check_types(k, v, k_cache, v_cache, indices, row_bytes, num_split, skip_index)
     _check_settings(k, row_bytes, num_split)
@@ -442,5 +442,11 @@ def _head_arguments(shape: Shape) -> dict[str, Any]:
 
 
 EXAMPLES[STORE_HEADS.op] = Example(
-    store_cache, _head_arguments, written=("k_cache", "v_cache"), per_row=("k", "v", "indices")
+    store_cache,
+    _head_arguments,
+    written=("k_cache", "v_cache"),
+    per_row=("k", "v", "indices"),
+    slots="indices",
+    slot_dims=2,
+    sizes=EXAMPLE_SIZES,
 )
