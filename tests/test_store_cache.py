@@ -221,7 +221,7 @@ def bad_calls(device):
         (
             "strided head",
             ValueError,
-            "k must have a last stride of 1",
+            "k must be contiguous within a row",
             lambda: f(wide[:4].view(4, 2, 192)[..., ::3], v, kc, vc, i),
         ),
         (
