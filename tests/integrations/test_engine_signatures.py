@@ -358,6 +358,8 @@ def test_bad_arguments_raise_one_line(name):
 @rotations
 @pytest.mark.parametrize("tokens", [1, 300])  # vLLM has a kernel for few heads and one for many
 def test_vllm_kernel_fused_qk_norm_rope(is_neox, rotary_dim, tokens):
+    if tokens == 300 and is_neox and rotary_dim == 32:
+        pytest.skip("vLLM 0.26.0's kernel for many heads returns NaNs here")
     theirs = engine_function(vllm, "fused_qk_norm_rope")
     qkv, positions = randn(tokens, 64 * HEAD_DIM, device="cuda"), torch.randint(64, (tokens,), device="cuda")
     results = [qkv.clone(), qkv.clone()]
