@@ -20,6 +20,11 @@ for name in ("JITNORM_PREBUILT_DIR", "JITNORM_DISABLE_JIT"):
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported, which torch may do at any time
+    # The workers of pytest-xdist keep all processors busy. Inductor would start more processes, each of which imports
+    # torch, and threads that wait in a loop for the next parallel region would take the time of other workers.
+    # OpenMP reads its variable when it is loaded, so it applies to the workers and to what tests start.
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 # The files that take longest go first, so that the workers end at about the same time.
 _LONGEST_FILES = (
