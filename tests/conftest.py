@@ -31,13 +31,17 @@ _LONGEST_FILES = (
     "batch_invariant/verify/test_verify.py",
     "core/test_tracing.py",
     "core/test_architectures.py",
-    "batch_invariant/attention/test_triton_kernels.py",
-    "batch_invariant/test_model.py",
-    "documentation/test_adding_a_kernel.py",
     "test_compile_block.py",
-    "core/test_checks_agree.py",
+    "test_fused_add_rmsnorm.py",
+    "batch_invariant/attention/test_triton_kernels.py",
+    "test_rmsnorm_quant_fp8.py",
     "faults/test_campaign.py",
-    "batch_invariant/test_mode.py",
+    "test_torch_registration.py",
+    "documentation/test_adding_a_kernel.py",
+    "benchmark/test_scripts.py",
+    "test_activation.py",
+    "jit/test_load.py",
+    "warmup/test_run.py",
 )
 
 
