@@ -56,6 +56,33 @@ FORMS = [
     *(Form(op, with_outputs=True) for op, example in EXAMPLES.items() if example.make_outputs),
     # Of the activations alone: rows that are skipped.
     Form("silu_and_mul", with_outputs=True, more={"expert_ids": lambda: torch.tensor([0, -1, 3, 0])}),
+    # Results in tensors of their own and three positions for each token; float8 results.
+    Form(
+        "qk_norm_rope_store",
+        more={
+            "q_out": lambda: torch.zeros(TOKENS, 2, HIDDEN),
+            "k_out": lambda: torch.zeros(TOKENS, 1, HIDDEN),
+            "positions": lambda: torch.randint(4 * TOKENS, (3, TOKENS)),
+            "mrope_section": lambda: [16, 8, 8],
+        },
+    ),
+    Form(
+        "store_cache_heads",
+        more={
+            **dict.fromkeys(("k_cache", "v_cache"), lambda: torch.zeros(3, 4, 1, HIDDEN).to(torch.float8_e4m3fn)),
+            "indices": lambda: torch.randperm(12)[:TOKENS],
+            **dict.fromkeys(("k_scale", "v_scale"), lambda: torch.full((1,), 0.5)),
+        },
+    ),
+    Form(
+        "rope",
+        more={
+            "q_out": lambda: torch.zeros(TOKENS, 2, HIDDEN).to(torch.float8_e4m3fn),
+            "q_scale": lambda: torch.full((2,), 0.5),
+            **dict.fromkeys(("k_cache", "v_cache"), lambda: torch.zeros(9, 1, HIDDEN).to(torch.float8_e4m3fn)),
+            **dict.fromkeys(("k_scale", "v_scale"), lambda: torch.full((1,), 0.5)),
+        },
+    ),
 ]
 
 

@@ -54,6 +54,66 @@ def _qknorm(a: Arguments) -> Results:
     return tuple(rmsnorm_reference(a[name], a[f"{name}_weight"], 1e-6) for name in ("q", "k"))
 
 
+def mrope_axes(section: Any, is_interleaved: bool) -> torch.Tensor:
+    """Return which of a token's three positions rotates each pair, as vLLM's MRotaryEmbedding chooses them."""
+    if not is_interleaved:
+        return torch.repeat_interleave(torch.arange(3), torch.tensor(section))
+    axes = torch.zeros(sum(section), dtype=torch.int64)
+    for axis in (1, 2):
+        axes[axis : section[axis] * 3 : 3] = axis
+    return axes
+
+
+def rotated(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, is_neox: bool) -> torch.Tensor:
+    """Return `[tokens, heads, head_dim]`, float64, rotated by `[tokens, rotary_dim / 2]` cosines and sines."""
+    cos, sin = cos.double()[:, None], sin.double()[:, None]
+    rotary, rest = x.split((2 * cos.shape[-1], x.shape[-1] - 2 * cos.shape[-1]), dim=-1)
+    a, b = rotary.chunk(2, -1) if is_neox else (rotary[..., ::2], rotary[..., 1::2])
+    pairs = (a * cos - b * sin, b * cos + a * sin)
+    together = torch.cat(pairs, -1) if is_neox else torch.stack(pairs, -1).flatten(-2)
+    return torch.cat((together, rest), -1)
+
+
+def qk_norm_rope(a: Arguments) -> Results:
+    """Return q and k in float64; with rounding="each_step" after each step rounded to their dtype."""
+    rows = a["cos_sin_cache"][a["positions"].long()]
+    if a["positions"].dim() == 2:
+        axes = mrope_axes(a["mrope_section"], a.get("mrope_interleaved", False)).to(rows.device).repeat(2)
+        rows = rows.gather(0, axes.expand(1, *rows.shape[1:]))[0]
+    cos, sin = rows.chunk(2, -1)
+
+    def step(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        return x.to(dtype).double() if a.get("rounding") == "each_step" else x
+
+    results = []
+    for name in ("q", "k"):
+        x, weight = a[name].double(), a.get(f"{name}_weight")
+        if weight is not None:
+            x = rmsnorm_reference(x, weight.double() + a.get("weight_offset", 0.0), a.get("eps", 1e-6))
+            x = step(x, a[name].dtype)
+        results.append(step(rotated(x, cos, sin, a.get("is_neox", True)), a[name].dtype))
+    return tuple(results)
+
+
+def _store_heads(a: Arguments) -> Results:
+    caches = []
+    for name in ("k", "v"):
+        cache, slots = a[f"{name}_cache"].double(), a["indices"]
+        cache[slots // cache.shape[1], slots % cache.shape[1]] = a[name].double()
+        caches.append(cache)
+    return tuple(caches)
+
+
+def _qk_norm_rope_store(a: Arguments) -> Results:
+    q, k = qk_norm_rope(a)
+    caches = []
+    for name, rows in (("k_cache", k), ("v_cache", a["v"].double())):
+        cache = a[name].double()
+        cache[a["slot_mapping"]] = rows
+        caches.append(cache)
+    return q, k, *caches
+
+
 def _gated(activation: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[Arguments], Results]:
     def reference(a: Arguments) -> Results:
         gate, up = a["input"].double().chunk(2, -1)
@@ -94,8 +154,11 @@ REFERENCES: dict[str, Callable[[Arguments], Results]] = {
     "per_tensor_quant_fp8_dynamic": _per_tensor_dynamic,
     "per_token_quant_fp8": lambda a: _dynamic(a["input"].double()),
     "fused_inplace_qknorm": _qknorm,
+    "qk_norm_rope_store": _qk_norm_rope_store,
+    "rope": _qk_norm_rope_store,
     "silu_and_mul": _gated(lambda x: x / (1 + torch.exp(-x))),
     "gelu_and_mul": _gated(_gelu),
     "gelu_tanh_and_mul": _gated(_gelu_tanh),
     "store_cache": _store_cache,
+    "store_cache_heads": _store_heads,
 }

@@ -115,10 +115,41 @@ def test_slices_of_fused_qkv_and_caches_side_by_side(device):
     assert same_bits(latent, expected)
 
 
+def test_heads_apart(device):
+    """Heads before tokens, in k and v and in the caches: tests/test_qknorm_rope_store.py has the other layouts."""
+    k, v, k_cache, v_cache = (t.half() for t in tokens_and_caches(9, dtype=torch.int8, device=device))
+    slots = some_slots(9, 50, device=device)
+    expected = [stored(k, k_cache, slots), stored(v, v_cache, slots)]
+    heads_first = [t.transpose(0, 1).contiguous().transpose(0, 1) for t in (k, v, k_cache, v_cache)]
+    assert not heads_first[0][0].is_contiguous()
+    store_cache(heads_first[0], v, heads_first[2], v_cache, slots)
+    store_cache(k, heads_first[1], k_cache, heads_first[3], slots)
+    for cache, bits in zip((heads_first[2], heads_first[3], k_cache, v_cache), 2 * expected, strict=True):
+        assert torch.equal(as_bytes(cache), bits)
+
+
 def test_one_row_for_many_slots_and_other_shapes_of_a_row(device):
     k, v, k_cache, v_cache = tokens_and_caches(1, (2, 64), device=device)
     slots = some_slots(5, 50, device=device)
     check(k.expand(5, 2, 64), v.expand(5, 2, 64), k_cache.view(50, 128), v_cache.view(50, 1, 128), slots)
+    k, v, k_cache, v_cache = tokens_and_caches(5, (4, 32), device=device)  # heads that have no kernel of their own
+    for shape in ((50, 2, 2, 32), (50, 1, 4, 32)):
+        check(k, v, k_cache.view(shape), v_cache.view(shape), slots)
+
+
+def test_heads_before_tokens(device):
+    k, v, k_cache, v_cache = tokens_and_caches(5, (2, 64), device=device)
+    swapped = (t.transpose(0, 1).contiguous().transpose(0, 1) for t in (k, v, k_cache, v_cache))
+    check(*swapped, some_slots(5, 50, device=device))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_paged_caches_keep_the_bits_of_nans(device, dtype):
+    bits = torch.tensor([0x7FC1, 0x7F81] if dtype == torch.bfloat16 else [0x7E01, 0x7C01], dtype=torch.int16)
+    k = bits.repeat(32).view(1, 1, 64).to(device).view(dtype)
+    k_cache, v_cache = (torch.zeros(2, 4, 1, 64, dtype=dtype, device=device) for _ in range(2))
+    store_cache(k, k.clone(), k_cache, v_cache, torch.tensor([5], device=device))
+    assert same_bits(k_cache[1, 1], k[0]) and same_bits(v_cache[1, 1], k[0])
 
 
 @pytest.mark.parametrize("index_dtype", INDEX_DTYPES)
@@ -155,7 +186,7 @@ def bad_calls(device):
     buffer = random(16, 128, device=device)
     wide = random(8, 384, device=device)
     f = store_cache
-    heads_first = k.transpose(0, 1).contiguous().transpose(0, 1)
+    heads_first = k.view(4, 2, 2, 32).transpose(0, 1).contiguous().transpose(0, 1)
     calls = [
         ("k is a list", TypeError, "k must be a torch.Tensor, got list", lambda: f([1], v, kc, vc, i)),
         ("cache is None", TypeError, "v_cache must be a torch.Tensor", lambda: f(k, v, kc, None, i)),
@@ -186,8 +217,19 @@ def bad_calls(device):
         ),
         ("no width", RuntimeError, "rows of 0 bytes, as of v", lambda: f(k, v[:, :0], kc, vc[:, :0], i)),
         ("strided row", ValueError, "k must be contiguous within a row", lambda: f(wide[:4, ::3], v, kc, vc, i)),
-        ("swapped in a row", ValueError, "k must be contiguous within", lambda: f(k.mT, v, kc, vc, i)),
-        ("heads first", ValueError, "k must be contiguous", lambda: f(heads_first, v, kc, vc, i)),
+        # Heads may be apart, but not the elements of one; and that is for the dtypes of kernels on heads alone.
+        (
+            "strided head",
+            ValueError,
+            "k must be contiguous within a row",
+            lambda: f(wide[:4].view(4, 2, 192)[..., ::3], v, kc, vc, i),
+        ),
+        (
+            "heads first, of another dtype",
+            ValueError,
+            "k must be contiguous within a row",
+            lambda: f(heads_first.view(torch.int16), *(t.view(torch.int16) for t in (v, kc, vc)), i),
+        ),
         ("cache strided", ValueError, "k_cache must be contiguous", lambda: f(k, v, wide[:, ::3], vc, i)),
         ("cache over itself", ValueError, "k_cache must not ov", lambda: f(k, v, kc[:1].expand(8, 2, 64), vc, i)),
         ("one cache", ValueError, "v_cache must share no memory with k_cache", lambda: f(k, v, kc, kc, i)),

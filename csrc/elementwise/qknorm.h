@@ -1,22 +1,10 @@
 // RMSNorm of the heads of q and k, in place: the parameter struct of the kernel classes and, for the host compiler, the
 // bindings function that fills it in. Included by qknorm.cuh and qknorm_cpu.h.
 #pragma once
+#include "jitnorm/divisor.h"
 #include "jitnorm/dtype.h"
 
 namespace jitnorm {
-
-// Division by a number that is known only at run time, as a multiplication and a shift. Exact for dividends below 2^31
-// (Granlund and Montgomery, 1994, theorem 4.2).
-struct UnsignedDivisor {
-  unsigned multiplier;  // 2^shift / divisor, rounded up
-  unsigned shift;       // 31 + log2(divisor), rounded up
-};
-
-JITNORM_HOST_DEVICE unsigned quotient(unsigned dividend, UnsignedDivisor divisor) {
-  return static_cast<unsigned long long>(dividend) * divisor.multiplier >> divisor.shift;
-}
-
-constexpr index_t kMaxRows = 0x7fffffff;  // the largest dividend of an UnsignedDivisor
 
 // A row is one head of one token. Rows are numbered token by token: the heads of q, then those of k.
 struct QKNormParams {
@@ -59,14 +47,7 @@ JITNORM_HOST_DEVICE Head<T, W> head_of(const QKNormParams& p, unsigned row) {
 
 namespace jitnorm {
 
-inline UnsignedDivisor divisor_of(unsigned value) {  // from 1 to 2^31
-  unsigned shift = 31;
-  while (1ull << (shift - 31) < value) shift++;
-  UnsignedDivisor divisor;
-  divisor.multiplier = static_cast<unsigned>(((1ull << shift) + value - 1) / value);
-  divisor.shift = shift;
-  return divisor;
-}
+constexpr index_t kMaxRows = kMaxDividend;
 
 // q or k, [tokens, heads, head_dim]. A dimension of one element may have any stride; here it has the stride 0.
 struct Heads {

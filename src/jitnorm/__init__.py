@@ -13,6 +13,7 @@ if "_jitnorm_command" not in sys.modules:
     from jitnorm.fused_add_rmsnorm import fused_add_rmsnorm, gemma_fused_add_rmsnorm
     from jitnorm.integrations.transformers import patch_transformers, unpatch_transformers
     from jitnorm.qknorm import can_use_fused_inplace_qknorm, fused_inplace_qknorm
+    from jitnorm.qknorm_rope_store import qk_norm_rope_store, rope, rope_and_store
     from jitnorm.quant_fp8 import per_tensor_quant_fp8, per_token_quant_fp8
     from jitnorm.rmsnorm import gemma_rmsnorm, rmsnorm
     from jitnorm.rmsnorm_quant_fp8 import fused_add_rmsnorm_quant_fp8, rmsnorm_quant_fp8
@@ -33,8 +34,11 @@ __all__ = [
     "patch_transformers",
     "per_tensor_quant_fp8",
     "per_token_quant_fp8",
+    "qk_norm_rope_store",
     "rmsnorm",
     "rmsnorm_quant_fp8",
+    "rope",
+    "rope_and_store",
     "silu_and_mul",
     "store_cache",
     "unpatch_transformers",

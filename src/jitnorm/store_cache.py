@@ -7,18 +7,21 @@ from typing import Any, ClassVar
 
 import torch
 
+from jitnorm import qknorm_rope_store
 from jitnorm.core import checks
-from jitnorm.core.operators import EXAMPLES, Example, Operator, Shape
+from jitnorm.core.operators import DTYPES, EXAMPLES, Example, Operator, Shape
 from jitnorm.core.targets import target_of
 from jitnorm.core.torch_library import (
     build_while_tracing,
     increment_versions,
     needs_dispatcher,
+    needs_grad,
     refuse_gradient,
     register,
 )
 from jitnorm.jit.environment import is_on
 from jitnorm.jit.spec import KernelSpec, Target
+from jitnorm.qknorm_rope_store import E4M3, EXAMPLE_SIZES, NO_SKIP_INDEX, STORE_HEADS, Arguments
 
 MAX_ROW_BYTES = 1 << 30  # kMaxRowBytes in csrc/elementwise/store_cache.h
 _NUM_SPLITS = (0, 1, 2, 4)
@@ -69,6 +72,7 @@ class StoreCache(Operator):
 STORE_CACHE = StoreCache("store_cache", "store_cache")
 
 _kernels = STORE_CACHE.fast_cache
+_head_kernels = STORE_HEADS.fast_cache
 _is_dynamo_compiling = torch.compiler.is_dynamo_compiling
 _Tensor = torch.Tensor
 
@@ -83,28 +87,36 @@ def store_cache(
     row_bytes: int = 0,
     num_split: int = 0,
     skip_index: int | None = None,
+    k_scale: torch.Tensor | None = None,
+    v_scale: torch.Tensor | None = None,
 ) -> None:
     """Write row i of k and v into slot `indices[i]` of their caches: `k_cache[indices] = k; v_cache[indices] = v`.
 
     Bytes are copied unchanged. One kernel supports rows of any dtype that are a multiple of 16 bytes, one multiples of
-    8, and one multiples of 4. Out-of-range indices are undefined behaviour; set `JITNORM_CHECK_INDICES=1` before
-    importing jitnorm to raise IndexError. If two rows have the same index, the slot may contain either row or a mixture
-    of both.
+    8, and one multiples of 4. Other kernels support caches that are paged (`[blocks, block_size, heads, head_dim]`), of
+    float8, or with heads at any strides. Out-of-range indices are undefined behaviour; set `JITNORM_CHECK_INDICES=1`
+    before importing jitnorm to raise IndexError. If two rows have the same index, the slot may contain either row or a
+    mixture of both.
 
     Args:
         k: `[num_tokens, ...]`, of any dtype but PyTorch's quantised ones, on the CPU or a CUDA device; contiguous
             within a row, with any stride from row to row, as in a slice of fused QKV. A row is a multiple of 4 bytes,
             up to 2^30. On CUDA rows are aligned to 16 bytes if the rows of k and v both are multiples of 16, otherwise
-            to 8 or 4. Conjugate views are not accepted, here and below.
+            to 8 or 4. Conjugate views are not accepted, here and below. For the caches that are paged, float8, or not
+            contiguous within a row, `[num_tokens, heads, head_dim]` as in `jitnorm.qk_norm_rope_store`.
         v: `[num_tokens, ...]`, likewise, of k's dtype and device; its rows may have another width.
         k_cache: `[num_slots, ...]`, written; of k's dtype and device, its rows of as many bytes as k's, with any stride
-            with which they do not overlap. Shares no memory with any other argument.
+            with which they do not overlap. Shares no memory with any other argument. Or as in
+            `jitnorm.qk_norm_rope_store`: paged, where slot s is token `s % block_size` of block `s // block_size`, with
+            free strides of blocks, tokens and heads, or of float8_e4m3fn.
         v_cache: `[num_slots, ...]`, written; likewise, for v.
         indices: `[num_tokens]`, int32 or int64, contiguous, on k's device.
         row_bytes: the bytes in a row of k, or 0 for that. Other values raise ValueError.
         num_split: how many warps of a block share a row on CUDA: 1, 2 or 4, or 0 to choose by the row's width. The
             result is the same.
         skip_index: rows with this index are not written, for example the padding of a CUDA graph's batch.
+        k_scale: float32, one element or `[heads]`, on k's device: a float8 k_cache is k divided by it. None for 1.
+        v_scale: likewise, for v.
 
     Raises:
         TypeError: an argument is not a tensor or not an int, or has another dtype.
@@ -116,7 +128,7 @@ def store_cache(
     """
     arguments = k, v, k_cache, v_cache, indices, row_bytes, num_split, skip_index
     if _is_dynamo_compiling():
-        return _call_torch_op(*arguments)
+        return _call_torch_op(*arguments, k_scale, v_scale)
     try:
         if (
             not check_indices
@@ -125,36 +137,126 @@ def store_cache(
                 not (k.requires_grad or v.requires_grad or k_cache.requires_grad or v_cache.requires_grad)
                 or not torch.is_grad_enabled()
             )
-            and not _kernels[k.dtype](*arguments)
         ):
-            return None
-    except Exception:  # no kernel yet, or arguments without such attributes: the slow path raises for these
+            kernel = _kernels.get(k.dtype)
+            if kernel is not None and k_scale is v_scale is None and not kernel(*arguments):
+                return None
+            kernels = _head_kernels.get(k.dtype)
+            if (
+                kernels is not None
+                and row_bytes == num_split == 0
+                and (k_scale is None or k_scale.__class__ is _Tensor)
+                and (v_scale is None or v_scale.__class__ is _Tensor)
+                and not needs_grad(k_scale, v_scale)
+                and not _store_heads(kernels[k.size(-1)], arguments, k_scale, v_scale)
+            ):
+                return None
+    except Exception:  # arguments without such attributes: the slow path raises for these
         pass
-    return _store_cache_slow_path(*arguments)
+    return _store_cache_slow_path(*arguments, k_scale, v_scale)
+
+
+def _store_heads(kernel: Any, arguments: tuple[Any, ...], k_scale: Any, v_scale: Any) -> Any:
+    """Call a kernel of STORE_HEADS, through the bindings in csrc/elementwise/qknorm_rope_store.h."""
+    k, v, k_cache, v_cache, indices, _, _, skip_index = arguments
+    skip_index = NO_SKIP_INDEX if skip_index is None else skip_index
+    return kernel(
+        *(None, k, v, None, None, k_cache, v_cache, indices, None, None, 0.0, 0.0, True, 0, 0, 0, False, None, None),
+        *(None, k_scale, v_scale, skip_index, False, None),
+    )
 
 
 def _store_cache_slow_path(*arguments: Any) -> None:
     """Check the arguments, then run the right kernel, which is built and cached if need be."""
-    tensors = arguments[:5]
+    for name, value in zip(("k_scale", "v_scale"), arguments[8:], strict=True):
+        if value is not None:
+            checks.tensor(name, value)
+    tensors = [t for t in (*arguments[:5], *arguments[8:]) if t is not None]
     if needs_dispatcher(*tensors):
-        return _call_torch_op(*tensors, *_check_types(*arguments))
-    check(*arguments)
+        return _call_torch_op(*arguments[:5], *_check_types(*arguments[:8]), *arguments[8:])
+    heads = check(*arguments)
     refuse_gradient(STORE_CACHE.op, *tensors)
-    _run_checked(*arguments)
-    return None
+    return _run_checked(heads, *arguments)
 
 
-def _run_checked(*arguments: Any) -> None:
+def _run_checked(heads: Arguments | None, *arguments: Any) -> None:
+    if heads is not None:
+        return qknorm_rope_store.run_checked(heads)
     k_cache, indices, skip_index = arguments[2], arguments[4], arguments[7]
     if check_indices:
-        _check_range(indices, k_cache.shape[0], skip_index)
-    STORE_CACHE.run(*arguments)
+        checks.index_range("indices", indices, k_cache.shape[0], "the caches have {} slots", skip_index)
+    return STORE_CACHE.run(*arguments[:8])
+
+
+def _as_heads(
+    k: Any,
+    v: Any,
+    k_cache: Any,
+    v_cache: Any,
+    indices: Any,
+    row_bytes: Any,
+    num_split: Any,
+    skip_index: Any,
+    k_scale: Any,
+    v_scale: Any,
+) -> Arguments | None:
+    """Return the arguments of STORE_HEADS for caches that are paged, float8 or not contiguous within a row, or None."""
+    tensors = (k, v, k_cache, v_cache)
+    if not all(isinstance(t, torch.Tensor) and t.dim() in (3, 4) for t in tensors) or k.dim() != 3:
+        return None
+    is_quantised = k_cache.dtype == E4M3 != k.dtype or k_scale is not None or v_scale is not None
+    if not is_quantised and (k.dtype not in DTYPES or _are_rows(tensors, indices)):
+        return None
+    _, num_split, skip_index = _check_types(k, v, k_cache, v_cache, indices, row_bytes, num_split, skip_index)
+    _check_settings(k, row_bytes, num_split)
+    skip_index = NO_SKIP_INDEX if skip_index is None else skip_index
+    return Arguments.of_store(k, v, k_cache, v_cache, indices, k_scale, v_scale, skip_index)
+
+
+def _are_rows(tensors: tuple[torch.Tensor, ...], indices: Any) -> bool:
+    """Return whether the kernels of STORE_CACHE serve these k, v and caches, or their checks explain why none does."""
+    k, v, k_cache, v_cache = tensors
+    is_contiguous = all(_has_contiguous_rows(t) for t in tensors)
+    if k_cache.dim() == 3:
+        return is_contiguous or any(t.stride(-1) != 1 for t in tensors)
+    # A 4-D cache may hold rows of other dimensions than k's, or be paged with one token in each block.
+    return (
+        is_contiguous
+        and _row_bytes(k) == _row_bytes(k_cache)
+        and _row_bytes(v) == _row_bytes(v_cache)
+        and isinstance(indices, torch.Tensor)
+        and indices.shape == k.shape[:1]
+    )
+
+
+def _has_contiguous_rows(value: torch.Tensor) -> bool:
+    step = 1
+    for size, stride in zip(reversed(value.shape[1:]), reversed(value.stride()[1:]), strict=True):
+        if size != 1 and stride != step:
+            return False
+        step *= size
+    return True
 
 
 def check(
-    k: Any, v: Any, k_cache: Any, v_cache: Any, indices: Any, row_bytes: Any, num_split: Any, skip_index: Any
-) -> None:
-    """Raise for arguments that the bindings function in csrc/elementwise/store_cache.h refuses."""
+    k: Any,
+    v: Any,
+    k_cache: Any,
+    v_cache: Any,
+    indices: Any,
+    row_bytes: Any,
+    num_split: Any,
+    skip_index: Any,
+    k_scale: Any = None,
+    v_scale: Any = None,
+) -> Arguments | None:
+    """Raise for what the bindings refuse. Return the arguments of STORE_HEADS if that serves the call."""
+    heads = _as_heads(k, v, k_cache, v_cache, indices, row_bytes, num_split, skip_index, k_scale, v_scale)
+    if heads is not None:
+        return qknorm_rope_store.check(heads)
+    for name, value in (("k_scale", k_scale), ("v_scale", v_scale)):
+        if value is not None:
+            raise ValueError(f"{name} must be None unless the caches are float8_e4m3fn, got {type(value).__name__}")
     tensors = {"k": k, "v": v, "k_cache": k_cache, "v_cache": v_cache}
     row_bytes, num_split, _ = _check_types(k, v, k_cache, v_cache, indices, row_bytes, num_split, skip_index)
     _check_metadata(tensors, indices, row_bytes, num_split)
@@ -167,7 +269,7 @@ def check(
     checks.storage("indices", indices)
     checks.address("indices", indices, indices.element_size())
     if not indices.numel():
-        return
+        return None
     for cache, others in (("k_cache", ("k", "v")), ("v_cache", ("k", "v", "k_cache"))):
         if not rows[cache].numel():
             raise ValueError(f"{cache} must have a slot to write to, got shape {list(tensors[cache].shape)}")
@@ -175,6 +277,7 @@ def check(
         checks.no_shared_memory(cache, rows[cache], "indices", indices)
         for other in others:
             checks.no_overlap(cache, rows[cache], other, rows[other], reject_identical=True)
+    return None
 
 
 def _check_types(
@@ -212,6 +315,10 @@ def _check_metadata(tensors: dict[str, torch.Tensor], indices: torch.Tensor, row
     slots, v_slots = tensors["k_cache"].shape[0], tensors["v_cache"].shape[0]
     if slots != v_slots:
         raise ValueError(f"v_cache must have {slots} slots like k_cache, got {v_slots}")
+    _check_settings(k, row_bytes, num_split)
+
+
+def _check_settings(k: torch.Tensor, row_bytes: int, num_split: int) -> None:
     if row_bytes not in (0, _row_bytes(k)):
         raise ValueError(f"row_bytes must be 0 or {_row_bytes(k)}, the bytes in a row of k, got {row_bytes}")
     if num_split not in _NUM_SPLITS:
@@ -236,35 +343,22 @@ def _vector_bytes(k: torch.Tensor, v: torch.Tensor) -> int:
 
 def _as_rows(name: str, value: torch.Tensor, alignment: int) -> torch.Tensor:
     """Return `value`, [rows, ...], as [rows, elements]. ValueError if it has no such view."""
-    step = 1
-    for size, stride in zip(reversed(value.shape[1:]), reversed(value.stride()[1:]), strict=True):
-        if size != 1 and stride != step:
-            layout = f"shape {list(value.shape)} and strides {list(value.stride())}"
-            raise ValueError(f"{name} must be contiguous within a row, got {layout}")
-        step *= size
+    if not _has_contiguous_rows(value):
+        layout = f"shape {list(value.shape)} and strides {list(value.stride())}"
+        raise ValueError(f"{name} must be contiguous within a row, got {layout}")
     checks.storage(name, value)
-    rows = value.as_strided((value.shape[0], step), (value.stride(0), 1))
+    rows = value.as_strided((value.shape[0], math.prod(value.shape[1:])), (value.stride(0), 1))
     checks.rows(name, rows, alignment)
     return rows
 
 
-def _check_range(indices: torch.Tensor, num_slots: int, skip_index: int | None) -> None:
-    """Raise IndexError for an index out of range. Waits for the GPU, so nothing is checked during a graph capture."""
-    if not indices.numel() or (indices.is_cuda and torch.cuda.is_current_stream_capturing()):
-        return
-    out_of_range = (indices < 0) | (indices >= num_slots)
-    if skip_index is not None:
-        out_of_range &= indices != skip_index
-    if out_of_range.any():
-        position = int(out_of_range.nonzero()[0])
-        raise IndexError(f"indices[{position}] is {int(indices[position])}, and the caches have {num_slots} slots")
-
-
 def _call_torch_op(*arguments: Any) -> None:
     """Call the operator in torch.ops.jitnorm, for tracers."""
-    refuse_gradient(STORE_CACHE.op, *arguments[:5])
-    *tensors, row_bytes, num_split, skip_index = arguments
-    torch.ops.jitnorm.store_cache(*tensors, row_bytes=row_bytes, num_split=num_split, skip_index=skip_index)
+    *tensors, row_bytes, num_split, skip_index, k_scale, v_scale = arguments
+    refuse_gradient(STORE_CACHE.op, *tensors)
+    torch.ops.jitnorm.store_cache(
+        *tensors, row_bytes=row_bytes, num_split=num_split, skip_index=skip_index, k_scale=k_scale, v_scale=v_scale
+    )
 
 
 def _run(
@@ -277,11 +371,13 @@ def _run(
     row_bytes: int = 0,
     num_split: int = 0,
     skip_index: int | None = None,
+    k_scale: Any = None,
+    v_scale: Any = None,
 ) -> None:
     arguments = k, v, k_cache, v_cache, indices, row_bytes, num_split, skip_index
-    if check_indices or not STORE_CACHE.try_cached((k.dtype,), *arguments):
-        check(*arguments)
-        _run_checked(*arguments)
+    is_quantised = k_scale is not None or v_scale is not None
+    if check_indices or is_quantised or not STORE_CACHE.try_cached((k.dtype,), *arguments):
+        _run_checked(check(*arguments, k_scale, v_scale), *arguments)
     increment_versions(k_cache, v_cache)
 
 
@@ -295,7 +391,14 @@ def _fake(
     row_bytes: int = 0,
     num_split: int = 0,
     skip_index: int | None = None,
+    k_scale: Any = None,
+    v_scale: Any = None,
 ) -> None:
+    heads = _as_heads(k, v, k_cache, v_cache, indices, row_bytes, num_split, skip_index, k_scale, v_scale)
+    if heads is not None:
+        qknorm_rope_store.check_metadata(heads)
+        build_while_tracing(heads.operator, k, heads.variant)
+        return
     tensors = {"k": k, "v": v, "k_cache": k_cache, "v_cache": v_cache}
     _check_metadata(tensors, indices, row_bytes, num_split)
     build_while_tracing(STORE_CACHE, k, _vector_bytes(k, v))
@@ -303,7 +406,7 @@ def _fake(
 
 register(
     "store_cache(Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor indices, *, int row_bytes=0, "
-    "int num_split=0, int? skip_index=None) -> ()",
+    "int num_split=0, int? skip_index=None, Tensor? k_scale=None, Tensor? v_scale=None) -> ()",
     _run,
     _fake,
 )
@@ -327,4 +430,23 @@ EXAMPLES[STORE_CACHE.op] = Example(
     per_row=("k", "v", "indices"),
     slots="indices",
     sizes=(1024, 6),  # rows for accesses of 16 bytes, and of 8 or 4
+)
+
+
+def _head_arguments(shape: Shape) -> dict[str, Any]:
+    blocks, block_size = 2 * shape.rows, 2
+    new = {name: shape.randn(shape.rows, 1, shape.size) for name in ("k", "v")}
+    caches = {f"{name}_cache": shape.zeros(blocks, block_size, 1, shape.size) for name in ("k", "v")}
+    indices = torch.randperm(blocks * block_size, device=shape.device)[: shape.rows]
+    return {**new, **caches, "indices": indices}
+
+
+EXAMPLES[STORE_HEADS.op] = Example(
+    store_cache,
+    _head_arguments,
+    written=("k_cache", "v_cache"),
+    per_row=("k", "v", "indices"),
+    slots="indices",
+    slot_dims=2,
+    sizes=EXAMPLE_SIZES,
 )

@@ -17,6 +17,7 @@ from jitnorm.fused_add_rmsnorm import FUSED_ADD_RMSNORM, FUSED_ADD_RMSNORM_ROUND
 from jitnorm.jit.build import build
 from jitnorm.jit.spec import KernelSpec, Target
 from jitnorm.qknorm import HEAD_DIMS, QKNORM
+from jitnorm.qknorm_rope_store import QK_NORM_ROPE_STORE, ROPE, Variant
 from jitnorm.quant_fp8 import PARTIAL_AMAX, PER_TENSOR, PER_TENSOR_DYNAMIC, PER_TOKEN
 from jitnorm.rmsnorm import RMSNORM
 from jitnorm.rmsnorm_quant_fp8 import FUSED_ADD_RMSNORM_QUANT_FP8_DYNAMIC, RMSNORM_QUANT_FP8
@@ -24,7 +25,7 @@ from jitnorm.store_cache import STORE_CACHE
 
 pytestmark = pytest.mark.nvcc
 
-F16, BF16, F32 = torch.float16, torch.bfloat16, torch.float32
+F16, BF16, F32, E4M3 = torch.float16, torch.bfloat16, torch.float32, torch.float8_e4m3fn
 ARCHITECTURES = ("7.5", "8.0", "8.9", "9.0a", "10.0a", "12.0a")
 # Each kernel class, activation and access once, and weights of either dtype: vectors of float32 weights are loaded in
 # two parts. Each is compiled for every architecture: sm_75 has conversions of its own, sm_90 begins PDL.
@@ -46,6 +47,11 @@ KERNELS = (
     (GELU_TANH_AND_MUL, F16, 4),
     (STORE_CACHE, 16),
     (STORE_CACHE, 4),
+    # Both norms' weights, pairings, sections or one position, float8 or not, rounding, all rotated or a part, and heads
+    # whose vectors are not a power of two.
+    (QK_NORM_ROPE_STORE, Variant(128, 128, BF16, BF16, BF16, BF16, BF16)),
+    (QK_NORM_ROPE_STORE, Variant(80, 32, F16, F32, F32, E4M3, E4M3, False, True, rounds_each_step=True)),
+    (ROPE, Variant(192, 64, F32, None, F32, E4M3, F32, True, True)),
 )
 # One of each file of sources.
 FAMILIES = (
@@ -54,6 +60,7 @@ FAMILIES = (
     (PER_TOKEN, F16),
     (SILU_AND_MUL, F16, 16),
     (STORE_CACHE, 8),
+    (QK_NORM_ROPE_STORE, Variant(256, 64, BF16, F32, F32, E4M3, BF16)),
 )
 
 

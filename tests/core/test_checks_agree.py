@@ -27,6 +27,8 @@ from jitnorm.jit.load import load
 from jitnorm.jit.spec import Target
 from jitnorm.qknorm import QKNORM
 from jitnorm.qknorm import check as check_qknorm
+from jitnorm.qknorm_rope_store import QK_NORM_ROPE_STORE, ROPE, Arguments, Variant
+from jitnorm.qknorm_rope_store import check as check_qk_norm_rope_store
 from jitnorm.quant_fp8 import PARTIAL_AMAX, PER_TENSOR, PER_TOKEN, check_per_tensor, check_per_token
 from jitnorm.rmsnorm import RMSNORM
 from jitnorm.rmsnorm import check as check_rmsnorm
@@ -49,7 +51,8 @@ class Draw:
     """Tensors that overlap or not, by chance: all lie in two buffers."""
 
     def __init__(self) -> None:
-        self.pick = random.Random(0).choice
+        source = random.Random(0)
+        self.pick, self.shuffle = source.choice, source.shuffle
         self.buffers = [torch.zeros(1 << 17, dtype=torch.uint8) for _ in range(2)]
 
     def view(self, dtype, shape, strides, step=16):
@@ -143,7 +146,77 @@ def store_cache_calls(draw):
     yield STORE_CACHE, (16,), arguments, lambda: check_store_cache(*arguments)
 
 
-FAMILIES = (norm_calls, quant_norm_calls, quant_calls, activation_calls, qknorm_calls, store_cache_calls)
+def rope_heads(draw, dtype, *leading):
+    """Heads under one or two leading dimensions: slices of a projection or of a cache, or of nothing in particular."""
+    *outer, heads = leading
+    head = draw.pick((H, H, H, H, 2 * H, 5 * H, 0, H - 16))
+    strides, stride = [head], draw.pick((max(heads, 1) * H, 6 * H, 6 * H, 6 * H, 2 * H, H))
+    for size in reversed(outer):
+        strides.insert(0, stride)
+        stride *= draw.pick((size, size, size + 1, 1))
+    if draw.pick(range(4)) == 0:
+        draw.shuffle(strides)  # as of caches with heads before tokens
+    return draw.view(dtype, (*leading, H), (*strides, draw.pick((1,) * 15 + (2,))))
+
+
+def rope_calls(draw):
+    for buffer in draw.buffers:
+        buffer.zero_()  # so that every position and slot, wherever it lies, is in range
+    tokens, heads, kv_heads = draw.pick((1, 2, 2, 3, 3, 0)), draw.pick((2, 1, 4, 0)), draw.pick((1, 2, 0))
+    # One kernel with all that may differ, one with nothing, and what lies between: each takes a build.
+    weighted, sections, cache_dtype, q_dtype, rounding = draw.pick(
+        (
+            (True, False, F32, F32, "once"),
+            (True, True, E4M3, E4M3, "each_step"),
+            (False, False, E4M3, F32, "once"),
+            (False, True, F32, F32, "once"),
+        )
+    )
+    q, k, v = (rope_heads(draw, F32, tokens, n) for n in (heads, kv_heads, draw.pick((*[kv_heads] * 9, 1))))
+    positions = draw.view(torch.int32, (tokens,), (draw.pick((1,) * 19 + (2,)),), step=1)
+    if sections:
+        positions = draw.view(torch.int32, (3, tokens), (draw.pick((tokens, 0, 5)), 1), step=1)
+    cos_sin = draw.view(F32, (draw.pick((1, 2, 3, 3, 3, 3, 0)), 32), (draw.pick((32, 48, 32, 32, 32, 16)), 1))
+    caches = [None] * 3
+    if stored := draw.pick((True, True, False)):
+        shape = draw.pick(((3,), (2, 2), (1, 3), (1, 1)) + ((0,),) * draw.pick((0, 0, 1)))
+        caches = [rope_heads(draw, cache_dtype, *shape, kv_heads) for _ in range(2)]
+        caches.append(draw.vector(torch.int64, draw.pick((tokens, max(tokens - 1, 0)))))
+    weights = [draw.vector(F32, H) if weighted and draw.pick((True, True, False)) else None for _ in range(2)]
+    if weighted and weights == [None, None]:
+        weights[0] = draw.vector(F32, H)
+    q_out = draw.pick((q, None, rope_heads(draw, F32, tokens, heads))) if q_dtype == F32 else None
+    if q_dtype == E4M3:
+        q_out = rope_heads(draw, E4M3, tokens, heads)
+    k_out = draw.pick((k, None, None, rope_heads(draw, F32, tokens, kv_heads)))
+
+    def scale(count, is_quantised):
+        if not is_quantised and draw.pick(range(20)):
+            return None
+        count = draw.pick((1, count, count))
+        shape = draw.pick(((count,), (count,), (1, count), (count, 1, 1)))
+        strides = {1: (1,), 2: (count, 1), 3: (1, 1, 1)}[len(shape)]
+        return draw.pick((None, draw.view(F32, shape, strides, step=1)))
+
+    eps, pdl = draw.pick(((1e-6, None), (0, True), draw.flags()))
+    a = Arguments(
+        *(q, k, draw.pick((v, v, v, v if stored else None)), cos_sin, positions, *caches, *weights, eps),
+        *(draw.pick((0.0, 1, float("nan"))), True),
+        draw.pick(((8, 4, 4), [6, 5, 5], (16, 0, 0)) * 3 + ((4, 4, 4), None))
+        if sections
+        else draw.pick((None, (8, 4, 4))),
+        *(draw.pick((True, False)), q_out, k_out),
+        *(scale(heads, q_dtype == E4M3), *(scale(kv_heads, stored and cache_dtype == E4M3) for _ in range(2))),
+        *(draw.pick((-1, 0, 2**63 - 1)), rounding, pdl),
+    )
+    variant = Variant(
+        *(H, 32, F32, F32 if weighted else None, F32, cache_dtype, q_dtype, True, sections, rounding == "each_step")
+    )
+    operator = QK_NORM_ROPE_STORE if weighted else ROPE
+    yield operator, (variant,), a.of_bindings(), lambda: check_qk_norm_rope_store(a)
+
+
+FAMILIES = (norm_calls, quant_norm_calls, quant_calls, activation_calls, qknorm_calls, store_cache_calls, rope_calls)
 
 
 # At every limit and on both sides of it. Rows as wide as 2^30 need no memory where there are none of them.

@@ -31,6 +31,11 @@ NUMBERS = {
     "skip_index": (None, 0, 1, -1),
     "head_dim": (0, 64),
     "is_static": (True, False),
+    "weight_offset": (0.0, 1.0, 1, 0),
+    "is_neox": (True, False),
+    "mrope_interleaved": (True, False),
+    "rounding": ("once", "each_step"),
+    "mrope_section": (None, [16, 8, 8], (32, 0, 0), [8, 8, 8], (0, 0, 0), (32, 0), {32, 0, 1}, np.array([16, 8, 8])),
 }
 
 

@@ -294,6 +294,90 @@ def per_token(draw: Draw, operator: str) -> Call:
     )
 
 
+def heads_and_caches(draw: Draw, operator: str) -> Call:
+    """A call of qk_norm_rope_store or rope_and_store, of one of the few kernels that are built."""
+    rng = draw.rng
+    # dtype, rotary_dim, is_neox, sections of positions, dtype of the caches
+    kernels = ((F32, 64, True, None, F32), (F32, 32, False, None, E4M3), (BF16, 64, True, [16, 8, 8], BF16))
+    dtype, rotary_dim, is_neox, sections, cache_dtype = kernels[0] if draw.few else rng.choice(kernels)
+    tokens, q_heads, kv_heads, hidden = rng.choice((0, 1, 2, 5)), rng.choice((0, 1, 2, 4)), rng.choice((1, 1, 2)), 64
+    whole, has_sections = (q_heads + 2 * kv_heads) * hidden, sections is not None and rng.random() < 0.8
+
+    def heads_of(count: int, **more: Any) -> Tensor:
+        step = hidden + rng.choice((0, 0, 64))  # gates between heads
+        stride = max(rng.choice((count * step, whole + 64)), count * step)
+        return Tensor(more.pop("dtype", dtype), (tokens, count, hidden), (stride, step, 1), **more)
+
+    q, k, v = heads_of(q_heads, written=True), heads_of(kv_heads, written=True), heads_of(kv_heads)
+    if rng.random() < 0.3 and tokens and q_heads:  # slices of one projection
+        strides = (whole, hidden, 1)
+        q, k, v = (replace(x, strides=strides) for x in (q, k, v))
+        k = replace(k, inside=("q", q_heads * hidden))
+        v = replace(v, inside=("q", (q_heads + kv_heads) * hidden))
+    q = replace(q, special=rng.random() < 0.05)
+    block_size, blocks = rng.choice(((1, 9), (4, 3), (16, 1)))
+    slots = block_size * blocks
+
+    def cache() -> Tensor:
+        step = hidden + rng.choice((0, 0, 64))
+        if block_size == 1 or rng.random() < 0.3:
+            return Tensor(cache_dtype, (slots, kv_heads, hidden), (kv_heads * step, step, 1), written=True)
+        token, head = rng.choice(((kv_heads * step, step), (step, block_size * step)))  # NHD and HND
+        block = block_size * kv_heads * step + rng.choice((0, 64))
+        return Tensor(cache_dtype, (blocks, block_size, kv_heads, hidden), (block, token, head, 1), written=True)
+
+    k_cache = cache()
+    v_cache = replace(k_cache)
+    skip = rng.choice((-1, -1, 3))
+    stored = rng.choice((tokens, tokens, max(tokens - 1, 0)))
+    targets = [skip if rng.random() < 0.2 else slot for slot in rng.sample(range(slots), stored)]
+    count = 3 * tokens if has_sections else tokens
+    positions = tuple(rng.randrange(20) for _ in range(count))
+    integers = (torch.int32, torch.int64)
+
+    def scale(output: Any, heads: int) -> Any:
+        size = rng.choice((1, heads))
+        is_quantised = output is not None and output.dtype == E4M3 and size
+        return Tensor(F32, (size,), (1,), values=(1,)) if is_quantised and rng.random() < 0.7 else None
+
+    q_out = rng.choice((None, None, heads_of(q_heads, written=True, read=False)))
+    if cache_dtype == E4M3:  # that kernel writes float8 results for q too
+        q_out = heads_of(q_heads, written=True, read=False, dtype=E4M3)
+    arguments: dict[str, Any] = {
+        "q": q,
+        "k": k,
+        "v": v,
+        "cos_sin_cache": draw.contiguous(dtype, (20, rotary_dim)),
+        "positions": draw.contiguous(
+            rng.choice(integers), (3, tokens) if has_sections else (tokens,), values=positions
+        ),
+        "k_cache": k_cache,
+        "v_cache": v_cache,
+        "slot_mapping": Tensor(rng.choice(integers), (stored,), (1,), values=tuple(targets)),
+    }
+    keywords: dict[str, Any] = {}
+    if operator == "qk_norm_rope_store":
+        weights = [draw.vector(dtype, hidden), draw.vector(dtype, hidden)]
+        if rng.random() < 0.2:
+            weights[rng.randrange(2)] = None
+        keywords = {"q_weight": weights[0], "k_weight": weights[1], "eps": draw.eps()}
+        keywords["weight_offset"] = rng.choice((0.0, 0.0, 1.0, 1))
+    keywords |= {
+        "is_neox": is_neox,
+        "mrope_section": sections if has_sections else rng.choice((None, sections)),
+        "mrope_interleaved": rng.random() < 0.5,
+        "q_out": q_out,
+        "k_out": rng.choice((None, heads_of(kv_heads, written=True, read=False))),
+        "q_scale": scale(q_out, q_heads),
+        "k_scale": scale(k_cache, kv_heads),
+        "v_scale": scale(v_cache, kv_heads),
+        "skip_index": skip,
+        "rounding": "once",
+        "enable_pdl": draw.pdl(),
+    }
+    return Call(operator, arguments | keywords, tuple(keywords))
+
+
 FAMILIES: dict[str, Callable[[Draw, str], Call]] = {
     "rmsnorm": norm,
     "gemma_rmsnorm": norm,
@@ -306,6 +390,8 @@ FAMILIES: dict[str, Callable[[Draw, str], Call]] = {
     "gelu_and_mul": activation,
     "gelu_tanh_and_mul": activation,
     "store_cache": store_cache,
+    "qk_norm_rope_store": heads_and_caches,
+    "rope_and_store": heads_and_caches,
     "per_tensor_quant_fp8": per_tensor,
     "per_token_quant_fp8": per_token,
 }
@@ -337,7 +423,11 @@ WRAPS: dict[str, tuple[str, ...] | None] = {
 }
 _NO_TENSORS = ("number", "list", "numpy", "dlpack", "class")
 WRONG_DTYPES = (torch.int8, torch.int16, torch.float64, torch.bool, torch.complex64, E4M3, torch.float8_e5m2)
-OPTIONAL = ("out", "scale", "scales", "expert_ids")
+OPTIONAL = (
+    *("out", "scale", "scales", "expert_ids"),
+    *("q_weight", "k_weight", "q_out", "k_out", "q_scale", "k_scale", "v_scale"),
+)
+HEADS = ("qk_norm_rope_store", "rope_and_store")
 
 
 def change(call: Call, rng: random.Random) -> None:
@@ -357,15 +447,16 @@ def change(call: Call, rng: random.Random) -> None:
         if wrap == "neg" and value.values is None and rng.random() < 0.5:
             wrap = "conj"
         value, expects = replace(value, wrap=wrap), WRAPS[wrap]
-        if wrap == "None" and name in OPTIONAL:
-            expects = None
+        if wrap == "None" and (call.operator in HEADS or name in OPTIONAL):  # of heads some go together
+            expects = ("TypeError", "ValueError") if name in ("q", "k", "cos_sin_cache", "positions") else None
         if wrap == "quantised" and call.operator == "store_cache" and name != "indices":
             expects = ("TypeError", "RuntimeError")
         how = wrap
     elif how == "dtype":
         value = replace(value, dtype=rng.choice([d for d in WRONG_DTYPES if d != value.dtype]))
         # What store_cache stores may have any dtype, and its tensors need not all have been there.
-        expects = None if call.operator == "store_cache" and name != "indices" else ("TypeError",)
+        is_taken = call.operator == "store_cache" and name != "indices"
+        expects = None if is_taken or name == "q_out" else ("TypeError",)
     elif how == "shape" and value.shape:
         dim = rng.randrange(len(value.shape))
         shape = list(value.shape)
@@ -422,6 +513,25 @@ _NUMBERS: dict[str, tuple[Any, ...]] = {
     "bool": (1, 0, np.bool_(True), torch.tensor(True), 2, -1.0),
 }
 
+_FLAGS = ("enable_pdl", "is_static", "round_sum", "is_neox", "mrope_interleaved")
+_CHOICES: dict[str, tuple[Any, ...]] = {
+    "rounding": ("x", None, 1, b"once", "each_step", "ONCE", [], object),
+    "mrope_section": (
+        None,
+        "x",
+        1,
+        [],
+        [1, 2],
+        (16, 8, 8),
+        [8, 4, 4],
+        [32, 0, 0],
+        [-1, 1, 32],
+        [1.0, 2, 3],
+        {},
+        object,
+    ),
+}
+
 
 def _changed_number(name: str, value: Any, rng: random.Random) -> tuple[Any, tuple[str, ...] | None]:
     if name in OPTIONAL:  # which was None
@@ -429,10 +539,12 @@ def _changed_number(name: str, value: Any, rng: random.Random) -> tuple[Any, tup
             "TypeError",
             "ValueError",
         )
-    kind = "eps" if name == "eps" else "bool" if name in ("enable_pdl", "is_static", "round_sum") else "int"
+    if name in _CHOICES:
+        return rng.choice(_CHOICES[name]), None
+    kind = "eps" if name in ("eps", "weight_offset") else "bool" if name in _FLAGS else "int"
     if rng.random() < 0.3:
         return rng.choice(_OTHER_TYPES), None if name == "round_sum" else ("TypeError",)
-    if kind == "eps" and rng.random() < 0.4:
+    if name == "eps" and rng.random() < 0.4:
         return rng.choice(_BAD_EPS), ("ValueError",)
     return rng.choice(_NUMBERS[kind]), None
 
@@ -629,6 +741,21 @@ def _is_undefined(views: dict[str, Any]) -> bool:
     return len(set(kept)) != len(kept) or any(not 0 <= i < slots for i in kept)
 
 
+def _reads_beyond_caches(views: dict[str, Any]) -> bool:
+    """Whether positions or slots of a call on heads are out of range, or a slot comes twice."""
+    integers = (torch.int32, torch.int64)
+    positions, slots, skip = (views[name] for name in ("positions", "slot_mapping", "skip_index"))
+    rows = views["cos_sin_cache"].shape[0] if views["cos_sin_cache"].dim() else 0
+    if positions.dtype in integers and any(not 0 <= p < rows for p in positions.flatten().tolist()):
+        return True
+    if slots.dtype not in integers:
+        return False  # it is refused
+    is_number = isinstance(skip, (int, np.integer)) and not isinstance(skip, bool)
+    kept = [slot for slot in slots.flatten().tolist() if not (is_number and slot == skip)]
+    count = min(int(np.prod(views[name].shape[:-2])) for name in ("k_cache", "v_cache"))
+    return len(set(kept)) != len(kept) or any(not 0 <= slot < count for slot in kept)
+
+
 def make(call: Call, arena: Arena, seed: str) -> Outcome:
     """Make the call once."""
     rng = random.Random(seed)
@@ -643,6 +770,8 @@ def make(call: Call, arena: Arena, seed: str) -> Outcome:
             elif value.wrap in ("neg", "conj") and isinstance(arguments[name], torch.Tensor):
                 before[name] = arguments[name].resolve_neg().resolve_conj().clone()
     if call.operator == "store_cache" and _is_undefined(views):
+        raise Undefined
+    if call.operator in HEADS and _reads_beyond_caches(views):
         raise Undefined
     laid = arena.memory.clone()
     keywords = {n: arguments[n] for n in call.keywords}

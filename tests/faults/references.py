@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from fp8_reference import codes, encode, quotient
+from references import qk_norm_rope
 
 # Relative, of one rounding to the dtype and float32's own on the way.
 _TOLERANCE = {torch.float32: 4e-6, torch.bfloat16: 2**-8, torch.float16: 2**-10}
@@ -18,7 +19,7 @@ def _norm(x: torch.Tensor, weight: torch.Tensor, eps: Any, offset: float = 0.0) 
     return x / torch.sqrt((x * x).mean(dim=-1, keepdim=True) + float(eps)) * (weight.double() + offset)
 
 
-def _differs(name: str, out: torch.Tensor, expected: torch.Tensor) -> Iterator[str]:
+def _differs(name: str, out: torch.Tensor, expected: torch.Tensor, error: torch.Tensor | float = 0.0) -> Iterator[str]:
     """Yield where a result is too far from its reference, NaNs and infinities included."""
     if out.shape != expected.shape:
         yield f"{name} has shape {list(out.shape)}, not {list(expected.shape)}"
@@ -27,7 +28,7 @@ def _differs(name: str, out: torch.Tensor, expected: torch.Tensor) -> Iterator[s
     got = out.detach().double()
     same = (got == rounded) | (got.isnan() & rounded.isnan())
     # Beside its own size: what is lost where terms of a row cancel, and what float32 and float16 flush.
-    room = expected.abs() * _TOLERANCE[out.dtype] + 1e-7
+    room = expected.abs() * _TOLERANCE[out.dtype] + 1e-7 + error
     bad = ~(same | ((got - expected).abs() <= room))
     if bool(bad.any()):
         at = bad.nonzero()[0].tolist()
@@ -146,6 +147,57 @@ def _compare_store(operator: str, before: dict[str, Any], after: dict[str, Any],
         yield from _differs_exactly(f"{name}_cache", after[f"{name}_cache"], flat.reshape(expected.shape))
 
 
+def _compare_heads(operator: str, before: dict[str, Any], after: dict[str, Any], result: Any) -> Iterator[str]:
+    a = before | {"eps": float(before.get("eps", 0.0)), "weight_offset": float(before.get("weight_offset", 0.0))}
+    if not abs(a["weight_offset"]) < 1e6 or (a["rounding"] != "once" and a["k"].dtype != torch.float32):
+        return
+    exact = dict(zip(("q", "k"), qk_norm_rope(a), strict=True))
+    for name in ("q", "k"):
+        out = after[f"{name}_out"]
+        if out is None:
+            out = after[name]
+        elif out.data_ptr() != after[name].data_ptr():
+            yield from _differs_exactly(name, after[name], a[name])
+        if out.dtype == torch.float8_e4m3fn:
+            yield from _differs_in_codes_of_heads(f"{name}_out", out, exact[name], a[f"{name}_scale"])
+        else:
+            yield from _differs(name, out, exact[name], _error_of_head(exact[name]))
+    slots = [(token, slot) for token, slot in enumerate(a["slot_mapping"].tolist()) if slot != a["skip_index"]]
+    for name in ("k", "v"):
+        cache, expected = after[f"{name}_cache"], a[f"{name}_cache"].clone()
+        places = [(slot,) if cache.dim() == 3 else (slot // cache.shape[1], slot % cache.shape[1]) for _, slot in slots]
+        for place in places:
+            expected[place] = cache[place]
+        yield from _differs_exactly(f"what {name}_cache has beside the slots", cache, expected)
+        if not slots or not cache.numel():
+            continue
+        tokens, stored = [token for token, _ in slots], torch.stack([cache[place] for place in places])
+        if cache.dtype == torch.float8_e4m3fn:
+            values = exact["k"][tokens] if name == "k" else a["v"][tokens].double()
+            yield from _differs_in_codes_of_heads(f"{name}_cache", stored, values, a[f"{name}_scale"])
+        else:
+            rows = a["v"] if name == "v" else after["k"] if after["k_out"] is None else after["k_out"]
+            yield from _differs_exactly(f"{name}_cache", stored, rows[tokens])
+
+
+def _error_of_head(exact: torch.Tensor) -> torch.Tensor:
+    """Return float32's error of a head whose pairs are rotated: where terms cancel, more than of the result."""
+    finite = torch.where(exact.isfinite(), exact.abs(), 0.0)
+    return finite.amax(-1, keepdim=True) * 4e-6 if exact.numel() else finite
+
+
+def _differs_in_codes_of_heads(name: str, out: torch.Tensor, exact: torch.Tensor, scale: Any) -> Iterator[str]:
+    divisor = torch.ones(()) if scale is None else scale.reshape(-1, 1) if scale.numel() > 1 else scale.reshape(())
+    exact, error = exact / divisor.double(), _error_of_head(exact) / divisor.double()
+    got = codes(out).reshape(exact.shape)
+    ok = exact.isnan() | (exact.abs() < 1e-9)
+    for sign in (-1.0, 0.0, 1.0):
+        ok |= got == encode(exact + sign * (error + exact.abs() * 1e-5)).reshape(exact.shape)
+    if bool((~ok).any()):
+        at = (~ok).nonzero()[0].tolist()
+        yield f"{name}{at} is code {int(got[tuple(at)])}, of {float(exact[tuple(at)])}"
+
+
 def _compare_per_tensor(operator: str, before: dict[str, Any], after: dict[str, Any], result: Any) -> Iterator[str]:
     x = before["input"].float()
     scale = before["output_s"].float().reshape(())
@@ -181,6 +233,8 @@ _COMPARE = {
     "fused_inplace_qknorm": _compare_qknorm,
     **dict.fromkeys(_ACTIVATIONS, _compare_activation),
     "store_cache": _compare_store,
+    "qk_norm_rope_store": _compare_heads,
+    "rope_and_store": _compare_heads,
     "per_tensor_quant_fp8": _compare_per_tensor,
     "per_token_quant_fp8": _compare_per_token,
 }

@@ -14,7 +14,13 @@ from jitnorm.rmsnorm import _rmsnorm_kernel_class
 CONFIGS = Path(__file__).parents[1] / "configs"
 DEEPSEEK = {"model_type": "deepseek_v3", "hidden_size": 7168, "q_lora_rank": 1536, "kv_lora_rank": 512}
 OLMO2 = {"model_type": "olmo2", "hidden_size": 5120, "num_attention_heads": 40, "num_key_value_heads": 8}
-LLAMA = {"model_type": "llama", "hidden_size": 64, "intermediate_size": 128, "dtype": "float16"}
+LLAMA = {
+    "model_type": "llama",
+    "hidden_size": 64,
+    "num_attention_heads": 1,
+    "intermediate_size": 128,
+    "dtype": "float16",
+}
 
 
 def command(*words: object, exit_code: int = 0) -> Result:

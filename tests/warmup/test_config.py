@@ -18,6 +18,9 @@ from .commands import CONFIGS, DEEPSEEK, LLAMA, OLMO2, command, config_file
         ("llama.json", [4096], "bfloat16"),
         ("qwen3.json", [5120, 128], "bfloat16"),  # q and k norms over head_dim
         ("gemma.json", [3584], "float32"),  # Gemma 2 has a head_dim, and no q and k norms
+        ("minimax_m2.json", [3072, 6144, 1024], "bfloat16"),  # q and k norms over all heads at once
+        ("qwen3_next.json", [2048, 256], "bfloat16"),
+        ("qwen3_vl.json", [4096, 128], "bfloat16"),  # text_config
         ("gemma3.json", [2560, 256], "bfloat16"),  # text_config, its head_dim left out; the dtype is outside
     ],
 )
@@ -103,10 +106,17 @@ def test_activations_and_caches(tmp_path, config, ops):
         ("head_dim", "128", "a whole number above 0"),
         ("q_lora_rank", "1536", "a whole number above 0"),
         ("intermediate_size", 14336.0, "a whole number above 0"),
+        ("rotary_dim", "64", "a whole number above 0"),
+        ("partial_rotary_factor", "0.5", "a number above 0 and up to 1"),
+        ("partial_rotary_factor", 1.5, "a number above 0 and up to 1"),
+        ("partial_rotary_factor", True, "a number above 0 and up to 1"),
+        ("rope_scaling", "linear", "an object"),
+        ("rope_parameters", [1], "an object"),
     ],
 )
 def test_keys_of_a_wrong_type(cache_dir, tmp_path, key, value, needed):
-    file = config_file(tmp_path, **{"hidden_size": 4096, key: value})
+    heads = {} if key == "num_attention_heads" else {"num_attention_heads": 32}  # what is rotated
+    file = config_file(tmp_path, **{"hidden_size": 4096, **heads, key: value})
     said = command("--config", file, "--device", "cpu", exit_code=1).stderr
     assert said.startswith(f"Error: {file}: ") and said.count("\n") == 1
     assert key in said and f" must be {needed}, got {value!r}" in said
@@ -122,6 +132,7 @@ def test_keys_of_a_wrong_type(cache_dir, tmp_path, key, value, needed):
         ({**LLAMA, "model_type": "phi3"}, ["has no hidden_act: no activation is built (--op names one)"]),
         ({**LLAMA, "hidden_act": "relu2"}, ["has hidden_act 'relu2', which no kernel serves: no activation is built"]),
         ({**LLAMA, "intermediate_size": 0}, ["has no intermediate_size: no activation is built (--op names one)"]),
+        ({**LLAMA, "num_attention_heads": None}, ["has no head_dim and no num_attention_heads: no rotation is built"]),
         ({**LLAMA, "dtype": None}, ["has no dtype: bf16 is built (--dtype names another)"]),
         ({**LLAMA, "model_type": "newest", "hidden_act": "silu"}, ["has model_type 'newest', which is not known here"]),
         ({**LLAMA, "model_type": None, "hidden_act": "silu"}, ["has no model_type"]),
@@ -142,11 +153,19 @@ def test_notes_on_what_a_config_leaves_out(cache_dir, tmp_path, monkeypatch, con
 @pytest.mark.parametrize(
     ("config", "says"),
     [
-        (LLAMA, "the norms alone, which call rmsnorm: other code calls fused_add_rmsnorm, silu_and_mul, store_cache"),
+        (
+            LLAMA,
+            "the norms, which call rmsnorm, and with attention=True the attention, which calls rope: "
+            "other code calls fused_add_rmsnorm, silu_and_mul, store_cache",
+        ),
+        (
+            {**LLAMA, "model_type": "mistral"},
+            "the norms alone, which call rmsnorm: other code calls fused_add_rmsnorm, rope, silu_and_mul, store_cache",
+        ),
         (
             {**LLAMA, "model_type": "gemma3_text", "head_dim": 64},
-            "the norms alone, which call gemma_rmsnorm: "
-            "other code calls gemma_fused_add_rmsnorm, gelu_tanh_and_mul, store_cache",
+            "the norms, which call gemma_rmsnorm, and with attention=True the attention, which calls "
+            "qk_norm_rope_store: other code calls gemma_fused_add_rmsnorm, gelu_tanh_and_mul, store_cache",
         ),
         ({**LLAMA, "model_type": "glm4_moe"}, "no module of this model_type: other code calls these"),
         ({**LLAMA, "model_type": None}, "no module of this model_type: other code calls these"),
@@ -156,6 +175,88 @@ def test_says_what_patch_transformers_does_not_call(tmp_path, config, says):
     file = config_file(tmp_path, **config)
     assert make_plan(config=file, device="cpu").notes[-1] == f"{file}: patch_transformers replaces {says}"
     assert not make_plan(op="rmsnorm", config=file, device="cpu").notes
+
+
+FIRST_HEAD = {"hidden_size": 256, "num_attention_heads": 2, "head_dim": 128, "dtype": "bfloat16"}
+
+
+@pytest.mark.parametrize(
+    ("config", "kernels"),
+    [
+        ({"model_type": "llama"}, "rope_128"),
+        ({"model_type": "qwen2"}, "rope_128"),
+        ({"model_type": "qwen3"}, "qk_norm_rope_store_128"),
+        ({"model_type": "exaone4"}, "qk_norm_rope_store_128"),
+        ({"model_type": "olmo2"}, "rope_128"),  # normalised over all heads at once
+        ({"model_type": "hunyuan_v1_dense"}, "rope_128"),  # normalised after the rotation
+        # Pairs of neighbours, and the half of a head that the config omits.
+        ({"model_type": "glm4"}, "rope_128_rotary_64_interleaved"),
+        ({"model_type": "glm4", "partial_rotary_factor": 1}, "rope_128_interleaved"),
+        ({"model_type": "ernie4_5"}, "rope_128_interleaved"),
+        ({"model_type": "glm4_moe", "use_qk_norm": True}, "qk_norm_rope_store_128_rotary_64"),
+        ({"model_type": "glm4_moe", "use_qk_norm": False}, "rope_128_rotary_64"),
+        # Where configs say how much of a head is rotated: transformers 4, and 5, for each type of layer too.
+        ({"model_type": "phi3", "partial_rotary_factor": 0.75}, "rope_128_rotary_96"),
+        ({"model_type": "phi3", "rope_parameters": {"partial_rotary_factor": 0.75}}, "rope_128_rotary_96"),
+        (
+            {"model_type": "gemma3", "rope_parameters": {"full_attention": {"rope_theta": 1e6}}},
+            "qk_norm_rope_store_128",
+        ),
+        (
+            {"model_type": "llama", "rope_parameters": {"full_attention": {"partial_rotary_factor": 0.5}}},
+            "rope_128_rotary_64",
+        ),
+        ({"model_type": "minimax_m2", "rotary_dim": 64}, "rope_128_rotary_64"),
+        # Three positions for each token, or a row of cosines that was computed from them before.
+        ({"model_type": "qwen2_vl", "rope_scaling": {"mrope_section": [16, 24, 24]}}, "rope_128 rope_128_mrope"),
+        # An unknown model rotates if its config has a key of a rotation.
+        ({"model_type": "newest", "rope_theta": 10000.0}, "rope_128"),
+        ({"model_type": "newest"}, ""),
+        ({"model_type": "jamba"}, ""),
+    ],
+)
+def test_rotations(tmp_path, config, kernels):
+    plan = make_plan(config=config_file(tmp_path, **FIRST_HEAD, **config), device="cpu")
+    built = [s.name.replace("_bf16", "") for s in plan.specs if s.op in ("rope", "qk_norm_rope_store")]
+    assert built == kernels.split() and not plan.refused
+
+
+@pytest.mark.parametrize(
+    ("op", "config", "says"),
+    [
+        ("rope", DEEPSEEK, "rotated heads of known size"),  # latent attention rotates a tensor of its own
+        ("store_cache_heads", DEEPSEEK, "rotated heads of known size"),
+        ("qk_norm_rope_store", LLAMA, "norms of single heads before their rotation"),
+        (
+            "qk_norm_rope_store",
+            {**LLAMA, "model_type": "hunyuan_v1_moe"},
+            "norms of single heads before their rotation",
+        ),
+    ],
+)
+def test_what_a_model_does_not_rotate(tmp_path, op, config, says):
+    file = config_file(tmp_path, **config)
+    plan = make_plan(op=op, config=file, device="cpu")
+    assert plan.refused == [f"{file} has no {says}, which {op} is for"] and not plan.specs
+    assert op not in read_config(file).operators()
+    assert not any("rotation" in note for note in make_plan(config=file, device="cpu").notes)
+
+
+def test_a_size_of_heads_that_no_kernel_supports(tmp_path):
+    file = config_file(tmp_path, **{**LLAMA, "num_attention_heads": 2})
+    plan = make_plan(config=file, device="cpu")
+    assert len(plan.refused) == 1 and "rope does not support head_dim 32" in plan.refused[0]
+    assert "rmsnorm_64_fp16" in [s.name for s in plan.specs]
+
+
+def test_options_replace_those_of_a_config():
+    """SGLang computes cosines and sines in float32; the caches of an engine may be float8."""
+    options = {"cos_sin_dtype": "fp32", "cache_dtype": ["bf16", "fp8"], "rotary_dim": 32, "interleaved": True}
+    plan = make_plan(config=CONFIGS / "qwen3_next.json", device="cpu", **options)
+    name = "qk_norm_rope_store_256_bf16_rotary_32_fp32_cos_sin_interleaved"
+    assert [s.name for s in plan.specs if s.op == "qk_norm_rope_store"] == [name, f"{name}_fp8_cache"]
+    plan = make_plan(op="store_cache_heads", config=CONFIGS / "qwen3_next.json", device="cpu", cache_dtype="fp8")
+    assert [s.name for s in plan.specs] == ["store_cache_heads_256_bf16_fp8_cache"]
 
 
 def test_widths_of_every_layer(tmp_path):

@@ -8,9 +8,13 @@ import pytest
 import torch
 
 import jitnorm
+from jitnorm.core.targets import resolve_target
+from jitnorm.qknorm_rope_store import QK_NORM_ROPE_STORE, ROPE, STORE_HEADS
 from jitnorm.warmup import make_plan
 
 from .commands import CONFIGS, command, refusal
+
+ROPE_CALL = {"op": "rope", "hidden_size": 128, "dtype": "bf16", "device": "cpu"}
 
 
 def test_plan_is_the_product():
@@ -90,6 +94,18 @@ def test_options_that_no_operator_takes():
             ["--op", "silu_and_mul", "--weight-dtype", "fp32"],
             "--weight-dtype is not accepted: silu_and_mul has no weight",
         ),
+        *(
+            (
+                ["--op", "rmsnorm,silu_and_mul", option, *value],
+                f"{option} is not accepted: rmsnorm and silu_and_mul have no",
+            )
+            for option, *value in (
+                *(("--rotary-dim", 64), ("--cos-sin-dtype", "fp32"), ("--interleaved",), ("--mrope",)),
+                *(("--cache-dtype", "fp8"), ("--q-out-dtype", "fp8"), ("--rounding", "once")),
+            )
+        ),
+        (["--rotary-dim", 64], "--rotary-dim is not accepted: rmsnorm has no rotation"),
+        (["--op", "store_cache_heads", "--mrope"], "--mrope is not accepted: store_cache_heads has no rotation"),
     ):
         assert says in command(*words, "--device", "cpu", exit_code=2).stderr
     # A size that one of them takes is not ignored.
@@ -112,20 +128,102 @@ def test_config_brings_its_dtype():
 @pytest.mark.parametrize(
     ("name", "kernels"),
     [
-        ("llama.json", "rmsnorm_4096 fused_add_rmsnorm_4096 silu_and_mul"),
+        ("llama.json", "rmsnorm_4096 fused_add_rmsnorm_4096 rope_128 silu_and_mul"),
         (
             "qwen3.json",
-            "rmsnorm_5120 rmsnorm_128 fused_add_rmsnorm_5120 fused_inplace_qknorm_128 silu_and_mul",
+            "rmsnorm_5120 rmsnorm_128 fused_add_rmsnorm_5120 fused_inplace_qknorm_128 qk_norm_rope_store_128 "
+            "silu_and_mul",
         ),
-        ("gemma.json", "gemma_rmsnorm_3584 gemma_fused_add_rmsnorm_3584 gelu_tanh_and_mul"),
+        ("gemma.json", "gemma_rmsnorm_3584 gemma_fused_add_rmsnorm_3584 rope_256 gelu_tanh_and_mul"),
         # Its q and k norms add one to the weight, too; heads and activation are left out.
-        ("gemma3.json", "gemma_rmsnorm_2560 gemma_rmsnorm_256 gemma_fused_add_rmsnorm_2560 gelu_tanh_and_mul"),
+        (
+            "gemma3.json",
+            "gemma_rmsnorm_2560 gemma_rmsnorm_256 gemma_fused_add_rmsnorm_2560 qk_norm_rope_store_256 "
+            "gelu_tanh_and_mul",
+        ),
+        # Of huggingface.co/MiniMaxAI/MiniMax-M2, Qwen/Qwen3-Next-80B-A3B-Instruct and Qwen/Qwen3-VL-8B-Instruct, as far
+        # as warm-up reads their config.json: a rotary_dim, a quarter of a head that is rotated, three positions.
+        (
+            "minimax_m2.json",
+            "rmsnorm_3072 rmsnorm_6144 rmsnorm_1024 fused_add_rmsnorm_3072 rope_128_fp16_rotary_64 silu_and_mul",
+        ),
+        (
+            "qwen3_next.json",
+            "gemma_rmsnorm_2048 gemma_rmsnorm_256 gemma_fused_add_rmsnorm_2048 "
+            "qk_norm_rope_store_256_fp16_rotary_64 silu_and_mul",
+        ),
+        (
+            "qwen3_vl.json",
+            "rmsnorm_4096 rmsnorm_128 fused_add_rmsnorm_4096 fused_inplace_qknorm_128 qk_norm_rope_store_128 "
+            "qk_norm_rope_store_128_fp16_mrope silu_and_mul",
+        ),
     ],
 )
 def test_all_that_a_model_calls(name, kernels):
     plan = make_plan(config=CONFIGS / name, dtype="fp16", device="cpu")
-    assert [s.name for s in plan.specs] == [*(f"{kernel}_fp16" for kernel in kernels.split()), "store_cache"]
+    names = [kernel if "fp16" in kernel else f"{kernel}_fp16" for kernel in kernels.split()]
+    assert [s.name for s in plan.specs] == [*names, "store_cache"]
     assert not plan.refused
+
+
+# Each property of a kernel on heads alone, and all of them together.
+VARIANTS = [
+    {},
+    {"weight_dtype": torch.float32},
+    {"rotary_dim": 64},
+    {"cos_sin_dtype": torch.float32},
+    {"cache_dtype": torch.float8_e4m3fn},
+    {"q_out_dtype": torch.float8_e4m3fn},
+    {"is_neox": False},
+    {"has_sections": True},
+    {"rounds_each_step": True},
+    {
+        "weight_dtype": torch.float32,
+        "rotary_dim": 64,
+        "cos_sin_dtype": torch.float32,
+        "cache_dtype": torch.float8_e4m3fn,
+        "q_out_dtype": torch.float8_e4m3fn,
+        "is_neox": False,
+        "has_sections": True,
+        "rounds_each_step": True,
+    },
+]
+
+
+@pytest.mark.parametrize("op", [QK_NORM_ROPE_STORE, ROPE, STORE_HEADS], ids=lambda op: op.op)
+def test_the_command_of_a_kernel_on_heads_builds_that_kernel(op, monkeypatch):
+    plans = []
+    monkeypatch.setattr("jitnorm.cli.warmup.find_cached", lambda specs: plans.append(specs) or (specs, []))
+    names = set()
+    for options in VARIANTS:
+        options = {"weight_dtype": torch.bfloat16, **options}
+        if op is STORE_HEADS:  # which rotates nothing and has no q
+            options = {name: value for name, value in options.items() if name in ("weight_dtype", "cache_dtype")}
+        for target in (resolve_target("cpu", None), resolve_target("cuda", "9.0a")):
+            spec = op.spec(op.variant(128, torch.bfloat16, **options), target)
+            names.add(spec.name)
+            command(*spec.warmup_command.split()[2:])
+            assert plans.pop() == [spec]
+    has_weight = op is QK_NORM_ROPE_STORE
+    assert len(names) == (2 if op is STORE_HEADS else len(VARIANTS) - 1 + has_weight)
+
+
+def test_options_of_kernels_on_heads():
+    plan = make_plan(
+        op=["rope", "store_cache_heads", "rmsnorm"],
+        hidden_size=128,
+        dtype="fp16",
+        device="cpu",
+        rotary_dim=[64, 128],
+        cache_dtype=["fp16", "float8_e4m3fn"],
+        rounding=None,
+    )
+    assert [s.name for s in plan.specs] == [
+        *(f"rope_128_fp16{rotary}{cache}" for rotary in ("_rotary_64", "") for cache in ("", "_fp8_cache")),
+        *("store_cache_heads_128_fp16", "store_cache_heads_128_fp16_fp8_cache", "rmsnorm_128_fp16"),
+    ]
+    with pytest.raises(RuntimeError, match="rope does not support rotary_dim 72"):
+        make_plan(op="rope", hidden_size=128, rotary_dim=72, device="cpu")
 
 
 def test_operators_that_need_no_size(cache_dir):
@@ -178,6 +276,17 @@ def test_operators_that_need_no_size(cache_dir):
         ({"hidden_size": 64, "arch": "6.0"}, ValueError, r"\(--arch\) must be 7\.5 or later, got '6\.0'"),
         ({"hidden_size": 64, "jobs": 0}, ValueError, "jobs"),
         ({"hidden_size": 64, "jobs": "2"}, TypeError, "jobs must be an int, got '2'"),
+        ({"hidden_size": 64, "rotary_dim": 64}, ValueError, "rotary_dim is not accepted: rmsnorm has no rotation"),
+        ({**ROPE_CALL, "rotary_dim": 0}, ValueError, "rotary_dim must be 1 or more, got 0"),
+        ({**ROPE_CALL, "rotary_dim": "64"}, TypeError, "rotary_dim must be an int, got '64'"),
+        ({**ROPE_CALL, "interleaved": 1}, TypeError, "interleaved must be True or False, got 1"),
+        ({**ROPE_CALL, "mrope": "no"}, TypeError, "mrope must be True or False, got 'no'"),
+        ({**ROPE_CALL, "rounding": "hf"}, ValueError, "rounding must be 'once' or 'each_step', got 'hf'"),
+        ({**ROPE_CALL, "cos_sin_dtype": "fp8"}, TypeError, "cos_sin_dtype must be fp16, bf16, fp32, got fp8"),
+        ({**ROPE_CALL, "cache_dtype": "int8"}, TypeError, "cache_dtype must be fp16, bf16, fp32, fp8, got int8"),
+        ({**ROPE_CALL, "cos_sin_dtype": "fp16"}, TypeError, "cos_sin_dtype must be .*bfloat16 .* or .*float32, got"),
+        ({**ROPE_CALL, "cache_dtype": "fp32"}, TypeError, "cache_dtype must be .*bfloat16 .* or .*e4m3fn, got"),
+        ({**ROPE_CALL, "q_out_dtype": "fp16"}, TypeError, "q_out_dtype must be .*bfloat16 .* or .*e4m3fn, got"),
     ],
 )
 def test_wrong_words(cache_dir, words, error, says):

@@ -86,10 +86,14 @@ inline bool as_int(const TVMFFIAny& arg, index_t* value) {
   return false;
 }
 
-inline bool as_optional_bool(const TVMFFIAny& arg, bool if_none, bool* value) {
-  if (arg.type_index == kTVMFFINone) return *value = if_none, true;
+inline bool as_bool(const TVMFFIAny& arg, bool* value) {
   if (arg.type_index == kTVMFFIBool) return *value = arg.v_int64 != 0, true;
   return false;
+}
+
+inline bool as_optional_bool(const TVMFFIAny& arg, bool if_none, bool* value) {
+  if (arg.type_index == kTVMFFINone) return *value = if_none, true;
+  return as_bool(arg, value);
 }
 
 // Tensor arguments.

@@ -163,6 +163,18 @@ bool runs_on(DLDevice device) {
          __atomic_load_n(&gpus[device.device_id].state, __ATOMIC_ACQUIRE) != Gpu::kOtherArch;
 }
 
+// The variant to launch: what the kernel class chooses, or else by the number of blocks.
+template <typename Kernel>
+auto variant_of(const typename Kernel::params_t& params, unsigned, int) -> decltype(Kernel::variant(params)) {
+  return Kernel::variant(params);
+}
+template <typename Kernel>
+GridVariant variant_of(const typename Kernel::params_t&, unsigned blocks, long) {
+  return blocks <= Kernel::kMaxSmallGrid   ? GridVariant::kSmallGrid
+         : blocks >= Kernel::kMinLargeGrid ? GridVariant::kLargeGrid
+                                           : GridVariant::kDefault;
+}
+
 template <typename Kernel>
 Outcome launch(const typename Kernel::params_t& params, DLDevice device, bool enable_pdl) {
   Gpu& gpu = gpus[device.device_id];
@@ -186,9 +198,7 @@ Outcome launch(const typename Kernel::params_t& params, DLDevice device, bool en
   config.attrs = &attribute;
   config.numAttrs = enable_pdl && JITNORM_CUDA_ARCH >= 90;  // PDL begins with sm_90
   void* arguments[] = {const_cast<typename Kernel::params_t*>(&params)};
-  const GridVariant variant = config.gridDimX <= Kernel::kMaxSmallGrid   ? GridVariant::kSmallGrid
-                              : config.gridDimX >= Kernel::kMinLargeGrid ? GridVariant::kLargeGrid
-                                                                         : GridVariant::kDefault;
+  const GridVariant variant = variant_of<Kernel>(params, config.gridDimX, 0);
   DeviceGuard guard(gpu.device, gpu.context);
   CUresult result = driver().launch(&config, gpu.functions[int(variant)], arguments, nullptr);
   if (result == CUDA_SUCCESS) return Outcome::kDone;

@@ -59,6 +59,19 @@ __device__ __forceinline__ float load(const float* src) {
   return f;
 }
 
+// int32 or int64 indices.
+__device__ __forceinline__ index_t load_index(const void* from, index_t i, bool has_int64) {
+  index_t index;
+  if (has_int64) {
+    asm volatile("ld.global.s64 %0, [%1];" : "=l"(index) : "l"(static_cast<const index_t*>(from) + i) : "memory");
+  } else {
+    int narrow;
+    asm volatile("ld.global.s32 %0, [%1];" : "=r"(narrow) : "l"(static_cast<const int*>(from) + i) : "memory");
+    index = narrow;
+  }
+  return index;
+}
+
 template <typename T, int N>
 __device__ __forceinline__ void store(T* dst, const Vector<T, N>& v) {
 #pragma unroll

@@ -12,10 +12,11 @@ from jitnorm.cli import output
 from jitnorm.cli.base import Command, several
 from jitnorm.jit import locations
 from jitnorm.jit.spec import KernelSpec
-from jitnorm.warmup import DTYPES, OPS, argument_problem, make_plan
+from jitnorm.qknorm_rope_store import ROUNDINGS
+from jitnorm.warmup import CACHE_DTYPES, DTYPES, OPS, argument_problem, make_plan
 from jitnorm.warmup.run import Result, build_all, default_jobs, find_cached, prepare
 
-_DTYPE = click.Choice(list(DTYPES))
+_DTYPE, _CACHE_DTYPE = click.Choice(list(DTYPES)), click.Choice(list(CACHE_DTYPES))
 
 
 @click.command(
@@ -37,6 +38,31 @@ _DTYPE = click.Choice(list(DTYPES))
 )
 @click.option("--dtype", **several(_DTYPE), help="Build for inputs of this dtype; by default the config's, or bf16.")
 @click.option("--weight-dtype", **several(_DTYPE), help="Build for weights of this dtype; by default the input's.")
+@click.option("--rotary-dim", **several(click.INT), help="Rotate so many elements of a head; by default all.")
+@click.option(
+    "--cos-sin-dtype",
+    **several(_DTYPE),
+    help="Build for cosines and sines of this dtype, the input's or fp32; by default the input's.",
+)
+@click.option(
+    "--cache-dtype",
+    **several(_CACHE_DTYPE),
+    help="Build for caches of this dtype, the input's or fp8; by default the input's.",
+)
+@click.option(
+    "--q-out-dtype",
+    **several(_CACHE_DTYPE),
+    help="Build for a result for q of this dtype, the input's or fp8; by default the input's.",
+)
+@click.option(
+    "--interleaved", is_flag=True, help="Rotate neighbours, elements 2 i and 2 i + 1 of a head (GPT-J style)."
+)
+@click.option("--mrope", is_flag=True, help="Build for three positions of each token.")
+@click.option(
+    "--rounding",
+    **several(click.Choice(ROUNDINGS)),
+    help="Round once, at the end, or after each step; by default once.",
+)
 @click.option(
     "--config",
     metavar="PATH",
@@ -58,6 +84,13 @@ def warmup(
     hidden_size: tuple[int, ...],
     dtype: tuple[str, ...],
     weight_dtype: tuple[str, ...],
+    rotary_dim: tuple[int, ...],
+    cos_sin_dtype: tuple[str, ...],
+    cache_dtype: tuple[str, ...],
+    q_out_dtype: tuple[str, ...],
+    interleaved: bool,
+    mrope: bool,
+    rounding: tuple[str, ...],
     config: str | None,
     device: str | None,
     arch: tuple[str, ...],
@@ -75,11 +108,21 @@ def warmup(
     jitnorm warmup --config Qwen3-32B/config.json
     jitnorm warmup --hidden-size 4096,128 --dtype bf16 --arch 8.0,9.0a
     jitnorm warmup --op silu_and_mul,store_cache --dtype bf16
+    jitnorm warmup --op qk_norm_rope_store --hidden-size 128 --dtype bf16 --cache-dtype fp8
     """
-    names = ("--hidden-size", "--config", "--weight-dtype")
-    if problem := argument_problem(op, hidden_size, weight_dtype, config, names):
+    options = {
+        "rotary_dim": rotary_dim,
+        "cos_sin_dtype": cos_sin_dtype,
+        "cache_dtype": cache_dtype,
+        "q_out_dtype": q_out_dtype,
+        "interleaved": interleaved,
+        "mrope": mrope,
+        "rounding": rounding,
+    }
+    options = {name: value for name, value in options.items() if value}
+    if problem := argument_problem(op, hidden_size, weight_dtype, config, options, _spelled):
         raise click.UsageError(problem)
-    plan = make_plan(op or None, hidden_size, dtype, weight_dtype, device, arch, config, skip_unsupported)
+    plan = make_plan(op or None, hidden_size, dtype, weight_dtype, device, arch, config, skip_unsupported, **options)
     for note in plan.notes:
         click.echo(f"note: {note}", err=True)
     for why in plan.refused:
@@ -114,6 +157,10 @@ def _build(specs: list[KernelSpec], jobs: int, result: Result, is_table: bool) -
                     click.echo(f"failed   {_line(outcome.spec)}: {outcome.error}", err=True)
                 elif is_table:
                     click.echo(f"built    {_line(outcome.spec)}  {outcome.seconds:.2f} s")
+
+
+def _spelled(argument: str) -> str:
+    return f"--{argument.replace('_', '-')}"
 
 
 def _line(spec: KernelSpec) -> str:

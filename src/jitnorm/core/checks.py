@@ -93,6 +93,27 @@ def indices(name: str, value: torch.Tensor, like_name: str, like: torch.Tensor) 
     device(name, value, like_name, like)
 
 
+def index_range(name: str, value: torch.Tensor, size: int, what: str, skip_index: int | None = None) -> None:
+    """Raise IndexError for an index out of range. Waits for the GPU, so nothing is checked during a graph capture.
+
+    Args:
+        name: The argument's name.
+        value: The indices.
+        size: The number of things that they count.
+        what: What has that number, for the message: "the caches have {} slots".
+        skip_index: An index that is allowed although it is out of range.
+    """
+    if not value.numel() or (value.is_cuda and torch.cuda.is_current_stream_capturing()):
+        return
+    out_of_range = (value < 0) | (value >= size)
+    if skip_index is not None:
+        out_of_range &= value != skip_index
+    if out_of_range.any():
+        position = out_of_range.nonzero()[0].tolist()
+        index = int(value[tuple(position)])
+        raise IndexError(f"{name}[{', '.join(map(str, position))}] is {index}, and {what.format(size)}")
+
+
 def rows(name: str, value: torch.Tensor, alignment: int = CUDA_ALIGNMENT) -> None:
     """Raise unless `value`, [..., hidden_size], has adjacent elements, one row stride, memory and alignment."""
     layout = f"shape {list(value.shape)} and strides {list(value.stride())}"
@@ -170,6 +191,86 @@ def no_internal_overlap(name: str, value: torch.Tensor) -> None:
             extent_so_far += (size - 1) * stride
 
 
+_MAX_STEPS = 4  # kMaxSteps in csrc/include/jitnorm/strided.h
+
+
+def heads(name: str, value: torch.Tensor, alignment: int = CUDA_ALIGNMENT) -> None:
+    """Raise unless `value`, [..., heads, head_dim], has adjacent elements in a head, memory and alignment."""
+    layout = f"shape {list(value.shape)} and strides {list(value.stride())}"
+    if value.stride(-1) != 1:
+        raise ValueError(f"{name} must have a last stride of 1, got {layout}")
+    if value.numel() == 0:
+        return
+    strides = [stride for stride, size in zip(value.stride()[:-1], value.shape[:-1], strict=True) if size > 1]
+    storage(name, value)
+    aligned(name, value, *strides, alignment=alignment)
+
+
+def are_same_rows(value: torch.Tensor, other: torch.Tensor) -> bool:
+    """Return whether two tensors of heads are the same memory, dimension by dimension."""
+    return value.data_ptr() == other.data_ptr() and value.dtype == other.dtype and _leading(value) == _leading(other)
+
+
+def no_shared_heads(
+    name: str, value: torch.Tensor, other_name: str, other: torch.Tensor, has_heads: bool = True
+) -> None:
+    """Raise if a head of `value` shares memory with a head of `other`, or without `has_heads` with all its extent.
+
+    Exact for equal strides, as of slices of one projection or of one cache. For different strides, for heads that
+    overlap each other, and where heads of one lie between those of the other in more places than _MAX_STEPS,
+    overlapping extents count as shared. As csrc/include/jitnorm/strided.h decides.
+    """
+    if extents_overlap(value, other) and _share_memory(value, other, has_heads):
+        raise ValueError(f"{name} must share no memory with {other_name}, got a view that overlaps it")
+
+
+def _share_memory(a: torch.Tensor, b: torch.Tensor, b_has_heads: bool) -> bool:
+    if _is_self_overlapping(a) or (b_has_heads and _is_self_overlapping(b)):
+        return True
+    dims = []
+    leading_b = _leading(b) if b_has_heads else [(1, 0)] * 3
+    for (size_a, stride_a), (size_b, stride_b) in zip(_leading(a), leading_b, strict=True):
+        if size_a > 1 and size_b > 1 and stride_a != stride_b:
+            return True
+        dims.append((stride_a if size_a > 1 else stride_b, size_a, size_b))
+    dims.sort(key=lambda dim: -dim[0])
+    row_a = a.shape[-1] * a.element_size()
+    row_b = b.shape[-1] * b.element_size() if b_has_heads else extent(b)
+
+    def meet(distance: int, level: int) -> bool:
+        """Return whether rows this far apart can meet by steps along the dimensions from `level` on."""
+        if level == len(dims):
+            return distance < row_a and -distance < row_b
+        stride, size_a, size_b = dims[level]
+        if stride == 0:
+            return size_a > 1 or size_b > 1 or meet(distance, level + 1)
+        below_a = row_a + sum((size - 1) * stride for stride, size, _ in dims[level + 1 :])
+        below_b = row_b + sum((size - 1) * stride for stride, _, size in dims[level + 1 :])
+        first = max((distance - below_a) // stride + 1, 1 - size_b)
+        last = min(-(-(distance + below_b) // stride) - 1, size_a - 1)
+        if last - first >= _MAX_STEPS:
+            return True
+        return any(meet(distance - step * stride, level + 1) for step in range(first, last + 1))
+
+    return meet(b.data_ptr() - a.data_ptr(), 0)
+
+
+def _leading(value: torch.Tensor) -> list[tuple[int, int]]:
+    """Return size and stride in bytes of the leading dimensions, three of them; strides of one element count as 0."""
+    dims = list(zip(value.shape[:-1], value.stride()[:-1], strict=True))
+    if len(dims) == 2:
+        dims.insert(1, (1, 0))
+    return [(size, stride * value.element_size() if size > 1 else 0) for size, stride in dims]
+
+
+def _is_self_overlapping(value: torch.Tensor) -> bool:
+    try:
+        no_internal_overlap("", value)
+    except ValueError:
+        return True
+    return False
+
+
 def no_overlap(
     name: str, value: torch.Tensor, other_name: str, other: torch.Tensor, reject_identical: bool = False
 ) -> None:
@@ -216,16 +317,21 @@ def extent(value: torch.Tensor) -> int:
 
 def eps(value: object) -> None:
     """Raise unless `value` is a number of zero or more that fits a float and, if an int, 64 bits."""
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise TypeError(f"eps must be a float, got {type(value).__name__}")
-    if isinstance(value, int) and value.bit_length() > 63:
-        raise ValueError(f"eps must be a float or a 64-bit integer, got one of {value.bit_length()} bits")
-    try:
-        number = float(value)
-    except OverflowError:
-        raise ValueError(f"eps must be a float, got a {type(value).__name__} beyond its range") from None
-    if not number >= 0:
+    number("eps", value)
+    if not float(value) >= 0:  # type: ignore[arg-type]
         raise ValueError(f"eps must be zero or more, got {value}")
+
+
+def number(name: str, value: object) -> None:
+    """Raise unless `value` is a number that fits a float and, if an int, 64 bits."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{name} must be a float, got {type(value).__name__}")
+    if isinstance(value, int) and not -(1 << 63) <= value < 1 << 63:
+        raise ValueError(f"{name} must be a float or a 64-bit integer, got one of {value.bit_length()} bits")
+    try:
+        float(value)
+    except OverflowError:
+        raise ValueError(f"{name} must be a float, got a {type(value).__name__} beyond its range") from None
 
 
 def is_integer(value: object) -> TypeGuard[int]:

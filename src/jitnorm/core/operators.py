@@ -35,6 +35,7 @@ class Operator:
     size_name: ClassVar[str | None] = "hidden_size"
     needs_size: ClassVar[bool] = True  # whether a warm-up has to name a size
     has_weight: ClassVar[bool] = False  # whether kernels differ by the weight's dtype
+    options: ClassVar[tuple[str, ...]] = ()  # what else a warm-up can name: keyword arguments of `warmup_spec`
 
     # Each operator has its own tables. They are not fields, because dynamo before torch 2.8 tries to trace their keys.
     #
@@ -129,6 +130,7 @@ class Example(NamedTuple):
     contiguous: tuple[str, ...] = ()  # the arguments that must be contiguous; the rows of others may be apart
     # The argument with the slot of each row in the caches, which are those written arguments that are not in `per_row`.
     slots: str | None = None
+    slot_dims: int = 1  # how many leading dimensions of a cache count its slots: 2 if it has blocks
     sizes: tuple[int, ...] = (128, 4096)  # for `jitnorm verify-invariance`: a size for each kind of kernel
     # Makes the optional arguments in which the function returns its results, such as `out`.
     make_outputs: Callable[[Shape], dict[str, torch.Tensor]] | None = None

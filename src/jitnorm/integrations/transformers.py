@@ -1,4 +1,4 @@
-"""Patch the RMSNorm modules of Hugging Face models so that this package's kernels compute them.
+"""Patch modules of Hugging Face models so that this package's kernels compute them: RMSNorm and, on request, attention.
 
 A patched module keeps its identity, parameters, buffers, hooks and position; only its class changes, to a subclass of
 the original one. The subclass's forward calls a kernel, or the original forward if no kernel supports the call. So the
@@ -11,12 +11,21 @@ import warnings
 from collections import Counter
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 
 from jitnorm.core.eligibility import can_normalise
+from jitnorm.core.norm_modules import GEMMA_CLASSES, LLAMA_CLASSES, original_class
 from jitnorm.core.norms import is_supported_hidden_size
+from jitnorm.integrations.transformers_attention import (
+    ATTENTION_CLASSES,
+    ROTARY_CLASSES,
+    PatchedAttention,
+    PatchedRotaryEmbedding,
+    attention_attributes,
+    reason_to_leave_attention,
+)
 from jitnorm.nn import NORM_VARIANTS, NormOperators, normalise, refuse_script
 
 
@@ -33,24 +42,9 @@ class _NormClass:
     eps_attribute: str
 
 
-# Whole names, not endings: Gemma3n's and Gemma 4's classes, for example, multiply by the weight alone.
-LLAMA_CLASSES = (
-    "LlamaRMSNorm",
-    "MistralRMSNorm",
-    "MixtralRMSNorm",
-    "Qwen2RMSNorm",
-    "Qwen2MoeRMSNorm",
-    "Qwen2_5_VLRMSNorm",
-    "Qwen3RMSNorm",
-    "Qwen3MoeRMSNorm",
-    "Qwen3VLTextRMSNorm",
-    "Phi3RMSNorm",
-)
-# Classes that multiply by 1 + weight.
-_GEMMA_CLASSES = ("GemmaRMSNorm", "Gemma2RMSNorm", "Gemma3RMSNorm", "Qwen3NextRMSNorm")
 _SUPPORTED_CLASSES = {
     **dict.fromkeys(LLAMA_CLASSES, _NormClass(NORM_VARIANTS["rmsnorm"], "variance_epsilon")),
-    **dict.fromkeys(_GEMMA_CLASSES, _NormClass(NORM_VARIANTS["gemma_rmsnorm"], "eps")),
+    **dict.fromkeys(GEMMA_CLASSES, _NormClass(NORM_VARIANTS["gemma_rmsnorm"], "eps")),
 }
 
 
@@ -65,7 +59,7 @@ def is_supported_family(family: str) -> bool:
 
 
 class _Patched(torch.nn.Module):
-    """The base class that a patched class has before the original one."""
+    """The base class that a patched norm class has before the original one."""
 
     _jitnorm_class: _NormClass
     weight: torch.nn.Parameter
@@ -78,29 +72,31 @@ class _Patched(torch.nn.Module):
             return normalise(norm_class.operators.norm, hidden_states, weight, eps)
         return super().forward(hidden_states)  # type: ignore[no-any-return]
 
-    def __prepare_scriptable__(self) -> NoReturn:
-        refuse_script(self)
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        # Pickle looks classes up by name, and this class is created at run time.
-        return _rebuild, (original_class(self),), self.__dict__
-
-
-def original_class(module: torch.nn.Module) -> type[torch.nn.Module]:
-    """Return the class of `module`, or the class it had before it was patched."""
-    mro = type(module).__mro__
-    return mro[mro.index(_Patched) + 1] if isinstance(module, _Patched) else type(module)
-
 
 _classes: dict[type[torch.nn.Module], type[torch.nn.Module]] = {}
 
 
 def _patched_class(original: type[torch.nn.Module]) -> type[torch.nn.Module]:
     if original not in _classes:
-        norm_class = _SUPPORTED_CLASSES[original.__name__]
-        attributes = {"_jitnorm_class": norm_class, "__module__": __name__, "__doc__": original.__doc__}
-        _classes[original] = type(f"Jitnorm{original.__name__}", (_Patched, original), attributes)
+        name = original.__name__
+        base, attributes = _base_and_attributes(original)
+        attributes |= {"_jitnorm_original": original, "__module__": __name__, "__doc__": original.__doc__}
+        attributes |= {"__prepare_scriptable__": refuse_script, "__reduce_ex__": _reduce}
+        _classes[original] = type(f"Jitnorm{name}", (base, original), attributes)
     return _classes[original]
+
+
+def _base_and_attributes(original: type[torch.nn.Module]) -> tuple[type[torch.nn.Module], dict[str, Any]]:
+    if original.__name__ in ATTENTION_CLASSES:
+        return PatchedAttention, attention_attributes(original)
+    if original.__name__ in ROTARY_CLASSES:
+        return PatchedRotaryEmbedding, {}
+    return _Patched, {"_jitnorm_class": _SUPPORTED_CLASSES[original.__name__]}
+
+
+def _reduce(module: torch.nn.Module, protocol: Any) -> Any:
+    # Pickle looks classes up by name, and a patched class is created at run time.
+    return _rebuild, (original_class(module),), module.__dict__
 
 
 def _rebuild(original: type[torch.nn.Module]) -> torch.nn.Module:
@@ -113,19 +109,24 @@ class TransformersPatch:
 
     Attributes:
         replaced: the name in the model of each patched module, with the name of its original class.
-        left: the name of each other RMSNorm module, with the reason why it was not patched.
+        left: the name of each other RMSNorm module, with the reason why it was not patched; with attention=True of
+            each other attention module and rotary embedding too.
     """
 
     replaced: dict[str, str]
     left: dict[str, str]
 
-    def __init__(self, model: torch.nn.Module) -> None:
+    def __init__(self, model: torch.nn.Module, attention: bool = False) -> None:
         self.replaced, self.left = {}, {}
         self._originals: list[tuple[torch.nn.Module, type[torch.nn.Module]]] = []
         for name, module in model.named_modules():
-            if "rmsnorm" not in type(module).__name__.lower():
+            kind = type(module).__name__
+            if "rmsnorm" in kind.lower():
+                reason = _reason_to_leave(module)
+            elif attention and kind.endswith(("Attention", "RotaryEmbedding")):
+                reason = _reason_to_leave_attention(module)
+            else:
                 continue
-            reason = _reason_to_leave(module)
             if reason:
                 self.left[name] = reason
                 continue
@@ -159,7 +160,7 @@ class TransformersPatch:
 def _reason_to_leave(module: torch.nn.Module) -> str | None:
     """Return why the module cannot be patched, or None if it can."""
     name = type(module).__name__
-    if isinstance(module, _Patched):
+    if original_class(module) is not type(module):
         return "already replaced"
     if name not in _SUPPORTED_CLASSES:
         return f"{name} is not a class that jitnorm supports"
@@ -175,7 +176,11 @@ def _reason_to_leave(module: torch.nn.Module) -> str | None:
     return None
 
 
-def patch_transformers(model: torch.nn.Module, *, strict: bool = False) -> TransformersPatch:
+def _reason_to_leave_attention(module: torch.nn.Module) -> str | None:
+    return "already replaced" if original_class(module) is not type(module) else reason_to_leave_attention(module)
+
+
+def patch_transformers(model: torch.nn.Module, *, strict: bool = False, attention: bool = False) -> TransformersPatch:
     """Patch the RMSNorm modules of a Hugging Face model in place, so that this package's kernels compute them.
 
     The classes of Llama, Mistral, Mixtral, Qwen 2 and 3, Phi 3 and Gemma 1 to 3 are recognised by their names and
@@ -188,9 +193,18 @@ def patch_transformers(model: torch.nn.Module, *, strict: bool = False) -> Trans
     The module's original forward runs if the weight and the input of a call have different dtypes, or if no kernel
     supports the call.
 
+    With attention=True, one launch normalises and rotates q and k of a layer, in the attention of Llama, Qwen 2, Qwen 3
+    and Gemma 3 (text). It computes in float32 and rounds once, after the rotation, where transformers rounds up to
+    five times; float16 and bfloat16 results differ by that and are closer to a float64 model's. The rotary embedding
+    prepares the cosines and sines once in a forward of the model. Cache update and attention are those of transformers.
+    The original forward of a layer runs for calls that need a gradient, under autocast, under the tracers above, and
+    where the position embeddings do not come from the model's patched rotary embedding, as when accelerate spreads the
+    layers over several devices. An attention class whose forward is not the known one of transformers 5 is left.
+
     Args:
         model: any module that contains such modules. Its parameters, hooks and state dict do not change.
         strict: raise if nothing is replaced, instead of warning.
+        attention: patch attention modules and rotary embeddings too.
 
     Returns:
         What was replaced, what was left and why. Its `undo()` restores the model, as does leaving it as a context
@@ -201,7 +215,7 @@ def patch_transformers(model: torch.nn.Module, *, strict: bool = False) -> Trans
         RuntimeError: nothing was replaced, and `strict` is true.
     """
     _check_model(model)
-    patch = TransformersPatch(model)
+    patch = TransformersPatch(model, attention)
     if not patch.replaced:
         message = f"patch_transformers replaced nothing in {type(model).__name__}: {_summarise(patch.left)}"
         if strict:
@@ -211,7 +225,7 @@ def patch_transformers(model: torch.nn.Module, *, strict: bool = False) -> Trans
 
 
 def unpatch_transformers(model: torch.nn.Module) -> dict[str, str]:
-    """Restore the original class of each RMSNorm module that `patch_transformers` replaced.
+    """Restore the original class of each module that `patch_transformers` replaced.
 
     Unlike `undo()` of the patch, this needs only the model, which may be a deep copy of the patched one, or unpickled.
 

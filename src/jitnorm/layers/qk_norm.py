@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.fx
 
 from jitnorm.core import checks
 from jitnorm.core.eligibility import can_normalise, has_kernel_layout
+from jitnorm.core.norm_modules import eps_of, weight_of, weight_offset
 from jitnorm.core.torch_library import needs_grad
-from jitnorm.integrations.transformers import LLAMA_CLASSES, original_class
 from jitnorm.layers.compiler import Compiler, resolve_compiler
 from jitnorm.qknorm import can_use_fused_inplace_qknorm, fused_inplace_qknorm
-
-_SUPPORTED_CLASSES = ("RMSNorm", *LLAMA_CLASSES)
 
 
 def apply_qk_norm(
@@ -70,7 +66,7 @@ def apply_qk_norm(
         return _normalise_proxy(q, q_norm, head_dim), _normalise_proxy(k, k_norm, head_dim)
     if allow_inplace and compiler != "inductor" and _can_fuse(q, k, q_norm, k_norm, head_dim):
         q_heads, k_heads = (x.view(-1, x.shape[-1] // head_dim, head_dim) for x in (q, k))
-        fused_inplace_qknorm(q_heads, k_heads, _weight(q_norm), _weight(k_norm), _eps(q_norm), head_dim=head_dim)
+        fused_inplace_qknorm(q_heads, k_heads, weight_of(q_norm), weight_of(k_norm), eps_of(q_norm), head_dim=head_dim)
         return q, k
     _check_size("q_norm", q_norm, head_dim)
     _check_size("k_norm", k_norm, head_dim)
@@ -112,14 +108,14 @@ def _can_fuse(
     q: torch.Tensor, k: torch.Tensor, q_norm: torch.nn.Module, k_norm: torch.nn.Module, head_dim: int
 ) -> bool:
     """Return whether the fused kernel takes these tensors and computes what the modules compute."""
-    q_weight, k_weight = _weight(q_norm), _weight(k_norm)
+    q_weight, k_weight = weight_of(q_norm), weight_of(k_norm)
     return (
         (not q.is_cuda or torch.version.hip is None)
         and can_use_fused_inplace_qknorm(head_dim, q.dtype)
-        and _is_plain(q_norm)
-        and _is_plain(k_norm)
-        and _eps(q_norm) is not None
-        and _eps(q_norm) == _eps(k_norm)
+        and weight_offset(q_norm) == 0
+        and weight_offset(k_norm) == 0
+        and eps_of(q_norm) is not None
+        and eps_of(q_norm) == eps_of(k_norm)
         and isinstance(q_weight, torch.Tensor)
         and isinstance(k_weight, torch.Tensor)
         and q_weight.dtype == k_weight.dtype
@@ -138,29 +134,12 @@ def _has_writable_heads(x: torch.Tensor, weight: torch.Tensor, head_dim: int) ->
     return has_kernel_layout(x) and 0 not in x.stride() and can_normalise(heads, weight)
 
 
-def _is_plain(norm: torch.nn.Module) -> bool:
-    """Return whether `norm` is known to multiply by its weight and do nothing else."""
-    return (
-        original_class(norm).__name__ in _SUPPORTED_CLASSES
-        and "forward" not in norm.__dict__
-        and not (norm._forward_hooks or norm._forward_pre_hooks or torch.nn.modules.module._has_any_global_hook())
-    )
-
-
-def _weight(norm: torch.nn.Module) -> Any:
-    return getattr(norm, "weight", None)
-
-
-def _eps(norm: torch.nn.Module) -> Any:
-    return getattr(norm, "variance_epsilon", getattr(norm, "eps", None))
-
-
 def _check_size(name: str, norm: torch.nn.Module, head_dim: int) -> None:
     """Raise for a norm over another size.
 
     A weight of one element may be broadcast, and an empty one may be gathered when the module is called.
     """
-    weight = _weight(norm)
+    weight = weight_of(norm)
     if isinstance(weight, torch.Tensor) and weight.dim() == 1 and weight.shape[0] not in (0, 1, head_dim):
         raise ValueError(f"{name} must be over head_dim {head_dim}, got {weight.shape[0]}")
 

@@ -11,27 +11,37 @@ from __future__ import annotations
 import itertools
 import operator
 import os
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, TypeVar
 
 import torch
 
 from jitnorm import _operators  # noqa: F401
-from jitnorm.core.checks import DTYPE_NAMES
+from jitnorm.core.checks import DTYPE_NAMES, enumeration
 from jitnorm.core.operators import OPERATORS
 from jitnorm.core.targets import resolve_target
 from jitnorm.jit.spec import KernelSpec
+from jitnorm.qknorm_rope_store import E4M3, ROUNDINGS
 from jitnorm.warmup.run import Result, build_all, find_cached, prepare
 
 if TYPE_CHECKING:
     from jitnorm.warmup.config import ModelConfig
 
-__all__ = ["DTYPES", "OPS", "Plan", "Result", "make_plan", "warmup"]
+__all__ = ["CACHE_DTYPES", "DTYPES", "OPS", "OPTIONS", "Plan", "Result", "make_plan", "warmup"]
 
 OPS = OPERATORS  # the operators that can be built ahead of time, by name
 
 # The names of dtypes that are accepted, such as "bf16" and "bfloat16".
 DTYPES = {name: d for d, short in DTYPE_NAMES.items() for name in (short, str(d).removeprefix("torch."))}
+CACHE_DTYPES = {**DTYPES, "fp8": E4M3, "float8_e4m3fn": E4M3}  # those of caches and of results for float8 attention
+
+# What an operator without the option does not have, by the names in `Operator.options`.
+OPTIONS = {
+    **dict.fromkeys(("rotary_dim", "cos_sin_dtype", "interleaved", "mrope"), "rotation"),
+    "cache_dtype": "cache of another dtype",
+    "q_out_dtype": "result for q of another dtype",
+    "rounding": "steps to round between",
+}
 
 T = TypeVar("T")
 OneOrMore: TypeAlias = T | Iterable[T]
@@ -63,18 +73,28 @@ def warmup(
     config: str | os.PathLike[str] | None = None,
     jobs: int | None = None,
     skip_unsupported: bool = False,
+    rotary_dim: OneOrMore[int] | None = None,
+    cos_sin_dtype: OneOrMore[DType] | None = None,
+    cache_dtype: OneOrMore[DType] | None = None,
+    q_out_dtype: OneOrMore[DType] | None = None,
+    interleaved: bool | None = None,
+    mrope: bool | None = None,
+    rounding: OneOrMore[str] | None = None,
 ) -> Result:
     """Build kernels into the cache ahead of their first call, several at a time. None is loaded.
 
-    `op`, `hidden_size`, `dtype`, `weight_dtype` and `arch` are one value or several, and every combination is built.
+    `op`, `hidden_size`, `arch`, `rotary_dim`, `rounding` and the dtypes are one value or several, and every combination
+    is built. The arguments from `rotary_dim` on are for qk_norm_rope_store, rope and store_cache_heads (the kernels of
+    `store_cache` for paged and float8 caches, which have a `cache_dtype` alone); with a config they replace its values.
     JITNORM_DISABLE_JIT has no effect here: it forbids builds during calls.
 
     Args:
         op: The operator's name. None for all that a forward pass of the config's model calls, its norms with and
             without a residual, its activation and its cache among them; without a config, for "rmsnorm".
-        hidden_size: The size of the normalised dimension; head_dim for fused_inplace_qknorm, d for activations, and
-            the elements in a row for store_cache. The last two do not need one: without it they are built for sizes of
-            whole 16 bytes, as nearly all are. Quantisation alone takes none: one kernel serves all sizes.
+        hidden_size: The size of the normalised dimension; head_dim for operators on heads (fused_inplace_qknorm,
+            qk_norm_rope_store, rope, store_cache_heads), d for activations, and the elements in a row for store_cache.
+            The last two do not need one: without it they are built for sizes of whole 16 bytes, as nearly all are.
+            Quantisation alone takes none: one kernel serves all sizes.
         dtype: The input's dtype, such as "bf16", "bfloat16" or torch.bfloat16. None for the config's own, or else
             "bf16".
         weight_dtype: The weight's dtype; None for the input's. Only norms have one.
@@ -83,6 +103,13 @@ def warmup(
         config: A Hugging Face config.json, or the folder that contains one, instead of `hidden_size`.
         jobs: How many kernels to build at a time; None for as many as there are CPUs.
         skip_unsupported: Whether to build the rest, instead of raising, if a `hidden_size` is not supported.
+        rotary_dim: How many elements of a head are rotated; None for the config's, or else for all.
+        cos_sin_dtype: The dtype of the cosines and sines: the input's, for which None stands, or "fp32".
+        cache_dtype: The dtype of the caches: the input's, for which None stands, or "fp8".
+        q_out_dtype: The dtype of the result for q: the input's, for which None stands, or "fp8".
+        interleaved: Whether elements 2 i and 2 i + 1 form a pair (is_neox=False). None for the config's, or else False.
+        mrope: Whether tokens have three positions. None for the config's, or else False.
+        rounding: "once", for which None stands, or "each_step".
 
     Returns:
         The kernels that were built, those that the cache had, the sizes that are not supported, and the builds that
@@ -94,7 +121,16 @@ def warmup(
     """
     if jobs is not None and _integer("jobs", jobs) < 1:
         raise ValueError(f"jobs must be 1 or more, got {jobs}")
-    plan = make_plan(op, hidden_size, dtype, weight_dtype, device, arch, config, skip_unsupported)
+    plan = make_plan(
+        *(op, hidden_size, dtype, weight_dtype, device, arch, config, skip_unsupported),
+        rotary_dim=rotary_dim,
+        cos_sin_dtype=cos_sin_dtype,
+        cache_dtype=cache_dtype,
+        q_out_dtype=q_out_dtype,
+        interleaved=interleaved,
+        mrope=mrope,
+        rounding=rounding,
+    )
     cached, missing = find_cached(plan.specs)
     result = Result(cached=cached, refused=plan.refused)
     prepare(missing)
@@ -112,16 +148,22 @@ def make_plan(
     arch: OneOrMore[str] | None = None,
     config: str | os.PathLike[str] | None = None,
     skip_unsupported: bool = False,
+    **options: Any,
 ) -> Plan:
-    """Return what `warmup` would do with these arguments, and raise what it raises. Nothing is built or created."""
+    """Return what `warmup` would do with these arguments, and raise what it raises. Nothing is built or created.
+
+    `options` are those of OPTIONS; what is None is not given.
+    """
     from jitnorm.warmup.config import read_config  # here, as `import jitnorm` would pay for it
 
     ops, sizes, weight_dtypes = _as_list(op), _as_list(hidden_size), _as_list(weight_dtype)
+    given = {name: _as_list(value) for name, value in options.items() if value is not None}
     for name in ops:
         if not isinstance(name, str) or name not in OPS:
             raise ValueError(f"op must be one of {', '.join(OPS)}, got {name!r}")
-    if problem := argument_problem(ops, sizes, weight_dtypes, config):
+    if problem := argument_problem(ops, sizes, weight_dtypes, config, given):
         raise ValueError(problem)
+    chosen = {name: [_option(name, value) for value in values] for name, values in given.items() if values}
     model = None if config is None else read_config(config)
     sizes = [_integer("hidden_size", size) for size in sizes] or [None]
     notes = [*model.notes, model.note_on_patching()] if model and not ops else []
@@ -137,14 +179,27 @@ def make_plan(
             sizes, missing = model.sizes_of(name)
             if not sizes:
                 refused[f"{model.path} has no {missing}, which {name} is for"] = None
+        make_spec: Callable[..., KernelSpec] = OPS[name].warmup_spec
+        variants = list(_variants(OPS[name].options, model.options_of(name) if model else [{}], chosen))
         for size, d, w, target in itertools.product(sizes, dtypes or ["bf16"], weight_dtypes or [None], targets):
-            try:
-                specs[OPS[name].warmup_spec(size, _dtype(d), _dtype(w or d), target)] = None
-            except RuntimeError as error:
-                refused[str(error)] = None
+            for variant in variants:
+                try:
+                    specs[make_spec(size, _dtype(d), _dtype(w or d), target, **variant)] = None
+                except RuntimeError as error:
+                    refused[str(error)] = None
     if refused and config is None and not skip_unsupported:
         raise RuntimeError("\n".join(refused))
     return Plan(list(specs), list(refused), notes)
+
+
+def _variants(
+    accepted: Collection[str], of_model: list[dict[str, Any]], chosen: dict[str, list[Any]]
+) -> Iterator[dict[str, Any]]:
+    """Yield the options of each kernel of an operator: every combination of those chosen, or else the model's."""
+    own = {name: values for name, values in chosen.items() if name in accepted}
+    for options in of_model:
+        for values in itertools.product(*own.values()):
+            yield {**options, **dict(zip(own, values, strict=True))}
 
 
 def argument_problem(
@@ -152,7 +207,8 @@ def argument_problem(
     sizes: Collection[int],
     weight_dtypes: Collection[DType],
     config: object,
-    names: tuple[str, str, str] = ("hidden_size", "config", "weight_dtype"),
+    options: Collection[str] = (),
+    spell: Callable[[str], str] = str,
 ) -> str | None:
     """Return why these arguments cannot be combined, or None if they can.
 
@@ -163,12 +219,17 @@ def argument_problem(
         sizes: The hidden sizes that were given.
         weight_dtypes: The weight dtypes that were given.
         config: The config that was given, or None.
-        names: What the caller calls the size, the config and the weight's dtype.
+        options: The names of those options of OPTIONS that were given.
+        spell: Returns what the caller calls an argument.
     """
-    size, source, weight = names
+    size, source = spell("hidden_size"), spell("config")
     have = "have" if len(ops) > 1 else "has"
     if weight_dtypes and ops and not any(OPS[name].has_weight for name in ops):
-        return f"{weight} is not accepted: {' and '.join(ops)} {have} no weight"
+        return f"{spell('weight_dtype')} is not accepted: {' and '.join(ops)} {have} no weight"
+    called = ops or (["rmsnorm"] if config is None else [])  # with a config, those that the model calls
+    for option in options:
+        if called and not any(option in OPS[name].options for name in called):
+            return f"{spell(option)} is not accepted: {' and '.join(called)} {have} no {OPTIONS[option]}"
     if config is not None:
         return f"give {size} or {source}, not both" if sizes else None
     if sizes and ops and all(OPS[name].size_name is None for name in ops):
@@ -176,6 +237,23 @@ def argument_problem(
     if sizes or (ops and not any(OPS[name].needs_size for name in ops)):
         return None
     return f"give {size} or {source}"
+
+
+def _option(name: str, value: Any) -> Any:
+    """Return the value of an option as `Operator.warmup_spec` takes it. Raise if it is none."""
+    if name in ("interleaved", "mrope"):
+        if not isinstance(value, bool):
+            raise TypeError(f"{name} must be True or False, got {value!r}")
+        return value
+    if name == "rounding":
+        if value not in ROUNDINGS:
+            raise ValueError(f"rounding must be {enumeration(map(repr, ROUNDINGS), 'or')}, got {value!r}")
+        return value
+    if name == "rotary_dim":
+        if (number := _integer(name, value)) < 1:
+            raise ValueError(f"rotary_dim must be 1 or more, got {number}")
+        return number
+    return _dtype(value, name, DTYPES if name == "cos_sin_dtype" else CACHE_DTYPES)
 
 
 def _as_list(values: Any) -> list[Any]:
@@ -202,8 +280,9 @@ def _dtype_of(model: ModelConfig) -> torch.dtype:
         ) from None
 
 
-def _dtype(value: DType) -> torch.dtype:
-    dtype = DTYPES.get(value.removeprefix("torch.")) if isinstance(value, str) else value
-    if not isinstance(dtype, torch.dtype) or dtype not in DTYPE_NAMES:
-        raise TypeError(f"dtype must be {', '.join(DTYPE_NAMES.values())}, got {value}")
+def _dtype(value: DType, name: str = "dtype", accepted: dict[str, torch.dtype] = DTYPES) -> torch.dtype:
+    dtype = accepted.get(value.removeprefix("torch.")) if isinstance(value, str) else value
+    if not isinstance(dtype, torch.dtype) or dtype not in accepted.values():
+        names = {d: short for short, d in reversed(accepted.items())}  # the shorter of two names comes first
+        raise TypeError(f"{name} must be {', '.join(names[d] for d in dict.fromkeys(accepted.values()))}, got {value}")
     return dtype

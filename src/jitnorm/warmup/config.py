@@ -10,7 +10,9 @@ from typing import Any
 
 from jitnorm.activation import GELU_AND_MUL, GELU_TANH_AND_MUL, SILU_AND_MUL
 from jitnorm.integrations.transformers import is_supported_family
+from jitnorm.integrations.transformers_attention import ATTENTION_CLASSES
 from jitnorm.qknorm import QKNORM
+from jitnorm.qknorm_rope_store import QK_NORM_ROPE_STORE, ROPE, STORE_HEADS
 from jitnorm.store_cache import STORE_CACHE
 
 # The operators of activations, by their names in `hidden_act`.
@@ -41,6 +43,14 @@ _PER_HEAD: dict[str, int | None] = {
 }
 # Models that normalise queries and keys over all heads at once.
 _PER_PROJECTION = {"flexolmo", "minimaxm2", "olmo2", "olmo3", "olmoe"}
+# Models whose norms of single heads come after the rotation, so that one launch cannot compute both.
+_NORMS_AFTER_ROTATION = {"hunyuanv1dense", "hunyuanv1moe", "llama4"}
+# Models that rotate elements 2 i and 2 i + 1 of a head, where most rotate i and i + rotary_dim / 2.
+_INTERLEAVED = {"chatglm", "cohere", "cohere2", "ernie45", "ernie45moe", "glm", "glm4", "gptj"}
+# The part of a head that is rotated, of models whose config may omit it.
+_PARTIAL_ROTATIONS = {"glm": 0.5, "glm4": 0.5, "glm4moe": 0.5, "qwen3next": 0.25, "recurrentgemma": 0.5}
+# Known models without a rotation.
+_NO_ROTATION = {"jamba", "mamba", "mamba2"}
 # Models whose norms multiply by 1 + weight.
 _GEMMA_NORMS = {"gemma", "gemma2", "gemma3", "qwen3next", "recurrentgemma", "vaultgemma"}
 # Models without norms of queries and keys, or whose config says whether they have them.
@@ -59,8 +69,29 @@ _DEFAULT_ACTS = {
 _LATENT_RANKS = ("q_lora_rank", "kv_lora_rank")
 # The widths of feed-forward layers.
 _INTERMEDIATE_SIZES = ("intermediate_size", "moe_intermediate_size", "shared_expert_intermediate_size")
+# The keys of a rotary embedding: one of them shows that an unknown model has one.
+_ROTATION_KEYS = ("rope_parameters", "rope_scaling", "rope_theta", "rotary_dim", "partial_rotary_factor")
 # The keys under which multimodal models describe their language model.
 _TEXT_CONFIGS = ("text_config", "llm_config", "language_config")
+
+
+@dataclass(frozen=True)
+class Rotation:
+    """How a model rotates heads of queries and keys.
+
+    Attributes:
+        head_dim: The elements of a head.
+        rotary_dim: How many of them are rotated.
+        is_interleaved: Whether elements 2 i and 2 i + 1 form a pair.
+        has_sections: Whether tokens may have three positions (mRoPE).
+        follows_norm: Whether each head is normalised before.
+    """
+
+    head_dim: int
+    rotary_dim: int
+    is_interleaved: bool
+    has_sections: bool
+    follows_norm: bool
 
 
 @dataclass(frozen=True)
@@ -78,6 +109,9 @@ class ModelConfig:
         dtype: The dtype as the config spells it.
         notes: What the model may call that the config does not say.
         is_patchable: Whether patch_transformers knows the class of its norms.
+        has_patchable_attention: Whether it knows the class of its attention.
+        rotation: How heads are rotated; None for models without a rotation, with latent attention, or with heads of
+            unknown size.
     """
 
     path: Path
@@ -90,6 +124,8 @@ class ModelConfig:
     dtype: str | None
     notes: list[str]
     is_patchable: bool
+    has_patchable_attention: bool
+    rotation: Rotation | None
 
     def operators(self) -> list[str]:
         """Return the names of the operators that a forward pass calls."""
@@ -98,7 +134,22 @@ class ModelConfig:
         heads = [QKNORM.op] if self.head_dims and not self.is_gemma else []
         has_activation = self.hidden_act in HIDDEN_ACTS and self.intermediate_sizes
         activations = [HIDDEN_ACTS[self.hidden_act]] if has_activation and self.hidden_act else []
-        return [*norms, *heads, *activations, STORE_CACHE.op]
+        return [*norms, *heads, *self._attention_operators(), *activations, STORE_CACHE.op]
+
+    def _attention_operators(self) -> list[str]:
+        """Return the name of the operator between the projection of queries, keys and values and attention."""
+        if self.rotation is None:
+            return []
+        return [QK_NORM_ROPE_STORE.op if self.rotation.follows_norm else ROPE.op]
+
+    def options_of(self, op: str) -> list[dict[str, Any]]:
+        """Return the options of `Operator.warmup_spec` for each kernel of `op` that the model calls."""
+        rotation = self.rotation
+        if rotation is None or op not in (QK_NORM_ROPE_STORE.op, ROPE.op):
+            return [{}]
+        options = {"rotary_dim": rotation.rotary_dim, "interleaved": rotation.is_interleaved}
+        # Some callers have computed a token's one row of cosines and sines from its three positions before.
+        return [{**options, "mrope": mrope} for mrope in ((False, True) if rotation.has_sections else (False,))]
 
     def sizes_of(self, op: str) -> tuple[list[int] | list[None], str]:
         """Return the sizes that the model calls `op` with, and what a model without any does not have.
@@ -107,6 +158,12 @@ class ModelConfig:
         """
         if op == QKNORM.op:
             return self.head_dims, "norms of single heads"
+        if op in (QK_NORM_ROPE_STORE.op, ROPE.op, STORE_HEADS.op):
+            if self.rotation is None:
+                return [], "rotated heads of known size"
+            if op == QK_NORM_ROPE_STORE.op and not self.rotation.follows_norm:
+                return [], "norms of single heads before their rotation"
+            return [self.rotation.head_dim], ""
         if op == STORE_CACHE.op:
             return self.kv_sizes or [None], ""
         if "fused_add" in op:
@@ -121,8 +178,14 @@ class ModelConfig:
         if not self.is_patchable:
             return f"{self.path}: patch_transformers replaces no module of this model_type: other code calls these"
         norm = "gemma_rmsnorm" if self.is_gemma else "rmsnorm"
-        rest = ", ".join(op for op in self.operators() if op != norm)
-        return f"{self.path}: patch_transformers replaces the norms alone, which call {norm}: other code calls {rest}"
+        attention = self._attention_operators() if self.has_patchable_attention else []
+        rest = ", ".join(op for op in self.operators() if op not in (norm, *attention))
+        and_attention = f", and with attention=True the attention, which calls {attention[0]}" if attention else ""
+        norms = "the norms" if attention else "the norms alone"
+        return (
+            f"{self.path}: patch_transformers replaces {norms}, which call {norm}{and_attention}: "
+            f"other code calls {rest}"
+        )
 
 
 @dataclass(frozen=True)
@@ -141,6 +204,20 @@ class _Keys:
         """Return one integer, or one for each layer. Empty if the key is missing or 0: the model has no such part."""
         value = self.values.get(key) or []
         return [self._positive(key, v) for v in (value if isinstance(value, list) else [value])]
+
+    def fraction(self, key: str) -> float | None:
+        """Return a number above 0 and up to 1, or None if the key is missing."""
+        value = self.values.get(key)
+        if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= 1):
+            raise ValueError(f"{self.file}: {key} must be a number above 0 and up to 1, got {value!r}")
+        return value
+
+    def inner(self, key: str) -> _Keys:
+        """Return the keys of an inner object, which has none if the key is missing."""
+        value = self.values.get(key)
+        if value is not None and not isinstance(value, dict):
+            raise ValueError(f"{self.file}: {key} must be an object, got {value!r}")
+        return _Keys(self.file, value or {})
 
     def text(self, key: str) -> str | None:
         """Return a text, or None if the key is missing or the text is empty."""
@@ -199,6 +276,7 @@ def read_config(path: str | os.PathLike[str]) -> ModelConfig:
     if hidden_size is None:
         raise ValueError(f"{file} has no hidden_size")
     per_head, per_projection = _qk_norm_sizes(config)
+    rotation = _rotation(config, bool(per_head))
     latents = [rank for key in _LATENT_RANKS for rank in config.integers(key)]
     intermediate_sizes = list(dict.fromkeys(size for key in _INTERMEDIATE_SIZES for size in config.integers(key)))
     hidden_act = config.text("hidden_activation") or config.text("hidden_act") or _default_act(config.family)
@@ -211,8 +289,14 @@ def read_config(path: str | os.PathLike[str]) -> ModelConfig:
         is_gemma=config.family in _GEMMA_NORMS,
         kv_sizes=_kv_sizes(config),
         dtype=config.text("dtype") or config.text("torch_dtype"),
-        notes=[*_notes_on_family(config), *_notes_on_activation(file, hidden_act, intermediate_sizes)],
+        notes=[
+            *_notes_on_family(config),
+            *_notes_on_rotation(config, rotation),
+            *_notes_on_activation(file, hidden_act, intermediate_sizes),
+        ],
         is_patchable=is_supported_family(config.family),
+        has_patchable_attention=f"{config.family}attention" in {name.lower() for name in ATTENTION_CLASSES},
+        rotation=rotation,
     )
 
 
@@ -226,6 +310,12 @@ def _notes_on_family(config: _Keys) -> list[str]:
     kind = config.text("model_type") or next(iter(config.texts("architectures")), None)
     had = f"model_type {kind!r}, which is not known here" if kind else "no model_type"
     return [f"{config.file} has {had}: norms of queries and keys may be missing (--op and --hidden-size name one)"]
+
+
+def _notes_on_rotation(config: _Keys, rotation: Rotation | None) -> list[str]:
+    if rotation or not _has_rotation(config) or config.integers("kv_lora_rank"):
+        return []
+    return [f"{config.file} has no head_dim and no num_attention_heads: no rotation is built (--op names one)"]
 
 
 def _notes_on_activation(file: Path, hidden_act: str | None, sizes: list[int]) -> list[str]:
@@ -255,3 +345,27 @@ def _qk_norm_sizes(config: _Keys) -> tuple[list[int], list[int]]:
     if config.family in _PER_HEAD or config.values.get("use_qk_norm"):  # GLM-4.5 and others say it themselves
         return [head_dim] if head_dim else [], []
     return [], []
+
+
+def _has_rotation(config: _Keys) -> bool:
+    is_named = any(config.values.get(key) is not None for key in _ROTATION_KEYS)
+    return is_named or (config.family in _KNOWN and config.family not in _NO_ROTATION)
+
+
+def _rotation(config: _Keys, has_norms: bool) -> Rotation | None:
+    """Return how the model rotates its heads. Latent attention rotates a part of a head that is a tensor of its own."""
+    head_dim = config.head_dim
+    if not head_dim or not _has_rotation(config) or config.integers("kv_lora_rank"):
+        return None
+    rope = [config.inner(key) for key in ("rope_parameters", "rope_scaling")]
+    # Parameters may be given for each type of layer, as in Gemma 3.
+    rope += [keys.inner(kind) for keys in rope for kind, value in keys.values.items() if isinstance(value, dict)]
+    parts = [keys.fraction("partial_rotary_factor") for keys in (config, *rope)]
+    part = next((part for part in parts if part is not None), _PARTIAL_ROTATIONS.get(config.family, 1.0))
+    return Rotation(
+        head_dim=head_dim,
+        rotary_dim=config.integer("rotary_dim") or int(head_dim * part),
+        is_interleaved=config.family in _INTERLEAVED,
+        has_sections=any(keys.integers("mrope_section") for keys in rope),
+        follows_norm=has_norms and config.family not in _NORMS_AFTER_ROTATION,
+    )

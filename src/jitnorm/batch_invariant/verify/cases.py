@@ -7,6 +7,7 @@ the registry, under the same names.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeAlias
@@ -170,17 +171,26 @@ def _registered_case(name: str, shape: Shape, dtype: torch.dtype, device: torch.
                 rows = rows.clone(memory_format=torch.contiguous_format)
             own[arg] = rows.contiguous() if is_contiguous or arg in example.contiguous else rows
         for arg in caches:
-            own[arg] = x.new_zeros(2 * count, *arguments[arg].shape[1:], dtype=arguments[arg].dtype)
+            own[arg] = _empty_cache(arguments[arg], 2 * count, example.slot_dims)
         if example.slots:
             own[example.slots] = 2 * torch.arange(count, device=x.device, dtype=arguments[example.slots].dtype).flip(0)
         result = EXAMPLES[name].function(**own)  # looked up for each call, so that tests can replace it
         returned = () if result is None else result if isinstance(result, tuple) else (result,)
         results = [result for result, keep in zip(returned, is_per_row, strict=True) if keep]
         for arg in example.written:
-            results.append(own[arg].unflatten(0, (count, 2)).flip(0) if arg in caches else own[arg])
+            value = own[arg]
+            if arg in caches:
+                value = value.flatten(0, example.slot_dims - 1)[: 2 * count].unflatten(0, (count, 2)).flip(0)
+            results.append(value)
         return _join([result.flatten(1) for result in results])
 
     return Case(torch.randn(1, sum(widths), device=device).to(dtype), call)
+
+
+def _empty_cache(example: torch.Tensor, slots: int, slot_dims: int) -> torch.Tensor:
+    """Return zeros like the example's cache, with as many blocks as `slots` need."""
+    block_size = math.prod(example.shape[1:slot_dims])
+    return example.new_zeros(-(-slots // block_size), *example.shape[1:])
 
 
 def _rows_like(example: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,302 @@
+"""patch_transformers(attention=True): one launch for norms and rotation of a layer, and all else as before."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections import Counter
+
+import pytest
+import torch
+from helpers import relative_error, rmsnorm_reference, same_bits
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import jitnorm
+from jitnorm import patch_transformers
+from jitnorm.integrations import transformers_attention
+from jitnorm.integrations.transformers_attention import PositionEmbeddings
+
+transformers = pytest.importorskip("transformers")
+
+# Name: what its config needs. Few sizes, so that few kernels are built.
+MODELS = {
+    "Llama": {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}},
+    "Qwen2": {},
+    "Qwen3": {},
+    "Gemma3": {
+        "query_pre_attn_scalar": 64,
+        "sliding_window": 4,
+        "layer_types": ["sliding_attention", "full_attention"],
+    },
+}
+LAYERS, HEAD_DIM = 2, 64
+models = pytest.mark.parametrize("name", MODELS)
+
+
+def make(name, dtype=torch.float32, device="cpu", **changes):
+    sizes = {"vocab_size": 96, "hidden_size": 128, "intermediate_size": 96, "head_dim": HEAD_DIM}
+    sizes |= {"num_hidden_layers": LAYERS, "num_attention_heads": 2, "num_key_value_heads": 1}
+    others = {"max_position_embeddings": 64, "initializer_range": 0.1, "pad_token_id": 0, "bos_token_id": 1}
+    config = getattr(transformers, f"{name}TextConfig" if name == "Gemma3" else f"{name}Config")
+    model = getattr(transformers, f"{name}ForCausalLM")(
+        config(**{**sizes, **others, "eos_token_id": 2, **MODELS[name], **changes})
+    )
+    for module in norms(model):
+        torch.nn.init.normal_(module.weight, 0.0 if name == "Gemma3" else 1.0, 0.3)
+    return model.to(device, dtype).eval()
+
+
+def norms(model):
+    return [m for m in model.modules() if "RMSNorm" in type(m).__name__]
+
+
+def attentions(model):
+    return [layer.self_attn for layer in model.model.layers]
+
+
+def batch(device="cpu", rows=3, length=7):
+    """Return tokens and a mask of sequences that are padded on their left."""
+    ids = torch.randint(3, 96, (rows, length), device=device)
+    mask = torch.ones_like(ids)
+    for row in range(1, rows):
+        ids[row, :row], mask[row, :row] = 0, 0
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+def logits(model, inputs):
+    with torch.no_grad():
+        out = model(**inputs).logits
+    return out[inputs["attention_mask"].bool()] if "attention_mask" in inputs else out
+
+
+def in_float64(model):
+    """Return a copy that computes in float64, with norms from their definition: transformers' round to float32."""
+    twin = copy.deepcopy(model).double()
+    for module in norms(twin):
+        gemma = type(module).__name__.startswith("Gemma")
+        eps = module.eps if gemma else module.variance_epsilon
+        weight = module.weight.detach() + (1 if gemma else 0)
+        module.forward = lambda x, weight=weight, eps=eps: rmsnorm_reference(x, weight, eps)
+    return twin
+
+
+@pytest.fixture
+def kernel_calls(monkeypatch):
+    """Return the arguments of each call of the operator."""
+    calls = []
+    original = transformers_attention.apply_qk_norm_rope
+    monkeypatch.setattr(
+        transformers_attention, "apply_qk_norm_rope", lambda *a, **options: calls.append(a) or original(*a, **options)
+    )
+    return calls
+
+
+@models
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_logits(name, dtype, kernel_calls, device):
+    """The patched model is as close to float64 as before: it rounds less often."""
+    model, inputs = make(name, dtype, device), batch(device, rows=16, length=24)
+    exact, before = logits(in_float64(model), inputs), logits(model, inputs)
+    with patch_transformers(model, attention=True) as patch:
+        assert not patch.left
+        after = logits(model, inputs)
+    assert len(kernel_calls) == LAYERS
+    assert relative_error(after, exact) <= 1.1 * relative_error(before, exact)
+    if dtype == torch.float32:
+        assert relative_error(after, before.double()) < 1e-5
+    assert same_bits(logits(model, inputs), before)
+
+
+@models
+def test_what_is_replaced_and_restored(name):
+    model, inputs = make(name), batch()
+    classes = {path: type(module) for path, module in model.named_modules()}
+    before = logits(model, inputs)
+    norms_alone = patch_transformers(model).replaced
+    assert not any("Attention" in cls or "Rotary" in cls for cls in norms_alone.values())
+    patch = patch_transformers(model, attention=True)  # after the norms, which are left then
+    assert list(patch.replaced.values()) == [f"{name}Attention"] * LAYERS + [f"{name}RotaryEmbedding"]
+    assert set(patch.left.values()) == {"already replaced"} and set(patch.left) == set(norms_alone)
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), model):
+        assert [type(m) for m in twin.modules()] == [type(m) for m in model.modules()]
+        assert jitnorm.unpatch_transformers(twin) == norms_alone | patch.replaced
+        assert {path: type(module) for path, module in twin.named_modules()} == classes
+        assert same_bits(logits(twin, inputs), before)
+    patch.undo()
+    assert {path: type(module) for path, module in model.named_modules()} == classes
+
+
+class Operators(TorchDispatchMode):
+    """Count the operators that are not views."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if not function.is_view:
+            self.names.append(str(function))
+        return function(*args, **(kwargs or {}))
+
+
+def operators_of_a_layer(name, attention):
+    """Return how often one layer calls each operator: what a model of three layers calls more than one of two."""
+    counts = []
+    for layers in (2, 3):
+        more = {"layer_types": ["full_attention"] * layers} if name == "Gemma3" else {}
+        model, ids = make(name, num_hidden_layers=layers, **more), batch()["input_ids"]
+        patch_transformers(model, attention=attention)
+        logits(model, {"input_ids": ids, "use_cache": False})
+        with Operators() as seen:
+            logits(model, {"input_ids": ids, "use_cache": False})
+        counts.append(Counter(seen.names))
+    return counts[1] - counts[0]
+
+
+@models
+def test_a_layer_calls_one_operator_instead_of_its_norms_and_its_rotation(name):
+    before, after = operators_of_a_layer(name, False), operators_of_a_layer(name, True)
+    # The rotation of transformers, of q and of k: x * cos + cat(-second half, first half) * sin.
+    replaced = {"aten.mul.Tensor": 4, "aten.add.Tensor": 2, "aten.cat.default": 2, "aten.neg.default": 2}
+    if name in ("Qwen3", "Gemma3"):
+        replaced["jitnorm.gemma_rmsnorm.default" if name == "Gemma3" else "jitnorm.rmsnorm.default"] = 2
+        replaced["aten.empty_like.default"] = 2
+    assert before - after == Counter(replaced)
+    assert after - before == {"jitnorm.qk_norm_rope_store_out.default": 1, "aten.new_empty.default": 2}
+
+
+@models
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+def test_generate(name, cache, kernel_calls):
+    model, inputs = make(name), batch()
+    options = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False, "cache_implementation": cache}
+    options = {k: v for k, v in options.items() if (k, v) != ("cache_implementation", "dynamic")}
+    options["disable_compile"] = True
+    before = model.generate(**inputs, **options)
+    with patch_transformers(model, attention=True):
+        after = model.generate(**inputs, **options)
+    assert after.shape == (3, 12) and len(kernel_calls) == 5 * LAYERS
+    assert torch.equal(after, before)  # in float32; a tie within rounding is too rare to see
+
+
+@models
+def test_a_training_step_runs_the_original_attention(name, kernel_calls):
+    model, inputs = make(name).train(), batch()
+    grads = []
+    for is_patched in (False, True):
+        if is_patched:
+            patch_transformers(model, attention=True)
+        model.zero_grad()
+        model(**inputs, labels=inputs["input_ids"]).loss.backward()
+        grads.append({key: p.grad.clone() for key, p in model.named_parameters()})
+    assert not kernel_calls
+    for key, before in grads[0].items():
+        # q and k norms' gradients are small differences of large terms.
+        assert relative_error(grads[1][key], before.double()) < 1e-3 and before.any()
+
+
+def test_a_frozen_model_calls_the_kernel_with_gradients_enabled(kernel_calls):
+    model = make("Qwen3").requires_grad_(False)
+    patch_transformers(model, attention=True)
+    model(**batch())
+    assert len(kernel_calls) == LAYERS
+
+
+@models
+def test_compiled(name, device):
+    model, inputs = make(name, device=device), {"input_ids": batch(device)["input_ids"]}
+    before = logits(model, inputs)
+    patch_transformers(model, attention=True)
+    targets = []
+
+    def backend(graph, _):
+        targets.extend(str(node.target) for node in graph.graph.nodes if node.op == "call_function")
+        return graph
+
+    torch._dynamo.reset()
+    with torch.no_grad():
+        run = torch.compile(model, fullgraph=True, backend=backend)
+        after = run(**inputs, use_cache=False).logits
+    assert targets.count("jitnorm.qk_norm_rope_store_out") == LAYERS
+    assert relative_error(after, before.double()) < 1e-5
+    torch._dynamo.reset()
+    layer = copy.deepcopy(model).model.layers[0]
+    with torch.no_grad():
+        compiled = torch.compile(layer, fullgraph=True, backend="aot_eager", dynamic=True)
+        for length in (5, 9):
+            hidden = torch.randn(2, length, 128, device=device)
+            arguments = {"layer_type": "full_attention"} if name == "Gemma3" else {}
+            angles = model.model.rotary_emb(hidden, torch.arange(length, device=device)[None], **arguments)
+            want = layer(hidden, position_embeddings=angles, attention_mask=None)
+            assert same_bits(compiled(hidden, position_embeddings=angles, attention_mask=None), want)
+
+
+def test_attentions_and_hooks_see_what_they_saw():
+    """A hook on a projection keeps its output, which the kernel must not overwrite."""
+    model, inputs = make("Qwen3", attn_implementation="eager"), batch()
+    kept = []
+    attentions(model)[0].q_proj.register_forward_hook(lambda module, arguments, out: kept.append(out))
+    results = []
+    for is_patched in (False, True):
+        if is_patched:
+            patch_transformers(model, attention=True)
+        with torch.no_grad():
+            results.append(model(**inputs, output_attentions=True, output_hidden_states=True))
+    assert relative_error(kept[1], kept[0].double()) < 1e-6
+    for field in ("attentions", "hidden_states"):
+        before, after = (getattr(result, field) for result in results)
+        assert len(before) == len(after) == LAYERS + (field == "hidden_states")
+        assert all(relative_error(a, b.double()) < 1e-5 for a, b in zip(after, before, strict=True))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("case", ["a plain pair", "rebuilt", "autocast", "float64", "other rows"])
+def test_calls_that_run_the_original(case, kernel_calls):
+    model = make("Qwen3", torch.float64 if case == "float64" else torch.float32)
+    module, hidden = attentions(model)[0], torch.randn(2, 5, 128, dtype=next(model.parameters()).dtype)
+    angles = model.model.rotary_emb(hidden, torch.arange(5)[None].repeat(2, 1))
+
+    def call(angles):
+        with torch.autocast("cpu", torch.bfloat16, enabled=case == "autocast"):
+            return module(hidden, position_embeddings=angles, attention_mask=None)[0]
+
+    before = call(angles)
+    patch = patch_transformers(torch.nn.ModuleList([model.model.rotary_emb, module]), attention=True)
+    assert "Qwen3Attention" in patch.replaced.values()
+    for path, replaced in list(patch.replaced.items()):  # the norms' results are those of kernels: compare without
+        if "RMSNorm" in replaced:
+            getattr(module, path.rpartition(".")[2]).__class__ = type(model.model.norm)
+    patched = model.model.rotary_emb(hidden, torch.arange(5)[None].repeat(2, 1))
+    assert isinstance(patched, PositionEmbeddings)
+    if case == "a plain pair":
+        patched = angles
+    elif case == "rebuilt":  # as accelerate does to move it
+        patched = type(patched)(x.clone() for x in patched)
+    elif case == "other rows":
+        patched.positions = patched.positions[:5]
+    after = call(patched)
+    assert same_bits(after, before) and not kernel_calls
+
+
+class LlamaAttention(torch.nn.Module):
+    """A class with the name of transformers' that does something else."""
+
+    def forward(self, hidden_states):
+        return hidden_states
+
+
+def test_modules_that_are_left_have_a_reason():
+    model = make("Llama")
+    instance = copy.deepcopy(attentions(model)[0])
+    instance.forward = lambda hidden_states: hidden_states
+    small = attentions(make("Llama", head_dim=40, num_attention_heads=2))[0]
+    modules = {"namesake": LlamaAttention(), "instance": instance, "small": small}
+    modules |= {"torch": torch.nn.MultiheadAttention(8, 1)}
+    with pytest.warns(RuntimeWarning, match="replaced nothing"):
+        patch = patch_transformers(torch.nn.ModuleDict(modules), attention=True)
+    assert patch.left == {
+        "namesake": "the forward of LlamaAttention is not the one of transformers that jitnorm knows",
+        "instance": "its forward was replaced on the instance",
+        "small": "no kernel supports head_dim 40",
+        "torch": "MultiheadAttention is not a class that jitnorm supports",
+    }
