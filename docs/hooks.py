@@ -47,6 +47,25 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
     )
 
 
+def on_post_build(config: MkDocsConfig) -> None:
+    """Raise if the site lacks a generated section, or a page of it would load something from a network."""
+    from mkdocs.exceptions import PluginError
+
+    if problems := problems_of_site(Path(config.site_dir)):
+        raise PluginError("\n".join(problems))
+
+
+def problems_of_site(site: Path) -> list[str]:
+    """Return what is wrong with the HTML files of `site`, a line each."""
+    pages = {page.relative_to(site).as_posix(): page.read_text() for page in sorted(site.rglob("*.html"))}
+    # The address of the site itself is in links to the canonical address of each page.
+    loads = r'<(?:script|link|img)[^>]*(?:src|href)="((?:https?:)?//(?!jitnorm\.example\.invalid)[^"]*)'
+    problems = [f"{name} loads {match[1]}" for name, text in pages.items() for match in re.finditer(loads, text)]
+    # A section of mkdocstrings and one of `_commands`: neither warns if it generates nothing.
+    sections = {"reference/operators.html": 'id="jitnorm.rmsnorm', "reference/commands.html": "jitnorm cache ls"}
+    return problems + [f"{name} lacks {text}" for name, text in sections.items() if text not in pages.get(name, "")]
+
+
 def site_links(markdown: str, page: str) -> str:
     """Return the text of a root file with the links that its page on the site needs."""
     pages = {source: target for target, source in _ROOT_PAGES.items()}

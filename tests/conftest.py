@@ -20,19 +20,28 @@ for name in ("JITNORM_PREBUILT_DIR", "JITNORM_DISABLE_JIT"):
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported, which torch may do at any time
+    # The workers of pytest-xdist keep all processors busy. Inductor would start more processes, each of which imports
+    # torch, and threads that wait in a loop for the next parallel region would take the time of other workers.
+    # OpenMP reads its variable when it is loaded, so it applies to the workers and to what tests start.
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 # The files that take longest go first, so that the workers end at about the same time.
 _LONGEST_FILES = (
     "batch_invariant/verify/test_verify.py",
     "core/test_tracing.py",
     "core/test_architectures.py",
-    "batch_invariant/attention/test_triton_kernels.py",
-    "batch_invariant/test_model.py",
-    "documentation/test_adding_a_kernel.py",
     "test_compile_block.py",
-    "core/test_checks_agree.py",
+    "test_fused_add_rmsnorm.py",
+    "batch_invariant/attention/test_triton_kernels.py",
+    "test_rmsnorm_quant_fp8.py",
     "faults/test_campaign.py",
-    "batch_invariant/test_mode.py",
+    "test_torch_registration.py",
+    "documentation/test_adding_a_kernel.py",
+    "benchmark/test_scripts.py",
+    "test_activation.py",
+    "jit/test_load.py",
+    "warmup/test_run.py",
 )
 
 

@@ -7,8 +7,6 @@ import math
 import random
 import re
 import statistics
-import subprocess
-import sys
 from dataclasses import replace
 
 import pytest
@@ -250,11 +248,3 @@ def test_json_keeps_everything(tmp_path):
     assert replace(again, rounds=()) == replace(cell, rounds=())
     for one, other in zip(again.rounds, cell.rounds, strict=True):
         assert one == pytest.approx(other, rel=1e-4)
-
-
-def test_the_command_line_imports_no_benchmark():
-    """Import what benchmarks need only to run one."""
-    names = ("jitnorm.benchmark", "matplotlib", "prometheus_client", "httpx")
-    check = f"import sys, jitnorm.cli; print([name for name in {names} if name in sys.modules])"
-    done = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True)
-    assert done.stdout == "[]\n", done

@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -19,30 +20,33 @@ FILES = re.findall(r"^`([\w/.]+)`\n\n```\w+\n(.*?)^```", ADDING, re.DOTALL | re.
 ADDITIONS = re.findall(r"`([\w/.]+\.(?:py|h))`(?:\.[^`]*)?:\n\n```\w+\n(.*?)^```", ADDING, re.DOTALL | re.MULTILINE)
 
 
-@pytest.fixture
-def copy(tmp_path):
+TESTS = ("tests/test_rmsnorm.py", "tests/test_scale.py", "tests/core/test_operators.py")
+BENCHMARK = "benchmarks/bench_scale.py"
+
+
+@pytest.fixture(scope="module")
+def copy(tmp_path_factory):
+    """Return a copy of the repository in which both examples have been added."""
+    folder = tmp_path_factory.mktemp("repository")
     for name in ("src", "csrc", "tests", "pyproject.toml"):
-        (shutil.copytree if (ROOT / name).is_dir() else shutil.copy)(ROOT / name, tmp_path / name)
-    (tmp_path / "benchmarks").mkdir()
-    return tmp_path
-
-
-def append(folder: Path, additions: list[tuple[str, str]]) -> None:
-    for name, text in additions:
+        (shutil.copytree if (ROOT / name).is_dir() else shutil.copy)(ROOT / name, folder / name)
+    (folder / "benchmarks").mkdir()
+    for name, content in FILES:
+        assert not (folder / name).exists()
+        (folder / name).write_text(content)
+    for name, text in ADDITIONS:
         file = folder / name
         file.write_text(f"{file.read_text()}\n\n{text}")
+    return folder
 
 
-def run(folder: Path, *words: str) -> None:
+def run(folder: Path, *words: str) -> str:
     environment = {**os.environ, "PYTHONPATH": str(folder / "src")}
     done = subprocess.run(
         [sys.executable, *words], cwd=folder, env=environment, capture_output=True, text=True, timeout=600
     )
     assert done.returncode == 0, done.stdout + done.stderr
-
-
-def pytest_in(folder: Path, *words: str) -> None:
-    run(folder, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", *words)
+    return done.stdout
 
 
 def test_the_page_has_all_steps():
@@ -51,17 +55,25 @@ def test_the_page_has_all_steps():
     assert [name for name, _ in ADDITIONS[4:]] == ["src/jitnorm/__init__.py"]
 
 
-def test_a_variant_of_a_norm(copy):
-    append(copy, ADDITIONS[:4])
-    pytest_in(copy, "tests/test_rmsnorm.py", "tests/core/test_operators.py", "-k", "half_rmsnorm")
-    run(copy, "-m", "jitnorm", "warmup", "--op", "half_rmsnorm", "--hidden-size", "512", "--device", "cpu")
+def test_the_tests_of_both_examples_pass(copy):
+    """Those of the page, and those over all operators that find the examples; one process imports torch once."""
+    words = ("-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-k", "half_rmsnorm or (scale and not scales)")
+    said = run(copy, "-m", "pytest", "-rA", *words, *TESTS)
+    passed = re.findall(r"^PASSED (\S+?)::(.*)$", said, re.MULTILINE)
+    for file, name in [(TESTS[0], "half_rmsnorm"), (TESTS[1], ""), (TESTS[2], "half_rmsnorm"), (TESTS[2], "scale")]:
+        assert [1 for other, test in passed if other == file and name in test], (file, name, said)
 
 
-def test_an_operator(copy):
-    for name, content in FILES:
-        assert not (copy / name).exists()
-        (copy / name).write_text(content)
-    append(copy, ADDITIONS[4:])
-    pytest_in(copy, "tests/test_scale.py", "tests/core/test_operators.py", "-k", "scale and not scales")
-    run(copy, "-m", "jitnorm", "warmup", "--op", "scale", "--hidden-size", "4096", "--device", "cpu")
-    run(copy, "benchmarks/bench_scale.py", "--short", "--device", "cpu", "--warm", "--seconds", "0")
+def test_the_commands_of_both_examples_succeed(copy):
+    """The commands and the benchmark, in one process."""
+    script = f"""
+        import runpy, sys
+        from jitnorm.cli import main
+        for op, size in (("half_rmsnorm", 512), ("scale", 4096)):
+            words = ["warmup", "--op", op, "--hidden-size", str(size), "--device", "cpu"]
+            assert not main(words, standalone_mode=False)
+        sys.argv = ["{BENCHMARK}", *"--short --device cpu --warm --seconds 0".split()]
+        runpy.run_path(sys.argv[0], run_name="__main__")
+    """
+    said = run(copy, "-c", textwrap.dedent(script))
+    assert said.count("0 refused, 0 failed") == 2 and "hidden_size" in said, said
