@@ -240,6 +240,8 @@ def test_every_registered_operator_is_checked():
     """The test above checks these forms; the tests of an operator's own file check the others."""
     elsewhere = {
         "jitnorm::fused_inplace_qknorm",
+        "jitnorm::qk_norm_rope_store",
+        "jitnorm::qk_norm_rope_store_out",
         "jitnorm::store_cache",
         "jitnorm::per_token_quant_fp8",
         *(

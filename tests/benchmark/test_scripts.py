@@ -23,6 +23,7 @@ RUNS = {
     "bench_llama_layer": ["jitnorm", "torch"],
     "bench_matmul": ["jitnorm", "torch", "triton"],
     "bench_qknorm": ["jitnorm", "torch"],
+    "bench_qknorm_rope_store": ["jitnorm", "separate"],
     "bench_quant_fp8": ["jitnorm", "torch"],
     "bench_rmsnorm": ["jitnorm", "torch", "liger"],
     "bench_row_reductions": ["jitnorm", "torch"],

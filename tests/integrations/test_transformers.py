@@ -352,12 +352,14 @@ def test_a_warm_up_builds_every_kernel_that_a_patched_model_calls(name, tmp_path
     model, ids = make(name), tokens()
     model.config.save_pretrained(tmp_path)
     plan = make_plan(config=tmp_path, dtype="fp32", device="cpu")
-    assert "the norms alone" in plan.notes[-1]
-    forget_kernels()
-    with patch_transformers(model):
-        logits(model, ids)
-    called = {op.spec(*key).name for op in OPERATORS.values() for key in op.kernels_by_spec}
-    assert called and called <= {spec.name for spec in plan.specs}
+    note = plan.notes[-1]
+    assert "patch_transformers replaces the norms" in note
+    for attention in (False, True) if "attention=True" in note else (False,):
+        forget_kernels()
+        with patch_transformers(model, attention=attention):
+            logits(model, ids)
+        called = {op.spec(*key).name for op in OPERATORS.values() for key in op.kernels_by_spec}
+        assert called and called <= {spec.name for spec in plan.specs}
 
 
 def test_a_patched_model_compiles_without_a_graph_break():
