@@ -57,10 +57,8 @@ def separate(steps: str) -> Call:
     """Return jitnorm's operators one after another."""
     from jitnorm import fused_inplace_qknorm, rope, store_cache
 
-    def call(
-        q: Tensor, k: Tensor, v: Tensor, angles: Tensor, positions: Tensor, k_cache: Tensor, v_cache: Tensor,
-        slots: Tensor, q_weight: Tensor, k_weight: Tensor,
-    ) -> None:  # fmt: skip
+    def call(*tensors: Tensor) -> None:
+        q, k, v, angles, positions, k_cache, v_cache, slots, q_weight, k_weight = tensors
         if "norm" in steps:
             fused_inplace_qknorm(q, k, q_weight, k_weight, EPS)
         rope(q, k, angles, positions)
@@ -76,10 +74,8 @@ def sglang(steps: str) -> Call:
     from sglang.jit_kernel.norm import fused_inplace_qknorm
     from sglang.jit_kernel.rope import apply_rope_inplace, apply_rope_inplace_with_kvcache
 
-    def call(
-        q: Tensor, k: Tensor, v: Tensor, angles: Tensor, positions: Tensor, k_cache: Tensor, v_cache: Tensor,
-        slots: Tensor, q_weight: Tensor, k_weight: Tensor,
-    ) -> None:  # fmt: skip
+    def call(*tensors: Tensor) -> None:
+        q, k, v, angles, positions, k_cache, v_cache, slots, q_weight, k_weight = tensors
         if k_cache.dtype != k.dtype:
             marker.skip("it stores in the input's dtype")
         k_rows, v_rows = (cache.view(-1, k.shape[1] * k.shape[2]) for cache in (k_cache, v_cache))
@@ -101,10 +97,8 @@ def flashinfer(steps: str) -> Call:
     import flashinfer.rope
     from sglang.jit_kernel.kvcache import store_cache
 
-    def call(
-        q: Tensor, k: Tensor, v: Tensor, angles: Tensor, positions: Tensor, k_cache: Tensor, v_cache: Tensor,
-        slots: Tensor, q_weight: Tensor, k_weight: Tensor,
-    ) -> None:  # fmt: skip
+    def call(*tensors: Tensor) -> None:
+        q, k, v, angles, positions, k_cache, v_cache, slots, q_weight, k_weight = tensors
         if k_cache.dtype != k.dtype:
             marker.skip("it stores in the input's dtype")
         if "norm" in steps:
@@ -126,10 +120,8 @@ def flashinfer(steps: str) -> Call:
 def vllm(steps: str) -> Call:
     import vllm._custom_ops as ops
 
-    def call(
-        q: Tensor, k: Tensor, v: Tensor, angles: Tensor, positions: Tensor, k_cache: Tensor, v_cache: Tensor,
-        slots: Tensor, q_weight: Tensor, k_weight: Tensor,
-    ) -> None:  # fmt: skip
+    def call(*tensors: Tensor) -> None:
+        q, k, v, angles, positions, k_cache, v_cache, slots, q_weight, k_weight = tensors
         heads = (q.shape[1], k.shape[1], v.shape[1], q.shape[2])
         qkv = q.as_strided((q.shape[0], sum(heads[:3]) * heads[3]), (q.stride(0), 1))
         if "norm" in steps:
@@ -149,10 +141,9 @@ def vllm(steps: str) -> Call:
 def plain(steps: str) -> Call:
     """Return the plain formula, which returns q and k: torch.compile would copy slices that are written in place."""
 
-    def call(
-        q: Tensor, k: Tensor, v: Tensor, angles: Tensor, positions: Tensor, k_cache: Tensor, v_cache: Tensor,
-        slots: Tensor, q_weight: Tensor, k_weight: Tensor,
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+    def call(*tensors: Tensor) -> tuple[Tensor, Tensor]:
+        q, k, v, angles, positions, k_cache, v_cache, slots, q_weight, k_weight = tensors
+
         def changed(x: Tensor, weight: Tensor) -> Tensor:
             y = x.float()
             if "norm" in steps:
@@ -195,10 +186,8 @@ IMPLS = {
 
 
 def reference(steps: str) -> Callable[..., tuple[Tensor, ...]]:
-    def call(
-        q: Tensor, k: Tensor, v: Tensor, angles: Tensor, positions: Tensor, k_cache: Tensor, v_cache: Tensor,
-        slots: Tensor, q_weight: Tensor, k_weight: Tensor,
-    ) -> tuple[Tensor, ...]:  # fmt: skip
+    def call(*tensors: Tensor) -> tuple[Tensor, ...]:
+        q, k, v, angles, positions, k_cache, v_cache, slots, q_weight, k_weight = tensors
         if "norm" in steps:
             q, k = rmsnorm_reference(q, q_weight), rmsnorm_reference(k, k_weight)
         if "rope" in steps:

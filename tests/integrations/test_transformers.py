@@ -9,7 +9,7 @@ import pickle
 
 import pytest
 import torch
-from helpers import relative_error, rmsnorm_reference, same_bits
+from helpers import relative_error, same_bits
 from operator_calls import forget_kernels
 
 import jitnorm
@@ -17,6 +17,8 @@ from jitnorm import patch_transformers
 from jitnorm.core.operators import OPERATORS
 from jitnorm.integrations import transformers as transformers_patch
 from jitnorm.warmup import make_plan
+
+from .common import in_float64, norms
 
 transformers = pytest.importorskip("transformers")
 
@@ -61,10 +63,6 @@ def make(name, dtype=torch.float32, device="cpu", **changes):
     return model
 
 
-def norms(model):
-    return [m for m in model.modules() if "RMSNorm" in type(m).__name__]
-
-
 def tokens(device="cpu", rows=3, length=7):
     return torch.randint(3, 96, (rows, length), device=device)
 
@@ -72,17 +70,6 @@ def tokens(device="cpu", rows=3, length=7):
 def logits(model, ids):
     with torch.no_grad():
         return model(input_ids=ids).logits
-
-
-def in_float64(model):
-    """Return a copy that computes in float64, with norms from their definition: transformers' round to float32."""
-    twin = copy.deepcopy(model).double()
-    for module in norms(twin):
-        gemma = type(module).__name__.startswith("Gemma")
-        eps = module.eps if gemma else module.variance_epsilon
-        weight = module.weight.detach() + (1 if gemma else 0)
-        module.forward = lambda x, weight=weight, eps=eps: rmsnorm_reference(x, weight, eps)
-    return twin
 
 
 @models

@@ -141,8 +141,8 @@ def test_config_brings_its_dtype():
             "gemma_rmsnorm_2560 gemma_rmsnorm_256 gemma_fused_add_rmsnorm_2560 qk_norm_rope_store_256 "
             "gelu_tanh_and_mul",
         ),
-        # Of huggingface.co/MiniMaxAI/MiniMax-M2, Qwen/Qwen3-Next-80B-A3B-Instruct and Qwen/Qwen3-VL-8B-Instruct, as far
-        # as warm-up reads their config.json: a rotary_dim, a quarter of a head that is rotated, three positions.
+        # After MiniMaxAI/MiniMax-M2, Qwen/Qwen3-Next-80B-A3B-Instruct and Qwen/Qwen3-VL-8B-Instruct: a rotary_dim, a
+        # quarter of a head that is rotated, three positions. Written here, not downloaded.
         (
             "minimax_m2.json",
             "rmsnorm_3072 rmsnorm_6144 rmsnorm_1024 fused_add_rmsnorm_3072 rope_128_fp16_rotary_64 silu_and_mul",

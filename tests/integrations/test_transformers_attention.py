@@ -8,13 +8,15 @@ from collections import Counter
 
 import pytest
 import torch
-from helpers import relative_error, rmsnorm_reference, same_bits
+from helpers import relative_error, same_bits
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import jitnorm
 from jitnorm import patch_transformers
 from jitnorm.integrations import transformers_attention
 from jitnorm.integrations.transformers_attention import PositionEmbeddings
+
+from .common import in_float64, norms
 
 transformers = pytest.importorskip("transformers")
 
@@ -46,10 +48,6 @@ def make(name, dtype=torch.float32, device="cpu", **changes):
     return model.to(device, dtype).eval()
 
 
-def norms(model):
-    return [m for m in model.modules() if "RMSNorm" in type(m).__name__]
-
-
 def attentions(model):
     return [layer.self_attn for layer in model.model.layers]
 
@@ -67,17 +65,6 @@ def logits(model, inputs):
     with torch.no_grad():
         out = model(**inputs).logits
     return out[inputs["attention_mask"].bool()] if "attention_mask" in inputs else out
-
-
-def in_float64(model):
-    """Return a copy that computes in float64, with norms from their definition: transformers' round to float32."""
-    twin = copy.deepcopy(model).double()
-    for module in norms(twin):
-        gemma = type(module).__name__.startswith("Gemma")
-        eps = module.eps if gemma else module.variance_epsilon
-        weight = module.weight.detach() + (1 if gemma else 0)
-        module.forward = lambda x, weight=weight, eps=eps: rmsnorm_reference(x, weight, eps)
-    return twin
 
 
 @pytest.fixture
