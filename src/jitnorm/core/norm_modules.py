@@ -1,4 +1,4 @@
-"""Recognise RMSNorm modules, of engines and of transformers, that a kernel can replace."""
+"""Recognise RMSNorm and attention modules, of engines and of transformers, that kernels can replace."""
 
 from __future__ import annotations
 
@@ -21,6 +21,18 @@ LLAMA_CLASSES = (
 )
 # Classes that multiply by 1 + weight.
 GEMMA_CLASSES = ("GemmaRMSNorm", "Gemma2RMSNorm", "Gemma3RMSNorm", "Qwen3NextRMSNorm")
+# Model families of transformers whose attention and rotary embedding `patch_transformers(attention=True)` replaces.
+ATTENTION_FAMILIES = ("Llama", "Qwen2", "Qwen3", "Gemma3")
+
+
+def is_norm_family(family: str) -> bool:
+    """Return whether kernels can replace the norms of a model family.
+
+    Args:
+        family: the model_type of a config, without "_" and without a final "text".
+    """
+    prefixes = (name.removesuffix("RMSNorm").replace("_", "") for name in LLAMA_CLASSES + GEMMA_CLASSES)
+    return family in {prefix.lower().removesuffix("text") for prefix in prefixes}
 
 
 def original_class(module: torch.nn.Module) -> type[torch.nn.Module]:

@@ -48,16 +48,6 @@ _SUPPORTED_CLASSES = {
 }
 
 
-def is_supported_family(family: str) -> bool:
-    """Return whether `patch_transformers` supports the norm class of a model family.
-
-    Args:
-        family: the model_type of a config, without "_" and without a final "text".
-    """
-    prefixes = (name.removesuffix("RMSNorm").replace("_", "") for name in _SUPPORTED_CLASSES)
-    return family in {prefix.lower().removesuffix("text") for prefix in prefixes}
-
-
 class _Patched(torch.nn.Module):
     """The base class that a patched norm class has before the original one."""
 

@@ -14,12 +14,12 @@ from typing import Any
 import torch
 
 from jitnorm.core.eligibility import can_call_operators
+from jitnorm.core.norm_modules import ATTENTION_FAMILIES
 from jitnorm.core.operators import DTYPES
 from jitnorm.layers.qk_norm_rope import apply_qk_norm_rope, is_supported_size
 
-_FAMILIES = ("Llama", "Qwen2", "Qwen3", "Gemma3")
-ATTENTION_CLASSES = tuple(f"{family}Attention" for family in _FAMILIES)
-ROTARY_CLASSES = tuple(f"{family}RotaryEmbedding" for family in _FAMILIES)
+ATTENTION_CLASSES = tuple(f"{family}Attention" for family in ATTENTION_FAMILIES)
+ROTARY_CLASSES = tuple(f"{family}RotaryEmbedding" for family in ATTENTION_FAMILIES)
 
 # All names in the code of a forward that PatchedAttention.forward can replace. With another one it does something else.
 _ATTRIBUTES = "config head_dim k_norm k_proj layer_idx o_proj q_norm q_proj scaling sliding_window v_proj"

@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from jitnorm.activation import GELU_AND_MUL, GELU_TANH_AND_MUL, SILU_AND_MUL
-from jitnorm.integrations.transformers import is_supported_family
-from jitnorm.integrations.transformers_attention import ATTENTION_CLASSES
+from jitnorm.core.norm_modules import ATTENTION_FAMILIES, is_norm_family
 from jitnorm.qknorm import QKNORM
 from jitnorm.qknorm_rope_store import QK_NORM_ROPE_STORE, ROPE, STORE_HEADS
 from jitnorm.store_cache import STORE_CACHE
@@ -294,8 +293,8 @@ def read_config(path: str | os.PathLike[str]) -> ModelConfig:
             *_notes_on_rotation(config, rotation),
             *_notes_on_activation(file, hidden_act, intermediate_sizes),
         ],
-        is_patchable=is_supported_family(config.family),
-        has_patchable_attention=f"{config.family}attention" in {name.lower() for name in ATTENTION_CLASSES},
+        is_patchable=is_norm_family(config.family),
+        has_patchable_attention=config.family in {name.lower() for name in ATTENTION_FAMILIES},
         rotation=rotation,
     )
 
