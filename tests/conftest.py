@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import os
+import random
 import shutil
 import tempfile
+import zlib
+from collections.abc import Iterator
 
+import processes
 import pytest
 import torch
 
@@ -25,6 +29,9 @@ if not torch.cuda.is_available():
     # OpenMP reads its variable when it is loaded, so it applies to the workers and to what tests start.
     os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+# Another number gives every test other random data: CONTRIBUTING says when to use it.
+_SEED = os.environ.get("JITNORM_TEST_SEED", "0")
 
 # The files that take longest go first, so that the workers end at about the same time.
 _LONGEST_FILES = (
@@ -63,6 +70,20 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             if item.get_closest_marker(marker):
                 item.add_marker(pytest.mark.skip(reason=why))
     items.sort(key=lambda item: not item.path.as_posix().endswith(_LONGEST_FILES))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _close_servers() -> Iterator[None]:
+    yield
+    processes.close_servers()
+
+
+@pytest.fixture(autouse=True)
+def _seed(request: pytest.FixtureRequest) -> None:
+    """Seed the generators from the test's name: its data does not depend on the tests that ran before it."""
+    seed = zlib.crc32(f"{_SEED}:{request.node.nodeid}".encode())
+    torch.manual_seed(seed)
+    random.seed(seed)
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-import textwrap
+from processes import run_before_import
 
 
 def test_importing_and_calling_imports_nothing_optional():
@@ -18,5 +16,5 @@ def test_importing_and_calling_imports_nothing_optional():
         jitnorm.dispatch.rmsnorm(torch.ones(1, 111), torch.ones(111))
         print([name for name in sys.modules if name.startswith(("flashinfer", "torch._dynamo."))])
     """
-    done = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True)
+    done = run_before_import(script)
     assert done.stdout == "[]\n[]\n", done.stderr

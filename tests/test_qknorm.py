@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-import textwrap
-
 import pytest
 import torch
 from helpers import DTYPES, TOLERANCE, WEIGHTS, relative_error, rmsnorm_reference, same_bits
+from processes import run
 
 from jitnorm import can_use_fused_inplace_qknorm, fused_inplace_qknorm
 
@@ -187,8 +184,7 @@ def test_too_many_heads_for_one_call(tmp_path):
         jitnorm.fused_inplace_qknorm(*torch.zeros(2, 1, 1, 64).half(), w, w)  # the bindings refuse it as well
         jitnorm.fused_inplace_qknorm(zeros.view(-1, 1, 64), torch.empty(2**31, 0, 64).half(), w, w)
     """
-    command = [sys.executable, "-c", textwrap.dedent(script), str(tmp_path / "zeros")]
-    stderr = subprocess.run(command, capture_output=True, text=True).stderr
+    stderr = run(f"import sys; sys.argv[1:] = [{str(tmp_path / 'zeros')!r}]", script).stderr
     assert "RuntimeError: fused_inplace_qknorm does not support more than 2147483647 heads in all tokens, got" in stderr
 
 

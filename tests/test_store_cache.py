@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 
 import pytest
 import torch
 from helpers import assert_refused, compiled, same_bits
+from processes import run_before_import
 
 import jitnorm
 from jitnorm import store_cache
@@ -339,7 +339,7 @@ def test_checked_indices(device, index_dtype, monkeypatch):
 
 
 def test_the_variable_asks_for_checked_indices():
-    """It is read at import: in a fork for each value, so that torch is imported once."""
+    """It is read at import: in a fork for each value."""
     script = """
 import os, torch
 for value in ("1", "0", ""):
@@ -350,7 +350,7 @@ for value in ("1", "0", ""):
         os._exit(0)
     os.wait()
 """
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    done = run_before_import(script)
     assert done.stdout.split() == ["True", "False", "False"], done.stderr
 
 

@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-import textwrap
-
 import pytest
 import torch
 from helpers import same_bits
+from processes import run_before_import
 
 import jitnorm
 
 
 def run_python(script: str, *arguments: object) -> None:
-    """Run a script in a new process, and assert that it succeeds."""
-    command = [sys.executable, "-c", textwrap.dedent(script), *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True)
+    """Run a script in a process that has not imported jitnorm, and assert that it succeeds."""
+    done = run_before_import(f"import sys; sys.argv[1:] = {[str(argument) for argument in arguments]}", script)
     assert done.returncode == 0, done.stderr
 
 

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-import textwrap
 import threading
 
 import pytest
 import torch
 import torch.nn.functional as F
+from processes import run_before_import
 
 from jitnorm.batch_invariant import (
     aten_patches,
@@ -181,7 +179,7 @@ def test_a_fresh_process():
         else:
             os._exit(7)
     """
-    done = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True, timeout=600)
+    done = run_before_import(script)
     assert (done.returncode, done.stdout, done.stderr) == (7, "", "")
 
 

@@ -6,6 +6,8 @@ import json
 import subprocess
 import sys
 
+from processes import run_before_import
+
 from jitnorm.core.operators import OPERATORS
 
 # In one process: a module that one command imports fails the check for those that follow.
@@ -31,21 +33,27 @@ def test_commands_that_need_no_torch_do_not_import_it(cache_dir):
 
 
 def test_as_a_module(cache_dir):
-    done = subprocess.run([sys.executable, "-m", "jitnorm", "cache", "dir"], capture_output=True, text=True)
+    done = run_before_import(
+        """
+        import runpy, sys
+        sys.argv[1:] = ["cache", "dir"]
+        runpy.run_module("jitnorm", run_name="__main__", alter_sys=True)  # what `python -m jitnorm` does
+        """
+    )
     assert (done.returncode, done.stdout, done.stderr) == (0, f"{cache_dir}\n", "")
 
 
 def test_importing_imports_only_what_is_needed(cache_dir):
-    """The package needs no command line, and the command line no benchmark; in one process, as torch is slow."""
+    """The package needs no command line, and the command line no benchmark."""
     check = """
-import json, sys, torch
+import json, sys
 old = {*sys.modules}
 import jitnorm
 print(json.dumps([*{*sys.modules} - old]))
 import jitnorm.cli
 print(json.dumps([*sys.modules]))
 """
-    done = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True)
+    done = run_before_import(check)
     assert done.returncode == 0, done
     package, command_line = ({*json.loads(line)} for line in done.stdout.splitlines())
     assert not {"click", "tqdm", "tabulate", "jitnorm.cli"} & package
@@ -55,18 +63,11 @@ print(json.dumps([*sys.modules]))
 def test_commands_know_every_operator():
     """The command does not import the operators with the package, so its registry might be incomplete.
 
-    Each module is imported in a fork of its own, so that torch is imported once.
+    Each module is imported in a process of its own.
     """
-    script = """
-import os, torch
-for module in ("warmup", "batch_invariant.verify"):
-    if os.fork() == 0:
-        import importlib, _jitnorm_command
-        importlib.import_module(f"jitnorm.{module}")
-        from jitnorm.core.operators import OPERATORS
-        print(*OPERATORS, flush=True)
-        os._exit(0)
-    os.wait()
-"""
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
-    assert [{*line.split()} for line in done.stdout.splitlines()] == [{*OPERATORS}] * 2, done.stderr
+    for module in ("jitnorm.warmup", "jitnorm.batch_invariant.verify"):
+        done = run_before_import(
+            f"import _jitnorm_command, {module}",
+            "from jitnorm.core.operators import OPERATORS; print(*OPERATORS)",
+        )
+        assert {*done.stdout.split()} == {*OPERATORS}, done.stderr

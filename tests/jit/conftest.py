@@ -8,14 +8,6 @@ from pathlib import Path
 
 import pytest
 
-from .processes import SERVER
-
-
-@pytest.fixture(scope="session", autouse=True)
-def _close_the_fork_server():
-    yield
-    SERVER.close()
-
 
 def warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
     """The problems that were logged; a build that takes long is none."""

@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import rmsnorm_reference
+from processes import run, run_before_import, run_fresh, start
 
 from jitnorm.jit import load as engine
 from jitnorm.jit.build import build
@@ -25,7 +26,6 @@ from jitnorm.jit.spec import Target
 from jitnorm.rmsnorm import _jit_rmsnorm_module, rmsnorm, rmsnorm_spec
 
 from .conftest import entries
-from .processes import run, run_fresh, start
 
 ONE_CALL = """
     import torch, jitnorm.rmsnorm
@@ -64,14 +64,14 @@ def test_import_does_nothing(tmp_path):
     """
     home = tmp_path / "home"
     home.mkdir()
-    done = run_fresh("import torch", WATCH, script, HOME=str(home), XDG_CACHE_HOME=None, JITNORM_CACHE_DIR=None)
+    done = run_before_import("import torch", WATCH, script, HOME=str(home), XDG_CACHE_HOME=None, JITNORM_CACHE_DIR=None)
     assert (done.stdout.strip(), done.stderr, done.returncode) == ("[]", "", 0)
     assert not list(home.iterdir())
 
 
 def test_a_hit_needs_no_process_no_compiler_and_no_path(cache_dir):
     build(cpu_spec())
-    done = run_fresh("import torch, jitnorm.rmsnorm", WATCH, ONE_CALL, "print(seen)", PATH=None, CXX=None)
+    done = run_before_import("import torch, jitnorm.rmsnorm", WATCH, ONE_CALL, "print(seen)", PATH=None, CXX=None)
     assert (done.stdout.split("\n")[:2], done.stderr) == (["right", "[]"], "")
 
 

@@ -9,10 +9,9 @@ import sys
 import threading
 
 import pytest
+from processes import run_before_import, run_fresh
 
 from jitnorm.jit.log import DefaultHandler, logger, warn_once
-
-from .processes import run_fresh
 
 # Logs a message of each level, without importing torch: the import of the engine is tested in test_load.py.
 ALONE = """
@@ -70,7 +69,7 @@ def test_a_wrong_value_is_one_warning(alone):
 
 
 def test_a_wrong_value_does_not_stop_the_import():
-    said = run_fresh("import jitnorm; print(jitnorm.__version__)", JITNORM_LOG="loud")
+    said = run_before_import("import jitnorm; print(jitnorm.__version__)", JITNORM_LOG="loud")
     assert said.returncode == 0 and said.stdout and said.stderr.count("\n") == 1
 
 

@@ -6,10 +6,9 @@ import ast
 from pathlib import Path
 
 import pytest
+from processes import run_fresh
 
 import jitnorm.jit
-
-from .processes import run_fresh
 
 FOLDER = Path(jitnorm.jit.__file__).parent
 LISTED = [line.split()[0] for line in jitnorm.jit.__doc__.splitlines() if line.startswith("    ")]

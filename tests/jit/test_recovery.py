@@ -21,6 +21,7 @@ from pathlib import Path
 import pytest
 import torch
 from click.testing import CliRunner
+from processes import run, start
 
 from jitnorm.cli import main
 from jitnorm.jit import build as builder
@@ -33,7 +34,6 @@ from jitnorm.jit.folder import Folder
 from jitnorm.jit.library import BadLibrary, Elf, check_library
 
 from .conftest import entries
-from .processes import run, start
 from .test_untrusted import SPEC, call, forget
 
 PYTHON = shlex.quote(sys.executable)

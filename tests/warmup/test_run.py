@@ -5,13 +5,12 @@ from __future__ import annotations
 import _thread
 import os
 import shutil
-import subprocess
-import sys
 import threading
 from pathlib import Path
 
 import pytest
 import torch
+from processes import run_before_import
 from tqdm import tqdm
 
 import jitnorm
@@ -202,8 +201,13 @@ def test_usage_errors(cache_dir):
 
 
 def test_as_a_module(cache_dir):
-    words = [sys.executable, "-W", "error", "-m", "jitnorm.warmup", "--hidden-size", "64", "--device", "cpu"]
-    done = subprocess.run(words, capture_output=True, text=True)
+    script = """
+        import runpy, sys, warnings
+        warnings.simplefilter("error")
+        sys.argv[1:] = ["--hidden-size", "64", "--device", "cpu"]
+        runpy.run_module("jitnorm.warmup", run_name="__main__", alter_sys=True)  # what `python -m jitnorm.warmup` does
+    """
+    done = run_before_import(script)
     assert done.returncode == 0 and "1 built" in done.stdout, done
     assert not done.stderr  # no warning of runpy's, and no bar where there is no terminal
 

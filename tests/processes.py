@@ -1,14 +1,15 @@
-"""Processes that run a script: fresh ones, and forks of a server that has imported torch and jitnorm.
+"""Processes that run a script: fresh ones, and forks of a server that has imported torch, or torch and jitnorm.
 
 Importing torch takes a second or more, and a fork milliseconds. A fork is as good as a fresh process for whatever
 happens after the imports: it has loaded no kernel, and it gets an environment, pipes and a working folder of its own.
-Run as a program, this file is that server.
+Run as a program, this file is that server; its arguments are a socket and the modules that it imports.
 """
 
 from __future__ import annotations
 
 import array
 import contextlib
+import importlib
 import json
 import os
 import select
@@ -101,16 +102,17 @@ def _readable(fd: int, seconds: float) -> bool:
 
 
 class ForkServer:
-    """The server; it is started by the first `start`."""
+    """A server that has imported `modules`; it is started by the first `start`."""
 
-    def __init__(self) -> None:
+    def __init__(self, *modules: str) -> None:
+        self._modules = modules
         self._process: subprocess.Popen[bytes] | None = None
         self._socket: socket.socket | None = None
 
     def start(self, script: str, environment: dict[str, str]) -> Forked:
         if self._socket is None:
             self._socket, theirs = socket.socketpair()
-            command = [sys.executable, "-W", "ignore", __file__, str(theirs.fileno())]
+            command = [sys.executable, __file__, str(theirs.fileno()), *self._modules]
             self._process = subprocess.Popen(command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL)
             theirs.close()
         return Forked(self._socket, script, environment)
@@ -122,7 +124,13 @@ class ForkServer:
             self._socket = self._process = None
 
 
-SERVER = ForkServer()
+_TORCH = ForkServer("torch")
+_JITNORM = ForkServer("torch", "ninja", "platformdirs", "cuda.pathfinder", "jitnorm.jit.build", "jitnorm.rmsnorm")
+
+
+def close_servers() -> None:
+    _TORCH.close()
+    _JITNORM.close()
 
 
 def _environment(changes: dict[str, str | None]) -> dict[str, str]:
@@ -138,38 +146,45 @@ def _joined(script: tuple[str, ...]) -> str:
 
 
 def start(*script: str, **environment: str | None) -> Forked:
-    """Starts a fork that runs the parts of `script`. A variable that is None is removed."""
-    return SERVER.start(_joined(script), _environment(environment))
+    """Starts a fork that has imported jitnorm and runs the parts of `script`. A variable that is None is removed."""
+    return _JITNORM.start(_joined(script), _environment(environment))
 
 
 def run(*script: str, **environment: str | None) -> subprocess.CompletedProcess[str]:
-    """Runs the parts of `script` in a fork, to its end."""
-    process = start(*script, **environment)
-    out, err = process.communicate()
-    return subprocess.CompletedProcess("a forked script", process.wait(), out, err)
+    """Runs the parts of `script` in a fork that has imported jitnorm, to its end."""
+    return _run(_JITNORM, script, environment)
+
+
+def run_before_import(*script: str, **environment: str | None) -> subprocess.CompletedProcess[str]:
+    """Runs the parts of `script` in a fork that has imported torch, but not jitnorm, to its end."""
+    return _run(_TORCH, script, environment)
 
 
 def run_fresh(*script: str, **environment: str | None) -> subprocess.CompletedProcess[str]:
-    """Runs the parts of `script` in a new Python: for what happens at import, and for what a fork changes."""
+    """Runs the parts of `script` in a new Python: for what happens before torch's import, or what that import reads."""
     command = [sys.executable, "-c", _joined(script)]
     return subprocess.run(command, env=_environment(environment), capture_output=True, text=True, timeout=120)
+
+
+def _run(
+    server: ForkServer, script: tuple[str, ...], environment: dict[str, str | None]
+) -> subprocess.CompletedProcess[str]:
+    process = server.start(_joined(script), _environment(environment))
+    out, err = process.communicate()
+    return subprocess.CompletedProcess("a forked script", process.wait(), out, err)
 
 
 # The server
 
 
-def _serve(connection: socket.socket) -> None:
+def _serve(connection: socket.socket, modules: list[str]) -> None:
     import concurrent.futures.thread
     import multiprocessing.util
 
-    import cuda.pathfinder  # noqa: F401
-    import ninja  # noqa: F401
-    import platformdirs  # noqa: F401
     import torch
 
-    import jitnorm.jit.build
-    import jitnorm.rmsnorm  # noqa: F401
-
+    for module in modules:
+        importlib.import_module(module)
     assert multiprocessing.util and concurrent.futures.thread
     torch.set_num_threads(1)  # threads of OpenMP would be missing in a fork
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for monitors
@@ -237,4 +252,4 @@ def _execute(request: dict[str, Any]) -> int:
 
 
 if __name__ == "__main__":
-    _serve(socket.socket(fileno=int(sys.argv[1])))
+    _serve(socket.socket(fileno=int(sys.argv[1])), sys.argv[2:])
