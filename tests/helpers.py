@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pytest
 import torch
 
@@ -10,6 +12,18 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 TOLERANCE = {torch.float16: 4e-4, torch.bfloat16: 3e-3, torch.float32: 1e-6}
 # Dtypes of an input and its weight: all that the norms accept.
 WEIGHTS = [(d, d) for d in DTYPES] + [(torch.float16, torch.float32), (torch.bfloat16, torch.float32)]
+
+
+def sizes_and_dtypes(sizes: Sequence[int], dtypes: Sequence[tuple[torch.dtype, ...]]) -> pytest.MarkDecorator:
+    """Parametrise a test by device, hidden size, dtype and the dtype of the weight.
+
+    On CUDA every size is tested in every pair of dtypes, because both decide how a row is divided among threads. A CPU
+    kernel is the same loop for all sizes and each is a build, so there each size has one pair, and each pair a size.
+    """
+    count = max(len(sizes), len(dtypes))
+    cpu = [("cpu", sizes[i % len(sizes)], *dtypes[i % len(dtypes)]) for i in range(count)]
+    cuda = [pytest.param("cuda", size, *pair, marks=pytest.mark.gpu) for size in sizes for pair in dtypes]
+    return pytest.mark.parametrize(("device", "hidden_size", "dtype", "weight_dtype"), [*cpu, *cuda])
 
 
 def rmsnorm_reference(input: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers import DTYPES, TOLERANCE, WEIGHTS, relative_error, rmsnorm_reference, same_bits
+from helpers import DTYPES, TOLERANCE, WEIGHTS, relative_error, rmsnorm_reference, same_bits, sizes_and_dtypes
 
 from jitnorm import fused_add_rmsnorm, gemma_fused_add_rmsnorm, gemma_rmsnorm, rmsnorm
 from jitnorm.core.norms import Norm
@@ -19,8 +19,7 @@ def inputs(num_tokens, hidden_size, dtype, device, weight_dtype=None):
 
 
 @pytest.mark.parametrize(("operator", "offset"), OPERATORS)
-@pytest.mark.parametrize("hidden_size", [64, 256, 512, 3328, 8192])  # both ends of either class, and an uneven one
-@pytest.mark.parametrize(("dtype", "weight_dtype"), WEIGHTS)
+@sizes_and_dtypes((64, 256, 512, 3328, 8192), WEIGHTS)  # both ends of either class, and an uneven one
 def test_matches_the_definition(device, operator, offset, hidden_size, dtype, weight_dtype):
     for num_tokens in (1, 37):
         x, residual, w = inputs(num_tokens, hidden_size, dtype, device, weight_dtype)
@@ -46,10 +45,11 @@ def test_the_sum_is_normalised_before_it_is_rounded(device, dtype, large, small)
 
 
 @pytest.mark.parametrize(("operator", "offset", "alone"), [(*OPERATORS[0], rmsnorm), (*OPERATORS[1], gemma_rmsnorm)])
-@pytest.mark.parametrize("hidden_size", [128, 4096])
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_round_sum_is_the_two_operators_one_after_the_other(device, operator, offset, alone, hidden_size, dtype):
-    x, residual, w = inputs(33, hidden_size, dtype, device)
+@sizes_and_dtypes((128, 4096), [(dtype, dtype) for dtype in DTYPES])
+def test_round_sum_is_the_two_operators_one_after_the_other(
+    device, operator, offset, alone, hidden_size, dtype, weight_dtype
+):
+    x, residual, w = inputs(33, hidden_size, dtype, device, weight_dtype)
     expected_residual = residual + x
     operator(x, residual, w, round_sum=True)
     assert same_bits(residual, expected_residual)
@@ -153,17 +153,16 @@ def bad_calls():
 
 
 @pytest.mark.parametrize("warm", [False, True])
-@pytest.mark.parametrize("index", range(len(bad_calls())))
-def test_refused_alike_before_and_after_the_kernel_is_built(index, warm, cache_dir):
-    error, pattern, arguments = bad_calls()[index]
+def test_refused_alike_before_and_after_the_kernel_is_built(warm, cache_dir):
     if warm:
         fused_add_rmsnorm(*inputs(4, H, torch.float32, "cpu"))
-    before = [a.clone() if isinstance(a, torch.Tensor) else a for a in arguments]
-    with pytest.raises(error, match=pattern):
-        fused_add_rmsnorm(*arguments)
-    assert cache_dir.exists() == warm
-    for a, b in zip(arguments, before, strict=True):
-        assert not isinstance(a, torch.Tensor) or same_bits(a, b)
+    for error, pattern, arguments in bad_calls():
+        before = [a.clone() if isinstance(a, torch.Tensor) else a for a in arguments]
+        with pytest.raises(error, match=pattern):
+            fused_add_rmsnorm(*arguments)
+        assert cache_dir.exists() == warm, pattern
+        for a, b in zip(arguments, before, strict=True):
+            assert not isinstance(a, torch.Tensor) or same_bits(a, b), pattern
 
 
 def test_the_variants_are_different_kernels():

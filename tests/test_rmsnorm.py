@@ -5,17 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import DTYPES, TOLERANCE, WEIGHTS, relative_error, rmsnorm_reference, same_bits
+from helpers import TOLERANCE, WEIGHTS, relative_error, rmsnorm_reference, same_bits, sizes_and_dtypes
 
 import jitnorm.rmsnorm
 from jitnorm.rmsnorm import _is_supported_rmsnorm_hidden_size, _rmsnorm_kernel_class, gemma_rmsnorm, rmsnorm
 
 UNSUPPORTED = (0, -256, 1, 32, 96, 192, 300, 384, 8448, 16384)
-# Both ends of either class, and sizes whose vectors do not divide evenly among threads (768, 3328, 5632). How they
-# divide depends on the dtype only on CUDA. On the CPU, where each pair is a build, most sizes are tested in one pair of
-# dtypes, and each pair with one or two of them.
+# Both ends of either class, and sizes whose vectors do not divide evenly among threads (768, 3328, 5632).
 HIDDEN_SIZES = (64, 128, 256, 512, 768, 1024, 3328, 4096, 5632, 7168, 8192)
-CPU_HIDDEN_SIZES = (64, 512, 768, 8192)
 
 
 def inputs(num_tokens, hidden_size, dtype, device, weight_dtype=None):
@@ -27,12 +24,8 @@ def poisoned(x):
     return torch.full_like(x, float("nan"), memory_format=torch.contiguous_format)
 
 
-@pytest.mark.parametrize("hidden_size", HIDDEN_SIZES)
-@pytest.mark.parametrize(("dtype", "weight_dtype"), WEIGHTS)
+@sizes_and_dtypes(HIDDEN_SIZES, WEIGHTS)
 def test_matches_the_definition(device, hidden_size, dtype, weight_dtype):
-    own = WEIGHTS[HIDDEN_SIZES.index(hidden_size) % len(WEIGHTS)]
-    if device == "cpu" and hidden_size not in CPU_HIDDEN_SIZES and (dtype, weight_dtype) != own:
-        pytest.skip("on the CPU this size is tested in other dtypes")
     for num_tokens in (1, 3, 257):  # one row, fewer and more than a block has, odd
         x, w = inputs(num_tokens, hidden_size, dtype, device, weight_dtype)
         out = poisoned(x)
@@ -180,18 +173,16 @@ def test_supported_sizes_and_their_classes():
 # Gemma. What it shares with rmsnorm is tested above.
 
 
-@pytest.mark.parametrize("hidden_size", [64, 256, 512, 3328, 8192])
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_gemma_matches_the_definition(device, hidden_size, dtype):
-    for weight_dtype in {dtype, torch.float32}:
-        x = torch.randn(65, hidden_size, device=device).to(dtype)
-        w = torch.randn(hidden_size, device=device).mul(0.1).to(weight_dtype)
-        out = torch.full_like(x, float("nan"))
-        assert gemma_rmsnorm(x, w, 1e-6, out) is out
-        assert relative_error(out, rmsnorm_reference(x, w.double() + 1, 1e-6)) <= TOLERANCE[dtype]
-        assert same_bits(gemma_rmsnorm(x, w), out)
-        gemma_rmsnorm(x, w, out=x)
-        assert same_bits(x, out)
+@sizes_and_dtypes((64, 256, 512, 3328, 8192), WEIGHTS)
+def test_gemma_matches_the_definition(device, hidden_size, dtype, weight_dtype):
+    x = torch.randn(65, hidden_size, device=device).to(dtype)
+    w = torch.randn(hidden_size, device=device).mul(0.1).to(weight_dtype)
+    out = torch.full_like(x, float("nan"))
+    assert gemma_rmsnorm(x, w, 1e-6, out) is out
+    assert relative_error(out, rmsnorm_reference(x, w.double() + 1, 1e-6)) <= TOLERANCE[dtype]
+    assert same_bits(gemma_rmsnorm(x, w), out)
+    gemma_rmsnorm(x, w, out=x)
+    assert same_bits(x, out)
 
 
 def test_gemma_small_weights_are_not_lost(device):

@@ -20,6 +20,13 @@ MIN_SCALE = float(torch.tensor(1 / (448 * 512)))
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 CASES = [(size, BF16, BF16) for size in (64, 256, 512, 1280, 4096, 8192)]
 CASES += [(128, FP32, FP32), (2304, FP32, FP32), (512, FP16, FP16), (256, FP16, FP32), (4096, BF16, FP32)]
+# On the CPU each is a build: every case is tested in one of the four variants, and each pair of dtypes in several.
+_VARIANTS = [(has_residual, given) for has_residual in (False, True) for given in (0.013, None)]
+cases = pytest.mark.parametrize(
+    ("device", "hidden_size", "dtype", "weight_dtype", "has_residual", "given"),
+    [("cpu", *case, *_VARIANTS[i % 4]) for i, case in enumerate(CASES)]
+    + [pytest.param("cuda", *case, *variant, marks=pytest.mark.gpu) for case in CASES for variant in _VARIANTS],
+)
 forms = pytest.mark.parametrize("has_residual", [False, True], ids=["plain", "fused_add"])
 scalings = pytest.mark.parametrize("given", [0.013, None], ids=["static", "dynamic"])
 
@@ -48,9 +55,7 @@ def assert_quantised(q, normalised, scale):
     assert (one == other).double().mean() > 0.99  # otherwise the comparison would be empty
 
 
-@forms
-@scalings
-@pytest.mark.parametrize(("hidden_size", "dtype", "weight_dtype"), CASES)
+@cases
 def test_matches_the_definition(device, hidden_size, dtype, weight_dtype, has_residual, given):
     x = rows(33, hidden_size, dtype, device)
     residual = rows(33, hidden_size, dtype, device, seed=1) if has_residual else None

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import importlib
 import json
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from processes import run_before_import
 
 from jitnorm.benchmark import marker
 from jitnorm.benchmark.runner import Axis
@@ -121,8 +121,9 @@ def test_qknorm_is_short():
 
 
 def test_lists_its_rows_as_a_script():
-    words = [sys.executable, str(FOLDER / "bench_qknorm.py"), "--list", "--short"]
-    done = subprocess.run(words, capture_output=True, text=True, timeout=120)
+    words = [str(FOLDER / "bench_qknorm.py"), "--list", "--short"]
+    script = "sys.path[0] = os.path.dirname(sys.argv[0]); runpy.run_path(sys.argv[0], run_name='__main__')"
+    done = run_before_import(f"import os, runpy, sys; sys.argv[:] = {words}", script)
     assert done.stdout == "head_dim=128 num_q_heads=32 num_kv_heads=8 num_tokens=64\n", done
 
 

@@ -86,8 +86,8 @@ def test_scale_and_result_in_other_strides():
 
 @pytest.mark.parametrize("keys", [100, 300])  # one leaf, several
 def test_bias(keys):
-    q, k, v = random(3, 4, 2, 64), random(3, 2, keys, 64), random(3, 2, keys, 64)
-    for shape in ((keys,), (2, keys), (4, 1, 1), (3, 1, 1, keys), (3, 4, 2, keys)):
+    q, k, v = random(3, 2, 2, 64), random(3, 1, keys, 64), random(3, 1, keys, 64)
+    for shape in ((keys,), (2, keys), (2, 1, 1), (3, 1, 1, keys), (3, 2, 2, keys)):
         bias = random(*shape)
         assert relative_error(attend(q, k, v, bias), exact(q, k, v, bias)) <= TOLERANCE[q.dtype]
     padding = torch.zeros(3, 1, 1, keys, device=DEVICE)
@@ -114,7 +114,7 @@ def test_without_keys():
     assert attend(random(0, 4, 1, 64), random(0, 2, 9, 64), random(0, 2, 9, 64)).numel() == 0
 
 
-@pytest.mark.parametrize("dtype", DTYPES if GPU else DTYPES[1:])
+@pytest.mark.parametrize("dtype", DTYPES if GPU else [torch.float32])  # the interpreter differs in rounding alone
 @pytest.mark.parametrize(
     ("rows", "dim", "keys"),
     # A program adds up 3, 2 or no levels of the tree; the last split and the last leaf are full or not.
