@@ -21,7 +21,7 @@ from operator_calls import FORMS, Form, bits, forget_kernels
 
 from core.intercept import Negated, Seen, real
 
-DRAWS = 60
+DRAWS = 45
 NUMBERS = {
     "eps": (1e-6, 1e-5, 0, 1, 0.0),
     "enable_pdl": (None, True, False),

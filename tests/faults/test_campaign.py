@@ -16,7 +16,7 @@ from faults import calls, campaign
 from faults.inject import Injection, compile_library
 
 SEED = 12
-CALLS = 500
+CALLS = 300
 
 
 def lines(counts: campaign.Counts) -> str:
