@@ -18,8 +18,9 @@ from typing import Any
 
 import torch
 from engine_models import random_prompts, seed_weights
+from engine_options import BIT_PROMPT, BIT_TOKENS, MAX_LENGTH, PREFILL_LENGTH, PREFILL_PROMPTS, Engine
 from engine_report import DECODE, GRAPH, PLUGIN, PREFILL, profile_kernels, subtract_kernels
-from engine_run import BIT_PROMPT, BIT_TOKENS, MAX_LENGTH, PREFILL_LENGTH, PREFILL_PROMPTS, Engine, main
+from engine_run import main
 from logit_bits import BitCheck, check_distinct
 from torch import Tensor
 
@@ -43,6 +44,34 @@ def environment(mode: str, line: str, caches: Path) -> dict[str, str]:
     return found
 
 
+def server_arguments(
+    model: str, deterministic: bool, batches: list[int], sequences: int, cache_tokens: int, device: str
+) -> dict[str, Any]:
+    """Return the arguments of SGLang's ServerArgs. VllmEngine explains those of this function."""
+    return {
+        "model_path": model,
+        "load_format": "dummy",
+        "skip_tokenizer_init": True,
+        "dtype": "bfloat16",
+        "device": device,
+        "context_length": MAX_LENGTH,
+        "max_running_requests": sequences + 8,
+        "max_total_tokens": cache_tokens,
+        "mem_fraction_static": 0.9,  # an upper bound: max_total_tokens is less, and other variants share the GPU
+        "attention_backend": "torch_native" if device == "cpu" else "triton",
+        "sampling_backend": "pytorch",
+        "grammar_backend": "none",
+        "disable_radix_cache": True,
+        "disable_overlap_schedule": True,
+        "cuda_graph_bs_decode": sorted({1, 2, 4, 8, *batches}),
+        "cuda_graph_backend_prefill": "disabled",
+        "disable_decode_cuda_graph": device == "cpu",
+        "enable_deterministic_inference": deterministic,
+        "log_level": "info",
+        "random_seed": 0,
+    }
+
+
 class SglangEngine:
     """One variant of SGLang, with its ModelRunner in this process. VllmEngine explains the arguments."""
 
@@ -62,37 +91,13 @@ class SglangEngine:
     ) -> None:
         from sglang.benchmark import one_batch
         from sglang.srt.plugins import load_plugins
-        from sglang.srt.plugins.hook_registry import HookRegistry
         from sglang.srt.server_args import PortArgs, ServerArgs
 
         load_plugins()  # as sglang.Engine does
-        self.replaced = sorted(HookRegistry._hooks)
-        if plugin and not self.replaced:
-            raise RuntimeError("the plugin registered no hook: SGLang logged why")
-        self.one_batch, self.device = one_batch, device
+        self.one_batch, self.plugin, self.device = one_batch, plugin, device
         self.prompt, self.tokens, self.vocab_size = prompt, tokens, vocab_size
-        arguments = ServerArgs(
-            model_path=model,
-            load_format="dummy",
-            skip_tokenizer_init=True,
-            dtype="bfloat16",
-            device=device,
-            context_length=MAX_LENGTH,
-            max_running_requests=sequences + 8,
-            max_total_tokens=cache_tokens,
-            mem_fraction_static=0.9,  # an upper bound: max_total_tokens is less, and other variants share the GPU
-            attention_backend="torch_native" if device == "cpu" else "triton",
-            sampling_backend="pytorch",
-            grammar_backend="none",
-            disable_radix_cache=True,
-            disable_overlap_schedule=True,
-            cuda_graph_bs_decode=sorted({1, 2, 4, 8, *batches}),
-            cuda_graph_backend_prefill="disabled",
-            disable_decode_cuda_graph=device == "cpu",
-            enable_deterministic_inference=mode == "deterministic",
-            log_level="info",
-            random_seed=0,
-        )
+        deterministic = mode == "deterministic"
+        arguments = ServerArgs(**server_arguments(model, deterministic, batches, sequences, cache_tokens, device))
         one_batch._set_envs_and_config(arguments)
         one_batch.initialize_moe_config(arguments)
         one_batch.initialize_fp8_gemm_config(arguments)
@@ -106,19 +111,30 @@ class SglangEngine:
             raise RuntimeError(f"the KV cache has {found} tokens, and a batch needs {cache_tokens}")
 
     def prepare(self) -> None:
-        """Set the weights."""
+        """Set the weights.
+
+        Raises:
+            RuntimeError: the plugin replaced nothing.
+        """
+        self.replaced = ""
+        if self.plugin:
+            from jitnorm.integrations.sglang_plugin import report
+
+            self.replaced = report()
+            if "replaced: " not in self.replaced:
+                raise RuntimeError(f"the plugin replaced nothing: {self.replaced}")
         seed_weights(self.model_runner.model.named_parameters())
         if self.device == "cuda":
             torch.cuda.empty_cache()
 
     def describe(self) -> dict[str, Any]:
-        """Return how SGLang runs, and what the plugin hooked."""
+        """Return how SGLang runs, and what the plugin replaced."""
         from sglang.srt.batch_invariant_ops import is_batch_invariant_mode_enabled
 
         return {
             "attention": self.arguments.attention_backend,
             "batch_invariant_ops": is_batch_invariant_mode_enabled(),
-            "replaced": self.replaced,
+            "plugin": self.replaced,
         }
 
     def decode(self, batch: int) -> dict[str, float]:

@@ -10,15 +10,15 @@ two are also compared with the default mode without the plugin. Written for vLLM
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
 import torch
 from engine_models import random_prompts, seed_weights
+from engine_options import BIT_PROMPT, BIT_TOKENS, MAX_LENGTH, PREFILL_LENGTH, PREFILL_PROMPTS, Engine
 from engine_report import DECODE, PLUGIN, PREFILL, profile_kernels, subtract_kernels
-from engine_run import BIT_PROMPT, BIT_TOKENS, MAX_LENGTH, PREFILL_LENGTH, PREFILL_PROMPTS, Engine, main
+from engine_run import main
 from logit_bits import BitCheck, LogitRecorder, check_distinct
 from torch import Tensor
 
@@ -42,6 +42,33 @@ def environment(mode: str, line: str, caches: Path) -> dict[str, str]:
         "VLLM_HOST_IP": "127.0.0.1",  # a machine without a network has no route by which to find its address
         "TOKENIZERS_PARALLELISM": "false",
         "CUDA_MODULE_LOADING": "LAZY",
+    }
+
+
+def llm_arguments(
+    model: str, eager: bool, batches: list[int], sequences: int, prompt: int, cache_bytes: int
+) -> dict[str, Any]:
+    """Return the arguments of `vllm.LLM`. VllmEngine explains those of this function."""
+    sizes = sorted({1, 2, 4, 8, *batches})
+    graphs = {"cudagraph_capture_sizes": sizes, "max_cudagraph_capture_size": sizes[-1]}
+    return {
+        "model": model,
+        "load_format": "dummy",
+        "skip_tokenizer_init": True,
+        "dtype": "bfloat16",
+        "max_model_len": MAX_LENGTH,
+        "max_num_seqs": sequences,
+        "max_num_batched_tokens": max(PREFILL_PROMPTS * PREFILL_LENGTH, sequences * prompt),  # a prefill is one step
+        # Several variants share the GPU, so none may take a fraction of it.
+        "gpu_memory_utilization": 0.02,
+        "kv_cache_memory_bytes": cache_bytes,
+        "enforce_eager": eager,
+        "compilation_config": {} if eager else graphs,
+        "attention_backend": "FLASH_ATTN",
+        "enable_prefix_caching": False,
+        "enable_flashinfer_autotune": False,
+        "disable_log_stats": True,
+        "seed": 0,
     }
 
 
@@ -77,35 +104,25 @@ class VllmEngine:
             # vLLM logs the exception of a plugin and goes on without it: call it here, where it ends the variant.
             for entry in entry_points(group=GROUP, name="jitnorm"):
                 entry.load()()
-        self.prompt, self.tokens, self.vocab_size = prompt, tokens, vocab_size
-        sizes = sorted({1, 2, 4, 8, *batches})
-        graphs = {"cudagraph_capture_sizes": sizes, "max_cudagraph_capture_size": sizes[-1]}
-        self.llm = LLM(
-            model=model,
-            load_format="dummy",
-            skip_tokenizer_init=True,
-            dtype="bfloat16",
-            max_model_len=MAX_LENGTH,
-            max_num_seqs=sequences,
-            max_num_batched_tokens=max(PREFILL_PROMPTS * PREFILL_LENGTH, sequences * prompt),  # a prefill is one step
-            # Several variants share the GPU, so none may take a fraction of it.
-            gpu_memory_utilization=0.02,
-            kv_cache_memory_bytes=cache_bytes,
-            enforce_eager=mode == "eager",
-            compilation_config={} if mode == "eager" else graphs,
-            attention_backend="FLASH_ATTN",
-            enable_prefix_caching=False,
-            enable_flashinfer_autotune=False,
-            disable_log_stats=True,
-            seed=0,
-        )
+        self.plugin, self.prompt, self.tokens, self.vocab_size = plugin, prompt, tokens, vocab_size
+        self.llm = LLM(**llm_arguments(model, mode == "eager", batches, sequences, prompt, cache_bytes))
         cache = self.llm.llm_engine.vllm_config.cache_config
         if (found := (cache.num_gpu_blocks or 0) * cache.block_size) < cache_tokens * 0.9:
             raise RuntimeError(f"the KV cache has {found} tokens, and a batch needs {cache_tokens}")
 
     def prepare(self) -> None:
-        """Set the weights, and record logits where that is asked for later."""
-        self.recorder = LogitRecorder()
+        """Set the weights, and record logits where that is asked for later.
+
+        Raises:
+            RuntimeError: the plugin replaced nothing.
+        """
+        self.recorder, self.replaced = LogitRecorder(), ""
+        if self.plugin:
+            from jitnorm.integrations.vllm_plugin import explain
+
+            if not any(report.replaced for report in explain()):
+                raise RuntimeError("the plugin replaced nothing: its warnings say why")
+            self.replaced = "\n".join(map(str, explain()))
 
         def set_up(model: torch.nn.Module) -> None:
             seed_weights(model.named_parameters())
@@ -116,17 +133,13 @@ class VllmEngine:
         torch.cuda.empty_cache()
 
     def describe(self) -> dict[str, Any]:
-        """Return how vLLM runs, and the forward methods that are jitnorm's, with the number of their modules."""
-
-        def count(model: torch.nn.Module) -> dict[str, int]:
-            return count_replaced(model.modules())
-
+        """Return how vLLM runs, and what the plugin replaced."""
         config = self.llm.llm_engine.vllm_config
         return {
             "graphs": str(config.compilation_config.cudagraph_mode),
             "custom_ops": list(config.compilation_config.custom_ops),
             "runner": "V2" if config.use_v2_model_runner else "V1",
-            "replaced": self.llm.apply_model(count)[0],
+            "plugin": self.replaced,
         }
 
     def decode(self, batch: int) -> dict[str, float]:
@@ -209,18 +222,6 @@ class VllmEngine:
         outputs = self.llm.generate(inputs, params, use_tqdm=False)
         torch.cuda.synchronize()
         return time.perf_counter() - begin, outputs
-
-
-def count_replaced(modules: Iterable[torch.nn.Module]) -> dict[str, int]:
-    """Return how many modules have a forward method that jitnorm defines, by class and method."""
-    counts: dict[str, int] = {}
-    for module in modules:
-        methods = {getattr(module, name, None) for name in ("forward", "forward_cuda", "_forward_method")}
-        for method in methods:
-            if (getattr(method, "__module__", None) or "").startswith("jitnorm"):
-                key = f"{type(module).__name__}.{getattr(method, '__name__', 'forward')}"
-                counts[key] = counts.get(key, 0) + 1
-    return counts
 
 
 ENGINE = Engine(

@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 from engine_models import random_prompts, seed_weights
+from engine_options import Engine
 from engine_report import DECODE, PREFILL
-from engine_run import Engine
 from logit_bits import BitCheck, check_distinct
 
 SIZE = 32
@@ -35,7 +35,7 @@ class TinyEngine:
         seed_weights(self.model.named_parameters())
 
     def describe(self) -> dict[str, Any]:
-        return {"replaced": {"Linear": 1} if self.plugin else {}}
+        return {"device": "cpu", "plugin": "Tiny:\nreplaced 1" if self.plugin else ""}
 
     def decode(self, batch: int) -> dict[str, float]:
         if batch == 4 and self.plugin:
