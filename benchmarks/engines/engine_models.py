@@ -97,9 +97,8 @@ def seed_weights(parameters: Iterable[tuple[str, Tensor]]) -> None:
     """
     for name, parameter in parameters:
         generator = torch.Generator(device=parameter.device).manual_seed(zlib.crc32(name.encode()))
-        noise = torch.randn(parameter.shape, generator=generator, device=parameter.device, dtype=torch.float32)
-        is_norm = "norm" in name and parameter.dim() == 1
-        parameter.data.copy_(1 + 0.1 * noise if is_norm else 0.02 * noise)
+        mean, std = (1.0, 0.1) if "norm" in name and parameter.dim() == 1 else (0.0, 0.02)
+        parameter.data.normal_(mean, std, generator=generator)  # in place: several variants share the GPU's memory
 
 
 def random_prompts(lengths: Iterable[int], vocab_size: int, seed: int) -> list[list[int]]:

@@ -79,6 +79,7 @@ def test_says_that_the_engine_is_not_installed(script, package, models):
         (["--tokens", "1"], "--tokens must be 2 or more, got 1"),
         (["--tokens", "4096"], "--prompt and --tokens must be 4096 or less together"),
         (["--check-bits", "-1"], "--check-bits must be 0 or more, got -1"),
+        (["--check-bits"], "--check-bits needs one of the modes "),
         (["--model", "none"], "has no none/config.json), got 'none'"),
         (["--output", "/none/a.json"], "--output: there is no folder '/none'"),
         (["--logs", "/none"], "--logs: there is no folder '/none'"),
