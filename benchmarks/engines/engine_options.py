@@ -137,8 +137,8 @@ def list_variants(options: argparse.Namespace) -> list[Variant]:
 def estimate_seconds(config: dict[str, Any], options: argparse.Namespace) -> float:
     """Return about how long a model takes on one H200.
 
-    A decode step takes 1.3 ms and 0.6 ms for each 1e9 parameters, 2.5 times as long in a batch-invariant mode, and 10 ms
-    or more in eager mode: measured with vLLM and Qwen3-0.6B and 8B. That a start takes 45 seconds and 4 for each 1e9
+    A decode step takes 1.3 ms and 0.6 ms for each 1e9 parameters, 2.5 times as long in a batch-invariant mode, and 10
+    ms or more in eager mode: measured with vLLM and Qwen3-0.6B and 8B. That a start takes 45 seconds and 4 for each 1e9
     parameters, and 10 more for each variant that starts beside it, is an assumption.
     """
     billions = count_parameters(config) / 1e9
