@@ -106,7 +106,7 @@ class Run:
         tokens = max(decode, bits, PREFILL_PROMPTS * (PREFILL_LENGTH + PAGE)) + MAX_LENGTH
         settings = {
             **{"model": str(model), "mode": mode, "plugin": line == PLUGIN},
-            **{"batches": options.batches, "sequences": max(*batches, PREFILL_PROMPTS)},
+            **{"batches": options.batches, "sequences": max(*batches, 8)},
             **{"prompt": options.prompt, "tokens": options.tokens},
             **{"cache_tokens": tokens, "cache_bytes": cache_bytes(config, tokens), "vocab_size": config["vocab_size"]},
         }

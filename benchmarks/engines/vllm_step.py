@@ -79,7 +79,7 @@ class VllmEngine:
         model: the folder of config.json.
         mode, plugin: the variant.
         batches: of decode steps: sizes that CUDA graphs are captured for, beside 1, 2, 4 and 8.
-        sequences: the most prompts at once.
+        sequences: the most prompts at once, 8 or more.
         prompt, tokens: the tokens of a prompt, and those generated for a sample.
         cache_tokens, cache_bytes: the size of the KV cache.
         vocab_size: of the model.
