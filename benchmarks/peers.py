@@ -6,12 +6,21 @@ fused_add_rmsnorm, gemma_fused_add_rmsnorm      (input, residual, weight); both 
 fused_inplace_qknorm                            (q, k, q_weight, k_weight); q and k written in place
 silu_and_mul, gelu_and_mul, gelu_tanh_and_mul   (input, out); the result is in `out` or returned
 store_cache                                     (k, v, k_cache, v_cache, indices)
+
+Some peers compile for minutes at their first calls. `Builds` lets them do so in processes with a time limit.
 """
 
 from __future__ import annotations
 
+import atexit
+import contextlib
 import functools
-from collections.abc import Callable
+import multiprocessing
+import os
+import signal
+import time
+from collections.abc import Callable, Sequence
+from multiprocessing.connection import Connection
 from typing import Any
 
 import torch
@@ -29,6 +38,8 @@ def find(op: str, impl: str) -> Call:
     found = _find(op, impl)
     if isinstance(found, str):
         marker.skip(found)
+    if failure := _BUILDS.wait(impl):
+        marker.skip(failure)
     return found
 
 
@@ -46,6 +57,92 @@ def create(implementation: Callable[[str], Call], op: str, impl: str) -> Call | 
         return str(error)  # the same for every op
     except Exception as error:
         return f"{impl} has no {op} here: {type(error).__name__}: {error}".partition("\n")[0]
+
+
+class Builds:
+    """Make the first calls of peers in processes of their own, so that their kernels are in their caches.
+
+    All of them start when the first is waited for, and have `JITNORM_BENCH_BUILD_SECONDS` (150) from then. A process
+    that takes longer is killed, with the compilers that it started.
+
+    Args:
+        first_calls: called with the name of a peer, in its process. It belongs to a module, as processes are spawned.
+        names: the peers that compile for long.
+    """
+
+    def __init__(self, first_calls: Callable[[str], object], names: Sequence[str]) -> None:
+        self.first_calls, self.names = first_calls, names
+        self.seconds = float(os.environ.get("JITNORM_BENCH_BUILD_SECONDS", "150"))
+        self._failures: dict[str, str | None] = {}
+        self._processes: dict[str, tuple[Any, Connection]] = {}
+        self._end = 0.0
+
+    def wait(self, name: str) -> str | None:
+        """Return None once the kernels of a peer are built, or why they are not."""
+        if name not in self.names:
+            return None
+        if not self._processes:
+            self._start()
+        if name not in self._failures:
+            self._failures[name] = self._result(name)
+        return self._failures[name]
+
+    def _start(self) -> None:
+        context = multiprocessing.get_context("spawn")  # a forked process cannot use CUDA
+        self._end = time.monotonic() + self.seconds
+        atexit.register(self.kill)
+        for name in self.names:
+            receiver, sender = context.Pipe(duplex=False)
+            process = context.Process(target=_send_failure, args=(self.first_calls, name, sender))
+            process.start()
+            sender.close()
+            self._processes[name] = process, receiver
+
+    def _result(self, name: str) -> str | None:
+        process, receiver = self._processes[name]
+        try:
+            if receiver.poll(max(0.0, self._end - time.monotonic())):
+                failure = receiver.recv()
+                return failure and f"{name} cannot be built here: {failure}"
+        except EOFError:
+            process.join()
+            return f"{name} cannot be built here: its process ended with status {process.exitcode}"
+        self._kill(name)
+        return f"{name} was not built within {self.seconds:g} s (JITNORM_BENCH_BUILD_SECONDS)"
+
+    def kill(self) -> None:
+        """Kill the processes that still run."""
+        for name in self._processes:
+            self._kill(name)
+
+    def _kill(self, name: str) -> None:
+        process, _ = self._processes[name]
+        if process.is_alive():
+            with contextlib.suppress(ProcessLookupError):  # it has no group yet
+                os.killpg(process.pid, signal.SIGKILL)
+            process.kill()
+            process.join()
+
+
+def _send_failure(first_calls: Callable[[str], object], name: str, sender: Connection) -> None:
+    """Call `first_calls`, and send None or its exception as text."""
+    os.setpgrp()  # so that the compilers that it starts can be killed with it
+    try:
+        first_calls(name)
+    except Exception as error:
+        sender.send(f"{type(error).__name__}: {error}".partition("\n")[0])
+    else:
+        sender.send(None)
+
+
+def _make_first_calls(impl: str) -> None:
+    """Compile FlashInfer's norms, all of which are one library, and an activation."""
+    x, out, weight = marker.create_random(1, 2048), marker.create_empty(1, 1024), marker.create_random(2048)
+    _flashinfer("rmsnorm", cuda=True)(x, weight, torch.empty_like(x))
+    _flashinfer("silu_and_mul", cuda=True)(x, out)
+
+
+_BUILDS = Builds(_make_first_calls, ["fi_cuda"])
 
 
 def rmsnorm_reference(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:

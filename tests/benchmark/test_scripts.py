@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -113,6 +114,71 @@ def test_a_peer_that_is_not_installed_has_no_column(monkeypatch, capsys):
     bench.run(device="cpu")
     head, said = capsys.readouterr().out.split("\n\n")
     assert "peer" not in head and said.splitlines()[0] == "N/A peer: No module named 'no_such_peer'"
+
+
+@pytest.fixture
+def builds(monkeypatch):
+    monkeypatch.syspath_prepend(str(FOLDER))
+    monkeypatch.syspath_prepend(str(Path(__file__).parent))
+    import peers
+
+    made = []
+
+    def create(first_calls, names, seconds):
+        monkeypatch.setenv("JITNORM_BENCH_BUILD_SECONDS", seconds)
+        made.append(peers.Builds(first_calls, names))
+        return made[-1]
+
+    yield create
+    for one in made:
+        one.kill()
+
+
+def test_builds_are_waited_for(builds):
+    """The outcome of each peer is its own, and a peer that is not in the list is not built."""
+    import first_calls
+
+    found = builds(first_calls.end_as_named, ["good", "bad", "dead"], "300")
+    assert found.wait("jitnorm") is None and not found._processes
+    assert found.wait("good") is None
+    assert found.wait("bad") == "bad cannot be built here: ValueError: no compiler for bad"
+    assert found.wait("dead") == "dead cannot be built here: its process ended with status 3"
+    assert found.wait("bad") == "bad cannot be built here: ValueError: no compiler for bad"
+
+
+def test_a_build_that_takes_too_long_is_killed(builds):
+    import first_calls
+
+    found = builds(first_calls.never_end, ["slow"], "0")
+    assert found.wait("slow") == "slow was not built within 0 s (JITNORM_BENCH_BUILD_SECONDS)"
+    assert not found._processes["slow"][0].is_alive()
+
+
+def test_the_compilers_of_a_build_are_killed_with_it(builds, tmp_path):
+    import first_calls
+
+    file = str(tmp_path / "pid")
+    found = builds(first_calls.start_a_compiler, [file], "300")
+    found._start()
+    _wait_until(Path(file).exists)
+    pid = int(Path(file).read_text())
+    assert _is_running(pid)
+    found.kill()
+    _wait_until(lambda: not _is_running(pid))
+
+
+def _wait_until(condition) -> None:
+    end = time.monotonic() + 300
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+def _is_running(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
 
 
 def test_qknorm_is_short():

@@ -1,0 +1,418 @@
+"""The scripts of benchmarks/engines without their engines: options, processes, tables, and comparisons of bits."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import json
+import math
+import subprocess
+import sys
+from importlib.metadata import entry_points
+from pathlib import Path
+
+import pytest
+import torch
+
+from jitnorm.benchmark.results import Failed, Report, Skipped
+
+FOLDER = Path(__file__).parents[2] / "benchmarks" / "engines"
+SCRIPTS = {"vllm_step": "vllm", "sglang_step": "sglang"}
+
+
+@pytest.fixture(autouse=True)
+def path(monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).parent))
+    monkeypatch.syspath_prepend(str(FOLDER))
+
+
+@pytest.fixture
+def models(tmp_path):
+    """Return a folder with the config of one small model."""
+    config = {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 3}
+    config |= {"intermediate_size": 128, "vocab_size": 500}
+    folder = tmp_path / "models" / "small"
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder.parent
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    """Return the module of the engine of these tests, on a machine that has a GPU as far as the scripts ask."""
+    engine_run = importlib.import_module("engine_run")
+    monkeypatch.setattr(engine_run.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(engine_run, "describe_machine", lambda device, file: {"gpu": "none"})
+    return importlib.import_module("tiny_engine")
+
+
+def run_tiny(tiny, monkeypatch, capsys, models, *words: str) -> tuple[int, str]:
+    """Run the command line with the engine of these tests; return the exit status and what it printed."""
+    engine_run = importlib.import_module("engine_run")
+    monkeypatch.setattr(sys, "argv", ["tiny.py", "--models", str(models), "--model", "small", *words])
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.setenv("PYTHONPATH", "")  # the script adds to it, and the fixture restores it
+    with pytest.raises(SystemExit) as ended:
+        engine_run.main(tiny.ENGINE, "Measure.")
+    return ended.value.code, capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("script", "package"), SCRIPTS.items())
+def test_says_that_the_engine_is_not_installed(script, package, models):
+    if importlib.util.find_spec(package):
+        pytest.skip(f"{package} is installed")
+    words = [sys.executable, str(FOLDER / f"{script}.py"), "--models", str(models), "--model", "small,llama-3.2-1b"]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 2 and f"error: {package} is not installed: pip install {package}" in done.stderr, done
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "required: --models"),
+        (["--mode", "fast"], "--mode must be of default, "),
+        (["--lines", "stock,ours"], "--lines must be of stock, plugin, got ours"),
+        (["--lines", ""], "--lines must be of stock, plugin, got none"),
+        (["--batches", "1,x"], "expected whole numbers above 0 such as 1,16,64, got '1,x'"),
+        (["--batches", "0"], "expected whole numbers above 0 such as 1,16,64, got '0'"),
+        (["--tokens", "1"], "--tokens must be 2 or more, got 1"),
+        (["--tokens", "4096"], "--prompt and --tokens must be 4096 or less together"),
+        (["--check-bits", "-1"], "--check-bits must be 0 or more, got -1"),
+        (["--check-bits"], "--check-bits needs one of the modes "),
+        (["--model", "none"], "has no none/config.json), got 'none'"),
+        (["--output", "/none/a.json"], "--output: there is no folder '/none'"),
+        (["--logs", "/none"], "--logs: there is no folder '/none'"),
+    ],
+)
+def test_refuses_options(script, words, message, models, capsys):
+    module, engine_options = importlib.import_module(script), importlib.import_module("engine_options")
+    given = words and ["--models", str(models), "--model", "small", *words]
+    with pytest.raises(SystemExit, match="2"):
+        engine_options.parse(module.ENGINE, module.__doc__, given)
+    assert message in capsys.readouterr().err
+
+
+def test_refuses_lengths_of_the_perplexity(models, capsys):
+    module, engine_options = importlib.import_module("vllm_step"), importlib.import_module("engine_options")
+    with pytest.raises(SystemExit, match="2"):
+        engine_options.parse(module.ENGINE, "", ["--models", str(models), "--model", "small", "--perplexity", "1"])
+    assert "--perplexity must be from 2 to 4095, got 1" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_variants_have_an_environment_each(script, tmp_path):
+    """All variants of a script differ in their variables, and only the plugin's switch it on."""
+    module = importlib.import_module(script)
+    found = {
+        (mode, line): module.environment(mode, line, tmp_path)
+        for mode in module.ENGINE.modes
+        for line in ("stock", "plugin")
+    }
+    name = f"JITNORM_{SCRIPTS[script].upper()}"
+    assert all(variables[name] == str(int(line == "plugin")) for (_, line), variables in found.items())
+    assert all(isinstance(value, str) for variables in found.values() for value in variables.values())
+    assert {module.ENGINE.modes[0]} == {"default"}
+
+
+def test_measures_variants_in_turns(tiny, monkeypatch, capsys, models, tmp_path):
+    """Run all measures; the report has them with their ratios, and the stock's bits differ."""
+    file = tmp_path / "tiny.json"
+    words = ("--mode", "default,invariant", "--prefill", "--check-bits", "2", "--perplexity", "50")
+    status, said = run_tiny(tiny, monkeypatch, capsys, models, *words, "--kernels", "--output", str(file))
+    assert status == 0, said
+    report = Report.read(file)
+    rows = {(row.point["mode"], row.point["measure"], row.point["batch"]): row for row in report.rows}
+    assert {measure for _, measure, _ in rows} == {"decode step", "prefill"}
+    assert len(rows) == 2 * (2 + 1)
+    for batch in (1, 3):
+        results = rows["invariant", "decode step", batch].results()
+        assert results["stock"].seconds == results["default stock"].seconds == pytest.approx(2e-6 * batch)
+        assert results["plugin"].seconds == pytest.approx(1e-6 * batch) and len(results["plugin"].rounds) == 5
+        assert set(rows["default", "decode step", batch].cells) == {"stock", "plugin"}
+    bits = {(row["line"], row["batch"]): row for row in report.settings["bits"]}
+    assert bits["plugin", 3] == bits["plugin", 3] | {"mode": "invariant", "repeats": 2, "rows": 6, "unequal": 0}
+    assert bits["stock", 3]["unequal"] == 6 and 0 < bits["stock", 3]["max_difference"] < 1e-4
+    nll = [row["nll"] for row in report.settings["perplexity"]]
+    assert len(nll) == 4 and len({*nll}) == 1 and nll[0] == pytest.approx(math.log(500), abs=0.1)
+    assert len(report.settings["variants"]) == 4 and report.machine == {"gpu": "none"}
+    line = next(line for line in said.splitlines() if line.split()[:4] == ["small", "invariant", "decode", "step"])
+    assert line.split()[-2:] == ["0.500", "0.500"]
+    assert "small_default_plugin started in" in said and "device cpu\n    Tiny:\n    replaced 1\n" in said
+    assert "logits of a prompt in a batch" in said and "kernels of a decode step: small, default, plugin" in said
+    assert not list(entry_points(group="tiny.plugins"))[1:]
+
+    report_module = importlib.import_module("engine_report")
+    monkeypatch.setattr(sys, "argv", ["engine_report.py", str(file)])
+    report_module.main()
+    assert capsys.readouterr().out.strip() == said[said.index("tabulate_step:") :].strip()
+
+
+def test_measures_starts(tiny, monkeypatch, capsys, models, tmp_path):
+    """Start a variant alone after its caches are filled; without stock there is nothing to compare with."""
+    file = tmp_path / "tiny.json"
+    words = ("--lines", "plugin", "--batches", "1", "--rounds", "1", "--startup", "1", "--output", str(file))
+    status, said = run_tiny(tiny, monkeypatch, capsys, models, *words)
+    assert status == 0, said
+    decode, start = Report.read(file).rows
+    assert start.point == {"model": "small", "mode": "default", "measure": "start-up", "batch": 1}
+    assert set(start.cells) == set(decode.cells) == {"plugin"} and len(start.cells["plugin"].rounds) == 1
+    assert said.splitlines()[0].startswith("about ") and "the limit is 9.5" in said.splitlines()[0]
+
+
+def test_a_variant_that_fails_does_not_end_the_run(tiny, monkeypatch, capsys, models, tmp_path):
+    """An exception fails a row, and the end of the process fails the rows after it; the others are measured."""
+    file = tmp_path / "tiny.json"
+    status, said = run_tiny(
+        tiny, monkeypatch, capsys, models, "--batches", "1,4,5,7", "--rounds", "2", "--output", str(file)
+    )
+    assert status == 1
+    cells = {row.point["batch"]: row.cells for row in Report.read(file).rows}
+    label = "small_default_plugin"
+    assert cells[4]["plugin"] == Failed(f"{label}: ValueError: no graph for 4")
+    assert cells[5]["plugin"] == Failed(f"{label}: the process ended with status 7 during decode")
+    assert cells[7]["plugin"] == cells[5]["plugin"]
+    assert all(len(row["stock"].rounds) == 2 for row in cells.values()) and len(cells[1]["plugin"].rounds) == 2
+    assert (
+        "leaving" in said
+        and f"error plugin at model=small, mode=default, measure=decode step, batch=4: {label}" in said
+    )
+
+
+def test_a_call_that_takes_too_long_ends_the_variant(tiny, monkeypatch, capsys, models, tmp_path):
+    """Give the run no time: nothing is measured, and every row says why."""
+    file = tmp_path / "tiny.json"
+    status, said = run_tiny(
+        tiny,
+        monkeypatch,
+        capsys,
+        models,
+        "--time-limit",
+        "0",
+        "--check-bits",
+        "--mode",
+        "invariant",
+        "--output",
+        str(file),
+    )
+    assert status == 1 and "its start took longer than 0 s" in said
+    report = Report.read(file)
+    reason = Skipped("the time limit of the run was over")
+    assert len(report.rows) == 2
+    assert all(cell == reason for row in report.rows for cell in row.cells.values())
+    assert [row["method"] for row in report.settings["failures"]] == ["check_bits"] * 2
+
+
+def test_a_process_that_does_not_answer_is_killed(tiny):
+    module = importlib.import_module("engine_process")
+    variables = {"TINY_PLUGIN": "0", "TINY_MODE": "default"}
+    settings = {"model": "", "mode": "default", "plugin": False, "vocab_size": 9}
+    process = module.EngineProcess("tiny", tiny.TinyEngine, settings, variables)
+    assert 0 < process.wait(300) < 300 and process.is_alive
+    assert process.call("decode", 300, batch=3) == {"decode step": 6e-6}
+    with pytest.raises(module.EngineError, match=r"^tiny: decode took longer than 0 s$"):
+        process.call("decode", 0, batch=6)
+    assert not process.is_alive and process._process.exitcode == -9
+    with pytest.raises(module.EngineError, match=r"^tiny: decode took longer than 0 s$"):
+        process.call("decode", 300, batch=3)
+    process.close()
+
+
+def test_a_start_that_fails_says_why(tiny, tmp_path):
+    module = importlib.import_module("engine_process")
+    settings = {"model": "", "mode": "default", "plugin": False, "vocab_size": 9}
+    variables = {"TINY_PLUGIN": "1", "TINY_MODE": "default"}
+    process = module.EngineProcess("tiny", tiny.TinyEngine, settings, variables, tmp_path / "log")
+    for _ in range(2):
+        with pytest.raises(
+            module.EngineError, match=r"^tiny: RuntimeError: the environment is that of another variant$"
+        ):
+            process.wait(300)
+    assert "Traceback" in process.last_lines()
+    process.close()
+
+
+def test_samples_before_a_time_limit_count():
+    module = importlib.import_module("engine_report")
+    results = module.Results("x", {})
+    point = ("m", "default", "decode step", 1)
+    for seconds in (3e-6, 1e-6, 2e-6):
+        results.add(point, "stock", seconds)
+    results.skip(point, "stock", "over")
+    results.add(point, "plugin", 1e-6)
+    results.fail(point, "plugin", "broken")
+    (row,) = results.report().rows
+    assert row.cells["stock"].seconds == 2e-6 and row.cells["stock"].notes == ("over",)
+    assert row.cells["plugin"] == Failed("broken")
+    assert "2.00 (1.00-3.00)" in module.format_times(results.report())
+
+
+def test_perplexity_relative_to_stock():
+    module = importlib.import_module("engine_report")
+    results = module.Results("x", {})
+    for line, nll in (("stock", 2.0), ("plugin", 2.0 + math.log(1.25))):
+        results.add_check("perplexity", model="m", mode="default", line=line, tokens=9, nll=nll)
+    (text,) = module.format_checks(results.report())
+    assert text.splitlines()[-1].split()[-2:] == [f"{1.25 * math.e**2:.7g}", "+2.50e-01"]
+
+
+def test_kernels_of_a_step_are_a_difference():
+    """The kernels of the first token, which both runs have, do not count."""
+    module = importlib.import_module("engine_report")
+    whole = {"gemm": (36, 361.0), "norm": (17, 34.0), "prefill": (1, 50.0), "copy": (16, 8.0)}
+    part = {"gemm": (4, 41.0), "norm": (1, 2.0), "prefill": (1, 50.0)}
+    expected = [["gemm", 2.0, 20.0], ["norm", 1.0, 2.0], ["copy", 1.0, 0.5]]
+    assert module.subtract_kernels(whole, part, 16, top=9) == expected
+    assert module.subtract_kernels(whole, part, 16, top=1) == expected[:1]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_bits_of_rows(dtype):
+    """Zeros of two signs differ, equal NaNs do not, and one bit of one logit is found."""
+    module = importlib.import_module("logit_bits")
+    rows = torch.randn(7, 1000, dtype=dtype)
+    rows[0, 3], rows[1, 4] = 0.0, torch.nan
+    check = module.BitCheck(3)
+    check.add(rows, rows.clone())
+    assert (check.rows, check.unequal, check.max_difference) == (7, 0, 0.0)
+    changed = rows.clone()
+    changed[0, 3] = -0.0
+    module.as_bits(changed)[5, 999] ^= 1
+    check.add(rows, changed)
+    assert (check.rows, check.unequal) == (14, 2)
+    assert check.max_difference == float((rows[5].double() - changed[5].double()).abs().max()) > 0
+    with pytest.raises(ValueError, match=r"logits of \(7, 1000\) .* were expected, got \(6, 1000\)"):
+        check.add(rows, rows[1:])
+
+
+def test_bits_of_rows_in_any_order():
+    """A row is looked for as often as it was expected; a row with another bit is missing."""
+    module = importlib.import_module("logit_bits")
+    rows = torch.randn(9, 3000).bfloat16()
+    expected = rows[[2, 5, 5]]
+    others = torch.randn(40, 3000).bfloat16()
+    check = module.BitCheck(17)
+    check.add_somewhere(expected, torch.cat([others, rows[[5, 2]], others, rows[5:6]]))
+    assert (check.rows, check.unequal) == (3, 0)
+    check.add_somewhere(expected, torch.cat([others, rows[[2, 5]]]))  # the row that occurs twice is there once
+    assert (check.rows, check.unequal) == (6, 2)
+    changed = rows[2:3].clone()
+    changed[0, 2999] += 0.5
+    check = module.BitCheck(17)
+    check.add_somewhere(expected[:1], torch.cat([others, changed]))
+    assert (check.unequal, check.max_difference) == (1, float((rows[2].double() - changed[0].double()).abs().max()))
+    check.add_somewhere(torch.full((1, 3000), torch.nan).bfloat16(), others)
+    assert (check.unequal, check.max_difference) == (2, math.inf)
+
+
+def test_logits_that_compare_nothing_are_refused():
+    module = importlib.import_module("logit_bits")
+    module.check_distinct(torch.randn(5, 100))
+    with pytest.raises(ValueError, match="most rows of logits are the same"):
+        module.check_distinct(torch.randn(1, 100).expand(6, -1))
+    with pytest.raises(ValueError, match="most rows of logits are the same"):
+        module.check_distinct(torch.randn(6, 1).expand(-1, 100))
+    with pytest.raises(ValueError, match="not finite"):
+        module.check_distinct(torch.full((2, 9), torch.nan))
+
+
+def test_the_recorder_keeps_copies():
+    """Logits are kept inside the block only, whole, and as they were."""
+    module = importlib.import_module("logit_bits")
+    buffer = torch.zeros(2, 4)
+    recorder = module.LogitRecorder()
+    function = recorder.wrap(lambda scale: buffer[:, :3].fill_(scale))
+    function(7.0)
+    with recorder:
+        with pytest.raises(RuntimeError, match="computed no logits"):
+            recorder.take()
+        function(1.0)
+        function(scale=2.0)
+        assert recorder.take().tolist() == [[1.0] * 3] * 2 + [[2.0] * 3] * 2
+        function(3.0)
+        assert recorder.take().tolist() == [[3.0] * 3] * 2
+    function(4.0)
+    assert recorder._rows is None
+
+
+def test_weights_depend_on_names_only():
+    module = importlib.import_module("engine_models")
+    made = {name: torch.empty(size) for name, size in {"a.norm.weight": 512, "b.bias": 512, "w": (64, 64)}.items()}
+    module.seed_weights(made.items())
+    again = {name: torch.empty_like(parameter) for name, parameter in reversed([*made.items(), ("more", made["w"])])}
+    module.seed_weights(again.items())
+    assert all(torch.equal(made[name], again[name]) for name in made)
+    assert abs(float(made["a.norm.weight"].mean()) - 1) < 0.05 and abs(float(made["b.bias"].mean())) < 0.01
+    assert float(made["w"].std()) == pytest.approx(0.02, rel=0.1) and not torch.equal(again["more"], made["w"])
+
+
+def test_models(models, tmp_path):
+    """The generated config is read by transformers, with the sizes that the estimate and the KV cache need."""
+    module = importlib.import_module("engine_models")
+    assert module.find_model(models, "small", tmp_path) == models / "small"
+    assert module.read_config(models / "small")["head_dim"] == 16
+    found = module.find_model(models, "llama-3.2-1b", tmp_path / "generated")
+    config = module.read_config(found)
+    assert module.count_parameters(config) == pytest.approx(1.2358e9, rel=1e-3)  # as the model's card says
+    assert module.cache_bytes(config, 10) == 10 * 16 * 2 * 8 * 64 * 2
+    with pytest.raises(ValueError, match=r"^model must be one of llama-3.2-1b, small .* got 'x'$"):
+        module.find_model(models, "x", tmp_path)
+    transformers = pytest.importorskip("transformers")
+    model = transformers.AutoConfig.from_pretrained(found)
+    with torch.device("meta"):
+        built = transformers.AutoModelForCausalLM.from_config(model)
+    assert sum(p.numel() for p in built.parameters() if p.dim() > 1) == module.count_parameters(config)
+
+
+def test_the_entry_point_of_a_checkout(tmp_path, monkeypatch):
+    """A group without jitnorm gets it, in this process and in those that it starts."""
+    module = importlib.import_module("engine_models")
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.setenv("PYTHONPATH", "/first")
+    entry = module.find_plugin("no.such.group", "json:dumps", tmp_path)
+    assert entry.name == "jitnorm" and entry.load() is json.dumps
+    again = module.find_plugin("no.such.group", "json:loads", tmp_path)
+    assert again.load() is json.dumps, "the one that is there is used"
+    code = "from importlib.metadata import entry_points; print(entry_points(group='no.such.group'))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    assert "json:dumps" in done.stdout, done
+
+
+def test_vllm_knows_the_arguments():
+    """Compare the names with those of the installed vLLM: its LLM takes any, and refuses the unknown at run time."""
+    engine_args = pytest.importorskip("vllm.engine.arg_utils", reason="vLLM is not installed")
+    found = importlib.import_module("vllm_step").llm_arguments("m", False, [1, 16], 16, 32, 10**9)
+    assert found.keys() <= {field.name for field in dataclasses.fields(engine_args.EngineArgs)}
+    assert found["max_num_batched_tokens"] == 8192 and found["compilation_config"]["cudagraph_capture_sizes"][-1] == 16
+
+
+def test_sglang_knows_the_arguments():
+    server_args = pytest.importorskip("sglang.srt.server_args", reason="SGLang is not installed")
+    found = importlib.import_module("sglang_step").server_arguments("m", True, [1, 16], 16, 10**5, "cuda")
+    assert found.keys() <= {field.name for field in dataclasses.fields(server_args.ServerArgs)}
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_the_entry_point_is_that_of_the_package(script):
+    tomllib = pytest.importorskip("tomllib", reason="it came with Python 3.11")
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
+    engine = importlib.import_module(script).ENGINE
+    if engine.plugin_group not in project.get("entry-points", {}):
+        pytest.skip(f"the package has no plugin in {engine.plugin_group}")
+    assert project["entry-points"][engine.plugin_group]["jitnorm"] == engine.plugin_target
+
+
+def test_estimates_grow_with_the_work(models):
+    engine_options, module = importlib.import_module("engine_options"), importlib.import_module("vllm_step")
+    engine_models = importlib.import_module("engine_models")
+    parser = engine_options.create_parser(module.ENGINE, "")
+
+    def estimate(*words: str, config=engine_models.LLAMA_3_2_1B) -> float:
+        return engine_options.estimate_seconds(config, parser.parse_args(["--models", str(models), *words]))
+
+    small = estimate()
+    assert 60 < small < 300
+    for words in (["--prefill"], ["--perplexity"], ["--startup", "3"], ["--mode", "default,batch_invariant"]):
+        assert estimate(*words) > small
+    assert estimate("--mode", "batch_invariant", "--check-bits") > estimate("--mode", "batch_invariant")
+    assert estimate("--lines", "stock") < small < estimate(config=engine_models.LLAMA_3_2_1B | {"hidden_size": 8192})
