@@ -70,6 +70,8 @@ class Builds:
         names: the peers that compile for long.
     """
 
+    start_method = "spawn"  # of multiprocessing: a forked process cannot use CUDA
+
     def __init__(self, first_calls: Callable[[str], object], names: Sequence[str]) -> None:
         self.first_calls, self.names = first_calls, names
         self.seconds = float(os.environ.get("JITNORM_BENCH_BUILD_SECONDS", "150"))
@@ -88,7 +90,7 @@ class Builds:
         return self._failures[name]
 
     def _start(self) -> None:
-        context = multiprocessing.get_context("spawn")  # a forked process cannot use CUDA
+        context = multiprocessing.get_context(self.start_method)
         self._end = time.monotonic() + self.seconds
         atexit.register(self.kill)
         for name in self.names:

@@ -11,6 +11,7 @@ import array
 import contextlib
 import importlib
 import json
+import multiprocessing
 import os
 import select
 import signal
@@ -131,6 +132,12 @@ _JITNORM = ForkServer("torch", "ninja", "platformdirs", "cuda.pathfinder", "jitn
 def close_servers() -> None:
     _TORCH.close()
     _JITNORM.close()
+
+
+def start_method_with_torch() -> str:
+    """Returns the start method of multiprocessing for processes that import torch, but use no GPU."""
+    multiprocessing.set_forkserver_preload(["torch"])
+    return "forkserver"
 
 
 def _environment(changes: dict[str, str | None]) -> dict[str, str]:

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 LOG_LINES = 12  # that an error message shows
+START_METHOD = "spawn"  # of multiprocessing: a forked process cannot use CUDA
 
 
 class EngineError(RuntimeError):
@@ -47,7 +48,7 @@ class EngineProcess:
         log: Path | None = None,
     ) -> None:
         self.name, self.log = name, log
-        context = multiprocessing.get_context("spawn")  # a forked process cannot use CUDA
+        context = multiprocessing.get_context(START_METHOD)
         self._connection, child = context.Pipe()
         self._process = context.Process(
             target=_serve, args=(child, factory, dict(settings), dict(environment), log, time.monotonic())

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from processes import run_before_import, start_method_with_torch
 
 from jitnorm.benchmark.results import Failed, Report, Skipped
 
@@ -40,6 +41,7 @@ def models(tmp_path):
 @pytest.fixture
 def tiny(monkeypatch):
     """Return the module of the engine of these tests, on a machine that has a GPU as far as the scripts ask."""
+    monkeypatch.setattr(importlib.import_module("engine_process"), "START_METHOD", start_method_with_torch())
     engine_run = importlib.import_module("engine_run")
     monkeypatch.setattr(engine_run.torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(engine_run, "describe_machine", lambda device, file: {"gpu": "none"})
@@ -61,8 +63,9 @@ def run_tiny(tiny, monkeypatch, capsys, models, *words: str) -> tuple[int, str]:
 def test_says_that_the_engine_is_not_installed(script, package, models):
     if importlib.util.find_spec(package):
         pytest.skip(f"{package} is installed")
-    words = [sys.executable, str(FOLDER / f"{script}.py"), "--models", str(models), "--model", "small,llama-3.2-1b"]
-    done = subprocess.run(words, capture_output=True, text=True, timeout=300)
+    words = [str(FOLDER / f"{script}.py"), "--models", str(models), "--model", "small,llama-3.2-1b"]
+    path = "sys.path[0] = os.path.dirname(sys.argv[0]); runpy.run_path(sys.argv[0], run_name='__main__')"
+    done = run_before_import(f"import os, runpy, sys; sys.argv[:] = {words}", path)
     assert done.returncode == 2 and f"error: {package} is not installed: pip install {package}" in done.stderr, done
 
 

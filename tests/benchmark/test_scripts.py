@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
-from processes import run_before_import
+from processes import run_before_import, start_method_with_torch
 
 from jitnorm.benchmark import marker
 from jitnorm.benchmark.runner import Axis
@@ -127,6 +127,7 @@ def builds(monkeypatch):
     def create(first_calls, names, seconds):
         monkeypatch.setenv("JITNORM_BENCH_BUILD_SECONDS", seconds)
         made.append(peers.Builds(first_calls, names))
+        made[-1].start_method = start_method_with_torch()
         return made[-1]
 
     yield create
