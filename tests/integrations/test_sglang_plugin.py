@@ -576,6 +576,23 @@ class TestAttention:
         assert same_bits(out, before)
         assert len(report.calls) == (slots is not None)
 
+    @pytest.mark.parametrize("name", ["Qwen3Attention", "LlamaAttention"])
+    def test_a_compiled_graph_has_sglangs_own_steps(self, args, name):
+        layer, hidden, positions = attention_of(name), inputs(TOKENS, 256), torch.arange(TOKENS, device=DEVICE)
+        layer.attn.forward = lambda q, k, v, batch, save_kv_cache=True: torch.cat([q, k, v], dim=-1)
+        batch, targets = SimpleNamespace(out_cache_loc=positions, forward_mode=None), []
+
+        def backend(graph, _):
+            targets.extend(str(node.target) for node in graph.graph.nodes)
+            return graph.forward
+
+        with torch.no_grad():
+            expected = layer.forward(positions, hidden, batch)
+            assert self.replaced(layer, args, pool_of()).replaced
+            out = torch.compile(layer, backend=backend, fullgraph=True)(positions, hidden, batch)
+        assert same_bits(out, expected)
+        assert not [target for target in targets if "jitnorm" in target]
+
     def test_layers_that_differ_are_left(self, args):
         from sglang.srt.layers.radix_attention import AttentionType
 

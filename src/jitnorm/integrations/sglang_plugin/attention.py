@@ -199,7 +199,7 @@ def _make_forward(
 
     def forward(positions: torch.Tensor, hidden_states: torch.Tensor, forward_batch: Any) -> torch.Tensor:
         slots = forward_batch.out_cache_loc
-        if hidden_states.shape[0] and not (stores and slots is None) and not torch.compiler.is_compiling():
+        if not torch.compiler.is_compiling() and hidden_states.shape[0] and not (stores and slots is None):
             qkv, _ = modules["qkv_proj"](hidden_states)
             try:
                 q, k, v = prepare(qkv, buffers["cos_sin_cache"], positions, slots)
@@ -228,10 +228,10 @@ def _make_gemma3_forward(
     ) -> torch.Tensor:
         slots = forward_batch.out_cache_loc
         if (
-            isinstance(position_embeddings, PositionEmbeddings)
+            not torch.compiler.is_compiling()
+            and isinstance(position_embeddings, PositionEmbeddings)
             and hidden_states.shape[0]
             and not (stores and slots is None)
-            and not torch.compiler.is_compiling()
         ):
             qkv, _ = modules["qkv_proj"](hidden_states)
             embeddings: Any = position_embeddings
@@ -259,7 +259,7 @@ def _replace_gemma3_rotary(rotary: Any) -> Replacement:
 
     def forward(x: torch.Tensor, position_ids: torch.Tensor) -> Any:
         cos, sin = pair = original(x, position_ids)
-        if cos.shape[0] != 1 or torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or cos.shape[0] != 1:
             return pair
         half = cos.shape[-1] // 2
         cos_sin_cache = torch.cat([cos[0, :, :half], sin[0, :, :half]], dim=-1)
