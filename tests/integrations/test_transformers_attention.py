@@ -28,9 +28,9 @@ models = pytest.mark.parametrize("name", ATTENTION_MODELS)
 def kernel_calls(monkeypatch):
     """Return the arguments of each call of the operator."""
     calls = []
-    original = transformers_attention.apply_qk_norm_rope
+    original = transformers_attention.normalise_and_rotate
     monkeypatch.setattr(
-        transformers_attention, "apply_qk_norm_rope", lambda *a, **options: calls.append(a) or original(*a, **options)
+        transformers_attention, "normalise_and_rotate", lambda *a, **options: calls.append(a) or original(*a, **options)
     )
     return calls
 

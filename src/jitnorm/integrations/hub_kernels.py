@@ -17,9 +17,8 @@ import torch
 from jitnorm.core.eligibility import can_normalise
 from jitnorm.core.norm_modules import eps_of
 from jitnorm.integrations.transformers_mlp import can_fuse_mlp, fused_mlp
-from jitnorm.nn import NORM_VARIANTS, normalise
-
-_RMSNORM, _GEMMA_RMSNORM = NORM_VARIANTS["rmsnorm"].norm, NORM_VARIANTS["gemma_rmsnorm"].norm
+from jitnorm.nn import normalise
+from jitnorm.rmsnorm import gemma_rmsnorm, rmsnorm
 
 
 class RMSNorm(torch.nn.Module):
@@ -35,7 +34,7 @@ class RMSNorm(torch.nn.Module):
             hidden_states: `[..., hidden_size]`. The original forward runs for sizes without a kernel, and if its dtype
                 is not the weight's.
         """
-        return _normalised(self, hidden_states, _RMSNORM)
+        return _normalised(self, hidden_states, rmsnorm)
 
 
 class RMSNormZeroCentered(torch.nn.Module):
@@ -46,7 +45,7 @@ class RMSNormZeroCentered(torch.nn.Module):
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Normalise the last dimension, as `RMSNorm`."""
-        return _normalised(self, hidden_states, _GEMMA_RMSNORM)
+        return _normalised(self, hidden_states, gemma_rmsnorm)
 
 
 class GatedMLP(torch.nn.Module):

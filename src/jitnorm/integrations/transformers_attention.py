@@ -12,12 +12,16 @@ from typing import Any
 
 import torch
 
-from jitnorm.core.eligibility import can_call_operators
+from jitnorm.core.eligibility import can_call_operators, has_kernel_layout
 from jitnorm.core.norm_modules import ATTENTION_FAMILIES
 from jitnorm.core.operators import DTYPES
+from jitnorm.core.torch_library import needs_dispatcher
+from jitnorm.integrations.transformers_norms import PatchedNorm, eps_of_norm, offset_of_norm
 from jitnorm.integrations.transformers_projections import fused_linear, projections_of
 from jitnorm.integrations.transformers_sources import reason_if_unknown
+from jitnorm.integrations.transformers_state import is_plain
 from jitnorm.layers.qk_norm_rope import apply_qk_norm_rope, is_supported_size
+from jitnorm.qknorm_rope_store import qk_norm_rope_store
 
 _FAMILIES = (*ATTENTION_FAMILIES, "Mistral")
 ATTENTION_CLASSES = tuple(f"{family}Attention" for family in _FAMILIES)
@@ -103,16 +107,7 @@ class PatchedAttention(torch.nn.Module):
             )
         input_shape = hidden_states.shape[:-1]
         query, key, value, is_own = self._project(hidden_states)
-        query, key = apply_qk_norm_rope(
-            query,
-            key,
-            self.q_norm if self._has_norms else None,
-            self.k_norm if self._has_norms else None,
-            self.head_dim,
-            position_embeddings.cos_sin_cache,
-            position_embeddings.positions,
-            allow_inplace=is_own,
-        )
+        query, key = normalise_and_rotate(self, query, key, position_embeddings, is_own)
         query, key, value = (x.view(*input_shape, -1, self.head_dim).transpose(1, 2) for x in (query, key, value))
         # The rest is as in transformers.
         if past_key_values is not None:
@@ -133,13 +128,14 @@ class PatchedAttention(torch.nn.Module):
     def _project(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, bool]:
         """Return q, k and v, and whether nothing else, such as a hook of a projection, can see them."""
         projections = None if torch.compiler.is_compiling() else projections_of(self, "Attention")
-        fused = None if projections is None else fused_linear(hidden_states, projections)
-        if projections is None or fused is None:
-            parts = self.q_proj(hidden_states), self.k_proj(hidden_states), self.v_proj(hidden_states)
+        if projections is None:
+            return self.q_proj(hidden_states), self.k_proj(hidden_states), self.v_proj(hidden_states), False
+        fused = fused_linear(hidden_states, projections)
+        if fused is None:
+            query, key, value = (linear(hidden_states) for linear in projections)
         else:
-            parts = fused.split([linear.out_features for linear in projections], dim=-1)
-        query, key, value = parts
-        return query, key, value, projections is not None
+            query, key, value = fused.split([linear.out_features for linear in projections], dim=-1)
+        return query, key, value, True
 
     def _can_fuse(self, hidden_states: torch.Tensor, position_embeddings: Any) -> bool:
         """Return whether the kernel, and not the original forward, computes this call."""
@@ -159,6 +155,57 @@ class PatchedAttention(torch.nn.Module):
                 and (hidden_states.requires_grad or any(p.requires_grad for p in self.parameters()))
             )
         )
+
+
+def normalise_and_rotate(
+    attention: PatchedAttention, query: torch.Tensor, key: torch.Tensor, angles: PositionEmbeddings, is_own: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return q and k, normalised by the attention's norms if it has any, and rotated.
+
+    Args:
+        attention: the module.
+        query: `[batch, length, heads * head_dim]`.
+        key: Likewise.
+        angles: of this forward of the model, with a cos_sin_cache.
+        is_own: whether q and k may be overwritten.
+    """
+    head_dim, cos_sin_cache, positions = attention.head_dim, angles.cos_sin_cache, angles.positions
+    assert cos_sin_cache is not None and positions is not None  # as _can_fuse has checked
+    modules: Any = attention._modules
+    q_norm, k_norm = (modules["q_norm"], modules["k_norm"]) if attention._has_norms else (None, None)
+    # apply_qk_norm_rope makes the same call, after checks that take longer than the kernel.
+    if is_own and not needs_dispatcher(query) and _are_plain((q_norm, k_norm), query, head_dim):
+        tokens = positions.shape[0]
+        qk_norm_rope_store(
+            query.view(tokens, query.shape[-1] // head_dim, head_dim),
+            key.view(tokens, key.shape[-1] // head_dim, head_dim),
+            None,
+            cos_sin_cache,
+            positions,
+            q_weight=None if q_norm is None else q_norm._parameters["weight"],
+            k_weight=None if k_norm is None else k_norm._parameters["weight"],
+            eps=1e-6 if q_norm is None else eps_of_norm(q_norm),
+            weight_offset=0.0 if q_norm is None else offset_of_norm(q_norm),
+        )
+        return query, key
+    return apply_qk_norm_rope(query, key, q_norm, k_norm, head_dim, cos_sin_cache, positions, allow_inplace=is_own)
+
+
+def _are_plain(norms: tuple[Any, Any], query: torch.Tensor, head_dim: int) -> bool:
+    """Return whether the operator computes what `norms` compute: patched norms without hooks and with the same eps."""
+    if query.device.type not in ("cpu", "cuda") or torch.version.hip is not None:
+        return False
+    if norms[0] is None:
+        return True
+    for norm in norms:
+        if not isinstance(norm, PatchedNorm) or not is_plain(norm):
+            return False
+        weight = norm._parameters.get("weight")
+        if weight is None or weight.dtype != query.dtype or weight.shape[0] != head_dim:
+            return False
+        if weight.device != query.device or not has_kernel_layout(weight):
+            return False
+    return eps_of_norm(norms[0]) == eps_of_norm(norms[1])
 
 
 def attention_attributes(original: type[torch.nn.Module]) -> dict[str, Any]:

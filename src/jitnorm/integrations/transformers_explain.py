@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import UserDict
 from typing import Any
 
 import torch
@@ -18,10 +19,10 @@ from jitnorm.integrations.transformers_layers import (
 )
 from jitnorm.integrations.transformers_mlp import gated_activation
 from jitnorm.integrations.transformers_projections import PROJECTIONS, is_fused, projections_of
-from jitnorm.integrations.transformers_state import is_plain
+from jitnorm.integrations.transformers_state import ForwardState, is_plain
 
 
-class Explanation(dict[str, str]):
+class Explanation(UserDict[str, str]):
     """The name of each module of a kind to patch, with what became of it. Its text has one line for each."""
 
     def __str__(self) -> str:
@@ -93,12 +94,13 @@ def _additions(model: torch.nn.Module) -> dict[torch.nn.Module, str]:
             continue
         reason: str | None = "its residual is the input of the model"
         layers: Any = module._modules["layers"]
+        state = ForwardState(module)
         for layer in layers:
             if not isinstance(layer, PatchedDecoderLayer):
                 reason = "the layer before is not patched"
                 continue
             first = reason or reason_not_to_add(layer, "self_attn") or reason_of_norm(layer)
-            norm = reason_of_norm(layer) or reason_not_to_add(layer, "mlp") or next_norm(module, layer)
+            norm = reason_of_norm(layer) or reason_not_to_add(layer, "mlp") or next_norm(state, layer)
             second = norm if isinstance(norm, str) else None
             found[layer] = _sentence(first, second)
             reason = f"PyTorch made its residual, because {second}" if second else None

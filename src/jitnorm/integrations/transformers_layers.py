@@ -64,7 +64,7 @@ class PatchedDecoderLayer(torch.nn.Module):
             x = modules[self._norm_of_mlp](x)  # type: ignore[misc]
         if state is None:
             return total + x
-        following = reason_of_norm(self) or reason_not_to_add(self, "mlp") or next_norm(state.model, self)
+        following = reason_of_norm(self) or reason_not_to_add(self, "mlp") or next_norm(state, self)
         if isinstance(following, str) or not can_add_and_normalise(following, x, total):
             state.total = state.normalised = state.norm = None
             return total + x
@@ -73,23 +73,19 @@ class PatchedDecoderLayer(torch.nn.Module):
         return total
 
 
-def next_norm(model: torch.nn.Module, layer: torch.nn.Module) -> PatchedNorm | str:
-    """Return the norm that `model` applies to the output of `layer`, or why anything else may see that output."""
-    layers: Any = model._modules["layers"]
-    config: Any = model.config
-    index: Any = getattr(layer._modules["self_attn"], "layer_idx", None)
-    names = list(layers._modules)[: config.num_hidden_layers]
-    if not isinstance(index, int) or index >= len(names) or layers._modules[names[index]] is not layer:
-        return "the layer is not at its layer_idx in the model"
+def next_norm(state: ForwardState, layer: torch.nn.Module) -> PatchedNorm | str:
+    """Return the norm that the model applies to the output of `layer`, or why anything else may see that output."""
+    if layer not in state.following:
+        return "the model does not call the layer"
     if not is_plain(layer):
         return "the layer has hooks or a forward of its own"
-    if index + 1 == len(names):
-        norm = model._modules["norm"]
-    else:
-        following = layers._modules[names[index + 1]]
-        if not isinstance(following, PatchedDecoderLayer) or not is_plain(following):
-            return "the next layer is not patched, has hooks or a forward of its own"
+    following = state.following[layer]
+    if following is None:
+        norm = state.final_norm
+    elif isinstance(following, PatchedDecoderLayer) and is_plain(following):
         norm = following._modules["input_layernorm"]
+    else:
+        return "the next layer is not patched, has hooks or a forward of its own"
     return norm if isinstance(norm, PatchedNorm) and is_plain(norm) else "the next norm is not patched or has hooks"
 
 

@@ -48,13 +48,13 @@ def fused_mlp(module: torch.nn.Module, x: torch.Tensor) -> Any:
 
 def _is_supported(x: torch.Tensor, projections: list[torch.nn.Linear]) -> bool:
     """Return whether the kernel supports the results of the projections, at its full speed."""
-    gate, up = projections
+    gate, up = (linear._parameters["weight"] for linear in projections)
     return (
-        gate.weight.dtype == x.dtype
-        and gate.weight.device == x.device
-        and type(gate.weight) is type(up.weight) is torch.nn.Parameter
-        and gate.out_features == up.out_features
-        and gate.out_features * x.itemsize % CUDA_ALIGNMENT == 0
+        type(gate) is type(up) is torch.nn.Parameter
+        and gate.dtype == up.dtype == x.dtype
+        and gate.device == up.device == x.device
+        and gate.shape == up.shape
+        and gate.shape[0] * x.itemsize % CUDA_ALIGNMENT == 0
     )
 
 

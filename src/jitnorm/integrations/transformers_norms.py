@@ -8,12 +8,13 @@ from functools import partial
 
 import torch
 
-from jitnorm.core.eligibility import can_normalise
+from jitnorm.core.eligibility import can_normalise, has_kernel_layout
 from jitnorm.core.norm_modules import GEMMA_CLASSES, LLAMA_CLASSES
 from jitnorm.core.norms import is_supported_hidden_size
 from jitnorm.fused_add_rmsnorm import fused_add_rmsnorm, gemma_fused_add_rmsnorm
 from jitnorm.integrations.transformers_state import current_state, is_plain
-from jitnorm.nn import NORM_VARIANTS, normalise
+from jitnorm.nn import normalise
+from jitnorm.rmsnorm import gemma_rmsnorm, rmsnorm
 
 _is_dynamo_compiling = torch.compiler.is_dynamo_compiling
 
@@ -26,15 +27,17 @@ class NormClass:
         norm: computes the same.
         fused_add: adds and normalises the sum as rounded, in place, as the addition and the norm in transformers do.
         eps_attribute: the name of the attribute that has its eps.
+        weight_offset: added to the weight before it multiplies.
     """
 
     norm: Callable[..., torch.Tensor]
     fused_add: Callable[..., None]
     eps_attribute: str
+    weight_offset: float
 
 
-_LLAMA = NormClass(NORM_VARIANTS["rmsnorm"].norm, partial(fused_add_rmsnorm, round_sum=True), "variance_epsilon")
-_GEMMA = NormClass(NORM_VARIANTS["gemma_rmsnorm"].norm, partial(gemma_fused_add_rmsnorm, round_sum=True), "eps")
+_LLAMA = NormClass(rmsnorm, partial(fused_add_rmsnorm, round_sum=True), "variance_epsilon", 0.0)
+_GEMMA = NormClass(gemma_rmsnorm, partial(gemma_fused_add_rmsnorm, round_sum=True), "eps", 1.0)
 NORM_CLASSES = {**dict.fromkeys(LLAMA_CLASSES, _LLAMA), **dict.fromkeys(GEMMA_CLASSES, _GEMMA)}
 
 
@@ -52,29 +55,42 @@ class PatchedNorm(torch.nn.Module):
         norm_class, weight = self._jitnorm_class, self.weight
         # With a weight of another dtype the original runs: Llama's class promotes the result to that dtype.
         if can_normalise(hidden_states, weight) and weight.dtype == hidden_states.dtype:
-            eps = getattr(self, norm_class.eps_attribute)
-            return normalise(norm_class.norm, hidden_states, weight, eps)
+            return normalise(norm_class.norm, hidden_states, weight, eps_of_norm(self))
         return super().forward(hidden_states)  # type: ignore[no-any-return]
+
+
+def eps_of_norm(norm: PatchedNorm) -> float:
+    """Return the eps of a patched norm."""
+    eps: float = getattr(norm, norm._jitnorm_class.eps_attribute)
+    return eps
+
+
+def offset_of_norm(norm: PatchedNorm) -> float:
+    """Return what a patched norm adds to its weight before it multiplies."""
+    return norm._jitnorm_class.weight_offset
 
 
 def can_add_and_normalise(norm: object, x: torch.Tensor, residual: torch.Tensor) -> bool:
     """Return whether one kernel computes `residual + x` and `norm` of it, as `add_and_normalise` does."""
+    if not isinstance(norm, PatchedNorm) or not is_plain(norm):
+        return False
+    weight = norm._parameters.get("weight")
     return (
-        isinstance(norm, PatchedNorm)
-        and is_plain(norm)
-        and can_normalise(x, norm.weight)
-        and norm.weight.dtype == x.dtype == residual.dtype
+        weight is not None
+        and x.__class__ is residual.__class__ is torch.Tensor
+        and x.dtype == residual.dtype == weight.dtype
+        and x.device == residual.device == weight.device
         and x.shape == residual.shape
-        and x.is_contiguous()
-        and residual.is_contiguous()
-        and residual.device == x.device
+        and x.shape[-1] == weight.shape[0]
+        and has_kernel_layout(weight)
+        and has_kernel_layout(x)
+        and has_kernel_layout(residual)
     )
 
 
 def add_and_normalise(norm: PatchedNorm, x: torch.Tensor, residual: torch.Tensor) -> None:
     """Compute `residual += x; x = norm(residual)` in one launch."""
-    norm_class = norm._jitnorm_class
-    norm_class.fused_add(x, residual, norm.weight, getattr(norm, norm_class.eps_attribute))
+    norm._jitnorm_class.fused_add(x, residual, norm.weight, eps_of_norm(norm))
 
 
 def reason_to_leave_norm(module: torch.nn.Module) -> str | None:

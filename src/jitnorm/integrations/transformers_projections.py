@@ -20,7 +20,7 @@ PROJECTIONS = {"Attention": ("q_proj", "k_proj", "v_proj"), "MLP": ("gate_proj",
 
 
 def projections_of(module: torch.nn.Module, kind: str) -> list[torch.nn.Linear] | None:
-    """Return the projections of an attention module or MLP if all are plain linear modules of one device and dtype.
+    """Return the projections of an attention module or MLP if all are plain linear modules.
 
     Args:
         module: the attention module or MLP.
@@ -34,23 +34,18 @@ def projections_of(module: torch.nn.Module, kind: str) -> list[torch.nn.Linear] 
         if not is_plain_linear(linear):
             return None
         found.append(linear)  # type: ignore[arg-type]
-    first = found[0]
-    for linear in found:
-        if linear.weight.dtype != first.weight.dtype or linear.weight.device != first.weight.device:
-            return None
-        if (linear.bias is None) != (first.bias is None):
-            return None
     return found
 
 
 def fused_linear(x: torch.Tensor, linears: Sequence[torch.nn.Linear]) -> torch.Tensor | None:
     """Return the results of all `linears` side by side from one GEMM, or None if their weights are not one tensor."""
-    weight = _joined([linear.weight for linear in linears])
+    weight = _joined([linear._parameters["weight"] for linear in linears])
     if weight is None:
         return None
-    if linears[0].bias is None:
+    biases = [linear._parameters["bias"] for linear in linears]
+    if all(bias is None for bias in biases):
         return F.linear(x, weight)
-    bias = _joined([linear.bias for linear in linears])
+    bias = _joined(biases)
     return None if bias is None else F.linear(x, weight, bias)
 
 
@@ -83,12 +78,17 @@ def fuse_weights(linears: Sequence[torch.nn.Linear]) -> bool:
     Returns:
         Whether they are slices of one tensor now. Weights that share their memory with others are left.
     """
-    groups = [[linear.weight for linear in linears]]
-    if linears[0].bias is not None:
-        groups.append([linear.bias for linear in linears])
+    groups: list[list[torch.Tensor]] = [[linear.weight for linear in linears]]
+    biases: list[torch.Tensor] = [linear.bias for linear in linears if linear.bias is not None]
+    if biases:
+        groups.append(biases)
+    if len(biases) not in (0, len(linears)):
+        return False
     if all(_joined(group) is not None for group in groups):
         return True
     if not all(map(_can_move, (parameter for group in groups for parameter in group))):
+        return False
+    if len({(parameter.dtype, parameter.device) for group in groups for parameter in group}) > 1:
         return False
     with torch.no_grad():
         for group in groups:
@@ -117,16 +117,20 @@ def _can_move(parameter: torch.Tensor) -> bool:
     )
 
 
-def _joined(parts: Sequence[torch.Tensor]) -> torch.Tensor | None:
+def _joined(parts: Sequence[torch.Tensor | None]) -> torch.Tensor | None:
     """Return the tensor whose slices `parts` are, one after another, or None if they are not."""
-    first = parts[0]
+    first, second = parts[:2]
+    if first is None or second is None:
+        return None
     end = first.data_ptr()
-    if parts[1].data_ptr() != end + first.nbytes:  # the most frequent reason, checked first
+    if second.data_ptr() != end + first.nbytes:  # the most frequent reason, checked first
         return None
     storage = first.untyped_storage().data_ptr()
     rows = 0
     for part in parts:
-        if part.data_ptr() != end or not part.is_contiguous() or part.untyped_storage().data_ptr() != storage:
+        if part is None or part.data_ptr() != end or not part.is_contiguous():
+            return None
+        if part.untyped_storage().data_ptr() != storage:
             return None
         if part.shape[1:] != first.shape[1:] or part.dtype != first.dtype:
             return None

@@ -8,6 +8,7 @@ layers note such tensors.
 # No `from __future__ import annotations`: torch.fx writes the annotations of forward into its code, as types, not text.
 
 from contextvars import ContextVar
+from typing import Any
 
 import torch
 
@@ -19,16 +20,23 @@ class ForwardState:
     """What the layers of a model note for the next layer in one call of its forward.
 
     Attributes:
-        model: the model.
+        following: the layer after each layer that the model calls, or None after the last one.
+        final_norm: the model's norm of the last layer's output.
         total: the output of the last layer, which nothing but the next layer or the final norm reads.
         normalised: `total`, normalised by `norm`; None if it was taken.
         norm: the first norm of the next layer, or the final norm.
     """
 
-    __slots__ = ("model", "norm", "normalised", "total")
+    __slots__ = ("final_norm", "following", "norm", "normalised", "total")
 
     def __init__(self, model: torch.nn.Module) -> None:
-        self.model = model
+        config: Any = model.config
+        stack: Any = model._modules["layers"]
+        layers = list(stack._modules.values())[: config.num_hidden_layers]
+        self.following: dict[torch.nn.Module, torch.nn.Module | None] = dict(
+            zip(layers, [*layers[1:], None], strict=True)
+        )
+        self.final_norm = model._modules["norm"]
         self.total: torch.Tensor | None = None
         self.normalised: torch.Tensor | None = None
         self.norm: torch.nn.Module | None = None
@@ -47,13 +55,14 @@ current_state: ContextVar[ForwardState | None] = ContextVar("jitnorm_transformer
 
 def is_plain(module: torch.nn.Module) -> bool:
     """Return whether a call of `module` runs the forward of its class and nothing else, such as a hook."""
+    attributes = module.__dict__  # faster than attributes of a module
     return not (
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or "forward" in module.__dict__
-        or module._compiled_call_impl is not None
+        attributes["_forward_hooks"]
+        or attributes["_forward_pre_hooks"]
+        or attributes["_backward_hooks"]
+        or attributes["_backward_pre_hooks"]
+        or "forward" in attributes
+        or attributes.get("_compiled_call_impl") is not None
     )
 
 
