@@ -2,7 +2,7 @@
 
 A class is known if it is in transformers, has one of the names below, and its forward has the source that was read when
 its replacement was written. Comments, annotations, docstrings and formatting do not count, so that a source stays known
-as long as it computes the same. The hashes are those of transformers 5.5 to 5.23, tested with 5.23.
+as long as it computes the same. The hashes are those of transformers 5.5 to 5.23; 5.5, 5.20 and 5.23 are tested.
 """
 
 from __future__ import annotations
