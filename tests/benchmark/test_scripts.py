@@ -30,6 +30,7 @@ RUNS = {
     "bench_row_reductions": ["jitnorm", "torch"],
     "bench_rmsnorm_cpu": ["jitnorm", "allocated", "torch"],
     "bench_store_cache": ["jitnorm", "torch"],
+    "bench_transformers": ["jitnorm", "fused_projections", "transformers", "liger"],
 }
 # Smaller constants than the benchmark's, whose sizes take minutes on a CPU.
 CONSTANTS = {
@@ -38,10 +39,14 @@ CONSTANTS = {
         **{"HIDDEN": 64, "HEADS": 4, "KV_HEADS": 2, "HEAD_DIM": 16, "INTERMEDIATE": 128, "WIDTHS": (64, 32, 32)},
         "SIZES": [(128, 64), (64, 64), (256, 64), (64, 128)],
     },
+    "bench_transformers": {
+        **{"HIDDEN": 128, "INTERMEDIATE": 96, "HEADS": 2, "KV_HEADS": 1, "HEAD_DIM": 64, "LAYERS": 2, "CACHED": 5},
+    },
 }
 # A row instead of the short lists.
 ROWS = {
     "bench_llama_layer": {"batch": 2, "length": 1, "cached": 16},
+    "bench_transformers": {"mode": "eager", "batch": 3, "length": 1},
     "bench_matmul": {"n": 128, "k": 64, "num_tokens": 4},
 }
 

@@ -15,7 +15,7 @@ from operator_calls import forget_kernels
 import jitnorm
 from jitnorm import patch_transformers
 from jitnorm.core.operators import OPERATORS
-from jitnorm.integrations import transformers as transformers_patch
+from jitnorm.integrations import transformers_norms
 from jitnorm.warmup import make_plan
 
 from .common import in_float64, norms
@@ -99,9 +99,9 @@ def test_every_norm_is_replaced_and_calls_a_kernel(name, monkeypatch):
     model, ids = make(name, torch.bfloat16), tokens()
     before = {module_name: type(m).__name__ for module_name, m in model.named_modules() if m in norms(model)}
     called = []
-    normalise = transformers_patch.normalise
-    monkeypatch.setattr(transformers_patch, "normalise", lambda *a: called.append(a) or normalise(*a))
-    with patch_transformers(model) as patch:
+    normalise = transformers_norms.normalise
+    monkeypatch.setattr(transformers_norms, "normalise", lambda *a: called.append(a) or normalise(*a))
+    with patch_transformers(model, attention=False, layers=False) as patch:
         assert patch.replaced == before and len(before) == LAYERS * MODELS[name][1] + 1
         assert not patch.left
         logits(model, ids)
@@ -171,7 +171,7 @@ def class_of(name):
     return getattr(importlib.import_module(f"transformers.models.{module}.modeling_{module}"), name)
 
 
-@pytest.mark.parametrize("name", transformers_patch._SUPPORTED_CLASSES)
+@pytest.mark.parametrize("name", transformers_norms.NORM_CLASSES)
 def test_supported_classes_compute_what_the_kernels_compute(name):
     """Those of the installed transformers do."""
     module = class_of(name)(SIZE, eps=1e-3)
@@ -187,7 +187,7 @@ def test_supported_classes_compute_what_the_kernels_compute(name):
 def test_sizes_without_a_kernel_are_left():
     model, ids = make("Qwen3", hidden_size=96), tokens()
     before = logits(model, ids)
-    patch = patch_transformers(model)
+    patch = patch_transformers(model, attention=False, layers=False)
     assert {n.rpartition(".")[2] for n in patch.replaced} == {"q_norm", "k_norm"}
     assert {n.rpartition(".")[2] for n in patch.left} == {"input_layernorm", "post_attention_layernorm", "norm"}
     assert set(patch.left.values()) == {"no kernel supports hidden_size 96"}
@@ -339,20 +339,18 @@ def test_a_warm_up_builds_every_kernel_that_a_patched_model_calls(name, tmp_path
     model, ids = make(name), tokens()
     model.config.save_pretrained(tmp_path)
     plan = make_plan(config=tmp_path, dtype="fp32", device="cpu")
-    note = plan.notes[-1]
-    assert "patch_transformers replaces the norms" in note
-    for attention in (False, True) if "attention=True" in note else (False,):
-        forget_kernels()
-        with patch_transformers(model, attention=attention):
-            logits(model, ids)
-        called = {op.spec(*key).name for op in OPERATORS.values() for key in op.kernels_by_spec}
-        assert called and called <= {spec.name for spec in plan.specs}
+    assert ("replaces norms, attention, layers and MLPs" in plan.notes[-1]) == (name not in ("Gemma", "Gemma2"))
+    forget_kernels()
+    with patch_transformers(model):
+        logits(model, ids)
+    called = {op.spec(*key).name for op in OPERATORS.values() for key in op.kernels_by_spec}
+    assert called and called <= {spec.name for spec in plan.specs}
 
 
 def test_a_patched_model_compiles_without_a_graph_break():
     torch._dynamo.reset()
     model = make("Gemma3").requires_grad_(False)  # q and k norms on transposed heads
-    patch_transformers(model)
+    patch_transformers(model, layers=False)
     run = torch.compile(model.model.layers[0], fullgraph=True, backend="aot_eager", dynamic=True)
     for length in (5, 9):
         hidden = torch.randn(2, length, 128)

@@ -16,82 +16,23 @@ from jitnorm import patch_transformers
 from jitnorm.integrations import transformers_attention
 from jitnorm.integrations.transformers_attention import PositionEmbeddings
 
-from .common import in_float64, norms
+from .common import ATTENTION_MODELS, LAYERS, attentions, batch, logits
+from .common import make_model as make
 
 transformers = pytest.importorskip("transformers")
 
-# Name: what its config needs. Few sizes, so that few kernels are built.
-MODELS = {
-    "Llama": {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}},
-    "Qwen2": {},
-    "Qwen3": {},
-    "Gemma3": {
-        "query_pre_attn_scalar": 64,
-        "sliding_window": 4,
-        "layer_types": ["sliding_attention", "full_attention"],
-    },
-}
-LAYERS, HEAD_DIM = 2, 64
-models = pytest.mark.parametrize("name", MODELS)
-
-
-def make(name, dtype=torch.float32, device="cpu", **changes):
-    sizes = {"vocab_size": 96, "hidden_size": 128, "intermediate_size": 96, "head_dim": HEAD_DIM}
-    sizes |= {"num_hidden_layers": LAYERS, "num_attention_heads": 2, "num_key_value_heads": 1}
-    others = {"max_position_embeddings": 64, "initializer_range": 0.1, "pad_token_id": 0, "bos_token_id": 1}
-    config = getattr(transformers, f"{name}TextConfig" if name == "Gemma3" else f"{name}Config")
-    model = getattr(transformers, f"{name}ForCausalLM")(
-        config(**{**sizes, **others, "eos_token_id": 2, **MODELS[name], **changes})
-    )
-    for module in norms(model):
-        torch.nn.init.normal_(module.weight, 0.0 if name == "Gemma3" else 1.0, 0.3)
-    return model.to(device, dtype).eval()
-
-
-def attentions(model):
-    return [layer.self_attn for layer in model.model.layers]
-
-
-def batch(device="cpu", rows=3, length=7):
-    """Return tokens and a mask of sequences that are padded on their left."""
-    ids = torch.randint(3, 96, (rows, length), device=device)
-    mask = torch.ones_like(ids)
-    for row in range(1, rows):
-        ids[row, :row], mask[row, :row] = 0, 0
-    return {"input_ids": ids, "attention_mask": mask}
-
-
-def logits(model, inputs):
-    with torch.no_grad():
-        out = model(**inputs).logits
-    return out[inputs["attention_mask"].bool()] if "attention_mask" in inputs else out
+models = pytest.mark.parametrize("name", ATTENTION_MODELS)
 
 
 @pytest.fixture
 def kernel_calls(monkeypatch):
     """Return the arguments of each call of the operator."""
     calls = []
-    original = transformers_attention.apply_qk_norm_rope
+    original = transformers_attention.normalise_and_rotate
     monkeypatch.setattr(
-        transformers_attention, "apply_qk_norm_rope", lambda *a, **options: calls.append(a) or original(*a, **options)
+        transformers_attention, "normalise_and_rotate", lambda *a, **options: calls.append(a) or original(*a, **options)
     )
     return calls
-
-
-@models
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_logits(name, dtype, kernel_calls, device):
-    """The patched model is as close to float64 as before: it rounds less often."""
-    model, inputs = make(name, dtype, device), batch(device, rows=16, length=24)
-    exact, before = logits(in_float64(model), inputs), logits(model, inputs)
-    with patch_transformers(model, attention=True) as patch:
-        assert not patch.left
-        after = logits(model, inputs)
-    assert len(kernel_calls) == LAYERS
-    assert relative_error(after, exact) <= 1.1 * relative_error(before, exact)
-    if dtype == torch.float32:
-        assert relative_error(after, before.double()) < 1e-5
-    assert same_bits(logits(model, inputs), before)
 
 
 @models
@@ -99,9 +40,9 @@ def test_what_is_replaced_and_restored(name):
     model, inputs = make(name), batch()
     classes = {path: type(module) for path, module in model.named_modules()}
     before = logits(model, inputs)
-    norms_alone = patch_transformers(model).replaced
+    norms_alone = patch_transformers(model, attention=False, layers=False).replaced
     assert not any("Attention" in cls or "Rotary" in cls for cls in norms_alone.values())
-    patch = patch_transformers(model, attention=True)  # after the norms, which are left then
+    patch = patch_transformers(model, layers=False)  # after the norms, which are left then
     assert list(patch.replaced.values()) == [f"{name}Attention"] * LAYERS + [f"{name}RotaryEmbedding"]
     assert set(patch.left.values()) == {"already replaced"} and set(patch.left) == set(norms_alone)
     for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), model):
@@ -132,7 +73,7 @@ def operators_of_a_layer(name, attention):
     for layers in (2, 3):
         more = {"layer_types": ["full_attention"] * layers} if name == "Gemma3" else {}
         model, ids = make(name, num_hidden_layers=layers, **more), batch()["input_ids"]
-        patch_transformers(model, attention=attention)
+        patch_transformers(model, attention=attention, layers=False)
         logits(model, {"input_ids": ids, "use_cache": False})
         with Operators() as seen:
             logits(model, {"input_ids": ids, "use_cache": False})
@@ -160,7 +101,7 @@ def test_generate(name, cache, kernel_calls):
     options = {k: v for k, v in options.items() if (k, v) != ("cache_implementation", "dynamic")}
     options["disable_compile"] = True
     before = model.generate(**inputs, **options)
-    with patch_transformers(model, attention=True):
+    with patch_transformers(model):
         after = model.generate(**inputs, **options)
     assert after.shape == (3, 12) and len(kernel_calls) == 5 * LAYERS
     assert torch.equal(after, before)  # in float32; a tie within rounding is too rare to see
@@ -172,7 +113,7 @@ def test_a_training_step_runs_the_original_attention(name, kernel_calls):
     grads = []
     for is_patched in (False, True):
         if is_patched:
-            patch_transformers(model, attention=True)
+            patch_transformers(model)
         model.zero_grad()
         model(**inputs, labels=inputs["input_ids"]).loss.backward()
         grads.append({key: p.grad.clone() for key, p in model.named_parameters()})
@@ -184,16 +125,16 @@ def test_a_training_step_runs_the_original_attention(name, kernel_calls):
 
 def test_a_frozen_model_calls_the_kernel_with_gradients_enabled(kernel_calls):
     model = make("Qwen3").requires_grad_(False)
-    patch_transformers(model, attention=True)
+    patch_transformers(model, layers=False)
     model(**batch())
     assert len(kernel_calls) == LAYERS
 
 
-@models
+@pytest.mark.parametrize("name", ["Qwen3", "Gemma3"])
 def test_compiled(name, device):
     model, inputs = make(name, device=device), {"input_ids": batch(device)["input_ids"]}
     before = logits(model, inputs)
-    patch_transformers(model, attention=True)
+    patch_transformers(model, layers=False)
     targets = []
 
     def backend(graph, _):
@@ -226,7 +167,7 @@ def test_attentions_and_hooks_see_what_they_saw():
     results = []
     for is_patched in (False, True):
         if is_patched:
-            patch_transformers(model, attention=True)
+            patch_transformers(model, layers=False)
         with torch.no_grad():
             results.append(model(**inputs, output_attentions=True, output_hidden_states=True))
     assert relative_error(kept[1], kept[0].double()) < 1e-6

@@ -155,17 +155,17 @@ def test_notes_on_what_a_config_leaves_out(cache_dir, tmp_path, monkeypatch, con
     [
         (
             LLAMA,
-            "the norms, which call rmsnorm, and with attention=True the attention, which calls rope: "
-            "other code calls fused_add_rmsnorm, silu_and_mul, store_cache",
+            "norms, attention, layers and MLPs, which call rmsnorm, fused_add_rmsnorm_round_sum, rope, silu_and_mul: "
+            "other code calls fused_add_rmsnorm, store_cache",
         ),
         (
-            {**LLAMA, "model_type": "mistral"},
+            {**LLAMA, "model_type": "mixtral"},
             "the norms alone, which call rmsnorm: other code calls fused_add_rmsnorm, rope, silu_and_mul, store_cache",
         ),
         (
             {**LLAMA, "model_type": "gemma3_text", "head_dim": 64},
-            "the norms, which call gemma_rmsnorm, and with attention=True the attention, which calls "
-            "qk_norm_rope_store: other code calls gemma_fused_add_rmsnorm, gelu_tanh_and_mul, store_cache",
+            "norms, attention, layers and MLPs, which call gemma_rmsnorm, gemma_fused_add_rmsnorm_round_sum, "
+            "qk_norm_rope_store, gelu_tanh_and_mul: other code calls gemma_fused_add_rmsnorm, store_cache",
         ),
         ({**LLAMA, "model_type": "glm4_moe"}, "no module of this model_type: other code calls these"),
         ({**LLAMA, "model_type": None}, "no module of this model_type: other code calls these"),

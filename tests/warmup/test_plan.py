@@ -128,18 +128,18 @@ def test_config_brings_its_dtype():
 @pytest.mark.parametrize(
     ("name", "kernels"),
     [
-        ("llama.json", "rmsnorm_4096 fused_add_rmsnorm_4096 rope_128 silu_and_mul"),
+        ("llama.json", "rmsnorm_4096 fused_add_rmsnorm_4096 fused_add_rmsnorm_round_sum_4096 rope_128 silu_and_mul"),
         (
             "qwen3.json",
-            "rmsnorm_5120 rmsnorm_128 fused_add_rmsnorm_5120 fused_inplace_qknorm_128 qk_norm_rope_store_128 "
-            "silu_and_mul",
+            "rmsnorm_5120 rmsnorm_128 fused_add_rmsnorm_5120 fused_add_rmsnorm_round_sum_5120 "
+            "fused_inplace_qknorm_128 qk_norm_rope_store_128 silu_and_mul",
         ),
         ("gemma.json", "gemma_rmsnorm_3584 gemma_fused_add_rmsnorm_3584 rope_256 gelu_tanh_and_mul"),
         # Its q and k norms add one to the weight, too; heads and activation are left out.
         (
             "gemma3.json",
-            "gemma_rmsnorm_2560 gemma_rmsnorm_256 gemma_fused_add_rmsnorm_2560 qk_norm_rope_store_256 "
-            "gelu_tanh_and_mul",
+            "gemma_rmsnorm_2560 gemma_rmsnorm_256 gemma_fused_add_rmsnorm_2560 "
+            "gemma_fused_add_rmsnorm_round_sum_2560 qk_norm_rope_store_256 gelu_tanh_and_mul",
         ),
         # After MiniMaxAI/MiniMax-M2, Qwen/Qwen3-Next-80B-A3B-Instruct and Qwen/Qwen3-VL-8B-Instruct: a rotary_dim, a
         # quarter of a head that is rotated, three positions. Written here, not downloaded.

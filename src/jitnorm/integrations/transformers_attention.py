@@ -6,34 +6,27 @@ a `cos_sin_cache` and `positions` to that result, so that no layer has to build 
 
 # No `from __future__ import annotations`: torch.fx writes the annotations of forward into its code, as types, not text.
 
-import inspect
 import sys
 from collections.abc import Iterable
 from typing import Any
 
 import torch
 
-from jitnorm.core.eligibility import can_call_operators
+from jitnorm.core.eligibility import can_call_operators, has_kernel_layout
 from jitnorm.core.norm_modules import ATTENTION_FAMILIES
 from jitnorm.core.operators import DTYPES
+from jitnorm.core.torch_library import needs_dispatcher
+from jitnorm.integrations.transformers_norms import PatchedNorm, eps_of_norm, offset_of_norm
+from jitnorm.integrations.transformers_projections import fused_linear, projections_of
+from jitnorm.integrations.transformers_sources import reason_if_unknown
+from jitnorm.integrations.transformers_state import is_plain
 from jitnorm.layers.qk_norm_rope import apply_qk_norm_rope, is_supported_size
+from jitnorm.qknorm_rope_store import qk_norm_rope_store
 
-ATTENTION_CLASSES = tuple(f"{family}Attention" for family in ATTENTION_FAMILIES)
-ROTARY_CLASSES = tuple(f"{family}RotaryEmbedding" for family in ATTENTION_FAMILIES)
-
-# All names in the code of a forward that PatchedAttention.forward can replace. With another one it does something else.
-_ATTRIBUTES = "config head_dim k_norm k_proj layer_idx o_proj q_norm q_proj scaling sliding_window v_proj"
-_LOCALS = (
-    "attention_interface attention_mask attn_output attn_weights cos hidden_shape hidden_states input_shape key_states "
-    "kwargs past_key_values position_embeddings query_states self sin value_states"
-)
-_CALLED = (
-    "ALL_ATTENTION_FUNCTIONS apply_rotary_pos_emb eager_attention_forward get_interface contiguous reshape shape "
-    "transpose update view"
-)
-_NAMES = {*_ATTRIBUTES.split(), *_LOCALS.split(), *_CALLED.split(), "_attn_implementation"}
-_NAMES |= {"attention_dropout", "training"}
-_OPTIONAL_NAMES = {"k_norm", "q_norm", "sliding_window"}
+_FAMILIES = (*ATTENTION_FAMILIES, "Mistral")
+ATTENTION_CLASSES = tuple(f"{family}Attention" for family in _FAMILIES)
+ROTARY_CLASSES = tuple(f"{family}RotaryEmbedding" for family in _FAMILIES)
+_CLASSES_WITH_NORMS = ("Gemma3Attention", "Qwen3Attention")
 
 
 class PositionEmbeddings(tuple[torch.Tensor, ...]):
@@ -80,7 +73,7 @@ class PatchedAttention(torch.nn.Module):
 
     _jitnorm_original: type[torch.nn.Module]
     _has_norms: bool
-    _passes_sliding_window: bool
+    _sliding_window_of: str | None
     _functions: Any
     _eager_attention: Any
     config: Any
@@ -113,25 +106,17 @@ class PatchedAttention(torch.nn.Module):
                 **kwargs,
             )
         input_shape = hidden_states.shape[:-1]
-        query, key = apply_qk_norm_rope(
-            self.q_proj(hidden_states),
-            self.k_proj(hidden_states),
-            self.q_norm if self._has_norms else None,
-            self.k_norm if self._has_norms else None,
-            self.head_dim,
-            position_embeddings.cos_sin_cache,
-            position_embeddings.positions,
-            allow_inplace=False,  # a hook of a projection may have kept its output
-        )
-        query, key, value = (
-            x.view(*input_shape, -1, self.head_dim).transpose(1, 2) for x in (query, key, self.v_proj(hidden_states))
-        )
+        query, key, value, is_own = self._project(hidden_states)
+        query, key = normalise_and_rotate(self, query, key, position_embeddings, is_own)
+        query, key, value = (x.view(*input_shape, -1, self.head_dim).transpose(1, 2) for x in (query, key, value))
         # The rest is as in transformers.
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
         attention = self._functions.get_interface(self.config._attn_implementation, self._eager_attention)
-        if self._passes_sliding_window:
+        if self._sliding_window_of == "self":
             kwargs["sliding_window"] = self.sliding_window
+        elif self._sliding_window_of == "config":
+            kwargs["sliding_window"] = getattr(self.config, "sliding_window", None)
         output, weights = attention(
             *(self, query, key, value, attention_mask),
             dropout=self.attention_dropout if self.training else 0.0,
@@ -139,6 +124,18 @@ class PatchedAttention(torch.nn.Module):
             **kwargs,
         )
         return self.o_proj(output.reshape(*input_shape, -1).contiguous()), weights
+
+    def _project(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, bool]:
+        """Return q, k and v, and whether nothing else, such as a hook of a projection, can see them."""
+        projections = None if torch.compiler.is_compiling() else projections_of(self, "Attention")
+        if projections is None:
+            return self.q_proj(hidden_states), self.k_proj(hidden_states), self.v_proj(hidden_states), False
+        fused = fused_linear(hidden_states, projections)
+        if fused is None:
+            query, key, value = (linear(hidden_states) for linear in projections)
+        else:
+            query, key, value = fused.split([linear.out_features for linear in projections], dim=-1)
+        return query, key, value, True
 
     def _can_fuse(self, hidden_states: torch.Tensor, position_embeddings: Any) -> bool:
         """Return whether the kernel, and not the original forward, computes this call."""
@@ -160,13 +157,63 @@ class PatchedAttention(torch.nn.Module):
         )
 
 
+def normalise_and_rotate(
+    attention: PatchedAttention, query: torch.Tensor, key: torch.Tensor, angles: PositionEmbeddings, is_own: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return q and k, normalised by the attention's norms if it has any, and rotated.
+
+    Args:
+        attention: the module.
+        query: `[batch, length, heads * head_dim]`.
+        key: Likewise.
+        angles: of this forward of the model, with a cos_sin_cache.
+        is_own: whether q and k may be overwritten.
+    """
+    head_dim, cos_sin_cache, positions = attention.head_dim, angles.cos_sin_cache, angles.positions
+    assert cos_sin_cache is not None and positions is not None  # as _can_fuse has checked
+    modules: Any = attention._modules
+    q_norm, k_norm = (modules["q_norm"], modules["k_norm"]) if attention._has_norms else (None, None)
+    # apply_qk_norm_rope makes the same call, after checks that take longer than the kernel.
+    if is_own and not needs_dispatcher(query) and _are_plain((q_norm, k_norm), query, head_dim):
+        tokens = positions.shape[0]
+        qk_norm_rope_store(
+            query.view(tokens, query.shape[-1] // head_dim, head_dim),
+            key.view(tokens, key.shape[-1] // head_dim, head_dim),
+            None,
+            cos_sin_cache,
+            positions,
+            q_weight=None if q_norm is None else q_norm._parameters["weight"],
+            k_weight=None if k_norm is None else k_norm._parameters["weight"],
+            eps=1e-6 if q_norm is None else eps_of_norm(q_norm),
+            weight_offset=0.0 if q_norm is None else offset_of_norm(q_norm),
+        )
+        return query, key
+    return apply_qk_norm_rope(query, key, q_norm, k_norm, head_dim, cos_sin_cache, positions, allow_inplace=is_own)
+
+
+def _are_plain(norms: tuple[Any, Any], query: torch.Tensor, head_dim: int) -> bool:
+    """Return whether the operator computes what `norms` compute: patched norms without hooks and with the same eps."""
+    if query.device.type not in ("cpu", "cuda") or torch.version.hip is not None:
+        return False
+    if norms[0] is None:
+        return True
+    for norm in norms:
+        if not isinstance(norm, PatchedNorm) or not is_plain(norm):
+            return False
+        weight = norm._parameters.get("weight")
+        if weight is None or weight.dtype != query.dtype or weight.shape[0] != head_dim:
+            return False
+        if weight.device != query.device or not has_kernel_layout(weight):
+            return False
+    return eps_of_norm(norms[0]) == eps_of_norm(norms[1])
+
+
 def attention_attributes(original: type[torch.nn.Module]) -> dict[str, Any]:
     """Return what the patched class of an attention class has besides its bases."""
-    names = _names_of(original)
-    module = sys.modules[original.__module__]
+    name, module = original.__name__, sys.modules[original.__module__]
     return {
-        "_has_norms": "q_norm" in names,
-        "_passes_sliding_window": "sliding_window" in names,
+        "_has_norms": name in _CLASSES_WITH_NORMS,
+        "_sliding_window_of": {"LlamaAttention": None, "MistralAttention": "config"}.get(name, "self"),
         "_functions": module.ALL_ATTENTION_FUNCTIONS,
         "_eager_attention": staticmethod(module.eager_attention_forward),
     }
@@ -177,18 +224,8 @@ def reason_to_leave_attention(module: torch.nn.Module) -> str | None:
     name = type(module).__name__
     if name not in ATTENTION_CLASSES + ROTARY_CLASSES:
         return f"{name} is not a class that jitnorm supports"
-    if "forward" in vars(module):
-        return "its forward was replaced on the instance"
-    if name in ROTARY_CLASSES:
-        return None
-    names = _names_of(type(module))
-    if not names <= _NAMES or not names >= _NAMES - _OPTIONAL_NAMES:
-        return f"the forward of {name} is not the one of transformers that jitnorm knows"
+    reason = reason_if_unknown(module)
+    if reason is not None or name in ROTARY_CLASSES:
+        return reason
     head_dim: Any = module.head_dim
     return None if is_supported_size(head_dim, head_dim) else f"no kernel supports head_dim {head_dim}"
-
-
-def _names_of(original: type[torch.nn.Module]) -> set[str]:
-    """Return all names in the code of a class's forward."""
-    code = getattr(inspect.unwrap(original.forward), "__code__", None)
-    return set() if code is None else {*code.co_names, *code.co_varnames}

@@ -68,6 +68,8 @@ _DEFAULT_ACTS = {
 _LATENT_RANKS = ("q_lora_rank", "kv_lora_rank")
 # The widths of feed-forward layers.
 _INTERMEDIATE_SIZES = ("intermediate_size", "moe_intermediate_size", "shared_expert_intermediate_size")
+# Models whose attention, layers and MLPs `patch_transformers` replaces.
+_PATCHABLE_LAYERS = {*map(str.lower, ATTENTION_FAMILIES), "mistral"}
 # The keys of a rotary embedding: one of them shows that an unknown model has one.
 _ROTATION_KEYS = ("rope_parameters", "rope_scaling", "rope_theta", "rotary_dim", "partial_rotary_factor")
 # The keys under which multimodal models describe their language model.
@@ -108,7 +110,7 @@ class ModelConfig:
         dtype: The dtype as the config spells it.
         notes: What the model may call that the config does not say.
         is_patchable: Whether patch_transformers knows the class of its norms.
-        has_patchable_attention: Whether it knows the class of its attention.
+        has_patchable_layers: Whether it knows the classes of its attention, layers and MLPs.
         rotation: How heads are rotated; None for models without a rotation, with latent attention, or with heads of
             unknown size.
     """
@@ -123,7 +125,7 @@ class ModelConfig:
     dtype: str | None
     notes: list[str]
     is_patchable: bool
-    has_patchable_attention: bool
+    has_patchable_layers: bool
     rotation: Rotation | None
 
     def operators(self) -> list[str]:
@@ -133,6 +135,7 @@ class ModelConfig:
         heads = [QKNORM.op] if self.head_dims and not self.is_gemma else []
         has_activation = self.hidden_act in HIDDEN_ACTS and self.intermediate_sizes
         activations = [HIDDEN_ACTS[self.hidden_act]] if has_activation and self.hidden_act else []
+        norms += [f"{norms[1]}_round_sum"] if self.has_patchable_layers else []  # as transformers adds and normalises
         return [*norms, *heads, *self._attention_operators(), *activations, STORE_CACHE.op]
 
     def _attention_operators(self) -> list[str]:
@@ -176,14 +179,15 @@ class ModelConfig:
         """Return a note on which of `operators` the modules of patch_transformers do not call."""
         if not self.is_patchable:
             return f"{self.path}: patch_transformers replaces no module of this model_type: other code calls these"
-        norm = "gemma_rmsnorm" if self.is_gemma else "rmsnorm"
-        attention = self._attention_operators() if self.has_patchable_attention else []
-        rest = ", ".join(op for op in self.operators() if op not in (norm, *attention))
-        and_attention = f", and with attention=True the attention, which calls {attention[0]}" if attention else ""
-        norms = "the norms" if attention else "the norms alone"
-        return (
-            f"{self.path}: patch_transformers replaces {norms}, which call {norm}{and_attention}: "
-            f"other code calls {rest}"
+        operators = self.operators()
+        called, what = operators[:1], "the norms alone"
+        if self.has_patchable_layers:
+            attention, activations = self._attention_operators(), HIDDEN_ACTS.values()
+            called += [op for op in operators if op.endswith("_round_sum") or op in attention or op in activations]
+            what = "norms, attention, layers and MLPs"
+        rest = [op for op in operators if op not in called]
+        return f"{self.path}: patch_transformers replaces {what}, which call {', '.join(called)}: other code calls " + (
+            ", ".join(rest)
         )
 
 
@@ -294,7 +298,7 @@ def read_config(path: str | os.PathLike[str]) -> ModelConfig:
             *_notes_on_activation(file, hidden_act, intermediate_sizes),
         ],
         is_patchable=is_norm_family(config.family),
-        has_patchable_attention=config.family in {name.lower() for name in ATTENTION_FAMILIES},
+        has_patchable_layers=config.family in _PATCHABLE_LAYERS,
         rotation=rotation,
     )
 

@@ -1,0 +1,144 @@
+"""Compute the projections of one input into one tensor: the gate and the factor of an MLP, or q, k and v.
+
+With `fuse_weights` the weights of these projections become slices of one tensor, and one GEMM computes all of them.
+The parameters stay the same objects, with the same values, so that the state dict and updates in place work as before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+
+from jitnorm.integrations.transformers_state import is_plain_linear
+
+_has_any_global_hook = torch.nn.modules.module._has_any_global_hook
+
+# The projections of one input, by the end of the name of the class of modules that have them.
+PROJECTIONS = {"Attention": ("q_proj", "k_proj", "v_proj"), "MLP": ("gate_proj", "up_proj")}
+
+
+def projections_of(module: torch.nn.Module, kind: str) -> list[torch.nn.Linear] | None:
+    """Return the projections of an attention module or MLP if all are plain linear modules.
+
+    Args:
+        module: the attention module or MLP.
+        kind: a key of `PROJECTIONS`.
+    """
+    if _has_any_global_hook():
+        return None
+    found: list[torch.nn.Linear] = []
+    for name in PROJECTIONS[kind]:
+        linear = module._modules.get(name)
+        if not is_plain_linear(linear):
+            return None
+        found.append(linear)  # type: ignore[arg-type]
+    return found
+
+
+def fused_linear(x: torch.Tensor, linears: Sequence[torch.nn.Linear]) -> torch.Tensor | None:
+    """Return the results of all `linears` side by side from one GEMM, or None if their weights are not one tensor."""
+    weight = _joined([linear._parameters["weight"] for linear in linears])
+    if weight is None:
+        return None
+    biases = [linear._parameters["bias"] for linear in linears]
+    if all(bias is None for bias in biases):
+        return F.linear(x, weight)
+    bias = _joined(biases)
+    return None if bias is None else F.linear(x, weight, bias)
+
+
+def side_by_side(x: torch.Tensor, linears: Sequence[torch.nn.Linear]) -> torch.Tensor:
+    """Return the results of all `linears` side by side: one GEMM where `fused_linear` can, or else one for each.
+
+    Args:
+        x: `[..., in_features]`, of the weights' dtype.
+        linears: without a gradient.
+    """
+    fused = fused_linear(x, linears)
+    if fused is not None:
+        return fused
+    rows = x.reshape(-1, x.shape[-1])
+    out = rows.new_empty(rows.shape[0], sum(linear.out_features for linear in linears))
+    start = 0
+    for linear in linears:  # a GEMM writes its result into a slice of rows as well as into a tensor of its own
+        part = out[:, start : start + linear.out_features]
+        if linear.bias is None:
+            torch.mm(rows, linear.weight.t(), out=part)
+        else:
+            torch.addmm(linear.bias, rows, linear.weight.t(), out=part)
+        start += linear.out_features
+    return out.view(*x.shape[:-1], start)
+
+
+def fuse_weights(linears: Sequence[torch.nn.Linear]) -> bool:
+    """Move the weights and biases of `linears` into one tensor each, of which they become slices.
+
+    Returns:
+        Whether they are slices of one tensor now. Weights that share their memory with others are left.
+    """
+    groups: list[list[torch.Tensor]] = [[linear.weight for linear in linears]]
+    biases: list[torch.Tensor] = [linear.bias for linear in linears if linear.bias is not None]
+    if biases:
+        groups.append(biases)
+    if len(biases) not in (0, len(linears)):
+        return False
+    if all(_joined(group) is not None for group in groups):
+        return True
+    if not all(map(_can_move, (parameter for group in groups for parameter in group))):
+        return False
+    if len({(parameter.dtype, parameter.device) for group in groups for parameter in group}) > 1:
+        return False
+    with torch.no_grad():
+        for group in groups:
+            joined = torch.cat([parameter.data for parameter in group])
+            for parameter, part in zip(group, joined.split([len(p) for p in group]), strict=True):
+                parameter.data = part
+    return True
+
+
+def split_weights(linears: Sequence[torch.nn.Linear]) -> None:
+    """Give each weight and bias of `linears` memory of its own again, if `fuse_weights` has joined them."""
+    for group in ([linear.weight for linear in linears], [linear.bias for linear in linears]):
+        if all(isinstance(parameter, torch.nn.Parameter) for parameter in group) and _joined(group) is not None:
+            for parameter in group:
+                parameter.data = parameter.data.clone()
+
+
+def _can_move(parameter: torch.Tensor) -> bool:
+    """Return whether a parameter is an ordinary one whose memory no other tensor has a part of."""
+    return (
+        type(parameter) is torch.nn.Parameter
+        and type(parameter.data) is torch.Tensor
+        and not parameter.is_meta
+        and parameter.is_contiguous()
+        and parameter.untyped_storage().nbytes() == parameter.nbytes
+    )
+
+
+def _joined(parts: Sequence[torch.Tensor | None]) -> torch.Tensor | None:
+    """Return the tensor whose slices `parts` are, one after another, or None if they are not."""
+    first, second = parts[:2]
+    if first is None or second is None:
+        return None
+    end = first.data_ptr()
+    if second.data_ptr() != end + first.nbytes:  # the most frequent reason, checked first
+        return None
+    storage = first.untyped_storage().data_ptr()
+    rows = 0
+    for part in parts:
+        if part is None or part.data_ptr() != end or not part.is_contiguous():
+            return None
+        if part.untyped_storage().data_ptr() != storage:
+            return None
+        if part.shape[1:] != first.shape[1:] or part.dtype != first.dtype:
+            return None
+        end += part.nbytes
+        rows += part.shape[0]
+    return first.as_strided((rows, *first.shape[1:]), first.stride())
+
+
+def is_fused(linears: Sequence[torch.nn.Linear]) -> bool:
+    """Return whether the weights of `linears` are slices of one tensor."""
+    return _joined([linear.weight for linear in linears]) is not None
