@@ -21,8 +21,8 @@ LLAMA_CLASSES = (
 )
 # Classes that multiply by 1 + weight.
 GEMMA_CLASSES = ("GemmaRMSNorm", "Gemma2RMSNorm", "Gemma3RMSNorm", "Qwen3NextRMSNorm")
-# Model families of transformers whose attention and rotary embedding `patch_transformers(attention=True)` replaces.
-ATTENTION_FAMILIES = ("Llama", "Qwen2", "Qwen3", "Gemma3")
+# Model families of transformers whose attention, layers and MLPs `patch_transformers` replaces.
+PATCHABLE_FAMILIES = ("Llama", "Mistral", "Qwen2", "Qwen3", "Gemma3")
 
 
 def is_norm_family(family: str) -> bool:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from jitnorm.core.eligibility import can_call_operators, has_kernel_layout
-from jitnorm.core.norm_modules import ATTENTION_FAMILIES
+from jitnorm.core.norm_modules import PATCHABLE_FAMILIES
 from jitnorm.core.operators import DTYPES
 from jitnorm.core.torch_library import needs_dispatcher
 from jitnorm.integrations.transformers_norms import PatchedNorm, eps_of_norm, offset_of_norm
@@ -23,9 +23,8 @@ from jitnorm.integrations.transformers_state import is_plain
 from jitnorm.layers.qk_norm_rope import apply_qk_norm_rope, is_supported_size
 from jitnorm.qknorm_rope_store import qk_norm_rope_store
 
-_FAMILIES = (*ATTENTION_FAMILIES, "Mistral")
-ATTENTION_CLASSES = tuple(f"{family}Attention" for family in _FAMILIES)
-ROTARY_CLASSES = tuple(f"{family}RotaryEmbedding" for family in _FAMILIES)
+ATTENTION_CLASSES = tuple(f"{family}Attention" for family in PATCHABLE_FAMILIES)
+ROTARY_CLASSES = tuple(f"{family}RotaryEmbedding" for family in PATCHABLE_FAMILIES)
 _CLASSES_WITH_NORMS = ("Gemma3Attention", "Qwen3Attention")
 
 

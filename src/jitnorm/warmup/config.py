@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from jitnorm.activation import GELU_AND_MUL, GELU_TANH_AND_MUL, SILU_AND_MUL
-from jitnorm.core.norm_modules import ATTENTION_FAMILIES, is_norm_family
+from jitnorm.core.norm_modules import PATCHABLE_FAMILIES, is_norm_family
 from jitnorm.qknorm import QKNORM
 from jitnorm.qknorm_rope_store import QK_NORM_ROPE_STORE, ROPE, STORE_HEADS
 from jitnorm.store_cache import STORE_CACHE
@@ -68,8 +68,6 @@ _DEFAULT_ACTS = {
 _LATENT_RANKS = ("q_lora_rank", "kv_lora_rank")
 # The widths of feed-forward layers.
 _INTERMEDIATE_SIZES = ("intermediate_size", "moe_intermediate_size", "shared_expert_intermediate_size")
-# Models whose attention, layers and MLPs `patch_transformers` replaces.
-_PATCHABLE_LAYERS = {*map(str.lower, ATTENTION_FAMILIES), "mistral"}
 # The keys of a rotary embedding: one of them shows that an unknown model has one.
 _ROTATION_KEYS = ("rope_parameters", "rope_scaling", "rope_theta", "rotary_dim", "partial_rotary_factor")
 # The keys under which multimodal models describe their language model.
@@ -298,7 +296,7 @@ def read_config(path: str | os.PathLike[str]) -> ModelConfig:
             *_notes_on_activation(file, hidden_act, intermediate_sizes),
         ],
         is_patchable=is_norm_family(config.family),
-        has_patchable_layers=config.family in _PATCHABLE_LAYERS,
+        has_patchable_layers=config.family in map(str.lower, PATCHABLE_FAMILIES),
         rotation=rotation,
     )
 
