@@ -121,6 +121,7 @@ def config():
     from jitnorm.integrations.vllm_plugin import installation
 
     installation.install()
+    installation.replace_layers()
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -131,6 +132,12 @@ def config():
         yield made
     torch.distributed.destroy_process_group()
     installation.uninstall()
+
+
+def reinstall(installation):
+    installation.uninstall()
+    installation.install()
+    installation.replace_layers()
 
 
 @pytest.fixture
@@ -200,7 +207,7 @@ def test_all_fingerprints_are_those_of_the_installed_version(config):
 
 
 @needs_vllm
-def test_a_part_with_another_source_is_left(config, monkeypatch, caplog):
+def test_a_part_with_another_source_is_left(config, monkeypatch):
     from vllm.model_executor.custom_op import op_registry_oot
 
     from jitnorm.integrations.vllm_plugin import installation
@@ -211,20 +218,18 @@ def test_a_part_with_another_source_is_left(config, monkeypatch, caplog):
     monkeypatch.setitem(compatibility.FINGERPRINTS["norms"], name, "0" * 16)
     compatibility.changed.cache_clear()
     try:
-        with caplog.at_level(logging.WARNING, "jitnorm"):
-            installation.install()
+        installation.replace_layers()
         assert "RMSNorm" not in op_registry_oot and "SiluAndMul" in op_registry_oot
         reason = f"the source of {name} is not that of vLLM 0.26.0"
-        assert f"jitnorm's plugin leaves vLLM's RMSNorm: {reason}" in caplog.messages
+        assert installation._notes == [f"left {cls}: {reason}" for cls in ("RMSNorm", "GemmaRMSNorm")]
     finally:
         monkeypatch.undo()
         compatibility.changed.cache_clear()
-        installation.uninstall()
-        installation.install()
+        reinstall(installation)
 
 
 @needs_vllm
-def test_a_class_that_another_plugin_replaces_is_left(config, monkeypatch, caplog):
+def test_a_class_that_another_plugin_replaces_is_left(config):
     from vllm.model_executor.custom_op import op_registry_oot
     from vllm.model_executor.layers.layernorm import RMSNorm
 
@@ -236,14 +241,13 @@ def test_a_class_that_another_plugin_replaces_is_left(config, monkeypatch, caplo
     installation.uninstall()
     RMSNorm.register_oot(Other)
     try:
-        with caplog.at_level(logging.WARNING, "jitnorm"):
-            installation.install()
+        installation.replace_layers()
         assert op_registry_oot["RMSNorm"] is Other
-        assert "jitnorm's plugin leaves vLLM's RMSNorm: Other of another plugin replaces it" in caplog.messages
+        assert installation._notes == ["left RMSNorm: Other of another plugin replaces it"]
     finally:
         op_registry_oot.pop("RMSNorm")
-        installation.uninstall()
-        installation.install()
+        RMSNorm.name = "rms_norm"
+        reinstall(installation)
 
 
 @needs_vllm
@@ -827,3 +831,269 @@ def test_inductor_generates_no_copy_around_the_kernels(config, attention):
     # Both activations, and the sum of the first residual: the graph may not write its own input.
     assert len([line for line in generated if "silu" in line or "mul" in line]) == 2, generated
     assert len(generated) == 2, generated
+
+
+@needs_vllm
+def test_vllm_splits_the_graph_into_one_piece_for_the_launch_and_attention(config, attention):
+    """Between these pieces lie those that it captures, without a launch that reads the step's slots."""
+    from vllm.compilation.backends import split_graph
+
+    from jitnorm.integrations.vllm_plugin.attention import OPERATOR
+    from jitnorm.integrations.vllm_plugin.models import replace_operators
+
+    layers = decoder_layers(config, 2)
+    replace_operators(layers, settings())
+    graphs = []
+    torch._dynamo.reset()
+    names = [layer.self_attn.attn.layer_name for layer in layers]
+    with torch.inference_mode(), reference.forward_context(config, **dict.fromkeys(names, torch.arange(3))):
+        compiled = torch.compile(run_layers(layers), fullgraph=True, backend=lambda g, _: graphs.append(g) or g)
+        compiled(torch.arange(3), torch.randn(3, HIDDEN))
+    _, items = split_graph(graphs[0], splitting_ops_of(config))
+    pieces = [(item.is_splitting_graph, " ".join(targets(item.graph))) for item in items]
+    assert [is_split for is_split, _ in pieces] == [False, True, False, True, False]
+    for is_split, calls in pieces:
+        assert (OPERATOR.replace("::", ".") in calls) is is_split
+        assert ("unified_attention_with_output" in calls) is is_split
+        assert ("fused_add_rmsnorm" in calls or "jitnorm.rmsnorm" in calls) is not is_split
+        assert calls.count(" ") <= 1 or not is_split, "nothing but the two operators runs outside of CUDA graphs"
+
+
+def splitting_ops_of(config, **options):
+    """Return where vLLM splits a compiled model."""
+    from vllm.config import CompilationConfig
+
+    compilation = CompilationConfig(mode=3, **options)
+    compilation.set_splitting_ops_for_v1("naive")
+    return compilation.splitting_ops
+
+
+@needs_vllm
+def test_vllm_splits_at_the_launch_where_it_splits_at_its_own_store(config):
+    from jitnorm.integrations.vllm_plugin.attention import OPERATOR
+    from jitnorm.integrations.vllm_plugin.installation import _OPERATOR
+
+    assert OPERATOR == _OPERATOR
+    for options in (
+        {},
+        {"splitting_ops": []},
+        {"use_inductor_graph_partition": True},
+        {"splitting_ops": ["vllm::unified_attention_with_output", "vllm::unified_kv_cache_update"]},
+        {"splitting_ops": ["vllm::unified_attention_with_output"]},
+    ):
+        found = splitting_ops_of(config, **options)
+        assert (OPERATOR in found) is ("vllm::unified_kv_cache_update" in found), options
+        assert found.count(OPERATOR) <= 1
+    assert OPERATOR in splitting_ops_of(config)
+
+
+@needs_vllm
+def test_compiled_graphs_of_the_plugin_have_a_key_of_their_own(config):
+    from vllm.config import VllmConfig
+
+    from jitnorm.integrations.vllm_plugin import installation
+
+    plugged = config.compute_hash()
+    assert plugged == config.compute_hash()
+    installation.uninstall()
+    try:
+        assert VllmConfig.compute_hash.__module__.startswith("vllm")
+        assert config.compute_hash() != plugged
+    finally:
+        reinstall(installation)
+    assert config.compute_hash() == plugged
+
+
+@needs_vllm
+def test_models_are_replaced_after_loading_and_explained(config, attention, caplog, monkeypatch):
+    """The loader of vLLM, with a model that has one layer of attention and one norm."""
+    from vllm.config import LoadConfig
+    from vllm.model_executor.layers.layernorm import RMSNorm
+    from vllm.model_executor.model_loader import base_loader
+    from vllm.model_executor.model_loader.dummy_loader import DummyModelLoader
+
+    from jitnorm.integrations.vllm_plugin import report
+
+    class Model(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.self_attn, _ = attention()
+            self.norm = RMSNorm(HIDDEN)
+
+    monkeypatch.setattr(report, "REPORTS", [])
+    monkeypatch.setattr(vllm_plugin, "REPORTS", report.REPORTS)
+    monkeypatch.setattr(base_loader, "initialize_model", lambda **_: Model())
+    monkeypatch.setattr(base_loader, "process_weights_after_loading", lambda *_: None)
+    loader = DummyModelLoader(LoadConfig(load_format="dummy"))
+    made = settings(device_config=config.device_config, load_config=LoadConfig())
+    with caplog.at_level(logging.INFO, "jitnorm"):
+        model = loader.load_model(made, made.model_config)
+    assert model.norm.jitnorm_is_active and type(model.self_attn).__name__ == "JitnormQwen3Attention"
+    (explained,) = vllm_plugin.explain()
+    assert explained.replaced == {
+        "self_attn": "Qwen3Attention (norm, rotation and cache store in one launch)",
+        "norm": "RMSNorm",
+    }
+    assert caplog.messages.count(f"jitnorm's plugin in vLLM, {explained}") == 1
+    assert str(explained).splitlines()[0] == "Model: replaced 2 modules, left 0"
+
+
+# vLLM's batch-invariant mode
+
+
+@pytest.fixture
+def products(config, monkeypatch):
+    """Install the products, as the plugin does with VLLM_BATCH_INVARIANT=1."""
+    from vllm.model_executor.layers import batch_invariant
+
+    from jitnorm.integrations.vllm_plugin import products
+
+    products.install(monkeypatch.setattr)
+    assert batch_invariant.bmm_batch_invariant is products.bmm_batch_invariant
+    return products
+
+
+@needs_vllm
+@pytest.mark.parametrize("mode", [False, True])
+def test_the_products_are_replaced_in_the_mode(mode, config, monkeypatch):
+    from vllm import envs
+    from vllm.model_executor.layers import linear
+
+    from jitnorm.integrations.vllm_plugin import installation
+
+    monkeypatch.setattr(envs, "VLLM_BATCH_INVARIANT", mode, raising=False)
+    try:
+        reinstall(installation)
+        function = linear.linear_batch_invariant
+        assert function.__module__.startswith("jitnorm" if mode else "vllm")
+        note = "replaced the products, softmax, means and norms of vLLM's batch-invariant mode"
+        assert installation._notes == [note] * mode
+    finally:
+        monkeypatch.undo()
+        reinstall(installation)
+    assert linear.linear_batch_invariant.__module__.startswith("vllm")
+
+
+@needs_vllm
+@pytest.mark.parametrize("shape", [(1,), (17,), (2, 3)])
+@pytest.mark.parametrize("has_bias", [False, True])
+def test_vllms_linear_layers_call_the_products(shape, has_bias, products, monkeypatch):
+    from vllm.model_executor.layers import linear, vocab_parallel_embedding
+
+    for module, method in (
+        (linear, linear.UnquantizedLinearMethod),
+        (vocab_parallel_embedding, vocab_parallel_embedding.UnquantizedEmbeddingMethod),
+    ):
+        monkeypatch.setattr(module.envs, "VLLM_BATCH_INVARIANT", True, raising=False)
+        monkeypatch.setattr(module, "current_platform", SimpleNamespace(is_cuda_alike=lambda: True))
+        layer = torch.nn.Linear(96, 40, bias=has_bias, dtype=torch.bfloat16).requires_grad_(False)
+        x = torch.randn(*shape, 96).bfloat16()
+        result = method.apply(None, layer, x, layer.bias)
+        exact = x.double() @ layer.weight.double().t() + (layer.bias.double() if has_bias else 0)
+        assert result.shape == (*shape, 40)
+        assert (result.double() - exact).abs().max() <= 2**-8 * exact.abs().max()
+        alone = method.apply(None, layer, x.view(-1, 96)[-1:], layer.bias)
+        assert torch.equal(alone[0], result.view(-1, 40)[-1])
+        torch._dynamo.reset()
+        compiled, graph = graph_of(lambda y, m=method, o=layer: m.apply(None, o, y, o.bias), x)
+        assert torch.equal(compiled, result) and "jitnorm_vllm.linear.default" in targets(graph)
+
+
+@needs_vllm
+def test_batched_products_and_norms(products):
+    from vllm.model_executor.layers import batch_invariant, layernorm
+
+    a, b = torch.randn(3, 5, 96).bfloat16(), torch.randn(3, 96, 40).bfloat16()
+    out = torch.full((3, 5, 40), torch.nan).bfloat16()
+    assert batch_invariant.bmm_batch_invariant(a, b, out=out) is out
+    exact = a.double() @ b.double()
+    assert (out.double() - exact).abs().max() <= 2**-8 * exact.abs().max()
+    assert torch.equal(batch_invariant.bmm_batch_invariant(a[1:2], b[1:2])[0], out[1])
+    torch._dynamo.reset()
+    compiled, graph = graph_of(lambda x, y: batch_invariant.bmm_batch_invariant(x, y), a, b)
+    assert torch.equal(compiled, out) and "jitnorm_vllm.bmm.default" in targets(graph)
+    # A norm over heads in a slice of the projection, and one without a weight.
+    x, weight = torch.randn(7, 3, 96).bfloat16()[:, :2], torch.randn(96).bfloat16()
+    for factor in (weight, None):
+        result = layernorm.rms_norm_batch_invariant(x, factor, 1e-6)
+        wide = x.double()
+        exact = wide / (wide.pow(2).mean(-1, keepdim=True) + 1e-6).sqrt() * (1 if factor is None else factor.double())
+        assert result.shape == x.shape and (result.double() - exact).abs().max() <= 2**-8 * exact.abs().max()
+
+
+@needs_vllm
+@pytest.mark.parametrize("before", [False, True])
+def test_vllm_registers_the_reductions_as_aten_operators(before):
+    """In a process of its own, because vLLM's mode cannot be left: before the mode is on, and in it, as in workers."""
+    done = run(
+        """
+        import torch, vllm.platforms
+        from vllm.platforms.cpu import CpuPlatform
+
+        vllm.platforms._current_platform = CpuPlatform()
+        from jitnorm.integrations import vllm_plugin
+        from jitnorm.batch_invariant.reductions import softmax_mean
+        calls = []
+        for name in ("aten_softmax", "aten_mean"):
+            import jitnorm.integrations.vllm_plugin.products as products
+            original = getattr(products, name)
+            setattr(products, name, lambda *a, f=original, n=name, **k: (calls.append(n), f(*a, **k))[1])
+        from vllm.model_executor.layers import batch_invariant
+        vllm_plugin.register()
+        from jitnorm.integrations.vllm_plugin.installation import replace_layers
+        if BEFORE:
+            replace_layers()
+
+        torch.manual_seed(0)
+        x = torch.randn(5, 1000).bfloat16()
+        batch_invariant.enable_batch_invariant_mode()
+        replace_layers()
+        results = {
+            "softmax": (torch.softmax(x, -1), x.double().exp() / x.double().exp().sum(-1, keepdim=True)),
+            "float32": (torch.softmax(x, -1, dtype=torch.float32), x.double().exp() / x.double().exp().sum(-1, True)),
+            "log": (torch.log_softmax(x, -1), x.double() - x.double().exp().sum(-1, keepdim=True).log()),
+            "mean": (x.mean(-1), x.double().sum(-1) / 1000),
+            "bmm": (torch.bmm(x[None], x[None].mT), (x.double() @ x.double().t())[None]),
+        }
+        for name, (result, exact) in results.items():
+            error = (result.double() - exact).abs().max() / exact.abs().max()
+            print(name, result.dtype, bool(error <= 2**-8))
+        print(calls)
+        """.replace("BEFORE", str(before)),
+        JITNORM_VLLM="1",
+        VLLM_BATCH_INVARIANT="1",
+        VLLM_LOGGING_LEVEL="ERROR",
+    )
+    assert done.stdout.splitlines()[-6:] == [
+        "softmax torch.bfloat16 True",
+        "float32 torch.float32 True",
+        "log torch.bfloat16 True",
+        "mean torch.bfloat16 True",
+        "bmm torch.bfloat16 True",
+        "['aten_softmax', 'aten_softmax', 'aten_softmax', 'aten_mean']",
+    ], done.stdout + done.stderr
+
+
+@needs_vllm
+def test_registering_imports_no_layers(tmp_path):
+    """A process that only serves requests does without them. Loading a model imports them, and the plugin follows."""
+    done = run(
+        """
+        import sys, vllm.platforms
+        from vllm.platforms.cpu import CpuPlatform
+
+        vllm.platforms._current_platform = CpuPlatform()
+        import vllm.config
+        from jitnorm.integrations import vllm_plugin
+
+        before = set(sys.modules)
+        vllm_plugin.register()
+        print(sorted(name for name in set(sys.modules) - before if name.startswith("vllm.")))
+        from vllm.model_executor.model_loader.base_loader import BaseModelLoader
+        print(BaseModelLoader.load_model.__code__.co_filename.endswith("installation.py"))
+        print(vllm_plugin.installation._ImportHook in map(type, sys.meta_path))
+        """,
+        JITNORM_VLLM="1",
+        VLLM_LOGGING_LEVEL="ERROR",
+    )
+    assert done.stdout.splitlines()[-3:] == ["[]", "True", "False"], done.stdout + done.stderr

@@ -1,10 +1,19 @@
-"""The changes that the plugin makes to vLLM's classes, once in a process, and their undoing."""
+"""The changes that the plugin makes to vLLM's classes, once in a process, and their undoing.
+
+When vLLM calls its plugins, it has imported its configuration and little else, and a process that only serves requests
+never imports the layers. So the configuration is changed at once, and the rest when a model is about to be loaded.
+"""
 
 from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Callable
+import importlib.abc
+import importlib.machinery
+import importlib.util
+import sys
+from collections.abc import Callable, Sequence
+from types import ModuleType
 from typing import Any
 
 from jitnorm._version import __version__
@@ -12,55 +21,54 @@ from jitnorm.integrations.vllm_plugin import compatibility
 from jitnorm.integrations.vllm_plugin.report import publish
 from jitnorm.jit.log import logger
 
+_LOADER = "vllm.model_executor.model_loader.base_loader"
 _OPERATOR = "jitnorm_vllm::qk_norm_rope_store"  # not imported from attention.py, which imports vLLM's layers
 _undo: list[Callable[[], None]] = []
+_notes: list[str] = []  # what concerns all models, for their reports
+_are_layers_replaced = False
 
 
 def install() -> None:
-    """Make all changes whose classes in vLLM are those that were tested; log the reason for each of the others."""
-    for part, change in (("loading", _replace_after_loading), ("configuration", _change_configuration)):
-        if problem := compatibility.changed(part):
-            logger.warning("jitnorm's plugin replaces nothing in vLLM: %s", problem)
-            uninstall()
-            return
-        change()
-    _register_layers()
-    from jitnorm.integrations.vllm_plugin import products
-
-    if problem := products.reason_to_leave():
-        logger.debug("jitnorm's plugin leaves vLLM's products: %s", problem)
-    else:
-        products.install(set_attribute)
+    """Change what a compiled graph depends on now, and the rest as soon as vLLM loads a model."""
+    if problem := compatibility.changed("configuration"):
+        logger.warning("jitnorm's plugin replaces nothing in vLLM: %s", problem)
+        return
+    _change_configuration()
+    _after_import(_LOADER, _replace_after_loading)
 
 
 def uninstall() -> None:
-    """Undo all changes. Models that were loaded keep theirs."""
+    """Undo all changes. Models that were loaded keep theirs, and so does vLLM's batch-invariant mode."""
+    global _are_layers_replaced
     while _undo:
         _undo.pop()()
+    _notes.clear()
+    _are_layers_replaced = False
 
 
 def set_attribute(owner: Any, name: str, value: Any) -> None:
-    """Set an attribute of a class or module of vLLM until `uninstall`."""
+    """Set an attribute of a class or module until `uninstall`."""
     before = getattr(owner, name)
     setattr(owner, name, value)
     _undo.append(lambda: setattr(owner, name, before))
 
 
-def _replace_after_loading() -> None:
-    """Replace the operators of each model that vLLM loads, when its weights are complete."""
-    from vllm.model_executor.model_loader.base_loader import BaseModelLoader
+def replace_layers() -> None:
+    """Replace vLLM's norms, activations and batch-invariant products, as models will make or call them."""
+    global _are_layers_replaced
+    if _are_layers_replaced:
+        return
+    _are_layers_replaced = True
+    _notes.extend(_register_layers())
+    from jitnorm.integrations.vllm_plugin import products
 
-    original = BaseModelLoader.load_model
-
-    @functools.wraps(original)
-    def load_model(self: Any, vllm_config: Any, *arguments: Any, **keywords: Any) -> Any:
-        from jitnorm.integrations.vllm_plugin.models import replace_operators
-
-        model = original(self, vllm_config, *arguments, **keywords)
-        publish(replace_operators(model, vllm_config))
-        return model
-
-    set_attribute(BaseModelLoader, "load_model", load_model)
+    if not products.is_mode_requested():
+        return
+    if problem := compatibility.changed("products"):
+        _notes.append(f"left the products of vLLM's batch-invariant mode: {problem}")
+    else:
+        products.install(set_attribute)
+        _notes.append("replaced the products, softmax, means and norms of vLLM's batch-invariant mode")
 
 
 def _change_configuration() -> None:
@@ -85,21 +93,84 @@ def _change_configuration() -> None:
     set_attribute(VllmConfig, "compute_hash", compute_hash_with_plugin)
 
 
-def _register_layers() -> None:
-    """Let vLLM make this package's subclasses of its norms and activations."""
+def _replace_after_loading(loader: ModuleType) -> None:
+    """Replace the operators of each model that vLLM loads, when its weights are complete."""
+    if problem := compatibility.changed("loading"):
+        logger.warning("jitnorm's plugin replaces nothing in vLLM's models: %s", problem)
+        return
+    original = loader.BaseModelLoader.load_model
+
+    @functools.wraps(original)
+    def load_model(self: Any, vllm_config: Any, *arguments: Any, **keywords: Any) -> Any:
+        replace_layers()
+        model = original(self, vllm_config, *arguments, **keywords)
+        from jitnorm.integrations.vllm_plugin.models import replace_operators
+
+        report = replace_operators(model, vllm_config)
+        report.notes.extend(_notes)
+        publish(report)
+        return model
+
+    set_attribute(loader.BaseModelLoader, "load_model", load_model)
+
+
+def _register_layers() -> list[str]:
+    """Let vLLM make this package's subclasses of its norms and activations. Return what is left, and why."""
     from vllm.model_executor import custom_op
 
     from jitnorm.integrations.vllm_plugin.layers import REPLACEMENTS
 
+    left = []
     for part, pairs in REPLACEMENTS.items():
         problem = compatibility.changed(part)
         for original, replacement in pairs:
             name = original.__name__
             if problem or name in custom_op.op_registry_oot:
                 reason = problem or f"{custom_op.op_registry_oot[name].__name__} of another plugin replaces it"
-                logger.warning("jitnorm's plugin leaves vLLM's %s: %s", name, reason)
+                left.append(f"left {name}: {reason}")
                 continue
             name_in_custom_ops = original.name
             original.register_oot(replacement)
             replacement.name = name_in_custom_ops  # register_oot changes it, and with it what custom_ops enables
             _undo.append(functools.partial(custom_op.op_registry_oot.pop, name))
+    return left
+
+
+class _ImportHook(importlib.abc.MetaPathFinder):
+    """Calls a function with a module when it has been imported, and then is gone."""
+
+    def __init__(self, name: str, function: Callable[[ModuleType], None]) -> None:
+        self.name, self.function = name, function
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        """Find the module as the other finders do, with a loader that calls the function afterwards."""
+        if fullname != self.name:
+            return None
+        self.remove()
+        spec = importlib.util.find_spec(fullname)
+        if spec is not None and spec.loader is not None:
+            execute = spec.loader.exec_module
+
+            def exec_module(module: ModuleType) -> None:
+                execute(module)
+                self.function(module)
+
+            spec.loader.exec_module = exec_module  # type: ignore[method-assign]
+        return spec
+
+    def remove(self) -> None:
+        """Remove the hook, unless it was removed."""
+        if self in sys.meta_path:
+            sys.meta_path.remove(self)
+
+
+def _after_import(name: str, function: Callable[[ModuleType], None]) -> None:
+    """Call a function with a module now, if it is imported, or else when it will be."""
+    if name in sys.modules:
+        function(sys.modules[name])
+        return
+    hook = _ImportHook(name, function)
+    sys.meta_path.insert(0, hook)
+    _undo.append(hook.remove)

@@ -6,7 +6,6 @@ here have the same guarantee. Attention, collectives and all other settings of t
 
 # No `from __future__ import annotations`: infer_schema reads the annotations of the operators.
 
-import os
 from collections.abc import Callable
 from typing import Any
 
@@ -15,50 +14,63 @@ import torch
 from jitnorm.batch_invariant.matmul.gemm import bmm, mm
 from jitnorm.batch_invariant.reductions.rms_norm import rms_norm
 from jitnorm.batch_invariant.reductions.softmax_mean import aten_mean, aten_softmax
-from jitnorm.integrations.vllm_plugin import compatibility
 
 
-def reason_to_leave() -> str | None:
-    """Return why vLLM's own products stay, or None."""
-    if os.environ.get("VLLM_BATCH_INVARIANT", "0") in ("", "0"):
-        return "VLLM_BATCH_INVARIANT is not 1"
-    from vllm.model_executor.layers import batch_invariant
+def is_mode_requested() -> bool:
+    """Return whether vLLM's batch-invariant mode is asked for."""
+    from vllm import envs
 
-    if batch_invariant._batch_invariant_MODE:
-        return "vLLM's batch-invariant mode was on before the plugin was loaded"
-    return compatibility.changed("products")
+    return bool(envs.VLLM_BATCH_INVARIANT)
 
 
 def install(set_attribute: Callable[[Any, str, Any], None]) -> None:
-    """Replace the functions that vLLM's mode calls, and those that it will register as ATen's operators.
+    """Replace the functions that vLLM's layers call in the mode, and the ATen operators that the mode overrides.
 
     Args:
         set_attribute: Sets an attribute of a module.
     """
     from vllm.model_executor.layers import batch_invariant, layernorm, linear, vocab_parallel_embedding
 
-    for module in (batch_invariant, linear, vocab_parallel_embedding):
-        set_attribute(module, "linear_batch_invariant", linear_batch_invariant)
     original = batch_invariant.rms_norm_batch_invariant
 
     def rms_norm_batch_invariant(
         input: torch.Tensor, weight: torch.Tensor | None, eps: float = 1e-6, residual: torch.Tensor | None = None
     ) -> Any:
-        if residual is not None:  # for norms with a hidden size that no kernel supports
+        if residual is not None:  # only norms with a hidden size that no kernel supports come here
             return original(input, weight, eps, residual)
         return rms_norm(input, [input.shape[-1]], weight, eps)
 
+    for module in (batch_invariant, linear, vocab_parallel_embedding):
+        set_attribute(module, "linear_batch_invariant", linear_batch_invariant)
     for module in (batch_invariant, layernorm):
         set_attribute(module, "rms_norm_batch_invariant", rms_norm_batch_invariant)
-    # The rest are names that `enable_batch_invariant_mode` looks up when a worker starts.
-    for name, function in {
+    # `enable_batch_invariant_mode` registers these. A worker calls it before it loads a model.
+    functions = {
         "matmul_persistent": matmul_persistent,
         "bmm_batch_invariant": bmm_batch_invariant,
         "_log_softmax_batch_invariant": _log_softmax,
         "softmax_batch_invariant": _softmax,
         "mean_batch_invariant": _mean,
-    }.items():
+    }
+    for name, function in functions.items():
         set_attribute(batch_invariant, name, function)
+    if batch_invariant._batch_invariant_MODE:
+        _override(batch_invariant._batch_invariant_LIB, set_attribute)
+
+
+def _override(library: torch.library.Library, set_attribute: Callable[[Any, str, Any], None]) -> None:
+    """Override the ATen operators that vLLM's mode has overridden, in its library."""
+    from vllm.platforms import current_platform
+
+    for name, function in {
+        "_log_softmax": _log_softmax,
+        "softmax": _softmax,
+        "_softmax": _softmax,
+        "mean.dim": _mean,
+        "bmm": bmm_batch_invariant,
+    }.items():
+        library.impl(name, function, current_platform.dispatch_key, allow_override=True)
+    set_attribute(torch, "bmm", bmm_batch_invariant)
 
 
 def linear_batch_invariant(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
