@@ -57,8 +57,8 @@ def is_requested() -> bool:
 def explain() -> list[Report]:
     """Return what the plugin replaced in each model that this process has loaded, and what it left and why.
 
-    vLLM loads models in its worker processes. There, `llm.apply_model(lambda model: str(explain()))` calls it; the log
-    has the same text.
+    vLLM loads models in its worker processes, and the log of a worker has the same text. With
+    `VLLM_ENABLE_V1_MULTIPROCESSING=0` the worker is this process.
 
     Returns:
         One report for each model, in the order of loading.

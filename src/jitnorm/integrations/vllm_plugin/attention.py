@@ -190,7 +190,8 @@ def replace(module: Any, fusion: Fusion) -> None:
     original = type(module)
     if original not in _classes:
         attributes = {"_jitnorm_original": original, "__module__": __name__, "__doc__": original.__doc__}
-        _classes[original] = type(f"Jitnorm{original.__name__}", (_FusedAttention, original), attributes)
+        _classes[original] = cls = type(f"Jitnorm{original.__name__}", (_FusedAttention, original), attributes)
+        globals()[cls.__name__] = cls  # where pickle looks for it
     module.attn.jitnorm_fusion = fusion
     module._jitnorm_has_norms = _norms(module) is not None
     module.__class__ = _classes[original]

@@ -96,7 +96,7 @@ def _change_configuration() -> None:
 def _replace_after_loading(loader: ModuleType) -> None:
     """Replace the operators of each model that vLLM loads, when its weights are complete."""
     if problem := compatibility.changed("loading"):
-        logger.warning("jitnorm's plugin replaces nothing in vLLM's models: %s", problem)
+        logger.warning("jitnorm's plugin replaces nothing in vLLM: %s", problem)
         return
     original = loader.BaseModelLoader.load_model
 

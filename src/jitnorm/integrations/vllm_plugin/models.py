@@ -14,7 +14,7 @@ from jitnorm.integrations.vllm_plugin import attention, compatibility, layers
 from jitnorm.integrations.vllm_plugin.report import Report
 from jitnorm.jit.load import load
 from jitnorm.jit.spec import KernelSpec
-from jitnorm.warmup.run import build_all, find_cached
+from jitnorm.warmup.run import build_all, find_cached, prepare
 
 logger = logging.getLogger("jitnorm")
 
@@ -102,6 +102,7 @@ def _build(specs: list[KernelSpec]) -> dict[KernelSpec, str]:
     started = time.monotonic()
     try:
         _, missing = find_cached(unique)
+        prepare(missing)
         for outcome in build_all(missing):
             if outcome.error is not None:
                 failures[outcome.spec] = outcome.error
