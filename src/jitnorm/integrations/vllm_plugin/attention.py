@@ -16,9 +16,8 @@ from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbedding
 from vllm.model_executor.layers.rotary_embedding.mrope import MRotaryEmbedding
 from vllm.utils.torch_utils import LayerNameType, _encode_layer_name, _resolve_layer_name
 
-from jitnorm.core.targets import target_of
 from jitnorm.integrations.vllm_plugin import compatibility
-from jitnorm.jit.spec import KernelSpec
+from jitnorm.jit.spec import KernelSpec, Target
 from jitnorm.qknorm_rope_store import (
     E4M3,
     HEAD_DIMS,
@@ -311,17 +310,16 @@ def _reason_of_norms(norms: tuple[Any, Any] | None, head_dim: int, dtype: torch.
     return None
 
 
-def specs(module: Any, fusion: Fusion, dtype: torch.dtype) -> list[KernelSpec]:
+def specs(module: Any, fusion: Fusion, dtype: torch.dtype, target: Target) -> list[KernelSpec]:
     """Return the kernels that a layer calls: with its cache, and without in vLLM's profiling run."""
     rotary, norms = module.rotary_emb, _norms(module)
-    angles = rotary.cos_sin_cache
     variants = {
         Variant(
             head_dim=module.attn.head_size,
             rotary_dim=rotary.rotary_dim,
             dtype=dtype,
             weight_dtype=None if norms is None else norms[0].weight.dtype,
-            cos_sin_dtype=angles.dtype,
+            cos_sin_dtype=rotary.cos_sin_cache.dtype,
             cache_dtype=cache_dtype,
             q_out_dtype=E4M3 if fusion.quantises_q else dtype,
             is_neox=fusion.is_neox,
@@ -331,4 +329,4 @@ def specs(module: Any, fusion: Fusion, dtype: torch.dtype) -> list[KernelSpec]:
         for has_sections in {False, fusion.mrope_section is not None}
     }
     operator = ROPE if norms is None else QK_NORM_ROPE_STORE
-    return [operator.spec(variant, target_of(angles)) for variant in variants]
+    return [operator.spec(variant, target) for variant in variants]

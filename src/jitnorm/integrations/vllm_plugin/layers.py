@@ -30,14 +30,13 @@ from jitnorm.activation import (
 from jitnorm.core import checks
 from jitnorm.core.norms import is_supported_hidden_size
 from jitnorm.core.operators import DTYPES
-from jitnorm.core.targets import target_of
 from jitnorm.fused_add_rmsnorm import (
     FUSED_ADD_RMSNORM,
     GEMMA_FUSED_ADD_RMSNORM,
     fused_add_rmsnorm,
     gemma_fused_add_rmsnorm,
 )
-from jitnorm.jit.spec import KernelSpec
+from jitnorm.jit.spec import KernelSpec, Target
 from jitnorm.rmsnorm import GEMMA_RMSNORM, RMSNORM, gemma_rmsnorm, rmsnorm
 
 
@@ -136,8 +135,8 @@ def _supports_activation(x: torch.Tensor) -> bool:
     return x.is_contiguous() and x.dtype in DTYPES and width > 0 and width % checks.MIN_ACCESS_BYTES == 0
 
 
-def reason_to_leave(module: Any) -> str | None:
-    """Return why no kernel serves a module of one of CLASSES, or None."""
+def reason_to_leave(module: Any, dtype: torch.dtype) -> str | None:
+    """Return why no kernel serves a module of one of CLASSES for inputs of a dtype, or None."""
     if not isinstance(module, NORM_CLASSES):
         is_enabled = getattr(module._forward_method, "__func__", None) is type(module).forward_cuda
         return None if is_enabled else "Inductor generates it, which is as fast"
@@ -149,12 +148,13 @@ def reason_to_leave(module: Any) -> str | None:
             return "it normalises by a part of the hidden size"
     if not is_supported_hidden_size(hidden_size):
         return f"no kernel supports hidden size {hidden_size}"
+    if module.weight.dtype not in (dtype, torch.float32):
+        return f"its weight is {module.weight.dtype}, and the model {dtype}"
     return None
 
 
-def specs(module: Any, dtype: torch.dtype, device: torch.Tensor) -> list[KernelSpec]:
-    """Return the kernels that a module of one of CLASSES calls for inputs of a dtype, on a tensor's device."""
-    target = target_of(device)
+def specs(module: Any, dtype: torch.dtype, target: Target) -> list[KernelSpec]:
+    """Return the kernels that a module of one of CLASSES calls for inputs of a dtype."""
     if isinstance(module, NORM_CLASSES):
         is_gemma = isinstance(module, JitnormGemmaRMSNorm)
         norms = (GEMMA_RMSNORM, GEMMA_FUSED_ADD_RMSNORM) if is_gemma else (RMSNORM, FUSED_ADD_RMSNORM)

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 
 from jitnorm.core.operators import DTYPES
+from jitnorm.core.targets import target_of
 from jitnorm.integrations.vllm_plugin import attention, compatibility, layers
 from jitnorm.integrations.vllm_plugin.report import Report
 from jitnorm.jit.load import load
-from jitnorm.jit.spec import KernelSpec
+from jitnorm.jit.spec import KernelSpec, Target
 from jitnorm.warmup.run import build_all, find_cached, prepare
 
 logger = logging.getLogger("jitnorm")
@@ -35,27 +35,26 @@ def replace_operators(model: torch.nn.Module, config: Any) -> Report:
         What was replaced, what was left and why.
     """
     report = Report(type(model).__name__)
-    dtype = config.model_config.dtype
-    reason = None if dtype in DTYPES else f"the model is {dtype}"
+    dtype, device = config.model_config.dtype, torch.device(config.device_config.device)
+    reason = _reason_of_model(dtype, device)
+    target = Target("cpu") if reason else target_of(torch.empty(0, device=device))
     planned: list[tuple[str, Any, Any, list[KernelSpec]]] = []  # name, module, fusion of an attention layer, kernels
-    within: set[int] = set()  # norms that are computed by an attention layer's launch
+    of_attention: set[int] = set()  # norms of q and k: the launch computes them, or they have strided rows
     for name, module in model.named_modules():
         if part := attention.part_of(module):
+            of_attention |= {id(getattr(module, norm, None)) for norm in ("q_norm", "k_norm")}
             fusion: Any = reason or compatibility.changed(part) or compatibility.changed("attention")
             fusion = fusion or attention.find_fusion(module, dtype, config)
             if isinstance(fusion, str):
                 report.left[name] = f"{type(module).__name__}: {fusion}"
-                continue
-            within |= {
-                id(norm) for norm in (getattr(module, n, None) for n in ("q_norm", "k_norm")) if norm is not None
-            }
-            planned.append((name, module, fusion, attention.specs(module, fusion, dtype)))
+            else:
+                planned.append((name, module, fusion, attention.specs(module, fusion, dtype, target)))
     for name, module in model.named_modules():
-        if isinstance(module, layers.CLASSES) and id(module) not in within:
-            if why := reason or _reason_of_config(module, config) or layers.reason_to_leave(module):
+        if isinstance(module, layers.CLASSES) and id(module) not in of_attention:
+            if why := reason or _reason_of_config(module, config) or layers.reason_to_leave(module, dtype):
                 report.left[name] = f"{_base_name(module)}: {why}"
             else:
-                planned.append((name, module, None, layers.specs(module, dtype, next(_tensors(model)))))
+                planned.append((name, module, None, layers.specs(module, dtype, target)))
     failures = _build([spec for _, _, _, specs in planned for spec in specs])
     for name, module, fusion, specs in planned:
         if failed := next((failures[spec] for spec in specs if spec in failures), None):
@@ -69,9 +68,11 @@ def replace_operators(model: torch.nn.Module, config: Any) -> Report:
     return report
 
 
-def _tensors(model: torch.nn.Module) -> Iterator[torch.Tensor]:
-    yield from model.parameters()
-    yield from model.buffers()
+def _reason_of_model(dtype: torch.dtype, device: torch.device) -> str | None:
+    """Return why no kernel serves a model of this dtype on this device, or None."""
+    if device.type not in ("cpu", "cuda") or torch.version.hip is not None:
+        return "this is no NVIDIA GPU"
+    return None if dtype in DTYPES else f"the model is {dtype}"
 
 
 def _base_name(module: Any) -> str:
