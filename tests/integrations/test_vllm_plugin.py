@@ -22,6 +22,7 @@ import torch
 from integrations import vllm_attention as reference
 from jitnorm.integrations import vllm_plugin
 from jitnorm.integrations.vllm_plugin import compatibility
+from jitnorm.integrations.vllm_plugin.report import REPORTS, Report
 
 HIDDEN, HEADS, KV_HEADS, HEAD_DIM, BLOCK, BLOCKS = 256, 4, 2, 64, 16, 5
 E4M3 = torch.float8_e4m3fn
@@ -815,6 +816,20 @@ def test_the_compiled_graph_calls_the_kernels_and_copies_nothing(config, attenti
 
 
 @needs_vllm
+def test_compiled_norms_of_strided_heads_are_those_of_vllm(layers, bfloat16):
+    """Attention that is left normalises slices of the projection, which Inductor does without a copy."""
+    from vllm.model_executor.layers.layernorm import RMSNorm
+
+    norm = activated(RMSNorm(HEAD_DIM), torch.bfloat16)
+    qkv = torch.randn(5, 4 * HEAD_DIM)
+    with torch.inference_mode():
+        result, graph = graph_of(lambda x: norm(x[:, : 2 * HEAD_DIM].unflatten(-1, (2, HEAD_DIM))), qkv)
+        expected = stock(norm)(qkv[:, : 2 * HEAD_DIM].unflatten(-1, (2, HEAD_DIM)))
+    assert torch.equal(result, expected)
+    assert "vllm_ir.rms_norm.default" in targets(graph) and "jitnorm.rmsnorm.default" not in targets(graph)
+
+
+@needs_vllm
 def test_inductor_generates_no_copy_around_the_kernels(config, attention):
     from torch._inductor.utils import run_and_get_code
 
@@ -902,6 +917,13 @@ def test_compiled_graphs_of_the_plugin_have_a_key_of_their_own(config):
 
     plugged = config.compute_hash()
     assert plugged == config.compute_hash()
+    report = Report("Model", {"layers.0": "RMSNorm"})
+    REPORTS.append(report)
+    one = config.compute_hash()
+    report.replaced.clear()
+    assert len({plugged, one, config.compute_hash()}) == 3, "a module that is left changes the graph"
+    REPORTS.remove(report)
+    assert config.compute_hash() == plugged
     installation.uninstall()
     try:
         assert VllmConfig.compute_hash.__module__.startswith("vllm")

@@ -41,6 +41,7 @@ FORWARDS = {
 # Attention backends whose caches are `[blocks, heads, block_size, k and v]` and whose kernels read k and v there, with
 # their part of `compatibility.FINGERPRINTS`.
 BACKENDS = {"FLASH_ATTN": "flash_attn", "TRITON_ATTN": "triton_attn"}
+_is_compiling = torch.compiler.is_compiling
 SAME_DTYPES, FP8_DTYPES = ("auto", "float16", "bfloat16"), ("fp8", "fp8_e4m3")
 
 
@@ -163,8 +164,10 @@ class _FusedAttention(torch.nn.Module):
         output = torch.empty((qkv.shape[0], num_heads * head_dim), dtype=qkv.dtype, device=qkv.device)
         output_heads = output.view(-1, num_heads, head_dim)
         has_norms, layer_name = self._jitnorm_has_norms, _encode_layer_name(attn.layer_name)
+        # In eager mode the function itself: torch's dispatcher would take several microseconds.
+        launch = torch.ops.jitnorm_vllm.qk_norm_rope_store if _is_compiling() else _run
         # Nothing may come between the two operators: vLLM splits the graph at both, into one piece.
-        q = torch.ops.jitnorm_vllm.qk_norm_rope_store(
+        q = launch(
             qkv,
             positions,
             self.rotary_emb.cos_sin_cache,

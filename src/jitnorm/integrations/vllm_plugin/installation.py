@@ -18,7 +18,7 @@ from typing import Any
 
 from jitnorm._version import __version__
 from jitnorm.integrations.vllm_plugin import compatibility
-from jitnorm.integrations.vllm_plugin.report import publish
+from jitnorm.integrations.vllm_plugin.report import REPORTS, publish
 from jitnorm.jit.log import logger
 
 _LOADER = "vllm.model_executor.model_loader.base_loader"
@@ -86,7 +86,9 @@ def _change_configuration() -> None:
 
     @functools.wraps(compute_hash)
     def compute_hash_with_plugin(self: Any) -> str:
-        factors = f"{compute_hash(self)} jitnorm {__version__}"
+        # vLLM asks when it is about to compile a model, which is loaded then. What was replaced may depend on the
+        # machine: a module is left if its kernel cannot be built.
+        factors = f"{compute_hash(self)} jitnorm {__version__} {[report.replaced for report in REPORTS]}"
         return hashlib.sha256(factors.encode()).hexdigest()[:10]
 
     set_attribute(CompilationConfig, "set_splitting_ops_for_v1", set_splitting_ops_for_v1)

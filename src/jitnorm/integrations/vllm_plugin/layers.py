@@ -47,20 +47,22 @@ class JitnormRMSNorm(RMSNorm):  # type: ignore[misc]
 
     def forward_native(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> Any:
         """Normalise, by the kernel if it supports the call."""
-        if self.jitnorm_is_active and _supports(x, self.weight, residual):
-            return self._jitnorm_forward(x, residual)
+        weight = self.weight  # once, as it takes a microsecond
+        if self.jitnorm_is_active and _supports(x, weight, residual):
+            return self._jitnorm_forward(x, residual, weight)
         return super().forward_native(x, residual)
 
     def forward_cuda(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> Any:
         """Normalise, by the kernel if it supports the call."""
-        if self.jitnorm_is_active and _supports(x, self.weight, residual):
-            return self._jitnorm_forward(x, residual)
+        weight = self.weight  # once, as it takes a microsecond
+        if self.jitnorm_is_active and _supports(x, weight, residual):
+            return self._jitnorm_forward(x, residual, weight)
         return super().forward_cuda(x, residual)
 
-    def _jitnorm_forward(self, x: torch.Tensor, residual: torch.Tensor | None) -> Any:
+    def _jitnorm_forward(self, x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor) -> Any:
         if residual is None:
-            return rmsnorm(x, self.weight, self.variance_epsilon)
-        fused_add_rmsnorm(x, residual, self.weight, self.variance_epsilon)
+            return rmsnorm(x, weight, self.variance_epsilon)
+        fused_add_rmsnorm(x, residual, weight, self.variance_epsilon)
         return x, residual
 
 
@@ -71,11 +73,12 @@ class JitnormGemmaRMSNorm(GemmaRMSNorm):  # type: ignore[misc]
 
     def forward_native(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> Any:
         """Normalise, by the kernel if it supports the call."""
-        if not self.jitnorm_is_active or not _supports(x, self.weight, residual):
+        weight = self.weight
+        if not self.jitnorm_is_active or not _supports(x, weight, residual):
             return super().forward_native(x, residual)
         if residual is None:
-            return gemma_rmsnorm(x, self.weight, self.variance_epsilon)
-        gemma_fused_add_rmsnorm(x, residual, self.weight, self.variance_epsilon)
+            return gemma_rmsnorm(x, weight, self.variance_epsilon)
+        gemma_fused_add_rmsnorm(x, residual, weight, self.variance_epsilon)
         return x, residual
 
     def forward_cuda(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> Any:
