@@ -358,7 +358,7 @@ def test_norms_and_activations_that_are_left_have_a_reason(config, layers):
     disabled = {"compilation_config": CompilationConfig(custom_ops=["all", "-rms_norm"])}
     assert reasons(RMSNorm(128), **disabled) == "RMSNorm: custom_ops has -rms_norm"
     assert not SiluAndMul.enabled()  # the mode of the configuration is one that compiles
-    assert reasons(silu(config)) == "SiluAndMul: Inductor generates it, which is as fast"
+    assert reasons(silu(config)) == "SiluAndMul: vLLM has not enabled it, and Inductor generates it as fast"
 
 
 def silu(config, approximate=None):
@@ -702,6 +702,16 @@ def test_a_kernel_that_cannot_be_built_leaves_the_module(config, attention, monk
 
 
 @needs_vllm
+def test_builds_may_be_forbidden(config, attention, cache_dir, monkeypatch):
+    from jitnorm.integrations.vllm_plugin import models
+
+    layer, _ = attention()
+    monkeypatch.setenv("JITNORM_DISABLE_JIT", "1")
+    report = models.replace_operators(torch.nn.ModuleDict({"a": layer}), settings())
+    assert "JITNORM_DISABLE_JIT" in report.left["a"] and not report.replaced
+
+
+@needs_vllm
 def test_kernels_are_built_and_loaded_before_the_first_forward(config, attention, cache_dir, monkeypatch):
     from jitnorm.jit import load
 
@@ -791,7 +801,7 @@ def test_the_compiled_graph_calls_the_kernels_and_copies_nothing(config, attenti
     assert sorted(report.replaced.values()) == sorted(
         2 * ["Qwen3Attention (norm, rotation and cache store in one launch)"] + 4 * ["RMSNorm"]
     )
-    assert set(report.left.values()) == {"SiluAndMul: Inductor generates it, which is as fast"}
+    assert set(report.left.values()) == {"SiluAndMul: vLLM has not enabled it, and Inductor generates it as fast"}
     hidden, positions, slots = torch.randn(7, HIDDEN), torch.arange(7), torch.arange(20, 27)
     names = [layer.self_attn.attn.layer_name for layer in layers]
     with torch.inference_mode(), reference.forward_context(config, **dict.fromkeys(names, slots)):

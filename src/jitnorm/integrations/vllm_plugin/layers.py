@@ -142,7 +142,7 @@ def reason_to_leave(module: Any, dtype: torch.dtype) -> str | None:
     """Return why no kernel serves a module of one of CLASSES for inputs of a dtype, or None."""
     if not isinstance(module, NORM_CLASSES):
         is_enabled = getattr(module._forward_method, "__func__", None) is type(module).forward_cuda
-        return None if is_enabled else "Inductor generates it, which is as fast"
+        return None if is_enabled else "vLLM has not enabled it, and Inductor generates it as fast"
     hidden_size = module.weight.shape[-1]
     if isinstance(module, JitnormRMSNorm):
         if not module.has_weight:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import time
 from typing import Any
 
@@ -12,11 +11,11 @@ from jitnorm.core.operators import DTYPES
 from jitnorm.core.targets import target_of
 from jitnorm.integrations.vllm_plugin import attention, compatibility, layers
 from jitnorm.integrations.vllm_plugin.report import Report
+from jitnorm.jit.environment import is_on
 from jitnorm.jit.load import load
+from jitnorm.jit.log import logger
 from jitnorm.jit.spec import KernelSpec, Target
 from jitnorm.warmup.run import build_all, find_cached, prepare
-
-logger = logging.getLogger("jitnorm")
 
 _LAUNCH = "norm, rotation and cache store in one launch"
 
@@ -103,10 +102,11 @@ def _build(specs: list[KernelSpec]) -> dict[KernelSpec, str]:
     started = time.monotonic()
     try:
         _, missing = find_cached(unique)
-        prepare(missing)
-        for outcome in build_all(missing):
-            if outcome.error is not None:
-                failures[outcome.spec] = outcome.error
+        if not is_on("JITNORM_DISABLE_JIT"):
+            prepare(missing)
+            for outcome in build_all(missing):
+                if outcome.error is not None:
+                    failures[outcome.spec] = outcome.error
     except (RuntimeError, OSError) as error:  # no compiler, or no cache to write to
         logger.debug("jitnorm's plugin in vLLM builds one kernel after another: %s", error)
     for spec in unique:
