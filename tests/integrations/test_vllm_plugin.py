@@ -10,6 +10,7 @@ import copy
 import importlib.util
 import json
 import logging
+import os
 import subprocess
 import sys
 import textwrap
@@ -18,6 +19,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from documentation.pages import ROOT
 
 from integrations import vllm_attention as reference
 from jitnorm.integrations import vllm_plugin
@@ -31,8 +33,6 @@ needs_vllm = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason
 
 
 def run(script: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    import os
-
     kept = {name: value for name, value in os.environ.items() if name not in ("JITNORM_VLLM", "VLLM_PLUGINS")}
     return subprocess.run(
         [sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True, env=kept | environment
@@ -72,12 +72,16 @@ def test_importing_and_registering_without_a_request_imports_no_engine():
     assert done.stdout == "[] []\n", done.stderr
 
 
-def test_the_entry_point_is_declared():
-    import tomllib
-    from documentation.pages import ROOT
+def entry_point():
+    """Return the entry point that pyproject.toml declares."""
+    section = (ROOT / "pyproject.toml").read_text().partition('[project.entry-points."vllm.general_plugins"]\n')[2]
+    name, _, value = section.partition("\n")[0].partition(" = ")
+    assert name == vllm_plugin.NAME
+    return value.strip('"')
 
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    module, _, function = project["entry-points"]["vllm.general_plugins"][vllm_plugin.NAME].partition(":")
+
+def test_the_entry_point_is_register():
+    module, _, function = entry_point().partition(":")
     assert getattr(importlib.import_module(module), function) is vllm_plugin.register
 
 
@@ -1151,3 +1155,41 @@ def test_vllm_compiles_a_whole_model_and_loads_it_from_its_cache(tmp_path):
         replaced, error = done.stdout.splitlines()[-2:]
         assert replaced == f"7 {is_cached}"  # five norms and two layers of attention
         assert float(error) < 0.02  # Inductor's activations round less often than those of eager mode
+
+
+@needs_vllm
+@pytest.mark.parametrize(
+    ("environment", "is_active"),
+    [
+        ({"JITNORM_VLLM": "1"}, True),
+        ({}, False),
+        ({"VLLM_PLUGINS": "jitnorm"}, True),
+        ({"VLLM_PLUGINS": "other", "JITNORM_VLLM": "1"}, False),  # vLLM does not load it
+    ],
+    ids=str,
+)
+def test_vllm_finds_the_plugin_by_its_entry_point(environment, is_active, tmp_path):
+    """Twice, as in a process that vLLM starts with what it needs to start others."""
+    metadata = tmp_path / "jitnorm_of_a_test-0.1.dist-info"
+    metadata.mkdir()
+    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: jitnorm-of-a-test\nVersion: 0.1\n")
+    (metadata / "entry_points.txt").write_text(f"[vllm.general_plugins]\njitnorm = {entry_point()}\n")
+    done = run(
+        """
+        import sys, vllm.platforms
+        from vllm.platforms.cpu import CpuPlatform
+
+        sys.path.insert(0, FOLDER)
+        vllm.platforms._current_platform = CpuPlatform()
+        from vllm import plugins
+        from vllm.config import VllmConfig
+
+        for _ in range(2):
+            plugins.load_general_plugins()
+            plugins.plugins_loaded = False
+        print(VllmConfig.compute_hash.__code__.co_filename.endswith("installation.py"))
+        """.replace("FOLDER", repr(str(tmp_path))),
+        VLLM_LOGGING_LEVEL="ERROR",
+        **environment,
+    )
+    assert done.stdout.splitlines()[-1:] == [str(is_active)], done.stdout + done.stderr
