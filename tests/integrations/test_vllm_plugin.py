@@ -629,7 +629,7 @@ def test_a_sliding_window_is_that_of_the_layer(config, attention):
 
 @needs_vllm
 def test_attention_that_is_left_has_a_reason(config, attention, monkeypatch):
-    from jitnorm.integrations.vllm_plugin import attention as plugin
+    from jitnorm.integrations.vllm_plugin import fusion
     from jitnorm.integrations.vllm_plugin.models import replace_operators
 
     def reason(change=lambda layer: None, family="qwen3", **changes):
@@ -666,7 +666,7 @@ def test_attention_that_is_left_has_a_reason(config, attention, monkeypatch):
     assert "its rotary embedding is" in reason(lambda m: setattr(m, "rotary_emb", torch.nn.Identity()))
     assert "no kernel rotates 20" in reason(rotary_dim(20))
     assert "no kernel supports head_dim 40" in reason(attn(head_size=40, head_size_v=40))
-    monkeypatch.setattr(plugin, "BACKENDS", {})
+    monkeypatch.setattr(fusion, "BACKENDS", {})
     assert reason() == "the attention backend FLASH_ATTN is not supported"
 
 

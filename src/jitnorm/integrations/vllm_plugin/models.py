@@ -9,7 +9,7 @@ import torch
 
 from jitnorm.core.operators import DTYPES
 from jitnorm.core.targets import target_of
-from jitnorm.integrations.vllm_plugin import attention, compatibility, layers
+from jitnorm.integrations.vllm_plugin import attention, compatibility, fusion, layers
 from jitnorm.integrations.vllm_plugin.report import Report
 from jitnorm.jit.environment import is_on
 from jitnorm.jit.load import load
@@ -40,14 +40,14 @@ def replace_operators(model: torch.nn.Module, config: Any) -> Report:
     planned: list[tuple[str, Any, Any, list[KernelSpec]]] = []  # name, module, fusion of an attention layer, kernels
     of_attention: set[int] = set()  # norms of q and k: the launch computes them, or they have strided rows
     for name, module in model.named_modules():
-        if part := attention.part_of(module):
+        if part := fusion.part_of(module):
             of_attention |= {id(getattr(module, norm, None)) for norm in ("q_norm", "k_norm")}
-            fusion: Any = reason or compatibility.changed(part) or compatibility.changed("attention")
-            fusion = fusion or attention.find_fusion(module, dtype, config)
-            if isinstance(fusion, str):
-                report.left[name] = f"{type(module).__name__}: {fusion}"
+            found: Any = reason or compatibility.changed(part) or compatibility.changed("attention")
+            found = found or fusion.find_fusion(module, dtype, config)
+            if isinstance(found, str):
+                report.left[name] = f"{type(module).__name__}: {found}"
             else:
-                planned.append((name, module, fusion, attention.specs(module, fusion, dtype, target)))
+                planned.append((name, module, found, fusion.specs(module, found, dtype, target)))
     for name, module in model.named_modules():
         if isinstance(module, layers.CLASSES) and id(module) not in of_attention:
             if why := reason or _reason_of_config(module, config) or layers.reason_to_leave(module, dtype):
@@ -55,15 +55,15 @@ def replace_operators(model: torch.nn.Module, config: Any) -> Report:
             else:
                 planned.append((name, module, None, layers.specs(module, dtype, target)))
     failures = _build([spec for _, _, _, specs in planned for spec in specs])
-    for name, module, fusion, specs in planned:
+    for name, module, found, specs in planned:
         if failed := next((failures[spec] for spec in specs if spec in failures), None):
             report.left[name] = f"{_base_name(module)}: {failed}"
-        elif fusion is None:
+        elif found is None:
             module.jitnorm_is_active = True
             report.replaced[name] = _base_name(module)
         else:
             report.replaced[name] = f"{type(module).__name__} ({_LAUNCH})"
-            attention.replace(module, fusion)
+            attention.replace(module, found)
     return report
 
 
