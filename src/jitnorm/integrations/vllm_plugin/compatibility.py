@@ -1,0 +1,150 @@
+"""Compare vLLM's version and the source of what is replaced with those that were tested. Does not import vLLM itself.
+
+A plugin that replaces a method has to know what the method did. So each part of the plugin names the functions whose
+behaviour it reproduces, or whose calls it relies on, and is left out if the source of one of them has changed.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib
+import inspect
+import re
+from importlib import metadata
+from typing import Any
+
+TESTED = "0.26.0"
+_MINOR_VERSION = re.compile(r"0\.26\.\d+")
+
+_MODELS = "vllm.model_executor.models"
+_LAYERS = "vllm.model_executor.layers"
+_BACKENDS = "vllm.v1.attention.backends"
+_ROTARY = f"{_LAYERS}.rotary_embedding"
+
+# The first 16 hexadecimal digits of SHA-256 of the source of each function in the tested version, by the part of the
+# plugin that depends on it.
+FINGERPRINTS: dict[str, dict[str, str]] = {
+    "loading": {
+        "vllm.model_executor.model_loader.base_loader:BaseModelLoader.load_model": "820d6f6570faf623",
+    },
+    "configuration": {
+        "vllm.config.compilation:CompilationConfig.set_splitting_ops_for_v1": "1f374c746517a1ee",
+        "vllm.config.vllm:VllmConfig.compute_hash": "5d5531f2157139f0",
+    },
+    "norms": {
+        "vllm.model_executor.custom_op:CustomOp.__new__": "51c0f2816907bdca",
+        "vllm.model_executor.custom_op:CustomOp.__init__": "35d008ad5a373a98",
+        "vllm.model_executor.custom_op:CustomOp.dispatch_forward": "191239144c3e20bd",
+        "vllm.model_executor.custom_op:CustomOp.register_oot": "5fc7c00a62aebb79",
+        f"{_LAYERS}.layernorm:RMSNorm.__init__": "99deda66339a2ae8",
+        f"{_LAYERS}.layernorm:RMSNorm.forward_native": "1f37da1444707040",
+        f"{_LAYERS}.layernorm:RMSNorm.forward_cuda": "e86da8b93c37a6fd",
+        f"{_LAYERS}.layernorm:GemmaRMSNorm.__init__": "939a95114b962fc6",
+        f"{_LAYERS}.layernorm:GemmaRMSNorm.forward_native": "128b88f553516376",
+        f"{_LAYERS}.layernorm:GemmaRMSNorm.forward_cuda": "4eed6a1c9a351e08",
+    },
+    "activations": {
+        "vllm.model_executor.custom_op:CustomOp.__new__": "51c0f2816907bdca",
+        "vllm.model_executor.custom_op:CustomOp.__init__": "35d008ad5a373a98",
+        "vllm.model_executor.custom_op:CustomOp.dispatch_forward": "191239144c3e20bd",
+        "vllm.model_executor.custom_op:CustomOp.register_oot": "5fc7c00a62aebb79",
+        f"{_LAYERS}.activation:SiluAndMul.__init__": "dca1cc20d7cc21ab",
+        f"{_LAYERS}.activation:SiluAndMul.forward_native": "9b60270df7fc0dab",
+        f"{_LAYERS}.activation:SiluAndMul.forward_cuda": "f5d916fd707788b0",
+        f"{_LAYERS}.activation:GeluAndMul.__init__": "8a4446a4b84e9bdc",
+        f"{_LAYERS}.activation:GeluAndMul.forward_native": "c9d84b0582a9c1ec",
+        f"{_LAYERS}.activation:GeluAndMul.forward_cuda": "f5d916fd707788b0",
+    },
+    "attention": {
+        f"{_LAYERS}.attention.attention:Attention.forward": "213499b2acb41ace",
+        f"{_LAYERS}.attention.attention:get_attention_context": "c90e77d37a61e6cb",
+        f"{_LAYERS}.attention.attention:unified_kv_cache_update": "54f16fcc7edcca21",
+        f"{_LAYERS}.attention.attention:unified_attention_with_output": "75f9ca48e47de404",
+    },
+    "rotation": {
+        f"{_ROTARY}.base:RotaryEmbedding.forward_static": "1b4ae7f6310e89f3",
+        f"{_ROTARY}.base:RotaryEmbedding.forward_native": "083c343f9bd4cb49",
+        f"{_ROTARY}.base:RotaryEmbedding.forward_cuda": "b9f9a5bc20818d9d",
+        f"{_ROTARY}.mrope:MRotaryEmbedding.forward_native": "be022e367f4ef64d",
+        f"{_ROTARY}.mrope:MRotaryEmbedding.forward_cuda": "eff1eaf92e6d9805",
+        f"{_ROTARY}.mrope:apply_interleaved_rope": "bdd8bafb5d91e20d",
+        f"{_ROTARY}.common:ApplyRotaryEmb.forward_static": "391ffe46fbe743b1",
+    },
+    "qwen3": {
+        f"{_MODELS}.qwen3:Qwen3Attention.forward": "06bb52cad8244111",
+    },
+    "qwen2": {
+        f"{_MODELS}.qwen2:Qwen2Attention.forward": "0aec3ad4f6a49c43",
+    },
+    "llama": {
+        f"{_MODELS}.llama:LlamaAttention.forward": "a0f9f508aa380b8b",
+    },
+    "mistral": {
+        f"{_MODELS}.mistral:MistralAttention.forward": "9ed09b173fdc3103",
+    },
+    "gemma3": {
+        f"{_MODELS}.gemma3:Gemma3Attention.forward": "5992ae0a21bbb544",
+    },
+    "flash_attn": {
+        f"{_BACKENDS}.flash_attn:FlashAttentionBackend.get_kv_cache_shape": "0330eaec59875526",
+        f"{_BACKENDS}.flash_attn:FlashAttentionImpl.forward": "5fc740485145d52b",
+        f"{_BACKENDS}.flash_attn:FlashAttentionImpl.do_kv_cache_update": "406220a1ba8445df",
+    },
+    "triton_attn": {
+        f"{_BACKENDS}.triton_attn:TritonAttentionBackend.get_kv_cache_shape": "7b43eba6625041df",
+        f"{_BACKENDS}.triton_attn:TritonAttentionImpl.forward": "b1d3fb9c4035d52c",
+        f"{_BACKENDS}.triton_attn:TritonAttentionImpl.do_kv_cache_update": "ab4e8b0582a46058",
+    },
+    "products": {
+        f"{_LAYERS}.batch_invariant:linear_batch_invariant": "564858b3b35a0e8b",
+        f"{_LAYERS}.batch_invariant:matmul_batch_invariant": "c6d95bf65817e1d1",
+        f"{_LAYERS}.batch_invariant:matmul_persistent": "4ea941a86dc63bf6",
+        f"{_LAYERS}.batch_invariant:bmm_batch_invariant": "acccb02b00a3ae3b",
+        f"{_LAYERS}.batch_invariant:_log_softmax_batch_invariant": "53ec95cc60a7bf93",
+        f"{_LAYERS}.batch_invariant:softmax_batch_invariant": "480fe74cf2eb6abd",
+        f"{_LAYERS}.batch_invariant:mean_batch_invariant": "401f9643c811f94c",
+        f"{_LAYERS}.batch_invariant:rms_norm_batch_invariant": "6d9b3b0de1f087a4",
+        f"{_LAYERS}.batch_invariant:enable_batch_invariant_mode": "8a73db7a9077ff2d",
+        f"{_LAYERS}.linear:UnquantizedLinearMethod.apply": "a4b103119d9814b6",
+        f"{_LAYERS}.vocab_parallel_embedding:UnquantizedEmbeddingMethod.apply": "a4b103119d9814b6",
+    },
+}
+
+
+def version_problem() -> str | None:
+    """Return why the installed vLLM is not one that was tested, or None."""
+    try:
+        version = metadata.version("vllm")
+    except metadata.PackageNotFoundError:
+        return "the package vllm is not installed"
+    if _MINOR_VERSION.match(version):
+        return None
+    return f"its version is {version}, and the plugin was tested with {TESTED}"
+
+
+@functools.cache
+def changed(part: str) -> str | None:
+    """Return which function of a part has another source than in the tested version, or None."""
+    for name, expected in FINGERPRINTS[part].items():
+        try:
+            found = fingerprint(resolve(name))
+        except (ImportError, AttributeError, OSError, TypeError):
+            return f"vLLM has no {name}, which was in {TESTED}"
+        if found != expected:
+            return f"the source of {name} is not that of vLLM {TESTED}"
+    return None
+
+
+def resolve(name: str) -> Any:
+    """Return the object that `module:Class.attribute` names."""
+    module, _, path = name.partition(":")
+    value: Any = importlib.import_module(module)
+    for attribute in path.split("."):
+        value = getattr(value, attribute)
+    return value
+
+
+def fingerprint(function: Any) -> str:
+    """Return a short hash of a function's source."""
+    return hashlib.sha256(inspect.getsource(inspect.unwrap(function)).encode()).hexdigest()[:16]

@@ -1,0 +1,119 @@
+"""Replace the operators of a model that vLLM has loaded, build the kernels that it calls, and report what was done."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import torch
+
+from jitnorm.core.operators import DTYPES
+from jitnorm.core.targets import target_of
+from jitnorm.integrations.vllm_plugin import attention, compatibility, fusion, layers
+from jitnorm.integrations.vllm_plugin.report import Report
+from jitnorm.jit.environment import is_on
+from jitnorm.jit.load import load
+from jitnorm.jit.log import logger
+from jitnorm.jit.spec import KernelSpec, Target
+from jitnorm.warmup.run import build_all, find_cached, prepare
+
+_LAUNCH = "norm, rotation and cache store in one launch"
+
+
+def replace_operators(model: torch.nn.Module, config: Any) -> Report:
+    """Replace what this package's kernels compute in a model, before its first forward pass.
+
+    Their kernels are built, all at a time, and loaded, so that no later call builds one. A module whose kernel cannot
+    be built stays as it is.
+
+    Args:
+        model: A loaded model of vLLM.
+        config: vLLM's configuration, whose `model_config.dtype` is that of the activations.
+
+    Returns:
+        What was replaced, what was left and why.
+    """
+    report = Report(type(model).__name__)
+    dtype, device = config.model_config.dtype, torch.device(config.device_config.device)
+    reason = _reason_of_model(dtype, device)
+    target = Target("cpu") if reason else target_of(torch.empty(0, device=device))
+    planned: list[tuple[str, Any, Any, list[KernelSpec]]] = []  # name, module, fusion of an attention layer, kernels
+    of_attention: set[int] = set()  # norms of q and k: the launch computes them, or they have strided rows
+    for name, module in model.named_modules():
+        if part := fusion.part_of(module):
+            of_attention |= {id(getattr(module, norm, None)) for norm in ("q_norm", "k_norm")}
+            found: Any = reason or compatibility.changed(part) or compatibility.changed("attention")
+            found = found or fusion.find_fusion(module, dtype, config)
+            if isinstance(found, str):
+                report.left[name] = f"{type(module).__name__}: {found}"
+            else:
+                planned.append((name, module, found, fusion.specs(module, found, dtype, target)))
+    for name, module in model.named_modules():
+        if isinstance(module, layers.CLASSES) and id(module) not in of_attention:
+            if why := reason or _reason_of_config(module, config) or layers.reason_to_leave(module, dtype):
+                report.left[name] = f"{_base_name(module)}: {why}"
+            else:
+                planned.append((name, module, None, layers.specs(module, dtype, target)))
+    failures = _build([spec for _, _, _, specs in planned for spec in specs])
+    for name, module, found, specs in planned:
+        if failed := next((failures[spec] for spec in specs if spec in failures), None):
+            report.left[name] = f"{_base_name(module)}: {failed}"
+        elif found is None:
+            module.jitnorm_is_active = True
+            report.replaced[name] = _base_name(module)
+        else:
+            report.replaced[name] = f"{type(module).__name__} ({_LAUNCH})"
+            attention.replace(module, found)
+    return report
+
+
+def _reason_of_model(dtype: torch.dtype, device: torch.device) -> str | None:
+    """Return why no kernel serves a model of this dtype on this device, or None."""
+    if device.type not in ("cpu", "cuda") or torch.version.hip is not None:
+        return "this is no NVIDIA GPU"
+    return None if dtype in DTYPES else f"the model is {dtype}"
+
+
+def _base_name(module: Any) -> str:
+    """Return vLLM's name of a module's class."""
+    return type(module).__name__.removeprefix("Jitnorm")
+
+
+def _reason_of_config(module: Any, config: Any) -> str | None:
+    """Return why vLLM's configuration asks for its own norms and activations, or None."""
+    compilation = config.compilation_config
+    if f"-{module.name}" in compilation.custom_ops:
+        return f"custom_ops has -{module.name}"
+    if not isinstance(module, layers.NORM_CLASSES) or not compilation.mode:  # not compiled
+        return None
+    passes = compilation.pass_config
+    if passes.fuse_allreduce_rms:
+        return "vLLM fuses it with the all-reduce (fuse_allreduce_rms)"
+    if passes.enable_sp:
+        return "vLLM distributes it by sequence parallelism (enable_sp)"
+    if config.quant_config is not None:
+        return "the model is quantised, and Inductor fuses it with the quantisation of its result"
+    return None
+
+
+def _build(specs: list[KernelSpec]) -> dict[KernelSpec, str]:
+    """Build and load kernels. Return the error of each that failed."""
+    unique, failures = list(dict.fromkeys(specs)), {}
+    started = time.monotonic()
+    try:
+        _, missing = find_cached(unique)
+        if not is_on("JITNORM_DISABLE_JIT"):
+            prepare(missing)
+            for outcome in build_all(missing):
+                if outcome.error is not None:
+                    failures[outcome.spec] = outcome.error
+    except (RuntimeError, OSError) as error:  # no compiler, or no cache to write to
+        logger.debug("jitnorm's plugin in vLLM builds one kernel after another: %s", error)
+    for spec in unique:
+        try:
+            if spec not in failures:
+                load(spec)
+        except (RuntimeError, OSError) as error:
+            failures[spec] = str(error)
+    logger.debug("jitnorm's plugin in vLLM has %d kernels after %.1f s", len(unique), time.monotonic() - started)
+    return {spec: f"its kernel cannot be built: {error.splitlines()[0]}" for spec, error in failures.items()}

@@ -1,0 +1,147 @@
+"""vLLM itself with the plugin and without, on tiny random models: the same tokens and logits.
+
+It needs vLLM 0.26 and a GPU. Each run is a process of its own, because what the plugin changes lasts as long as one.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from integrations.vllm_worker import MODELS, VOCABULARY
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.engine,
+    pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed"),
+]
+
+WORKER = Path(__file__).with_name("vllm_worker.py")
+
+
+@functools.cache
+def prompts() -> list[list[int]]:
+    """Return random prompts of different lengths; the third is longer than a sliding window."""
+    source = random.Random(5)
+    return [[source.randrange(3, VOCABULARY) for _ in range(length)] for length in (5, 40, 300, 17, 1, 64, *[9] * 16)]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("vllm")
+
+
+def generate(folder: Path, *, plugin: bool, invariant: bool = False, **request: object) -> dict:
+    """Run the worker. Return its results."""
+    environment = {name: value for name, value in os.environ.items() if name not in ("JITNORM_VLLM", "VLLM_PLUGINS")}
+    environment |= {"JITNORM_VLLM": "1"} if plugin else {"VLLM_PLUGINS": ""}
+    environment |= {"VLLM_BATCH_INVARIANT": "1"} if invariant else {}
+    request = {"tokens": 8, "batches": [prompts()[:5]], "eager": True} | request
+    done = subprocess.run(
+        [sys.executable, str(WORKER), str(folder), json.dumps(request)], capture_output=True, text=True, env=environment
+    )
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-8000:]
+    return torch.load(folder / "result.pt", weights_only=False)
+
+
+def assert_close(plugged: dict, stock: dict) -> None:
+    """Compare the logits of each request up to the first token that differs, which only nearly equal logits may cause.
+
+    Both round to bfloat16 many times in three layers, at different places. A wrong rotation or a wrong slot changes
+    logits by as much as they vary.
+    """
+    equal = total = 0
+    for of_plugged, of_stock in zip(plugged["results"], stock["results"], strict=True):
+        for (tokens, logits), (their_tokens, theirs) in zip(of_plugged, of_stock, strict=True):
+            same = next((i for i, (a, b) in enumerate(zip(tokens, their_tokens, strict=True)) if a != b), len(tokens))
+            for a, b in zip(logits[: same + 1], theirs[: same + 1], strict=True):
+                spread = float(b.std())
+                assert float((a - b).pow(2).mean().sqrt()) <= 0.05 * spread
+                assert float((a - b).abs().max()) <= 0.3 * spread
+            if same < len(tokens):
+                assert float(theirs[same].max() - theirs[same][tokens[same]]) <= 0.3 * float(theirs[same].std())
+            equal, total = equal + same, total + len(tokens)
+    assert equal >= 0.3 * total, f"decoding was compared for {equal} of {total} tokens"
+
+
+@functools.cache
+def stock(folder: Path, model: str, eager: bool, cache_dtype: str = "auto") -> dict:
+    result = generate(folder, plugin=False, model=model, eager=eager, cache_dtype=cache_dtype)
+    assert not result["report"] and not [name for name in result["modules"] if name.startswith("Jitnorm")]
+    return result
+
+
+@pytest.mark.parametrize("eager", [True, False], ids=["eager", "compiled"])
+@pytest.mark.parametrize("model", MODELS)
+def test_tokens_and_logits_are_those_of_vllm(model, eager, folder):
+    plugged = generate(folder, plugin=True, model=model, eager=eager)
+    ((_, replaced, left, _),) = plugged["report"]
+    launches = [what for what in replaced.values() if "one launch" in what]
+    assert len(launches) == 3, left
+    norms = "GemmaRMSNorm" if model == "gemma3" else "RMSNorm"
+    assert list(replaced.values()).count(norms) == (13 if model == "gemma3" else 7), left
+    assert set(left.values()) <= {
+        f"{name}: vLLM has not enabled it, and Inductor generates it as fast" for name in ("SiluAndMul", "GeluAndMul")
+    }
+    assert (not left) is eager
+    assert_close(plugged, stock(folder, model, eager))
+
+
+@pytest.mark.parametrize("eager", [True, False], ids=["eager", "compiled"])
+@pytest.mark.parametrize("model", ["qwen3", "llama"])
+def test_float8_caches(model, eager, folder):
+    plugged = generate(folder, plugin=True, model=model, eager=eager, cache_dtype="fp8")
+    launches = [what for what in plugged["report"][0][1].values() if "one launch" in what]
+    assert len(launches) == 3, plugged["report"]
+    assert_close(plugged, stock(folder, model, eager, "fp8"))
+
+
+@pytest.mark.parametrize(
+    "compilation",
+    [{"cudagraph_mode": "PIECEWISE"}, {"cudagraph_mode": "FULL"}, {"use_inductor_graph_partition": True}],
+    ids=str,
+)
+def test_modes_of_cuda_graphs(compilation, folder):
+    plugged = generate(folder, plugin=True, model="qwen3", eager=False, compilation=compilation)
+    assert_close(plugged, stock(folder, "qwen3", False))
+
+
+def test_compiled_graphs_that_vllm_has_cached_are_not_mixed_up(folder):
+    """The cache folder is shared by all runs here; the second of each loads what the first has stored."""
+    first = [generate(folder, plugin=plugin, model="llama", eager=False) for plugin in (True, False)]
+    again = [generate(folder, plugin=plugin, model="llama", eager=False) for plugin in (True, False)]
+    for a, b in zip(first, again, strict=True):
+        assert [t for r in a["results"] for t, _ in r] == [t for r in b["results"] for t, _ in r]
+
+
+def test_the_triton_backend(folder):
+    plugged = generate(folder, plugin=True, model="qwen3", backend="TRITON_ATTN")
+    assert len([what for what in plugged["report"][0][1].values() if "one launch" in what]) == 3
+    assert_close(plugged, generate(folder, plugin=False, model="qwen3", backend="TRITON_ATTN"))
+
+
+@pytest.mark.parametrize("eager", [True, False], ids=["eager", "compiled"])
+@pytest.mark.parametrize("model", ["qwen3", "llama", "gemma3"])
+def test_logits_have_the_same_bits_alone_and_in_every_batch(model, eager, folder):
+    """In vLLM's batch-invariant mode. Prefill is the first token's logits, decoding the others'."""
+    asked = prompts()[:3]
+    batches = [[prompt] for prompt in asked]
+    batches += [asked, [*prompts()[3:10], *asked, *prompts()[10:17]]]
+    assert [len(batch) for batch in batches[3:]] == [3, 17]
+    result = generate(folder, plugin=True, invariant=True, model=model, eager=eager, batches=batches)
+    (report,) = result["report"]
+    assert report[3] == ["replaced the products, softmax, means and norms of vLLM's batch-invariant mode"]
+    alone = [of_batch[0] for of_batch in result["results"][:3]]
+    for of_batch, start in ((result["results"][3], 0), (result["results"][4], 7)):
+        for (tokens, logits), (their_tokens, theirs) in zip(alone, of_batch[start : start + 3], strict=True):
+            assert tokens == their_tokens
+            assert torch.equal(logits, theirs)

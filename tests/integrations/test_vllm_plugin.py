@@ -1,0 +1,1195 @@
+"""The plugin for vLLM, with vLLM's own classes, on the CPU. The tests on a GPU are in test_vllm_engine.py.
+
+They need the Python of vLLM's wheel, which imports without its compiled libraries, and the packages that it imports:
+put them on PYTHONPATH. Without them only the first tests run.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import json
+import logging
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from documentation.pages import ROOT
+
+from integrations import vllm_attention as reference
+from jitnorm.integrations import vllm_plugin
+from jitnorm.integrations.vllm_plugin import compatibility
+from jitnorm.integrations.vllm_plugin.report import REPORTS, Report
+
+HIDDEN, HEADS, KV_HEADS, HEAD_DIM, BLOCK, BLOCKS = 256, 4, 2, 64, 16, 5
+E4M3 = torch.float8_e4m3fn
+
+needs_vllm = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM's Python is not on PYTHONPATH")
+
+
+def run(script: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    kept = {name: value for name, value in os.environ.items() if name not in ("JITNORM_VLLM", "VLLM_PLUGINS")}
+    return subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True, env=kept | environment
+    )
+
+
+# Without vLLM
+
+
+@pytest.mark.parametrize(
+    ("environment", "requested"),
+    [
+        ({}, False),
+        ({"JITNORM_VLLM": "1"}, True),
+        ({"JITNORM_VLLM": "0"}, False),
+        ({"JITNORM_VLLM": ""}, False),
+        ({"VLLM_PLUGINS": "other,jitnorm"}, True),
+        ({"VLLM_PLUGINS": "other"}, False),
+        ({"VLLM_PLUGINS": ""}, False),
+        ({"JITNORM_VLLM": "0", "VLLM_PLUGINS": "jitnorm"}, False),
+    ],
+)
+def test_the_environment_asks_for_the_plugin(environment, requested, monkeypatch):
+    for name in ("JITNORM_VLLM", "VLLM_PLUGINS"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert vllm_plugin.is_requested() is requested
+
+
+def test_importing_and_registering_without_a_request_imports_no_engine():
+    done = run("""
+        import sys, jitnorm.integrations.vllm_plugin as plugin
+        plugin.register()
+        print([name for name in sys.modules if name.partition(".")[0] in ("vllm", "transformers")], plugin.explain())
+    """)
+    assert done.stdout == "[] []\n", done.stderr
+
+
+def entry_point():
+    """Return the entry point that pyproject.toml declares."""
+    section = (ROOT / "pyproject.toml").read_text().partition('[project.entry-points."vllm.general_plugins"]\n')[2]
+    name, _, value = section.partition("\n")[0].partition(" = ")
+    assert name == vllm_plugin.NAME
+    return value.strip('"')
+
+
+def test_the_entry_point_is_register():
+    module, _, function = entry_point().partition(":")
+    assert getattr(importlib.import_module(module), function) is vllm_plugin.register
+
+
+@pytest.mark.parametrize(
+    ("version", "problem"),
+    [("0.26.0", None), ("0.26.3", None), ("0.27.0", "its version is 0.27.0"), ("0.260.0", "its version is 0.260.0")],
+)
+def test_another_version_is_left(version, problem, monkeypatch):
+    monkeypatch.setattr(compatibility.metadata, "version", lambda name: version)
+    found = compatibility.version_problem()
+    assert found is None if problem is None else found.startswith(problem)
+
+
+def test_another_version_replaces_nothing(monkeypatch, caplog):
+    from jitnorm.integrations.vllm_plugin import installation
+
+    monkeypatch.setenv("JITNORM_VLLM", "1")
+    monkeypatch.setattr(vllm_plugin, "_is_registered", False)
+    monkeypatch.setattr(compatibility.metadata, "version", lambda name: "0.25.1")
+    monkeypatch.setattr(installation, "install", lambda: pytest.fail("installed"))
+    with caplog.at_level(logging.WARNING, "jitnorm"):
+        vllm_plugin.register()
+        vllm_plugin.register()
+    assert [record.getMessage() for record in caplog.records] == [
+        "jitnorm's plugin replaces nothing in vLLM: its version is 0.25.1, and the plugin was tested with 0.26.0"
+    ]
+
+
+# With vLLM's classes
+
+
+@pytest.fixture(scope="module")
+def config():
+    """Make vLLM use the CPU, install the plugin, and return a configuration that is current until the end."""
+    import socket
+
+    import vllm.platforms
+    from vllm.platforms.cpu import CpuPlatform
+
+    vllm.platforms._current_platform = CpuPlatform()
+    from vllm.config import CacheConfig, DeviceConfig, VllmConfig, set_current_vllm_config
+    from vllm.distributed import init_distributed_environment, initialize_model_parallel
+
+    from jitnorm.integrations.vllm_plugin import installation
+
+    installation.install()
+    installation.replace_layers()
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    made = VllmConfig(device_config=DeviceConfig(device="cpu"), cache_config=CacheConfig(block_size=BLOCK))
+    with set_current_vllm_config(made):
+        init_distributed_environment(1, 0, f"tcp://127.0.0.1:{port}", 0, "gloo")
+        initialize_model_parallel(1, 1)
+        yield made
+    torch.distributed.destroy_process_group()
+    installation.uninstall()
+
+
+def reinstall(installation):
+    installation.uninstall()
+    installation.install()
+    installation.replace_layers()
+
+
+@pytest.fixture
+def layers(config):
+    from jitnorm.integrations.vllm_plugin import layers
+
+    return layers
+
+
+@pytest.fixture
+def bfloat16():
+    torch.set_default_dtype(torch.bfloat16)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+def settings(dtype: torch.dtype = torch.bfloat16, **changes: object) -> SimpleNamespace:
+    """Return the parts of a configuration of vLLM that `replace_operators` reads, with a model that has a dtype."""
+    from vllm.config import CompilationConfig, ParallelConfig
+
+    values = {
+        "model_config": SimpleNamespace(dtype=dtype),
+        "compilation_config": CompilationConfig(),
+        "parallel_config": ParallelConfig(),
+        "device_config": SimpleNamespace(device=torch.device("cpu")),
+        "quant_config": None,
+    }
+    return SimpleNamespace(**values | changes)
+
+
+def random_weights(module: torch.nn.Module) -> None:
+    """Fill a module's parameters. vLLM's linear layers on the CPU need a function that it chooses while it loads."""
+    for name, parameter in module.named_parameters():
+        values = torch.randn(parameter.shape, dtype=torch.float32)
+        parameter.data.copy_(1 + 0.3 * values if name.endswith("norm.weight") else 0.1 * values)
+        parameter.requires_grad_(False)
+    for child in module.modules():
+        if hasattr(child, "quant_method"):
+            child.cpu_linear = torch.nn.functional.linear
+
+
+def errors(result: torch.Tensor, exact: torch.Tensor) -> float:
+    """Return the root mean square of the errors."""
+    assert result.isfinite().all()
+    return float((result.double() - exact).pow(2).mean().sqrt())
+
+
+@needs_vllm
+def test_registering_twice_changes_nothing_more(config, monkeypatch):
+    from vllm.model_executor.custom_op import op_registry_oot
+
+    from jitnorm.integrations.vllm_plugin import installation
+
+    before = dict(op_registry_oot), len(installation._undo)
+    monkeypatch.setenv("JITNORM_VLLM", "1")
+    monkeypatch.setattr(vllm_plugin, "_is_registered", True)
+    vllm_plugin.register()
+    assert (dict(op_registry_oot), len(installation._undo)) == before
+    assert {"RMSNorm", "GemmaRMSNorm", "SiluAndMul", "GeluAndMul"} <= op_registry_oot.keys()
+
+
+@needs_vllm
+def test_all_fingerprints_are_those_of_the_installed_version(config):
+    assert compatibility.version_problem() is None
+    assert {part: compatibility.changed(part) for part in compatibility.FINGERPRINTS} == dict.fromkeys(
+        compatibility.FINGERPRINTS
+    )
+
+
+@needs_vllm
+def test_a_part_with_another_source_is_left(config, monkeypatch):
+    from vllm.model_executor.custom_op import op_registry_oot
+
+    from jitnorm.integrations.vllm_plugin import installation
+
+    installation.uninstall()
+    assert "RMSNorm" not in op_registry_oot
+    name = "vllm.model_executor.layers.layernorm:RMSNorm.forward_native"
+    monkeypatch.setitem(compatibility.FINGERPRINTS["norms"], name, "0" * 16)
+    compatibility.changed.cache_clear()
+    try:
+        installation.replace_layers()
+        assert "RMSNorm" not in op_registry_oot and "SiluAndMul" in op_registry_oot
+        reason = f"the source of {name} is not that of vLLM 0.26.0"
+        assert installation._notes == [f"left {cls}: {reason}" for cls in ("RMSNorm", "GemmaRMSNorm")]
+    finally:
+        monkeypatch.undo()
+        compatibility.changed.cache_clear()
+        reinstall(installation)
+
+
+@needs_vllm
+def test_a_class_that_another_plugin_replaces_is_left(config):
+    from vllm.model_executor.custom_op import op_registry_oot
+    from vllm.model_executor.layers.layernorm import RMSNorm
+
+    from jitnorm.integrations.vllm_plugin import installation
+
+    class Other(RMSNorm):
+        pass
+
+    installation.uninstall()
+    RMSNorm.register_oot(Other)
+    try:
+        installation.replace_layers()
+        assert op_registry_oot["RMSNorm"] is Other
+        assert installation._notes == ["left RMSNorm: Other of another plugin replaces it"]
+    finally:
+        op_registry_oot.pop("RMSNorm")
+        RMSNorm.name = "rms_norm"
+        reinstall(installation)
+
+
+@needs_vllm
+def test_the_classes_keep_their_names_in_custom_ops(layers):
+    assert [cls.name for cls in layers.CLASSES] == ["rms_norm", "gemma_rms_norm", "silu_and_mul", "gelu_and_mul"]
+
+
+def activated(module: torch.nn.Module, dtype: torch.dtype) -> torch.nn.Module:
+    from jitnorm.integrations.vllm_plugin.models import replace_operators
+
+    random_weights(module)
+    report = replace_operators(torch.nn.Sequential(module), settings(dtype))
+    assert report.replaced and not report.left, report
+    return module
+
+
+def stock(module: torch.nn.Module):
+    """Return the forward that vLLM's own class has."""
+    return super(type(module), module).forward_native
+
+
+@needs_vllm
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("hidden", [64, 1024, 8192])
+@pytest.mark.parametrize("rows", [1, 7])
+@pytest.mark.parametrize("kind", ["RMSNorm", "GemmaRMSNorm"])
+def test_norms_are_as_exact_as_those_of_vllm(kind, rows, hidden, dtype, layers):
+    from vllm.model_executor.layers import layernorm
+
+    torch.set_default_dtype(dtype)
+    try:
+        norm = activated(getattr(layernorm, kind)(hidden, eps=1e-5), dtype)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert type(norm).__name__ == f"Jitnorm{kind}"
+    offset = 1.0 if kind == "GemmaRMSNorm" else 0.0
+
+    def exact(x):
+        return x / (x.pow(2).mean(-1, keepdim=True) + 1e-5).sqrt() * (norm.weight.double() + offset)
+
+    for method in (norm, norm.forward_native, norm.forward_cuda):
+        x, residual = (torch.randn(rows, hidden, dtype=dtype) for _ in range(2))
+        with torch.no_grad():
+            expected, theirs = exact(x.double()), stock(norm)(x.clone())
+            assert errors(method(x), expected) <= 1.01 * errors(theirs, expected)
+            total = x.double() + residual.double()
+            theirs, _ = stock(norm)(x.clone(), residual.clone())
+            rounded = (x.float() + residual.float()).to(dtype)
+            ours, left = method(x, residual)
+        assert errors(ours, exact(total)) <= 1.01 * errors(theirs, exact(total))
+        assert torch.equal(left, rounded)
+
+
+@needs_vllm
+@pytest.mark.parametrize("case", ["strided", "float32", "residual of another dtype", "inactive"])
+def test_calls_that_no_kernel_supports_run_the_original(case, layers, monkeypatch, bfloat16):
+    from vllm.model_executor.layers.layernorm import RMSNorm
+
+    norm = activated(RMSNorm(HEAD_DIM), torch.bfloat16)
+    monkeypatch.setattr(layers, "rmsnorm", lambda *a: pytest.fail("the kernel was called"))
+    monkeypatch.setattr(layers, "fused_add_rmsnorm", lambda *a: pytest.fail("the kernel was called"))
+    x = torch.randn(5, 3 * HEAD_DIM).view(5, 3, HEAD_DIM)[:, :2] if case == "strided" else torch.randn(5, HEAD_DIM)
+    arguments = [x.float() if case == "float32" else x]
+    if case == "residual of another dtype":
+        arguments.append(torch.randn(5, HEAD_DIM, dtype=torch.float32))
+    norm.jitnorm_is_active = case != "inactive"
+    with torch.no_grad():
+        expected = stock(norm)(*(x.clone() for x in arguments))
+        result = norm(*arguments)
+    for a, b in zip(*((x,) if isinstance(x, torch.Tensor) else x for x in (result, expected)), strict=True):
+        assert torch.equal(a, b)
+
+
+@needs_vllm
+def test_norms_and_activations_that_are_left_have_a_reason(config, layers):
+    from vllm.config import CompilationConfig
+    from vllm.config.compilation import PassConfig
+    from vllm.model_executor.layers.activation import SiluAndMul
+    from vllm.model_executor.layers.layernorm import RMSNorm
+
+    from jitnorm.integrations.vllm_plugin.models import replace_operators
+
+    def reasons(module, **changes):
+        report = replace_operators(torch.nn.Sequential(module, torch.nn.Linear(2, 2)), settings(**changes))
+        assert not report.replaced and not getattr(module, "jitnorm_is_active", False)
+        return report.left["0"]
+
+    def compiled(mode=3, **passes):
+        made = CompilationConfig(mode=mode)
+        made.pass_config = PassConfig(**passes)
+        return {"compilation_config": made}
+
+    assert reasons(RMSNorm(96)) == "RMSNorm: no kernel supports hidden size 96"
+    assert reasons(RMSNorm(128, has_weight=False)) == "RMSNorm: it has no weight"
+    assert reasons(RMSNorm(128, var_hidden_size=64)) == "RMSNorm: it normalises by a part of the hidden size"
+    assert reasons(RMSNorm(128), dtype=torch.float64) == "RMSNorm: the model is torch.float64"
+    half = RMSNorm(128, dtype=torch.float16)
+    assert reasons(half) == "RMSNorm: its weight is torch.float16, and the model torch.bfloat16"
+    other = SimpleNamespace(device=torch.device("xpu"))
+    assert reasons(RMSNorm(128), device_config=other) == "RMSNorm: this is no NVIDIA GPU"
+    assert "fuse_allreduce_rms" in reasons(RMSNorm(128), **compiled(fuse_allreduce_rms=True))
+    assert "enable_sp" in reasons(RMSNorm(128), **compiled(enable_sp=True))
+    assert "quantised" in reasons(RMSNorm(128), quant_config=object(), **compiled())
+    disabled = {"compilation_config": CompilationConfig(custom_ops=["all", "-rms_norm"])}
+    assert reasons(RMSNorm(128), **disabled) == "RMSNorm: custom_ops has -rms_norm"
+    assert not SiluAndMul.enabled()  # the mode of the configuration is one that compiles
+    assert reasons(silu(config)) == "SiluAndMul: vLLM has not enabled it, and Inductor generates it as fast"
+
+
+def silu(config, approximate=None):
+    """Make an activation. On the CPU its constructor looks up an operator of vLLM's compiled library."""
+    from vllm.model_executor.layers.activation import GeluAndMul, SiluAndMul
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("silu_and_mul", "gelu_and_mul", "gelu_tanh_and_mul"):
+            patch.setattr(torch.ops._C, name, None, raising=False)
+        return SiluAndMul(compile_native=False) if approximate is None else GeluAndMul(approximate)
+
+
+@needs_vllm
+@pytest.mark.parametrize("approximate", [None, "none", "tanh"])
+@pytest.mark.parametrize("width", [2, 66, 1000])
+def test_activations_are_as_exact_as_those_of_vllm(approximate, width, config, layers):
+    module = silu(config, approximate)
+    module.jitnorm_is_active = True
+    x = torch.randn(7, 2 * width).bfloat16()
+    gate, up = x.double().chunk(2, dim=-1)
+    activation = torch.nn.functional.silu if approximate is None else torch.nn.functional.gelu
+    options = {} if approximate is None else {"approximate": approximate}
+    expected = activation(gate, **options) * up
+    assert errors(module.forward_cuda(x), expected) <= 1.01 * errors(stock(module)(x), expected)
+
+
+@needs_vllm
+def test_activations_are_replaced_where_vllm_enables_them(config, layers, monkeypatch):
+    from jitnorm.integrations.vllm_plugin.models import replace_operators
+
+    module = silu(config)
+    module._forward_method = module.forward_cuda  # what vLLM chooses on CUDA in eager mode
+    report = replace_operators(torch.nn.Sequential(module, torch.nn.Linear(2, 2)), settings())
+    assert report.replaced == {"0": "SiluAndMul"}
+    monkeypatch.setattr(layers, "silu_and_mul", lambda x: "kernel")
+    assert module(torch.randn(3, 8).bfloat16()) == "kernel"
+
+
+# The launch between the projection and attention
+
+
+@pytest.fixture
+def attention(config, bfloat16, monkeypatch):
+    """Return a function that makes a random layer of a model, with its cache and a recorder of its attention kernel."""
+    import vllm.model_executor.layers.attention.attention as of_vllm
+    from vllm.config import CacheConfig
+    from vllm.v1.attention.backends.flash_attn import FlashAttentionBackend
+
+    monkeypatch.setattr(of_vllm, "get_attn_backend", lambda *a, **k: FlashAttentionBackend)
+    known = config.compilation_config.static_forward_context
+    before = dict(known)
+
+    def make(family="qwen3", cache_dtype="bfloat16", layout="NHD", **options):
+        cache_config = CacheConfig(block_size=BLOCK, cache_dtype=cache_dtype)
+        layer = reference.make(family, str(len(known)), cache_config, **options)
+        random_weights(layer)
+        dtype = torch.uint8 if cache_dtype.startswith("fp8") else torch.bfloat16
+        if layout == "NHD":
+            storage = torch.zeros(BLOCKS, BLOCK, KV_HEADS, 2 * HEAD_DIM, dtype=dtype).transpose(1, 2)
+        else:
+            storage = torch.zeros(BLOCKS, KV_HEADS, BLOCK, 2 * HEAD_DIM, dtype=dtype)
+        assert storage.shape == FlashAttentionBackend.get_kv_cache_shape(BLOCKS, BLOCK, KV_HEADS, HEAD_DIM)
+        storage.fill_(0x38 if dtype == torch.uint8 else 3.0)  # 1.0 in float8: a slot that stays is seen
+        layer.attn.kv_cache = storage
+        return layer, reference.Recorder(layer.attn)
+
+    yield make
+    known.clear()
+    known.update(before)
+
+
+def replaced(layer, **changes):
+    from jitnorm.integrations.vllm_plugin.models import replace_operators
+
+    report = replace_operators(torch.nn.ModuleDict({"self_attn": layer}), settings(**changes))
+    assert not report.left, report
+    assert list(report.replaced) == ["self_attn"], "norms of q and k are a part of the launch"
+    return layer
+
+
+@pytest.fixture
+def operator_calls(monkeypatch):
+    """Count the launches."""
+    from jitnorm.integrations.vllm_plugin import attention as plugin
+
+    calls = []
+    kernel = plugin.qk_norm_rope_store
+    monkeypatch.setattr(plugin, "qk_norm_rope_store", lambda *a, **k: (calls.append(k), kernel(*a, **k))[1])
+    return calls
+
+
+FAMILIES = ["qwen3", "qwen2", "llama", "mistral", "gemma3"]
+
+
+def without_plugin(layer):
+    """Return vLLM's own q and k of a layer: its norms and its rotation, as PyTorch computes them."""
+
+    def forward(qkv, positions):
+        q, k, _ = qkv.split([layer.q_size, layer.kv_size, layer.kv_size], dim=-1)
+        if hasattr(layer, "q_norm"):
+            q, k = (
+                stock(norm)(x.unflatten(-1, (-1, HEAD_DIM))).flatten(-2)
+                for x, norm in ((q, layer.q_norm), (k, layer.k_norm))
+            )
+        q, k = layer.rotary_emb.forward_native(positions, q.contiguous(), k.contiguous())
+        return q.view(len(qkv), -1, HEAD_DIM), k.view(len(qkv), -1, HEAD_DIM)
+
+    return forward
+
+
+@needs_vllm
+@pytest.mark.parametrize("layout", ["NHD", "HND"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_one_launch_computes_what_the_layer_does(family, layout, config, attention, operator_calls):
+    layer, recorder = attention(family, layout=layout)
+    expected_from_vllm = without_plugin(layer)
+    name, original = layer.attn.layer_name, type(layer)
+    assert isinstance(replaced(layer), original)
+    tokens = 7
+    hidden, positions = torch.randn(tokens, HIDDEN), torch.randint(reference.POSITIONS, (tokens,))
+    slots = torch.randperm(BLOCKS * BLOCK)[:tokens]
+    slots[2] = -1  # a token of the padding
+    before = [x.clone() for x in reference.caches(layer.attn.kv_cache)]
+    with torch.no_grad(), reference.forward_context(config, **{name: slots}):
+        qkv, _ = layer.qkv_proj(hidden)
+        result = layer(positions=positions, hidden_states=hidden)
+    assert len(operator_calls) == len(recorder.calls) == 1
+    query = recorder.calls[0]["query"]
+    assert query.shape == (tokens, HEADS, HEAD_DIM) and recorder.calls[0]["key"].shape == (tokens, KV_HEADS, HEAD_DIM)
+    q, k, v = reference.exact(layer, qkv, positions)
+    their_q, their_k = expected_from_vllm(qkv, positions)
+    assert errors(query, q) <= errors(their_q, q)
+    stored = slots >= 0
+    for cache, poison, exact, theirs in zip(
+        reference.caches(layer.attn.kv_cache), before, (k, v), (their_k, v.bfloat16()), strict=True
+    ):
+        assert errors(cache[slots[stored]], exact[stored]) <= errors(theirs[stored], exact[stored])
+        untouched = torch.ones(len(cache), dtype=torch.bool)
+        untouched[slots[stored]] = False
+        assert torch.equal(cache[untouched], poison[untouched])
+    assert torch.equal(result, layer.o_proj(query.flatten(1))[0])
+
+
+@needs_vllm
+def test_fewer_slots_than_tokens_leave_the_rest(config, attention):
+    layer, _ = attention()
+    replaced(layer)
+    with torch.no_grad(), reference.forward_context(config, **{layer.attn.layer_name: torch.tensor([9, 40, 3])}):
+        layer(torch.arange(5), torch.randn(5, HIDDEN))
+    k, _ = reference.caches(layer.attn.kv_cache)
+    assert set((k != 3.0).flatten(1).any(1).nonzero().flatten().tolist()) == {3, 9, 40}
+
+
+@needs_vllm
+@pytest.mark.parametrize("family", ["qwen3", "llama"])
+def test_the_profiling_run_stores_nothing(family, config, attention):
+    """There vLLM has no slots, and no cache but a placeholder."""
+    layer, recorder = attention(family)
+    replaced(layer)
+    layer.attn.kv_cache = torch.tensor([])
+    hidden, positions = torch.randn(3, HIDDEN), torch.tensor([0, 1, 2])
+    with torch.no_grad(), reference.forward_context(config):
+        layer(positions, hidden)
+        qkv, _ = layer.qkv_proj(hidden)
+    q, _, _ = reference.exact(layer, qkv, positions)
+    assert errors(recorder.calls[0]["query"], q) < 0.01 * float(q.pow(2).mean().sqrt())
+
+
+@needs_vllm
+def test_a_layer_that_shares_a_cache_stores_nothing(config, attention):
+    layer, recorder = attention()
+    layer.attn.kv_sharing_target_layer_name = "model.layers.0.self_attn.attn"
+    replaced(layer)
+    before = layer.attn.kv_cache.clone()
+    with torch.no_grad(), reference.forward_context(config, **{layer.attn.layer_name: torch.tensor([1, 2, 3])}):
+        layer(torch.arange(3), torch.randn(3, HIDDEN))
+    assert torch.equal(layer.attn.kv_cache, before) and recorder.calls[0]["query"].isfinite().all()
+
+
+@needs_vllm
+@pytest.mark.parametrize("quantises_q", [True, False])
+@pytest.mark.parametrize("family", ["qwen3", "llama"])
+def test_float8_caches_and_queries(family, quantises_q, config, attention):
+    """Codes are the nearest to the exact quotient, or next to it where that lies near the middle of two."""
+    layer, recorder = attention(family, "fp8")
+    assert layer.attn.kv_cache_dtype == "fp8" and layer.attn.query_quant is not None
+    if not quantises_q:
+        layer.attn.query_quant = None
+    for scale, value in ((layer.attn._q_scale, 0.03), (layer.attn._k_scale, 0.02), (layer.attn._v_scale, 0.01)):
+        scale.fill_(value)
+    replaced(layer)
+    hidden, positions, slots = torch.randn(5, HIDDEN), torch.arange(5), torch.tensor([70, 2, -1, 33, 4])
+    with torch.no_grad(), reference.forward_context(config, **{layer.attn.layer_name: slots}):
+        result = layer(positions, hidden)
+        qkv, _ = layer.qkv_proj(hidden)
+    assert result.dtype == torch.bfloat16
+    q, k, v = reference.exact(layer, qkv, positions)
+    stored = slots >= 0
+    k_cache, v_cache = reference.caches(layer.attn.kv_cache)
+    found = [(k_cache[slots[stored]], k[stored] / 0.02), (v_cache[slots[stored]], v[stored] / 0.01)]
+    query = recorder.calls[0]["query"]
+    assert query.dtype == (E4M3 if quantises_q else torch.bfloat16)
+    if quantises_q:
+        found.append((query.double(), q / 0.03))
+    for codes, quotients in found:
+        nearest = quotients.clamp(-448, 448).float().to(E4M3).double()
+        assert (codes == nearest).double().mean() > 0.99
+        assert ((codes - quotients).abs() <= 1.001 * (nearest - quotients).abs() + 1e-4 * quotients.abs()).all()
+    unwritten = torch.ones(len(k_cache), dtype=torch.bool)
+    unwritten[slots[stored]] = False
+    assert (k_cache[unwritten] == 1.0).all() and (v_cache[unwritten] == 1.0).all()
+
+
+ROTATIONS = {
+    "llama3": {
+        "rope_type": "llama3",
+        "rope_theta": 10000.0,
+        "factor": 8.0,
+        "high_freq_factor": 4.0,
+        "low_freq_factor": 1.0,
+        "original_max_position_embeddings": 128,
+    },
+    "yarn": {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 128},
+    "linear": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0},
+    "partial": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5},
+    "mrope": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [8, 12, 12]},
+    "mrope_interleaved": {
+        "rope_type": "default",
+        "rope_theta": 10000.0,
+        "mrope_section": [12, 10, 10],
+        "mrope_interleaved": True,
+    },
+}
+
+
+@needs_vllm
+@pytest.mark.parametrize(
+    ("kind", "three"), [*((kind, False) for kind in ROTATIONS), ("mrope", True), ("mrope_interleaved", True)]
+)
+def test_rotary_embeddings(kind, three, config, attention, operator_calls):
+    layer, recorder = attention("qwen3", rope=ROTATIONS[kind])
+    expected_from_vllm = without_plugin(layer)
+    replaced(layer)
+    shape = (3, 9) if three else (9,)
+    hidden, positions = torch.randn(9, HIDDEN), torch.randint(reference.POSITIONS, shape)
+    with torch.no_grad(), reference.forward_context(config, **{layer.attn.layer_name: torch.arange(9)}):
+        layer(positions, hidden)
+        qkv, _ = layer.qkv_proj(hidden)
+    q, k, _ = reference.exact(layer, qkv, positions)
+    their_q, their_k = expected_from_vllm(qkv, positions)
+    assert len(operator_calls) == 1
+    assert errors(recorder.calls[0]["query"], q) <= errors(their_q, q) < 0.01 * float(q.pow(2).mean().sqrt())
+    assert errors(reference.caches(layer.attn.kv_cache)[0][:9], k) <= errors(their_k, k)
+
+
+@needs_vllm
+def test_a_sliding_window_is_that_of_the_layer(config, attention):
+    layer, _ = attention("gemma3")
+    window = layer.attn.impl.sliding_window
+    assert window == ((31, 0) if layer.is_sliding else (-1, -1))
+    replaced(layer)
+    assert layer.attn.impl.sliding_window == window
+
+
+@needs_vllm
+def test_attention_that_is_left_has_a_reason(config, attention, monkeypatch):
+    from jitnorm.integrations.vllm_plugin import fusion
+    from jitnorm.integrations.vllm_plugin.models import replace_operators
+
+    def reason(change=lambda layer: None, family="qwen3", **changes):
+        layer, _ = attention(family)
+        original = type(layer)
+        change(layer)
+        report = replace_operators(torch.nn.ModuleDict({"a": layer}), settings(**changes))
+        assert type(layer) is original
+        return report.left["a"].removeprefix(f"{original.__name__}: ")
+
+    def attn(**values):
+        def change(layer):
+            for name, value in values.items():
+                setattr(layer.attn, name, value)
+
+        return change
+
+    def parallel(**sizes):
+        return SimpleNamespace(**{"decode_context_parallel_size": 1, "prefill_context_parallel_size": 1} | sizes)
+
+    assert "context parallelism" in reason(parallel_config=parallel(decode_context_parallel_size=2))
+    assert "context parallelism" in reason(parallel_config=parallel(prefill_context_parallel_size=2))
+    assert "calculated in the first forward pass" in reason(attn(calculate_kv_scales=True))
+    assert "type encoder_only" in reason(attn(attn_type="encoder_only"))
+    assert "without an operator" in reason(attn(use_direct_call=True))
+    assert reason(attn(kv_cache_dtype="fp8_e5m2")) == "kv_cache_dtype fp8_e5m2 is not supported"
+    assert "its cache is torch.float16" in reason(attn(kv_cache_torch_dtype=torch.float16))
+    assert "heads of v" in reason(attn(head_size_v=32))
+    assert "a scale for each head" in reason(attn(query_quant=object(), _q_scale=torch.ones(2)))
+    assert "the model is torch.float64" in reason(dtype=torch.float64)
+    assert "its norm of q and k is LayerNorm" in reason(lambda m: setattr(m, "q_norm", torch.nn.LayerNorm(HEAD_DIM)))
+    assert "differ" in reason(lambda m: setattr(m.q_norm, "variance_epsilon", 1e-3))
+    assert "scales q by its position" in reason(lambda m: setattr(m, "do_llama_4_scaling", True), "mistral")
+    assert "its rotary embedding is" in reason(lambda m: setattr(m, "rotary_emb", torch.nn.Identity()))
+    assert "no kernel rotates 20" in reason(rotary_dim(20))
+    assert "no kernel supports head_dim 40" in reason(attn(head_size=40, head_size_v=40))
+    monkeypatch.setattr(fusion, "BACKENDS", {})
+    assert reason() == "the attention backend FLASH_ATTN is not supported"
+
+
+def rotary_dim(size):
+    def change(layer):
+        layer.rotary_emb = copy.deepcopy(layer.rotary_emb)  # vLLM shares one among layers
+        layer.rotary_emb.rotary_dim = size
+        layer.rotary_emb.cos_sin_cache = layer.rotary_emb.cos_sin_cache[:, :size]
+
+    return change
+
+
+@needs_vllm
+def test_a_forward_that_is_not_the_known_one_is_left_alone(config, attention):
+    from jitnorm.integrations.vllm_plugin.models import replace_operators
+
+    layer, _ = attention("llama")
+    layer.__class__ = type("Other", (type(layer),), {"forward": lambda self, positions, hidden_states: hidden_states})
+    report = replace_operators(torch.nn.ModuleDict({"a": layer}), settings())
+    assert not report.replaced and not report.left
+    layer.__class__ = type("Heir", (type(layer).__base__,), {})
+    assert "a" in replace_operators(torch.nn.ModuleDict({"a": layer}), settings()).replaced
+
+
+@needs_vllm
+def test_a_kernel_that_cannot_be_built_leaves_the_module(config, attention, monkeypatch):
+    from jitnorm.integrations.vllm_plugin import models
+
+    layer, _ = attention()
+    monkeypatch.setattr(models, "find_cached", lambda specs: ([], list(specs)))
+    monkeypatch.setattr(
+        models, "build_all", lambda specs: [SimpleNamespace(spec=s, error="no compiler") for s in specs]
+    )
+    report = models.replace_operators(torch.nn.ModuleDict({"a": layer}), settings())
+    assert report.left == {"a": "Qwen3Attention: its kernel cannot be built: no compiler"} and not report.replaced
+    assert not hasattr(layer.attn, "jitnorm_fusion")
+
+
+@needs_vllm
+def test_builds_may_be_forbidden(config, attention, cache_dir, monkeypatch):
+    from jitnorm.integrations.vllm_plugin import models
+
+    layer, _ = attention()
+    monkeypatch.setenv("JITNORM_DISABLE_JIT", "1")
+    report = models.replace_operators(torch.nn.ModuleDict({"a": layer}), settings())
+    assert "JITNORM_DISABLE_JIT" in report.left["a"] and not report.replaced
+
+
+@needs_vllm
+def test_kernels_are_built_and_loaded_before_the_first_forward(config, attention, cache_dir, monkeypatch):
+    from jitnorm.jit import load
+
+    layer, _ = attention("qwen3", "fp8")
+    replaced(layer)
+    monkeypatch.setattr(load, "_build", lambda spec: pytest.fail(f"built {spec}"))
+    monkeypatch.setattr(load, "_load", lambda spec: pytest.fail(f"loaded {spec}"))
+    with torch.no_grad(), reference.forward_context(config, **{layer.attn.layer_name: torch.arange(3)}):
+        layer(torch.arange(3), torch.randn(3, HIDDEN))
+    with torch.no_grad(), reference.forward_context(config):
+        layer(torch.arange(3), torch.randn(3, HIDDEN))
+
+
+# Compiled
+
+
+def graph_of(function, *arguments):
+    """Return a function that torch compiles in one graph, its result, and the functional graph after AOTAutograd."""
+    from torch._dynamo.backends.common import aot_autograd
+
+    graphs = []
+
+    def keep(graph, example_inputs):
+        graphs.append(graph)
+        return graph
+
+    torch._dynamo.reset()
+    compiled = torch.compile(function, fullgraph=True, backend=aot_autograd(fw_compiler=keep), dynamic=True)
+    result = compiled(*arguments)
+    (graph,) = graphs
+    return result, graph
+
+
+def targets(graph):
+    return [str(node.target) for node in graph.graph.nodes if node.op == "call_function"]
+
+
+def decoder_layers(config, count):
+    """Make layers of Qwen3, random and replaced, on the CPU."""
+    import transformers
+    from vllm.config import CacheConfig
+    from vllm.model_executor.models.qwen3 import Qwen3DecoderLayer
+
+    of_model = transformers.Qwen3Config(
+        hidden_size=HIDDEN,
+        intermediate_size=512,
+        num_attention_heads=HEADS,
+        num_key_value_heads=KV_HEADS,
+        head_dim=HEAD_DIM,
+        max_position_embeddings=reference.POSITIONS,
+        rope_parameters=reference.ROPE,
+    )
+    known = len(config.compilation_config.static_forward_context)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.ops._C, "silu_and_mul", None, raising=False)
+        layers = torch.nn.ModuleList(
+            Qwen3DecoderLayer(
+                of_model, CacheConfig(block_size=BLOCK, cache_dtype="bfloat16"), prefix=f"model.layers.{known + i}"
+            )
+            for i in range(count)
+        )
+    for layer in layers:
+        layer.mlp.act_fn._forward_method = layer.mlp.act_fn.forward_native  # and not by another torch.compile
+        layer.self_attn.attn.kv_cache = torch.full((BLOCKS, KV_HEADS, BLOCK, 2 * HEAD_DIM), 3.0)
+        reference.Recorder(layer.self_attn.attn)
+    random_weights(layers)
+    return layers
+
+
+def run_layers(layers):
+    def function(positions, hidden_states):
+        residual = None
+        for layer in layers:
+            hidden_states, residual = layer(positions, hidden_states, residual)
+        return hidden_states, residual
+
+    return function
+
+
+@needs_vllm
+def test_the_compiled_graph_calls_the_kernels_and_copies_nothing(config, attention, monkeypatch):
+    """Two layers of Qwen3: norms by this package although vLLM's mode enables no custom operator."""
+    from jitnorm.integrations.vllm_plugin.models import replace_operators
+
+    layers = decoder_layers(config, 2)
+    report = replace_operators(layers, settings())
+    assert sorted(report.replaced.values()) == sorted(
+        2 * ["Qwen3Attention (norm, rotation and cache store in one launch)"] + 4 * ["RMSNorm"]
+    )
+    assert set(report.left.values()) == {"SiluAndMul: vLLM has not enabled it, and Inductor generates it as fast"}
+    hidden, positions, slots = torch.randn(7, HIDDEN), torch.arange(7), torch.arange(20, 27)
+    names = [layer.self_attn.attn.layer_name for layer in layers]
+    with torch.inference_mode(), reference.forward_context(config, **dict.fromkeys(names, slots)):
+        eager = run_layers(layers)(positions, hidden.clone())
+        stored = [layer.self_attn.attn.kv_cache.clone() for layer in layers]
+        for layer in layers:
+            layer.self_attn.attn.kv_cache.fill_(3.0)
+        compiled, graph = graph_of(run_layers(layers), positions, hidden.clone())
+    for a, b in zip(eager, compiled, strict=True):
+        assert torch.equal(a, b)
+    for layer, expected in zip(layers, stored, strict=True):
+        assert torch.equal(layer.self_attn.attn.kv_cache[1], expected[1])
+    calls = targets(graph)
+    assert calls.count("jitnorm.rmsnorm.default") == 1  # of the first layer, which has no residual yet
+    assert calls.count("jitnorm_vllm.qk_norm_rope_store.default") == 2
+    functionalised = [n for n in graph.graph.nodes if str(n.target).startswith("auto_functionalized")]
+    operators = [str(n.args[0] if n.args else n.kwargs["_op"]) for n in functionalised]
+    assert sorted(operators) == 3 * ["jitnorm.fused_add_rmsnorm.default"] + 2 * [
+        "vllm.unified_attention_with_output.default"
+    ]
+    assert not [name for name in calls if "clone" in name or "copy" in name], calls
+
+
+@needs_vllm
+def test_compiled_norms_of_strided_heads_are_those_of_vllm(layers, bfloat16):
+    """Attention that is left normalises slices of the projection, which Inductor does without a copy."""
+    from vllm.model_executor.layers.layernorm import RMSNorm
+
+    norm = activated(RMSNorm(HEAD_DIM), torch.bfloat16)
+    qkv = torch.randn(5, 4 * HEAD_DIM)
+    with torch.inference_mode():
+        result, graph = graph_of(lambda x: norm(x[:, : 2 * HEAD_DIM].unflatten(-1, (2, HEAD_DIM))), qkv)
+        expected = stock(norm)(qkv[:, : 2 * HEAD_DIM].unflatten(-1, (2, HEAD_DIM)))
+    assert torch.equal(result, expected)
+    assert "vllm_ir.rms_norm.default" in targets(graph) and "jitnorm.rmsnorm.default" not in targets(graph)
+
+
+@needs_vllm
+def test_inductor_generates_no_copy_around_the_kernels(config, attention):
+    from torch._inductor.utils import run_and_get_code
+
+    from jitnorm.integrations.vllm_plugin.models import replace_operators
+
+    layers = decoder_layers(config, 2)
+    replace_operators(layers, settings())
+    hidden, positions, slots = torch.randn(7, HIDDEN), torch.arange(7), torch.arange(20, 27)
+    names = [layer.self_attn.attn.layer_name for layer in layers]
+    torch._dynamo.reset()
+    with torch.inference_mode(), reference.forward_context(config, **dict.fromkeys(names, slots)):
+        eager = run_layers(layers)(positions, hidden.clone())
+        compiled = torch.compile(run_layers(layers), fullgraph=True, dynamic=True)
+        result, (code,) = run_and_get_code(compiled, positions, hidden.clone())
+    for a, b in zip(eager, result, strict=True):
+        assert (a.float() - b.float()).abs().max() <= 0.05 * a.float().abs().max()
+    body = code.partition("def call(")[2]
+    assert body.count("torch.ops.jitnorm.fused_add_rmsnorm.default(") == 3
+    assert body.count("torch.ops.jitnorm_vllm.qk_norm_rope_store.default(") == 2
+    generated = [line.strip() for line in body.splitlines() if "cpp_fused" in line]
+    # Both activations, and the sum of the first residual: the graph may not write its own input.
+    assert len([line for line in generated if "silu" in line or "mul" in line]) == 2, generated
+    assert len(generated) == 2, generated
+
+
+@needs_vllm
+def test_vllm_splits_the_graph_into_one_piece_for_the_launch_and_attention(config, attention):
+    """Between these pieces lie those that it captures, without a launch that reads the step's slots."""
+    from vllm.compilation.backends import split_graph
+
+    from jitnorm.integrations.vllm_plugin.attention import OPERATOR
+    from jitnorm.integrations.vllm_plugin.models import replace_operators
+
+    layers = decoder_layers(config, 2)
+    replace_operators(layers, settings())
+    graphs = []
+    torch._dynamo.reset()
+    names = [layer.self_attn.attn.layer_name for layer in layers]
+    with torch.inference_mode(), reference.forward_context(config, **dict.fromkeys(names, torch.arange(3))):
+        compiled = torch.compile(run_layers(layers), fullgraph=True, backend=lambda g, _: graphs.append(g) or g)
+        compiled(torch.arange(3), torch.randn(3, HIDDEN))
+    _, items = split_graph(graphs[0], splitting_ops_of(config))
+    pieces = [(item.is_splitting_graph, " ".join(targets(item.graph))) for item in items]
+    assert [is_split for is_split, _ in pieces] == [False, True, False, True, False]
+    for is_split, calls in pieces:
+        assert (OPERATOR.replace("::", ".") in calls) is is_split
+        assert ("unified_attention_with_output" in calls) is is_split
+        assert ("fused_add_rmsnorm" in calls or "jitnorm.rmsnorm" in calls) is not is_split
+        assert calls.count(" ") <= 1 or not is_split, "nothing but the two operators runs outside of CUDA graphs"
+
+
+def splitting_ops_of(config, **options):
+    """Return where vLLM splits a compiled model."""
+    from vllm.config import CompilationConfig
+
+    compilation = CompilationConfig(mode=3, **options)
+    compilation.set_splitting_ops_for_v1("naive")
+    return compilation.splitting_ops
+
+
+@needs_vllm
+def test_vllm_splits_at_the_launch_where_it_splits_at_its_own_store(config):
+    from jitnorm.integrations.vllm_plugin.attention import OPERATOR
+    from jitnorm.integrations.vllm_plugin.installation import _OPERATOR
+
+    assert OPERATOR == _OPERATOR
+    for options in (
+        {},
+        {"splitting_ops": []},
+        {"use_inductor_graph_partition": True},
+        {"splitting_ops": ["vllm::unified_attention_with_output", "vllm::unified_kv_cache_update"]},
+        {"splitting_ops": ["vllm::unified_attention_with_output"]},
+    ):
+        found = splitting_ops_of(config, **options)
+        assert (OPERATOR in found) is ("vllm::unified_kv_cache_update" in found), options
+        assert found.count(OPERATOR) <= 1
+    assert OPERATOR in splitting_ops_of(config)
+
+
+@needs_vllm
+def test_compiled_graphs_of_the_plugin_have_a_key_of_their_own(config):
+    from vllm.config import VllmConfig
+
+    from jitnorm.integrations.vllm_plugin import installation
+
+    plugged = config.compute_hash()
+    assert plugged == config.compute_hash()
+    report = Report("Model", {"layers.0": "RMSNorm"})
+    REPORTS.append(report)
+    one = config.compute_hash()
+    report.replaced.clear()
+    assert len({plugged, one, config.compute_hash()}) == 3, "a module that is left changes the graph"
+    REPORTS.remove(report)
+    assert config.compute_hash() == plugged
+    installation.uninstall()
+    try:
+        assert VllmConfig.compute_hash.__module__.startswith("vllm")
+        assert config.compute_hash() != plugged
+    finally:
+        reinstall(installation)
+    assert config.compute_hash() == plugged
+
+
+@needs_vllm
+def test_models_are_replaced_after_loading_and_explained(config, attention, caplog, monkeypatch):
+    """The loader of vLLM, with a model that has one layer of attention and one norm."""
+    from vllm.config import LoadConfig
+    from vllm.model_executor.layers.layernorm import RMSNorm
+    from vllm.model_executor.model_loader import base_loader
+    from vllm.model_executor.model_loader.dummy_loader import DummyModelLoader
+
+    from jitnorm.integrations.vllm_plugin import report
+
+    class Model(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.self_attn, _ = attention()
+            self.norm = RMSNorm(HIDDEN)
+
+    monkeypatch.setattr(report, "REPORTS", [])
+    monkeypatch.setattr(vllm_plugin, "REPORTS", report.REPORTS)
+    monkeypatch.setattr(base_loader, "initialize_model", lambda **_: Model())
+    monkeypatch.setattr(base_loader, "process_weights_after_loading", lambda *_: None)
+    loader = DummyModelLoader(LoadConfig(load_format="dummy"))
+    made = settings(load_config=LoadConfig())
+    with caplog.at_level(logging.INFO, "jitnorm"):
+        model = loader.load_model(made, made.model_config)
+    assert model.norm.jitnorm_is_active and type(model.self_attn).__name__ == "JitnormQwen3Attention"
+    (explained,) = vllm_plugin.explain()
+    assert explained.replaced == {
+        "self_attn": "Qwen3Attention (norm, rotation and cache store in one launch)",
+        "norm": "RMSNorm",
+    }
+    assert caplog.messages.count(f"jitnorm's plugin in vLLM, {explained}") == 1
+    assert str(explained).splitlines()[0] == "Model: replaced 2 modules, left 0"
+
+
+# vLLM's batch-invariant mode
+
+
+@pytest.fixture
+def products(config, monkeypatch):
+    """Install the products, as the plugin does with VLLM_BATCH_INVARIANT=1."""
+    from vllm.model_executor.layers import batch_invariant
+
+    from jitnorm.integrations.vllm_plugin import products
+
+    products.install(monkeypatch.setattr)
+    assert batch_invariant.bmm_batch_invariant is products.bmm_batch_invariant
+    return products
+
+
+@needs_vllm
+@pytest.mark.parametrize("mode", [False, True])
+def test_the_products_are_replaced_in_the_mode(mode, config, monkeypatch):
+    from vllm import envs
+    from vllm.model_executor.layers import linear
+
+    from jitnorm.integrations.vllm_plugin import installation
+
+    monkeypatch.setattr(envs, "VLLM_BATCH_INVARIANT", mode, raising=False)
+    try:
+        reinstall(installation)
+        function = linear.linear_batch_invariant
+        assert function.__module__.startswith("jitnorm" if mode else "vllm")
+        note = "replaced the products, softmax, means and norms of vLLM's batch-invariant mode"
+        assert installation._notes == [note] * mode
+    finally:
+        monkeypatch.undo()
+        reinstall(installation)
+    assert linear.linear_batch_invariant.__module__.startswith("vllm")
+
+
+@needs_vllm
+@pytest.mark.parametrize("shape", [(1,), (17,), (2, 3)])
+@pytest.mark.parametrize("has_bias", [False, True])
+def test_vllms_linear_layers_call_the_products(shape, has_bias, products, monkeypatch):
+    from vllm.model_executor.layers import linear, vocab_parallel_embedding
+
+    for module, method in (
+        (linear, linear.UnquantizedLinearMethod),
+        (vocab_parallel_embedding, vocab_parallel_embedding.UnquantizedEmbeddingMethod),
+    ):
+        monkeypatch.setattr(module.envs, "VLLM_BATCH_INVARIANT", True, raising=False)
+        monkeypatch.setattr(module, "current_platform", SimpleNamespace(is_cuda_alike=lambda: True))
+        layer = torch.nn.Linear(96, 40, bias=has_bias, dtype=torch.bfloat16).requires_grad_(False)
+        x = torch.randn(*shape, 96).bfloat16()
+        result = method.apply(None, layer, x, layer.bias)
+        exact = x.double() @ layer.weight.double().t() + (layer.bias.double() if has_bias else 0)
+        assert result.shape == (*shape, 40)
+        assert (result.double() - exact).abs().max() <= 2**-8 * exact.abs().max()
+        alone = method.apply(None, layer, x.view(-1, 96)[-1:], layer.bias)
+        assert torch.equal(alone[0], result.view(-1, 40)[-1])
+        torch._dynamo.reset()
+        compiled, graph = graph_of(lambda y, m=method, o=layer: m.apply(None, o, y, o.bias), x)
+        assert torch.equal(compiled, result) and "jitnorm_vllm.linear.default" in targets(graph)
+
+
+@needs_vllm
+def test_batched_products_and_norms(products):
+    from vllm.model_executor.layers import batch_invariant, layernorm
+
+    a, b = torch.randn(3, 5, 96).bfloat16(), torch.randn(3, 96, 40).bfloat16()
+    out = torch.full((3, 5, 40), torch.nan).bfloat16()
+    assert batch_invariant.bmm_batch_invariant(a, b, out=out) is out
+    exact = a.double() @ b.double()
+    assert (out.double() - exact).abs().max() <= 2**-8 * exact.abs().max()
+    assert torch.equal(batch_invariant.bmm_batch_invariant(a[1:2], b[1:2])[0], out[1])
+    torch._dynamo.reset()
+    compiled, graph = graph_of(lambda x, y: batch_invariant.bmm_batch_invariant(x, y), a, b)
+    assert torch.equal(compiled, out) and "jitnorm_vllm.bmm.default" in targets(graph)
+    # A norm over heads in a slice of the projection, and one without a weight.
+    x, weight = torch.randn(7, 3, 96).bfloat16()[:, :2], torch.randn(96).bfloat16()
+    for factor in (weight, None):
+        result = layernorm.rms_norm_batch_invariant(x, factor, 1e-6)
+        wide = x.double()
+        exact = wide / (wide.pow(2).mean(-1, keepdim=True) + 1e-6).sqrt() * (1 if factor is None else factor.double())
+        assert result.shape == x.shape and (result.double() - exact).abs().max() <= 2**-8 * exact.abs().max()
+
+
+@needs_vllm
+@pytest.mark.parametrize("before", [False, True])
+def test_vllm_registers_the_reductions_as_aten_operators(before):
+    """In a process of its own, because vLLM's mode cannot be left: before the mode is on, and in it, as in workers."""
+    done = run(
+        """
+        import torch, vllm.platforms
+        from vllm.platforms.cpu import CpuPlatform
+
+        vllm.platforms._current_platform = CpuPlatform()
+        from jitnorm.integrations import vllm_plugin
+        from jitnorm.batch_invariant.reductions import softmax_mean
+        calls = []
+        for name in ("aten_softmax", "aten_mean"):
+            import jitnorm.integrations.vllm_plugin.products as products
+            original = getattr(products, name)
+            setattr(products, name, lambda *a, f=original, n=name, **k: (calls.append(n), f(*a, **k))[1])
+        from vllm.model_executor.layers import batch_invariant
+        vllm_plugin.register()
+        from jitnorm.integrations.vllm_plugin.installation import replace_layers
+        if BEFORE:
+            replace_layers()
+
+        torch.manual_seed(0)
+        x = torch.randn(5, 1000).bfloat16()
+        batch_invariant.enable_batch_invariant_mode()
+        replace_layers()
+        results = {
+            "softmax": (torch.softmax(x, -1), x.double().exp() / x.double().exp().sum(-1, keepdim=True)),
+            "float32": (torch.softmax(x, -1, dtype=torch.float32), x.double().exp() / x.double().exp().sum(-1, True)),
+            "log": (torch.log_softmax(x, -1), x.double() - x.double().exp().sum(-1, keepdim=True).log()),
+            "mean": (x.mean(-1), x.double().sum(-1) / 1000),
+            "bmm": (torch.bmm(x[None], x[None].mT), (x.double() @ x.double().t())[None]),
+        }
+        for name, (result, exact) in results.items():
+            error = (result.double() - exact).abs().max() / exact.abs().max()
+            print(name, result.dtype, bool(error <= 2**-8))
+        print(calls)
+        """.replace("BEFORE", str(before)),
+        JITNORM_VLLM="1",
+        VLLM_BATCH_INVARIANT="1",
+        VLLM_LOGGING_LEVEL="ERROR",
+    )
+    assert done.stdout.splitlines()[-6:] == [
+        "softmax torch.bfloat16 True",
+        "float32 torch.float32 True",
+        "log torch.bfloat16 True",
+        "mean torch.bfloat16 True",
+        "bmm torch.bfloat16 True",
+        "['aten_softmax', 'aten_softmax', 'aten_softmax', 'aten_mean']",
+    ], done.stdout + done.stderr
+
+
+@needs_vllm
+def test_registering_imports_no_layers(tmp_path):
+    """A process that only serves requests does without them. Loading a model imports them, and the plugin follows."""
+    done = run(
+        """
+        import sys, vllm.platforms
+        from vllm.platforms.cpu import CpuPlatform
+
+        vllm.platforms._current_platform = CpuPlatform()
+        import vllm.config
+        from jitnorm.integrations import vllm_plugin
+
+        before = set(sys.modules)
+        vllm_plugin.register()
+        print(sorted(name for name in set(sys.modules) - before if name.startswith("vllm.")))
+        from vllm.model_executor.model_loader.base_loader import BaseModelLoader
+        print(BaseModelLoader.load_model.__code__.co_filename.endswith("installation.py"))
+        print(vllm_plugin.installation._ImportHook in map(type, sys.meta_path))
+        """,
+        JITNORM_VLLM="1",
+        VLLM_LOGGING_LEVEL="ERROR",
+    )
+    assert done.stdout.splitlines()[-3:] == ["[]", "True", "False"], done.stdout + done.stderr
+
+
+@needs_vllm
+def test_vllm_compiles_a_whole_model_and_loads_it_from_its_cache(tmp_path):
+    """By vLLM's compiler: traced, split at the operators, compiled by Inductor piece by piece, stored and loaded."""
+    sizes = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 4, "num_key_value_heads": 2}
+    model = {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "num_hidden_layers": 2, "head_dim": 64}
+    (tmp_path / "config.json").write_text(json.dumps(sizes | model | {"vocab_size": 512, "hidden_act": "silu"}))
+    script = Path(__file__).with_name("vllm_compile.py")
+    for is_cached in (False, True):
+        done = subprocess.run([sys.executable, str(script), str(tmp_path)], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        replaced, error = done.stdout.splitlines()[-2:]
+        assert replaced == f"7 {is_cached}"  # five norms and two layers of attention
+        assert float(error) < 0.02  # Inductor's activations round less often than those of eager mode
+
+
+@needs_vllm
+@pytest.mark.parametrize(
+    ("environment", "is_active"),
+    [
+        ({"JITNORM_VLLM": "1"}, True),
+        ({}, False),
+        ({"VLLM_PLUGINS": "jitnorm"}, True),
+        ({"VLLM_PLUGINS": "other", "JITNORM_VLLM": "1"}, False),  # vLLM does not load it
+    ],
+    ids=str,
+)
+def test_vllm_finds_the_plugin_by_its_entry_point(environment, is_active, tmp_path):
+    """Twice, as in a process that vLLM starts with what it needs to start others."""
+    metadata = tmp_path / "jitnorm_of_a_test-0.1.dist-info"
+    metadata.mkdir()
+    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: jitnorm-of-a-test\nVersion: 0.1\n")
+    (metadata / "entry_points.txt").write_text(f"[vllm.general_plugins]\njitnorm = {entry_point()}\n")
+    done = run(
+        """
+        import sys, vllm.platforms
+        from vllm.platforms.cpu import CpuPlatform
+
+        sys.path.insert(0, FOLDER)
+        vllm.platforms._current_platform = CpuPlatform()
+        from vllm import plugins
+        from vllm.config import VllmConfig
+
+        for _ in range(2):
+            plugins.load_general_plugins()
+            plugins.plugins_loaded = False
+        print(VllmConfig.compute_hash.__code__.co_filename.endswith("installation.py"))
+        """.replace("FOLDER", repr(str(tmp_path))),
+        VLLM_LOGGING_LEVEL="ERROR",
+        **environment,
+    )
+    assert done.stdout.splitlines()[-1:] == [str(is_active)], done.stdout + done.stderr
