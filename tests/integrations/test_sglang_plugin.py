@@ -7,10 +7,7 @@ test_sglang_engine.py runs its ModelRunner.
 from __future__ import annotations
 
 import importlib
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,6 +15,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers import TOLERANCE, relative_error, rmsnorm_reference, same_bits
+from processes import run_before_import
 
 from jitnorm.core.targets import target_of
 from jitnorm.integrations import sglang_plugin
@@ -87,12 +85,8 @@ def inputs(*shape: int) -> torch.Tensor:
 class TestRegister:
     def run(self, tmp_path, script: str, **environment: str) -> str:
         """Run a script in a new process, and return the last line that it prints."""
-        path = os.pathsep.join([str(ROOT / "src"), *filter(None, [os.environ.get("PYTHONPATH")])])
-        env = {**os.environ, "PYTHONPATH": path, **environment}
-        for name in ("JITNORM_SGLANG", "SGLANG_PLUGINS", "TRITON_INTERPRET"):
-            env.pop(name, None) if name not in environment else None
-        command = [sys.executable, "-W", "ignore", "-c", script]
-        done = subprocess.run(command, env=env, capture_output=True, text=True, cwd=tmp_path, timeout=300)
+        unset = dict.fromkeys(("JITNORM_SGLANG", "SGLANG_PLUGINS", "TRITON_INTERPRET"))
+        done = run_before_import(f"import os; os.chdir({str(tmp_path)!r})", script, **{**unset, **environment})
         assert done.returncode == 0, done.stderr[-3000:]
         return done.stdout.strip().splitlines()[-1]
 

@@ -132,7 +132,9 @@ def test_a_frozen_model_calls_the_kernel_with_gradients_enabled(kernel_calls):
 
 @pytest.mark.parametrize("name", ["Qwen3", "Gemma3"])
 def test_compiled(name, device):
-    model, inputs = make(name, device=device), {"input_ids": batch(device)["input_ids"]}
+    more = {"layer_types": ["full_attention"]} if name == "Gemma3" else {}
+    model = make(name, device=device, num_hidden_layers=1, **more)  # the compiler takes seconds for each
+    inputs = {"input_ids": batch(device)["input_ids"]}
     before = logits(model, inputs)
     patch_transformers(model, layers=False)
     targets = []
@@ -145,7 +147,7 @@ def test_compiled(name, device):
     with torch.no_grad():
         run = torch.compile(model, fullgraph=True, backend=backend)
         after = run(**inputs, use_cache=False).logits
-    assert targets.count("jitnorm.qk_norm_rope_store_out") == LAYERS
+    assert targets.count("jitnorm.qk_norm_rope_store_out") == 1
     assert relative_error(after, before.double()) < 1e-5
     torch._dynamo.reset()
     layer = copy.deepcopy(model).model.layers[0]

@@ -10,16 +10,15 @@ import copy
 import importlib.util
 import json
 import logging
-import os
 import subprocess
 import sys
-import textwrap
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from documentation.pages import ROOT
+from processes import run_before_import
 
 from integrations import vllm_attention as reference
 from jitnorm.integrations import vllm_plugin
@@ -33,10 +32,8 @@ needs_vllm = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason
 
 
 def run(script: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    kept = {name: value for name, value in os.environ.items() if name not in ("JITNORM_VLLM", "VLLM_PLUGINS")}
-    return subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True, env=kept | environment
-    )
+    """Run a script in a process of its own, where no plugin is asked for, except by `environment`."""
+    return run_before_import(script, **{"JITNORM_VLLM": None, "VLLM_PLUGINS": None, **environment})
 
 
 # Without vLLM
