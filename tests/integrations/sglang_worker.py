@@ -3,9 +3,9 @@
     python sglang_worker.py '{"config": {...}, "device": "cuda", "variants": ["stock"], ...}' OUT
 
 The variants are "stock", "plugin", or on the CPU, where no graph is captured, both one after the other for one model.
-OUT becomes a file of `torch.save`: by variant, the tokens and the logits of greedy decoding for each batch, and the
-plugin's report. As in sglang.benchmark.one_batch, the runner is in this process, and no checkpoint and no tokenizer is
-read.
+OUT becomes a file of `torch.save`: by variant, the tokens and the logits of greedy decoding for each batch, how many
+CUDA graphs were replayed, and the plugin's report. As in sglang.benchmark.one_batch, the runner is in this process, and
+no checkpoint and no tokenizer is read.
 """
 
 from __future__ import annotations
@@ -37,6 +37,21 @@ def install_entry_point(folder: str) -> None:
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: jitnorm-checkout\nVersion: 0\n")
     (info / "entry_points.txt").write_text(f"[{group}]\njitnorm = {target}\n")
     sys.path.insert(0, folder)
+
+
+def count_replays() -> list[None]:
+    """Return a list that gets an item for each replay of a CUDA graph."""
+    import torch
+
+    replays: list[None] = []
+    original = torch.cuda.CUDAGraph.replay
+
+    def replay(self) -> None:
+        replays.append(None)
+        original(self)
+
+    torch.cuda.CUDAGraph.replay = replay
+    return replays
 
 
 def create_runner(options: dict, folder: str):
@@ -127,15 +142,16 @@ def main() -> None:
         ids = torch.randint(
             1, options["config"]["vocab_size"], (max(options["batches"]), 13), generator=torch.manual_seed(1)
         )
-        results = {}
+        results, replays = {}, count_replays()
         for variant in options["variants"]:
             if variant == "plugin" and results:
                 from sglang.srt.plugins import load_plugins
 
                 load_plugins()
                 runner.torch_runner.init_cuda_graphs()
+            replays.clear()
             runs = {n: generate(one_batch, runner, ids[:n].tolist(), options["steps"]) for n in options["batches"]}
-            results[variant] = {"runs": runs, "report": sglang_plugin.report()}
+            results[variant] = {"runs": runs, "replays": len(replays), "report": sglang_plugin.report()}
         torch.save(results, out)
     sys.stdout.flush()
     os._exit(0)  # nothing of SGLang's is left to wait for

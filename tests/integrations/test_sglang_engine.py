@@ -114,6 +114,9 @@ def test_the_runner_in_cuda_graphs(tmp_path, model, prefill):
     assert_same_model(stock, plugin)
     assert f"{ATTENTION[model]} by qk_norm_rope_store" in plugin["report"]
     assert "left" not in plugin["report"]
+    decodes = sum(run["tokens"].shape[1] - 1 for run in plugin["runs"].values())
+    assert plugin["replays"] == stock["replays"] >= decodes
+    assert (plugin["replays"] > decodes) == (prefill == "breakable")
 
 
 @pytest.mark.gpu

@@ -41,6 +41,7 @@ def args():
         enable_prefill_context_parallel=False,
         attn_cp_size=1,
         enable_two_batch_overlap=False,
+        forward_hooks=None,
         cuda_graph_config=SimpleNamespace(prefill=SimpleNamespace(tc_compiler="eager")),
     )
     context = get_context()
@@ -378,12 +379,22 @@ def layer_of(k_scale=None, v_scale=None, **options) -> SimpleNamespace:
     return SimpleNamespace(attn=attn, num_kv_heads=KV_HEADS, head_dim=HEAD_DIM)
 
 
+def triton_backend(pool) -> SimpleNamespace:
+    """Return SGLang's attention backend for a pool, without what it prepares for launches."""
+    cls = importlib.import_module("sglang.srt.layers.attention.triton_backend").TritonAttnBackend
+    backend = cls.__new__(cls)
+    backend.token_to_kv_pool = pool
+    return backend
+
+
 class TestStore:
     """Where k and v are stored, with real pools."""
 
-    @pytest.mark.parametrize("cache_dtype", [DTYPE, E4M3])
     @pytest.mark.parametrize("has_norms", [True, False])
-    def test_the_launch_writes_what_sglangs_steps_write(self, args, has_norms, cache_dtype):
+    @pytest.mark.parametrize(
+        ("cache_dtype", "scales"), [(DTYPE, (None, None)), (E4M3, (None, None)), (E4M3, (0.5, 2.0))]
+    )
+    def test_the_launch_writes_what_sglangs_steps_write(self, args, has_norms, cache_dtype, scales):
         from sglang.srt.layers.rotary_embedding import base
 
         module = importlib.import_module("sglang.srt.layers.rotary_embedding.base")
@@ -396,7 +407,10 @@ class TestStore:
         for caches in (pool.k_buffer, pool.v_buffer, expected.k_buffer, expected.v_buffer):
             for cache in caches:
                 cache.fill_(3)
-        found = store.find_store(runner_of(args, pool), layer_of(), DTYPE)
+        scales = [None if scale is None else torch.tensor(scale, device=DEVICE) for scale in scales]
+        runner = runner_of(args, pool)
+        runner.attn_backend = triton_backend(pool)
+        found = store.find_store(runner, layer_of(*scales), DTYPE)
         norms = (norm_of("RMSNorm", HEAD_DIM), norm_of("RMSNorm", HEAD_DIM)) if has_norms else None
         heads = attention.Heads((HEADS, KV_HEADS, KV_HEADS), HEAD_DIM, norms, EPS, 0.0)
         prepare = attention._make_prepare(heads, True, found)
@@ -409,7 +423,8 @@ class TestStore:
             q, k = (n.forward_native(x.reshape(-1, HEAD_DIM)).view(x.shape) for n, x in zip(norms, (q, k), strict=True))
         q, k = rotary.forward_native(positions, q, k)
         k, v = k.view(TOKENS, KV_HEADS, HEAD_DIM), v.view(TOKENS, KV_HEADS, HEAD_DIM)
-        expected.set_kv_buffer(layer_of().attn, slots, k, v)
+        given = [] if scales[0] is None else [float(scale) for scale in scales]
+        expected.set_kv_buffer(layer_of().attn, slots, k.clone(), v.clone(), *given)  # divides k and v in place
 
         out = prepare(qkv, rotary.cos_sin_cache, positions, slots)
         assert out[0].shape == (TOKENS, HEADS * HEAD_DIM)
@@ -429,9 +444,7 @@ class TestStore:
         runner = runner_of(args, pool_of(E4M3))
         reason = store.find_store(runner, layer_of(*scales), DTYPE)
         assert reason == "TorchNativeAttnBackend does not scale float8 caches"
-        triton = importlib.import_module("sglang.srt.layers.attention.triton_backend").TritonAttnBackend
-        runner.attn_backend = triton.__new__(triton)
-        runner.attn_backend.token_to_kv_pool = runner.token_to_kv_pool
+        runner.attn_backend = triton_backend(runner.token_to_kv_pool)
         found = store.find_store(runner, layer_of(*scales), DTYPE)
         assert [float(scale) for scale in found.scales] == [0.5, 2.0]
         assert found.index == 1
@@ -604,6 +617,11 @@ class TestAttention:
             before = layer.__dict__.get("forward")
             assert list(self.replaced(layer, args, pool_of()).left) == [(type(layer).__name__, reason)]
             assert layer.__dict__.get("forward") is before
+
+    def test_hooks_of_the_server_keep_its_modules(self, args):
+        args.forward_hooks = [{"target_modules": ["*.q_norm"]}]
+        report = self.replaced(attention_of("Qwen3Attention"), args, pool_of())
+        assert list(report.left) == [("Qwen3Attention", "the server has --forward-hooks")]
 
 
 class TestDeterministicMode:

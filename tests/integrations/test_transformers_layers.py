@@ -422,6 +422,14 @@ def test_widths_that_are_no_whole_accesses_run_the_original(width, calls):
         assert same_bits(mlp(x), before) and not calls
 
 
+def test_a_model_without_layers():
+    model = make_model("Llama", num_hidden_layers=0)
+    inputs = batch()
+    before = logits(model, inputs)
+    patch_transformers(model)
+    assert relative_error(logits(model, inputs), before.double()) < 1e-5
+
+
 def test_an_empty_batch():
     mlp = importlib_modeling("llama").LlamaMLP(transformers.LlamaConfig(hidden_size=64, intermediate_size=96))
     patch_transformers(mlp)

@@ -73,6 +73,12 @@ def assert_close(plugged: dict, stock: dict) -> None:
     assert equal >= 0.3 * total, f"decoding was compared for {equal} of {total} tokens"
 
 
+def count_launches(plugged: dict) -> int:
+    """Return how many attention layers of the model call the fused kernel."""
+    ((_, replaced, _, _),) = plugged["report"]
+    return len([what for what in replaced.values() if "one launch" in what])
+
+
 @functools.cache
 def stock(folder: Path, model: str, eager: bool, cache_dtype: str = "auto") -> dict:
     result = generate(folder, plugin=False, model=model, eager=eager, cache_dtype=cache_dtype)
@@ -85,8 +91,7 @@ def stock(folder: Path, model: str, eager: bool, cache_dtype: str = "auto") -> d
 def test_tokens_and_logits_are_those_of_vllm(model, eager, folder):
     plugged = generate(folder, plugin=True, model=model, eager=eager)
     ((_, replaced, left, _),) = plugged["report"]
-    launches = [what for what in replaced.values() if "one launch" in what]
-    assert len(launches) == 3, left
+    assert count_launches(plugged) == 3, left
     norms = "GemmaRMSNorm" if model == "gemma3" else "RMSNorm"
     assert list(replaced.values()).count(norms) == (13 if model == "gemma3" else 7), left
     assert set(left.values()) <= {
@@ -100,8 +105,7 @@ def test_tokens_and_logits_are_those_of_vllm(model, eager, folder):
 @pytest.mark.parametrize("model", ["qwen3", "llama"])
 def test_float8_caches(model, eager, folder):
     plugged = generate(folder, plugin=True, model=model, eager=eager, cache_dtype="fp8")
-    launches = [what for what in plugged["report"][0][1].values() if "one launch" in what]
-    assert len(launches) == 3, plugged["report"]
+    assert count_launches(plugged) == 3, plugged["report"]
     assert_close(plugged, stock(folder, model, eager, "fp8"))
 
 
@@ -112,6 +116,7 @@ def test_float8_caches(model, eager, folder):
 )
 def test_modes_of_cuda_graphs(compilation, folder):
     plugged = generate(folder, plugin=True, model="qwen3", eager=False, compilation=compilation)
+    assert count_launches(plugged) == 3, plugged["report"]
     assert_close(plugged, stock(folder, "qwen3", False))
 
 
@@ -125,7 +130,7 @@ def test_compiled_graphs_that_vllm_has_cached_are_not_mixed_up(folder):
 
 def test_the_triton_backend(folder):
     plugged = generate(folder, plugin=True, model="qwen3", backend="TRITON_ATTN")
-    assert len([what for what in plugged["report"][0][1].values() if "one launch" in what]) == 3
+    assert count_launches(plugged) == 3, plugged["report"]
     assert_close(plugged, generate(folder, plugin=False, model="qwen3", backend="TRITON_ATTN"))
 
 
@@ -140,6 +145,8 @@ def test_logits_have_the_same_bits_alone_and_in_every_batch(model, eager, folder
     result = generate(folder, plugin=True, invariant=True, model=model, eager=eager, batches=batches)
     (report,) = result["report"]
     assert report[3] == ["replaced the products, softmax, means and norms of vLLM's batch-invariant mode"]
+    assert count_launches(result) == 3, report
+    assert_close(result, generate(folder, plugin=False, invariant=True, model=model, eager=eager, batches=batches))
     alone = [of_batch[0] for of_batch in result["results"][:3]]
     for of_batch, start in ((result["results"][3], 0), (result["results"][4], 7)):
         for (tokens, logits), (their_tokens, theirs) in zip(alone, of_batch[start : start + 3], strict=True):

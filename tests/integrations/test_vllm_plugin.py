@@ -168,6 +168,7 @@ def settings(dtype: torch.dtype = torch.bfloat16, **changes: object) -> SimpleNa
         "parallel_config": ParallelConfig(),
         "device_config": SimpleNamespace(device=torch.device("cpu")),
         "quant_config": None,
+        "speculative_config": None,
     }
     return SimpleNamespace(**values | changes)
 
@@ -677,13 +678,28 @@ def rotary_dim(size):
 
 
 @needs_vllm
+def test_norms_whose_arguments_others_may_read_are_left(layers):
+    """Norms of heads have strided rows for several tokens, and speculative decoding keeps residuals."""
+    from vllm.model_executor.layers.layernorm import GemmaRMSNorm, RMSNorm
+
+    from jitnorm.integrations.vllm_plugin.models import replace_operators
+
+    norms = torch.nn.ModuleDict({"q_norm": RMSNorm(64), "norm": RMSNorm(256), "gemma": GemmaRMSNorm(256)})
+    report = replace_operators(norms, settings(torch.float32, speculative_config=SimpleNamespace()))
+    assert list(report.replaced) == ["norm"] and [*norms["q_norm"].parameters()]
+    assert "heads in a slice of the projection" in report.left["q_norm"]
+    assert "speculative decoding may keep its residual" in report.left["gemma"]
+
+
+@needs_vllm
 def test_a_forward_that_is_not_the_known_one_is_left_alone(config, attention):
     from jitnorm.integrations.vllm_plugin.models import replace_operators
 
     layer, _ = attention("llama")
     layer.__class__ = type("Other", (type(layer),), {"forward": lambda self, positions, hidden_states: hidden_states})
     report = replace_operators(torch.nn.ModuleDict({"a": layer}), settings())
-    assert not report.replaced and not report.left
+    assert not report.replaced
+    assert report.left["a"] == "Other: attention layers of this class are not supported"
     layer.__class__ = type("Heir", (type(layer).__base__,), {})
     assert "a" in replace_operators(torch.nn.ModuleDict({"a": layer}), settings()).replaced
 

@@ -8,6 +8,7 @@ layers note such tensors.
 # No `from __future__ import annotations`: torch.fx writes the annotations of forward into its code, as types, not text.
 
 from contextvars import ContextVar
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -33,9 +34,8 @@ class ForwardState:
         config: Any = model.config
         stack: Any = model._modules["layers"]
         layers = list(stack._modules.values())[: config.num_hidden_layers]
-        self.following: dict[torch.nn.Module, torch.nn.Module | None] = dict(
-            zip(layers, [*layers[1:], None], strict=True)
-        )
+        self.following: dict[torch.nn.Module, torch.nn.Module | None] = dict(pairwise(layers))
+        self.following |= dict.fromkeys(layers[-1:])
         self.final_norm = model._modules["norm"]
         self.total: torch.Tensor | None = None
         self.normalised: torch.Tensor | None = None

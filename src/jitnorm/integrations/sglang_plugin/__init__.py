@@ -112,16 +112,20 @@ def _replace_in(runner: Any, created: Report) -> None:
     fused = [norm for layer in replaced for norm in head_norms(layer) or ()]
     candidates = [candidate for _, candidate in attention]
     install([*candidates, *layer_replacements(model, fused)], created)
-    config = runner.server_args.cuda_graph_config
-    if runner.server_args.enable_torch_compile or config.prefill.backend == "tc_piecewise":
-        created.left["compiled graph", "SGLang has Inductor fuse norms, rotations and activations there"] += 1
+    prefill = runner.server_args.cuda_graph_config.prefill
+    is_traced = prefill.backend == "tc_piecewise"
+    if runner.server_args.enable_torch_compile or (is_traced and prefill.tc_compiler == "inductor"):
+        created.left["graph of torch.compile", "Inductor fuses SGLang's norms, rotations and activations there"] += 1
+    elif is_traced:
+        created.left["attention in prefill graphs of torch.compile", "their slots change after the tracing"] += 1
     for part, reason in _parts_left.items():
         created.left[part, reason] += 1
     if runner.server_args.enable_deterministic_inference and "deterministic mode" not in _parts_left:
-        created.replaced["operator of the deterministic mode", "jitnorm.batch_invariant"] += len(
-            deterministic.FUNCTIONS
-        )
-        deterministic.select_gemms(runner.model, runner.dtype, created)
+        if replaced_names := deterministic.replaced_names():
+            created.replaced["operator of the deterministic mode", "jitnorm.batch_invariant"] += len(replaced_names)
+            deterministic.select_gemms(runner.model, runner.dtype, created)
+        else:
+            created.left["deterministic mode", "SGLang did not apply the hook"] += 1
 
 
 def _device_problem(device: str) -> str | None:

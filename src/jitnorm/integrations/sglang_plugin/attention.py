@@ -70,6 +70,9 @@ def attention_replacements(runner: Any, model: LoadedModel) -> Iterator[tuple[An
         if cls is None:
             continue
         name = cls.__name__
+        if runner.server_args.forward_hooks:  # SGLang adds them later, perhaps to modules that the launch replaces
+            yield module, Left(name, "the server has --forward-hooks")
+            continue
         if name not in problems:
             problems[name] = source_problem(name) or source_problem("attention")
         if reason := problems[name] or _layer_problem(module, cls, model.dtype):
@@ -268,7 +271,7 @@ def _replace_gemma3_rotary(rotary: Any) -> Replacement:
 
     return Replacement(
         "Gemma3RotaryEmbedding",
-        "the same with a cos_sin_cache for qk_norm_rope_store",
+        "one that returns the kernel's cos_sin_cache too",
         (),
         lambda: None,
         lambda: setattr(rotary, "forward", forward),

@@ -65,6 +65,12 @@ def replace_operators() -> None:
                     setattr(module, attribute, FUNCTIONS[name])
 
 
+def replaced_names() -> list[str]:
+    """Return which of FUNCTIONS are in place in MODULE."""
+    module = sys.modules.get(MODULE)
+    return [name for name, function in FUNCTIONS.items() if getattr(module, name, None) is function]
+
+
 def select_gemms(model: torch.nn.Module, dtype: torch.dtype, report: Report) -> None:
     """Multiply once by each shape of a model's weights, in the mode.
 

@@ -99,14 +99,16 @@ def _backend_problem(backend: Any, pool: Any) -> str | None:
             return reason
     if backend.token_to_kv_pool is not pool:
         return "its attention backend has another pool"
-    if getattr(backend, "fa_skip_kv_cache", False):
+    if any(getattr(part, "fa_skip_kv_cache", False) for part in _backends(backend)):
         return "its attention backend stores nothing"
     return None
 
 
+def _backends(backend: Any) -> list[Any]:
+    """Return an attention backend, or both backends of one that chooses by the phase."""
+    is_hybrid = type(backend).__name__ == "HybridAttnBackend"
+    return [backend.prefill_backend, backend.decode_backend] if is_hybrid else [backend]
+
+
 def _backend_names(backend: Any) -> list[str]:
-    """Return the class of an attention backend, or of both backends of one that chooses by the phase."""
-    name = type(backend).__name__
-    if name != "HybridAttnBackend":
-        return [name]
-    return [type(backend.prefill_backend).__name__, type(backend.decode_backend).__name__]
+    return [type(part).__name__ for part in _backends(backend)]

@@ -39,7 +39,7 @@ def _run(
     _, layer, kv_cache, slot_mapping = get_attention_context(_resolve_layer_name(layer_name))
     fusion: Fusion = layer.jitnorm_fusion
     tokens = qkv.shape[0]
-    q, k, values = qkv.view(tokens, -1, head_dim).split_with_sizes(fusion.heads, 1)
+    q, k, values = qkv.view(tokens, sum(fusion.heads), head_dim).split_with_sizes(fusion.heads, 1)
     q_out = qkv.new_empty((tokens, num_heads, head_dim), dtype=E4M3 if quantises_q else None)
     k_out = qkv.new_empty((tokens, fusion.heads[1], head_dim))  # written instead of qkv, which others may read
     v = k_cache = v_cache = slots = k_scale = v_scale = None

@@ -54,6 +54,11 @@ class Fusion(NamedTuple):
     quantises_q: bool
 
 
+def has_attention(module: Any) -> bool:
+    """Return whether a module calls vLLM's attention itself."""
+    return any(isinstance(child, Attention) for child in module.children())
+
+
 def part_of(module: Any) -> str | None:
     """Return the part that a module's forward belongs to, or None if it is no attention layer that is known."""
     forward = type(module).forward

@@ -7,8 +7,9 @@ calls where the operator is enabled: in eager mode, or by `custom_ops`.
 
 A subclass computes what its base does until `activate` has found that a kernel supports the module.
 
-Norms with a residual write in place, as vLLM's own kernel does: its callers do not read the arguments afterwards.
-A compiled graph needs no copy for that, because the inputs are not read again there either.
+Norms with a residual write in place, as vLLM's RMSNorm does: its callers do not read the arguments afterwards, except
+for auxiliary hidden states of speculative decoding, with which Gemma's norms stay vLLM's. A compiled graph needs no
+copy for that, because the inputs are not read again there either.
 """
 
 from __future__ import annotations

@@ -48,9 +48,17 @@ def replace_operators(model: torch.nn.Module, config: Any) -> Report:
                 report.left[name] = f"{type(module).__name__}: {found}"
             else:
                 planned.append((name, module, found, fusion.specs(module, found, dtype, target)))
+        elif fusion.has_attention(module):
+            report.left[name] = f"{type(module).__name__}: attention layers of this class are not supported"
     for name, module in model.named_modules():
         if isinstance(module, layers.CLASSES) and id(module) not in of_attention:
-            if why := reason or _reason_of_config(module, config) or layers.reason_to_leave(module, dtype):
+            is_of_heads = name.rpartition(".")[2] in ("q_norm", "k_norm")
+            if why := (
+                reason
+                or ("its rows are heads in a slice of the projection" if is_of_heads else None)
+                or _reason_of_config(module, config)
+                or layers.reason_to_leave(module, dtype)
+            ):
                 report.left[name] = f"{_base_name(module)}: {why}"
             else:
                 planned.append((name, module, None, layers.specs(module, dtype, target)))
@@ -84,6 +92,8 @@ def _reason_of_config(module: Any, config: Any) -> str | None:
     compilation = config.compilation_config
     if f"-{module.name}" in compilation.custom_ops:
         return f"custom_ops has -{module.name}"
+    if isinstance(module, layers.JitnormGemmaRMSNorm) and config.speculative_config is not None:
+        return "speculative decoding may keep its residual, which the kernel overwrites"
     if not isinstance(module, layers.NORM_CLASSES) or not compilation.mode:  # not compiled
         return None
     passes = compilation.pass_config
