@@ -120,8 +120,9 @@ def test_modes_of_cuda_graphs(compilation, folder):
     assert_close(plugged, stock(folder, "qwen3", False))
 
 
-def test_compiled_graphs_that_vllm_has_cached_are_not_mixed_up(folder):
-    """The cache folder is shared by all runs here; the second of each loads what the first has stored."""
+def test_compiled_graphs_that_vllm_has_cached_are_not_mixed_up(tmp_path_factory):
+    """All runs share a cache folder; the second of each loads what the first has stored."""
+    folder = tmp_path_factory.mktemp("shared")
     first = [generate(folder, plugin=plugin, model="llama", eager=False) for plugin in (True, False)]
     again = [generate(folder, plugin=plugin, model="llama", eager=False) for plugin in (True, False)]
     for a, b in zip(first, again, strict=True):
