@@ -145,7 +145,7 @@ def test_logits_have_the_same_bits_alone_and_in_every_batch(model, eager, folder
     assert [len(batch) for batch in batches[3:]] == [3, 17]
     result = generate(folder, plugin=True, invariant=True, model=model, eager=eager, batches=batches)
     (report,) = result["report"]
-    assert report[3] == ["replaced the products, softmax, means and norms of vLLM's batch-invariant mode"]
+    assert report[3] == ["replaced the GEMMs, softmax, means and norms of vLLM's batch-invariant mode"]
     assert count_launches(result) == 3, report
     assert_close(result, generate(folder, plugin=False, invariant=True, model=model, eager=eager, batches=batches))
     alone = [of_batch[0] for of_batch in result["results"][:3]]

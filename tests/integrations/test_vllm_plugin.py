@@ -21,7 +21,7 @@ from documentation.pages import ROOT
 from processes import run_before_import
 
 from integrations import vllm_attention as reference
-from jitnorm.integrations import vllm_plugin
+from jitnorm.integrations import engine_plugins, vllm_plugin
 from jitnorm.integrations.vllm_plugin import compatibility
 from jitnorm.integrations.vllm_plugin.report import REPORTS, Report
 
@@ -57,7 +57,7 @@ def test_the_environment_asks_for_the_plugin(environment, requested, monkeypatch
         monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    assert vllm_plugin.is_requested() is requested
+    assert engine_plugins.is_requested("JITNORM_VLLM", "VLLM_PLUGINS") is requested
 
 
 def test_importing_and_registering_without_a_request_imports_no_engine():
@@ -73,7 +73,7 @@ def entry_point():
     """Return the entry point that pyproject.toml declares."""
     section = (ROOT / "pyproject.toml").read_text().partition('[project.entry-points."vllm.general_plugins"]\n')[2]
     name, _, value = section.partition("\n")[0].partition(" = ")
-    assert name == vllm_plugin.NAME
+    assert name == engine_plugins.NAME
     return value.strip('"')
 
 
@@ -998,20 +998,20 @@ def test_models_are_replaced_after_loading_and_explained(config, attention, capl
 
 
 @pytest.fixture
-def products(config, monkeypatch):
-    """Install the products, as the plugin does with VLLM_BATCH_INVARIANT=1."""
+def operators(config, monkeypatch):
+    """Install the operators, as the plugin does with VLLM_BATCH_INVARIANT=1."""
     from vllm.model_executor.layers import batch_invariant
 
-    from jitnorm.integrations.vllm_plugin import products
+    from jitnorm.integrations.vllm_plugin import batch_invariant_mode
 
-    products.install(monkeypatch.setattr)
-    assert batch_invariant.bmm_batch_invariant is products.bmm_batch_invariant
-    return products
+    batch_invariant_mode.install(monkeypatch.setattr)
+    assert batch_invariant.bmm_batch_invariant is batch_invariant_mode.bmm_batch_invariant
+    return batch_invariant_mode
 
 
 @needs_vllm
 @pytest.mark.parametrize("mode", [False, True])
-def test_the_products_are_replaced_in_the_mode(mode, config, monkeypatch):
+def test_the_operators_are_replaced_in_the_mode(mode, config, monkeypatch):
     from vllm import envs
     from vllm.model_executor.layers import linear
 
@@ -1022,7 +1022,7 @@ def test_the_products_are_replaced_in_the_mode(mode, config, monkeypatch):
         reinstall(installation)
         function = linear.linear_batch_invariant
         assert function.__module__.startswith("jitnorm" if mode else "vllm")
-        note = "replaced the products, softmax, means and norms of vLLM's batch-invariant mode"
+        note = "replaced the GEMMs, softmax, means and norms of vLLM's batch-invariant mode"
         assert installation._notes == [note] * mode
     finally:
         monkeypatch.undo()
@@ -1033,7 +1033,7 @@ def test_the_products_are_replaced_in_the_mode(mode, config, monkeypatch):
 @needs_vllm
 @pytest.mark.parametrize("shape", [(1,), (17,), (2, 3)])
 @pytest.mark.parametrize("has_bias", [False, True])
-def test_vllms_linear_layers_call_the_products(shape, has_bias, products, monkeypatch):
+def test_vllms_linear_layers_call_the_gemms(shape, has_bias, operators, monkeypatch):
     from vllm.model_executor.layers import linear, vocab_parallel_embedding
 
     for module, method in (
@@ -1056,7 +1056,7 @@ def test_vllms_linear_layers_call_the_products(shape, has_bias, products, monkey
 
 
 @needs_vllm
-def test_batched_products_and_norms(products):
+def test_batched_gemms_and_norms(operators):
     from vllm.model_executor.layers import batch_invariant, layernorm
 
     a, b = torch.randn(3, 5, 96).bfloat16(), torch.randn(3, 96, 40).bfloat16()
@@ -1091,9 +1091,9 @@ def test_vllm_registers_the_reductions_as_aten_operators(before):
         from jitnorm.batch_invariant.reductions import softmax_mean
         calls = []
         for name in ("aten_softmax", "aten_mean"):
-            import jitnorm.integrations.vllm_plugin.products as products
-            original = getattr(products, name)
-            setattr(products, name, lambda *a, f=original, n=name, **k: (calls.append(n), f(*a, **k))[1])
+            import jitnorm.integrations.vllm_plugin.batch_invariant_mode as batch_invariant_mode
+            original = getattr(batch_invariant_mode, name)
+            setattr(batch_invariant_mode, name, lambda *a, f=original, n=name, **k: (calls.append(n), f(*a, **k))[1])
         from vllm.model_executor.layers import batch_invariant
         vllm_plugin.register()
         from jitnorm.integrations.vllm_plugin.installation import replace_layers

@@ -9,19 +9,18 @@ graphs are captured. docs/guides/sglang.md says what is replaced. SGLang is impo
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from jitnorm.core.targets import target_of
+from jitnorm.integrations.engine_plugins import is_requested
 from jitnorm.integrations.sglang_plugin import deterministic
 from jitnorm.integrations.sglang_plugin.attention import attention_replacements, head_norms
 from jitnorm.integrations.sglang_plugin.layers import apply_qk_norm, layer_replacements
 from jitnorm.integrations.sglang_plugin.replacement import LoadedModel, Replacement, Report, install
 from jitnorm.integrations.sglang_plugin.tested import source_problem, version_problem
-from jitnorm.jit.environment import is_on
 from jitnorm.jit.log import logger
 
 __all__ = ["register", "report"]
@@ -41,7 +40,7 @@ def register() -> None:
     global _status
     if _status is None:
         return
-    if not _is_active():
+    if not is_requested("JITNORM_SGLANG", "SGLANG_PLUGINS"):
         _status = "the plugin is off: set JITNORM_SGLANG=1, or name jitnorm in SGLANG_PLUGINS"
         return
     import sglang
@@ -69,12 +68,6 @@ def register() -> None:
 def report() -> str:
     """Return what was replaced in this process, and what was left to SGLang and why, for each model it has loaded."""
     return _status or "\n".join(map(str, _reports)) or "no model has been loaded"
-
-
-def _is_active() -> bool:
-    if os.environ.get("JITNORM_SGLANG"):
-        return is_on("JITNORM_SGLANG")
-    return "jitnorm" in (name.strip() for name in os.environ.get("SGLANG_PLUGINS", "").split(","))
 
 
 def _enable_mode(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

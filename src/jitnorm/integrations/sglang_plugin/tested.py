@@ -6,10 +6,10 @@ A function whose source differs may compute something else, so what relies on it
 from __future__ import annotations
 
 import functools
-import hashlib
-import inspect
 import pkgutil
 import re
+
+from jitnorm.integrations.engine_plugins import source_hash
 
 MIN_VERSION, END_VERSION = (0, 5, 16), (0, 6)
 TESTED = "0.5.16"
@@ -139,8 +139,3 @@ def source_problem(part: str) -> str | None:
         except (ImportError, AttributeError, OSError, TypeError) as error:
             return f"{name} cannot be read: {error}"
     return None
-
-
-def source_hash(function: object) -> str:
-    """Return the first 16 digits of the SHA-256 of the source of a function or class."""
-    return hashlib.sha256(inspect.getsource(function).encode()).hexdigest()[:16]  # type: ignore[arg-type]

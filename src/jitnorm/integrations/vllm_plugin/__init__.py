@@ -8,16 +8,13 @@ replaced, and what is not and why.
 
 from __future__ import annotations
 
-import os
 import threading
 
+from jitnorm.integrations.engine_plugins import is_requested
 from jitnorm.integrations.vllm_plugin.report import REPORTS, Report
-from jitnorm.jit.environment import is_on
 from jitnorm.jit.log import logger
 
 __all__ = ["Report", "explain", "register"]
-
-NAME = "jitnorm"  # of the entry point
 
 _lock = threading.Lock()
 _is_registered = False
@@ -31,7 +28,7 @@ def register() -> None:
     classes whose code is not the tested one, vLLM's own operators stay, and the log says why.
     """
     global _is_registered
-    if not is_requested():
+    if not is_requested("JITNORM_VLLM", "VLLM_PLUGINS"):
         return
     with _lock:
         if _is_registered:
@@ -45,13 +42,6 @@ def register() -> None:
         from jitnorm.integrations.vllm_plugin import installation
 
         installation.install()
-
-
-def is_requested() -> bool:
-    """Return whether the environment asks for the plugin."""
-    if os.environ.get("JITNORM_VLLM", ""):
-        return is_on("JITNORM_VLLM")
-    return NAME in os.environ.get("VLLM_PLUGINS", "").split(",")
 
 
 def explain() -> list[Report]:

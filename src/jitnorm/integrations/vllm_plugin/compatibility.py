@@ -7,12 +7,11 @@ behaviour it reproduces, or whose calls it relies on, and is left out if the sou
 from __future__ import annotations
 
 import functools
-import hashlib
-import importlib
-import inspect
+import pkgutil
 import re
 from importlib import metadata
-from typing import Any
+
+from jitnorm.integrations.engine_plugins import source_hash
 
 TESTED = "0.26.0"
 _MINOR_VERSION = re.compile(r"0\.26\.\d+")
@@ -96,7 +95,7 @@ FINGERPRINTS: dict[str, dict[str, str]] = {
         f"{_BACKENDS}.triton_attn:TritonAttentionImpl.forward": "b1d3fb9c4035d52c",
         f"{_BACKENDS}.triton_attn:TritonAttentionImpl.do_kv_cache_update": "ab4e8b0582a46058",
     },
-    "products": {
+    "batch-invariant mode": {
         f"{_LAYERS}.batch_invariant:linear_batch_invariant": "564858b3b35a0e8b",
         f"{_LAYERS}.batch_invariant:matmul_batch_invariant": "c6d95bf65817e1d1",
         f"{_LAYERS}.batch_invariant:matmul_persistent": "4ea941a86dc63bf6",
@@ -128,23 +127,9 @@ def changed(part: str) -> str | None:
     """Return which function of a part has another source than in the tested version, or None."""
     for name, expected in FINGERPRINTS[part].items():
         try:
-            found = fingerprint(resolve(name))
+            found = source_hash(pkgutil.resolve_name(name))
         except (ImportError, AttributeError, OSError, TypeError):
             return f"vLLM has no {name}, which was in {TESTED}"
         if found != expected:
             return f"the source of {name} is not that of vLLM {TESTED}"
     return None
-
-
-def resolve(name: str) -> Any:
-    """Return the object that `module:Class.attribute` names."""
-    module, _, path = name.partition(":")
-    value: Any = importlib.import_module(module)
-    for attribute in path.split("."):
-        value = getattr(value, attribute)
-    return value
-
-
-def fingerprint(function: Any) -> str:
-    """Return a short hash of a function's source."""
-    return hashlib.sha256(inspect.getsource(inspect.unwrap(function)).encode()).hexdigest()[:16]

@@ -54,21 +54,21 @@ def set_attribute(owner: Any, name: str, value: Any) -> None:
 
 
 def replace_layers() -> None:
-    """Replace vLLM's norms, activations and batch-invariant products, as models will make or call them."""
+    """Replace vLLM's norms, activations and batch-invariant operators, as models will make or call them."""
     global _are_layers_replaced
     if _are_layers_replaced:
         return
     _are_layers_replaced = True
     _notes.extend(_register_layers())
-    from jitnorm.integrations.vllm_plugin import products
+    from jitnorm.integrations.vllm_plugin import batch_invariant_mode
 
-    if not products.is_mode_requested():
+    if not batch_invariant_mode.is_mode_requested():
         return
-    if problem := compatibility.changed("products"):
-        _notes.append(f"left the products of vLLM's batch-invariant mode: {problem}")
+    if problem := compatibility.changed("batch-invariant mode"):
+        _notes.append(f"left the operators of vLLM's batch-invariant mode: {problem}")
     else:
-        products.install(set_attribute)
-        _notes.append("replaced the products, softmax, means and norms of vLLM's batch-invariant mode")
+        batch_invariant_mode.install(set_attribute)
+        _notes.append("replaced the GEMMs, softmax, means and norms of vLLM's batch-invariant mode")
 
 
 def _change_configuration() -> None:

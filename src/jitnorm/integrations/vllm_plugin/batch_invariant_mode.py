@@ -1,6 +1,6 @@
-"""This package's batch-invariant products, softmax, means and norms in vLLM's batch-invariant mode.
+"""This package's batch-invariant GEMMs, softmax, means and norms in vLLM's batch-invariant mode.
 
-vLLM's mode, `VLLM_BATCH_INVARIANT=1`, computes every linear layer by a Triton kernel with fixed tiles. The products
+vLLM's mode, `VLLM_BATCH_INVARIANT=1`, computes every linear layer by a Triton kernel with fixed tiles. The GEMMs
 here have the same guarantee. Attention, collectives and all other settings of the mode stay vLLM's.
 """
 
