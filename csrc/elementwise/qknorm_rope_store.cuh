@@ -19,6 +19,12 @@ constexpr bool kIsBf16 = false;
 template <>
 constexpr bool kIsBf16<bf16_t> = true;
 
+// A kind of heads that is known at compile time.
+template <HeadKind kKind>
+struct ConstantKind {
+  JITNORM_HOST_DEVICE constexpr operator HeadKind() const { return kKind; }
+};
+
 // The elements of a weight; without a norm there is none, and any type serves.
 template <typename W, typename T>
 struct WeightOrInput {
@@ -55,15 +61,17 @@ struct QKNormRopeStoreKernel {
   static constexpr int kHeadBytes = kHeadDim * sizeof(T);
   static constexpr int kThreads = max(128, kThreadsPerRow);
   static constexpr int kRowsPerBlock = kThreads / kThreadsPerRow;
-  // 48 KiB of heads in flight on an SM; 40 where 80 registers are too few for a thread.
-  static constexpr int kMinBlocksPerSM = kIsBf16<T> && sizeof(W) <= sizeof(T) && !kQOutIsFloat8 ? 6 : 5;
+  // 56 KiB of heads in flight on an SM; 40 where 72 registers are too few for a thread.
+  static constexpr int kMinBlocksPerSM = kIsBf16<T> && sizeof(W) <= sizeof(T) && !kQOutIsFloat8 ? 7 : 5;
 
   // From kMinLargeHeads on, in all tokens, a thread takes two heads: it loads weights, cosines and sines once for both,
   // and has more bytes in flight. For fewer heads, more threads with one head each finish earlier. Large grids also
-  // prefetch later rows into L2.
+  // prefetch later rows into L2, and number rows in tiles, so that a warp takes one of three paths: without the other
+  // two a thread needs fewer registers.
   static constexpr int kLargeHeadsPerRow = kPairsPerThread > 1 ? 1 : 2;
   static constexpr index_t kMinLargeHeads = (8 << 20) / kHeadBytes;
   static constexpr int kBlocksAhead = (4 << 20) / (kRowsPerBlock * kLargeHeadsPerRow * kHeadBytes);
+  static constexpr unsigned kTokensPerTile = 32;
   static constexpr unsigned kMaxSmallGrid = DefaultVariantOnly::kMaxSmallGrid;
   static constexpr unsigned kMinLargeGrid = 1;  // not the default: there is one, and variant() chooses it
   static int heads_per_row(index_t num_heads) { return num_heads < kMinLargeHeads ? 1 : kLargeHeadsPerRow; }
@@ -85,7 +93,7 @@ struct QKNormRopeStoreKernel {
     // The last block may have threads without a row, and a row may have fewer heads. Their threads still take part in
     // the sums.
     const bool has_row = row < unsigned(p.num_rows);
-    const HeadGroup group = head_group<kHeadsPerRow>(p, has_row ? row : 0);
+    const HeadGroup group = head_group_of<kIsLarge>(p, has_row ? row : 0);
     const int num_heads = has_row ? p.num_heads[group.kind] - group.head : 0;
     const T* x = head_address<const T>(p.in[group.kind], group);
     const index_t x_stride = p.in[group.kind].head_stride;
@@ -126,53 +134,61 @@ struct QKNormRopeStoreKernel {
     if (kHasNorm)
 #pragma unroll
       for (int h = 0; h < kHeadsPerRow; h++) rstd[h] = rstd_of_head(from_x[h], lane, p.eps);
-    const bool is_stored = slot != p.skip_index;
-    // Where the results in the input's dtype go; null for v, and for q where its result is float8.
-    const bool has_out = kChangesHeads && group.kind != kValue && !(kQOutIsFloat8 && group.kind == kQuery);
-    T* out = has_out ? head_address<T>(p.out[group.kind], group) : nullptr;
-    e4m3_t* q_out = head_address<e4m3_t>(p.out[kQuery], group);
-    const index_t out_stride = p.out[group.kind].head_stride, q_out_stride = p.out[kQuery].head_stride;
-    const index_t cache_stride = p.cache[group.kind].head_stride;
-    Cache* cache = is_stored ? cache_address<Cache>(p, group, static_cast<unsigned>(slot)) : nullptr;
+    // `constant_kind` is group.kind: where its type tells the kind, steps of other kinds are left out at compile time.
+    const auto write_heads = [&](auto constant_kind) {
+      const HeadKind kind = constant_kind;
+      const bool is_stored = kind != kQuery && slot != p.skip_index;
+      // Where the results in the input's dtype go; null for v, and for q where its result is float8.
+      const bool has_out = kChangesHeads && kind != kValue && !(kQOutIsFloat8 && kind == kQuery);
+      T* out = has_out ? head_address<T>(p.out[kind], group) : nullptr;
+      e4m3_t* q_out = head_address<e4m3_t>(p.out[kQuery], group);
+      Cache* cache = is_stored ? cache_address<Cache>(p, group, static_cast<unsigned>(slot)) : nullptr;
 #pragma unroll
-    for (int h = 0; h < kHeadsPerRow; h++) {
-      if (h >= num_heads) break;
-      const ScaleDivider divide(scale[h]);
+      for (int h = 0; h < kHeadsPerRow; h++) {
+        if (h >= num_heads) break;
+        const bool is_float8 = kind == kQuery ? kQOutIsFloat8 : kCacheIsFloat8;
+        const ScaleDivider divide(is_float8 ? scale[h] : 1);
 #pragma unroll
-      for (int i = 0; i < kPairsPerThread; i++) {
-        if (!has(lane, i)) continue;
-        float y[2][kElementsPerVector];
+        for (int i = 0; i < kPairsPerThread; i++) {
+          if (!has(lane, i)) continue;
+          float y[2][kElementsPerVector];
 #pragma unroll
-        for (int j = 0; j < 2; j++) {
-          to_float(from_x[h][i][j], y[j]);
-          if (!is_normalised) continue;
-          float w[kElementsPerVector];
-          to_float(from_weight[i][j], w);
-          if (p.weight_offset != 0)
+          for (int j = 0; j < 2; j++) {
+            to_float(from_x[h][i][j], y[j]);
+            if (kind == kValue || !is_normalised) continue;
+            float w[kElementsPerVector];
+            to_float(from_weight[i][j], w);
+            if (p.weight_offset != 0)
 #pragma unroll
-            for (int e = 0; e < kElementsPerVector; e++) w[e] += p.weight_offset;
+              for (int e = 0; e < kElementsPerVector; e++) w[e] += p.weight_offset;
 #pragma unroll
-          for (int e = 0; e < kElementsPerVector; e++) y[j][e] = y[j][e] * rstd[h] * w[e];
-          if (kRoundsEachStep) round_to_input(y[j]);
-        }
-        if (rotates && is_rotary(lane, i)) {
-          angles[i].rotate(y);
-          if (kRoundsEachStep) round_to_input(y[0]), round_to_input(y[1]);
-        }
+            for (int e = 0; e < kElementsPerVector; e++) y[j][e] = y[j][e] * rstd[h] * w[e];
+            if (kRoundsEachStep) round_to_input(y[j]);
+          }
+          if (kind != kValue && rotates && is_rotary(lane, i)) {
+            angles[i].rotate(y);
+            if (kRoundsEachStep) round_to_input(y[0]), round_to_input(y[1]);
+          }
 #pragma unroll
-        for (int j = 0; j < 2; j++) {
-          const int at = offset(lane, i, j);
-          // What is not changed keeps its bits, also those of NaNs.
-          InputVector result = from_x[h][i][j];
-          if (kChangesHeads && group.kind != kValue) from_float(y[j], result);
-          if (out) store(out + h * out_stride + at, result);
-          if (kQOutIsFloat8 && group.kind == kQuery) store_float8(q_out + h * q_out_stride + at, y[j], divide);
-          if (!is_stored) continue;
-          if constexpr (kCacheIsFloat8) store_float8(cache + h * cache_stride + at, y[j], divide);
-          else store(cache + h * cache_stride + at, result);
+          for (int j = 0; j < 2; j++) {
+            const int at = offset(lane, i, j);
+            // What is not changed keeps its bits, also those of NaNs.
+            InputVector result = from_x[h][i][j];
+            if (kChangesHeads && kind != kValue) from_float(y[j], result);
+            if (out) store_whole(out + h * p.out[kind].head_stride + at, result);
+            if (kQOutIsFloat8 && kind == kQuery) store_float8(q_out + h * p.out[kind].head_stride + at, y[j], divide);
+            if (!is_stored) continue;
+            Cache* to = cache + h * p.cache[kind].head_stride + at;
+            if constexpr (kCacheIsFloat8) store_float8(to, y[j], divide);
+            else store_whole(to, result);
+          }
         }
       }
-    }
+    };
+    if (!kIsLarge) write_heads(group.kind);
+    else if (group.kind == kQuery) write_heads(ConstantKind<kQuery>());
+    else if (group.kind == kKey) write_heads(ConstantKind<kKey>());
+    else write_heads(ConstantKind<kValue>());
   }
 
  private:
@@ -180,6 +196,11 @@ struct QKNormRopeStoreKernel {
   static constexpr int kSections = rotation_t::kHasSections ? 3 : 1;
   using WeightElement = typename WeightOrInput<W, T>::type;
   using InputVector = Vector<T, kElementsPerVector>;
+
+  template <bool kIsLarge>
+  static __device__ __forceinline__ HeadGroup head_group_of(const QKNormRopeStoreParams& p, unsigned row) {
+    return kIsLarge ? head_group_in_tiles<kLargeHeadsPerRow, kTokensPerTile>(p, row) : head_group<1>(p, row);
+  }
 
   // A thread's i-th pair of vectors, and whether it has one.
   static __device__ __forceinline__ int pair_of(int lane, int i) { return lane + i * kThreadsPerRow; }
@@ -208,10 +229,9 @@ struct QKNormRopeStoreKernel {
   }
 
   // As to_float, by other instructions, for the sum of squares. With the same ones, ptxas would keep the floats for the
-  // results, in twice the registers of the vectors, and an SM would have fewer heads in flight. Where float8 results
-  // need more instructions anyway, converting once is faster.
+  // results, in twice the registers of the vectors, and an SM would have fewer heads in flight.
   static __device__ __forceinline__ void to_float_for_sum(const InputVector& v, float (&f)[kElementsPerVector]) {
-    if constexpr (kIsBf16<T> && !kCacheIsFloat8 && !kQOutIsFloat8) {
+    if constexpr (kIsBf16<T>) {
       const unsigned* words = reinterpret_cast<const unsigned*>(v.words);
 #pragma unroll
       for (int i = 0; i < kElementsPerVector / 2; i++) {
@@ -299,7 +319,7 @@ struct QKNormRopeStoreKernel {
   static __device__ __forceinline__ void prefetch_later_row(const QKNormRopeStoreParams& p, unsigned row, int lane) {
     row += kBlocksAhead * kRowsPerBlock;
     if (lane >= kLargeHeadsPerRow || row >= p.num_rows) return;
-    const HeadGroup group = head_group<kLargeHeadsPerRow>(p, row);
+    const HeadGroup group = head_group_of<true>(p, row);
     if (group.head + lane >= p.num_heads[group.kind]) return;
     const HeadTensor& heads = p.in[group.kind];
     prefetch<kHeadBytes>(head_address<const T>(heads, group) + lane * heads.head_stride);
@@ -325,7 +345,7 @@ struct QKNormRopeStoreKernel {
     for (int e = 0; e < kElementsPerVector; e++) quotients[e] = divide(f[e]);
     Vector<e4m3_t, kElementsPerVector> y;
     from_float(quotients, y);
-    store(to, y);
+    store_whole(to, y);
   }
 #endif
 };

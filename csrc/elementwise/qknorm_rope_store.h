@@ -42,7 +42,8 @@ struct HeadScales {
 };
 
 // A row is a group of adjacent heads of one tensor of one token: as many as the kernel class takes at a time, or fewer
-// at the end of a tensor. Rows are numbered token by token: the groups of q, then those of k, then those of v.
+// at the end of a tensor. Rows are numbered token by token: the groups of q, then those of k, then those of v; or tile
+// by tile of tokens, see head_group_in_tiles.
 struct QKNormRopeStoreParams {
   HeadTensor in[kHeadKinds];
   HeadTensor out[kHeadKinds];    // null data: not written; never written for v
@@ -59,8 +60,11 @@ struct QKNormRopeStoreParams {
   index_t num_rows;
   index_t num_all_heads;           // of all tokens
   UnsignedDivisor groups_divisor;  // divides by num_groups
+  UnsignedDivisor q_divisor;       // divides by q's groups of a token, or by 1 without q
+  UnsignedDivisor kv_divisor;      // divides by k's, of which v has as many
   UnsignedDivisor block_divisor;   // divides by block_size
-  unsigned num_groups;             // of q, k and v of a token together
+  unsigned num_tokens;
+  unsigned num_groups;  // of q, k and v of a token together
   unsigned first_group[kHeadKinds];
   unsigned num_heads[kHeadKinds];
   unsigned block_size;
@@ -85,6 +89,25 @@ JITNORM_HOST_DEVICE HeadGroup head_group(const QKNormRopeStoreParams& p, unsigne
   const unsigned token = quotient(row, p.groups_divisor), group = row - token * p.num_groups;
   const HeadKind kind = group < p.first_group[kKey] ? kQuery : group < p.first_group[kValue] ? kKey : kValue;
   return {kind, token, (group - p.first_group[kind]) * kHeadsPerRow};
+}
+
+// The group of a row where rows are numbered tile by tile: the groups of q of all tokens of a tile, then those of k,
+// then those of v. So nearly all warps have groups of one kind.
+template <int kHeadsPerRow, unsigned kTokensPerTile>
+JITNORM_HOST_DEVICE HeadGroup head_group_in_tiles(const QKNormRopeStoreParams& p, unsigned row) {
+  const unsigned tile_start = quotient(row, p.groups_divisor) / kTokensPerTile * kTokensPerTile;
+  const unsigned tokens_left = p.num_tokens - tile_start;
+  const unsigned tokens = tokens_left < kTokensPerTile ? tokens_left : kTokensPerTile;  // of this tile
+  const unsigned q_groups = p.first_group[kKey], k_groups = p.first_group[kValue] - q_groups;
+  unsigned group = row - tile_start * p.num_groups;  // among those of its kind, below
+  HeadKind kind = kQuery;
+  if (group >= tokens * q_groups) {
+    group -= tokens * q_groups;
+    kind = kKey;
+    if (group >= tokens * k_groups) group -= tokens * k_groups, kind = kValue;
+  }
+  const unsigned token = quotient(group, kind == kQuery ? p.q_divisor : p.kv_divisor);
+  return {kind, tile_start + token, (group - token * (kind == kQuery ? q_groups : k_groups)) * kHeadsPerRow};
 }
 
 // The addresses of a group's first head. The others are head_stride apart.
@@ -361,7 +384,10 @@ Outcome qk_norm_rope_store(const TVMFFIAny* args, int num_args) {
   params.num_rows = tokens * groups;
   params.num_all_heads = heads;
   params.groups_divisor = divisor_of(groups);
+  params.q_divisor = divisor_of(q_groups != 0 ? q_groups : 1);
+  params.kv_divisor = divisor_of(k_groups != 0 ? k_groups : 1);
   params.block_divisor = divisor_of(params.block_size);
+  params.num_tokens = static_cast<unsigned>(tokens);
   params.num_groups = static_cast<unsigned>(groups);
   params.first_group[kKey] = static_cast<unsigned>(q_groups);
   params.first_group[kValue] = static_cast<unsigned>(q_groups + k_groups);

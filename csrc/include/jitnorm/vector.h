@@ -78,6 +78,26 @@ __device__ __forceinline__ void store(T* dst, const Vector<T, N>& v) {
   for (int i = 0; i < v.kAccesses; i++) reinterpret_cast<typename Vector<T, N>::access_t*>(dst)[i] = v.words[i];
 }
 
+__device__ __forceinline__ void store_access(uint4* dst, const uint4& src) {
+  asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(dst), "r"(src.x), "r"(src.y), "r"(src.z), "r"(src.w)
+               : "memory");
+}
+__device__ __forceinline__ void store_access(uint2* dst, const uint2& src) {
+  asm volatile("st.global.v2.u32 [%0], {%1, %2};" ::"l"(dst), "r"(src.x), "r"(src.y) : "memory");
+}
+__device__ __forceinline__ void store_access(unsigned* dst, const unsigned& src) {
+  asm volatile("st.global.u32 [%0], %1;" ::"l"(dst), "r"(src) : "memory");
+}
+
+// As store, but surely by whole accesses. The compiler splits a store into words where its optimiser took the vector
+// apart.
+template <typename T, int N>
+__device__ __forceinline__ void store_whole(T* dst, const Vector<T, N>& v) {
+#pragma unroll
+  for (int i = 0; i < v.kAccesses; i++)
+    store_access(reinterpret_cast<typename Vector<T, N>::access_t*>(dst) + i, v.words[i]);
+}
+
 // Prefetches kBytes, a multiple of 16, into L2. This may come before an earlier kernel's writes, which go through L2
 // too.
 template <int kBytes>
