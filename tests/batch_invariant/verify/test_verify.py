@@ -37,21 +37,56 @@ def test_every_operator_on_the_cpu(op):
     assert result["compared"] == 3 * (17 + 4 * (4 + 3))
 
 
-# Inductor takes seconds for each operator. It compiles each patched ATen operator, because it has a table of these, and
-# one registered operator of each kind: with a new result, in place, with several results, and with a cache. To it
-# these are calls that it does not look into; each operator's own tests compile it.
+# Inductor compiles each patched ATen operator, because it has a table of these, and one registered operator of each
+# kind: with a new result, in place, with several results, and with a cache. To it these are calls that it does not look
+# into; each operator's own tests compile it.
 COMPILED = ("mm", "addmm", "mm.dtype", "bmm_batch", "attention", "softmax", "log_softmax", "mean", "rms_norm")
 COMPILED += ("rmsnorm", "fused_add_rmsnorm", "rmsnorm_quant_fp8_dynamic", "store_cache")
 # A size without a kernel, whose fallback Inductor fuses.
 COMPILED_SHAPES = {"rms_norm": (33,)}
 
 
-@pytest.mark.parametrize("op", COMPILED)
-def test_compiled_on_the_cpu(op):
+def make_compiled_case(op):
     shape = COMPILED_SHAPES.get(op, OPERATORS[op].shapes["cpu"][0])
+    return OPERATORS[op].make(shape, torch.float32, torch.device("cpu"))
+
+
+def verify_compiled(ops, monkeypatch):
+    """Verify operators that are compiled into one graph. A row is the rows of all, a result the bytes of all results.
+
+    Rows are divided and results joined outside of the graph, so that Inductor compiles each operator as it would alone.
+    """
+    torch_compile = torch.compile
+
+    def make(*_):
+        made = [make_compiled_case(op) for op in ops]
+        widths = [case.row.shape[1] for case in made]
+
+        def call_all(rows):
+            return [case.call(own) for case, own in zip(made, rows, strict=True)]
+
+        def call(x, call_all=call_all):
+            rows = [columns.clone(memory_format=torch.contiguous_format) for columns in x.split(widths, 1)]
+            return torch.cat([result.flatten(1).view(torch.uint8) for result in call_all(rows)], 1)
+
+        def compile_all(function, **options):
+            assert function is call
+            return functools.partial(call, call_all=torch_compile(call_all, **options))
+
+        monkeypatch.setattr(compare.torch, "compile", compile_all)
+        return Case(torch.cat([case.row for case in made], 1), call)
+
+    result = verify(", ".join(ops), Operator(make, "", {}), (), torch.float32, "cpu", 17, ["compiled"])
+    monkeypatch.setattr(compare.torch, "compile", torch_compile)
+    return result
+
+
+def test_compiled_on_the_cpu(monkeypatch):
+    """All operators are in one graph, because each graph takes seconds."""
     with set_batch_invariant_mode():
-        result = verify(op, OPERATORS[op], shape, torch.float32, "cpu", 17, ["compiled"])
-    assert result.difference == "" and result.compared == 4 * 3
+        result = verify_compiled(COMPILED, monkeypatch)
+        found = {op: verify_compiled([op], monkeypatch).difference for op in COMPILED} if result.difference else {}
+    assert result.difference == "" and result.compared == 4 * 3, (result, found)
 
 
 def test_every_mode_is_compared():
