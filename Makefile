@@ -4,6 +4,9 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
+# Tests start hundreds of processes. Without bytecode files each would compile the package, and each worker all tests.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: demo test test-gpu campaign lint format docs wheel clean
 
 demo: $(VENV)/installed  ## build a kernel on demand, check it against PyTorch, load it again from the cache
