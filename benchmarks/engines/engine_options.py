@@ -30,7 +30,7 @@ class Engine:
         factory: creates the engine in its process; see vllm_step.py.
         modes: their names, "default" first.
         batches, bit_batches: of decode steps, and of the comparison of bits, by default.
-        measures: which of DECODE, PREFILL and "perplexity" there are.
+        measures: which of DECODE, PREFILL, "perplexity" and "hidden_state_error" there are.
         plugin_group, plugin_target: the entry point.
         environment: returns the variables of a mode and a line; the folder is for caches of its own.
     """
@@ -67,7 +67,7 @@ def _words(text: str) -> list[str]:
 def create_parser(engine: Engine, doc: str) -> argparse.ArgumentParser:
     """Return the command line of a script, described by the first sentence of its docstring."""
     parser = argparse.ArgumentParser(description=doc.partition("\n\n")[0])
-    parser.set_defaults(prefill=False, perplexity=0)  # of an engine that has no such measure
+    parser.set_defaults(prefill=False, perplexity=0, hidden_state_error=0)  # of an engine that has no such measure
     add = parser.add_argument
     batches, bit_batches = (",".join(map(str, b)) for b in (engine.batches, engine.bit_batches))
     add("--models", type=Path, required=True, metavar="DIR", help="folders of models, each with a config.json")
@@ -85,6 +85,9 @@ def create_parser(engine: Engine, doc: str) -> argparse.ArgumentParser:
     add("--bit-batches", type=_numbers, default=bit_batches, metavar="LIST", help=f"[{bit_batches}]")
     if "perplexity" in engine.measures:
         add("--perplexity", type=int, nargs="?", const=2048, default=0, metavar="TOKENS", help="of a sequence [2048]")
+    if "hidden_state_error" in engine.measures:
+        text = "compare hidden states of a sequence with float32 [512]"
+        add("--hidden-state-error", type=int, nargs="?", const=512, default=0, metavar="TOKENS", help=text)
     add("--kernels", type=int, nargs="?", const=20, default=0, metavar="TOP", help="list kernels of a step [20]")
     add("--limit", type=float, default=300, metavar="SECONDS", help="for a start, and for each call [300]")
     add("--time-limit", type=float, default=570, metavar="SECONDS", help="for the whole run [570]")
@@ -105,8 +108,9 @@ def parse(engine: Engine, doc: str, words: Sequence[str] | None = None) -> argpa
     for name, smallest in {"tokens": 2, "prompt": 1, "rounds": 1, "startup": 0, "check_bits": 0, "kernels": 0}.items():
         if getattr(options, name) < smallest:
             parser.error(f"--{name.replace('_', '-')} must be {smallest} or more, got {getattr(options, name)}")
-    if options.perplexity != 0 and not 2 <= options.perplexity < MAX_LENGTH:
-        parser.error(f"--perplexity must be from 2 to {MAX_LENGTH - 1}, got {options.perplexity}")
+    for name in ("perplexity", "hidden_state_error"):
+        if (length := getattr(options, name)) != 0 and not 2 <= length < MAX_LENGTH:
+            parser.error(f"--{name.replace('_', '-')} must be from 2 to {MAX_LENGTH - 1}, got {length}")
     if options.check_bits and not set(options.mode) - {"default", "eager"}:
         parser.error(f"--check-bits needs one of the modes {', '.join({*engine.modes} - {'default', 'eager'})}")
     if options.prompt + options.tokens > MAX_LENGTH:
@@ -150,6 +154,7 @@ def estimate_seconds(config: dict[str, Any], options: argparse.Namespace) -> flo
     for mode, _ in variants:
         seconds += len(options.batches) * (options.rounds + 2) * (options.tokens * step[mode] + 0.1)
         seconds += bool(options.prefill) * options.rounds * 0.1 * (1 + billions) + bool(options.perplexity) * 3
+        seconds += bool(options.hidden_state_error) * (3 + billions)
         if mode not in ("default", "eager"):
             seconds += options.check_bits * (len(options.bit_batches) + 1) * (BIT_TOKENS * step[mode] + 0.3)
     return seconds + (options.startup + 1) * (options.startup > 0) * len(options.mode) * len(options.lines) * start / 2
