@@ -1,6 +1,6 @@
 """Collect what was measured of an engine with and without the plugin, and print it as tables.
 
-    python benchmarks/engines/engine_report.py FILE   # written by --output of vllm_step.py or sglang_step.py
+    python benchmarks/engines/engine_report.py FILE   # written by --output of the other scripts here
 
 The file is a result file of `jitnorm.benchmark`, which `jitnorm bench compare` and `benchmarks/ratios.py` read too.
 Its settings contain the checks, the kernels, and a description of each variant.
@@ -23,7 +23,9 @@ AXES = ["model", "mode", "measure", "batch"]
 STOCK, PLUGIN, DEFAULT_STOCK = "stock", "plugin", "default stock"
 LINES = [STOCK, PLUGIN, DEFAULT_STOCK]
 DECODE, GRAPH, PREFILL, STARTUP = "decode step", "decode graph", "prefill", "start-up"
+FIRST_TOKEN, BETWEEN_TOKENS, ALL_TOKENS = "first token", "between tokens", "all tokens"  # of a server
 _SHOWN_IN = {DECODE: "us", GRAPH: "us", PREFILL: "ms", STARTUP: "s"}
+_SHOWN_IN |= dict.fromkeys((FIRST_TOKEN, BETWEEN_TOKENS, ALL_TOKENS), "ms")
 
 Point = tuple[str, str, str, int]  # the values of AXES
 

@@ -31,7 +31,6 @@ from engine_options import (
 )
 from engine_process import EngineError, EngineProcess
 from engine_report import (
-    DECODE,
     DEFAULT_STOCK,
     PLUGIN,
     PREFILL,
@@ -133,7 +132,7 @@ class Run:
 
     def _decode(self, name: str, processes: Processes) -> None:
         for batch in self.options.batches:
-            self._alternate((name, DECODE, batch), processes, "decode", {"batch": batch})
+            self._alternate((name, self.engine.measures[0], batch), processes, "decode", {"batch": batch})
 
     def _alternate(
         self, place: tuple[str, str, int], processes: Processes, method: str, arguments: dict[str, Any]

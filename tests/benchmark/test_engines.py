@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import itertools
 import json
 import math
 import subprocess
@@ -18,7 +19,7 @@ from processes import run_before_import, start_method_with_torch
 from jitnorm.benchmark.results import Failed, Report, Skipped
 
 FOLDER = Path(__file__).parents[2] / "benchmarks" / "engines"
-SCRIPTS = {"vllm_step": "vllm", "sglang_step": "sglang"}
+SCRIPTS = {"vllm_step": "vllm", "vllm_serve": "vllm", "sglang_step": "sglang"}
 
 
 @pytest.fixture(autouse=True)
@@ -91,6 +92,8 @@ def test_says_that_the_engine_is_not_installed(script, package, models):
 def test_refuses_options(script, words, message, models, capsys):
     module, engine_options = importlib.import_module(script), importlib.import_module("engine_options")
     given = words and ["--models", str(models), "--model", "small", *words]
+    if "--check-bits" in words and "bits" not in module.ENGINE.measures:
+        message = "unrecognized arguments: --check-bits"
     with pytest.raises(SystemExit, match="2"):
         engine_options.parse(module.ENGINE, module.__doc__, given)
     assert message in capsys.readouterr().err
@@ -426,6 +429,66 @@ def test_the_entry_point_of_a_checkout(tmp_path, monkeypatch):
     code = "from importlib.metadata import entry_points; print(entry_points(group='no.such.group'))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
     assert "json:dumps" in done.stdout, done
+
+
+@pytest.fixture
+def serve(monkeypatch, models):
+    """Return a function that starts the server of these tests with a behaviour, as `vllm serve` is started."""
+    pytest.importorskip("transformers")
+    pytest.importorskip("httpx_sse")
+    module = importlib.import_module("vllm_serve")
+    started = []
+
+    def start(behaviour: str, plugin: bool = True):
+        script = str(Path(__file__).parent / "tiny_server.py")
+        monkeypatch.setattr(
+            module, "command_line", lambda model, port, _: [sys.executable, script, str(port), behaviour]
+        )
+        popen = module.subprocess.Popen
+        monkeypatch.setattr(module.subprocess, "Popen", lambda *a, **k: started.append(popen(*a, **k)) or started[-1])
+        return module.VllmServer(str(models / "small"), "default", plugin, [1, 3], 8, 7, 5, 0, 10**6, 500)
+
+    yield start
+    for process in started:
+        process.kill()
+        process.wait()
+
+
+def test_a_server_is_measured(serve):
+    server = serve("good")
+    server.prepare()
+    assert server.describe() == {"plugin": "jitnorm: jitnorm's plugin in vLLM, Tiny: replaced 3 modules, left 0"}
+    found = server.decode(3)
+    assert found.keys() == {"first token", "between tokens", "all tokens"}
+    assert 0 < found["first token"] <= found["all tokens"] and found["between tokens"] > 0
+
+
+def test_a_server_that_ends_says_why(serve):
+    with pytest.raises(RuntimeError, match=r"^vllm serve ended with status 1: no such option$"):
+        serve("fails")
+
+
+@pytest.mark.parametrize(
+    ("behaviour", "message"),
+    [
+        ("silent", "the plugin replaced nothing: the server's output"),
+        ("short", "0 of 1 requests failed: 4 tokens came"),
+    ],
+)
+def test_a_server_that_does_something_else_is_not_measured(serve, behaviour, message):
+    with pytest.raises(RuntimeError, match=message):
+        serve(behaviour).prepare()
+
+
+def test_the_command_of_a_server(tmp_path):
+    module, step = importlib.import_module("vllm_serve"), importlib.import_module("vllm_step")
+    command = module.command_line(tmp_path, 81, step.llm_arguments("m", False, [1], 8, 32, 10**9))
+    options = dict(itertools.pairwise(command))
+    assert (
+        command[3:5] == ["serve", str(tmp_path)] and options["--port"] == "81" and options["--load-format"] == "dummy"
+    )
+    assert "--no-enable-prefix-caching" in command and options["--kv-cache-memory-bytes"] == "1000000000"
+    assert json.loads(options["--compilation-config"])["max_cudagraph_capture_size"] == 8
 
 
 def test_vllm_knows_the_arguments():
