@@ -30,7 +30,8 @@ class Engine:
         factory: creates the engine in its process; see vllm_step.py.
         modes: their names, "default" first.
         batches, bit_batches: of decode steps, and of the comparison of bits, by default.
-        measures: which of DECODE, PREFILL and "perplexity" there are.
+        measures: the first one that `decode` returns, and which of PREFILL, "bits", "perplexity", "hidden_state_error"
+            and "kernels" there are.
         plugin_group, plugin_target: the entry point.
         environment: returns the variables of a mode and a line; the folder is for caches of its own.
     """
@@ -67,9 +68,14 @@ def _words(text: str) -> list[str]:
 def create_parser(engine: Engine, doc: str) -> argparse.ArgumentParser:
     """Return the command line of a script, described by the first sentence of its docstring."""
     parser = argparse.ArgumentParser(description=doc.partition("\n\n")[0])
-    parser.set_defaults(prefill=False, perplexity=0)  # of an engine that has no such measure
+    parser.set_defaults(prefill=False, check_bits=0, bit_batches=engine.batches)
+    parser.set_defaults(perplexity=0, hidden_state_error=0, kernels=0)  # of an engine that has no such measure
     add = parser.add_argument
     batches, bit_batches = (",".join(map(str, b)) for b in (engine.batches, engine.bit_batches))
+
+    def add_count(name: str, default: int, metavar: str, text: str) -> None:
+        add(name, type=int, nargs="?", const=default, default=0, metavar=metavar, help=f"{text} [{default}]")
+
     add("--models", type=Path, required=True, metavar="DIR", help="folders of models, each with a config.json")
     add("--model", type=_words, default=["qwen3-0.6b"], metavar="NAMES", help="of them, and llama-3.2-1b [qwen3-0.6b]")
     add("--mode", type=_words, default=["default"], metavar="NAMES", help=f"of {', '.join(engine.modes)} [default]")
@@ -81,11 +87,15 @@ def create_parser(engine: Engine, doc: str) -> argparse.ArgumentParser:
     if PREFILL in engine.measures:
         add("--prefill", action="store_true", help=f"measure a prefill of {PREFILL_PROMPTS} x {PREFILL_LENGTH}")
     add("--startup", type=int, default=0, metavar="ROUNDS", help="measure starts with warm caches, so many times")
-    add("--check-bits", type=int, nargs="?", const=20, default=0, metavar="REPEATS", help="in modes but default [20]")
-    add("--bit-batches", type=_numbers, default=bit_batches, metavar="LIST", help=f"[{bit_batches}]")
+    if "bits" in engine.measures:
+        add_count("--check-bits", 20, "REPEATS", "compare logits in modes but default and eager, so many times")
+        add("--bit-batches", type=_numbers, default=bit_batches, metavar="LIST", help=f"[{bit_batches}]")
     if "perplexity" in engine.measures:
-        add("--perplexity", type=int, nargs="?", const=2048, default=0, metavar="TOKENS", help="of a sequence [2048]")
-    add("--kernels", type=int, nargs="?", const=20, default=0, metavar="TOP", help="list kernels of a step [20]")
+        add_count("--perplexity", 2048, "TOKENS", "of a sequence")
+    if "hidden_state_error" in engine.measures:
+        add_count("--hidden-state-error", 512, "TOKENS", "compare hidden states of a sequence with float32")
+    if "kernels" in engine.measures:
+        add_count("--kernels", 20, "TOP", "list the longest kernels of a step")
     add("--limit", type=float, default=300, metavar="SECONDS", help="for a start, and for each call [300]")
     add("--time-limit", type=float, default=570, metavar="SECONDS", help="for the whole run [570]")
     add("--output", type=Path, metavar="FILE", help="write JSON, anew after each step")
@@ -105,8 +115,9 @@ def parse(engine: Engine, doc: str, words: Sequence[str] | None = None) -> argpa
     for name, smallest in {"tokens": 2, "prompt": 1, "rounds": 1, "startup": 0, "check_bits": 0, "kernels": 0}.items():
         if getattr(options, name) < smallest:
             parser.error(f"--{name.replace('_', '-')} must be {smallest} or more, got {getattr(options, name)}")
-    if options.perplexity != 0 and not 2 <= options.perplexity < MAX_LENGTH:
-        parser.error(f"--perplexity must be from 2 to {MAX_LENGTH - 1}, got {options.perplexity}")
+    for name in ("perplexity", "hidden_state_error"):
+        if (length := getattr(options, name)) != 0 and not 2 <= length < MAX_LENGTH:
+            parser.error(f"--{name.replace('_', '-')} must be from 2 to {MAX_LENGTH - 1}, got {length}")
     if options.check_bits and not set(options.mode) - {"default", "eager"}:
         parser.error(f"--check-bits needs one of the modes {', '.join({*engine.modes} - {'default', 'eager'})}")
     if options.prompt + options.tokens > MAX_LENGTH:
@@ -150,6 +161,7 @@ def estimate_seconds(config: dict[str, Any], options: argparse.Namespace) -> flo
     for mode, _ in variants:
         seconds += len(options.batches) * (options.rounds + 2) * (options.tokens * step[mode] + 0.1)
         seconds += bool(options.prefill) * options.rounds * 0.1 * (1 + billions) + bool(options.perplexity) * 3
+        seconds += bool(options.hidden_state_error) * (3 + billions)
         if mode not in ("default", "eager"):
             seconds += options.check_bits * (len(options.bit_batches) + 1) * (BIT_TOKENS * step[mode] + 0.3)
     return seconds + (options.startup + 1) * (options.startup > 0) * len(options.mode) * len(options.lines) * start / 2

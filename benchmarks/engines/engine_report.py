@@ -1,6 +1,6 @@
 """Collect what was measured of an engine with and without the plugin, and print it as tables.
 
-    python benchmarks/engines/engine_report.py FILE   # written by --output of vllm_step.py or sglang_step.py
+    python benchmarks/engines/engine_report.py FILE   # written by --output of the other scripts here
 
 The file is a result file of `jitnorm.benchmark`, which `jitnorm bench compare` and `benchmarks/ratios.py` read too.
 Its settings contain the checks, the kernels, and a description of each variant.
@@ -23,7 +23,9 @@ AXES = ["model", "mode", "measure", "batch"]
 STOCK, PLUGIN, DEFAULT_STOCK = "stock", "plugin", "default stock"
 LINES = [STOCK, PLUGIN, DEFAULT_STOCK]
 DECODE, GRAPH, PREFILL, STARTUP = "decode step", "decode graph", "prefill", "start-up"
+FIRST_TOKEN, BETWEEN_TOKENS, ALL_TOKENS = "first token", "between tokens", "all tokens"  # of a server
 _SHOWN_IN = {DECODE: "us", GRAPH: "us", PREFILL: "ms", STARTUP: "s"}
+_SHOWN_IN |= dict.fromkeys((FIRST_TOKEN, BETWEEN_TOKENS, ALL_TOKENS), "ms")
 
 Point = tuple[str, str, str, int]  # the values of AXES
 
@@ -49,7 +51,7 @@ class Results:
         self._remarks.setdefault(point, {})[line] = Skipped(reason)
 
     def add_check(self, kind: str, **values: Any) -> None:
-        """Add a row to `settings[kind]`: of bits, perplexity or kernels."""
+        """Add a row to `settings[kind]`: of bits, perplexity, errors or kernels."""
         self.settings.setdefault(kind, []).append(values)
 
     def report(self) -> Report:
@@ -110,7 +112,7 @@ def _format_number(value: float) -> str:
 
 
 def format_checks(report: Report) -> list[str]:
-    """Return a table for each kind of check that the run made: bits, perplexity, kernels."""
+    """Return a table for each kind of check that the run made: bits, perplexity, errors, kernels."""
     texts = []
     if bits := report.settings.get("bits"):
         counts = ("batch", "repeats", "rows", "unequal")
@@ -127,6 +129,15 @@ def format_checks(report: Report) -> list[str]:
             body.append([r["model"], r["mode"], r["line"], r["tokens"], f"{r['nll']:.7f}", perplexity, change])
         heads = ["model", "mode", "line", "tokens", "nats per token", "perplexity", "relative to stock"]
         texts.append("perplexity of a fixed token sequence\n" + _table(heads, body, 3))
+    if found := report.settings.get("errors"):
+        stock = {(r["model"], r["mode"]): r["error"] for r in found if r["line"] == STOCK}
+        body = []
+        for r in found:
+            reference = stock.get((r["model"], r["mode"]))
+            relative = "" if reference is None else f"{r['error'] / reference:.4f}"
+            body.append([r["model"], r["mode"], r["line"], r["tokens"], f"{r['error']:.5f}", relative])
+        heads = ["model", "mode", "line", "tokens", "relative error", "of stock's"]
+        texts.append("hidden states of a fixed token sequence, compared with float32\n" + _table(heads, body, 3))
     for r in report.settings.get("kernels", []):
         title = f"kernels of a decode step: {r['model']}, {r['mode']}, {r['line']}, batch {r['batch']}"
         body = [[name, f"{calls:g}", f"{us:.2f}"] for name, calls, us in r["kernels"]]

@@ -31,7 +31,6 @@ from engine_options import (
 )
 from engine_process import EngineError, EngineProcess
 from engine_report import (
-    DECODE,
     DEFAULT_STOCK,
     PLUGIN,
     PREFILL,
@@ -133,7 +132,7 @@ class Run:
 
     def _decode(self, name: str, processes: Processes) -> None:
         for batch in self.options.batches:
-            self._alternate((name, DECODE, batch), processes, "decode", {"batch": batch})
+            self._alternate((name, self.engine.measures[0], batch), processes, "decode", {"batch": batch})
 
     def _alternate(
         self, place: tuple[str, str, int], processes: Processes, method: str, arguments: dict[str, Any]
@@ -175,7 +174,7 @@ class Run:
                     yield (model, other, measure, batch), DEFAULT_STOCK
 
     def _check(self, name: str, processes: Processes) -> None:
-        """Compare bits, and compute perplexities and lists of kernels, of the variants that were asked for."""
+        """Make the checks that were asked for: bits, perplexities, errors of hidden states, and lists of kernels."""
         options = self.options
         for (mode, line), process in processes.items():
             if mode not in options.mode:
@@ -189,6 +188,10 @@ class Run:
                 nll = self._ask(process, "perplexity", {"length": options.perplexity})
                 if nll is not None:
                     self.results.add_check("perplexity", **where, tokens=options.perplexity, nll=nll)
+            if options.hidden_state_error:
+                error = self._ask(process, "hidden_state_error", {"length": options.hidden_state_error})
+                if error is not None:
+                    self.results.add_check("errors", **where, tokens=options.hidden_state_error, error=error)
             for batch in options.batches[:1] if options.kernels else ():
                 found = self._ask(process, "kernels", {"batch": batch, "top": options.kernels})
                 if found is not None:

@@ -91,17 +91,19 @@ def check_distinct(rows: Tensor) -> None:
 
 
 class LogitRecorder:
-    """Keep what a model's `compute_logits` returns while a `with` block runs, and return it as it is."""
+    """Keep what a model's `compute_logits` takes and returns while a `with` block runs, and return it as it is."""
 
     def __init__(self) -> None:
         self._rows: list[Tensor] | None = None
+        self._hidden_states: list[Tensor] = []
 
     def wrap(self, function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        """Return a function that calls `function` and keeps a copy of its result."""
+        """Return a function that calls `function`, and keeps copies of the hidden states and of the logits."""
 
-        def compute_logits(*args: Any, **kwargs: Any) -> Tensor:
-            logits = function(*args, **kwargs)
+        def compute_logits(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            logits = function(hidden_states, *args, **kwargs)
             if self._rows is not None:
+                self._hidden_states.append(hidden_states.flatten(0, -2).clone())
                 self._rows.append(logits.flatten(0, -2).clone())
             return logits
 
@@ -112,11 +114,18 @@ class LogitRecorder:
         return self
 
     def __exit__(self, *exc: object) -> None:
-        self._rows = None
+        self._rows, self._hidden_states = None, []
 
     def take(self) -> Tensor:
         """Return all rows since the last call, `[rows, vocabulary]`, inside the `with` block."""
         if not self._rows:
             raise RuntimeError("the engine computed no logits through the model's compute_logits")
-        rows, self._rows = torch.cat(self._rows), []
+        rows, self._rows, self._hidden_states = torch.cat(self._rows), [], []
+        return rows
+
+    def take_hidden_states(self) -> Tensor:
+        """Return those of the call with the most rows since the last call, `[rows, hidden_size]`, likewise."""
+        if not self._hidden_states:
+            raise RuntimeError("the engine computed no logits through the model's compute_logits")
+        rows, self._rows, self._hidden_states = max(self._hidden_states, key=len), [], []
         return rows

@@ -21,6 +21,7 @@ from engine_models import random_prompts, seed_weights
 from engine_options import BIT_PROMPT, BIT_TOKENS, MAX_LENGTH, PREFILL_LENGTH, PREFILL_PROMPTS, Engine
 from engine_report import DECODE, GRAPH, PLUGIN, PREFILL, profile_kernels, subtract_kernels
 from engine_run import main
+from float32_model import hidden_state_error
 from logit_bits import BitCheck, check_distinct
 from torch import Tensor
 
@@ -94,7 +95,7 @@ class SglangEngine:
         from sglang.srt.server_args import PortArgs, ServerArgs
 
         load_plugins()  # as sglang.Engine does
-        self.one_batch, self.plugin, self.device = one_batch, plugin, device
+        self.one_batch, self.model, self.plugin, self.device = one_batch, model, plugin, device
         self.prompt, self.tokens, self.vocab_size = prompt, tokens, vocab_size
         deterministic = mode == "deterministic"
         arguments = ServerArgs(**server_arguments(model, deterministic, batches, sequences, cache_tokens, device))
@@ -193,6 +194,14 @@ class SglangEngine:
         self._generate(prompts, BIT_TOKENS, logits=found)
         return torch.stack(found, 1)
 
+    def hidden_state_error(self, length: int) -> float:
+        """Return the relative error of the hidden states of a fixed sequence, before the logits."""
+        (prompt,) = random_prompts([length], self.vocab_size, seed=5)
+        model, found = self.model_runner.model, []
+        with model.model.register_forward_hook(lambda module, args, output: found.append(output.clone())):
+            self._generate([prompt], 1)
+        return hidden_state_error(found[0], self.model, dict(model.named_parameters()), prompt)
+
     def kernels(self, batch: int, top: int) -> list[list[Any]]:
         """Return [name, calls, microseconds] of the kernels of a decode step."""
         prompts = random_prompts([self.prompt] * batch, self.vocab_size, seed=1)
@@ -228,7 +237,7 @@ ENGINE = Engine(
     modes=["default", "deterministic"],
     batches=[1, 16, 64],
     bit_batches=[3, 16, 17, 64],
-    measures=[DECODE, PREFILL],
+    measures=[DECODE, PREFILL, "bits", "hidden_state_error", "kernels"],
     plugin_group=GROUP,
     plugin_target="jitnorm.integrations.sglang_plugin:register",
     environment=environment,

@@ -19,6 +19,7 @@ from engine_models import random_prompts, seed_weights
 from engine_options import BIT_PROMPT, BIT_TOKENS, MAX_LENGTH, PREFILL_LENGTH, PREFILL_PROMPTS, Engine
 from engine_report import DECODE, PLUGIN, PREFILL, profile_kernels, subtract_kernels
 from engine_run import main
+from float32_model import hidden_state_error
 from logit_bits import BitCheck, LogitRecorder, check_distinct
 from torch import Tensor
 
@@ -104,7 +105,8 @@ class VllmEngine:
             # vLLM logs the exception of a plugin and goes on without it: call it here, where it ends the variant.
             for entry in entry_points(group=GROUP, name="jitnorm"):
                 entry.load()()
-        self.plugin, self.prompt, self.tokens, self.vocab_size = plugin, prompt, tokens, vocab_size
+        self.model, self.plugin = model, plugin
+        self.prompt, self.tokens, self.vocab_size = prompt, tokens, vocab_size
         self.llm = LLM(**llm_arguments(model, mode == "eager", batches, sequences, prompt, cache_bytes))
         cache = self.llm.llm_engine.vllm_config.cache_config
         if (found := (cache.num_gpu_blocks or 0) * cache.block_size) < cache_tokens * 0.9:
@@ -192,6 +194,16 @@ class VllmEngine:
         found = outputs[0].prompt_logprobs[1:]  # the first token has none
         return -sum(values[token].logprob for token, values in zip(prompt[1:], found, strict=True)) / (length - 1)
 
+    def hidden_state_error(self, length: int) -> float:
+        """Return the relative error of the hidden states of a fixed sequence, before the logits."""
+        (prompt,) = random_prompts([length], self.vocab_size, seed=5)
+        with self.recorder:
+            self._generate([prompt], 1, with_prompt=0)  # vLLM computes logits of each token, to return their logprobs
+            found = self.recorder.take_hidden_states()
+        return float(
+            self.llm.apply_model(lambda m: hidden_state_error(found, self.model, dict(m.named_parameters()), prompt))[0]
+        )
+
     def kernels(self, batch: int, top: int) -> list[list[Any]]:
         """Return [name, calls, microseconds] of the kernels of a decode step."""
         prompts = random_prompts([self.prompt] * batch, self.vocab_size, seed=1)
@@ -230,7 +242,7 @@ ENGINE = Engine(
     modes=["default", "eager", "batch_invariant"],
     batches=[1, 16, 64, 256],
     bit_batches=[3, 17, 64],
-    measures=[DECODE, PREFILL, "perplexity"],
+    measures=[DECODE, PREFILL, "bits", "perplexity", "hidden_state_error", "kernels"],
     plugin_group=GROUP,
     plugin_target="jitnorm.integrations.vllm_plugin:register",
     environment=environment,

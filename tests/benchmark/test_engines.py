@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import itertools
 import json
 import math
 import subprocess
@@ -18,7 +19,7 @@ from processes import run_before_import, start_method_with_torch
 from jitnorm.benchmark.results import Failed, Report, Skipped
 
 FOLDER = Path(__file__).parents[2] / "benchmarks" / "engines"
-SCRIPTS = {"vllm_step": "vllm", "sglang_step": "sglang"}
+SCRIPTS = {"vllm_step": "vllm", "vllm_serve": "vllm", "sglang_step": "sglang"}
 
 
 @pytest.fixture(autouse=True)
@@ -91,16 +92,19 @@ def test_says_that_the_engine_is_not_installed(script, package, models):
 def test_refuses_options(script, words, message, models, capsys):
     module, engine_options = importlib.import_module(script), importlib.import_module("engine_options")
     given = words and ["--models", str(models), "--model", "small", *words]
+    if "--check-bits" in words and "bits" not in module.ENGINE.measures:
+        message = "unrecognized arguments: --check-bits"
     with pytest.raises(SystemExit, match="2"):
         engine_options.parse(module.ENGINE, module.__doc__, given)
     assert message in capsys.readouterr().err
 
 
-def test_refuses_lengths_of_the_perplexity(models, capsys):
+def test_refuses_lengths_of_sequences(models, capsys):
     module, engine_options = importlib.import_module("vllm_step"), importlib.import_module("engine_options")
-    with pytest.raises(SystemExit, match="2"):
-        engine_options.parse(module.ENGINE, "", ["--models", str(models), "--model", "small", "--perplexity", "1"])
-    assert "--perplexity must be from 2 to 4095, got 1" in capsys.readouterr().err
+    for option, length in (("--perplexity", 1), ("--hidden-state-error", 4096)):
+        with pytest.raises(SystemExit, match="2"):
+            engine_options.parse(module.ENGINE, "", ["--models", str(models), "--model", "small", option, str(length)])
+        assert f"{option} must be from 2 to 4095, got {length}" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -121,7 +125,17 @@ def test_variants_have_an_environment_each(script, tmp_path):
 def test_measures_variants_in_turns(tiny, monkeypatch, capsys, models, tmp_path):
     """Run all measures; the report has them with their ratios, and the stock's bits differ."""
     file = tmp_path / "tiny.json"
-    words = ("--mode", "default,invariant", "--prefill", "--check-bits", "2", "--perplexity", "50")
+    words = (
+        "--mode",
+        "default,invariant",
+        "--prefill",
+        "--check-bits",
+        "2",
+        "--perplexity",
+        "50",
+        "--hidden-state-error",
+        "2",
+    )
     status, said = run_tiny(tiny, monkeypatch, capsys, models, *words, "--kernels", "--output", str(file))
     assert status == 0, said
     report = Report.read(file)
@@ -138,6 +152,9 @@ def test_measures_variants_in_turns(tiny, monkeypatch, capsys, models, tmp_path)
     assert bits["stock", 3]["unequal"] == 6 and 0 < bits["stock", 3]["max_difference"] < 1e-4
     nll = [row["nll"] for row in report.settings["perplexity"]]
     assert len(nll) == 4 and len({*nll}) == 1 and nll[0] == pytest.approx(math.log(500), abs=0.1)
+    errors = [(row["mode"], row["line"], row["error"]) for row in report.settings["errors"]]
+    assert errors == [(mode, *e) for mode in ("default", "invariant") for e in (("stock", 8e-3), ("plugin", 6e-3))]
+    assert "compared with float32" in said and said.count("0.7500") == 2
     assert len(report.settings["variants"]) == 4 and report.machine == {"gpu": "none"}
     line = next(line for line in said.splitlines() if line.split()[:4] == ["small", "invariant", "decode", "step"])
     assert line.split()[-2:] == ["0.500", "0.500"]
@@ -320,22 +337,55 @@ def test_logits_that_compare_nothing_are_refused():
 
 
 def test_the_recorder_keeps_copies():
-    """Logits are kept inside the block only, whole, and as they were."""
+    """Logits and hidden states are kept inside the block only, whole, and as they were."""
     module = importlib.import_module("logit_bits")
     buffer = torch.zeros(2, 4)
     recorder = module.LogitRecorder()
-    function = recorder.wrap(lambda scale: buffer[:, :3].fill_(scale))
-    function(7.0)
+    function = recorder.wrap(lambda states: buffer[: len(states), :3].copy_(states))
+    states = torch.full((2, 3), 7.0)
+    function(states)
     with recorder:
-        with pytest.raises(RuntimeError, match="computed no logits"):
-            recorder.take()
-        function(1.0)
-        function(scale=2.0)
+        for take in (recorder.take, recorder.take_hidden_states):
+            with pytest.raises(RuntimeError, match="computed no logits"):
+                take()
+        function(states.fill_(1))
+        function(states.fill_(2))
         assert recorder.take().tolist() == [[1.0] * 3] * 2 + [[2.0] * 3] * 2
-        function(3.0)
-        assert recorder.take().tolist() == [[3.0] * 3] * 2
-    function(4.0)
-    assert recorder._rows is None
+        for value in (3, 4):
+            function(states.fill_(value)[: 5 - value])
+        assert recorder.take_hidden_states().tolist() == [[3.0] * 3] * 2
+        function(states.fill_(5))
+        assert recorder.take().tolist() == [[5.0] * 3] * 2
+    function(states)
+    assert recorder._rows is None and not recorder._hidden_states
+
+
+def test_hidden_states_are_compared_with_float32(tmp_path):
+    """An engine's model joins the projections and pads the vocabulary."""
+    transformers = pytest.importorskip("transformers")
+    module = importlib.import_module("float32_model")
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2}
+    config = transformers.Qwen3Config(**sizes, head_dim=16, num_hidden_layers=2, vocab_size=50)
+    config.save_pretrained(tmp_path)
+    model = transformers.Qwen3Model(config).eval()
+    found = {f"model.{name}": parameter.data for name, parameter in model.named_parameters()}
+    for i in range(2):
+        for whole, (first, *others) in module.JOINED.items():
+            part = "self_attn" if whole == "qkv_proj" else "mlp"
+            prefix = f"model.layers.{i}.{part}"
+            found[f"{prefix}.{whole}.weight"] = torch.cat([found[f"{prefix}.{n}.weight"] for n in (first, *others)])
+            for name in (first, *others):
+                del found[f"{prefix}.{name}.weight"]
+    found["model.embed_tokens.weight"] = torch.cat([found["model.embed_tokens.weight"], torch.ones(14, 64)])
+    tokens = [3, 1, 4, 1, 5]
+    with torch.no_grad():
+        states = model(torch.tensor([tokens])).last_hidden_state[0]
+    assert module.hidden_state_error(states[:4], tmp_path, found, tokens) < 1e-6
+    assert module.hidden_state_error(states[:4] * 1.25, tmp_path, found, tokens) == pytest.approx(0.25, rel=1e-5)
+    assert module.hidden_state_error(states[[0, 1, 2, 4]], tmp_path, found, tokens) > 0.1
+    del found["model.layers.1.mlp.gate_up_proj.weight"]
+    with pytest.raises(ValueError, match=r"^the engine's model has no model.layers.1.mlp.gate_up_proj.weight$"):
+        module.hidden_state_error(states, tmp_path, found, tokens)
 
 
 def test_weights_depend_on_names_only():
@@ -379,6 +429,66 @@ def test_the_entry_point_of_a_checkout(tmp_path, monkeypatch):
     code = "from importlib.metadata import entry_points; print(entry_points(group='no.such.group'))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
     assert "json:dumps" in done.stdout, done
+
+
+@pytest.fixture
+def serve(monkeypatch, models):
+    """Return a function that starts the server of these tests with a behaviour, as `vllm serve` is started."""
+    pytest.importorskip("transformers")
+    pytest.importorskip("httpx_sse")
+    module = importlib.import_module("vllm_serve")
+    started = []
+
+    def start(behaviour: str, plugin: bool = True):
+        script = str(Path(__file__).parent / "tiny_server.py")
+        monkeypatch.setattr(
+            module, "command_line", lambda model, port, _: [sys.executable, script, str(port), behaviour]
+        )
+        popen = module.subprocess.Popen
+        monkeypatch.setattr(module.subprocess, "Popen", lambda *a, **k: started.append(popen(*a, **k)) or started[-1])
+        return module.VllmServer(str(models / "small"), "default", plugin, [1, 3], 8, 7, 5, 0, 10**6, 500)
+
+    yield start
+    for process in started:
+        process.kill()
+        process.wait()
+
+
+def test_a_server_is_measured(serve):
+    server = serve("good")
+    server.prepare()
+    assert server.describe() == {"plugin": "jitnorm: jitnorm's plugin in vLLM, Tiny: replaced 3 modules, left 0"}
+    found = server.decode(3)
+    assert found.keys() == {"first token", "between tokens", "all tokens"}
+    assert 0 < found["first token"] <= found["all tokens"] and found["between tokens"] > 0
+
+
+def test_a_server_that_ends_says_why(serve):
+    with pytest.raises(RuntimeError, match=r"^vllm serve ended with status 1: no such option$"):
+        serve("fails")
+
+
+@pytest.mark.parametrize(
+    ("behaviour", "message"),
+    [
+        ("silent", "the plugin replaced nothing: the server's output"),
+        ("short", "0 of 1 requests failed: 4 tokens came"),
+    ],
+)
+def test_a_server_that_does_something_else_is_not_measured(serve, behaviour, message):
+    with pytest.raises(RuntimeError, match=message):
+        serve(behaviour).prepare()
+
+
+def test_the_command_of_a_server(tmp_path):
+    module, step = importlib.import_module("vllm_serve"), importlib.import_module("vllm_step")
+    command = module.command_line(tmp_path, 81, step.llm_arguments("m", False, [1], 8, 32, 10**9))
+    options = dict(itertools.pairwise(command))
+    assert (
+        command[3:5] == ["serve", str(tmp_path)] and options["--port"] == "81" and options["--load-format"] == "dummy"
+    )
+    assert "--no-enable-prefix-caching" in command and options["--kv-cache-memory-bytes"] == "1000000000"
+    assert json.loads(options["--compilation-config"])["max_cudagraph_capture_size"] == 8
 
 
 def test_vllm_knows_the_arguments():

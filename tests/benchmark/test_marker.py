@@ -12,6 +12,7 @@ import torch
 from click.testing import CliRunner
 
 from jitnorm.benchmark import marker, measure
+from jitnorm.benchmark.results import Report
 from jitnorm.benchmark.runner import bench_copy
 from jitnorm.benchmark.settings import override_settings
 
@@ -158,6 +159,21 @@ def test_run(capsys):
     assert "error broken at n=16, a=1, b=x; n=16, a=2, b=y: RuntimeError: no such kernel" in lines
     assert "GB/s: 1e9 bytes, read and written, per second" in lines
     assert said.count("p50") == said.count("avg") == 2, "every metric of both"
+
+
+def test_an_interrupted_run_leaves_its_rows(tmp_path):
+    @marker.parametrize("n", [1, 2, 3])
+    @marker.benchmark("impl", ["good"])
+    def f(n, impl):
+        if n == 3:
+            raise KeyboardInterrupt
+        return marker.BenchResult((0.5,), (2e-6,), 0)
+
+    file = tmp_path / "a.json"
+    with pytest.raises(KeyboardInterrupt):
+        f.run(**SHORT_RUN, output=file)
+    report = Report.read(file)
+    assert [row.point for row in report.rows] == [{"n": 1}, {"n": 2}] and report.machine["torch"] == torch.__version__
 
 
 def test_columns_with_different_reasons_stay(capsys):

@@ -72,6 +72,9 @@ class TinyEngine:
         logits = self.model(torch.tensor(prompt[:-1]))
         return float(torch.nn.functional.cross_entropy(logits, torch.tensor(prompt[1:])))
 
+    def hidden_state_error(self, length: int) -> float:
+        return (3e-3 if self.plugin else 4e-3) * length
+
     def kernels(self, batch: int, top: int) -> list[list[Any]]:
         return [["gemm", 2.0, 1.5]]
 
@@ -82,7 +85,7 @@ ENGINE = Engine(
     modes=["default", "invariant"],
     batches=[1, 3],
     bit_batches=[3],
-    measures=[DECODE, PREFILL, "perplexity"],
+    measures=[DECODE, PREFILL, "bits", "perplexity", "hidden_state_error", "kernels"],
     plugin_group="tiny.plugins",
     plugin_target="tiny_engine:TinyEngine",
     environment=environment,

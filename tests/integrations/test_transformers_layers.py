@@ -392,7 +392,8 @@ def test_weights_that_share_memory_are_not_moved():
 )
 @pytest.mark.parametrize("mlp_bias", [False, True])
 def test_activations(hidden_act, reason, mlp_bias, calls, device):
-    for dtype in (torch.float32, torch.float16):
+    # The GEMMs of a patched module may add in another order.
+    for dtype, of_the_order in ((torch.float32, 5e-7), (torch.float16, 2e-4)):
         config = transformers.LlamaConfig(
             hidden_size=64, intermediate_size=104, hidden_act=hidden_act, mlp_bias=mlp_bias, num_attention_heads=1
         )
@@ -409,7 +410,7 @@ def test_activations(hidden_act, reason, mlp_bias, calls, device):
                     calls.clear()
                     after = mlp(x)
                 assert calls == ["mlp"] and after.shape == before.shape
-                assert relative_error(after, exact) <= 1.1 * relative_error(before, exact) + 1e-7
+                assert relative_error(after, exact) <= 1.1 * relative_error(before, exact) + of_the_order
 
 
 @pytest.mark.parametrize("width", [6, 100])

@@ -709,9 +709,9 @@ def test_a_kernel_that_cannot_be_built_leaves_the_module(config, attention, monk
     from jitnorm.integrations.vllm_plugin import models
 
     layer, _ = attention()
-    monkeypatch.setattr(models, "find_cached", lambda specs: ([], list(specs)))
+    monkeypatch.setattr(engine_plugins, "find_cached", lambda specs: ([], list(specs)))
     monkeypatch.setattr(
-        models, "build_all", lambda specs: [SimpleNamespace(spec=s, error="no compiler") for s in specs]
+        engine_plugins, "build_all", lambda specs: [SimpleNamespace(spec=s, error="no compiler") for s in specs]
     )
     report = models.replace_operators(torch.nn.ModuleDict({"a": layer}), settings())
     assert report.left == {"a": "Qwen3Attention: its kernel cannot be built: no compiler"} and not report.replaced

@@ -100,6 +100,7 @@ class Benchmark:
         cold: bool | None = None,
         seconds: float | None = None,
         output_format: str = "table",
+        output: Path | None = None,
     ) -> Report:
         """Measure the grid, print the results and return the report.
 
@@ -112,6 +113,7 @@ class Benchmark:
             cold: False lets arguments stay in the cache.
             seconds: the time limit for each implementation in a row to become stable.
             output_format: "table", or "json" for every sample.
+            output: a file for the JSON. It is written after each row, so that an interrupted run leaves its rows.
 
         Raises:
             TypeError: a parameter of the function is not an axis.
@@ -128,7 +130,7 @@ class Benchmark:
         report = Report(self.name, self.unit, axes, lines)
         run_device = torch.device(device) if device is not None else None
         with settings.override_settings(device=run_device, dtype=dtype, cold=cold, seconds=seconds):
-            runner.run_grid(self.fn, points, self.line_axis.names[0], lines, report, copy)
+            runner.run_grid(self.fn, points, self.line_axis.names[0], lines, report, copy, output)
         print(report.to_json().rstrip("\n") if output_format == "json" else format_table(report))
         return report
 
@@ -237,7 +239,12 @@ def command(benchmark: Benchmark, copy: bool) -> click.Command:
         help="Time limit for each implementation in a row to become stable. [1]",
     )
     @format_option
-    @click.option("--output", type=_FILE, callback=_check_folder, help="Write JSON: machine, versions, every sample.")
+    @click.option(
+        "--output",
+        type=_FILE,
+        callback=_check_folder,
+        help="Write JSON after each row: machine, versions, every sample.",
+    )
     @click.option("--csv", "csv_file", type=_FILE, callback=_check_folder, help="Write the table as CSV.")
     @click.option(
         "--plot", "plot_file", type=_FILE, callback=_check_folder, help="Plot bandwidth over bytes, with the copy's."
@@ -276,9 +283,8 @@ def command(benchmark: Benchmark, copy: bool) -> click.Command:
                 cold=not warm,
                 seconds=seconds,
                 output_format=output_format,
+                output=output,
             )
-            if output:
-                report.write(output)
             if csv_file:
                 write_text(csv_file, format_csv(report))
             if plot_file:

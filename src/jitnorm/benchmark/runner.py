@@ -116,6 +116,7 @@ def run_grid(
     lines: Sequence[str],
     report: Report,
     copy: bool,
+    output: Path | None = None,
 ) -> None:
     """Measure all points, and add a row to the report for each. The exception of a cell is stored in the cell.
 
@@ -126,17 +127,24 @@ def run_grid(
         lines: the implementations.
         report: is filled in place.
         copy: whether to measure a copy of the same bytes in each row.
+        output: the file to write the report to, also after each row: a run that is interrupted leaves its rows.
     """
     run = current_settings()
+    source = Path(inspect.getsourcefile(fn) or "none")
     report.settings = {"device": str(run.device), "dtype": str(run.dtype).removeprefix("torch."), "cold": run.cold}
     report.lines = [*([COPY] if copy else []), *lines]
+    report.machine = describe_machine(run.device, source)
     with ProgressBar(total=len(points), unit="row") as bar:
         for point in points:
             bar.set_postfix_str(", ".join(map(str, point.values())))
             report.rows.append(_measure_row(fn, point, line_axis, lines, copy))
+            if output:
+                report.write(output)
             bar.update()
-    # Last, because the clocks are then those of the measurement.
-    report.machine = describe_machine(run.device, Path(inspect.getsourcefile(fn) or "none"))
+    # Again, because the clocks are now those of the measurement.
+    report.machine = describe_machine(run.device, source)
+    if output:
+        report.write(output)
 
 
 def _measure_row(

@@ -1,13 +1,19 @@
-"""What the plugins of vLLM and SGLang share: whether the environment asks for one, and hashes of the engines' code."""
+"""What the plugins of vLLM and SGLang share: when one is active, hashes of the engine's code, and builds of kernels."""
 
 from __future__ import annotations
 
 import hashlib
 import inspect
 import os
+import time
+from collections.abc import Sequence
 from typing import Any
 
 from jitnorm.jit.environment import is_on
+from jitnorm.jit.load import load
+from jitnorm.jit.log import logger
+from jitnorm.jit.spec import KernelSpec
+from jitnorm.warmup.run import build_all, find_cached, prepare
 
 NAME = "jitnorm"  # of the entry points
 
@@ -27,3 +33,24 @@ def is_requested(variable: str, selection: str) -> bool:
 def source_hash(code: Any) -> str:
     """Return the first 16 digits of the SHA-256 of the source of a class, or of a function without its decorators."""
     return hashlib.sha256(inspect.getsource(code).encode()).hexdigest()[:16]
+
+
+def build_and_load(specs: Sequence[KernelSpec]) -> dict[KernelSpec, str]:
+    """Build kernels, all at a time, and load them, so that no later call does. Return why each that failed did."""
+    unique, failures = list(dict.fromkeys(specs)), {}
+    started = time.monotonic()
+    try:
+        _, missing = find_cached(unique)
+        if not is_on("JITNORM_DISABLE_JIT"):
+            prepare(missing)
+            failures = {outcome.spec: outcome.error for outcome in build_all(missing) if outcome.error is not None}
+    except (RuntimeError, OSError) as error:  # no compiler, or no cache to write to
+        logger.debug("the plugin builds one kernel after another: %s", error)
+    for spec in unique:
+        try:
+            if spec not in failures:
+                load(spec)
+        except (RuntimeError, OSError) as error:
+            failures[spec] = str(error)
+    logger.debug("the plugin has %d kernels after %.1f s", len(unique), time.monotonic() - started)
+    return {spec: f"its kernel cannot be built: {error.splitlines()[0]}" for spec, error in failures.items()}

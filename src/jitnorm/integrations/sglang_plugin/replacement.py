@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 
 import torch
 
+from jitnorm.integrations.engine_plugins import build_and_load
 from jitnorm.jit.log import logger
 from jitnorm.jit.spec import KernelSpec, Target
-from jitnorm.warmup.run import build_all, find_cached, prepare
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ def install(candidates: Iterable[Replacement | Left], report: Report) -> None:
             report.left[candidate.what, candidate.reason] += 1
         else:
             replacements.append(candidate)
-    problems = _build(dict.fromkeys(spec for replacement in replacements for spec in replacement.specs))
+    problems = build_and_load([spec for replacement in replacements for spec in replacement.specs])
     tried: dict[tuple[str, tuple[KernelSpec, ...]], str | None] = {}
     for replacement in replacements:
         key = replacement.what, replacement.specs
@@ -112,16 +112,6 @@ def install(candidates: Iterable[Replacement | Left], report: Report) -> None:
         else:
             replacement.install()
             report.replaced[replacement.what, replacement.by] += 1
-
-
-def _build(specs: Iterable[KernelSpec]) -> dict[KernelSpec, str]:
-    """Build what the cache lacks. Return the error of each kernel that cannot be built."""
-    _, missing = find_cached(list(specs))
-    try:
-        prepare(missing)
-    except RuntimeError as error:
-        return dict.fromkeys(missing, str(error))
-    return {outcome.spec: outcome.error for outcome in build_all(missing) if outcome.error}
 
 
 def _first_call(replacement: Replacement) -> str | None:

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import time
 from typing import Any
 
 import torch
 
 from jitnorm.core.operators import DTYPES
 from jitnorm.core.targets import target_of
+from jitnorm.integrations.engine_plugins import build_and_load
 from jitnorm.integrations.vllm_plugin import attention, compatibility, fusion, layers
 from jitnorm.integrations.vllm_plugin.report import Report
-from jitnorm.jit.environment import is_on
-from jitnorm.jit.load import load
-from jitnorm.jit.log import logger
 from jitnorm.jit.spec import KernelSpec, Target
-from jitnorm.warmup.run import build_all, find_cached, prepare
 
 _LAUNCH = "norm, rotation and cache store in one launch"
 
@@ -62,7 +58,7 @@ def replace_operators(model: torch.nn.Module, config: Any) -> Report:
                 report.left[name] = f"{_base_name(module)}: {why}"
             else:
                 planned.append((name, module, None, layers.specs(module, dtype, target)))
-    failures = _build([spec for _, _, _, specs in planned for spec in specs])
+    failures = build_and_load([spec for _, _, _, specs in planned for spec in specs])
     for name, module, found, specs in planned:
         if failed := next((failures[spec] for spec in specs if spec in failures), None):
             report.left[name] = f"{_base_name(module)}: {failed}"
@@ -104,26 +100,3 @@ def _reason_of_config(module: Any, config: Any) -> str | None:
     if config.quant_config is not None:
         return "the model is quantised, and Inductor fuses it with the quantisation of its result"
     return None
-
-
-def _build(specs: list[KernelSpec]) -> dict[KernelSpec, str]:
-    """Build and load kernels. Return the error of each that failed."""
-    unique, failures = list(dict.fromkeys(specs)), {}
-    started = time.monotonic()
-    try:
-        _, missing = find_cached(unique)
-        if not is_on("JITNORM_DISABLE_JIT"):
-            prepare(missing)
-            for outcome in build_all(missing):
-                if outcome.error is not None:
-                    failures[outcome.spec] = outcome.error
-    except (RuntimeError, OSError) as error:  # no compiler, or no cache to write to
-        logger.debug("jitnorm's plugin in vLLM builds one kernel after another: %s", error)
-    for spec in unique:
-        try:
-            if spec not in failures:
-                load(spec)
-        except (RuntimeError, OSError) as error:
-            failures[spec] = str(error)
-    logger.debug("jitnorm's plugin in vLLM has %d kernels after %.1f s", len(unique), time.monotonic() - started)
-    return {spec: f"its kernel cannot be built: {error.splitlines()[0]}" for spec, error in failures.items()}
