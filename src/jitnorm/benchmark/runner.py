@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from jitnorm.benchmark.call import create_empty, create_random
-from jitnorm.benchmark.machine import describe_machine
+from jitnorm.benchmark.machine import clock_rates, describe_machine
 from jitnorm.benchmark.measure import do_bench
 from jitnorm.benchmark.options import split_filter
 from jitnorm.benchmark.progress import ProgressBar
@@ -138,13 +138,11 @@ def run_grid(
         for point in points:
             bar.set_postfix_str(", ".join(map(str, point.values())))
             report.rows.append(_measure_row(fn, point, line_axis, lines, copy))
+            if run.device.type == "cuda":  # now they are the clocks of the measurement
+                report.machine["clocks"] = clock_rates(run.device)
             if output:
                 report.write(output)
             bar.update()
-    # Again, because the clocks are now those of the measurement.
-    report.machine = describe_machine(run.device, source)
-    if output:
-        report.write(output)
 
 
 def _measure_row(
