@@ -26,6 +26,7 @@ class Engine:
     """What the scripts differ in.
 
     Attributes:
+        name: of the results.
         package: the Python package of the engine.
         factory: creates the engine in its process; see vllm_step.py.
         modes: their names, "default" first.
@@ -36,6 +37,7 @@ class Engine:
         environment: returns the variables of a mode and a line; the folder is for caches of its own.
     """
 
+    name: str
     package: str
     factory: Callable[..., Any]
     modes: Sequence[str]

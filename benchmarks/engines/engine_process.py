@@ -33,7 +33,8 @@ class EngineProcess:
         name: what error messages call it.
         factory: returns the engine. It belongs to a module, as the process is spawned, and imports the engine's
             package when it is called, after the environment is set. The engine has a method `prepare()`, which is
-            called once, and which the start-up time does not include.
+            called once, and which the start-up time does not include. That begins with the process, or at the
+            engine's `begin` by time.monotonic, where it has one.
         settings: the arguments of `factory`.
         environment: variables that are set before the factory runs.
         log: the file that the output of the process goes to; None leaves it on the terminal.
@@ -63,7 +64,7 @@ class EngineProcess:
         return self._failure is None
 
     def wait(self, seconds: float) -> float:
-        """Return how many seconds passed from the start of the process to the engine being able to generate."""
+        """Return the start-up time: how many seconds passed until the engine could generate."""
         try:
             return float(self._receive("its start", seconds))
         except EngineError as error:
@@ -151,7 +152,7 @@ def _serve(
     def start() -> float:
         nonlocal engine
         engine = factory(**settings)
-        seconds = time.monotonic() - begin  # of one clock for all processes of a machine
+        seconds = time.monotonic() - getattr(engine, "begin", begin)  # of one clock for all processes of a machine
         engine.prepare()
         return seconds
 

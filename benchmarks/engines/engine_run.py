@@ -56,7 +56,7 @@ class Run:
         self.end = time.monotonic() + options.time_limit
         settings = {"engine": f"{engine.package} {version(engine.package)}"}
         settings |= {name: getattr(options, name) for name in ("tokens", "prompt", "rounds")}
-        self.results = Results(f"{engine.package}_step", settings)
+        self.results = Results(engine.name, settings)
 
     @property
     def limit(self) -> float:
@@ -189,7 +189,8 @@ class Run:
                 if nll is not None:
                     self.results.add_check("perplexity", **where, tokens=options.perplexity, nll=nll)
             if options.hidden_state_error:
-                error = self._ask(process, "hidden_state_error", {"length": options.hidden_state_error})
+                arguments = {"length": options.hidden_state_error, "file": str(self.folder / f"{name}_float32.pt")}
+                error = self._ask(process, "hidden_state_error", arguments)
                 if error is not None:
                     self.results.add_check("errors", **where, tokens=options.hidden_state_error, error=error)
             for batch in options.batches[:1] if options.kernels else ():

@@ -124,8 +124,11 @@ class LogitRecorder:
         return rows
 
     def take_hidden_states(self) -> Tensor:
-        """Return those of the call with the most rows since the last call, `[rows, hidden_size]`, likewise."""
+        """Return those of all calls with several rows since the last call, `[rows, hidden_size]`, likewise.
+
+        These are the tokens of one prompt, in chunks; a call with one row is that of the token to be generated.
+        """
         if not self._hidden_states:
             raise RuntimeError("the engine computed no logits through the model's compute_logits")
-        rows, self._rows, self._hidden_states = max(self._hidden_states, key=len), [], []
-        return rows
+        chunks, self._rows, self._hidden_states = [x for x in self._hidden_states if len(x) > 1], [], []
+        return torch.cat(chunks)

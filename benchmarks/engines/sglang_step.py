@@ -194,13 +194,16 @@ class SglangEngine:
         self._generate(prompts, BIT_TOKENS, logits=found)
         return torch.stack(found, 1)
 
-    def hidden_state_error(self, length: int) -> float:
-        """Return the relative error of the hidden states of a fixed sequence, before the logits."""
+    def hidden_state_error(self, length: int, file: str) -> float:
+        """Return the relative error of the hidden states of a fixed sequence, before the logits.
+
+        `file` has those of float32, or gets them.
+        """
         (prompt,) = random_prompts([length], self.vocab_size, seed=5)
         model, found = self.model_runner.model, []
         with model.model.register_forward_hook(lambda module, args, output: found.append(output.clone())):
             self._generate([prompt], 1)
-        return hidden_state_error(found[0], self.model, dict(model.named_parameters()), prompt)
+        return hidden_state_error(found[0], self.model, dict(model.named_parameters()), prompt, Path(file))
 
     def kernels(self, batch: int, top: int) -> list[list[Any]]:
         """Return [name, calls, microseconds] of the kernels of a decode step."""
@@ -232,6 +235,7 @@ class SglangEngine:
 
 
 ENGINE = Engine(
+    name="sglang_step",
     package="sglang",
     factory=SglangEngine,
     modes=["default", "deterministic"],

@@ -10,10 +10,11 @@ to the first token, between two tokens (medians over the requests), and to the l
 from __future__ import annotations
 
 import json
+import os
+import re
 import socket
 import subprocess
 import sys
-import tempfile
 import time
 import urllib.error
 import urllib.request
@@ -30,7 +31,7 @@ from jitnorm.benchmark.server import run_batch
 
 NAME = "model"  # by which requests name it
 TIMEOUT = 280.0  # seconds of a batch
-SHOWN_LINES = 12  # of a server that ended
+REPLACED = re.compile(r"jitnorm's plugin in vLLM, .*: replaced [1-9]\d* modules")
 
 
 def environment(mode: str, line: str, caches: Path) -> dict[str, str]:
@@ -80,8 +81,7 @@ class VllmServer:
         vocab_size: int,
     ) -> None:
         self.plugin, self.prompt, self.tokens = plugin, prompt, tokens
-        self.folder = tempfile.TemporaryDirectory()
-        folder = Path(self.folder.name)
+        folder = Path(os.environ["VLLM_CACHE_ROOT"])  # of this variant
         copy_with_tokenizer(Path(model), folder, vocab_size)
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
@@ -90,11 +90,14 @@ class VllmServer:
         for name in ("model", "skip_tokenizer_init"):
             del arguments[name]
         self.url, self.log = f"http://127.0.0.1:{port}", folder / "server.log"
+        command = command_line(folder, port, arguments)
+        self.begin = time.monotonic()
         with self.log.open("wb") as log:
-            self.process = subprocess.Popen(
-                command_line(folder, port, arguments), stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL
-            )
-        self._wait()
+            self.process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL)
+        try:
+            self._wait()
+        finally:
+            self._print_log()
 
     def _wait(self) -> None:
         """Return when the server answers; raise RuntimeError if it ends before."""
@@ -106,9 +109,12 @@ class VllmServer:
             except (urllib.error.URLError, ConnectionError, TimeoutError):
                 pass  # it is not listening yet
             if self.process.poll() is not None:
-                lines = self.log.read_text(errors="replace").splitlines()[-SHOWN_LINES:]
-                raise RuntimeError(f"vllm serve ended with status {self.process.returncode}: {' | '.join(lines)}")
+                raise RuntimeError(f"vllm serve ended with status {self.process.returncode}")
             time.sleep(0.1)
+
+    def _print_log(self) -> None:
+        """Print what the server printed, so that it is in the log of this process too."""
+        print(self.log.read_text(errors="replace"), flush=True)
 
     def prepare(self) -> None:
         """Send the first requests, which warm the server up.
@@ -119,9 +125,9 @@ class VllmServer:
         for batch in (1, 8):
             self.decode(batch)
         lines = self.log.read_text(errors="replace").splitlines()
-        self.replaced = "\n".join(line for line in lines if "replaced" in line) if self.plugin else ""
+        self.replaced = "\n".join(line for line in lines if REPLACED.search(line)) if self.plugin else ""
         if self.plugin and not self.replaced:
-            raise RuntimeError("the plugin replaced nothing: the server's output does not report it")
+            raise RuntimeError("the plugin replaced nothing: the server's output reports no module")
 
     def describe(self) -> dict[str, Any]:
         """Return what the plugin replaced."""
@@ -131,9 +137,10 @@ class VllmServer:
         """Return seconds to the first token and between tokens, medians over the requests, and to the last of all."""
         result = run_batch(self.url, "openai", NAME, batch, self.prompt, self.tokens, TIMEOUT)
         found = result.as_dict()
-        if result.errors or found["output_tokens"] != batch * self.tokens:
-            error = next(iter(result.errors), f"{found['output_tokens']} tokens came")
-            raise RuntimeError(f"{len(result.errors)} of {batch} requests failed: {error}")
+        if result.errors:
+            raise RuntimeError(f"{len(result.errors)} of {batch} requests failed: {result.errors[0]}")
+        if found["output_tokens"] != batch * self.tokens:
+            raise RuntimeError(f"{batch} requests of {self.tokens} tokens got {found['output_tokens']} together")
         return {
             FIRST_TOKEN: found["time_to_first_token"],
             BETWEEN_TOKENS: found["inter_token_latency"],
@@ -142,6 +149,7 @@ class VllmServer:
 
 
 ENGINE = Engine(
+    name="vllm_serve",
     package="vllm",
     factory=VllmServer,
     modes=["default", "eager", "batch_invariant"],

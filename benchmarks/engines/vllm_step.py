@@ -194,15 +194,21 @@ class VllmEngine:
         found = outputs[0].prompt_logprobs[1:]  # the first token has none
         return -sum(values[token].logprob for token, values in zip(prompt[1:], found, strict=True)) / (length - 1)
 
-    def hidden_state_error(self, length: int) -> float:
-        """Return the relative error of the hidden states of a fixed sequence, before the logits."""
+    def hidden_state_error(self, length: int, file: str) -> float:
+        """Return the relative error of the hidden states of a fixed sequence, before the logits.
+
+        `file` has those of float32, or gets them.
+        """
         (prompt,) = random_prompts([length], self.vocab_size, seed=5)
         with self.recorder:
-            self._generate([prompt], 1, with_prompt=0)  # vLLM computes logits of each token, to return their logprobs
+            # vLLM computes the logits of each token to return their logprobs.
+            self._generate([prompt], 1, with_prompt=0)
             found = self.recorder.take_hidden_states()
-        return float(
-            self.llm.apply_model(lambda m: hidden_state_error(found, self.model, dict(m.named_parameters()), prompt))[0]
-        )
+
+        def compare(model: torch.nn.Module) -> float:
+            return hidden_state_error(found, self.model, dict(model.named_parameters()), prompt, Path(file))
+
+        return float(self.llm.apply_model(compare)[0])
 
     def kernels(self, batch: int, top: int) -> list[list[Any]]:
         """Return [name, calls, microseconds] of the kernels of a decode step."""
@@ -237,6 +243,7 @@ class VllmEngine:
 
 
 ENGINE = Engine(
+    name="vllm_step",
     package="vllm",
     factory=VllmEngine,
     modes=["default", "eager", "batch_invariant"],

@@ -9,6 +9,7 @@ import json
 import math
 import subprocess
 import sys
+import time
 from importlib.metadata import entry_points
 from pathlib import Path
 
@@ -165,7 +166,7 @@ def test_measures_variants_in_turns(tiny, monkeypatch, capsys, models, tmp_path)
     report_module = importlib.import_module("engine_report")
     monkeypatch.setattr(sys, "argv", ["engine_report.py", str(file)])
     report_module.main()
-    assert capsys.readouterr().out.strip() == said[said.index("tabulate_step:") :].strip()
+    assert capsys.readouterr().out.strip() == said[said.index("tiny: median") :].strip()
 
 
 def test_measures_starts(tiny, monkeypatch, capsys, models, tmp_path):
@@ -351,9 +352,9 @@ def test_the_recorder_keeps_copies():
         function(states.fill_(1))
         function(states.fill_(2))
         assert recorder.take().tolist() == [[1.0] * 3] * 2 + [[2.0] * 3] * 2
-        for value in (3, 4):
-            function(states.fill_(value)[: 5 - value])
-        assert recorder.take_hidden_states().tolist() == [[3.0] * 3] * 2
+        for value in (3, 4, 5):
+            function(states.fill_(value)[: 1 if value == 4 else 2])
+        assert recorder.take_hidden_states().tolist() == [[3.0] * 3] * 2 + [[5.0] * 3] * 2
         function(states.fill_(5))
         assert recorder.take().tolist() == [[5.0] * 3] * 2
     function(states)
@@ -361,31 +362,47 @@ def test_the_recorder_keeps_copies():
 
 
 def test_hidden_states_are_compared_with_float32(tmp_path):
-    """An engine's model joins the projections and pads the vocabulary."""
+    """An engine's model joins the projections and pads the vocabulary; its weights have the values of their names."""
     transformers = pytest.importorskip("transformers")
-    module = importlib.import_module("float32_model")
+    module, models = importlib.import_module("float32_model"), importlib.import_module("engine_models")
     sizes = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2}
     config = transformers.Qwen3Config(**sizes, head_dim=16, num_hidden_layers=2, vocab_size=50)
     config.save_pretrained(tmp_path)
     model = transformers.Qwen3Model(config).eval()
-    found = {f"model.{name}": parameter.data for name, parameter in model.named_parameters()}
-    for i in range(2):
-        for whole, (first, *others) in module.JOINED.items():
-            part = "self_attn" if whole == "qkv_proj" else "mlp"
-            prefix = f"model.layers.{i}.{part}"
-            found[f"{prefix}.{whole}.weight"] = torch.cat([found[f"{prefix}.{n}.weight"] for n in (first, *others)])
-            for name in (first, *others):
-                del found[f"{prefix}.{name}.weight"]
-    found["model.embed_tokens.weight"] = torch.cat([found["model.embed_tokens.weight"], torch.ones(14, 64)])
-    tokens = [3, 1, 4, 1, 5]
+    starts = {"q_proj": ("qkv_proj", 0), "k_proj": ("qkv_proj", 64), "v_proj": ("qkv_proj", 96)}
+    starts |= {"gate_proj": ("gate_up_proj", 0), "up_proj": ("gate_up_proj", 96)}
+    rows = {"qkv_proj": 128, "gate_up_proj": 192, "embed_tokens": 64}
+
+    def in_engine(name: str) -> tuple[str, int]:
+        part = name.split(".")[-2]
+        whole, start = starts.get(part, (part, 0))
+        return "model." + name.replace(part, whole), start
+
+    found = {}
+    for name, parameter in model.named_parameters():
+        engine_name, _ = in_engine(name)
+        count = rows.get(engine_name.split(".")[-2], len(parameter))
+        found[engine_name] = torch.empty(count, *parameter.shape[1:], dtype=torch.bfloat16)
+    models.seed_weights(found.items())
     with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            engine_name, start = in_engine(name)
+            parameter.copy_(found[engine_name][start : start + len(parameter)])
+        tokens = [3, 1, 4, 1, 5]
         states = model(torch.tensor([tokens])).last_hidden_state[0]
-    assert module.hidden_state_error(states[:4], tmp_path, found, tokens) < 1e-6
-    assert module.hidden_state_error(states[:4] * 1.25, tmp_path, found, tokens) == pytest.approx(0.25, rel=1e-5)
-    assert module.hidden_state_error(states[[0, 1, 2, 4]], tmp_path, found, tokens) > 0.1
-    del found["model.layers.1.mlp.gate_up_proj.weight"]
-    with pytest.raises(ValueError, match=r"^the engine's model has no model.layers.1.mlp.gate_up_proj.weight$"):
-        module.hidden_state_error(states, tmp_path, found, tokens)
+    file = tmp_path / "expected.pt"
+
+    def error(states: torch.Tensor, parameters: dict[str, torch.Tensor] = found, file: Path = file) -> float:
+        return module.hidden_state_error(states, str(tmp_path), parameters, tokens, file)
+
+    missing = {name: p for name, p in found.items() if name != "model.layers.1.mlp.gate_up_proj.weight"}
+    with pytest.raises(RuntimeError, match=r"ValueError: the engine's model has no model.layers.1.mlp.gate_up_proj.w"):
+        error(states, missing)
+    assert error(states) < 1e-6 and file.exists()
+    assert error(states[:4] * 1.25, {}) == pytest.approx(0.25, rel=1e-5), "the file is read"
+    assert error(states[[0, 1, 2, 4]]) > 0.1
+    with pytest.raises(ValueError, match=r"^hidden states of 5 tokens were expected, got 3$"):
+        error(states[:3])
 
 
 def test_weights_depend_on_names_only():
@@ -432,12 +449,14 @@ def test_the_entry_point_of_a_checkout(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def serve(monkeypatch, models):
+def serve(monkeypatch, models, tmp_path):
     """Return a function that starts the server of these tests with a behaviour, as `vllm serve` is started."""
     pytest.importorskip("transformers")
     pytest.importorskip("httpx_sse")
     module = importlib.import_module("vllm_serve")
     started = []
+
+    monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path))
 
     def start(behaviour: str, plugin: bool = True):
         script = str(Path(__file__).parent / "tiny_server.py")
@@ -460,19 +479,22 @@ def test_a_server_is_measured(serve):
     assert server.describe() == {"plugin": "jitnorm: jitnorm's plugin in vLLM, Tiny: replaced 3 modules, left 0"}
     found = server.decode(3)
     assert found.keys() == {"first token", "between tokens", "all tokens"}
+    assert server.begin <= time.monotonic()
     assert 0 < found["first token"] <= found["all tokens"] and found["between tokens"] > 0
 
 
-def test_a_server_that_ends_says_why(serve):
-    with pytest.raises(RuntimeError, match=r"^vllm serve ended with status 1: no such option$"):
+def test_a_server_that_ends_says_why(serve, capfd):
+    with pytest.raises(RuntimeError, match=r"^vllm serve ended with status 1$"):
         serve("fails")
+    assert "no such option" in capfd.readouterr().out, "the log of the process has it"
 
 
 @pytest.mark.parametrize(
     ("behaviour", "message"),
     [
         ("silent", "the plugin replaced nothing: the server's output"),
-        ("short", "0 of 1 requests failed: 4 tokens came"),
+        ("nothing", "the plugin replaced nothing: the server's output"),
+        ("short", "^1 requests of 5 tokens got 4 together$"),
     ],
 )
 def test_a_server_that_does_something_else_is_not_measured(serve, behaviour, message):

@@ -31,5 +31,6 @@ class Handler(BaseHTTPRequestHandler):
 if sys.argv[2] == "fails":
     raise SystemExit("no such option")
 if sys.argv[2] != "silent":
-    print("jitnorm: jitnorm's plugin in vLLM, Tiny: replaced 3 modules, left 0", flush=True)
+    count = 0 if sys.argv[2] == "nothing" else 3
+    print(f"jitnorm: jitnorm's plugin in vLLM, Tiny: replaced {count} modules, left 0", flush=True)
 ThreadingHTTPServer(("127.0.0.1", int(sys.argv[1])), Handler).serve_forever()
