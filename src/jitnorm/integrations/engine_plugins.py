@@ -37,13 +37,16 @@ def source_hash(code: Any) -> str:
 
 def build_and_load(specs: Sequence[KernelSpec]) -> dict[KernelSpec, str]:
     """Build kernels, all at a time, and load them, so that no later call does. Return why each that failed did."""
-    unique, failures = list(dict.fromkeys(specs)), {}
+    unique: list[KernelSpec] = list(dict.fromkeys(specs))
+    failures: dict[KernelSpec, str] = {}
     started = time.monotonic()
     try:
         _, missing = find_cached(unique)
         if not is_on("JITNORM_DISABLE_JIT"):
             prepare(missing)
-            failures = {outcome.spec: outcome.error for outcome in build_all(missing) if outcome.error is not None}
+            for outcome in build_all(missing):  # one at a time: an exception leaves those before it
+                if outcome.error is not None:
+                    failures[outcome.spec] = outcome.error
     except (RuntimeError, OSError) as error:  # no compiler, or no cache to write to
         logger.debug("the plugin builds one kernel after another: %s", error)
     for spec in unique:
@@ -53,4 +56,8 @@ def build_and_load(specs: Sequence[KernelSpec]) -> dict[KernelSpec, str]:
         except (RuntimeError, OSError) as error:
             failures[spec] = str(error)
     logger.debug("the plugin has %d kernels after %.1f s", len(unique), time.monotonic() - started)
-    return {spec: f"its kernel cannot be built: {error.splitlines()[0]}" for spec, error in failures.items()}
+    return {spec: f"its kernel cannot be built: {_first_line(error)}" for spec, error in failures.items()}
+
+
+def _first_line(error: str) -> str:
+    return (error.strip().splitlines() or ["unknown error"])[0]
