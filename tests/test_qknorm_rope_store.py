@@ -395,22 +395,42 @@ def test_the_same_bits_in_any_batch(device, case):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("q_heads, kv_heads", [(5, 3), (0, 1)])
 @cases
-def test_the_same_bits_in_a_large_grid(case, q_heads, kv_heads):
-    """From 8 MiB of heads on, a thread takes two of them. Odd numbers of heads leave it with one at the end."""
+def test_the_same_bits_in_a_large_grid(case):
+    """Compare a large grid, in which a thread takes two heads of a tile of tokens, with small ones.
+
+    Odd numbers of heads leave a thread with one at the end.
+    """
+    for q_heads, kv_heads in ((5, 3), (0, 1)):
+        check_large_grid(case, q_heads, kv_heads, 1.0)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", [QWEN3, CASES["qwen3-next, all float8"]], ids=["qwen3", "qwen3-next, all float8"])
+@pytest.mark.parametrize(("q_heads", "kv_heads", "share"), [(5, 0, 1.0), (5, 3, 0.7), (5, 3, None)])
+def test_a_large_grid_with_fewer_slots(case, q_heads, kv_heads, share):
+    """Leave out the heads of k and v, the slots of the last tokens, or the caches."""
+    check_large_grid(case, q_heads, kv_heads, share)
+
+
+def check_large_grid(case, q_heads, kv_heads, share):
+    """Compare with small grids. `share` is that of the tokens that have a slot; None means that there are no caches."""
     tokens = (9 << 20) // (case.head_dim * case.dtype.itemsize * (q_heads + 2 * kv_heads)) + 1
     a = make(case, "cuda", tokens, q_heads, kv_heads, stored=False)
-    a |= {f"{n}_cache": random(tokens, kv_heads, case.head_dim, device="cuda").to(case.cache_dtype) for n in "kv"}
-    a["slot_mapping"] = torch.randperm(tokens, device="cuda")
-    together, in_parts = copied(a), copied(a)
+    results = ["q_out" if "q_out" in a else "q", "k"]
+    if share is not None:
+        a |= {f"{n}_cache": random(tokens, kv_heads, case.head_dim, device="cuda").to(case.cache_dtype) for n in "kv"}
+        a["slot_mapping"] = torch.randperm(tokens, device="cuda")[: int(tokens * share)]
+        results += ["k_cache", "v_cache"]
+    before, together, in_parts = copied(a), copied(a), copied(a)
     call(together)
-    for rows in torch.arange(tokens).chunk(3):  # small grids
+    for rows in torch.arange(tokens).chunk(3):
         rows = slice(int(rows[0]), int(rows[-1]) + 1)
         own = {n: in_parts[n][rows] for n in ("q", "k", "v", "q_out", "slot_mapping") if n in in_parts}
         call(in_parts | own | {"positions": a["positions"][..., rows]})
-    for name in ("q_out" if "q_out" in a else "q", "k", "k_cache", "v_cache"):
+    for name in results:
         assert same_bits(in_parts[name], together[name])
+        assert not together[name].numel() or not same_bits(together[name], before[name])
 
 
 def test_rope_and_rope_and_store(device):
