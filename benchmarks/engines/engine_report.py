@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from tabulate import tabulate
 
 from jitnorm.benchmark.results import UNITS, BenchResult, Cell, Failed, Report, Row, Skipped
@@ -26,6 +27,7 @@ DECODE, GRAPH, PREFILL, STARTUP = "decode step", "decode graph", "prefill", "sta
 FIRST_TOKEN, BETWEEN_TOKENS, ALL_TOKENS = "first token", "between tokens", "all tokens"  # of a server
 _SHOWN_IN = {DECODE: "us", GRAPH: "us", PREFILL: "ms", STARTUP: "s"}
 _SHOWN_IN |= dict.fromkeys((FIRST_TOKEN, BETWEEN_TOKENS, ALL_TOKENS), "ms")
+_REPLAYS = 20  # of a graph
 
 Point = tuple[str, str, str, int]  # the values of AXES
 
@@ -149,6 +151,19 @@ def _table(heads: Sequence[str], body: Iterable[Sequence[object]], left: int) ->
     alignment = ["left"] * left + ["right"] * (len(heads) - left)
     rows = [[str(cell) for cell in row] for row in body]
     return tabulate(rows, heads, tablefmt="simple", disable_numparse=True, colalign=alignment if rows else None)
+
+
+def replay_seconds(graph: torch.cuda.CUDAGraph) -> float:
+    """Return the mean seconds of a replay of a CUDA graph, of replays one after another."""
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    for _ in range(3):
+        graph.replay()
+    start.record()
+    for _ in range(_REPLAYS):
+        graph.replay()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / _REPLAYS / 1e3
 
 
 def profile_kernels(function: Callable[[], object]) -> dict[str, tuple[int, float]]:

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from engine_models import random_prompts, seed_weights
 from engine_options import BIT_PROMPT, BIT_TOKENS, MAX_LENGTH, PREFILL_LENGTH, PREFILL_PROMPTS, Engine
-from engine_report import DECODE, GRAPH, PLUGIN, PREFILL, profile_kernels, subtract_kernels
+from engine_report import DECODE, GRAPH, PLUGIN, PREFILL, profile_kernels, replay_seconds, subtract_kernels
 from engine_run import main
 from float32_model import hidden_state_error
 from logit_bits import BitCheck, check_distinct
@@ -27,7 +27,6 @@ from torch import Tensor
 
 GROUP = "sglang.srt.plugins"
 PROFILED_STEPS = 16
-GRAPH_REPLAYS = 20
 
 
 def environment(mode: str, line: str, caches: Path) -> dict[str, str]:
@@ -150,17 +149,7 @@ class SglangEngine:
             return None
         graphs = self.model_runner.decode_cuda_graph_runner.backend._graphs
         graph = next((graph for key, graph in graphs.items() if key.size == batch), None)
-        if graph is None:
-            return None
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        for _ in range(3):
-            graph.replay()
-        start.record()
-        for _ in range(GRAPH_REPLAYS):
-            graph.replay()
-        end.record()
-        end.synchronize()
-        return float(start.elapsed_time(end)) / GRAPH_REPLAYS / 1e3
+        return None if graph is None else replay_seconds(graph)
 
     def prefill(self) -> dict[str, float]:
         """Return the seconds to the first token of long prompts."""

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from engine_models import random_prompts, seed_weights
 from engine_options import BIT_PROMPT, BIT_TOKENS, MAX_LENGTH, PREFILL_LENGTH, PREFILL_PROMPTS, Engine
-from engine_report import DECODE, PLUGIN, PREFILL, profile_kernels, subtract_kernels
+from engine_report import DECODE, GRAPH, PLUGIN, PREFILL, profile_kernels, replay_seconds, subtract_kernels
 from engine_run import main
 from float32_model import hidden_state_error
 from logit_bits import BitCheck, LogitRecorder, check_distinct
@@ -145,11 +145,22 @@ class VllmEngine:
         }
 
     def decode(self, batch: int) -> dict[str, float]:
-        """Return the seconds of a decode step: of all tokens but the first, divided by their number."""
+        """Return the seconds of a decode step, and of the replay of its graph.
+
+        A step is the time of all tokens but the first, divided by their number.
+        """
         prompts = random_prompts([self.prompt] * batch, self.vocab_size, seed=1)
         first, _ = self._generate(prompts, 1)
         all_tokens, _ = self._generate(prompts, self.tokens)
-        return {DECODE: (all_tokens - first) / (self.tokens - 1)}
+        graph = self._graph_seconds(batch)
+        return {DECODE: (all_tokens - first) / (self.tokens - 1)} | ({} if graph is None else {GRAPH: graph})
+
+    def _graph_seconds(self, batch: int) -> float | None:
+        """Return the seconds of a replay of a decode graph, on what its buffers last held; None without one."""
+        runner = self.llm.llm_engine.model_executor.driver_worker.worker.model_runner
+        graphs = getattr(getattr(runner, "cudagraph_manager", None), "graphs", {})  # of the V2 runner
+        found = [graph for key, graph in graphs.items() if key.num_tokens == batch and key.uniform_token_count == 1]
+        return replay_seconds(found[0]) if found else None
 
     def prefill(self) -> dict[str, float]:
         """Return the seconds to the first token of long prompts."""
