@@ -63,7 +63,8 @@ def run_engine(tmp_path, model: str, device: str, variants: list[str], **options
     path = os.pathsep.join([str(ROOT / "src"), *filter(None, [os.environ.get("PYTHONPATH")])])
     done = subprocess.run(
         [*worker, json.dumps({**given, **options}), str(out)],
-        env={**os.environ, "PYTHONPATH": path},
+        # On a machine with a GPU, SGLang would call CUDA's kernels for a model on the CPU.
+        env={**os.environ, "PYTHONPATH": path} | ({"CUDA_VISIBLE_DEVICES": ""} if device == "cpu" else {}),
         capture_output=True,
         text=True,
         timeout=900,
