@@ -47,6 +47,7 @@ struct Library {
   int (*preference_set)(Handle, int, const void*, size_t);
   int (*preference_destroy)(Handle);
   int (*heuristic)(Handle, Handle, Handle, Handle, Handle, Handle, Handle, int, Heuristic*, int*);
+  int (*check)(Handle, Handle, Handle, Handle, Handle, Handle, const Algorithm*, Heuristic*);
   int (*config_get)(const Algorithm*, int, void*, size_t, size_t*);
   int (*matmul)(Handle, Handle, const void*, const void*, Handle, const void*, Handle, const void*, const void*, Handle,
                 void*, Handle, const Algorithm*, void*, size_t, void*);
@@ -69,6 +70,10 @@ struct Plan {
   enum { kEmpty, kReady, kNoAlgorithm } state;
 };
 
+// Fewer rows than kMinRows get the algorithm for kMinRows, if it supports them and there are few columns: what the
+// library proposes for one row took up to 2.4 times as long on an H200 (n = 1024, k = 2048 and 3072). With more columns
+// it is as fast, or faster by 3%.
+constexpr int64_t kMinRows = 16, kMaxColumns = 4096;
 constexpr int kMaxPlans = 4096;  // a hash table without chains: a new plan replaces the one in its slot
 inline Plan plans[kMaxPlans];
 inline Handle handles[kMaxGpus];
@@ -117,6 +122,23 @@ inline bool choose_algorithm(Plan& plan, Handle handle) {
   return false;
 }
 
+// Sets the layouts of a and out for so many rows. Returns the library's status.
+inline int set_layouts(Plan& plan, int64_t rows) {
+  const Key& key = plan.key;
+  if (plan.a) library.layout_destroy(plan.a);
+  if (plan.out) library.layout_destroy(plan.out);
+  plan.a = plan.out = nullptr;
+  const int status = library.layout_create(&plan.a, key.type, key.k, rows, key.k);
+  return status ? status : library.layout_create(&plan.out, key.out_type, key.n, rows, key.n);
+}
+
+// Whether the plan's algorithm supports its layouts, in its workspace.
+inline bool is_supported(const Plan& plan, Handle handle) {
+  Heuristic found;
+  return !library.check(handle, plan.operation, plan.b, plan.a, plan.out, plan.out, &plan.algorithm, &found) &&
+         !found.state && found.workspace <= static_cast<size_t>(plan.key.workspace_bytes);
+}
+
 // Makes the plan of a key. cuBLASLt's matrices are column-major, so it is asked for out^T = b^T a^T.
 inline Outcome make_plan(Plan& plan, const Key& key, Handle handle) {
   if (plan.state != Plan::kEmpty) {
@@ -138,10 +160,15 @@ inline Outcome make_plan(Plan& plan, const Key& key, Handle handle) {
   }
   int status = library.layout_create(&plan.b, key.type, key.b_transposed ? key.k : key.n,
                                      key.b_transposed ? key.n : key.k, key.b_stride);
-  if (!status) status = library.layout_create(&plan.a, key.type, key.k, key.m, key.k);
-  if (!status) status = library.layout_create(&plan.out, key.out_type, key.n, key.m, key.n);
+  bool is_ready = false;
+  if (!status && key.m < kMinRows && key.n <= kMaxColumns) {
+    status = set_layouts(plan, kMinRows);
+    is_ready = !status && choose_algorithm(plan, handle);
+  }
+  if (!status) status = set_layouts(plan, key.m);
   if (status) return raise_error("cublasLtMatrixLayoutCreate", status);
-  plan.state = choose_algorithm(plan, handle) ? Plan::kReady : Plan::kNoAlgorithm;
+  is_ready = (is_ready && is_supported(plan, handle)) || choose_algorithm(plan, handle);
+  plan.state = is_ready ? Plan::kReady : Plan::kNoAlgorithm;
   return Outcome::kDone;
 }
 
@@ -183,6 +210,7 @@ inline int64_t cublaslt_open(const TVMFFIAny* args, int num_args) {
   find(l.preference_set, "cublasLtMatmulPreferenceSetAttribute");
   find(l.preference_destroy, "cublasLtMatmulPreferenceDestroy");
   find(l.heuristic, "cublasLtMatmulAlgoGetHeuristic");
+  find(l.check, "cublasLtMatmulAlgoCheck");
   find(l.config_get, "cublasLtMatmulAlgoConfigGetAttribute");
   find(l.matmul, "cublasLtMatmul");
   return complete ? static_cast<int64_t>(l.version()) : 0;
