@@ -24,6 +24,7 @@ GPU_SHAPES = [
     *((4096, 32768), (7168, 16384), (8192, 1), (8192, 16384)),
 ]
 PEERS = {
+    "separate": "jitnorm's calls for the parts",
     "sglang": "SGLang JIT",
     "flashinfer": "FlashInfer",
     "fi_cuda": "FlashInfer CUDA",
@@ -34,7 +35,8 @@ PEERS = {
     "torch": "torch",
 }
 GPU_COLUMNS = {COPY: COPY, "jitnorm": "jitnorm"} | PEERS
-OPERATORS = ("rmsnorm", "fused_add_rmsnorm", "qknorm", "activation", "store_cache", "quant_fp8")
+OPERATORS = ("rmsnorm", "fused_add_rmsnorm", "qknorm", "qknorm_rope_store", "activation", "store_cache", "quant_fp8")
+ROPE_STORE_TOKENS = (1, 64, 4096, 16384)
 CPU_SHAPES = [(64, 1), (4096, 1), (4096, 64), (4096, 4096)]
 CPU_COLUMNS = {"torch": "F.rms_norm", "jitnorm": "jitnorm, out given", "allocated": "jitnorm"}
 # Bandwidth grows with the number of rows: one size each.
@@ -60,6 +62,23 @@ def rmsnorm_h200() -> list[str]:
         lines.append(_row([*map(str, shape), *cells]))
     machine = report.machine
     return [*lines, "", f"({machine['gpu']}, CUDA {machine['cuda']}, torch {machine['torch']}.)"]
+
+
+def qknorm_rope_store_h200() -> list[str]:
+    """Return the microseconds of a call, and of the calls that it replaces."""
+    report = _only(_read("qknorm_rope_store_h200"), cache="input")
+    columns = {
+        line: title for line, title in GPU_COLUMNS.items() if line in {n for r in report.rows for n in r.results()}
+    }
+    lines = _header(["heads of q and k", "head_dim", "tokens", *columns.values()])
+    for row in report.rows:
+        point, us = row.point, {line: result.seconds * 1e6 for line, result in row.results().items()}
+        if point["num_tokens"] in ROPE_STORE_TOKENS:
+            best = min(time for line, time in us.items() if line != COPY)
+            cells = [_us(us[line], us[line] == best) if line in us else "-" for line in columns]
+            heads = f"{point['num_q_heads']} + {point['num_kv_heads']}"
+            lines.append(_row([heads, str(point["head_dim"]), str(point["num_tokens"]), *cells]))
+    return lines
 
 
 def operators_h200() -> list[str]:
@@ -194,7 +213,15 @@ def _ratios(title: str, report: Report, line: str, others: list[str]) -> str:
 
 TABLES: dict[str, Callable[[], list[str]]] = {
     table.__name__: table
-    for table in (rmsnorm_h200, operators_h200, host_overhead, batch_invariant_h200, rmsnorm_cpu, build)
+    for table in (
+        rmsnorm_h200,
+        qknorm_rope_store_h200,
+        operators_h200,
+        host_overhead,
+        batch_invariant_h200,
+        rmsnorm_cpu,
+        build,
+    )
 }
 
 
