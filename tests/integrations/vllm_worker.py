@@ -108,7 +108,9 @@ def main(folder: Path, request: dict[str, Any]) -> None:
         dtype="bfloat16",
         max_model_len=1024,
         max_num_seqs=32,
-        gpu_memory_utilization=request.get("memory", 0.2),
+        # Several workers may share the GPU, so that none may take a fraction of it.
+        gpu_memory_utilization=0.02,
+        kv_cache_memory_bytes=1 << 28,
         enforce_eager=request["eager"],
         compilation_config=compilation,
         attention_backend=request.get("backend", "FLASH_ATTN"),
