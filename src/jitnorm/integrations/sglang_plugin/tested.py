@@ -80,6 +80,9 @@ SOURCES: dict[str, dict[str, str]] = {
         "sglang.srt.model_executor.model_runner:ModelRunner.init_cuda_graphs": "ccfb604799dc43f8",
         "sglang.srt.model_executor.model_runner:ModelRunner.maybe_enable_batch_invariant_mode": "b811a5e9c6aba628",
     },
+    "linear layers": {
+        "sglang.srt.layers.quantization.unquant:UnquantizedLinearMethod.apply": "f89a73e2395d2b5d",
+    },
     "deterministic mode": {
         "sglang.srt.batch_invariant_ops.batch_invariant_ops:enable_batch_invariant_mode": "8170fd0f06d8a88f",
         "sglang.srt.batch_invariant_ops.batch_invariant_ops:matmul_persistent": "cad12a9b50278c2f",

@@ -43,6 +43,16 @@ FINGERPRINTS: dict[str, dict[str, str]] = {
         f"{_LAYERS}.layernorm:GemmaRMSNorm.forward_native": "128b88f553516376",
         f"{_LAYERS}.layernorm:GemmaRMSNorm.forward_cuda": "4eed6a1c9a351e08",
     },
+    "residuals": {
+        f"{_MODELS}.qwen2:Qwen2Model.forward": "a0dc7899a93283f2",
+        f"{_MODELS}.llama:LlamaModel.forward": "00b1fa210abbcdcf",
+        f"{_MODELS}.gemma3:Gemma3Model.forward": "5a7c6b0f032e32f3",
+        f"{_MODELS}.qwen3:Qwen3DecoderLayer.forward": "2dbae90ca479be51",
+        f"{_MODELS}.qwen2:Qwen2DecoderLayer.forward": "2dbae90ca479be51",
+        f"{_MODELS}.llama:LlamaDecoderLayer.forward": "ab84e40134637a42",
+        f"{_MODELS}.mistral:MistralDecoderLayer.forward": "3e31c233b1d1f69b",
+        f"{_MODELS}.gemma3:Gemma3DecoderLayer.forward": "3563fea051637315",
+    },
     "activations": {
         "vllm.model_executor.custom_op:CustomOp.__new__": "51c0f2816907bdca",
         "vllm.model_executor.custom_op:CustomOp.__init__": "35d008ad5a373a98",
@@ -94,6 +104,11 @@ FINGERPRINTS: dict[str, dict[str, str]] = {
         f"{_BACKENDS}.triton_attn:TritonAttentionBackend.get_kv_cache_shape": "7b43eba6625041df",
         f"{_BACKENDS}.triton_attn:TritonAttentionImpl.forward": "b1d3fb9c4035d52c",
         f"{_BACKENDS}.triton_attn:TritonAttentionImpl.do_kv_cache_update": "ab4e8b0582a46058",
+    },
+    "linear layers": {
+        f"{_LAYERS}.linear:UnquantizedLinearMethod.apply": "a4b103119d9814b6",
+        f"{_LAYERS}.utils:dispatch_unquantized_gemm": "45a8acccf97c8ea7",
+        f"{_LAYERS}.utils:default_unquantized_gemm": "046576d5cfcb9a40",
     },
     "batch-invariant mode": {
         f"{_LAYERS}.batch_invariant:linear_batch_invariant": "564858b3b35a0e8b",
