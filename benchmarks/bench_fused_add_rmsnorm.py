@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import torch
-from peers import IMPLS, ROUND_SUM, find, rmsnorm_reference
+from peers import FP32_RESIDUAL, IMPLS, ROUND_SUM, find, rmsnorm_reference
 
 from jitnorm.benchmark import marker
 
-OPS = ["fused_add_rmsnorm", "gemma_fused_add_rmsnorm"]
-OPS += [f"{op}{ROUND_SUM}" for op in OPS]
+OPS = [
+    f"{op}{form}" for form in ("", ROUND_SUM, FP32_RESIDUAL) for op in ("fused_add_rmsnorm", "gemma_fused_add_rmsnorm")
+]
 SHAPES = [(1024, 64), (4096, 1), (4096, 64), (4096, 1024), (4096, 16384), (8192, 8192)]
 
 
@@ -18,6 +19,8 @@ SHAPES = [(1024, 64), (4096, 1), (4096, 64), (4096, 1024), (4096, 16384), (8192,
 def bench(op: str, hidden_size: int, num_tokens: int, impl: str) -> marker.BenchResult:
     """Measure RMSNorm with a residual, its peers and a copy of the same bytes."""
     x, residual = (marker.create_random(num_tokens, hidden_size) for _ in range(2))
+    if op.endswith(FP32_RESIDUAL):
+        residual = residual.float()
     weight = marker.create_random(hidden_size)
 
     def reference(x: torch.Tensor, residual: torch.Tensor, w: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

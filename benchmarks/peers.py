@@ -3,6 +3,7 @@
 rmsnorm, gemma_rmsnorm                          (input, weight, out); the result is in `out` or returned
 fused_add_rmsnorm, gemma_fused_add_rmsnorm      (input, residual, weight); both written in place
   with _round_sum behind the name               the same, for peers that normalise the rounded sum
+  with _fp32_residual behind the name           the same, with a float32 residual beside an input in half precision
 fused_inplace_qknorm                            (q, k, q_weight, k_weight); q and k written in place
 silu_and_mul, gelu_and_mul, gelu_tanh_and_mul   (input, out); the result is in `out` or returned
 store_cache                                     (k, v, k_cache, v_cache, indices)
@@ -31,6 +32,7 @@ from jitnorm.benchmark import marker
 Call = Callable[..., object]
 EPS = 1e-6
 ROUND_SUM = "_round_sum"  # the end of the names of operators that normalise the sum as rounded into the residual
+FP32_RESIDUAL = "_fp32_residual"  # the end of the names of those with a float32 residual
 
 
 def find(op: str, impl: str) -> Call:
@@ -156,7 +158,7 @@ def rmsnorm_reference(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 def _jitnorm(op: str) -> Call:
     import jitnorm
 
-    function = getattr(jitnorm, op.removesuffix(ROUND_SUM))
+    function = getattr(jitnorm, op.removesuffix(ROUND_SUM).removesuffix(FP32_RESIDUAL))
     if op in ("rmsnorm", "gemma_rmsnorm"):
         return lambda x, w, out: function(x, w, EPS, out)
     if op.endswith(ROUND_SUM):
@@ -196,6 +198,14 @@ def _gemma_add_norm(x: torch.Tensor, residual: torch.Tensor, w: torch.Tensor) ->
     _add_norm(x, residual, 1 + w)
 
 
+def _add_norm_fp32(x: torch.Tensor, residual: torch.Tensor, w: torch.Tensor) -> None:
+    _add_norm(x, residual, w.float())
+
+
+def _gemma_add_norm_fp32(x: torch.Tensor, residual: torch.Tensor, w: torch.Tensor) -> None:
+    _add_norm(x, residual, 1 + w.float())
+
+
 # In eager mode torch rounds the sum, and when compiled it does not, unless `_torch_compile` tells it to.
 _TORCH: dict[str, Call] = {
     "rmsnorm": lambda x, w, out: _rms_norm(x, w),
@@ -204,6 +214,8 @@ _TORCH: dict[str, Call] = {
     f"fused_add_rmsnorm{ROUND_SUM}": _add_norm,
     "gemma_fused_add_rmsnorm": _gemma_add_norm,
     f"gemma_fused_add_rmsnorm{ROUND_SUM}": _gemma_add_norm,
+    f"fused_add_rmsnorm{FP32_RESIDUAL}": _add_norm_fp32,
+    f"gemma_fused_add_rmsnorm{FP32_RESIDUAL}": _gemma_add_norm_fp32,
     "fused_inplace_qknorm": _qk_norm,
     "silu_and_mul": _gated(F.silu),
     "gelu_and_mul": _gated(F.gelu),
@@ -269,7 +281,7 @@ def _flashinfer(op: str, cuda: bool) -> Call:
 
 
 def _quack(op: str) -> Call:
-    if not op.endswith("rmsnorm"):
+    if not op.removesuffix(FP32_RESIDUAL).endswith("rmsnorm"):
         raise LookupError("quack has no such operator")
     from quack.rmsnorm import _rmsnorm_fwd
 
@@ -289,6 +301,8 @@ def _liger(op: str) -> Call:
         gemma = "gemma" in op
         options = (EPS, float(gemma), "gemma" if gemma else "llama", None)
         return lambda x, w, out: rms_norm_forward(x, w, *options)[0]
+    if op.endswith(FP32_RESIDUAL):
+        raise LookupError("Liger stores the sum in the input's dtype")
     if "fused_add_rmsnorm" in op:  # which rounds the sum
         from liger_kernel.ops.fused_add_rms_norm import fused_add_rms_norm_forward
 

@@ -26,6 +26,11 @@ class Form:
         return EXAMPLES[self.op]
 
     @property
+    def dtype(self) -> torch.dtype:
+        """Return float32, or the last that the operator supports."""
+        return OPERATORS[self.op].dtypes[-1]
+
+    @property
     def function(self) -> Callable[..., Any]:
         return self.example.function
 
@@ -40,7 +45,7 @@ class Form:
     def make(self) -> dict[str, Any]:
         """Return new arguments, by name."""
         more = {name: make() for name, make in self.more.items()}
-        return self.example.arguments(TOKENS, HIDDEN) | self._outputs() | more
+        return self.example.arguments(TOKENS, HIDDEN, self.dtype) | self._outputs() | more
 
     def call(self, arguments: dict[str, Any]) -> tuple[torch.Tensor, ...]:
         """Call the operator. Return its results, then the arguments that it has written."""
@@ -48,7 +53,7 @@ class Form:
         return (*self.example.run(arguments), *(arguments[name] for name in outputs))
 
     def _outputs(self) -> dict[str, torch.Tensor]:
-        return self.example.outputs(TOKENS, HIDDEN) if self.with_outputs else {}
+        return self.example.outputs(TOKENS, HIDDEN, self.dtype) if self.with_outputs else {}
 
 
 FORMS = [

@@ -201,6 +201,24 @@ def test_gradients_of_both_mutated_tensors(fused_add, offset, round_sum, dtype, 
 
 
 @fused
+def test_gradients_beside_a_float32_residual(fused_add, offset, device):
+    """The gradient of each tensor has its dtype, and that of the residual is not rounded."""
+    x, w = (leaf(*s, device=device, dtype=torch.bfloat16) for s in ((7, 512), (512,)))
+    r = leaf(7, 512, device=device)
+    x64, r64, w64 = double(x, r, w)
+    grad, grad_total = torch.randn(7, 512, device=device).bfloat16(), torch.randn(7, 512, device=device)
+    out, total = x.clone(), r.clone()
+    fused_add(out, total, w, EPS)
+    torch.autograd.backward((out, total), (grad, grad_total))
+    out64, total64 = reference_fused_add(x64, r64, w64, offset, None)
+    torch.autograd.backward((out64, total64), (grad.double(), grad_total.double()))
+    assert total.dtype == torch.float32 and relative_error(total.detach(), total64.detach()) < 1e-7
+    assert relative_error(out.detach(), out64.detach()) < TOLERANCE[torch.bfloat16]
+    assert_gradients((x, w), (x64, w64), TOLERANCE[torch.bfloat16])
+    assert_gradients((r,), (r64,), TOLERANCE[torch.float32])
+
+
+@fused
 @pytest.mark.parametrize("round_sum", [False, True])
 def test_layers_that_pass_on_the_mutated_tensors(fused_add, offset, round_sum, device):
     """The next call overwrites what this call wrote, which must not be what its backward reads."""

@@ -162,6 +162,25 @@ def test_writes_are_visible_through_every_view(op, round_sum, backend, device):
     assert_eager(function, torch.compile(function, fullgraph=True, backend=backend), arguments, 0)
 
 
+@pytest.mark.parametrize("op", FUSED)
+def test_the_residuals_dtype_chooses_the_operator(op, device):
+    """For a graph too: neither dtype breaks it."""
+    w = torch.randn(64, device=device).bfloat16()
+
+    def function(x, residual):
+        getattr(jitnorm, op)(x, residual, w)
+        return x * 2, residual + 1
+
+    def arguments(residual_dtype):
+        return [torch.randn(5, 64, device=device).to(dtype) for dtype in (torch.bfloat16, residual_dtype)]
+
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager", dynamic=True)
+    for dtype in (torch.float32, torch.bfloat16, torch.float32):
+        assert_eager(function, compiled, arguments(dtype), 0)
+    with pytest.raises(RuntimeError, match="residual must be bfloat16, got float16"):
+        compiled(*arguments(torch.float16))
+
+
 @pytest.mark.parametrize("op", ["rmsnorm", "gemma_rmsnorm"])
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_out_is_visible_through_every_view(op, backend, device):
@@ -227,8 +246,12 @@ def test_opcheck(norm, device):
             check(norm.op, (x, w.clone().requires_grad_()))
             check(f"{norm.op}_out", (x, w, torch.empty_like(x)))
     else:
-        check(norm.op, (strided, rows(5, 64), w.float(), 1e-5, False))
-        check(f"{norm.op}_functional", [t.requires_grad_() for t in (rows(3, 64), rows(3, 64), rows(64))])
+
+        def residual(*shape):
+            return rows(*shape).to(norm.residual_dtype)
+
+        check(norm.op, (strided, residual(5, 64), w.float(), 1e-5, False))
+        check(f"{norm.op}_functional", [t.requires_grad_() for t in (rows(3, 64), residual(3, 64), rows(64))])
         if is_first:
             check(norm.op, (x, rows(3, 5, 64), w))
             check(f"{norm.op}_functional", (x, rows(3, 5, 64), w))

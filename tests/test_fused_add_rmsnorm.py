@@ -58,6 +58,59 @@ def test_round_sum_is_the_two_operators_one_after_the_other(
         assert same_bits(x, alone(expected_residual, w))
 
 
+HALF_WEIGHTS = [pair for pair in WEIGHTS if pair[0] != torch.float32]
+
+
+@pytest.mark.parametrize(("operator", "offset"), OPERATORS)
+@sizes_and_dtypes((64, 256, 512, 3328, 8192), HALF_WEIGHTS)
+def test_a_float32_residual(device, operator, offset, hidden_size, dtype, weight_dtype):
+    """The sum is rounded nowhere, with round_sum neither; rows of both may be apart, by other strides."""
+    for num_tokens in (1, 37):
+        x, _, w = inputs(num_tokens, hidden_size, dtype, device, weight_dtype)
+        residual = torch.randn(num_tokens, hidden_size, device=device) * 3
+        total = x.float() + residual
+        wide, wide_residual = (
+            torch.full((num_tokens, n * hidden_size), torch.nan, dtype=t.dtype, device=device)
+            for n, t in ((3, x), (2, residual))
+        )
+        strided, strided_residual = wide[:, hidden_size : 2 * hidden_size], wide_residual[:, hidden_size:]
+        rounded, rounded_residual = x.clone(), residual.clone()
+        strided.copy_(x), strided_residual.copy_(residual)
+        assert operator(x, residual, w, 1e-5) is None
+        assert same_bits(residual, total)
+        assert relative_error(x, rmsnorm_reference(total, w.double() + offset, 1e-5)) <= TOLERANCE[dtype]
+        operator(rounded, rounded_residual, w, 1e-5, round_sum=True)
+        operator(strided, strided_residual, w, 1e-5, enable_pdl=False)
+        assert same_bits(rounded, x) and same_bits(rounded_residual, total)
+        assert same_bits(strided, x) and same_bits(strided_residual, total)
+        beside = torch.cat((wide[:, :hidden_size], wide[:, 2 * hidden_size :], wide_residual[:, :hidden_size]), 1)
+        assert beside.isnan().all()
+
+
+def test_a_float32_residual_keeps_what_rounding_would_lose(device):
+    """Of 256 + 0.5, bfloat16 keeps 256: after 64 layers a residual in bfloat16 would be unchanged."""
+    x, w = torch.full((3, 512), 0.5, device=device).bfloat16(), torch.ones(512, device=device).bfloat16()
+    residual = torch.full((3, 512), 256.0, device=device)
+    for _ in range(64):
+        fused_add_rmsnorm(x.clone(), residual, w)
+    assert (residual == 288).all()
+
+
+def test_rows_of_both_dtypes_in_one_buffer(device):
+    """They alternate where their strides have as many bytes."""
+    x, residual, w = inputs(9, 512, torch.bfloat16, device)
+    residual = residual.float()
+    buffer = torch.zeros(9, 3 * 512, dtype=torch.bfloat16, device=device)
+    inside, inside_residual = buffer[:, :512], buffer.view(torch.float32)[:, 256:]
+    inside.copy_(x), inside_residual.copy_(residual)
+    fused_add_rmsnorm(x, residual, w)
+    fused_add_rmsnorm(inside, inside_residual, w)
+    assert same_bits(inside, x) and same_bits(inside_residual, residual)
+    for start in (248, 0):
+        with pytest.raises(ValueError, match="residual must share no memory with input"):
+            fused_add_rmsnorm(inside, buffer.view(torch.float32)[:, start : start + 512], w)
+
+
 @pytest.mark.parametrize("hidden_size", [128, 1024])
 def test_shapes_and_strides(device, hidden_size):
     x, residual, w = inputs(24, hidden_size, torch.bfloat16, device)
@@ -85,10 +138,18 @@ def test_no_rows_and_special_values(device):
 
 
 @pytest.mark.parametrize(
-    ("hidden_size", "dtype"), [(64, torch.bfloat16), (4096, torch.bfloat16), (7168, torch.float16)]
+    ("hidden_size", "dtype", "residual_dtype"),
+    [
+        (64, torch.bfloat16, torch.bfloat16),
+        (4096, torch.bfloat16, torch.bfloat16),
+        (7168, torch.float16, torch.float16),
+        (64, torch.float16, torch.float32),
+        (4096, torch.bfloat16, torch.float32),
+    ],
 )
-def test_the_same_bits_in_any_batch(device, hidden_size, dtype):
+def test_the_same_bits_in_any_batch(device, hidden_size, dtype, residual_dtype):
     x, residual, w = inputs(4096, hidden_size, dtype, device)
+    residual = (residual.float() / 3).to(residual_dtype)
     everything, total = x.clone(), residual.clone()
     fused_add_rmsnorm(everything, total, w)
     for batch in (1, 2, 7, 64, 255, 4095):
@@ -128,12 +189,23 @@ H = 512
 
 def bad_calls():
     x, residual, w = inputs(4, H, torch.float32, "cpu")
+    x16, w16 = x.bfloat16(), w.bfloat16()
     wide = torch.randn(4, 2 * H)
     flat = torch.randn(5 * H)
     return [
         (TypeError, "residual must be a torch.Tensor, got NoneType", (x, None, w)),
         (TypeError, "input must be .* got float64", (x.double(), residual.double(), w.double())),
         (TypeError, "residual must be float32, got float16", (x, residual.half(), w)),
+        (TypeError, "residual must be float32, got bfloat16", (x, residual.bfloat16(), w)),
+        (TypeError, "residual must be bfloat16 or float32, got float16", (x16, residual.half(), w16)),
+        (TypeError, "residual must be float16 or float32, got bfloat16", (x.half(), residual.bfloat16(), w)),
+        (TypeError, "weight must be bfloat16 or float32, got float16", (x16, residual, w.half())),
+        (ValueError, r"residual must have shape \[4, 512\].*got \[3, 512\]", (x16, residual[:3], w16)),
+        (
+            ValueError,
+            "residual must share no memory with input",
+            (flat.view(torch.bfloat16)[: 4 * H].view(4, H), flat[: 4 * H].view(4, H), w16),
+        ),
         (TypeError, "weight must be float32, got bfloat16", (x, residual, w.bfloat16())),
         (ValueError, r"residual must have shape \[4, 512\].*got \[3, 512\]", (x, residual[:3], w)),
         (ValueError, r"weight must have shape \[512\]", (x, residual, w[:256])),
@@ -155,7 +227,9 @@ def bad_calls():
 @pytest.mark.parametrize("warm", [False, True])
 def test_refused_alike_before_and_after_the_kernel_is_built(warm, cache_dir):
     if warm:
-        fused_add_rmsnorm(*inputs(4, H, torch.float32, "cpu"))
+        for dtype in (torch.float32, torch.bfloat16):
+            x, _, w = inputs(4, H, dtype, "cpu")
+            fused_add_rmsnorm(x, torch.randn(4, H), w)
     for error, pattern, arguments in bad_calls():
         before = [a.clone() if isinstance(a, torch.Tensor) else a for a in arguments]
         with pytest.raises(error, match=pattern):
@@ -167,4 +241,4 @@ def test_refused_alike_before_and_after_the_kernel_is_built(warm, cache_dir):
 
 def test_the_variants_are_different_kernels():
     norms = [operator for operator in REGISTRY.values() if isinstance(operator, Norm)]
-    assert len({(norm.family, norm.binding, norm.policy) for norm in norms}) == len(norms) == 11
+    assert len({(norm.family, norm.binding, norm.policy) for norm in norms}) == len(norms) == 13

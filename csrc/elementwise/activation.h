@@ -98,7 +98,8 @@ Outcome activation(const TVMFFIAny* args, int num_args) {
   if (ids && ids->shape[0] < rows / expert_step + (rows % expert_step != 0)) return Outcome::kRefused;
   if (rows == 0) return Outcome::kDone;
   const Rows id_rows = ids ? index_rows(*ids) : Rows{};
-  if (!rows_are_disjoint(out_rows, width) || rows_overlap(input_rows, 2 * row_bytes, out_rows, row_bytes, sizeof(T)) ||
+  if (!rows_are_disjoint(out_rows, width) ||
+      rows_overlap(input_rows, 2 * row_bytes, sizeof(T), out_rows, row_bytes, sizeof(T)) ||
       (ids && extents_overlap(out_rows, id_rows)))
     return Outcome::kRefused;
   ActivationParams params{};

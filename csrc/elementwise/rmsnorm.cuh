@@ -13,6 +13,7 @@ namespace jitnorm {
 template <typename Kernel, GridVariant kVariant, typename RowSum, typename RowMax>
 __device__ __forceinline__ void rmsnorm_block(const RMSNormParams& p, RowSum row_sum, RowMax row_max) {
   using T = typename Kernel::input_t;
+  using R = typename Kernel::residual_t;
   using W = typename Kernel::weight_t;
   using Out = typename Kernel::output_t;
   constexpr bool kHasResidual = Kernel::policy_t::kHasResidual;
@@ -20,7 +21,7 @@ __device__ __forceinline__ void rmsnorm_block(const RMSNormParams& p, RowSum row
   RowFragment<Kernel> fragment(threadIdx.x % Kernel::kThreadsPerRow);
   const index_t row = index_t(blockIdx.x) * Kernel::kRowsPerBlock + threadIdx.x / Kernel::kThreadsPerRow;
   const T* input = static_cast<const T*>(p.input) + row * p.input_stride;
-  T* residual = static_cast<T*>(p.residual) + row * p.residual_stride;
+  R* residual = static_cast<R*>(p.residual) + row * p.residual_stride;
   const W* weight = static_cast<const W*>(p.weight);
   Out* out = static_cast<Out*>(p.out) + row * p.out_stride;
   // The last block may have threads without a row, which still take part in the reductions.
@@ -37,7 +38,7 @@ __device__ __forceinline__ void rmsnorm_block(const RMSNormParams& p, RowSum row
   if (kVariant == GridVariant::kLargeGrid && fragment.lane == 0 && blockIdx.x + Kernel::kBlocksAhead < gridDim.x - 1) {
     constexpr index_t kRowsAhead = index_t(Kernel::kBlocksAhead) * Kernel::kRowsPerBlock;
     prefetch<Kernel::kRowBytes>(input + kRowsAhead * p.input_stride);
-    if (kHasResidual) prefetch<Kernel::kRowBytes>(residual + kRowsAhead * p.residual_stride);
+    if constexpr (kHasResidual) prefetch<Kernel::kResidualRowBytes>(residual + kRowsAhead * p.residual_stride);
   }
   if (kHasResidual && has_row) fragment.add_residual(residual);
   const float squares = row_sum(has_row ? fragment.sum_of_squares() : 0.f);

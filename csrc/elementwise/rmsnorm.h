@@ -77,20 +77,22 @@ Outcome rmsnorm(const TVMFFIAny* args, int num_args) {
 template <typename Kernel>
 Outcome fused_add_rmsnorm(const TVMFFIAny* args, int num_args) {
   using T = typename Kernel::input_t;
+  using R = typename Kernel::residual_t;
   constexpr index_t hidden_size = Kernel::kHiddenSize;
   if (num_args != 5) return Outcome::kRefused;
   const DLTensor *input = as_tensor(args[0]), *residual = as_tensor(args[1]), *weight = as_tensor(args[2]);
   Rows input_rows, residual_rows, weight_row;
   double eps;
   bool enable_pdl;
-  if (!as_input_rows<Kernel>(input, &input_rows) || !as_input_rows<Kernel>(residual, &residual_rows) ||
+  if (!as_input_rows<Kernel>(input, &input_rows) || !residual ||
+      !as_rows<R>(*residual, hidden_size, Kernel::kAlignment, &residual_rows) ||
       !as_weight<Kernel>(weight, &weight_row) || !as_float(args[3], &eps) || !(eps >= 0) ||
       !as_optional_bool(args[4], true, &enable_pdl) || !same_shape_and_device(*input, *residual) ||
       !same_device(*input, *weight) || !runs_on<Kernel>(input->device))
     return Outcome::kRefused;
   if (input_rows.count == 0) return Outcome::kDone;
   if (!is_writable(input_rows, hidden_size, weight_row) || !is_writable(residual_rows, hidden_size, weight_row) ||
-      rows_overlap<T>(input_rows, residual_rows, hidden_size))
+      rows_overlap<T, R>(input_rows, residual_rows, hidden_size))
     return Outcome::kRefused;
   RMSNormParams params{};
   params.input = input_rows.data;

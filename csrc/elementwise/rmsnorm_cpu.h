@@ -13,6 +13,7 @@ struct RMSNormKernel {
   using input_t = T;
   using weight_t = W;
   using output_t = typename Policy::template output_t<T>;
+  using residual_t = typename Policy::template residual_t<T>;
   using policy_t = Policy;
   using params_t = RMSNormParams;
   static constexpr int kHiddenSize = kHiddenSize_;
@@ -29,7 +30,7 @@ struct RMSNormKernel {
       write(out, x, weight, rstd_of_row<kHiddenSize>(p.eps, [&](int i) { return load(x + i); }), scale);
       return;
     }
-    T* residual = static_cast<T*>(p.residual) + row * p.residual_stride;
+    residual_t* residual = static_cast<residual_t*>(p.residual) + row * p.residual_stride;
     // With kRoundSum the stored residual is normalised; otherwise the sum in float, kept in `sum`.
     float sum[Policy::kRoundSum ? 1 : kHiddenSize];
     const float rstd = rstd_of_row<kHiddenSize>(p.eps, [&](int i) {

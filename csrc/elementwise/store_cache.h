@@ -97,7 +97,7 @@ Outcome store_cache(const TVMFFIAny* args, int num_args) {
     if (written.count == 0 || !rows_are_disjoint(written, widths[cache]) || extents_overlap(written, index_elements))
       return Outcome::kRefused;
     for (int other = 0; other < cache; other++)
-      if (rows_overlap(rows[other], widths[other], written, widths[cache], 1)) return Outcome::kRefused;
+      if (rows_overlap(rows[other], widths[other], 1, written, widths[cache], 1)) return Outcome::kRefused;
   }
   StoreCacheParams params{};
   params.k = k.data;

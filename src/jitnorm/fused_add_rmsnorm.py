@@ -26,6 +26,17 @@ GEMMA_FUSED_ADD_RMSNORM = Norm("gemma_fused_add_rmsnorm", "fused_add_rmsnorm", "
 GEMMA_FUSED_ADD_RMSNORM_ROUND_SUM = Norm(
     "gemma_fused_add_rmsnorm_round_sum", "fused_add_rmsnorm", "GemmaFusedAddRounded", weight_offset=1.0
 )
+# For a float32 residual beside an input in half precision. Its sum is not rounded, so these serve round_sum=True too.
+FUSED_ADD_RMSNORM_FP32_RESIDUAL = Norm(
+    "fused_add_rmsnorm_fp32_residual", "fused_add_rmsnorm", "FusedAddFp32Residual", residual_dtype=torch.float32
+)
+GEMMA_FUSED_ADD_RMSNORM_FP32_RESIDUAL = Norm(
+    "gemma_fused_add_rmsnorm_fp32_residual",
+    "fused_add_rmsnorm",
+    "GemmaFusedAddFp32Residual",
+    weight_offset=1.0,
+    residual_dtype=torch.float32,
+)
 
 _is_dynamo_compiling = torch.compiler.is_dynamo_compiling
 _Tensor, _Parameter = torch.Tensor, torch.nn.Parameter
@@ -45,22 +56,26 @@ def fused_add_rmsnorm(
     Both are written in place. The sum is normalised from its float32 value, before it is rounded into the residual, as
     FlashInfer's fused_add_rmsnorm does. A row's result has the same bits alone and in any batch.
 
+    Beside a float16 or bfloat16 input the residual may be float32, as with `residual_dtype` of quack's rmsnorm. The sum
+    is then not rounded; a residual in half precision is rounded in every layer of a model.
+
     Args:
         input: `[..., hidden_size]`, float16, bfloat16 or float32, on the CPU or a CUDA device; written. Sizes and
             strides as for `jitnorm.rmsnorm`.
-        residual: of the input's shape, dtype and device, sharing no memory with it; written.
+        residual: of the input's shape and device, and of its dtype or float32, sharing no memory with it; written.
         weight: `[hidden_size]`, of the input's dtype or float32, on the same device.
         eps: added to the mean of the squares; zero or more.
         enable_pdl: programmatic dependent launch. None turns it on where the GPU supports it.
         round_sum: normalise the sum as rounded into the residual. `residual += input` followed by
             `rmsnorm(residual, weight)`, and SGLang's kernel, compute this. Use it for models whose reference or cached
-            results were computed in this way.
+            results were computed in this way. With a float32 residual it makes no difference.
 
     Raises:
         TypeError, ValueError, RuntimeError: as `jitnorm.rmsnorm`. ValueError also if input and residual overlap.
     """
     norm = FUSED_ADD_RMSNORM_ROUND_SUM if round_sum else FUSED_ADD_RMSNORM
     if _is_dynamo_compiling():
+        norm = FUSED_ADD_RMSNORM_FP32_RESIDUAL if _has_fp32_residual(input, residual) else norm
         return _call_torch_op(norm, input, residual, weight, eps, enable_pdl)
     try:
         if (
@@ -75,6 +90,10 @@ def fused_add_rmsnorm(
             return None
     except Exception:  # no kernel yet, or arguments without such attributes: the slow path raises for these
         pass
+    if _has_fp32_residual(input, residual):
+        norm = FUSED_ADD_RMSNORM_FP32_RESIDUAL
+        if _try_fast_path(norm, input, residual, weight, eps, enable_pdl):
+            return None
     return _fused_add_rmsnorm_slow_path(norm, input, residual, weight, eps, enable_pdl)
 
 
@@ -93,7 +112,7 @@ def gemma_fused_add_rmsnorm(
 
     Args:
         input: `[..., hidden_size]`, float16, bfloat16 or float32, on the CPU or a CUDA device; written.
-        residual: of the input's shape, dtype and device, sharing no memory with it; written.
+        residual: of the input's shape and device, and of its dtype or float32, sharing no memory with it; written.
         weight: `[hidden_size]`, of the input's dtype or float32, on the same device.
         eps: added to the mean of the squares; zero or more.
         enable_pdl: programmatic dependent launch. None turns it on where the GPU supports it.
@@ -104,6 +123,7 @@ def gemma_fused_add_rmsnorm(
     """
     norm = GEMMA_FUSED_ADD_RMSNORM_ROUND_SUM if round_sum else GEMMA_FUSED_ADD_RMSNORM
     if _is_dynamo_compiling():
+        norm = GEMMA_FUSED_ADD_RMSNORM_FP32_RESIDUAL if _has_fp32_residual(input, residual) else norm
         return _call_torch_op(norm, input, residual, weight, eps, enable_pdl)
     try:
         if (
@@ -118,7 +138,34 @@ def gemma_fused_add_rmsnorm(
             return None
     except Exception:  # as in fused_add_rmsnorm
         pass
+    if _has_fp32_residual(input, residual):
+        norm = GEMMA_FUSED_ADD_RMSNORM_FP32_RESIDUAL
+        if _try_fast_path(norm, input, residual, weight, eps, enable_pdl):
+            return None
     return _fused_add_rmsnorm_slow_path(norm, input, residual, weight, eps, enable_pdl)
+
+
+def _has_fp32_residual(input: Any, residual: Any) -> bool:
+    """Return whether the residual is float32 beside an input in half precision. False for what is no tensor."""
+    if getattr(residual, "dtype", None) is not torch.float32:
+        return False
+    return getattr(input, "dtype", None) in (torch.float16, torch.bfloat16)
+
+
+def _try_fast_path(norm: Norm, input: Any, residual: Any, weight: Any, eps: Any, enable_pdl: Any) -> bool:
+    """Run the kernel that the fast path caches for `norm`. False if there is none or it refuses the arguments."""
+    try:
+        return (
+            input.__class__ is residual.__class__ is _Tensor
+            and (weight.__class__ is _Parameter or weight.__class__ is _Tensor)
+            and (
+                not (weight.requires_grad or input.requires_grad or residual.requires_grad)
+                or not torch.is_grad_enabled()
+            )
+            and not norm.fast_cache[input.dtype][weight.nbytes](input, residual, weight, eps, enable_pdl)
+        )
+    except Exception:  # as in fused_add_rmsnorm
+        return False
 
 
 def _fused_add_rmsnorm_slow_path(
@@ -135,16 +182,32 @@ def _fused_add_rmsnorm_slow_path(
         checks.types(eps, enable_pdl, input=input, residual=residual, weight=weight)
         refuse_torch_func(norm.op, input, residual, weight)
     else:
-        check(norm, input, residual, weight, eps, enable_pdl)
+        check(norm, input, residual, weight, eps, enable_pdl, accepts_fp32_residual=True)
     if traced or needs_grad(input, residual, weight):
         return _call_torch_op(norm, input, residual, weight, float(eps), enable_pdl)
     return norm.run(input, weight, input, residual, weight, eps, enable_pdl)
 
 
-def check(norm: Norm, input: Any, residual: Any, weight: Any, eps: Any, enable_pdl: Any) -> None:
-    """Raise for arguments that the bindings function `fused_add_rmsnorm` in csrc/elementwise/rmsnorm.h refuses."""
+def check(
+    norm: Norm,
+    input: Any,
+    residual: Any,
+    weight: Any,
+    eps: Any,
+    enable_pdl: Any,
+    *,
+    accepts_fp32_residual: bool = False,
+) -> None:
+    """Raise for arguments that the bindings function `fused_add_rmsnorm` in csrc/elementwise/rmsnorm.h refuses.
+
+    The public functions choose `norm` by the residual's dtype. With `accepts_fp32_residual`, the message about another
+    dtype names both that they accept.
+    """
     norms.check_input_and_weight(norm, input, weight, eps, enable_pdl)
-    norms.check_like_input("residual", residual, input)
+    if accepts_fp32_residual:
+        norms.check_like_input("residual", residual, input, input.dtype, torch.float32)
+    else:
+        norms.check_like_input("residual", residual, input, norm.residual_dtype or input.dtype)
     for name, written in (("input", input), ("residual", residual)):
         checks.no_row_overlap(name, written)
         checks.no_shared_memory(name, written, "weight", weight)
@@ -208,8 +271,8 @@ def _register(norm: Norm) -> None:
     def backward(ctx: Any, grad: torch.Tensor, grad_total: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         total, weight = ctx.saved_tensors
         grad_x, grad_weight = norms.gradients(norm, total, weight, ctx.eps, grad)
-        grad_terms = (grad_x + grad_total.float()).to(total.dtype)
-        return grad_terms, grad_terms, grad_weight.to(weight.dtype), None, None
+        grad_residual = (grad_x + grad_total.float()).to(total.dtype)
+        return grad_residual.to(grad.dtype), grad_residual, grad_weight.to(weight.dtype), None, None
 
     tensors, rest = "Tensor{} input, Tensor{} residual, Tensor weight", "float eps=1e-6, bool? enable_pdl=None"
     register(f"{norm.op}({tensors.format('(a!)', '(b!)')}, {rest}) -> ()", run, fake)
@@ -219,21 +282,24 @@ def _register(norm: Norm) -> None:
     register_autograd(name, backward, save)
 
 
-def _arguments(shape: Shape, round_sum: bool) -> dict[str, Any]:
-    arguments = {"input": shape.randn(), "residual": shape.randn(), "weight": shape.randn(shape.size)}
+def _arguments(shape: Shape, round_sum: bool, residual_dtype: torch.dtype | None) -> dict[str, Any]:
+    residual = shape._replace(dtype=residual_dtype or shape.dtype).randn()
+    arguments = {"input": shape.randn(), "residual": residual, "weight": shape.randn(shape.size)}
     return arguments | ({"round_sum": True} if round_sum else {})
 
 
 for _norm, _function, _round_sum in (
     (FUSED_ADD_RMSNORM, fused_add_rmsnorm, False),
     (FUSED_ADD_RMSNORM_ROUND_SUM, fused_add_rmsnorm, True),
+    (FUSED_ADD_RMSNORM_FP32_RESIDUAL, fused_add_rmsnorm, False),
     (GEMMA_FUSED_ADD_RMSNORM, gemma_fused_add_rmsnorm, False),
     (GEMMA_FUSED_ADD_RMSNORM_ROUND_SUM, gemma_fused_add_rmsnorm, True),
+    (GEMMA_FUSED_ADD_RMSNORM_FP32_RESIDUAL, gemma_fused_add_rmsnorm, False),
 ):
     _register(_norm)
     EXAMPLES[_norm.op] = Example(
         _function,
-        functools.partial(_arguments, round_sum=_round_sum),
+        functools.partial(_arguments, round_sum=_round_sum, residual_dtype=_norm.residual_dtype),
         written=("input", "residual"),
         per_row=("input", "residual"),
     )

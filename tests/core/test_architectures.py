@@ -13,7 +13,12 @@ import pytest
 import torch
 
 from jitnorm.activation import GELU_AND_MUL, GELU_TANH_AND_MUL, SILU_AND_MUL
-from jitnorm.fused_add_rmsnorm import FUSED_ADD_RMSNORM, FUSED_ADD_RMSNORM_ROUND_SUM, GEMMA_FUSED_ADD_RMSNORM
+from jitnorm.fused_add_rmsnorm import (
+    FUSED_ADD_RMSNORM,
+    FUSED_ADD_RMSNORM_FP32_RESIDUAL,
+    FUSED_ADD_RMSNORM_ROUND_SUM,
+    GEMMA_FUSED_ADD_RMSNORM,
+)
 from jitnorm.jit.build import build
 from jitnorm.jit.spec import KernelSpec, Target
 from jitnorm.qknorm import HEAD_DIMS, QKNORM
@@ -35,6 +40,7 @@ KERNELS = (
     (RMSNORM, 8192, BF16, BF16),
     (GEMMA_FUSED_ADD_RMSNORM, 256, BF16, BF16),
     (FUSED_ADD_RMSNORM_ROUND_SUM, 4096, F16, F32),
+    (FUSED_ADD_RMSNORM_FP32_RESIDUAL, 8192, BF16, BF16),
     (QKNORM, 128, BF16, BF16),
     (QKNORM, 1024, F16, F32),
     (RMSNORM_QUANT_FP8, 4096, BF16, BF16),
@@ -108,6 +114,7 @@ def test_a_build_of_one_kernel(arch, kernel):
     [
         ("9.0a", RMSNORM, range(512, 8193, 768), BF16, BF16),
         ("8.0", FUSED_ADD_RMSNORM, range(512, 8193, 768), F32, F32),
+        ("9.0a", FUSED_ADD_RMSNORM_FP32_RESIDUAL, (64, 128, 256, *range(512, 8193, 768)), F16, F32),
         ("8.9", RMSNORM_QUANT_FP8, range(512, 8193, 768), F16, F32),
         ("9.0a", QKNORM, HEAD_DIMS, BF16, BF16),
         ("7.5", QKNORM, HEAD_DIMS, F32, F32),

@@ -21,7 +21,7 @@ from jitnorm.activation import MAX_WIDTH, SILU_AND_MUL
 from jitnorm.activation import check as check_activation
 from jitnorm.core.checks import power_of_two, vector_bytes
 from jitnorm.core.operators import OPERATORS
-from jitnorm.fused_add_rmsnorm import FUSED_ADD_RMSNORM
+from jitnorm.fused_add_rmsnorm import FUSED_ADD_RMSNORM, FUSED_ADD_RMSNORM_FP32_RESIDUAL
 from jitnorm.fused_add_rmsnorm import check as check_fused_add_rmsnorm
 from jitnorm.jit.load import load
 from jitnorm.jit.spec import Target
@@ -63,8 +63,9 @@ class Draw:
     def leading(self):
         return self.pick(((), (1,), (2,), (3,), (2, 3), (1, 3), (3, 1), (0,), (2, 1, 2), (2, 0)))
 
-    def rows(self, dtype, leading, width=H):
-        strides, stride = [self.pick((1,) * 9 + (2, 0))], self.pick((width, 3 * H, 3 * H, 3 * H, width - 16, 0))
+    def rows(self, dtype, leading, width=H, strides=None):
+        choices = strides or (width, 3 * H, 3 * H, 3 * H, width - 16, 0)
+        strides, stride = [self.pick((1,) * 9 + (2, 0))], self.pick(choices)
         for size in reversed(leading):
             strides.insert(0, stride)
             stride *= self.pick((size, size, size, size + 1))
@@ -97,6 +98,21 @@ def norm_calls(draw):
         (H, F32, F32),
         (x, other, w, eps, pdl),
         lambda: check_fused_add_rmsnorm(FUSED_ADD_RMSNORM, x, other, w, eps, pdl),
+    )
+
+
+def fp32_residual_calls(draw):
+    """Rows of two element sizes: those of one buffer may alternate where their strides have as many bytes."""
+    shape, norm = draw.leading(), FUSED_ADD_RMSNORM_FP32_RESIDUAL
+    x = draw.rows(torch.bfloat16, shape, strides=(H, 6 * H, 6 * H, 6 * H, H - 16, 0))
+    residual = draw.rows(draw.pick((F32,) * 9 + (torch.bfloat16,)), draw.pick((shape, shape, shape, draw.leading())))
+    w = draw.pick((torch.ones(H), torch.ones(H), draw.vector(F32, H)))
+    eps, pdl = draw.pick(((1e-6, None), (0, True), draw.flags()))
+    yield (
+        norm,
+        (H, torch.bfloat16, F32),
+        (x, residual, w, eps, pdl),
+        lambda: check_fused_add_rmsnorm(norm, x, residual, w, eps, pdl),
     )
 
 
@@ -216,7 +232,10 @@ def rope_calls(draw):
     yield operator, (variant,), a.of_bindings(), lambda: check_qk_norm_rope_store(a)
 
 
-FAMILIES = (norm_calls, quant_norm_calls, quant_calls, activation_calls, qknorm_calls, store_cache_calls, rope_calls)
+FAMILIES = (
+    *(norm_calls, fp32_residual_calls, quant_norm_calls, quant_calls, activation_calls),
+    *(qknorm_calls, store_cache_calls, rope_calls),
+)
 
 
 # At every limit and on both sides of it. Rows as wide as 2^30 need no memory where there are none of them.

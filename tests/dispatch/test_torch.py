@@ -80,6 +80,17 @@ def test_the_sum_is_normalised_before_it_is_rounded(op):
     assert same_bits(got, exact) and not same_bits(got, rounded)
 
 
+@both_backends
+@pytest.mark.parametrize("op", ["fused_add_rmsnorm", "gemma_fused_add_rmsnorm"])
+def test_a_float32_residual_is_not_rounded(op, hidden_size):
+    x, residual, w = inputs(hidden_size)
+    residual = residual.float() / 3
+    total = x.float() + residual
+    got, got_total = run(op, x, residual, w)
+    assert got.dtype == torch.bfloat16 and same_bits(got_total, total)
+    assert relative_error(got, rmsnorm_reference(total, w.double() + ("gemma" in op), 1e-6)) < 3e-3
+
+
 def test_gemma_adds_its_one_in_float32():
     x, _, w = inputs(300)
     w[:] = 0.0035
@@ -109,7 +120,11 @@ def test_bad_arguments_are_refused(hidden_size):
         (ValueError, "weight must have shape", lambda: dispatch.rmsnorm(x, x)),
         (TypeError, "out must be bfloat16, got float32", lambda: dispatch.rmsnorm(x, w, 1e-6, x.float())),
         (ValueError, "out must have shape", lambda: dispatch.rmsnorm(x, w, 1e-6, x[:3])),
-        (TypeError, "residual must be bfloat16", lambda: dispatch.gemma_fused_add_rmsnorm(x, residual.float(), w)),
+        (
+            TypeError,
+            "residual must be bfloat16 or float32, got float16",
+            lambda: dispatch.gemma_fused_add_rmsnorm(x, residual.half(), w),
+        ),
         (ValueError, "residual must have shape", lambda: dispatch.fused_add_rmsnorm(x, residual[:1], w)),
         (ValueError, "residual must share no memory", lambda: dispatch.fused_add_rmsnorm(x, x, w)),
         (

@@ -135,11 +135,12 @@ def norm(draw: Draw, operator: str) -> Call:
 def fused_add(draw: Draw, operator: str) -> Call:
     dtype, weight_dtype, hidden = draw.kinds(*(((BF16, BF16, 64),) if operator == "fused_add_rmsnorm" else ()))
     leading = draw.leading()
+    residual_dtype = draw.rng.choice((dtype, F32))
     return Call(
         operator,
         {
             "input": draw.rows(dtype, leading, hidden, written=True),
-            "residual": draw.rows(dtype, leading, hidden, written=True, scale=draw.rng.choice((1, 30.0))),
+            "residual": draw.rows(residual_dtype, leading, hidden, written=True, scale=draw.rng.choice((1, 30.0))),
             "weight": draw.vector(weight_dtype, hidden),
             "eps": draw.eps(),
             "enable_pdl": draw.pdl(),

@@ -250,21 +250,21 @@ inline bool extents_overlap(const Rows& a, const Rows& b) {
   return a.count && b.count && a.data < b.end && b.data < a.end;
 }
 
-// Whether a row of `a` shares memory with a row of `b`. Exact for equal strides, as of two column slices of one buffer,
-// whose rows alternate. For different strides, overlapping extents count as shared memory.
-inline bool rows_overlap(const Rows& a, index_t a_row_bytes, const Rows& b, index_t b_row_bytes,
-                         index_t element_bytes) {
+// Whether a row of `a` shares memory with a row of `b`. Exact for strides of equal bytes, as of two column slices of
+// one buffer, whose rows alternate. For different strides, overlapping extents count as shared memory.
+inline bool rows_overlap(const Rows& a, index_t a_row_bytes, index_t a_element_bytes, const Rows& b,
+                         index_t b_row_bytes, index_t b_element_bytes) {
   if (!extents_overlap(a, b)) return false;
-  if (a.stride != b.stride) return true;
-  const index_t stride = a.stride * element_bytes;
+  const index_t stride = a.stride * a_element_bytes;
+  if (stride != b.stride * b_element_bytes) return true;
   index_t offset = (b.data - a.data) % stride;
   if (offset < 0) offset += stride;
   return offset < a_row_bytes || offset > stride - b_row_bytes;
 }
 
-template <typename T>
+template <typename A, typename B = A>
 bool rows_overlap(const Rows& a, const Rows& b, index_t hidden_size) {
-  return rows_overlap(a, hidden_size * sizeof(T), b, hidden_size * sizeof(T), sizeof(T));
+  return rows_overlap(a, hidden_size * sizeof(A), sizeof(A), b, hidden_size * sizeof(B), sizeof(B));
 }
 
 // The widest access, of 16, 8 or 4 bytes, that divides `row_bytes`, which is a multiple of 4. Kernels for rows whose

@@ -12,10 +12,12 @@ enum class Quantisation { kNone, kStatic, kDynamicPerToken };
 // residual += input, then input = normalised residual * weight.
 struct Plain {
   template <typename T>
-  using output_t = T;  // for inputs of type T
+  using output_t = T;  // for inputs of type T, as residual_t
+  template <typename T>
+  using residual_t = T;
   static constexpr Quantisation kQuantisation = Quantisation::kNone;
   static constexpr bool kHasResidual = false;
-  static constexpr bool kRoundSum = false;     // whether to normalise the sum rounded to T, not the sum in float
+  static constexpr bool kRoundSum = false;     // whether to normalise the sum rounded to residual_t, not that in float
   static constexpr float kWeightOffset = 0.f;  // added to the weight
 };
 struct Gemma : Plain {
@@ -32,6 +34,15 @@ struct GemmaFusedAdd : Gemma {
 };
 struct GemmaFusedAddRounded : GemmaFusedAdd {
   static constexpr bool kRoundSum = true;
+};
+// For 16-bit inputs: the residual is float, so that what is stored is the sum in float.
+struct FusedAddFp32Residual : FusedAddRounded {
+  template <typename T>
+  using residual_t = float;
+};
+struct GemmaFusedAddFp32Residual : GemmaFusedAddRounded {
+  template <typename T>
+  using residual_t = float;
 };
 
 // Any of these with e4m3 outputs: the normalised float is divided by a scale, in float, and rounded once. With a

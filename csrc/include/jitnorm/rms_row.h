@@ -43,17 +43,27 @@ constexpr int block_threads_per_row(int row_bytes) {
   return round_up(vectors, 5 * 128) / 5;
 }
 
-// With a residual a thread holds two rows' vectors: one of each with up to 256 threads, then two with up to 512.
+// With a residual a thread holds two rows' vectors: one of each with up to 256 threads, then two with up to 512. The
+// number of vectors is that of the row with the wider elements.
 constexpr int residual_threads_per_row(int row_bytes) {
   const int vectors = row_bytes / 16;
   const int per_thread = vectors <= 256 ? 1 : vectors <= 1024 ? 2 : round_up(vectors, 512) / 512;
   return round_up(vectors / per_thread, 32);
 }
 
+// The bytes of an element of input and residual; 0 for the residual of a policy without one.
+template <typename T, typename Policy>
+struct ElementBytes {
+  static constexpr int kInput = sizeof(T);
+  static constexpr int kResidual = Policy::kHasResidual ? sizeof(typename Policy::template residual_t<T>) : 0;
+  static constexpr int kWider = max(kInput, kResidual);  // vectors have 16 bytes of these
+};
+
 template <int kHiddenSize, typename T, typename Policy>
 struct DefaultSchedule {
-  static constexpr int kRowBytes = kHiddenSize * sizeof(T);
-  static constexpr int kRowReadBytes = Policy::kHasResidual ? 2 * kRowBytes : kRowBytes;
+  using Bytes = ElementBytes<T, Policy>;
+  static constexpr int kRowBytes = kHiddenSize * Bytes::kWider;
+  static constexpr int kRowReadBytes = kHiddenSize * (Bytes::kInput + Bytes::kResidual);
   static constexpr int kThreadsPerRow = kHiddenSize <= 256     ? warp_threads_per_row(kRowBytes)
                                         : Policy::kHasResidual ? residual_threads_per_row(kRowBytes)
                                                                : block_threads_per_row(kRowBytes);
@@ -75,19 +85,24 @@ struct RMSNormKernelBase : S {
   using input_t = T;
   using weight_t = W;
   using output_t = typename Policy::template output_t<T>;
+  using residual_t = typename Policy::template residual_t<T>;
   using policy_t = Policy;
+  using Bytes = ElementBytes<T, Policy>;
   static constexpr int kHiddenSize = kHiddenSize_;
   static constexpr unsigned kAlignment = 16;
   static constexpr float kInverse = 1. / kHiddenSize;
   static constexpr float kInverseResidue = 1. / kHiddenSize - kInverse;  // the rounding error of kInverse
-  static constexpr int kRowBytes = kHiddenSize * sizeof(T);
-  static constexpr int kBlockReadBytes = (Policy::kHasResidual ? 2 : 1) * kRowBytes * S::kRowsPerBlock;
+  static constexpr int kRowBytes = kHiddenSize * Bytes::kInput;
+  static constexpr int kResidualRowBytes = kHiddenSize * Bytes::kResidual;
+  static constexpr int kBlockReadBytes = (kRowBytes + kResidualRowBytes) * S::kRowsPerBlock;
   static constexpr int kThreads = S::kThreadsPerRow * S::kRowsPerBlock;
-  static constexpr int kVectorsPerThread = (kRowBytes / 16 + S::kThreadsPerRow - 1) / S::kThreadsPerRow;
+  static constexpr int kElementsPerVector = 16 / Bytes::kWider;
+  static constexpr int kVectorsPerRow = kHiddenSize / kElementsPerVector;
+  static constexpr int kVectorsPerThread = (kVectorsPerRow + S::kThreadsPerRow - 1) / S::kThreadsPerRow;
   // 64 KiB of rows in flight on an SM keep memory busy. Where blocks are large, kMinBlocksPerSM limits registers for
   // that, as far as a thread's vectors of row, residual and weight allow. Small blocks fit an SM in any case.
   static constexpr int kRegistersPerThread =
-      (4 * kVectorsPerThread + 12) * (1 + sizeof(W) / sizeof(T) + (Policy::kHasResidual ? 1 : 0));
+      (4 * kVectorsPerThread + 12) * kElementsPerVector * (Bytes::kInput + Bytes::kResidual + int(sizeof(W))) / 16;
   static constexpr int kMaxBlocksPerSM =
       min(kRegistersPerSM / (kRegistersPerThread * kThreads), kThreadsOnAnySM / kThreads);
   static constexpr int kMinBlocksPerSM =
@@ -116,21 +131,25 @@ struct RMSNormKernelBase : S {
 
 #ifdef __CUDACC__
 // The vectors of a row that one thread holds: every kThreadsPerRow-th, beginning with number `lane`, the thread's index
-// within its row.
+// within its row. Beside a float residual, a vector of 16-bit inputs has 8 bytes: then the warp's accesses to either
+// have no gaps, and its stores fill whole sectors.
 template <typename Kernel>
 struct RowFragment {
   using T = typename Kernel::input_t;
+  using R = typename Kernel::residual_t;
   using W = typename Kernel::weight_t;
   using Policy = typename Kernel::policy_t;
   static constexpr int kThreadsPerRow = Kernel::kThreadsPerRow;
-  static constexpr int kElementsPerVector = 16 / sizeof(T);
-  static constexpr int kVectorsPerRow = Kernel::kHiddenSize / kElementsPerVector;
+  static constexpr int kElementsPerVector = Kernel::kElementsPerVector;
+  static constexpr int kVectorsPerRow = Kernel::kVectorsPerRow;
   static constexpr int kVectorsPerThread = Kernel::kVectorsPerThread;
-  static_assert(Kernel::kHiddenSize % kElementsPerVector == 0, "a row is made of 16-byte vectors");
+  static_assert(Kernel::kHiddenSize % kElementsPerVector == 0, "a row is made of whole vectors");
+  // Where a stored sum that is normalised is kept: in the registers of x or, if it is wider, of the residual.
+  static constexpr bool kSumReplacesX = Policy::kRoundSum && sizeof(R) == sizeof(T);
 
   const int lane;
   Vector<T, kElementsPerVector> x[kVectorsPerThread];
-  Vector<T, kElementsPerVector> residual[Policy::kHasResidual ? kVectorsPerThread : 1];
+  Vector<R, kElementsPerVector> residual[Policy::kHasResidual ? kVectorsPerThread : 1];
   Vector<W, kElementsPerVector> weight[kVectorsPerThread];
 
   explicit __device__ RowFragment(int lane) : lane(lane) {}
@@ -149,7 +168,7 @@ struct RowFragment {
   }
 
   // Adds the input to the residual, and stores the sum to `dst`.
-  __device__ __forceinline__ void add_residual(T* dst) {
+  __device__ __forceinline__ void add_residual(R* dst) {
 #pragma unroll
     for (int i = 0; i < kVectorsPerThread; i++) {
       if (!has(i)) continue;
@@ -158,16 +177,18 @@ struct RowFragment {
       to_float(residual[i], r);
 #pragma unroll
       for (int j = 0; j < kElementsPerVector; j++) f[j] += r[j];
-      Vector<T, kElementsPerVector> sum;
+      Vector<R, kElementsPerVector> sum;
       from_float(f, sum);
       store(dst + offset(i), sum);
-      if (Policy::kRoundSum) x[i] = sum;
+      if constexpr (kSumReplacesX) x[i] = sum;
+      else if constexpr (Policy::kRoundSum) residual[i] = sum;
     }
   }
 
   // The i-th vector of what is normalised. An unrounded sum is computed again at each use: registers to keep it would
   // cost more.
   __device__ __forceinline__ void value(int i, float (&f)[kElementsPerVector]) const {
+    if constexpr (Policy::kRoundSum && !kSumReplacesX) return to_float(residual[i], f);
     to_float(x[i], f);
     if (!Policy::kHasResidual || Policy::kRoundSum) return;
     float r[kElementsPerVector];

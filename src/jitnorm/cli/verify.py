@@ -61,11 +61,17 @@ def verify_invariance(
     if device == "cpu" and "cudagraph" in mode:
         raise click.UsageError("--mode cudagraph needs --device cuda, got the CPU")
     dtypes = [_DTYPES[text] for text in dtype]
+    for name in op:
+        accepted = OPERATORS[name].dtypes
+        if unaccepted := [DTYPE_NAMES[d] for d in dtypes if d not in accepted]:
+            names = " or ".join(DTYPE_NAMES[d] for d in accepted)
+            raise click.UsageError(f"--dtype must be {names} for {name}, got {unaccepted[0]}")
     plan = [
         (name, size, d)
         for name in op or OPERATORS
         for size in [_shape(text, name) for text in shape] or OPERATORS[name].shapes[device]
         for d in dtypes or OPERATORS[name].dtypes
+        if d in OPERATORS[name].dtypes
     ]
     results: list[Result] = []
     widths = _widths(plan, device)

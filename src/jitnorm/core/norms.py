@@ -41,8 +41,14 @@ class Norm(Operator):
     policy: str  # the policy class in csrc/include/jitnorm/rms_policy.h, which distinguishes its kernels
     family: str = field(default="rmsnorm", kw_only=True)  # the files in csrc/elementwise that define its kernels
     weight_offset: float = field(default=0.0, kw_only=True)  # what is added to the weight before it multiplies
+    residual_dtype: torch.dtype | None = field(default=None, kw_only=True)  # None for that of the input
 
     has_weight: ClassVar[bool] = True
+
+    @property
+    def dtypes(self) -> tuple[torch.dtype, ...]:
+        """Return the dtypes of the input; a residual of its dtype is that of another norm."""
+        return tuple(dtype for dtype in DTYPES if dtype != self.residual_dtype)
 
     def kernel_class(self, hidden_size: int) -> str:
         """Return the class in csrc/elementwise that supports `hidden_size`. RuntimeError if there is none."""
@@ -51,9 +57,9 @@ class Norm(Operator):
     def spec(self, hidden_size: int, dtype: torch.dtype, weight_dtype: torch.dtype, target: Target) -> KernelSpec:
         """Return what to build for one size. RuntimeError for an unsupported size, TypeError for such a dtype."""
         cls = self.kernel_class(hidden_size)
-        if dtype not in DTYPES or weight_dtype not in (dtype, torch.float32):
+        if dtype not in self.dtypes or weight_dtype not in (dtype, torch.float32):
             raise TypeError(
-                f"{self.op} takes {checks.enumeration(DTYPES)}, with weights of the same dtype or float32, "
+                f"{self.op} takes {checks.enumeration(self.dtypes)}, with weights of the same dtype or float32, "
                 f"got {dtype} with weights of {weight_dtype}"
             )
         name, weight_name = checks.DTYPE_NAMES[dtype], checks.DTYPE_NAMES[weight_dtype]
@@ -90,18 +96,20 @@ def new_like(input: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Ten
 def check_metadata(norm: Norm, input: torch.Tensor, weight: torch.Tensor, **like_input: torch.Tensor) -> None:
     """Raise for what is wrong with dtypes, shapes and devices; works on fake and meta tensors too.
 
-    `like_input` are the other arguments that must have the input's dtype, shape and device, by name.
+    `like_input` are the other arguments that must have the input's shape and device, by name. They must have its dtype
+    too, except a residual for which the norm names one.
     """
     if input.dim() == 0:
         raise ValueError("input must have at least one dimension, got a scalar")
-    checks.dtype("input", input, DTYPES)
+    checks.dtype("input", input, norm.dtypes)
     checks.dtype("weight", weight, (input.dtype, torch.float32))
     hidden_size = int(input.shape[-1])
     norm.kernel_class(hidden_size)
     checks.shape("weight", weight, [hidden_size], "one factor for each element of input's last dimension")
     checks.device("weight", weight, "input", input)
     for name, value in like_input.items():
-        checks.dtype(name, value, (input.dtype,))
+        dtype = norm.residual_dtype if name == "residual" else None
+        checks.dtype(name, value, (dtype or input.dtype,))
         checks.shape(name, value, input.shape, "like input")
         checks.device(name, value, "input", input)
 
@@ -118,10 +126,10 @@ def check_input_and_weight(norm: Norm, input: Any, weight: Any, eps: Any, enable
     checks.rows("weight", weight)
 
 
-def check_like_input(name: str, value: Any, input: torch.Tensor) -> None:
-    """Raise unless `value` is rows of the input's shape, dtype and device."""
+def check_like_input(name: str, value: Any, input: torch.Tensor, *dtypes: torch.dtype) -> None:
+    """Raise unless `value` is rows of the input's shape and device, and of its dtype or, if given, one of `dtypes`."""
     checks.tensor(name, value)
-    checks.dtype(name, value, (input.dtype,))
+    checks.dtype(name, value, dtypes or (input.dtype,))
     checks.shape(name, value, input.shape, "like input")
     checks.device(name, value, "input", input)
     checks.rows(name, value)

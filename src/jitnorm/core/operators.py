@@ -59,6 +59,11 @@ class Operator:
         """Return the operator's tables of kernels, for tests that clear them."""
         return self.fast_cache, self.torch_op_cache, self.kernels_by_spec
 
+    @property
+    def dtypes(self) -> tuple[torch.dtype, ...]:
+        """Return the dtypes of the input that its kernels support."""
+        return DTYPES
+
     def spec(self, *args: Any, **kwargs: Any) -> KernelSpec:
         """Return what to build. RuntimeError for an unsupported size, TypeError for an unsupported dtype."""
         raise NotImplementedError

@@ -139,7 +139,7 @@ def fused_add_rmsnorm(
 
     Args:
         input: `[..., hidden_size]`, float16, bfloat16 or float32, of any hidden size; written.
-        residual: of the input's shape, dtype and device, sharing no memory with it; written.
+        residual: of the input's shape and device, and of its dtype or float32, sharing no memory with it; written.
         weight: `[hidden_size]`, of the input's dtype or float32, on the same device.
         eps: added to the mean of the squares; zero or more.
         enable_pdl: programmatic dependent launch; None leaves it to the backend.
@@ -171,7 +171,7 @@ def gemma_fused_add_rmsnorm(
 
     Args:
         input: `[..., hidden_size]`, float16, bfloat16 or float32, of any hidden size; written.
-        residual: of the input's shape, dtype and device, sharing no memory with it; written.
+        residual: of the input's shape and device, and of its dtype or float32, sharing no memory with it; written.
         weight: `[hidden_size]`, of the input's dtype or float32, on the same device.
         eps: added to the mean of the squares; zero or more.
         enable_pdl: programmatic dependent launch; None leaves it to the backend.

@@ -60,7 +60,7 @@ def _check_rmsnorm(input: Any, weight: Any, eps: Any, out: Any, enable_pdl: Any)
     """Raise for arguments that no backend accepts; any size and any strides are accepted."""
     _check_input_and_weight(input, weight, eps, enable_pdl)
     if out is not None:
-        _check_like_input("out", out, input)
+        _check_like_input("out", out, input, input.dtype)
         if not needs_dispatcher(out, weight):
             checks.no_internal_overlap("out", out)
             checks.no_overlap("out", out, "input", input)
@@ -70,7 +70,7 @@ def _check_rmsnorm(input: Any, weight: Any, eps: Any, out: Any, enable_pdl: Any)
 def _check_fused_add_rmsnorm(input: Any, residual: Any, weight: Any, eps: Any, enable_pdl: Any) -> None:
     """Raise for arguments that no backend accepts; any size and any strides are accepted."""
     _check_input_and_weight(input, weight, eps, enable_pdl)
-    _check_like_input("residual", residual, input)
+    _check_like_input("residual", residual, input, input.dtype, torch.float32)
     if not needs_dispatcher(input, residual):
         checks.no_internal_overlap("input", input)
         checks.no_internal_overlap("residual", residual)
@@ -90,8 +90,8 @@ def _check_input_and_weight(input: Any, weight: Any, eps: Any, enable_pdl: Any) 
     checks.enable_pdl(enable_pdl)
 
 
-def _check_like_input(name: str, value: Any, input: torch.Tensor) -> None:
+def _check_like_input(name: str, value: Any, input: torch.Tensor, *dtypes: torch.dtype) -> None:
     checks.tensor(name, value)
-    checks.dtype(name, value, (input.dtype,))
+    checks.dtype(name, value, dtypes)
     checks.shape(name, value, input.shape, "like input")
     checks.device(name, value, "input", input)

@@ -245,7 +245,7 @@ def test_a_broken_kernel_is_caught(op, monkeypatch):
     monkeypatch.setitem(registry.EXAMPLES, op, registry.EXAMPLES[op]._replace(function=broken))
     shape = OPERATORS[op].shapes["cpu"][-1]
     for index in itertools.count():
-        result = verify(op, OPERATORS[op], shape, torch.float32, "cpu", 6, ["eager"])
+        result = verify(op, OPERATORS[op], shape, OPERATORS[op].dtypes[-1], "cpu", 6, ["eager"])
         assert result.difference.startswith("the first row of 5"), (index, result)
         if index + 1 == max(counts):
             break
@@ -315,6 +315,12 @@ def test_cudagraph_needs_cuda(modes):
     """Nothing is reported as the same that was not compared."""
     done = run("--op", "rmsnorm", *(word for mode in modes for word in ("--mode", mode)))
     assert done.exit_code == 2 and "--mode cudagraph needs --device cuda" in done.stderr and "same" not in done.stdout
+
+
+def test_a_dtype_that_another_operator_serves():
+    done = run("--op", "rmsnorm,fused_add_rmsnorm_fp32_residual", "--dtype", "fp32")
+    assert done.exit_code == 2
+    assert "--dtype must be bf16 or fp16 for fused_add_rmsnorm_fp32_residual, got fp32" in done.stderr
 
 
 @pytest.mark.parametrize("form", ["table", "json"])

@@ -21,6 +21,7 @@ from jitnorm.core.operators import EXAMPLES
 from jitnorm.core.operators import OPERATORS as REGISTRY
 
 _EXAMPLE_ROWS = 64  # of the example call from which a case is made
+_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 Shape: TypeAlias = tuple[int, ...]
 RowFunction: TypeAlias = Callable[[torch.Tensor], torch.Tensor]  # from [m, width] to [m, anything]
@@ -42,7 +43,7 @@ class Operator:
     make: Callable[[Shape, torch.dtype, torch.device], Case]
     sizes: str  # what the numbers of a shape mean
     shapes: dict[str, tuple[Shape, ...]]  # the default shapes, by device type
-    dtypes: tuple[torch.dtype, ...] = (torch.bfloat16, torch.float16, torch.float32)
+    dtypes: tuple[torch.dtype, ...] = _DTYPES  # those of the rows
 
 
 # Projections of an 8B and a 32B model; sizes that are no multiple of a tile; fewer columns than a tile has.
@@ -138,7 +139,8 @@ def _registered_operator(name: str) -> Operator:
     """Return the cases of an operator of the registry, which are made from its example call."""
     shapes: tuple[Shape, ...] = tuple((size,) for size in EXAMPLES[name].sizes)
     sizes = (REGISTRY[name].size_name or "n").replace(" ", "_").upper()
-    return Operator(functools.partial(_registered_case, name), sizes, {"cuda": shapes, "cpu": shapes})
+    dtypes = tuple(dtype for dtype in _DTYPES if dtype in REGISTRY[name].dtypes)
+    return Operator(functools.partial(_registered_case, name), sizes, {"cuda": shapes, "cpu": shapes}, dtypes)
 
 
 def _registered_case(name: str, shape: Shape, dtype: torch.dtype, device: torch.device) -> Case:
