@@ -16,6 +16,7 @@ from jitnorm.batch_invariant import set_batch_invariant_mode
 from jitnorm.batch_invariant.verify import EXEMPT, OPERATORS, Case, Operator, cases, compare, verify
 from jitnorm.cli import main
 from jitnorm.core import operators as registry
+from jitnorm.core.checks import DTYPE_NAMES
 
 REGISTERED = [name for name in registry.OPERATORS if name not in EXEMPT]
 RUN = ["verify-invariance", "--device", "cpu", "--max-batch", "17"]
@@ -28,7 +29,8 @@ def run(*arguments):
 @pytest.mark.parametrize("op", OPERATORS)
 def test_every_operator_on_the_cpu(op):
     shape = OPERATORS[op].shapes["cpu"][-1]
-    words = ["--op", op, "--dtype", "fp32", "--shape", "x".join(map(str, shape)), "--mode", "eager"]
+    dtype = DTYPE_NAMES[OPERATORS[op].dtypes[-1]]
+    words = ["--op", op, "--dtype", dtype, "--shape", "x".join(map(str, shape)), "--mode", "eager"]
     done = run(*words, "--format", "json")
     (result,) = json.loads(done.stdout)
     assert done.exit_code == 0, result
