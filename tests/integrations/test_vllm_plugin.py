@@ -318,7 +318,7 @@ def test_calls_that_no_kernel_supports_run_the_original(case, layers, monkeypatc
     x = torch.randn(5, 3 * HEAD_DIM).view(5, 3, HEAD_DIM)[:, :2] if case == "strided" else torch.randn(5, HEAD_DIM)
     arguments = [x.float() if case == "float32" else x]
     if case == "residual of another dtype":
-        arguments.append(torch.randn(5, HEAD_DIM, dtype=torch.float32))
+        arguments.append(torch.randn(5, HEAD_DIM, dtype=torch.float16))
     norm.jitnorm_is_active = case != "inactive"
     with torch.no_grad():
         expected = stock(norm)(*(x.clone() for x in arguments))
@@ -646,7 +646,8 @@ def test_attention_that_is_left_has_a_reason(config, attention, monkeypatch):
         return change
 
     def parallel(**sizes):
-        return SimpleNamespace(**{"decode_context_parallel_size": 1, "prefill_context_parallel_size": 1} | sizes)
+        names = ("decode_context_parallel_size", "prefill_context_parallel_size", "pipeline_parallel_size")
+        return SimpleNamespace(**dict.fromkeys(names, 1) | sizes)
 
     assert "context parallelism" in reason(parallel_config=parallel(decode_context_parallel_size=2))
     assert "context parallelism" in reason(parallel_config=parallel(prefill_context_parallel_size=2))
@@ -675,6 +676,95 @@ def rotary_dim(size):
         layer.rotary_emb.cos_sin_cache = layer.rotary_emb.cos_sin_cache[:, :size]
 
     return change
+
+
+def model_of_norms(family: str, count: int = 3) -> torch.nn.Module:
+    """Return a model of vLLM with its decoder layers, which have no module but their norms, and its last norm."""
+    from vllm.model_executor.layers.layernorm import GemmaRMSNorm, RMSNorm
+
+    models = importlib.import_module(f"vllm.model_executor.models.{family}")
+    prefix, norm = family.capitalize(), GemmaRMSNorm if family == "gemma3" else RMSNorm
+
+    def empty(cls: type) -> torch.nn.Module:
+        module = cls.__new__(cls)
+        torch.nn.Module.__init__(module)
+        return module
+
+    model = empty(getattr(models, f"{prefix}Model"))
+    model.layers, model.norm = torch.nn.ModuleList(), norm(256)
+    for _ in range(count):
+        layer = empty(getattr(models, f"{prefix}DecoderLayer"))
+        layer.input_layernorm, layer.post_attention_layernorm = norm(256), norm(256)
+        if family == "gemma3":
+            layer.pre_feedforward_layernorm, layer.post_feedforward_layernorm = norm(256), norm(256)
+        model.layers.append(layer)
+    return model
+
+
+@needs_vllm
+@pytest.mark.parametrize("family", ["qwen3", "qwen2", "llama", "mistral", "gemma3"])
+def test_residuals_stay_in_float32(family, layers, bfloat16):
+    """Run the norms as the layers do, with random results in place of attention and MLP."""
+    from jitnorm.integrations.vllm_plugin.models import replace_operators
+
+    model = model_of_norms(family)
+    random_weights(model)
+    report = replace_operators(model, settings())
+    marked = [name for name, what in report.replaced.items() if what.endswith("RMSNorm, residual in float32")]
+    second = "pre_feedforward_layernorm" if family == "gemma3" else "post_attention_layernorm"
+    names = [f"layers.{i}.{name}" for i in range(3) for name in ("input_layernorm", second)]
+    assert sorted(marked) == sorted([*names, "norm"])
+    norms = [model.get_submodule(name) for name in names[1:]] + [model.norm]
+    start, *added = torch.randn(len(norms) + 1, 7, 256, dtype=torch.bfloat16)
+
+    def run(forwards, residual, dtype):
+        results = []
+        for forward, x in zip(forwards, added, strict=True):
+            result, residual = forward(x.to(dtype, copy=True), residual)
+            results.append(result)
+        return results, residual
+
+    with torch.no_grad():
+        results, residual = run(norms, start.clone(), torch.bfloat16)
+        theirs, _ = run([stock(norm) for norm in norms], start.clone(), torch.bfloat16)
+        exact, _ = run([stock(copy.deepcopy(norm).double()) for norm in norms], start.double(), torch.float64)
+    assert residual.dtype == torch.float32 and {result.dtype for result in results} == {torch.bfloat16}
+    assert torch.equal(residual, sum((x.float() for x in added), start.float()))
+    for ours, other, expected in list(zip(results, theirs, exact, strict=True))[1:]:
+        assert errors(ours, expected) < errors(other, expected)
+
+
+@needs_vllm
+@pytest.mark.parametrize(
+    "case", ["pipeline", "speculation", "auxiliary states", "another layer", "a norm that is left", "another source"]
+)
+def test_residuals_that_others_may_read_keep_their_dtype(case, layers, bfloat16, monkeypatch):
+    from vllm.config import CompilationConfig
+
+    from jitnorm.integrations.vllm_plugin import compatibility
+    from jitnorm.integrations.vllm_plugin.models import replace_operators
+
+    model, changes = model_of_norms("qwen3"), {}
+    if case == "pipeline":
+        sizes = {"decode_context_parallel_size": 1, "prefill_context_parallel_size": 1, "pipeline_parallel_size": 2}
+        changes["parallel_config"] = SimpleNamespace(**sizes)
+    elif case == "speculation":
+        changes["speculative_config"] = SimpleNamespace()
+    elif case == "auxiliary states":
+        model.aux_hidden_state_layers = (1,)
+    elif case == "another layer":
+        layer = model.layers[1]
+        layer.__class__ = type("Other", (type(layer),), {"forward": lambda self, *arguments: arguments})
+    elif case == "a norm that is left":
+        model.layers[2].input_layernorm.weight.data = torch.ones(256, dtype=torch.float16)
+    else:
+        changed = compatibility.changed
+        monkeypatch.setattr(compatibility, "changed", lambda part: "changed" if part == "residuals" else changed(part))
+    report = replace_operators(model, settings(compilation_config=CompilationConfig(), **changes))
+    assert report.replaced and not [what for what in report.replaced.values() if "float32" in what]
+    x, residual = torch.randn(2, 3, 256, dtype=torch.bfloat16)
+    with torch.no_grad():
+        assert model.layers[0].input_layernorm(x, residual)[1].dtype == torch.bfloat16
 
 
 @needs_vllm

@@ -46,6 +46,7 @@ FINGERPRINTS: dict[str, dict[str, str]] = {
     "residuals": {
         f"{_MODELS}.qwen2:Qwen2Model.forward": "a0dc7899a93283f2",
         f"{_MODELS}.llama:LlamaModel.forward": "00b1fa210abbcdcf",
+        f"{_MODELS}.mistral:MistralModel.forward": "aa16f1289793d8af",
         f"{_MODELS}.gemma3:Gemma3Model.forward": "5a7c6b0f032e32f3",
         f"{_MODELS}.qwen3:Qwen3DecoderLayer.forward": "2dbae90ca479be51",
         f"{_MODELS}.qwen2:Qwen2DecoderLayer.forward": "2dbae90ca479be51",

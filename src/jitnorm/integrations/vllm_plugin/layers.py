@@ -9,11 +9,13 @@ A subclass computes what its base does until `activate` has found that a kernel 
 
 Norms with a residual write in place, as vLLM's RMSNorm does: its callers do not read the arguments afterwards, except
 for auxiliary hidden states of speculative decoding, with which Gemma's norms stay vLLM's. A compiled graph needs no
-copy for that, because the inputs are not read again there either.
+copy for that, because the inputs are not read again there either. Where `jitnorm_float32_residual` is set, the first
+norm with a residual makes a float32 copy, and the others update that.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -29,11 +31,13 @@ from jitnorm.activation import (
     silu_and_mul,
 )
 from jitnorm.core import checks
-from jitnorm.core.norms import is_supported_hidden_size
+from jitnorm.core.norms import Norm, is_supported_hidden_size
 from jitnorm.core.operators import DTYPES
 from jitnorm.fused_add_rmsnorm import (
     FUSED_ADD_RMSNORM,
+    FUSED_ADD_RMSNORM_FP32_RESIDUAL,
     GEMMA_FUSED_ADD_RMSNORM,
+    GEMMA_FUSED_ADD_RMSNORM_FP32_RESIDUAL,
     fused_add_rmsnorm,
     gemma_fused_add_rmsnorm,
 )
@@ -45,6 +49,7 @@ class JitnormRMSNorm(RMSNorm):  # type: ignore[misc]
     """vLLM's RMSNorm by this package's kernels."""
 
     jitnorm_is_active = False
+    jitnorm_float32_residual = False
 
     def forward_native(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> Any:
         """Normalise, by the kernel if it supports the call."""
@@ -63,6 +68,8 @@ class JitnormRMSNorm(RMSNorm):  # type: ignore[misc]
     def _jitnorm_forward(self, x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor) -> Any:
         if residual is None:
             return rmsnorm(x, weight, self.variance_epsilon)
+        if self.jitnorm_float32_residual:
+            residual = residual.float()  # a copy of the residual that is half precision, and no other
         fused_add_rmsnorm(x, residual, weight, self.variance_epsilon)
         return x, residual
 
@@ -71,6 +78,7 @@ class JitnormGemmaRMSNorm(GemmaRMSNorm):  # type: ignore[misc]
     """vLLM's GemmaRMSNorm by this package's kernels."""
 
     jitnorm_is_active = False
+    jitnorm_float32_residual = False
 
     def forward_native(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> Any:
         """Normalise, by the kernel if it supports the call."""
@@ -79,6 +87,8 @@ class JitnormGemmaRMSNorm(GemmaRMSNorm):  # type: ignore[misc]
             return super().forward_native(x, residual)
         if residual is None:
             return gemma_rmsnorm(x, weight, self.variance_epsilon)
+        if self.jitnorm_float32_residual:
+            residual = residual.float()
         gemma_fused_add_rmsnorm(x, residual, weight, self.variance_epsilon)
         return x, residual
 
@@ -116,6 +126,11 @@ REPLACEMENTS: dict[str, list[tuple[type[Any], type[Any]]]] = {
     "norms": [(RMSNorm, JitnormRMSNorm), (GemmaRMSNorm, JitnormGemmaRMSNorm)],
     "activations": [(SiluAndMul, JitnormSiluAndMul), (GeluAndMul, JitnormGeluAndMul)],
 }
+# rmsnorm, and with a residual of the input's dtype or of float32; by whether it is Gemma's.
+_NORMS = {
+    False: (RMSNORM, FUSED_ADD_RMSNORM, FUSED_ADD_RMSNORM_FP32_RESIDUAL),
+    True: (GEMMA_RMSNORM, GEMMA_FUSED_ADD_RMSNORM, GEMMA_FUSED_ADD_RMSNORM_FP32_RESIDUAL),
+}
 CLASSES = tuple(replacement for pairs in REPLACEMENTS.values() for _, replacement in pairs)
 NORM_CLASSES = (JitnormRMSNorm, JitnormGemmaRMSNorm)
 
@@ -129,7 +144,14 @@ def _supports(x: torch.Tensor, weight: torch.Tensor, residual: torch.Tensor | No
         x.is_contiguous()
         and x.dtype in DTYPES
         and (weight.dtype == x.dtype or weight.dtype == torch.float32)
-        and (residual is None or (residual.dtype == x.dtype and residual.shape == x.shape and residual.is_contiguous()))
+        and (
+            residual is None
+            or (
+                (residual.dtype == x.dtype or residual.dtype == torch.float32)
+                and residual.shape == x.shape
+                and residual.is_contiguous()
+            )
+        )
     )
 
 
@@ -157,11 +179,12 @@ def reason_to_leave(module: Any, dtype: torch.dtype) -> str | None:
     return None
 
 
-def specs(module: Any, dtype: torch.dtype, target: Target) -> list[KernelSpec]:
+def specs(module: Any, dtype: torch.dtype, target: Target, float32_residual: bool = False) -> list[KernelSpec]:
     """Return the kernels that a module of one of CLASSES calls for inputs of a dtype."""
     if isinstance(module, NORM_CLASSES):
-        is_gemma = isinstance(module, JitnormGemmaRMSNorm)
-        norms = (GEMMA_RMSNORM, GEMMA_FUSED_ADD_RMSNORM) if is_gemma else (RMSNORM, FUSED_ADD_RMSNORM)
+        norms: Sequence[Norm] = _NORMS[isinstance(module, JitnormGemmaRMSNorm)]
+        if not float32_residual or dtype == torch.float32:
+            norms = norms[:2]
         return [norm.spec(module.weight.shape[-1], dtype, module.weight.dtype, target) for norm in norms]
     activation = SILU_AND_MUL
     if isinstance(module, JitnormGeluAndMul):

@@ -9,7 +9,7 @@ import torch
 from jitnorm.core.operators import DTYPES
 from jitnorm.core.targets import target_of
 from jitnorm.integrations.engine_plugins import build_and_load
-from jitnorm.integrations.vllm_plugin import attention, compatibility, fusion, layers
+from jitnorm.integrations.vllm_plugin import attention, compatibility, fusion, layers, linears, residuals
 from jitnorm.integrations.vllm_plugin.report import Report
 from jitnorm.jit.spec import KernelSpec, Target
 
@@ -46,6 +46,7 @@ def replace_operators(model: torch.nn.Module, config: Any) -> Report:
                 planned.append((name, module, found, fusion.specs(module, found, dtype, target)))
         elif fusion.has_attention(module):
             report.left[name] = f"{type(module).__name__}: attention layers of this class are not supported"
+    with_float32_residual = set() if reason else residuals.norms_of_float32_residuals(model, config)
     for name, module in model.named_modules():
         if isinstance(module, layers.CLASSES) and id(module) not in of_attention:
             is_of_heads = name.rpartition(".")[2] in ("q_norm", "k_norm")
@@ -57,17 +58,24 @@ def replace_operators(model: torch.nn.Module, config: Any) -> Report:
             ):
                 report.left[name] = f"{_base_name(module)}: {why}"
             else:
-                planned.append((name, module, None, layers.specs(module, dtype, target)))
+                is_float32 = id(module) in with_float32_residual
+                planned.append((name, module, None, layers.specs(module, dtype, target, is_float32)))
     failures = build_and_load([spec for _, _, _, specs in planned for spec in specs])
+    active = {id(module) for _, module, _, specs in planned if not failures.keys() & {*specs}}
+    if not with_float32_residual <= active:  # vLLM's norms would return it in half precision
+        with_float32_residual = set()
     for name, module, found, specs in planned:
         if failed := next((failures[spec] for spec in specs if spec in failures), None):
             report.left[name] = f"{_base_name(module)}: {failed}"
         elif found is None:
             module.jitnorm_is_active = True
-            report.replaced[name] = _base_name(module)
+            module.jitnorm_float32_residual = id(module) in with_float32_residual
+            report.replaced[name] = _base_name(module) + ", residual in float32" * module.jitnorm_float32_residual
         else:
             report.replaced[name] = f"{type(module).__name__} ({_LAUNCH})"
             attention.replace(module, found)
+    if not reason and device.type == "cuda":
+        linears.replace(model, config, report)
     return report
 
 
