@@ -36,6 +36,8 @@ PEERS = {
 }
 GPU_COLUMNS = {COPY: COPY, "jitnorm": "jitnorm"} | PEERS
 OPERATORS = ("rmsnorm", "fused_add_rmsnorm", "qknorm", "qknorm_rope_store", "activation", "store_cache", "quant_fp8")
+ENGINES = ("vllm_qwen3_0.6b", "vllm_qwen3_8b", "sglang_qwen3_0.6b")
+ENGINE_NAMES = {"vllm": "vLLM", "sglang": "SGLang"}
 ROPE_STORE_TOKENS = (1, 64, 4096, 16384)
 CPU_SHAPES = [(64, 1), (4096, 1), (4096, 64), (4096, 4096)]
 CPU_COLUMNS = {"torch": "F.rms_norm", "jitnorm": "jitnorm, out given", "allocated": "jitnorm"}
@@ -78,6 +80,29 @@ def qknorm_rope_store_h200() -> list[str]:
             cells = [_us(us[line], us[line] == best) if line in us else "-" for line in columns]
             heads = f"{point['num_q_heads']} + {point['num_kv_heads']}"
             lines.append(_row([heads, str(point["head_dim"]), str(point["num_tokens"]), *cells]))
+    return lines
+
+
+def engines_h200() -> list[str]:
+    """Return the times of decode steps in engines, without the plugin and with it."""
+    lines = [
+        _row(["engine", "model", "batch", "GPU, us", "with jitnorm", "of stock", "of default", "whole step"]),
+        _row(["---", "---", *["---:"] * 6]),
+    ]
+    for name in ENGINES:
+        report = _read(f"{name}_h200")
+        results = {tuple(row.point.values()): row.results() for row in report.rows}
+        for (model, mode, measure, batch), gpu in results.items():
+            if measure != "decode graph":
+                continue
+            step = results[model, mode, "decode step", batch]
+            ratios = [
+                f"{of['plugin'].seconds / of[reference].seconds:.2f}" if reference in of else "-"
+                for of, reference in ((gpu, "stock"), (gpu, "default stock"), (step, "stock"))
+            ]
+            us = [_us(gpu[line].seconds * 1e6) for line in ("stock", "plugin")]
+            engine = ENGINE_NAMES[report.settings["engine"].partition(" ")[0]]
+            lines.append(_row([f"{engine} {mode.replace('_', '-')}", model, str(batch), *us, *ratios]))
     return lines
 
 
@@ -216,6 +241,7 @@ TABLES: dict[str, Callable[[], list[str]]] = {
     for table in (
         rmsnorm_h200,
         qknorm_rope_store_h200,
+        engines_h200,
         operators_h200,
         host_overhead,
         batch_invariant_h200,
