@@ -48,11 +48,13 @@ def select(weights: Iterable[torch.Tensor]) -> list[str]:
     by_shape: dict[Shape, list[torch.Tensor]] = {}
     for weight in weights:
         by_shape.setdefault(_shape_of(weight), []).append(weight.detach())
+    if by_shape and not cublaslt.library_version():
+        return []
     found = []
     for shape, same in by_shape.items():
         try:
             _chosen[shape] = choice = _choose(same)
-        except RuntimeError as error:  # out of memory, or no library: torch's GEMMs stay
+        except RuntimeError as error:  # out of memory, for instance: torch's GEMM stays
             logger.debug("no GEMM was timed for %s: %s", shape, error)
             continue
         rows = ", ".join(map(str, sorted(choice[1]))) or "none"
@@ -86,8 +88,6 @@ def _shape_of(weight: torch.Tensor) -> Shape:
 def _choose(weights: Sequence[torch.Tensor]) -> tuple[Gemm, frozenset[int]]:
     n, k, dtype, _ = _shape_of(weights[0])
     device = weights[0].device
-    if not cublaslt.library_version():
-        raise RuntimeError("cuBLASLt cannot be called")
     gemm = cublaslt.gemm(Problem(device, n, k, dtype, dtype, True, k, False, False))
     rows = set()
     with torch.no_grad(), torch.cuda.device(device):

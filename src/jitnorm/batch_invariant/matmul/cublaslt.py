@@ -70,7 +70,7 @@ def _open() -> tuple[Any, int]:
         module = load(SPEC)
         return module, int(module.cublaslt_open(ctypes.CDLL(path)._handle))
     except (OSError, RuntimeError) as error:
-        logger.warning("batch-invariant mode uses the Triton backend, because cuBLASLt cannot be called: %s", error)
+        logger.warning("other GEMMs are used, because cuBLASLt cannot be called: %s", error)
         return None, 0
 
 
