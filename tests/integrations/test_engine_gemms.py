@@ -59,7 +59,8 @@ def test_candidates(device):
     weight = torch.zeros(64, 128, dtype=BF16, device=device)
     assert engine_gemms.is_candidate(weight) == (device == "cuda")
     not_supported = [weight.float(), weight[:, :64], weight[:, 0], weight[:60], weight[:, :68].contiguous(), None]
-    not_supported += [torch.zeros(engine_gemms.MAX_COLUMNS + 8, 8, dtype=BF16, device=device), weight.view(-1)[1:]]
+    not_supported += [torch.zeros(n, 8192, dtype=BF16, device=device) for n in (0, engine_gemms.MAX_COLUMNS + 8)]
+    not_supported += [weight.view(128, 64), weight.view(-1)[1:]]
     assert not any(engine_gemms.is_candidate(w) for w in not_supported)
 
 

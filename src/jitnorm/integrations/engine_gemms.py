@@ -17,7 +17,7 @@ from jitnorm.batch_invariant.matmul.problem import Gemm, Problem, UnsupportedPro
 from jitnorm.jit.log import logger
 
 ROWS = (1, 2, 4, 8, 16, 32, 64)  # at which both are timed; other numbers of rows count as the next of these
-MAX_COLUMNS = 4096  # with more, both took the same time
+MAX_COLUMNS = 4096  # with more, or with more than k, both took the same time
 _MAX_RATIO = 0.97  # of the times: a smaller gain may be noise
 _REPLAYS = 3
 
@@ -34,7 +34,7 @@ def is_candidate(weight: object) -> bool:
         and weight.dtype in (torch.bfloat16, torch.float16)
         and weight.dim() == 2
         and weight.is_contiguous()
-        and 0 < weight.shape[0] <= MAX_COLUMNS
+        and 0 < weight.shape[0] <= min(weight.shape[1], MAX_COLUMNS)
         and not (weight.shape[0] % 8 or weight.shape[1] % 8 or weight.data_ptr() % 16)
     )
 
