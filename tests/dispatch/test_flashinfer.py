@@ -58,6 +58,7 @@ def unsupported_calls():
         ("expanded", "do not overlap", {"input": x[:1].expand(ROWS, 256)}),
         ("far apart", "adjacent, aligned", {"input": FarApart.make()}),
         ("other fp16", like, {"other": x.half()}),
+        ("other fp32", like, {"other": x.float()}),
         ("other of other rows", like, {"other": x[:3]}),
         ("other strided", "{other} to have rows", {"other": wide[:, : 2 * 256 : 2]}),
         ("other expanded", "{other} to have rows", {"other": x[:1].expand(ROWS, 256)}),
@@ -91,8 +92,8 @@ def test_what_flashinfer_would_misread_goes_to_jitnorm(op, flashinfer):
 @pytest.mark.parametrize("op", OPS)
 def test_the_written_tensor_is_checked_too(op, flashinfer):
     x, residual, w = cuda_inputs()
-    arguments = (x, residual.float(), w) if "fused" in op else (x, w, 1e-6, x.float())
-    with pytest.raises(TypeError, match=r"(out|residual) must be bfloat16, got float32"):
+    arguments = (x, residual.half(), w) if "fused" in op else (x, w, 1e-6, x.half())
+    with pytest.raises(TypeError, match=r"(out must be bfloat16|residual must be bfloat16 or float32), got float16"):
         getattr(dispatch, op)(*arguments)
     assert flashinfer == []
 
