@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from jitnorm.benchmark.compare import format_range, summarize_peers
-from jitnorm.benchmark.results import COPY, Report
+from jitnorm.benchmark.results import COPY, BenchResult, Report
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "docs" / "performance.md"]  # each table is in one of them
@@ -84,26 +84,39 @@ def qknorm_rope_store_h200() -> list[str]:
 
 
 def engines_h200() -> list[str]:
-    """Return the times of decode steps in engines, without the plugin and with it."""
-    lines = [
-        _row(["engine", "model", "batch", "GPU, us", "with jitnorm", "of stock", "of default", "whole step"]),
-        _row(["---", "---", *["---:"] * 6]),
-    ]
+    """Return the GPU's times of decode steps in engines, without the plugin and with it."""
+    return _engine_rows("decode graph")
+
+
+def engine_steps_h200() -> list[str]:
+    """Return the times of whole decode steps, with the shortest and the longest sample."""
+    return _engine_rows("decode step")
+
+
+def _engine_rows(measure: str) -> list[str]:
+    heads = ["engine and mode", "model", "batch", "stock, us", "plugin, us", "plugin / stock", "plugin / default stock"]
+    lines = [_row(heads), _row(["---", "---", *["---:"] * 5])]
     for name in ENGINES:
         report = _read(f"{name}_h200")
-        results = {tuple(row.point.values()): row.results() for row in report.rows}
-        for (model, mode, measure, batch), gpu in results.items():
-            if measure != "decode graph":
+        engine = ENGINE_NAMES[report.settings["engine"].partition(" ")[0]]
+        for row in report.rows:
+            if row.point["measure"] != measure:
                 continue
-            step = results[model, mode, "decode step", batch]
+            results = row.results()
             ratios = [
-                f"{of['plugin'].seconds / of[reference].seconds:.2f}" if reference in of else "-"
-                for of, reference in ((gpu, "stock"), (gpu, "default stock"), (step, "stock"))
+                f"{results['plugin'].seconds / results[reference].seconds:.2f}" if reference in results else "-"
+                for reference in ("stock", "default stock")
             ]
-            us = [_us(gpu[line].seconds * 1e6) for line in ("stock", "plugin")]
-            engine = ENGINE_NAMES[report.settings["engine"].partition(" ")[0]]
-            lines.append(_row([f"{engine} {mode.replace('_', '-')}", model, str(batch), *us, *ratios]))
+            times = [_with_range(results[line], measure == "decode step") for line in ("stock", "plugin")]
+            mode, model, batch = row.point["mode"].replace("_", "-"), row.point["model"], str(row.point["batch"])
+            lines.append(_row([f"{engine} {mode}", model, batch, *times, *ratios]))
     return lines
+
+
+def _with_range(result: BenchResult, has_range: bool) -> str:
+    samples = [sample * 1e6 for samples in result.rounds for sample in samples]
+    middle = _us(result.seconds * 1e6)
+    return f"{middle} ({_us(min(samples))} to {_us(max(samples))})" if has_range else middle
 
 
 def operators_h200() -> list[str]:
@@ -242,6 +255,7 @@ TABLES: dict[str, Callable[[], list[str]]] = {
         rmsnorm_h200,
         qknorm_rope_store_h200,
         engines_h200,
+        engine_steps_h200,
         operators_h200,
         host_overhead,
         batch_invariant_h200,

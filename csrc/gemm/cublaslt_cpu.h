@@ -134,9 +134,9 @@ inline int set_layouts(Plan& plan, int64_t rows) {
 
 // Whether the plan's algorithm supports its layouts, in its workspace.
 inline bool is_supported(const Plan& plan, Handle handle) {
-  Heuristic found;
+  Heuristic found{};
   return !library.check(handle, plan.operation, plan.b, plan.a, plan.out, plan.out, &plan.algorithm, &found) &&
-         !found.state && found.workspace <= static_cast<size_t>(plan.key.workspace_bytes);
+         found.workspace <= static_cast<size_t>(plan.key.workspace_bytes);
 }
 
 // Makes the plan of a key. cuBLASLt's matrices are column-major, so it is asked for out^T = b^T a^T.

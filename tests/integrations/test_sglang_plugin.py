@@ -6,6 +6,7 @@ test_sglang_engine.py runs its ModelRunner.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import re
 from pathlib import Path
@@ -699,3 +700,47 @@ class TestDeterministicMode:
         seen = sglang_plugin._enable_mode(lambda: ops.mm_batch_invariant)
         assert seen is deterministic.FUNCTIONS["mm_batch_invariant"]
         assert not sglang_plugin._parts_left
+
+
+def test_linear_layers_of_cuda_graphs_call_the_operator(args, monkeypatch):
+    """Layers without a bias and a quantisation, whose results are summed over the ranks, and no others."""
+    linear = importlib.import_module("sglang.srt.layers.linear")
+    linears = importlib.import_module("jitnorm.integrations.sglang_plugin.linears")
+    gemms = linears.engine_gemms
+    timed, calls = [], []
+    monkeypatch.setattr(gemms, "is_available", lambda: True)
+    monkeypatch.setattr(gemms, "is_candidate", lambda weight: isinstance(weight, torch.Tensor))
+    monkeypatch.setattr(gemms, "select", lambda weights: timed.extend(weights) or ["what was chosen"])
+    monkeypatch.setattr(gemms, "linear", lambda x, w: calls.append(w) or F.linear(x, w))
+    row = functools.partial(linear.RowParallelLinear, params_dtype=DTYPE, tp_rank=0, tp_size=1, reduce_results=False)
+
+    def runner(**changes):
+        modules = {
+            "row": row(64, 32, bias=False),
+            "biased": row(64, 32, bias=True),
+            "router": linear.ReplicatedLinear(64, 32, bias=False, params_dtype=DTYPE),
+        }
+        for module in modules.values():
+            module.weight.data.normal_()
+        backend = SimpleNamespace(decode=SimpleNamespace(backend=changes.pop("backend", "full")))
+        deterministic = changes.pop("deterministic", False)
+        server = SimpleNamespace(cuda_graph_config=backend, enable_deterministic_inference=deterministic)
+        values = {"model": torch.nn.ModuleDict(modules), "is_draft_worker": False, "server_args": server}
+        return SimpleNamespace(**values | changes)
+
+    made, report = runner(), Report("test")
+    linears.replace(made, report)
+    assert report.replaced == {("linear layer for up to 64 rows", "what was chosen"): 1} and not report.left
+    layer = made.model["row"]
+    assert len(timed) == 1 and timed[0] is layer.weight
+    x = torch.randn(3, 64, dtype=DTYPE)
+    expected = F.linear(x, layer.weight)
+    for is_capturing in (False, True):
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda is_capturing=is_capturing: is_capturing)
+        torch.testing.assert_close(layer.quant_method.apply(layer, x), expected)
+        assert len(calls) == is_capturing
+    for changes in ({"is_draft_worker": True}, {"backend": "disabled"}, {"deterministic": True}):
+        linears.replace(runner(**changes), report)
+    monkeypatch.setattr(gemms, "is_available", lambda: False)
+    linears.replace(runner(), report)
+    assert len(timed) == 1 and len(report.replaced) == 1

@@ -308,7 +308,7 @@ def test_norms_are_as_exact_as_those_of_vllm(kind, rows, hidden, dtype, layers):
 
 
 @needs_vllm
-@pytest.mark.parametrize("case", ["strided", "float32", "residual of another dtype", "inactive"])
+@pytest.mark.parametrize("case", ["strided", "float32", "residual of another dtype", "float32 residual", "inactive"])
 def test_calls_that_no_kernel_supports_run_the_original(case, layers, monkeypatch, bfloat16):
     from vllm.model_executor.layers.layernorm import RMSNorm
 
@@ -319,6 +319,8 @@ def test_calls_that_no_kernel_supports_run_the_original(case, layers, monkeypatc
     arguments = [x.float() if case == "float32" else x]
     if case == "residual of another dtype":
         arguments.append(torch.randn(5, HEAD_DIM, dtype=torch.float16))
+    elif case == "float32 residual":  # of a model that does not keep it so
+        arguments.append(torch.randn(5, HEAD_DIM, dtype=torch.float32))
     norm.jitnorm_is_active = case != "inactive"
     with torch.no_grad():
         expected = stock(norm)(*(x.clone() for x in arguments))
@@ -1296,3 +1298,68 @@ def test_vllm_finds_the_plugin_by_its_entry_point(environment, is_active, tmp_pa
         **environment,
     )
     assert done.stdout.splitlines()[-1:] == [str(is_active)], done.stdout + done.stderr
+
+
+@needs_vllm
+def test_linear_layers_of_cuda_graphs_call_the_operator(config, layers, bfloat16, monkeypatch):
+    """Layers without a bias and a quantisation, whose results are summed over the ranks, and no others."""
+    from vllm.config import CompilationConfig, CUDAGraphMode
+    from vllm.model_executor.layers.linear import ColumnParallelLinear, ReplicatedLinear, RowParallelLinear
+
+    from jitnorm.integrations import engine_gemms
+    from jitnorm.integrations.vllm_plugin import linears
+    from jitnorm.integrations.vllm_plugin.report import Report
+
+    timed = []
+    monkeypatch.setattr(engine_gemms, "is_available", lambda: True)
+    monkeypatch.setattr(engine_gemms, "is_candidate", lambda weight: isinstance(weight, torch.Tensor))
+    monkeypatch.setattr(engine_gemms, "select", lambda weights: timed.extend(weights) or ["what was chosen"])
+
+    def made():
+        modules = torch.nn.ModuleDict(
+            {
+                "row": RowParallelLinear(64, 32, bias=False),
+                "biased": RowParallelLinear(64, 32, bias=True),
+                "column": ColumnParallelLinear(64, 32, bias=False),
+                "router": ReplicatedLinear(64, 32, bias=False),
+            }
+        )
+        random_weights(modules)
+        return modules
+
+    def configured(**changes):
+        compilation = CompilationConfig(mode=3, cudagraph_mode=CUDAGraphMode.FULL)
+        for name, value in changes.pop("passes", {}).items():
+            setattr(compilation.pass_config, name, value)
+        for name in ("mode", "cudagraph_mode"):
+            setattr(compilation, name, changes.pop(name, getattr(compilation, name)))
+        return settings(**{"compilation_config": compilation, "lora_config": None} | changes)
+
+    modules, report = made(), Report("Tiny")
+    linears.replace(modules, configured(), report)
+    assert report.replaced == {"row": "RowParallelLinear for up to 64 rows"} and report.notes == ["what was chosen"]
+    assert len(timed) == 1 and timed[0] is modules["row"].weight
+    x = torch.randn(3, 64)
+    calls = []
+    monkeypatch.setattr(engine_gemms, "linear", lambda x, w: calls.append(w) or torch.nn.functional.linear(x, w))
+    for module in modules.values():
+        expected = torch.nn.functional.linear(x, module.weight, module.bias)
+        torch.testing.assert_close(module(x)[0], expected)
+    assert len(calls) == 1 and calls[0] is modules["row"].weight
+    compiled = torch.compile(lambda x: modules["row"](x)[0], backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x), torch.nn.functional.linear(x, modules["row"].weight))
+    assert len(calls) == 2
+
+    for changes in (
+        {"mode": 0},
+        {"cudagraph_mode": CUDAGraphMode.NONE},
+        {"passes": {"fuse_gemm_comms": True}},
+        {"lora_config": SimpleNamespace()},
+        {"speculative_config": SimpleNamespace()},
+    ):
+        report = Report("Tiny")
+        linears.replace(made(), configured(**changes), report)
+        assert not report.replaced and not report.notes, changes
+    monkeypatch.setattr(engine_gemms, "is_available", lambda: False)
+    linears.replace(made(), configured(), report)
+    assert not report.replaced and len(timed) == 1

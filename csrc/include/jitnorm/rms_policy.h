@@ -11,13 +11,14 @@ enum class Quantisation { kNone, kStatic, kDynamicPerToken };
 // rmsnorm: out = normalised input * weight. With a residual, input and residual are updated in place:
 // residual += input, then input = normalised residual * weight.
 struct Plain {
+  // The types of the output and of the residual, for inputs of type T.
   template <typename T>
-  using output_t = T;  // for inputs of type T, as residual_t
+  using output_t = T;
   template <typename T>
   using residual_t = T;
   static constexpr Quantisation kQuantisation = Quantisation::kNone;
   static constexpr bool kHasResidual = false;
-  static constexpr bool kRoundSum = false;     // whether to normalise the sum rounded to residual_t, not that in float
+  static constexpr bool kRoundSum = false;     // whether to normalise the sum as stored, and not before its rounding
   static constexpr float kWeightOffset = 0.f;  // added to the weight
 };
 struct Gemma : Plain {

@@ -119,10 +119,10 @@ def _replace_in(runner: Any, created: Report) -> None:
             deterministic.select_gemms(runner.model, runner.dtype, created)
         else:
             created.left["deterministic mode", "SGLang did not apply the hook"] += 1
-    elif device.type == "cuda" and not runner.server_args.enable_deterministic_inference:
+    if device.type == "cuda":
         from jitnorm.integrations.sglang_plugin import linears  # it imports SGLang
 
-        linears.replace(runner.model, created)
+        linears.replace(runner, created)
 
 
 def _device_problem(device: str) -> str | None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from sglang.srt.layers.quantization.unquant import UnquantizedLinearMethod
+from sglang.srt.layers.linear import RowParallelLinear
+from sglang.srt.layers.quantization.unquant import UnquantizedLinearMethod, get_bf16_gemm_backend
 
 from jitnorm.integrations import engine_gemms
 from jitnorm.integrations.sglang_plugin.replacement import Report
@@ -23,13 +24,24 @@ class JitnormLinearMethod(UnquantizedLinearMethod):  # type: ignore[misc]
         return engine_gemms.linear(x, weight)
 
 
-def replace(model: torch.nn.Module, report: Report) -> None:
-    """Replace the method of each linear layer for which `engine_gemms` may be faster, and time it."""
+def replace(runner: Any, report: Report) -> None:
+    """Replace the method of each linear layer for which `engine_gemms` may be faster, and time it.
+
+    These are layers after attention and at the end of an MLP: `RowParallelLinear`. Nothing is timed for the draft of
+    speculative decoding, because the target may have graphs already, nor without graphs.
+    """
+    decode = runner.server_args.cuda_graph_config.decode
+    if runner.is_draft_worker or decode.backend == "disabled" or runner.server_args.enable_deterministic_inference:
+        return
+    if get_bf16_gemm_backend().is_cutedsl() or not engine_gemms.is_available():
+        return
     modules: list[Any] = [
         module
-        for module in model.modules()
-        if type(getattr(module, "quant_method", None)) is UnquantizedLinearMethod
-        and engine_gemms.is_candidate(getattr(module, "weight", None))
+        for module in runner.model.modules()
+        if type(module) is RowParallelLinear
+        and type(module.quant_method) is UnquantizedLinearMethod
+        and module.bias is None
+        and engine_gemms.is_candidate(module.weight)
     ]
     if not modules:
         return
@@ -39,4 +51,5 @@ def replace(model: torch.nn.Module, report: Report) -> None:
     chosen = engine_gemms.select([module.weight for module in modules])
     for module in modules:
         module.quant_method = JitnormLinearMethod()
-    report.replaced["linear layer for up to 64 rows", "; ".join(chosen) or "torch"] += len(modules)
+    by = "; ".join(chosen) or "torch"
+    report.replaced[f"linear layer for up to {engine_gemms.ROWS[-1]} rows", by] += len(modules)

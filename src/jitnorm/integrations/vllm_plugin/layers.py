@@ -15,7 +15,6 @@ norm with a residual makes a float32 copy, and the others update that.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -31,7 +30,7 @@ from jitnorm.activation import (
     silu_and_mul,
 )
 from jitnorm.core import checks
-from jitnorm.core.norms import Norm, is_supported_hidden_size
+from jitnorm.core.norms import is_supported_hidden_size
 from jitnorm.core.operators import DTYPES
 from jitnorm.fused_add_rmsnorm import (
     FUSED_ADD_RMSNORM,
@@ -54,14 +53,14 @@ class JitnormRMSNorm(RMSNorm):  # type: ignore[misc]
     def forward_native(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> Any:
         """Normalise, by the kernel if it supports the call."""
         weight = self.weight  # once, as it takes a microsecond
-        if self.jitnorm_is_active and _supports(x, weight, residual):
+        if self.jitnorm_is_active and _supports(x, weight, residual, self.jitnorm_float32_residual):
             return self._jitnorm_forward(x, residual, weight)
         return super().forward_native(x, residual)
 
     def forward_cuda(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> Any:
         """Normalise, by the kernel if it supports the call."""
         weight = self.weight  # once, as it takes a microsecond
-        if self.jitnorm_is_active and _supports(x, weight, residual):
+        if self.jitnorm_is_active and _supports(x, weight, residual, self.jitnorm_float32_residual):
             return self._jitnorm_forward(x, residual, weight)
         return super().forward_cuda(x, residual)
 
@@ -69,7 +68,7 @@ class JitnormRMSNorm(RMSNorm):  # type: ignore[misc]
         if residual is None:
             return rmsnorm(x, weight, self.variance_epsilon)
         if self.jitnorm_float32_residual:
-            residual = residual.float()  # a copy of the residual that is half precision, and no other
+            residual = residual.float()  # copies a half-precision residual, and returns a float32 one as it is
         fused_add_rmsnorm(x, residual, weight, self.variance_epsilon)
         return x, residual
 
@@ -83,7 +82,7 @@ class JitnormGemmaRMSNorm(GemmaRMSNorm):  # type: ignore[misc]
     def forward_native(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> Any:
         """Normalise, by the kernel if it supports the call."""
         weight = self.weight
-        if not self.jitnorm_is_active or not _supports(x, weight, residual):
+        if not self.jitnorm_is_active or not _supports(x, weight, residual, self.jitnorm_float32_residual):
             return super().forward_native(x, residual)
         if residual is None:
             return gemma_rmsnorm(x, weight, self.variance_epsilon)
@@ -135,7 +134,7 @@ CLASSES = tuple(replacement for pairs in REPLACEMENTS.values() for _, replacemen
 NORM_CLASSES = (JitnormRMSNorm, JitnormGemmaRMSNorm)
 
 
-def _supports(x: torch.Tensor, weight: torch.Tensor, residual: torch.Tensor | None) -> bool:
+def _supports(x: torch.Tensor, weight: torch.Tensor, residual: torch.Tensor | None, float32_residual: bool) -> bool:
     """Return whether a norm's kernel takes these tensors.
 
     Heads in a slice of the QKV projection are not contiguous, and the only such tensors that models normalise often.
@@ -147,7 +146,7 @@ def _supports(x: torch.Tensor, weight: torch.Tensor, residual: torch.Tensor | No
         and (
             residual is None
             or (
-                (residual.dtype == x.dtype or residual.dtype == torch.float32)
+                (residual.dtype == x.dtype or (float32_residual and residual.dtype == torch.float32))
                 and residual.shape == x.shape
                 and residual.is_contiguous()
             )
@@ -179,14 +178,18 @@ def reason_to_leave(module: Any, dtype: torch.dtype) -> str | None:
     return None
 
 
-def specs(module: Any, dtype: torch.dtype, target: Target, float32_residual: bool = False) -> list[KernelSpec]:
+def specs(module: Any, dtype: torch.dtype, target: Target) -> list[KernelSpec]:
     """Return the kernels that a module of one of CLASSES calls for inputs of a dtype."""
     if isinstance(module, NORM_CLASSES):
-        norms: Sequence[Norm] = _NORMS[isinstance(module, JitnormGemmaRMSNorm)]
-        if not float32_residual or dtype == torch.float32:
-            norms = norms[:2]
+        norms = _NORMS[isinstance(module, JitnormGemmaRMSNorm)][:2]
         return [norm.spec(module.weight.shape[-1], dtype, module.weight.dtype, target) for norm in norms]
     activation = SILU_AND_MUL
     if isinstance(module, JitnormGeluAndMul):
         activation = GELU_TANH_AND_MUL if module.approximate == "tanh" else GELU_AND_MUL
     return [activation.spec(dtype, checks.CUDA_ALIGNMENT, target)]
+
+
+def spec_with_float32_residual(norm: Any, dtype: torch.dtype, target: Target) -> KernelSpec:
+    """Return the kernel that a norm calls for inputs of a half precision and a float32 residual."""
+    operator = _NORMS[isinstance(norm, JitnormGemmaRMSNorm)][2]
+    return operator.spec(norm.weight.shape[-1], dtype, norm.weight.dtype, target)

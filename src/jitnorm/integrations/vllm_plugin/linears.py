@@ -5,7 +5,7 @@
 from typing import Any
 
 import torch
-from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
+from vllm.model_executor.layers.linear import RowParallelLinear, UnquantizedLinearMethod
 
 from jitnorm.integrations import engine_gemms
 from jitnorm.integrations.vllm_plugin import batch_invariant_mode, compatibility
@@ -25,23 +25,36 @@ class JitnormLinearMethod(UnquantizedLinearMethod):  # type: ignore[misc]
 def replace(model: torch.nn.Module, config: Any, report: Report) -> None:
     """Replace the method of each linear layer for which `engine_gemms` may be faster, and time it.
 
-    Eager mode keeps vLLM's, because the host would take longer for a call. What is replaced does not depend on the
-    times, since a compiled graph does.
+    These are layers after attention and at the end of an MLP: `RowParallelLinear`. What is replaced does not depend on
+    the times, since a compiled graph does.
     """
-    compilation = config.compilation_config
-    if batch_invariant_mode.is_mode_requested() or config.lora_config is not None:
-        return
-    if not compilation.mode or not compilation.cudagraph_mode or compatibility.changed("linear layers"):
+    if not _is_wanted(config) or compatibility.changed("linear layers") or not engine_gemms.is_available():
         return
     weights = []
     for name, module in model.named_modules():
-        if isinstance(module, LinearBase) and type(module.quant_method) is UnquantizedLinearMethod:
-            weight: Any = getattr(module, "weight", None)
-            if engine_gemms.is_candidate(weight):
+        if type(module) is RowParallelLinear and type(module.quant_method) is UnquantizedLinearMethod:
+            weight: Any = module.weight
+            if module.bias is None and engine_gemms.is_candidate(weight):
                 weights.append(weight)
                 module.quant_method = JitnormLinearMethod()
                 report.replaced[name] = f"{type(module).__name__} for up to {engine_gemms.ROWS[-1]} rows"
     report.notes.extend(engine_gemms.select(weights))
+
+
+def _is_wanted(config: Any) -> bool:
+    """Return whether the GEMMs of a configuration are those of CUDA graphs, and may be replaced.
+
+    In eager mode the host would take longer for a call. With speculative decoding, another model may have graphs
+    already.
+    """
+    compilation = config.compilation_config
+    return (
+        bool(compilation.mode and compilation.cudagraph_mode)
+        and not compilation.pass_config.fuse_gemm_comms  # vLLM looks for aten.mm
+        and not batch_invariant_mode.is_mode_requested()
+        and config.lora_config is None
+        and config.speculative_config is None
+    )
 
 
 def _run(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -55,7 +68,8 @@ def _fake(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 def _define() -> torch.library.Library:
     library = torch.library.Library("jitnorm_vllm", "FRAGMENT")
     library.define("linear_of_few_rows" + torch.library.infer_schema(_run, mutates_args=[]))
-    library.impl("linear_of_few_rows", _run, "CUDA")
+    for key in ("CUDA", "CPU"):
+        library.impl("linear_of_few_rows", _run, key)
     library._register_fake("linear_of_few_rows", _fake)
     return library
 

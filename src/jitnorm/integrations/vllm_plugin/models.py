@@ -46,7 +46,9 @@ def replace_operators(model: torch.nn.Module, config: Any) -> Report:
                 planned.append((name, module, found, fusion.specs(module, found, dtype, target)))
         elif fusion.has_attention(module):
             report.left[name] = f"{type(module).__name__}: attention layers of this class are not supported"
-    with_float32_residual = set() if reason else residuals.norms_of_float32_residuals(model, config)
+    with_float32_residual: set[int] = set()
+    if not reason and dtype != torch.float32:
+        with_float32_residual = residuals.norms_of_float32_residuals(model, config)
     for name, module in model.named_modules():
         if isinstance(module, layers.CLASSES) and id(module) not in of_attention:
             is_of_heads = name.rpartition(".")[2] in ("q_norm", "k_norm")
@@ -58,11 +60,15 @@ def replace_operators(model: torch.nn.Module, config: Any) -> Report:
             ):
                 report.left[name] = f"{_base_name(module)}: {why}"
             else:
-                is_float32 = id(module) in with_float32_residual
-                planned.append((name, module, None, layers.specs(module, dtype, target, is_float32)))
-    failures = build_and_load([spec for _, _, _, specs in planned for spec in specs])
+                planned.append((name, module, None, layers.specs(module, dtype, target)))
+    added = [
+        layers.spec_with_float32_residual(module, dtype, target)
+        for _, module, _, _ in planned
+        if id(module) in with_float32_residual
+    ]
+    failures = build_and_load([*(spec for _, _, _, specs in planned for spec in specs), *added])
     active = {id(module) for _, module, _, specs in planned if not failures.keys() & {*specs}}
-    if not with_float32_residual <= active:  # vLLM's norms would return it in half precision
+    if failures.keys() & {*added} or not with_float32_residual <= active:  # vLLM's norms return it in half precision
         with_float32_residual = set()
     for name, module, found, specs in planned:
         if failed := next((failures[spec] for spec in specs if spec in failures), None):
