@@ -64,9 +64,25 @@ def test_candidates(device):
     assert not any(engine_gemms.is_candidate(w) for w in not_supported)
 
 
-def test_nothing_is_chosen_without_the_library(monkeypatch):
-    monkeypatch.setattr(engine_gemms.cublaslt, "library_version", lambda: 0)
-    assert engine_gemms.select([torch.zeros(64, 128, dtype=BF16)]) == [] and not engine_gemms._chosen
+def test_what_cannot_be_timed_is_left_to_torch(monkeypatch):
+    weight, x = torch.randn(64, 128), torch.randn(3, 128)
+
+    def choose(weights):
+        raise torch.OutOfMemoryError("no memory")
+
+    monkeypatch.setattr(engine_gemms, "_choose", choose)
+    assert engine_gemms.select([weight]) == [] and not engine_gemms._chosen
+    assert same_bits(engine_gemms.linear(x, weight), torch.nn.functional.linear(x, weight))
+
+
+def test_an_unsupported_number_of_rows_is_left_to_torch(monkeypatch):
+    weight, x = torch.randn(24, 16), torch.randn(3, 16)
+
+    def gemm(a, b, bias, out):
+        raise engine_gemms.UnsupportedProblem("no kernel")
+
+    monkeypatch.setitem(engine_gemms._chosen, engine_gemms._shape_of(weight), (gemm, frozenset(engine_gemms.ROWS)))
+    assert same_bits(engine_gemms.linear(x, weight), torch.nn.functional.linear(x, weight))
 
 
 @pytest.mark.gpu
