@@ -416,10 +416,18 @@ def test_ctrl_c_on_the_terminal_does_not_reach_the_compiler(copier, cache_dir):
     assert copier.builds == 1
 
 
-@pytest.mark.parametrize("listens", [True, False])
-def test_compilers_end_with_the_process_that_started_them(copier, cache_dir, listens):
+@pytest.mark.parametrize(
+    "script",
+    [
+        "sleep {0}",
+        "trap : TERM PIPE; sleep {0}; sleep {0}",  # it does not end when it is asked to
+        "trap '' TERM; sleep {0} & trap - TERM; wait",  # it ends, and leaves a child that does not
+    ],
+    ids=["ends", "stays", "leaves a child"],
+)
+def test_compilers_end_with_the_process_that_started_them(copier, cache_dir, script):
     seconds = f"1000.{os.getpid()}"
-    copier.then(f"{'' if listens else 'trap : TERM; '}sleep {seconds}; {'' if listens else f'sleep {seconds}'}")
+    copier.then(script.format(seconds))
     process = start("import torch, jitnorm.rmsnorm\nx = torch.randn(5, 512)\njitnorm.rmsnorm(x, x[0])")
     while not running(f"sleep\0{seconds}"):
         assert process.poll() is None, process.communicate()
@@ -427,7 +435,7 @@ def test_compilers_end_with_the_process_that_started_them(copier, cache_dir, lis
     process.kill()
     process.wait()
     deadline = time.monotonic() + 60
-    while running(seconds):
+    while running(seconds) or running(str(copier.path)):  # it may be between two commands
         assert time.monotonic() < deadline
         time.sleep(0.01)
     copier.then("")

@@ -54,7 +54,26 @@ _MAX_OUTPUT_BYTES = 1 << 28
 # Starts ninja, and terminates it and its compilers when this process closes a pipe or ends in any way. The pipe is
 # standard input, and nothing is written to it. The shell and its children have a session of their own, so that Ctrl-C
 # on a terminal interrupts only this process.
+#
+# Compilers that have not ended 2 seconds after ninja was asked to, and what they leave behind, are killed, until none
+# is left: one that is killed may have started another. The first shell is stopped meanwhile, as it would kill the
+# watcher when ninja ends.
 _SUPERVISOR = """
+kill_others() {
+  read -r self _ < /proc/self/stat
+  found=1
+  while [ $found ]; do
+    found=
+    for process in /proc/[0-9]*; do
+      read -r stat < $process/stat || continue
+      set -- ${process#/proc/} ${stat##*) }  # process id, state, parent, group, session
+      if [ "$5" = $$ ] && [ "$2" != Z ] && [ $1 != $self ] && [ $1 != $$ ]; then
+        kill -KILL $1
+        found=1
+      fi
+    done
+  done
+}
 exec 3<&0 </dev/null
 "$0" 3<&- &
 ninja=$!
@@ -62,16 +81,18 @@ ninja=$!
   read -r _ <&3
   kill -TERM $ninja
   sleep 2
-  for process in /proc/[0-9]*; do
-    read -r stat < $process/stat
-    set -- ${stat##*) }
-    [ "$4" != $$ ] || kill -KILL ${process#/proc/}
-  done
+  kill -STOP $$
+  kill_others
+  kill -KILL $$
 } >/dev/null 2>&1 &
 watcher=$!
 wait $ninja
 status=$?
-kill -KILL $watcher
+if [ $status -lt 128 ]; then
+  kill -KILL $watcher
+else
+  kill_others 2>/dev/null
+fi
 exit $status
 """
 
