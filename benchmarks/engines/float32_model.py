@@ -68,9 +68,9 @@ def float32_states(model: str, parameters: Mapping[str, Any], tokens: list[int],
 
     with torch.device(device):  # not the meta device: buffers such as the rotary frequencies have no other source
         reference = AutoModel.from_config(AutoConfig.from_pretrained(model), dtype=torch.float32).eval()
-    wanted = dict(reference.named_parameters())
-    for name, parameter in wanted.items():
-        source, start = _find(f"model.{name}", wanted)
+    targets = dict(reference.named_parameters())
+    for name, parameter in targets.items():
+        source, start = _find(f"model.{name}", targets)
         if source not in parameters:
             raise ValueError(f"the engine's model has no {source}")
         shape, dtype = parameters[source]
@@ -80,13 +80,13 @@ def float32_states(model: str, parameters: Mapping[str, Any], tokens: list[int],
     return reference(torch.tensor([tokens], device=device)).last_hidden_state[0].cpu()
 
 
-def _find(name: str, wanted: Mapping[str, Tensor]) -> tuple[str, int]:
+def _find(name: str, targets: Mapping[str, Tensor]) -> tuple[str, int]:
     """Return the engine's name of a parameter that transformers calls `name`, and the row at which it begins."""
     for whole, parts in JOINED.items():
         for i, part in enumerate(parts):
             if f".{part}." in name:
                 others = (name.replace(part, other).removeprefix("model.") for other in parts[:i])
-                return name.replace(part, whole), sum(wanted[other].shape[0] for other in others)
+                return name.replace(part, whole), sum(targets[other].shape[0] for other in others)
     return name, 0
 
 

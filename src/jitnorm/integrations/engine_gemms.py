@@ -1,8 +1,8 @@
 """A few rows of an engine's linear layers by cuBLASLt without split k, where that is faster than what torch calls.
 
 torch takes the first kernel that cuBLASLt proposes, which for few rows and columns is often not the fastest. On an H200
-a row of n = 1024, k = 2048 took 12.9 us, and 6.1 by the kernel that is proposed for 16 rows; 64 rows of n = 4096,
-k = 12288 took 32.7 us, and 28.3 without split k. So both are timed when a model is loaded.
+one row with n = 1024, k = 2048 took 12.9 us, where 16 rows took 6.1 by another kernel; 64 rows with n = 4096, k = 12288
+took 32.7 us, and 28.3 without split k. So both are timed when a model is loaded.
 
 Two processes may choose differently, where the times are close. So a layer whose result must be the same on all ranks
 of tensor parallelism, such as the router of experts, must not be among the weights.
@@ -20,7 +20,7 @@ from jitnorm.batch_invariant.matmul.problem import Gemm, Problem, UnsupportedPro
 from jitnorm.jit.log import logger
 
 ROWS = (1, 2, 4, 8, 16, 32, 64)  # at which both are timed; other numbers of rows count as the next of these
-MAX_COLUMNS = 4096  # with more, or with more than k, both took the same time
+MAX_COLUMNS = 4096  # with more, or with more than k, both took about the same time
 _MAX_RATIO = 0.95  # of the times: a smaller gain may be noise
 _SAMPLES = 5
 _SLEEP_CYCLES = 2_000_000  # about a millisecond, in which the host launches all GEMMs of a sample
@@ -119,9 +119,9 @@ def _mm(a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None, out: torch.
 
 
 def _seconds(gemm: Gemm, x: torch.Tensor, weights: Sequence[torch.Tensor], out: torch.Tensor) -> float:
-    """Return the GPU's time for a product with each weight.
+    """Return the GPU's time for a GEMM with each weight.
 
-    The GPU waits until the host has launched them, as a launch takes the host longer than the product. A CUDA graph
+    The GPU waits until the host has launched them, as a launch may take the host longer than the GEMM. A CUDA graph
     would do the same, but its workspaces of cuBLAS might be those of the engine's graphs.
     """
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))

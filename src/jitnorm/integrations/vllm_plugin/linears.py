@@ -28,7 +28,7 @@ def replace(model: torch.nn.Module, config: Any, report: Report) -> None:
     These are layers after attention and at the end of an MLP: `RowParallelLinear`. What is replaced does not depend on
     the times, since a compiled graph does.
     """
-    if not _is_wanted(config) or compatibility.changed("linear layers") or not engine_gemms.is_available():
+    if not _may_replace(config) or compatibility.changed("linear layers") or not engine_gemms.is_available():
         return
     weights = []
     for name, module in model.named_modules():
@@ -41,7 +41,7 @@ def replace(model: torch.nn.Module, config: Any, report: Report) -> None:
     report.notes.extend(engine_gemms.select(weights))
 
 
-def _is_wanted(config: Any) -> bool:
+def _may_replace(config: Any) -> bool:
     """Return whether the GEMMs of a configuration are those of CUDA graphs, and may be replaced.
 
     In eager mode the host would take longer for a call. With speculative decoding, another model may have graphs

@@ -61,14 +61,16 @@ def replace_operators(model: torch.nn.Module, config: Any) -> Report:
                 report.left[name] = f"{_base_name(module)}: {why}"
             else:
                 planned.append((name, module, None, layers.specs(module, dtype, target)))
-    added = [
+    float32_specs = [
         layers.spec_with_float32_residual(module, dtype, target)
         for _, module, _, _ in planned
         if id(module) in with_float32_residual
     ]
-    failures = build_and_load([*(spec for _, _, _, specs in planned for spec in specs), *added])
+    failures = build_and_load([*(spec for _, _, _, specs in planned for spec in specs), *float32_specs])
     active = {id(module) for _, module, _, specs in planned if not failures.keys() & {*specs}}
-    if failures.keys() & {*added} or not with_float32_residual <= active:  # vLLM's norms return it in half precision
+    if (
+        failures.keys() & {*float32_specs} or not with_float32_residual <= active
+    ):  # vLLM's norms return it in half precision
         with_float32_residual = set()
     for name, module, found, specs in planned:
         if failed := next((failures[spec] for spec in specs if spec in failures), None):
