@@ -121,6 +121,8 @@ def flashinfer(steps: str) -> Call:
 def vllm(steps: str) -> Call:
     import vllm._custom_ops as ops
 
+    one = torch.ones((), device="cuda")
+
     def call(*tensors: Tensor) -> None:
         q, k, v, angles, positions, k_cache, v_cache, slots, q_weight, k_weight = tensors
         heads = (q.shape[1], k.shape[1], v.shape[1], q.shape[2])
@@ -131,7 +133,6 @@ def vllm(steps: str) -> Call:
             ops.rotary_embedding(positions, q, k, q.shape[2], angles, True)
         if "store" not in steps:
             return
-        one = torch.ones((), device=k.device)
         dtype = "auto" if k_cache.dtype == k.dtype else "fp8"
         caches = (k_cache, v_cache) if dtype == "auto" else (k_cache.view(torch.uint8), v_cache.view(torch.uint8))
         ops.reshape_and_cache_flash(k, v, *caches, slots, dtype, one, one)

@@ -12,7 +12,7 @@ from fp8_reference import codes, encode, quotient
 from helpers import TOLERANCE, relative_error, same_bits
 from references import qk_norm_rope
 
-from jitnorm import qk_norm_rope_store, rope, rope_and_store
+from jitnorm import qk_norm_rope_store, rope, rope_and_store, store_cache
 from jitnorm.core import checks
 from jitnorm.qknorm_rope_store import angles_of
 
@@ -392,6 +392,30 @@ def test_the_same_bits_in_any_batch(device, case):
             b |= {"q_out": alone["q_out"][:, head : head + 1] if name == "q" else b["q_out"]} if "q_out" in a else {}
             call(b)
             assert same_bits(alone[out][:, head], together[out][:, head])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", [QWEN3, CASES["threads without a pair"]], ids=["bf16", "sections"])
+def test_positions_that_an_earlier_kernel_writes(case):
+    """With PDL the kernel starts while an earlier one runs, and reads old positions as a guess.
+
+    They may be any bits. `store_cache` lets the next kernel start before its own stores.
+    """
+    a = make(case, "cuda", tokens=32)
+    positions = a["positions"].contiguous()
+    expected = copied(a)
+    call(expected | {"positions": positions, "enable_pdl": False})
+    row = torch.zeros(1, dtype=torch.int64, device="cuda")
+    for old in (positions.flip(-1), torch.randint_like(positions, -(1 << 62), 1 << 62)):
+        for _ in range(20):
+            b = copied(a)
+            b["positions"] = old.clone()
+            rows, written = (t.view(BF16).view(1, -1) for t in (positions, b["positions"]))
+            store_cache(rows, rows, written, torch.empty_like(rows), row)
+            call(b)
+            assert torch.equal(b["positions"], positions)
+            for name in ("q", "k", "k_cache", "v_cache"):
+                assert same_bits(b[name], expected[name])
 
 
 @pytest.mark.gpu

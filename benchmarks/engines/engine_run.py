@@ -193,7 +193,7 @@ class Run:
                 error = self._ask(process, "hidden_state_error", arguments)
                 if error is not None:
                     self.results.add_check("errors", **where, tokens=options.hidden_state_error, error=error)
-            for batch in options.batches[:1] if options.kernels else ():
+            for batch in options.batches if options.kernels else ():
                 found = self._ask(process, "kernels", {"batch": batch, "top": options.kernels})
                 if found is not None:
                     self.results.add_check("kernels", **where, batch=batch, kernels=found)
