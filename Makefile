@@ -7,13 +7,18 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c const
 # Tests start hundreds of processes. Without bytecode files each would compile the package, and each worker all tests.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test test-gpu campaign lint format docs wheel clean
+.PHONY: demo test test-slow test-gpu campaign lint format docs wheel clean
 
 demo: $(VENV)/installed  ## build a kernel on demand, check it against PyTorch, load it again from the cache
 	$(BIN)/jitnorm demo
 
-test: $(VENV)/installed-dev  ## all tests that this machine can run
-	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder --durations 10
+PYTEST := $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder --durations 10
+
+test: $(VENV)/installed-dev  ## the tests that this machine can run, but for the slow ones
+	$(PYTEST) -m "not slow"
+
+test-slow: $(VENV)/installed-dev  ## sweeps over architectures, operators and faults, as CI runs them too
+	$(PYTEST) -m slow
 
 test-gpu: $(VENV)/installed-dev
 	$(BIN)/python -m pytest -m gpu

@@ -361,6 +361,7 @@ def test_the_recorder_keeps_copies():
     assert recorder._rows is None and not recorder._hidden_states
 
 
+@pytest.mark.slow
 def test_hidden_states_are_compared_with_float32(tmp_path):
     """An engine's model joins the projections and pads the vocabulary; its weights have the values of their names."""
     transformers = pytest.importorskip("transformers")

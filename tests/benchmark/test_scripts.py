@@ -78,6 +78,7 @@ def test_has_rows(bench):
     assert isinstance(bench, marker.Benchmark) and bench.__doc__
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("bench", "impl"), RUNS.items(), indirect=["bench"], ids=RUNS)
 def test_runs_on_the_cpu(small_bench, bench, impl, capsys):
     report = small_bench.run(full=False, impl=impl, device="cpu", cold=False, seconds=0.0)

@@ -97,6 +97,7 @@ def build_together(arch: str, kernels, all_bindings: bool = False) -> None:
     assert all(spec.name.encode() in content for spec in (first, *others))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_compiles(arch):
     # The bindings are the same for every architecture, except that those before sm_90 launch without PDL.
@@ -109,6 +110,7 @@ def test_a_build_of_one_kernel(arch, kernel):
     build_together(arch, [kernel])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arch", "operator", "sizes", "dtype", "weight_dtype"),
     [

@@ -179,6 +179,7 @@ def draw(pick: random.Random, form: Form):
             yield name, (lambda _, value=value: value) if callable(value) else value
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", FORMS, ids=lambda form: form.name)
 def test_the_first_call_and_a_later_one(form):
     pick, decisions = random.Random(form.name), Counter()

@@ -31,6 +31,7 @@ for count in (0, 1, 17, 64):
 """
 
 
+@pytest.mark.slow
 def test_no_undefined_behaviour(tmp_path):
     cxx = shutil.which("g++")
     probe = tmp_path / "probe.cc"

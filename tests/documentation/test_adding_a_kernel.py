@@ -51,6 +51,7 @@ def test_the_page_has_all_steps():
     assert [name for name, _ in ADDITIONS[4:]] == ["src/jitnorm/__init__.py"]
 
 
+@pytest.mark.slow
 def test_the_tests_of_both_examples_pass(copy):
     """Those of the page, and those over all operators that find the examples."""
     chosen = "half_rmsnorm or (scale and not scales and not v_scale)"

@@ -28,7 +28,7 @@ needs_cc = pytest.mark.skipif(not shutil.which("cc"), reason="no C compiler name
 
 
 @needs_cc
-@pytest.mark.campaign
+@pytest.mark.slow
 def test_random_faults_of_the_engine():
     """Make the first fault of each kind; `make campaign` makes many of each."""
     from faults import kinds
@@ -46,7 +46,7 @@ def test_random_faults_of_the_engine():
     assert {kind: row["all"] for kind, row in counts.rows.items()} == dict.fromkeys(first, 1)
 
 
-@pytest.mark.campaign
+@pytest.mark.slow
 def test_random_calls():
     counts = campaign.run_calls(range(CALLS), SEED, workers=1, few=True, report=lambda answer: None)
     assert not counts.wrong, lines(counts)

@@ -130,6 +130,7 @@ def test_a_frozen_model_calls_the_kernel_with_gradients_enabled(kernel_calls):
     assert len(kernel_calls) == LAYERS
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["Qwen3", "Gemma3"])
 def test_compiled(name, device):
     more = {"layer_types": ["full_attention"]} if name == "Gemma3" else {}

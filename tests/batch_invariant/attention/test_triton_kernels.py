@@ -114,6 +114,7 @@ def test_without_keys():
     assert attend(random(0, 4, 1, 64), random(0, 2, 9, 64), random(0, 2, 9, 64)).numel() == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES if GPU else [torch.float32])  # the interpreter differs in rounding alone
 @pytest.mark.parametrize(
     ("rows", "dim", "keys"),

@@ -77,6 +77,7 @@ def test_mean_of_dimensions(device):
         assert [scalar.mean(), scalar.mean(0), scalar.mean(-1, keepdim=True)] == [scalar] * 3
 
 
+@pytest.mark.slow
 def test_compiled_with_other_strides(mode, device):
     """Compiled code relies on the strides of ATen's results. One graph calls all operators, to be compiled once."""
 

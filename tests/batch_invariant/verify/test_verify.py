@@ -26,6 +26,7 @@ def run(*arguments):
     return CliRunner().invoke(main, [*RUN, *arguments])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("op", OPERATORS)
 def test_every_operator_on_the_cpu(op):
     shape = OPERATORS[op].shapes["cpu"][-1]
@@ -83,6 +84,7 @@ def verify_compiled(ops, monkeypatch):
     return result
 
 
+@pytest.mark.slow
 def test_compiled_on_the_cpu(monkeypatch):
     """All operators are in one graph, because each graph takes seconds."""
     with set_batch_invariant_mode():
