@@ -1,4 +1,4 @@
-"""The choice between torch's GEMM and cuBLASLt without split k for a few rows."""
+"""The choice between torch's GEMM, this package's and cuBLASLt without split k for a few rows."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import torch
 from helpers import TOLERANCE, relative_error, same_bits
 
 from jitnorm.integrations import engine_gemms
+from jitnorm.jit.spec import Target
 
 BF16 = torch.bfloat16
 
@@ -25,7 +26,7 @@ def choose(monkeypatch, weight, rows):
         calls.append(tuple(a.shape))
         out.copy_(2 * (a @ b))
 
-    monkeypatch.setitem(engine_gemms._chosen, engine_gemms._shape_of(weight), (gemm, frozenset(rows)))
+    monkeypatch.setitem(engine_gemms._chosen, engine_gemms._shape_of(weight), dict.fromkeys(rows, gemm))
     return calls
 
 
@@ -57,10 +58,15 @@ def test_what_the_gemm_does_not_take_is_left_to_torch(monkeypatch):
 
 def test_candidates(device):
     weight = torch.zeros(64, 128, dtype=BF16, device=device)
-    assert engine_gemms.is_candidate(weight) == (device == "cuda")
+    candidates = [
+        weight,
+        weight.view(128, 64),
+        weight.view(512, 16)[:8],
+        torch.zeros(8, 20000, dtype=BF16, device=device),
+    ]
+    assert [engine_gemms.is_candidate(w) for w in candidates] == [device == "cuda"] * 2 + [device == "cuda"] * 2
     not_supported = [weight.float(), weight[:, :64], weight[:, 0], weight[:60], weight[:, :68].contiguous(), None]
-    not_supported += [torch.zeros(n, 8192, dtype=BF16, device=device) for n in (0, engine_gemms.MAX_COLUMNS + 8)]
-    not_supported += [weight.view(128, 64), weight.view(-1)[1:]]
+    not_supported += [weight[:0], weight.view(-1)[1:], weight.view(1024, 8), weight.view(-1)[1:8065].view(63, 128)]
     assert not any(engine_gemms.is_candidate(w) for w in not_supported)
 
 
@@ -81,26 +87,76 @@ def test_an_unsupported_number_of_rows_is_left_to_torch(monkeypatch):
     def gemm(a, b, bias, out):
         raise engine_gemms.UnsupportedProblem("no kernel")
 
-    monkeypatch.setitem(engine_gemms._chosen, engine_gemms._shape_of(weight), (gemm, frozenset(engine_gemms.ROWS)))
+    monkeypatch.setitem(engine_gemms._chosen, engine_gemms._shape_of(weight), dict.fromkeys(engine_gemms.ROWS, gemm))
     assert same_bits(engine_gemms.linear(x, weight), torch.nn.functional.linear(x, weight))
 
 
+def test_the_fastest_is_chosen(monkeypatch):
+    """For each number of rows; a GEMM that does not take them is left out, and a small gain is noise."""
+    seconds = {
+        "torch": dict.fromkeys(engine_gemms.ROWS, 1.0),
+        "jitnorm's": {1: 0.5, 2: 0.94, 4: 0.96, 8: 0.9, 16: 0.99},
+        "cuBLASLt without split k": {1: 0.6, 2: 0.93, 4: 0.97, 8: 1.2, 16: 0.9, 32: 0.8, 64: 0.96},
+    }
+    gemms = {name: (lambda *operands, name=name: name) for name in seconds}
+    order = [*gemms.values()]
+    monkeypatch.setattr(engine_gemms, "_mm", gemms["torch"])
+    monkeypatch.setattr(engine_gemms, "_candidates", lambda weight: {n: g for n, g in gemms.items() if n != "torch"})
+    taken = []
+
+    def measure(gemm, x, weights, out):
+        assert x.shape == (len(x), 128) and out.shape == (len(x), 64) and len(weights) == 3
+        name = gemm()
+        taken.append(order.index(gemm))
+        if len(x) not in seconds[name]:
+            raise engine_gemms.UnsupportedProblem("no kernel")
+        return seconds[name][len(x)] * (9 if taken.count(order.index(gemm)) == 1 else 1)  # the first call is no sample
+
+    monkeypatch.setattr(engine_gemms, "_seconds", measure)
+    monkeypatch.setattr(engine_gemms.torch.cuda, "device", lambda device: torch.no_grad())
+    said = engine_gemms.select([torch.randn(64, 128) for _ in range(3)])
+    assert said == ["n=64 k=128, numbers of rows: jitnorm's for 1, 8; cuBLASLt without split k for 2, 16, 32"]
+    (chosen,) = engine_gemms._chosen.values()
+    names = {rows: gemm() for rows, gemm in chosen.items()}
+    assert names == dict.fromkeys((1, 8), "jitnorm's") | dict.fromkeys((2, 16, 32), "cuBLASLt without split k")
+
+
+def test_a_kernel_that_cannot_be_built_is_left_out(monkeypatch):
+    weight = torch.randn(64, 128)
+    spec = engine_gemms.few_rows.spec(64, 128, BF16, Target.cuda("9.0a"))
+    monkeypatch.setattr(engine_gemms.few_rows, "is_supported", lambda weight: True)
+    monkeypatch.setattr(engine_gemms.few_rows, "spec_of", lambda weight: spec)
+    monkeypatch.setattr(engine_gemms, "build_and_load", lambda specs: dict.fromkeys(specs, "there is no compiler"))
+    monkeypatch.setattr(engine_gemms, "_choose", lambda weights: {})
+    found = [f"{spec.name}: there is no compiler", "n=64 k=128, numbers of rows: none"]
+    assert engine_gemms.select([weight, weight]) == found
+
+    def load(spec):
+        raise RuntimeError("there is no compiler")
+
+    monkeypatch.setattr(engine_gemms.few_rows, "load", load)
+    monkeypatch.setattr(engine_gemms.cublaslt, "library_version", lambda: 0)
+    assert engine_gemms._candidates(weight) == {}
+
+
 @pytest.mark.gpu
-def test_both_gemms_on_the_gpu(monkeypatch):
-    """Whatever is faster, the product is the same but for rounding; in a CUDA graph too."""
+def test_all_gemms_on_the_gpu(monkeypatch):
+    """Whatever is fastest, the product is the same but for rounding; in a CUDA graph too."""
     weights = [torch.randn(1024, 2048, device="cuda").mul(0.02).to(BF16) for _ in range(4)]
     (said,) = engine_gemms.select(weights)
-    assert said.startswith("cuBLASLt without split k for n=1024 k=2048, numbers of rows: ")
+    assert said.startswith("n=1024 k=2048, numbers of rows: ")
     shape = engine_gemms._shape_of(weights[0])
-    gemm, _ = engine_gemms._chosen[shape]
-    monkeypatch.setitem(engine_gemms._chosen, shape, (gemm, frozenset(engine_gemms.ROWS)))
-    for rows in (1, 3, 64, 65):
-        x = torch.randn(rows, 2048, device="cuda", dtype=BF16)
-        got = engine_gemms.linear(x, weights[0])
-        assert relative_error(got, x.double() @ weights[0].double().t()) <= TOLERANCE[BF16]
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            captured = engine_gemms.linear(x, weights[0])
-        captured.fill_(float("nan"))
-        graph.replay()
-        assert same_bits(captured, got)
+    gemms = engine_gemms._candidates(weights[0])
+    assert len(gemms) == 2
+    for gemm in gemms.values():
+        monkeypatch.setitem(engine_gemms._chosen, shape, dict.fromkeys(engine_gemms.ROWS, gemm))
+        for rows in (1, 3, 64, 65):
+            x = torch.randn(rows, 2048, device="cuda", dtype=BF16)
+            got = engine_gemms.linear(x, weights[0])
+            assert relative_error(got, x.double() @ weights[0].double().t()) <= TOLERANCE[BF16]
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                captured = engine_gemms.linear(x, weights[0])
+            captured.fill_(float("nan"))
+            graph.replay()
+            assert same_bits(captured, got)

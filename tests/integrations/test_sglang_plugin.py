@@ -703,20 +703,22 @@ class TestDeterministicMode:
 
 
 def test_linear_layers_of_cuda_graphs_call_the_operator(args, monkeypatch):
-    """Layers without a bias and a quantisation, whose results are summed over the ranks, and no others."""
+    """Layers of attention and of an MLP without a bias and a quantisation, and no others."""
     linear = importlib.import_module("sglang.srt.layers.linear")
     linears = importlib.import_module("jitnorm.integrations.sglang_plugin.linears")
     gemms = linears.engine_gemms
     timed, calls = [], []
-    monkeypatch.setattr(gemms, "is_available", lambda: True)
     monkeypatch.setattr(gemms, "is_candidate", lambda weight: isinstance(weight, torch.Tensor))
     monkeypatch.setattr(gemms, "select", lambda weights: timed.extend(weights) or ["what was chosen"])
     monkeypatch.setattr(gemms, "linear", lambda x, w: calls.append(w) or F.linear(x, w))
-    row = functools.partial(linear.RowParallelLinear, params_dtype=DTYPE, tp_rank=0, tp_size=1, reduce_results=False)
+    parallel = {"params_dtype": DTYPE, "tp_rank": 0, "tp_size": 1}
+    row = functools.partial(linear.RowParallelLinear, reduce_results=False, **parallel)
 
     def runner(**changes):
         modules = {
             "row": row(64, 32, bias=False),
+            "qkv": linear.QKVParallelLinear(64, 16, 4, 2, bias=False, **parallel),
+            "gate and up": linear.MergedColumnParallelLinear(64, [32, 32], bias=False, **parallel),
             "biased": row(64, 32, bias=True),
             "router": linear.ReplicatedLinear(64, 32, bias=False, params_dtype=DTYPE),
         }
@@ -730,9 +732,9 @@ def test_linear_layers_of_cuda_graphs_call_the_operator(args, monkeypatch):
 
     made, report = runner(), Report("test")
     linears.replace(made, report)
-    assert report.replaced == {("linear layer for up to 64 rows", "what was chosen"): 1} and not report.left
+    assert report.replaced == {("linear layer for up to 64 rows", "what was chosen"): 3} and not report.left
     layer = made.model["row"]
-    assert len(timed) == 1 and timed[0] is layer.weight
+    assert {id(weight) for weight in timed} == {id(made.model[name].weight) for name in ("row", "qkv", "gate and up")}
     x = torch.randn(3, 64, dtype=DTYPE)
     expected = F.linear(x, layer.weight)
     for is_capturing in (False, True):
@@ -741,6 +743,4 @@ def test_linear_layers_of_cuda_graphs_call_the_operator(args, monkeypatch):
         assert len(calls) == is_capturing
     for changes in ({"is_draft_worker": True}, {"backend": "disabled"}, {"deterministic": True}):
         linears.replace(runner(**changes), report)
-    monkeypatch.setattr(gemms, "is_available", lambda: False)
-    linears.replace(runner(), report)
-    assert len(timed) == 1 and len(report.replaced) == 1
+    assert len(timed) == 3 and len(report.replaced) == 1

@@ -1302,16 +1302,21 @@ def test_vllm_finds_the_plugin_by_its_entry_point(environment, is_active, tmp_pa
 
 @needs_vllm
 def test_linear_layers_of_cuda_graphs_call_the_operator(config, layers, bfloat16, monkeypatch):
-    """Layers without a bias and a quantisation, whose results are summed over the ranks, and no others."""
+    """Layers of attention and of an MLP without a bias and a quantisation, and no others."""
     from vllm.config import CompilationConfig, CUDAGraphMode
-    from vllm.model_executor.layers.linear import ColumnParallelLinear, ReplicatedLinear, RowParallelLinear
+    from vllm.model_executor.layers.linear import (
+        ColumnParallelLinear,
+        MergedColumnParallelLinear,
+        QKVParallelLinear,
+        ReplicatedLinear,
+        RowParallelLinear,
+    )
 
     from jitnorm.integrations import engine_gemms
     from jitnorm.integrations.vllm_plugin import linears
     from jitnorm.integrations.vllm_plugin.report import Report
 
     timed = []
-    monkeypatch.setattr(engine_gemms, "is_available", lambda: True)
     monkeypatch.setattr(engine_gemms, "is_candidate", lambda weight: isinstance(weight, torch.Tensor))
     monkeypatch.setattr(engine_gemms, "select", lambda weights: timed.extend(weights) or ["what was chosen"])
 
@@ -1319,6 +1324,8 @@ def test_linear_layers_of_cuda_graphs_call_the_operator(config, layers, bfloat16
         modules = torch.nn.ModuleDict(
             {
                 "row": RowParallelLinear(64, 32, bias=False),
+                "qkv": QKVParallelLinear(64, 16, 4, 2, bias=False),
+                "gate and up": MergedColumnParallelLinear(64, [32, 32], bias=False),
                 "biased": RowParallelLinear(64, 32, bias=True),
                 "column": ColumnParallelLinear(64, 32, bias=False),
                 "router": ReplicatedLinear(64, 32, bias=False),
@@ -1337,18 +1344,24 @@ def test_linear_layers_of_cuda_graphs_call_the_operator(config, layers, bfloat16
 
     modules, report = made(), Report("Tiny")
     linears.replace(modules, configured(), report)
-    assert report.replaced == {"row": "RowParallelLinear for up to 64 rows"} and report.notes == ["what was chosen"]
-    assert len(timed) == 1 and timed[0] is modules["row"].weight
+    assert report.replaced == {
+        "row": "RowParallelLinear for up to 64 rows",
+        "qkv": "QKVParallelLinear for up to 64 rows",
+        "gate and up": "MergedColumnParallelLinear for up to 64 rows",
+    }
+    replaced = [modules[name].weight for name in report.replaced]
+    assert report.notes == ["what was chosen"]
+    assert len(timed) == 3 and all(a is b for a, b in zip(timed, replaced, strict=True))
     x = torch.randn(3, 64)
     calls = []
     monkeypatch.setattr(engine_gemms, "linear", lambda x, w: calls.append(w) or torch.nn.functional.linear(x, w))
     for module in modules.values():
         expected = torch.nn.functional.linear(x, module.weight, module.bias)
         torch.testing.assert_close(module(x)[0], expected)
-    assert len(calls) == 1 and calls[0] is modules["row"].weight
+    assert len(calls) == 3 and all(a is b for a, b in zip(calls, replaced, strict=True))
     compiled = torch.compile(lambda x: modules["row"](x)[0], backend="aot_eager", fullgraph=True)
     torch.testing.assert_close(compiled(x), torch.nn.functional.linear(x, modules["row"].weight))
-    assert len(calls) == 2
+    assert len(calls) == 4
 
     for changes in (
         {"mode": 0},
@@ -1360,6 +1373,4 @@ def test_linear_layers_of_cuda_graphs_call_the_operator(config, layers, bfloat16
         report = Report("Tiny")
         linears.replace(made(), configured(**changes), report)
         assert not report.replaced and not report.notes, changes
-    monkeypatch.setattr(engine_gemms, "is_available", lambda: False)
-    linears.replace(made(), configured(), report)
-    assert not report.replaced and len(timed) == 1
+    assert len(timed) == 3

@@ -1,8 +1,9 @@
-"""A few rows of an engine's linear layers by cuBLASLt without split k, where that is faster than what torch calls.
+"""A few rows of an engine's linear layers by the fastest of three GEMMs, all of which are timed when a model is loaded.
 
-torch takes the first kernel that cuBLASLt proposes, which for few rows and columns is often not the fastest. On an H200
-one row with n = 1024, k = 2048 took 12.9 us, where 16 rows took 6.1 by another kernel; 64 rows with n = 4096, k = 12288
-took 32.7 us, and 28.3 without split k. So both are timed when a model is loaded.
+They are torch's, this package's for up to 16 rows (few_rows.py), and cuBLASLt without split k. torch takes the first
+kernel that cuBLASLt proposes, which for few rows and columns is often not the fastest: on an H200 one row with
+n = 1024, k = 2048 took 12.9 us, where 16 rows took 6.1 by another kernel; 64 rows with n = 4096, k = 12288 took
+32.7 us, and 28.3 without split k.
 
 Two processes may choose differently, where the times are close. So a layer whose result must be the same on all ranks
 of tensor parallelism, such as the router of experts, must not be among the weights.
@@ -17,39 +18,44 @@ import torch.nn.functional as F
 
 from jitnorm.batch_invariant.matmul import cublaslt
 from jitnorm.batch_invariant.matmul.problem import Gemm, Problem, UnsupportedProblem
+from jitnorm.integrations import few_rows
+from jitnorm.integrations.engine_plugins import build_and_load
 from jitnorm.jit.log import logger
 
-ROWS = (1, 2, 4, 8, 16, 32, 64)  # at which both are timed; other numbers of rows count as the next of these
-MAX_COLUMNS = 4096  # with more, or with more than k, both took about the same time
+ROWS = (1, 2, 4, 8, 16, 32, 64)  # at which all are timed; other numbers of rows count as the next of these
+_MAX_CUBLASLT_COLUMNS = 4096  # with more, or with more than k, cuBLASLt took about the same time as torch
 _MAX_RATIO = 0.95  # of the times: a smaller gain may be noise
 _SAMPLES = 5
 _SLEEP_CYCLES = 2_000_000  # about a millisecond, in which the host launches all GEMMs of a sample
 
 Shape = tuple[int, int, torch.dtype, int | None]  # n, k, and the device's index
-# For each shape that has been timed: the GEMM, and the numbers of rows for which it is faster.
-_chosen: dict[Shape, tuple[Gemm, frozenset[int]]] = {}
+# For each shape that has been timed: the numbers of rows for which a GEMM is faster than torch's, and that GEMM.
+_chosen: dict[Shape, dict[int, Gemm]] = {}
 
 
 def is_candidate(weight: object) -> bool:
-    """Return whether a weight `[n, k]` is one that `linear` may multiply by itself."""
+    """Return whether a weight `[n, k]` is one that `linear` may multiply by another GEMM than torch's."""
     return (
         isinstance(weight, torch.Tensor)
         and weight.is_cuda
         and weight.dtype in (torch.bfloat16, torch.float16)
         and weight.dim() == 2
         and weight.is_contiguous()
-        and 0 < weight.shape[0] <= min(weight.shape[1], MAX_COLUMNS)
-        and not (weight.shape[0] % 8 or weight.shape[1] % 8 or weight.data_ptr() % 16)
+        and weight.numel() > 0
+        and not weight.data_ptr() % 16
+        and (few_rows.is_supported(weight) or _suits_cublaslt(weight))
     )
 
 
-def is_available() -> bool:
-    """Return whether cuBLASLt can be called."""
-    return cublaslt.library_version() > 0
+def _suits_cublaslt(weight: torch.Tensor) -> bool:
+    n, k = weight.shape
+    return n <= min(k, _MAX_CUBLASLT_COLUMNS) and not (n % 8 or k % 8)
 
 
 def select(weights: Iterable[torch.Tensor]) -> list[str]:
-    """Time both on the weights of a model, and let `linear` use the faster. Return what was chosen, in words.
+    """Time all GEMMs on the weights of a model, and let `linear` use the fastest. Return what was chosen, in words.
+
+    Kernels that are not in the cache are built, and left out where they cannot be.
 
     Args:
         weights: candidates. Those of one shape are read in turns, as a model does, so that they are not in the L2.
@@ -57,27 +63,30 @@ def select(weights: Iterable[torch.Tensor]) -> list[str]:
     by_shape: dict[Shape, list[torch.Tensor]] = {}
     for weight in weights:
         by_shape.setdefault(_shape_of(weight), []).append(weight.detach())
-    found = []
+    supported = [same[0] for same in by_shape.values() if few_rows.is_supported(same[0])]
+    failures = build_and_load([few_rows.spec_of(weight) for weight in supported])
+    found = [f"{spec.name}: {why}" for spec, why in failures.items()]
     for shape, same in by_shape.items():
         try:
-            _chosen[shape] = choice = _choose(same)
+            by_name = _choose(same)
         except RuntimeError as error:  # out of memory, for instance: torch's GEMM stays
             logger.debug("no GEMM was timed for %s: %s", shape, error)
             continue
-        rows = ", ".join(map(str, sorted(choice[1]))) or "none"
-        found.append(f"cuBLASLt without split k for n={shape[0]} k={shape[1]}, numbers of rows: {rows}")
+        _chosen[shape] = {rows: gemm for gemm, counts in by_name.values() for rows in counts}
+        chosen = [f"{name} for {', '.join(map(str, counts))}" for name, (_, counts) in by_name.items() if counts]
+        found.append(f"n={shape[0]} k={shape[1]}, numbers of rows: {'; '.join(chosen) or 'none'}")
     return found
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """Return `x @ weight.t()`, as torch.nn.functional.linear does."""
     n, k = weight.shape
-    choice = _chosen.get((n, k, weight.dtype, weight.device.index))
+    choices = _chosen.get((n, k, weight.dtype, weight.device.index))
     rows = x.numel() // k
     if (
-        choice is None
+        not choices
         or not 0 < rows <= ROWS[-1]
-        or 1 << (rows - 1).bit_length() not in choice[1]
+        or not (gemm := choices.get(1 << (rows - 1).bit_length()))
         or x.dtype != weight.dtype
         or not x.is_contiguous()
         or x.data_ptr() % 16
@@ -85,7 +94,7 @@ def linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         return F.linear(x, weight)
     out = x.new_empty(*x.shape[:-1], n)
     try:
-        choice[0](x.view(rows, k), weight.t(), None, out.view(rows, n))
+        gemm(x.view(rows, k), weight.t(), None, out.view(rows, n))
     except UnsupportedProblem:  # a number of rows that was not timed, or new memory of the weight
         return F.linear(x, weight)
     return out
@@ -95,23 +104,41 @@ def _shape_of(weight: torch.Tensor) -> Shape:
     return weight.shape[0], weight.shape[1], weight.dtype, weight.device.index
 
 
-def _choose(weights: Sequence[torch.Tensor]) -> tuple[Gemm, frozenset[int]]:
+def _candidates(weight: torch.Tensor) -> dict[str, Gemm]:
+    """Return the GEMMs beside torch's that there are for a weight."""
+    found: dict[str, Gemm] = {}
+    if few_rows.is_supported(weight):
+        try:
+            found["jitnorm's"] = few_rows.gemm(weight)
+        except RuntimeError as error:  # which select has reported
+            logger.debug("%s", error)
+    if _suits_cublaslt(weight) and cublaslt.library_version() > 0:
+        n, k, dtype, _ = _shape_of(weight)
+        problem = Problem(weight.device, n, k, dtype, dtype, True, k, False, False)
+        found["cuBLASLt without split k"] = cublaslt.gemm(problem)
+    return found
+
+
+def _choose(weights: Sequence[torch.Tensor]) -> dict[str, tuple[Gemm, list[int]]]:
+    """Return the GEMMs beside torch's, by name, and the numbers of rows for which each is the fastest of all."""
     n, k, dtype, _ = _shape_of(weights[0])
     device = weights[0].device
-    gemm = cublaslt.gemm(Problem(device, n, k, dtype, dtype, True, k, False, False))
-    rows = set()
+    found: dict[str, tuple[Gemm, list[int]]] = {name: (gemm, []) for name, gemm in _candidates(weights[0]).items()}
     with torch.no_grad(), torch.cuda.device(device):
         for count in ROWS:
             x, out = (torch.zeros(count, size, dtype=dtype, device=device) for size in (k, n))
-            seconds: dict[Gemm, list[float]] = {gemm: [], _mm: []}
-            try:
-                for each in (gemm, _mm) * (1 + _SAMPLES):  # in turns, as clocks and temperature change
-                    seconds[each].append(_seconds(each, x, weights, out))
-            except UnsupportedProblem:
-                continue
-            if min(seconds[gemm][1:]) < _MAX_RATIO * min(seconds[_mm][1:]):
-                rows.add(count)
-    return gemm, frozenset(rows)
+            samples: dict[Gemm, list[float]] = {gemm: [] for gemm in (_mm, *(gemm for gemm, _ in found.values()))}
+            for _ in range(1 + _SAMPLES):  # in turns, as clocks and temperature change
+                for gemm in list(samples):
+                    try:
+                        samples[gemm].append(_seconds(gemm, x, weights, out))
+                    except UnsupportedProblem:
+                        del samples[gemm]
+            seconds = {gemm: min(taken[1:]) for gemm, taken in samples.items()}
+            fastest = min(seconds, key=seconds.__getitem__)
+            if seconds[fastest] < _MAX_RATIO * seconds[_mm]:
+                next(counts for gemm, counts in found.values() if gemm is fastest).append(count)
+    return found
 
 
 def _mm(a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor) -> None:

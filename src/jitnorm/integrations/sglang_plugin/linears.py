@@ -1,16 +1,19 @@
-"""SGLang's linear layers of few columns by engine_gemms, in CUDA graphs, outside of its deterministic mode."""
+"""SGLang's linear layers by engine_gemms, in CUDA graphs, outside of its deterministic mode."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
-from sglang.srt.layers.linear import RowParallelLinear
+from sglang.srt.layers.linear import MergedColumnParallelLinear, QKVParallelLinear, RowParallelLinear
 from sglang.srt.layers.quantization.unquant import UnquantizedLinearMethod, get_bf16_gemm_backend
 
 from jitnorm.integrations import engine_gemms
 from jitnorm.integrations.sglang_plugin.replacement import Report
 from jitnorm.integrations.sglang_plugin.tested import source_problem
+
+# Those around attention and of an MLP. No rank of tensor parallelism has the same columns, or summands, as another.
+_CLASSES = (QKVParallelLinear, MergedColumnParallelLinear, RowParallelLinear)
 
 
 class JitnormLinearMethod(UnquantizedLinearMethod):  # type: ignore[misc]
@@ -27,18 +30,18 @@ class JitnormLinearMethod(UnquantizedLinearMethod):  # type: ignore[misc]
 def replace(runner: Any, report: Report) -> None:
     """Replace the method of each linear layer for which `engine_gemms` may be faster, and time it.
 
-    These are layers after attention and at the end of an MLP: `RowParallelLinear`. Nothing is timed for the draft of
-    speculative decoding, because the target may have graphs already, nor without graphs.
+    Nothing is timed for the draft of speculative decoding, because the target may have graphs already, nor without
+    graphs.
     """
     decode = runner.server_args.cuda_graph_config.decode
     if runner.is_draft_worker or decode.backend == "disabled" or runner.server_args.enable_deterministic_inference:
         return
-    if get_bf16_gemm_backend().is_cutedsl() or not engine_gemms.is_available():
+    if get_bf16_gemm_backend().is_cutedsl():
         return
     modules: list[Any] = [
         module
         for module in runner.model.modules()
-        if type(module) is RowParallelLinear
+        if type(module) in _CLASSES
         and type(module.quant_method) is UnquantizedLinearMethod
         and module.bias is None
         and engine_gemms.is_candidate(module.weight)

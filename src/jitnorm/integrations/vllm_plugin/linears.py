@@ -1,15 +1,23 @@
-"""vLLM's linear layers of few columns by engine_gemms, in CUDA graphs, outside of vLLM's batch-invariant mode."""
+"""vLLM's linear layers by engine_gemms, in CUDA graphs, outside of vLLM's batch-invariant mode."""
 
 # No `from __future__ import annotations`: infer_schema reads the annotations of the operator.
 
 from typing import Any
 
 import torch
-from vllm.model_executor.layers.linear import RowParallelLinear, UnquantizedLinearMethod
+from vllm.model_executor.layers.linear import (
+    MergedColumnParallelLinear,
+    QKVParallelLinear,
+    RowParallelLinear,
+    UnquantizedLinearMethod,
+)
 
 from jitnorm.integrations import engine_gemms
 from jitnorm.integrations.vllm_plugin import batch_invariant_mode, compatibility
 from jitnorm.integrations.vllm_plugin.report import Report
+
+# Those around attention and of an MLP. No rank of tensor parallelism has the same columns, or summands, as another.
+_CLASSES = (QKVParallelLinear, MergedColumnParallelLinear, RowParallelLinear)
 
 
 class JitnormLinearMethod(UnquantizedLinearMethod):  # type: ignore[misc]
@@ -25,14 +33,13 @@ class JitnormLinearMethod(UnquantizedLinearMethod):  # type: ignore[misc]
 def replace(model: torch.nn.Module, config: Any, report: Report) -> None:
     """Replace the method of each linear layer for which `engine_gemms` may be faster, and time it.
 
-    These are layers after attention and at the end of an MLP: `RowParallelLinear`. What is replaced does not depend on
-    the times, since a compiled graph does.
+    What is replaced does not depend on the times, since a compiled graph does.
     """
-    if not _may_replace(config) or compatibility.changed("linear layers") or not engine_gemms.is_available():
+    if not _may_replace(config) or compatibility.changed("linear layers"):
         return
     weights = []
     for name, module in model.named_modules():
-        if type(module) is RowParallelLinear and type(module.quant_method) is UnquantizedLinearMethod:
+        if type(module) in _CLASSES and type(module.quant_method) is UnquantizedLinearMethod:
             weight: Any = module.weight
             if module.bias is None and engine_gemms.is_candidate(weight):
                 weights.append(weight)

@@ -1,0 +1,151 @@
+// The product of up to 16 rows and the transpose of a weight, on CUDA. Such a product takes as long as it takes to read
+// the weight, and for a small weight as long as its latencies add up to. So a block takes a few columns and all of k,
+// its warps take parts of k and sum them up in shared memory: no partial sums go through memory. A thread loads the
+// weight straight into the registers that its tensor core instructions read, and begins before the wait for the kernel
+// before this one: the weight must not be written by a kernel that may still be running. Included by generated sources
+// (jitnorm/jit/spec.py).
+#pragma once
+#include "gemm/few_rows.h"
+#include "jitnorm/cuda_kernel.h"
+#include "jitnorm/grid.h"
+#include "jitnorm/launch.h"
+#ifdef __CUDACC__
+#include "jitnorm/vector.h"
+#endif
+
+namespace jitnorm {
+
+template <int kN_, int kK_, typename T>
+struct FewRowsGemmKernel : DefaultVariantOnly {
+  using input_t = T;
+  using params_t = FewRowsGemmParams;
+  static constexpr int kN = kN_, kK = kK_;
+  static constexpr unsigned kAlignment = 16;
+  static constexpr int kMaxRows = 16, kColumnsPerTile = 8;  // those of a tensor core instruction
+  static constexpr int kStep = 64;                          // elements of k that a warp takes at a time
+  static constexpr int kSteps = kK / kStep;
+  static_assert(kN % kColumnsPerTile == 0 && kK % kStep == 0, "tiles and steps are whole");
+
+  // Each block reads all rows of x. More tiles in a block make fewer blocks, where these would read too much.
+  static constexpr int tiles_per_block() {
+    int tiles = 1;
+    while (tiles < 4 && kN % (2 * tiles * kColumnsPerTile) == 0 &&
+           index_t(kN) / (tiles * kColumnsPerTile) * kK > (1 << 20))
+      tiles *= 2;
+    return tiles;
+  }
+  // The most that take an equal number of steps, two or more: a warp has all tiles of its block.
+  static constexpr int warps_per_block() {
+    int warps = 1;
+    for (int i = 2; i <= 16 / tiles_per_block(); i++)
+      if (kSteps % i == 0 && kSteps / i >= 2) warps = i;
+    return warps;
+  }
+  static constexpr int kTiles = tiles_per_block(), kWarps = warps_per_block();
+  static constexpr int kThreads = 32 * kWarps;
+  static constexpr int kStepsPerWarp = kSteps / kWarps;
+  static constexpr int kStepsAhead = kStepsPerWarp < 8 / kTiles ? kStepsPerWarp : 8 / kTiles;  // 256 bytes of a thread
+  static constexpr int kMinBlocksPerSM = kThreads <= 256 ? 2 : 1;
+
+  static Grid grid(const FewRowsGemmParams&) { return grid_of_blocks(kN, kTiles * kColumnsPerTile, kThreads); }
+
+#ifdef __CUDACC__
+  template <GridVariant>
+  static __device__ __forceinline__ void run(const FewRowsGemmParams& p) {
+    __shared__ float sums[kWarps][kTiles][kMaxRows][kColumnsPerTile];
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, group = lane / 4, quad = lane % 4;
+    const int column = blockIdx.x * kTiles * kColumnsPerTile;
+    const T* weight = static_cast<const T*>(p.weight) + index_t(column + group) * kK + warp * kStep + quad * 8;
+    uint4 w[kStepsAhead][kTiles][2];
+#pragma unroll
+    for (int i = 0; i < kStepsAhead; i++) load_weight(weight, i, w[i]);
+    grid_dependency_wait();
+    launch_dependents();
+    const T* x = static_cast<const T*>(p.x) + group * p.x_stride + warp * kStep + quad * 8;
+    const bool has_low = group < p.num_rows, has_high = group + 8 < p.num_rows;
+    uint4 rows[2][2][2];  // of this step and of the next: [][low or high row][half of the step]
+    load_rows(x, 0, p.x_stride, has_low, has_high, rows[0]);
+    float sum[kTiles][4] = {};
+#pragma unroll
+    for (int i = 0; i < kStepsPerWarp; i++) {
+      if (i + 1 < kStepsPerWarp) load_rows(x, i + 1, p.x_stride, has_low, has_high, rows[(i + 1) % 2]);
+      const uint4(&r)[2][2] = rows[i % 2];
+#pragma unroll
+      for (int t = 0; t < kTiles; t++)
+#pragma unroll
+        for (int h = 0; h < 2; h++) {
+          const uint4& b = w[i % kStepsAhead][t][h];
+          multiply(sum[t], r[0][h].x, r[1][h].x, r[0][h].y, r[1][h].y, b.x, b.y);
+          multiply(sum[t], r[0][h].z, r[1][h].z, r[0][h].w, r[1][h].w, b.z, b.w);
+        }
+      if (i + kStepsAhead < kStepsPerWarp) load_weight(weight, i + kStepsAhead, w[i % kStepsAhead]);
+    }
+#pragma unroll
+    for (int t = 0; t < kTiles; t++) {
+      *reinterpret_cast<float2*>(&sums[warp][t][group][2 * quad]) = make_float2(sum[t][0], sum[t][1]);
+      *reinterpret_cast<float2*>(&sums[warp][t][group + 8][2 * quad]) = make_float2(sum[t][2], sum[t][3]);
+    }
+    __syncthreads();
+    constexpr int kPairsPerRow = kTiles * kColumnsPerTile / 2;
+    for (int i = threadIdx.x; i < p.num_rows * kPairsPerRow; i += kThreads) {
+      const int row = i / kPairsPerRow, pair = i % kPairsPerRow, t = pair / 4, at = pair % 4 * 2;
+      float total[2] = {};
+#pragma unroll
+      for (int j = 0; j < kWarps; j++) {
+        const float2 part = *reinterpret_cast<const float2*>(&sums[j][t][row][at]);
+        total[0] += part.x;
+        total[1] += part.y;
+      }
+      Vector<T, 2> y;
+      from_float(total, y);
+      store(static_cast<T*>(p.out) + row * p.out_stride + column + pair * 2, y);
+    }
+  }
+
+ private:
+  static constexpr bool kIsBf16 = __is_same(T, bf16_t);
+
+  static __device__ __forceinline__ void load_weight(const T* weight, int step, uint4 (&to)[kTiles][2]) {
+#pragma unroll
+    for (int t = 0; t < kTiles; t++)
+#pragma unroll
+      for (int h = 0; h < 2; h++) {
+        const T* from = weight + index_t(t) * kColumnsPerTile * kK + step * kWarps * kStep + h * 32;
+        uint4& v = to[t][h];
+        asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+                     : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+                     : "l"(from));
+      }
+  }
+
+  static __device__ __forceinline__ void load_rows(const T* x, int step, index_t stride, bool has_low, bool has_high,
+                                                   uint4 (&to)[2][2]) {
+#pragma unroll
+    for (int r = 0; r < 2; r++)
+#pragma unroll
+      for (int h = 0; h < 2; h++) {
+        to[r][h] = make_uint4(0, 0, 0, 0);
+        if (r == 0 ? has_low : has_high)
+          load_access(to[r][h], reinterpret_cast<const uint4*>(x + r * 8 * stride + step * kWarps * kStep + h * 32));
+      }
+  }
+
+  // sum += a b for a matrix a of 16 rows and a matrix b of 8 columns. Which element of k is which does not matter, as
+  // long as it is the same in both.
+  static __device__ __forceinline__ void multiply(float (&sum)[4], unsigned a0, unsigned a1, unsigned a2, unsigned a3,
+                                                  unsigned b0, unsigned b1) {
+    if constexpr (kIsBf16)
+      asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+          "{%0, %1, %2, %3};"
+          : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
+          : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+    else
+      asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+          "{%0, %1, %2, %3};"
+          : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
+          : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+  }
+#endif
+};
+
+}  // namespace jitnorm
