@@ -36,9 +36,16 @@ PEERS = {
 }
 GPU_COLUMNS = {COPY: COPY, "jitnorm": "jitnorm"} | PEERS
 OPERATORS = ("rmsnorm", "fused_add_rmsnorm", "qknorm", "qknorm_rope_store", "activation", "store_cache", "quant_fp8")
-ENGINES = ("vllm_qwen3_0.6b", "vllm_qwen3_8b", "sglang_qwen3_0.6b")
+# The files of engines, and the modes that the tables have from each.
+ENGINES = {
+    "vllm_qwen3_0.6b": ["default"],
+    "vllm_batch_invariant_qwen3_0.6b": ["batch_invariant"],
+    "vllm_qwen3_8b": ["default"],
+    "sglang_qwen3_0.6b": ["default", "deterministic"],
+}
 ENGINE_NAMES = {"vllm": "vLLM", "sglang": "SGLang"}
 ROPE_STORE_TOKENS = (1, 64, 4096, 16384)
+FEW_ROWS = (1, 16)
 CPU_SHAPES = [(64, 1), (4096, 1), (4096, 64), (4096, 4096)]
 CPU_COLUMNS = {"torch": "F.rms_norm", "jitnorm": "jitnorm, out given", "allocated": "jitnorm"}
 # Bandwidth grows with the number of rows: one size each.
@@ -83,6 +90,18 @@ def qknorm_rope_store_h200() -> list[str]:
     return lines
 
 
+def few_rows_h200() -> list[str]:
+    """Return the microseconds of products of a few rows."""
+    columns = {"jitnorm": "jitnorm", "torch": "torch", "cublaslt": "cuBLASLt without split k"}
+    lines = _header(["n", "k", "rows", *columns.values()])
+    for row in _read("few_rows_h200").rows:
+        point, us = row.point, {line: result.seconds * 1e6 for line, result in row.results().items()}
+        if point["num_tokens"] in FEW_ROWS:
+            cells = [_us(us[line], us[line] == min(us.values())) for line in columns]
+            lines.append(_row([*(str(point[name]) for name in ("n", "k", "num_tokens")), *cells]))
+    return lines
+
+
 def engines_h200() -> list[str]:
     """Return the GPU's times of decode steps in engines, without the plugin and with it."""
     return _engine_rows("decode graph")
@@ -96,11 +115,11 @@ def engine_steps_h200() -> list[str]:
 def _engine_rows(measure: str) -> list[str]:
     heads = ["engine and mode", "model", "batch", "stock, us", "plugin, us", "plugin / stock", "plugin / default stock"]
     lines = [_row(heads), _row(["---", "---", *["---:"] * 5])]
-    for name in ENGINES:
+    for name, modes in ENGINES.items():
         report = _read(f"{name}_h200")
         engine = ENGINE_NAMES[report.settings["engine"].partition(" ")[0]]
         for row in report.rows:
-            if row.point["measure"] != measure:
+            if row.point["measure"] != measure or row.point["mode"] not in modes:
                 continue
             results = row.results()
             ratios = [
@@ -254,6 +273,7 @@ TABLES: dict[str, Callable[[], list[str]]] = {
     for table in (
         rmsnorm_h200,
         qknorm_rope_store_h200,
+        few_rows_h200,
         engines_h200,
         engine_steps_h200,
         operators_h200,
