@@ -41,6 +41,8 @@ def test_rows_decide(monkeypatch):
         is_chosen = shape in ((1,), (9,), (2, 8))
         assert got.shape == expected.shape and calls == ([(x.numel() // 16, 16)] if is_chosen else [])
         torch.testing.assert_close(got, 2 * expected if is_chosen else expected)
+        out = torch.full_like(expected, float("nan"))
+        assert engine_gemms.linear(x, weight, out=out) is out and same_bits(out, got)
     x = torch.randn(3, 8)
     assert same_bits(engine_gemms.linear(x, other), torch.nn.functional.linear(x, other))
 
@@ -51,6 +53,9 @@ def test_what_the_gemm_does_not_take_is_left_to_torch(monkeypatch):
     aligned = torch.randn(80)
     for x in (torch.randn(16, 4).t(), aligned[1:17][None], aligned[:64].view(4, 16)[::2]):
         assert same_bits(engine_gemms.linear(x, weight), torch.nn.functional.linear(x, weight))
+        out = torch.full((len(x), 24), float("nan"))
+        torch.testing.assert_close(engine_gemms.linear(x, weight, out=out), x @ weight.t())
+        assert not out.isnan().any()
     with pytest.raises(RuntimeError, match="dtype"):
         engine_gemms.linear(torch.randn(2, 16).half(), weight)
     assert not calls

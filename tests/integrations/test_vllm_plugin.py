@@ -1301,6 +1301,31 @@ def test_vllm_finds_the_plugin_by_its_entry_point(environment, is_active, tmp_pa
 
 
 @needs_vllm
+def test_inductor_calls_linear_layers_without_the_dispatcher(monkeypatch):
+    """Compiled code gives the function memory for its result, and memory of its own for inputs with gaps."""
+    from torch._inductor.utils import run_and_get_code
+
+    from jitnorm.integrations import engine_gemms
+    from jitnorm.integrations.vllm_plugin import linears
+
+    def gemm(a, b, bias, out):
+        assert a.is_contiguous() and out.is_contiguous() and bias is None
+        out.copy_(2 * (a @ b))
+
+    weight = torch.randn(32, 64)
+    choices = dict.fromkeys((1, 2, 4, 8), gemm)
+    monkeypatch.setitem(engine_gemms._chosen, engine_gemms._shape_of(weight), choices)
+    linears._let_inductor_call()
+    operator = torch.ops.jitnorm_vllm.linear_of_few_rows
+    compiled = torch.compile(lambda x, w: operator(x, w) + 1, dynamic=True)
+    for x in (torch.randn(3, 64), torch.randn(70, 64), torch.randn(64, 7).t(), torch.randn(5, 96)[:, :64]):
+        got, code = run_and_get_code(compiled, x, weight)
+        is_chosen = len(x) <= 8
+        torch.testing.assert_close(got, (1 + is_chosen) * torch.nn.functional.linear(x, weight) + 1)
+        assert all("torch.ops.jitnorm_vllm" not in text and "extern_kernels.jitnorm" in text for text in code)
+
+
+@needs_vllm
 def test_linear_layers_of_cuda_graphs_call_the_operator(config, layers, bfloat16, monkeypatch):
     """Layers of attention and of an MLP without a bias and a quantisation, and no others."""
     from vllm.config import CompilationConfig, CUDAGraphMode

@@ -78,25 +78,23 @@ def select(weights: Iterable[torch.Tensor]) -> list[str]:
     return found
 
 
-def linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """Return `x @ weight.t()`, as torch.nn.functional.linear does."""
+def linear(x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+    """Return `x @ weight.t()` as torch.nn.functional.linear does; in `out` if given, contiguous and of that shape."""
     n, k = weight.shape
-    choices = _chosen.get((n, k, weight.dtype, weight.device.index))
     rows = x.numel() // k
-    if (
-        not choices
-        or not 0 < rows <= ROWS[-1]
-        or not (gemm := choices.get(1 << (rows - 1).bit_length()))
-        or x.dtype != weight.dtype
-        or not x.is_contiguous()
-        or x.data_ptr() % 16
-    ):
+    gemm = None
+    if 0 < rows <= ROWS[-1] and (choices := _chosen.get((n, k, weight.dtype, weight.device.index))):
+        gemm = choices.get(1 << (rows - 1).bit_length())
+    if gemm and x.dtype == weight.dtype and x.is_contiguous() and not x.data_ptr() % 16:
+        result = x.new_empty(*x.shape[:-1], n) if out is None else out
+        try:
+            gemm(x.view(rows, k), weight.t(), None, result.view(rows, n))
+            return result
+        except UnsupportedProblem:  # a number of rows that was not timed, or new memory of the weight
+            pass
+    if out is None:
         return F.linear(x, weight)
-    out = x.new_empty(*x.shape[:-1], n)
-    try:
-        gemm(x.view(rows, k), weight.t(), None, out.view(rows, n))
-    except UnsupportedProblem:  # a number of rows that was not timed, or new memory of the weight
-        return F.linear(x, weight)
+    torch.mm(x.reshape(rows, k), weight.t(), out=out.view(rows, n))
     return out
 
 

@@ -2,6 +2,7 @@
 
 # No `from __future__ import annotations`: infer_schema reads the annotations of the operator.
 
+import functools
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from vllm.model_executor.layers.linear import (
 from jitnorm.integrations import engine_gemms
 from jitnorm.integrations.vllm_plugin import batch_invariant_mode, compatibility
 from jitnorm.integrations.vllm_plugin.report import Report
+from jitnorm.jit.log import logger
 
 # Those around attention and of an MLP. No rank of tensor parallelism has the same columns, or summands, as another.
 _CLASSES = (QKVParallelLinear, MergedColumnParallelLinear, RowParallelLinear)
@@ -37,6 +39,7 @@ def replace(model: torch.nn.Module, config: Any, report: Report) -> None:
     """
     if not _may_replace(config) or compatibility.changed("linear layers"):
         return
+    _let_inductor_call()
     weights = []
     for name, module in model.named_modules():
         if type(module) in _CLASSES and type(module.quant_method) is UnquantizedLinearMethod:
@@ -62,6 +65,32 @@ def _may_replace(config: Any) -> bool:
         and config.lora_config is None
         and config.speculative_config is None
     )
+
+
+@functools.cache
+def _let_inductor_call() -> None:
+    """Register a lowering of the operator to a call of `engine_gemms.linear`, into memory that Inductor plans.
+
+    Otherwise compiled code would call the operator by torch's dispatcher, which takes the host 10 us or more, a hundred
+    times in the prefill of a small model. The lowering is made of parts of Inductor that may change: without them the
+    dispatcher is used.
+    """
+    try:
+        from torch._inductor.ir import ExternKernel, FixedLayout
+        from torch._inductor.lowering import register_lowering
+        from torch._inductor.select_algorithm import ExternKernelChoice
+
+        choice = ExternKernelChoice(engine_gemms.linear, name="jitnorm_linear_of_few_rows")
+    except (ImportError, TypeError) as error:
+        logger.debug("compiled code calls linear layers by torch's dispatcher: %s", error)
+        return
+
+    def lower(x: Any, weight: Any) -> Any:
+        x, weight = ExternKernel.require_contiguous(ExternKernel.realize_input(x)), ExternKernel.realize_input(weight)
+        layout = FixedLayout(x.get_device(), x.get_dtype(), [*x.get_size()[:-1], weight.get_size()[0]])
+        return choice.bind([x, weight], layout).output_node()
+
+    register_lowering(torch.ops.jitnorm_vllm.linear_of_few_rows.default, type_promotion_kind=None)(lower)
 
 
 def _run(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
