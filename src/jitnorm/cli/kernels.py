@@ -65,6 +65,17 @@ def caches() -> list[Cache]:
     return [own, prebuilt] if prebuilt else [own]
 
 
+def own_caches() -> list[Cache]:
+    """Return the caches that commands may change. Raises RuntimeError if the only one is the prebuilt layer."""
+    own = [each for each in caches() if not each.prebuilt]
+    if not own:
+        raise RuntimeError(
+            "JITNORM_CACHE_DIR and JITNORM_PREBUILT_DIR are the same folder, and the prebuilt layer is never written: "
+            "unset JITNORM_PREBUILT_DIR to change it"
+        )
+    return own
+
+
 def kernels_in(cache: Cache) -> Iterator[CachedKernel]:
     """Yield the kernels of one cache, including those whose manifest is damaged."""
     for entry in cache.entries():

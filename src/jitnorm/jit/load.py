@@ -79,8 +79,8 @@ def find(spec: KernelSpec, mark_in_use: bool = True, ignore: Container[Path] = (
         mark_in_use: Whether this process is going to load the entry.
         ignore: Paths of entries to skip.
     """
-    for cache in (locations.prebuilt(), *locations.searched()):
-        if cache and (cache.prebuilt or cache.exists()):
+    for cache in locations.in_search_order():
+        if cache.prebuilt or cache.exists():
             # An entry of the prebuilt layer is used whatever toolchain built it. So is any entry if there is no
             # compiler, because nothing newer can be built.
             tools = None if cache.prebuilt else toolchain.identify(spec.target.device, cache)
@@ -95,7 +95,7 @@ def _build(spec: KernelSpec) -> Entry:
     if spec in _failed:
         raise RuntimeError(f"{_failed[spec]}\n(It failed earlier in this process, and is not tried again.)")
     if is_on("JITNORM_DISABLE_JIT"):
-        folders = " and ".join(str(c.root) for c in (locations.prebuilt(), *locations.searched()) if c)
+        folders = " and ".join(str(cache.root) for cache in locations.in_search_order())
         raise RuntimeError(
             f"{spec} is not in the cache ({folders}), and JITNORM_DISABLE_JIT forbids building it. "
             f"Build it ahead of time: {spec.warmup_command}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -15,6 +16,13 @@ from jitnorm.jit.log import logger
 _CACHEDIR_TAG = b"Signature: 8a477f597d28d172789f06886806bc55\n# Compiled kernels of jitnorm; safe to delete.\n"
 
 _temporary: Cache | None = None  # the cache of this process alone, after the default one could not be written
+
+
+def in_search_order() -> Iterator[Cache]:
+    """Yield the caches that a call looks in, one after the other."""
+    if layer := prebuilt():
+        yield layer
+    yield from searched()
 
 
 def prebuilt() -> Cache | None:
