@@ -42,7 +42,8 @@ def load(data: bytes) -> list[str]:
     code, which runs when they are called: load only data that you trust.
 
     A call uses a kernel if jitnorm, tvm-ffi and the architecture are those that it was built for, and the compilers of
-    this machine have the same versions. Where there is no compiler, this does not matter.
+    this machine have the same versions. Where there is no compiler, or JITNORM_DISABLE_JIT is set, the compilers do not
+    matter.
 
     Args:
         data: What `save` returned.

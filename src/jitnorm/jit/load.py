@@ -79,11 +79,12 @@ def find(spec: KernelSpec, mark_in_use: bool = True, ignore: Container[Path] = (
         mark_in_use: Whether this process is going to load the entry.
         ignore: Paths of entries to skip.
     """
+    may_build = not is_on("JITNORM_DISABLE_JIT")
     for cache in locations.in_search_order():
         if cache.prebuilt or cache.exists():
             # An entry of the prebuilt layer is used whatever toolchain built it. So is any entry if there is no
-            # compiler, because nothing newer can be built.
-            tools = None if cache.prebuilt else toolchain.identify(spec.target.device, cache)
+            # compiler, or building is forbidden, because nothing newer can be built.
+            tools = None if cache.prebuilt or not may_build else toolchain.identify(spec.target.device, cache)
             if entry := cache.find(spec, tools.key if tools else None, mark_in_use):
                 if entry.path not in ignore:
                     return entry
