@@ -24,6 +24,8 @@ def fake(
         "arch": arch,
         "key": key,
         "compilers": COMPILERS,
+        "tvm_ffi": "0.1.2",
+        "jitnorm": "0.1.0",
         "library": library,
         "sha256": digest,
         "size": len(content),

@@ -14,6 +14,7 @@ _COMMANDS = {
     "doctor": ("jitnorm.cli.doctor:doctor", "Report what this machine can build."),
     "verify-invariance": ("jitnorm.cli.verify:verify_invariance", "Compare rows alone and in batches, bit by bit."),
     "warmup": ("jitnorm.cli.warmup:warmup", "Build kernels ahead of their first call."),
+    "wheel": ("jitnorm.cli.wheel:wheel", "Pack compiled kernels as a Python package."),
 }
 
 

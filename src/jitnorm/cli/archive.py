@@ -24,7 +24,7 @@ from jitnorm.jit.files import write_bytes
 def export(file: str, filters: tuple[Filter, ...], older_than: float | None, output_format: str) -> None:
     """Write kernels to one file, for jitnorm cache import.
 
-    All kernels of the cache and the prebuilt layer are written, or selected ones. Each is compared with its recorded
+    All kernels of the cache and the prebuilt layers are written, or selected ones. Each is compared with its recorded
     hash first; if one is damaged, nothing is written. The same kernels give the same bytes. The file replaces an older
     one only when it is complete.
     """

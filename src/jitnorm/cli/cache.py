@@ -50,9 +50,9 @@ def dir_() -> None:
 @older_than_option
 @format_option
 def ls(filters: tuple[Filter, ...], older_than: float | None, output_format: str) -> None:
-    """List the kernels in the cache and the prebuilt layer.
+    """List the kernels in the cache and the prebuilt layers.
 
-    JITNORM_PREBUILT_DIR is the folder of the prebuilt layer.
+    JITNORM_PREBUILT_DIR is the folder of one prebuilt layer; installed packages of jitnorm wheel are others.
     """
     now, kernels = time.time(), all_kernels()
     selected = select(kernels, filters, older_than, now)
@@ -165,7 +165,7 @@ def clear(filters: tuple[Filter, ...], older_than: float | None, dry_run: bool, 
     --filter and --older-than select kernels. Kernels that a process has loaded are kept. Without --filter and --older-
     than, jitnorm's other files are removed as well: leftovers of failed, damaged and unfinished builds, and records of
     compiler versions and of batch-invariant mode's checks. Builds that are running are kept; those of other hosts are
-    taken to be running for a day. The prebuilt layer is never written.
+    taken to be running for a day. Prebuilt layers are never written.
     """
     complete = True
     for own in own_caches():

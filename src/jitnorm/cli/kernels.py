@@ -1,4 +1,4 @@
-"""The kernels in the cache and in the prebuilt layer, as the commands list, filter and remove them."""
+"""The kernels in the cache and in the prebuilt layers, as the commands list, filter and remove them."""
 
 from __future__ import annotations
 
@@ -58,11 +58,11 @@ def _utc(seconds: float) -> str | None:
 
 
 def caches() -> list[Cache]:
-    """Return the cache and the prebuilt layer. One folder that is both counts as prebuilt, and is never written."""
+    """Return the cache and the prebuilt layers. One folder that is both counts as prebuilt, and is never written."""
     prebuilt, own = locations.prebuilt(), locations.readable()
     if prebuilt and os.path.realpath(prebuilt.root) == os.path.realpath(own.root):
-        return [prebuilt]
-    return [own, prebuilt] if prebuilt else [own]
+        return [prebuilt, *locations.installed()]
+    return [own, *([prebuilt] if prebuilt else []), *locations.installed()]
 
 
 def own_caches() -> list[Cache]:
