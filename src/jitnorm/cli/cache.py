@@ -126,7 +126,12 @@ def verify(output_format: str) -> None:
     own; no other user may be able to write to it. Nothing is removed: a bad kernel is never loaded, and is built again
     when it is called. Exits 1 if one is bad.
     """
-    results = [(kernel, _problem(kernel)) for kernel in all_kernels()]
+    from jitnorm.jit.environment import import_tvm_ffi  # here, as no other command needs it
+
+    kernels = all_kernels()
+    if kernels:
+        import_tvm_ffi()  # CUDA kernels depend on its library, which the loader finds only if it is loaded
+    results = [(kernel, _problem(kernel)) for kernel in kernels]
     bad = sum(problem is not None for _, problem in results)
     if output_format == "json":
         output.as_json(
