@@ -8,7 +8,7 @@ from jitnorm._version import __version__
 # everything, so that torch.ops.jitnorm exists for the models that it loads. A module-level __getattr__, which could
 # import on demand, would cost every call 30 ns: with one, Python no longer specialises the look-up of jitnorm.rmsnorm.
 if "_jitnorm_command" not in sys.modules:
-    from jitnorm import nn
+    from jitnorm import cache, nn
     from jitnorm.activation import gelu_and_mul, gelu_tanh_and_mul, silu_and_mul
     from jitnorm.fused_add_rmsnorm import fused_add_rmsnorm, gemma_fused_add_rmsnorm
     from jitnorm.integrations.transformers import patch_transformers, unpatch_transformers
@@ -22,6 +22,7 @@ if "_jitnorm_command" not in sys.modules:
 
 __all__ = [
     "__version__",
+    "cache",
     "can_use_fused_inplace_qknorm",
     "fused_add_rmsnorm",
     "fused_add_rmsnorm_quant_fp8",

@@ -6,16 +6,19 @@ import json
 import subprocess
 import sys
 
+from packed_entries import fake
 from processes import run_before_import
 
 from jitnorm.core.operators import OPERATORS
+from jitnorm.jit import archive
 
 # In one process: a module that one command imports fails the check for those that follow.
 _LIGHT_COMMANDS = """
 import sys
 import _jitnorm_command
 for words in ("--help", "--version", "cache --help", "cache dir", "cache ls", "cache ls --format json",
-              "cache ls --filter size>1MB", "cache clear --yes"):
+              "cache ls --filter size>1MB", "cache import FILE", "cache export COPY",
+              "wheel --output .", "cache clear --yes"):
     sys.argv = ["jitnorm", *words.split()]
     try:
         _jitnorm_command.main()
@@ -25,10 +28,11 @@ for words in ("--help", "--version", "cache --help", "cache dir", "cache ls", "c
 """
 
 
-def test_commands_that_need_no_torch_do_not_import_it(cache_dir):
-    done = subprocess.run([sys.executable, "-c", _LIGHT_COMMANDS], capture_output=True, text=True)
+def test_commands_that_need_no_torch_do_not_import_it(cache_dir, tmp_path):
+    (tmp_path / "FILE").write_bytes(archive.write([fake(content=b"\x7fELF".ljust(18) + b">\0")]))
+    done = subprocess.run([sys.executable, "-c", _LIGHT_COMMANDS], capture_output=True, text=True, cwd=tmp_path)
     lines = done.stderr.splitlines()
-    assert done.returncode == 0 and len(lines) == 8 and all(line.endswith(" []") for line in lines), done
+    assert done.returncode == 0 and len(lines) == 11 and all(line.endswith(" []") for line in lines), done
     assert "Commands:" in done.stdout and f"{cache_dir}\n" in done.stdout
 
 

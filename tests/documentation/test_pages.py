@@ -46,7 +46,8 @@ def words_after(name: str) -> list[list[str]]:
 @pytest.mark.parametrize("words", words_after("jitnorm"), ids=" ".join)
 def test_commands_and_options_exist(words, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for file in (tmp_path / word for word in words if word.endswith(".json")):  # some commands require an existing file
+    # Some commands require an existing file.
+    for file in (tmp_path / word for word in words if word.endswith((".json", ".tar"))):
         file.parent.mkdir(exist_ok=True)
         file.touch()
     command: click.Command = main

@@ -26,6 +26,7 @@ PUBLIC_MODULES = [
     "jitnorm.batch_invariant",
     "jitnorm.benchmark.marker",
     "jitnorm.benchmark.server",
+    "jitnorm.cache",
     "jitnorm.dispatch",
     "jitnorm.layers",
 ]

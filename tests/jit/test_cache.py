@@ -32,7 +32,7 @@ def test_who_comes_second_uses_the_first_ones(cache_dir):
     place = Cache(cache_dir)
     with place.staging(SPEC) as staging:
         staging.write("manifest.json", b"{}")
-        assert place.publish(staging, SPEC, first.path.name).path == first.path
+        assert place.publish(staging.path, Entry(first.path)).path == first.path
     assert entries(cache_dir) == [first.path] and not list((cache_dir / "staging").iterdir())
     first.verify()
 
@@ -45,7 +45,7 @@ def test_publishing_over_a_damaged_entry(cache_dir, caplog):
     with place.staging(SPEC) as staging:
         staging.write(first.library.name, content)
         staging.write("manifest.json", (first.path / "manifest.json").read_bytes())
-        place.publish(staging, SPEC, first.path.name).verify()
+        place.publish(staging.path, Entry(first.path)).verify()
     assert caplog.text.count("is not used") == 1
 
 

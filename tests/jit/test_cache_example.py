@@ -50,7 +50,7 @@ def write(root: Path) -> None:
             with cache.staging(spec) as staging:
                 engine.write_sources(spec, staging, tools)
                 write_entry(staging, b"", engine.manifest(spec, tools, 0))
-                entry = cache.publish(staging, spec, tools.key)
+                entry = cache.publish(staging.path, cache.entry(spec, tools.key))
             entry.release()
             entry.library.unlink()
             words = {spec.key: "KEY", entry.manifest["sha256"]: "SHA256", entry.manifest["sha256"][:16]: "SHA256"}

@@ -9,11 +9,12 @@ from jitnorm.cli.base import LazyGroup
 
 _COMMANDS = {
     "bench": ("jitnorm.cli.bench:bench", "Compare runs of a benchmark, and measure a server."),
-    "cache": ("jitnorm.cli.cache:cache", "List, verify and remove compiled kernels."),
+    "cache": ("jitnorm.cli.cache:cache", "List, verify, move and remove compiled kernels."),
     "demo": ("jitnorm.cli.demo:demo", "Build two kernels, check them and time them."),
     "doctor": ("jitnorm.cli.doctor:doctor", "Report what this machine can build."),
     "verify-invariance": ("jitnorm.cli.verify:verify_invariance", "Compare rows alone and in batches, bit by bit."),
     "warmup": ("jitnorm.cli.warmup:warmup", "Build kernels ahead of their first call."),
+    "wheel": ("jitnorm.cli.wheel:wheel", "Pack compiled kernels as a Python package."),
 }
 
 

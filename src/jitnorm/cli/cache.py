@@ -1,4 +1,4 @@
-"""`jitnorm cache`: list, show, verify and remove compiled kernels."""
+"""`jitnorm cache`: list, show, verify, export, import and remove compiled kernels."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ import click
 from jitnorm._version import __version__
 from jitnorm.benchmark.options import format_option
 from jitnorm.cli import output
+from jitnorm.cli.archive import export, import_
 from jitnorm.cli.base import Group
 from jitnorm.cli.filters import Filter, filter_option, max_size_option, older_than_option, select
-from jitnorm.cli.kernels import CachedKernel, all_kernels, caches, find_kernels, kernels_in
+from jitnorm.cli.kernels import CachedKernel, all_kernels, caches, find_kernels, kernels_in, own_caches
 from jitnorm.jit import cleanup, locations
 from jitnorm.jit.cache import Cache
 from jitnorm.jit.entry import MANIFEST, BadEntry
@@ -28,7 +29,11 @@ yes_option = click.option("--yes", "-y", is_flag=True, help="Remove without aski
 
 @click.group(cls=Group)
 def cache() -> None:
-    """List, verify and remove compiled kernels."""
+    """List, verify, move and remove compiled kernels."""
+
+
+cache.add_command(export)
+cache.add_command(import_)
 
 
 @cache.command("dir")
@@ -45,9 +50,9 @@ def dir_() -> None:
 @older_than_option
 @format_option
 def ls(filters: tuple[Filter, ...], older_than: float | None, output_format: str) -> None:
-    """List the kernels in the cache and the prebuilt layer.
+    """List the kernels in the cache and the prebuilt layers.
 
-    JITNORM_PREBUILT_DIR is the folder of the prebuilt layer.
+    JITNORM_PREBUILT_DIR is the folder of one prebuilt layer; installed packages of jitnorm wheel are others.
     """
     now, kernels = time.time(), all_kernels()
     selected = select(kernels, filters, older_than, now)
@@ -121,7 +126,12 @@ def verify(output_format: str) -> None:
     own; no other user may be able to write to it. Nothing is removed: a bad kernel is never loaded, and is built again
     when it is called. Exits 1 if one is bad.
     """
-    results = [(kernel, _problem(kernel)) for kernel in all_kernels()]
+    from jitnorm.jit.environment import import_tvm_ffi  # here, as no other command needs it
+
+    kernels = all_kernels()
+    if kernels:
+        import_tvm_ffi()  # CUDA kernels depend on its library, which the loader finds only if it is loaded
+    results = [(kernel, _problem(kernel)) for kernel in kernels]
     bad = sum(problem is not None for _, problem in results)
     if output_format == "json":
         output.as_json(
@@ -160,10 +170,10 @@ def clear(filters: tuple[Filter, ...], older_than: float | None, dry_run: bool, 
     --filter and --older-than select kernels. Kernels that a process has loaded are kept. Without --filter and --older-
     than, jitnorm's other files are removed as well: leftovers of failed, damaged and unfinished builds, and records of
     compiler versions and of batch-invariant mode's checks. Builds that are running are kept; those of other hosts are
-    taken to be running for a day. The prebuilt layer is never written.
+    taken to be running for a day. Prebuilt layers are never written.
     """
     complete = True
-    for own in _own_caches():
+    for own in own_caches():
         everything = not filters and older_than is None
         selected = select(list(kernels_in(own)), filters, older_than, time.time())
         others = [*cleanup.leftovers(own), *cleanup.records(own)] if everything else []
@@ -185,7 +195,7 @@ def prune(older_than: float | None, max_size: int | None, dry_run: bool, yes: bo
     version of jitnorm or tvm-ffi built. Kernels that a process has loaded are kept.
     """
     complete = True
-    for own in _own_caches():
+    for own in own_caches():
         kernels = list(kernels_in(own))
         if older_than is None and max_size is None:
             selected = [kernel for kernel in kernels if _is_stale(kernel)]
@@ -197,16 +207,6 @@ def prune(older_than: float | None, max_size: int | None, dry_run: bool, yes: bo
         complete &= _remove(own, selected, cleanup.leftovers(own), dry_run, yes)
     if not complete:
         raise click.exceptions.Exit(1)
-
-
-def _own_caches() -> list[Cache]:
-    own = [each for each in caches() if not each.prebuilt]
-    if not own:
-        raise RuntimeError(
-            "JITNORM_CACHE_DIR and JITNORM_PREBUILT_DIR are the same folder, and the prebuilt layer is never written: "
-            "unset JITNORM_PREBUILT_DIR to change it"
-        )
-    return own
 
 
 def _is_stale(kernel: CachedKernel) -> bool:

@@ -1,4 +1,4 @@
-"""The kernels in the cache and in the prebuilt layer, as the commands list, filter and remove them."""
+"""The kernels in the cache and in the prebuilt layers, as the commands list, filter and remove them."""
 
 from __future__ import annotations
 
@@ -58,11 +58,22 @@ def _utc(seconds: float) -> str | None:
 
 
 def caches() -> list[Cache]:
-    """Return the cache and the prebuilt layer. One folder that is both counts as prebuilt, and is never written."""
+    """Return the cache and the prebuilt layers. One folder that is both counts as prebuilt, and is never written."""
     prebuilt, own = locations.prebuilt(), locations.readable()
     if prebuilt and os.path.realpath(prebuilt.root) == os.path.realpath(own.root):
-        return [prebuilt]
-    return [own, prebuilt] if prebuilt else [own]
+        return [prebuilt, *locations.installed()]
+    return [own, *([prebuilt] if prebuilt else []), *locations.installed()]
+
+
+def own_caches() -> list[Cache]:
+    """Return the caches that commands may change. Raises RuntimeError if the only one is the prebuilt layer."""
+    own = [each for each in caches() if not each.prebuilt]
+    if not own:
+        raise RuntimeError(
+            "JITNORM_CACHE_DIR and JITNORM_PREBUILT_DIR are the same folder, and the prebuilt layer is never written: "
+            "unset JITNORM_PREBUILT_DIR to change it"
+        )
+    return own
 
 
 def kernels_in(cache: Cache) -> Iterator[CachedKernel]:

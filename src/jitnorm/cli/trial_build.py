@@ -18,11 +18,13 @@ _TIMEOUT_S = 120.0  # a build takes one or two seconds, on a busy machine ten ti
 _FIRST_CALL = """
 import sys; sys.path[:] = {path!r}
 import time
+from jitnorm.jit.build import build
 from jitnorm.jit.load import load
 from jitnorm.warmup import make_plan
 (spec,) = make_plan("rmsnorm", 128, "bf16", device={device!r}, arch={arch!r}).specs
 started = time.perf_counter()
 try:
+    build(spec)  # even if an installed package has this kernel
     load(spec)
 except (RuntimeError, OSError) as error:
     sys.exit("failed: " + str(error))

@@ -4,6 +4,7 @@ Each module imports only modules below it in this list:
 
     load         return a kernel's module: from memory, from a cache, or from the compiler
     build        run ninja and the compilers, and check their output
+    archive      pack entries into one file, and add the entries of such a file to a cache
     library      check and load a shared library, from bytes that were verified
     toolchain    find the compilers, and ask them for their versions
     cleanup      remove what builds left behind

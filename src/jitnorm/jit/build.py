@@ -144,7 +144,7 @@ def _build(spec: KernelSpec, cache: Cache, tools: Toolchain, announce: bool) -> 
             for name in (".ninja_log", ".ninja_deps", _LOG, "host.o", "kernel.cubin", "library.so"):
                 staging.remove(name)
             write_entry(staging, content, manifest(spec, tools, time.monotonic() - started))
-            return cache.publish(staging, spec, tools.key)
+            return cache.publish(staging.path, cache.entry(spec, tools.key))
     raise AssertionError
 
 

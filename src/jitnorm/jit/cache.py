@@ -1,7 +1,7 @@
 """Find, publish and quarantine compiled kernels. A cache is a folder:
 
     kernels/<name>.<arch>.<key>/<toolchain>/   an entry: sources, build files, manifest.json, the library
-    staging/                                   builds in progress, each in a folder that its process has locked
+    staging/                                   builds and imports in progress, in folders that processes have locked
     quarantine/                                damaged entries and folders, and failed builds with their logs
     locks/                                     one file for each build in progress
     toolchains/                                the versions of compilers
@@ -40,16 +40,17 @@ INVARIANCE = "invariance"
 # The folder of the cache may contain other files too. Only names of these forms are listed or removed.
 # Regular expressions are compiled when they are used: `import jitnorm` would pay for it.
 _KERNEL = r"\w+\.(?:sm|cpu)_\w+"  # rmsnorm_4096_bf16.sm_90a
-_KERNEL_FOLDER = rf"{_KERNEL}\.[0-9a-f]{{16}}"  # and the spec's key
-_TOOLCHAIN = r"[0-9a-f]{12}"
+KERNEL_FOLDER = rf"{_KERNEL}\.[0-9a-f]{{16}}"  # and the spec's key
+TOOLCHAIN_FOLDER = r"[0-9a-f]{12}"
 _TOOLCHAIN_RECORD = r"(?:cpu|cuda)-[0-9a-f]{16}"
 _TOKEN = r"[0-9a-f]{8}"
-_BUILD = rf"{_KERNEL}\..+\.(?P<host>[0-9a-f]{{8}})\.\d+\.[0-9a-z_]{{8}}"  # and host name, host id, process id, token
+# A build's or an import's folder: and host name, host id, process id, token
+_BUILD = rf"(?:{_KERNEL}|import)\..+\.(?P<host>[0-9a-f]{{8}})\.\d+\.[0-9a-z_]{{8}}"
 OWN_NAMES = {
     STAGING: rf"{_BUILD}|removed\.[0-9a-f]{{16}}",
     # A file found in place of one of the cache's folders is not among them: it may be the user's, and is kept.
-    QUARANTINE: rf"(?:failed\.{_KERNEL}|{_KERNEL_FOLDER}.*|{_TOOLCHAIN_RECORD}.*)\.{_TOKEN}",
-    LOCKS: rf"{_KERNEL_FOLDER}\.{_TOOLCHAIN}",
+    QUARANTINE: rf"(?:failed\.{_KERNEL}|{KERNEL_FOLDER}.*|{_TOOLCHAIN_RECORD}.*)\.{_TOKEN}",
+    LOCKS: rf"{KERNEL_FOLDER}\.{TOOLCHAIN_FOLDER}",
     TOOLCHAINS: rf"{_TOOLCHAIN_RECORD}\.\S*",
     INVARIANCE: r"[0-9a-f]{24}\.\S*",
 }
@@ -121,11 +122,11 @@ class Cache:
         except (UntrustedPath, OSError):
             return
         with folder:
-            for kernel in (name for name in folder.names() if re.fullmatch(_KERNEL_FOLDER, name)):
+            for kernel in (name for name in folder.names() if re.fullmatch(KERNEL_FOLDER, name)):
                 found: list[tuple[tuple[str, ...], bool]]
                 try:
                     with folder.open_folder(kernel) as parent:
-                        names = [name for name in parent.names() if re.fullmatch(_TOOLCHAIN, name)]
+                        names = [name for name in parent.names() if re.fullmatch(TOOLCHAIN_FOLDER, name)]
                         found = [((kernel, name), parent.is_folder(name)) for name in names]
                 except UntrustedPath:
                     found = [((kernel,), False)]
@@ -141,7 +142,10 @@ class Cache:
             toolchain: The key of the toolchain that built it; None for any.
             mark_in_use: Whether this process is going to load it.
         """
-        for entry in self._candidates(spec, toolchain):
+        return self._find(_kernel_folder(spec), toolchain, mark_in_use)
+
+    def _find(self, kernel: str, toolchain: str | None, mark_in_use: bool) -> Entry | None:
+        for entry in self._candidates(kernel, toolchain):
             if mark_in_use:
                 entry.mark_in_use()
             try:
@@ -157,41 +161,49 @@ class Cache:
                 logger.warning("%s is not used this time: %s", entry.path, error)
         return None
 
-    def _candidates(self, spec: KernelSpec, toolchain: str | None) -> list[Entry]:
+    def _candidates(self, kernel: str, toolchain: str | None) -> list[Entry]:
         try:
-            with self.open(KERNELS, _kernel_folder(spec)) as folder:
-                names = folder.names()
+            with self.open(KERNELS, kernel) as folder:
+                path, names = folder.path, folder.names()
         except FileNotFoundError:
             return []
         except (UntrustedPath, OSError) as error:
             warn_once(f"{self.root} is not used: {error}")
             return []
-        return [self.entry(spec, n) for n in names if n == toolchain or (not toolchain and re.fullmatch(_TOOLCHAIN, n))]
+        names = [n for n in names if n == toolchain or (not toolchain and re.fullmatch(TOOLCHAIN_FOLDER, n))]
+        return [Entry(path / name, self.prebuilt) for name in names]
 
-    def publish(self, staging: Folder, spec: KernelSpec, toolchain: str) -> Entry:
-        """Rename a finished build to its entry's path. If another process was first, return its entry.
+    def publish(self, staged: Path, entry: Entry) -> Entry:
+        """Rename a finished folder to its entry's path. If another process was first, return its entry.
+
+        Args:
+            staged: The folder, which is below this cache's `staging`.
+            entry: The entry that it becomes.
+
+        Returns:
+            The entry, marked as in use.
 
         Raises:
             CacheNotWritable: The path is occupied by something that can neither be used nor moved.
         """
-        entry = self.entry(spec, toolchain)
+        kernel, toolchain = entry.path.parts[-2:]
         problem: OSError | UntrustedPath | None = None
         for _ in range(3):
             try:
                 with (
-                    self.open(STAGING) as source,
-                    self.open(KERNELS, entry.path.parent.name, create=True) as target,
+                    self.open(*staged.parent.relative_to(self.root).parts) as source,
+                    self.open(KERNELS, kernel, create=True) as target,
                 ):
-                    source.move(staging.path.name, target, toolchain)
+                    source.move(staged.name, target, toolchain)
                     target.sync()
                 entry.mark_in_use()
                 return entry
             except (OSError, UntrustedPath) as error:
                 problem = error
-                if winner := self.find(spec, toolchain):
+                if winner := self._find(kernel, toolchain, mark_in_use=True):
                     return winner
         reason = getattr(problem, "strerror", None) or problem
-        raise CacheNotWritable(f"{spec} cannot be kept as {entry.path} ({reason})") from None
+        raise CacheNotWritable(f"{entry.label} cannot be kept as {entry.path} ({reason})") from None
 
     def remove(self, entry: Entry) -> bool:
         """Remove an entry. Return False if a process has it loaded."""
@@ -274,12 +286,16 @@ class Cache:
     # Builds in progress
 
     @contextmanager
-    def staging(self, spec: KernelSpec) -> Iterator[Folder]:
+    def staging(self, spec: KernelSpec | None = None) -> Iterator[Folder]:
         """Create a private folder to build in, on the file system of the cache.
 
         It is removed at the end of the block, unless it was renamed.
+
+        Args:
+            spec: The kernel that is built; None for an import of several.
         """
-        builder = f"{spec.name}.{spec.target.sm}.{socket.gethostname()}.{host_id()}.{os.getpid()}"
+        what = f"{spec.name}.{spec.target.sm}" if spec else "import"
+        builder = f"{what}.{socket.gethostname()}.{host_id()}.{os.getpid()}"
         with self.open(STAGING, create=True) as staging, staging.temporary_folder(builder) as folder:
             yield folder
 

@@ -23,7 +23,7 @@ from jitnorm.jit.folder import Folder, UntrustedPath
 
 MANIFEST = "manifest.json"
 MAX_JSON_BYTES = 1 << 20
-_MAX_LIBRARY_BYTES = 1 << 28
+MAX_LIBRARY_BYTES = 1 << 28
 _LOCK_TRIES = 5
 
 
@@ -187,28 +187,41 @@ def verified_library(folder: Folder, expected: str) -> bytes:
         OSError: It cannot be read at the moment.
     """
     manifest = _read_manifest(folder)
-    size = manifest["size"]
     try:
-        content = folder.read(manifest["library"], min(size, _MAX_LIBRARY_BYTES))
+        content = folder.read(manifest["library"], min(manifest["size"], MAX_LIBRARY_BYTES))
     except (UntrustedPath, FileNotFoundError) as error:
         raise BadEntry(f"its library cannot be read ({error})") from None
-    if len(content) != size or hashlib.sha256(content).hexdigest() != manifest["sha256"]:
+    check_library_content(manifest, content, expected)
+    return content
+
+
+def check_library_content(manifest: dict[str, Any], content: bytes, expected: str) -> None:
+    """Raise BadEntry unless `content` is the library that `manifest` describes, and that of the kernel `expected`."""
+    if len(content) != manifest["size"] or hashlib.sha256(content).hexdigest() != manifest["sha256"]:
         raise BadEntry("its library is not the one that was built: the hash differs")
     built = ".".join(str(manifest.get(name)) for name in ("name", "arch", "key"))
     if built != expected:
         raise BadEntry(f"it is another kernel, {built}")
-    return content
 
 
 def _read_manifest(folder: Folder) -> dict[str, Any]:
     try:
-        manifest = json.loads(folder.read(MANIFEST, MAX_JSON_BYTES))
+        text = folder.read(MANIFEST, MAX_JSON_BYTES)
+    except (UntrustedPath, FileNotFoundError) as error:
+        raise BadEntry(f"its manifest cannot be read ({error})") from None
+    return parse_manifest(text)
+
+
+def parse_manifest(text: bytes) -> dict[str, Any]:
+    """Return the manifest in `text`, whose library has a valid name and size. Raises BadEntry for any other text."""
+    try:
+        manifest = json.loads(text)
         name, digest, size = manifest["name"], manifest["sha256"], manifest["size"]
         if manifest["library"] != _library_name(name, digest):
             raise ValueError(f"its library cannot be named {manifest['library']!r}")
         if type(size) is not int or size < 0:
             raise ValueError(f"its library cannot have {size!r} bytes")
-    except (UntrustedPath, FileNotFoundError, ValueError, KeyError, TypeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise BadEntry(f"its manifest cannot be read ({error})") from None
     return manifest  # type: ignore[no-any-return]
 

@@ -90,10 +90,15 @@ def _replace_file(name: str, content: bytes, dir_fd: int | None, mode: int, sync
         close(fd)
 
 
-def write_text(path: str | os.PathLike[str], text: str) -> None:
-    """Write a text file that a user named, atomically.
+def write_bytes(path: str | os.PathLike[str], content: bytes, *, sync: bool = False) -> None:
+    """Write a file that a user named, atomically.
 
     A link stays a link. Devices and pipes, such as /dev/stdout, are written to directly.
+
+    Args:
+        path: Path of the file.
+        content: The new content.
+        sync: Whether to wait until the content is on the disk.
 
     Raises:
         OSError: The file cannot be written.
@@ -104,11 +109,16 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
     except FileNotFoundError:
         mode = stat.S_IFREG | 0o666
     if stat.S_ISREG(mode):
-        replace_file(os.path.realpath(path), text.encode(), mode=stat.S_IMODE(mode))
+        replace_file(os.path.realpath(path), content, mode=stat.S_IMODE(mode), sync=sync)
     else:
-        path.write_text(text)
+        path.write_bytes(content)
+
+
+def write_text(path: str | os.PathLike[str], text: str) -> None:
+    """Write a text file that a user named, atomically. Raises as `write_bytes`."""
+    write_bytes(path, text.encode())
 
 
 def write_json(path: str | os.PathLike[str], value: Any) -> None:
-    """Write `value` as indented JSON, atomically. Raises as `write_text`."""
+    """Write `value` as indented JSON, atomically. Raises as `write_bytes`."""
     write_text(path, json.dumps(value, indent=1) + "\n")

@@ -79,11 +79,12 @@ def find(spec: KernelSpec, mark_in_use: bool = True, ignore: Container[Path] = (
         mark_in_use: Whether this process is going to load the entry.
         ignore: Paths of entries to skip.
     """
-    for cache in (locations.prebuilt(), *locations.searched()):
-        if cache and (cache.prebuilt or cache.exists()):
+    may_build = not is_on("JITNORM_DISABLE_JIT")
+    for cache in locations.in_search_order():
+        if cache.prebuilt or cache.exists():
             # An entry of the prebuilt layer is used whatever toolchain built it. So is any entry if there is no
-            # compiler, because nothing newer can be built.
-            tools = None if cache.prebuilt else toolchain.identify(spec.target.device, cache)
+            # compiler, or building is forbidden, because nothing newer can be built.
+            tools = None if cache.prebuilt or not may_build else toolchain.identify(spec.target.device, cache)
             if entry := cache.find(spec, tools.key if tools else None, mark_in_use):
                 if entry.path not in ignore:
                     return entry
@@ -95,7 +96,7 @@ def _build(spec: KernelSpec) -> Entry:
     if spec in _failed:
         raise RuntimeError(f"{_failed[spec]}\n(It failed earlier in this process, and is not tried again.)")
     if is_on("JITNORM_DISABLE_JIT"):
-        folders = " and ".join(str(c.root) for c in (locations.prebuilt(), *locations.searched()) if c)
+        folders = " and ".join(str(cache.root) for cache in locations.in_search_order())
         raise RuntimeError(
             f"{spec} is not in the cache ({folders}), and JITNORM_DISABLE_JIT forbids building it. "
             f"Build it ahead of time: {spec.warmup_command}"

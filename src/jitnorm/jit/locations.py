@@ -1,10 +1,13 @@
-"""Decide which caches this process uses: the prebuilt layer, the cache, or a temporary folder instead of it."""
+"""Decide which caches this process uses: prebuilt layers, the cache, or a temporary folder instead of it."""
 
 from __future__ import annotations
 
 import os
 import shutil
+import site
+import sys
 import tempfile
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -12,15 +15,41 @@ from jitnorm.jit.cache import KERNELS, STAGING, Cache
 from jitnorm.jit.folder import Folder, UntrustedPath, reason_for_distrust
 from jitnorm.jit.log import logger
 
+PACKAGES = "jitnorm_kernels"  # in site-packages, the folder of all wheels of kernels
 _CACHEDIR_TAG = b"Signature: 8a477f597d28d172789f06886806bc55\n# Compiled kernels of jitnorm; safe to delete.\n"
 
 _temporary: Cache | None = None  # the cache of this process alone, after the default one could not be written
+
+
+def in_search_order() -> Iterator[Cache]:
+    """Yield the caches that a call looks in, one after the other.
+
+    Those of installed packages are looked up only if no earlier one had the kernel.
+    """
+    if layer := prebuilt():
+        yield layer
+    yield from searched()
+    yield from installed()
 
 
 def prebuilt() -> Cache | None:
     """Return the read-only layer in the folder JITNORM_PREBUILT_DIR, or None if that is not set."""
     folder = os.environ.get("JITNORM_PREBUILT_DIR")
     return Cache(_absolute(os.path.expanduser(folder)), prebuilt=True) if folder else None
+
+
+def installed() -> list[Cache]:
+    """Return the read-only layers that `jitnorm wheel` packed and pip installed: PACKAGES/<name> in site-packages.
+
+    Only folders that Python imports packages from for all programs are searched. Others on `sys.path`, such as the
+    working directory, may belong to another user.
+    """
+    folders = dict.fromkeys(path for path in (*site.getsitepackages(), site.getusersitepackages()) if path in sys.path)
+    found = []
+    for folder in folders:
+        with suppress(OSError):
+            found += [Path(folder, PACKAGES, name) for name in sorted(os.listdir(os.path.join(folder, PACKAGES)))]
+    return [Cache(path, prebuilt=True) for path in found if (path / KERNELS).is_dir()]
 
 
 def default_root() -> Path:

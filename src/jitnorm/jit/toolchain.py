@@ -74,12 +74,16 @@ class Toolchain(NamedTuple):
     @property
     def key(self) -> str:
         """Return a hash of the versions, the name of an entry's folder."""
-        versions = [c.version for c in (self.cxx, self.nvcc) if c]
-        return hashlib.sha256("\0".join(versions).encode()).hexdigest()[:12]
+        return key_of(self.versions())
 
     def versions(self) -> dict[str, str]:
         """Return the version of each compiler by its name."""
         return {name: c.version for name, c in (("c++", self.cxx), ("nvcc", self.nvcc)) if c}
+
+
+def key_of(versions: dict[str, str]) -> str:
+    """Return the key of the toolchain with these versions, as `Toolchain.versions` returns them."""
+    return hashlib.sha256("\0".join(versions.values()).encode()).hexdigest()[:12]
 
 
 def find_cxx() -> str | None:

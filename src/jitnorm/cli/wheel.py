@@ -1,0 +1,126 @@
+"""`jitnorm wheel`: pack compiled kernels as a Python package, which every process finds where it is installed."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import io
+import os
+import re
+import zipfile
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import click
+
+from jitnorm.benchmark.options import format_option
+from jitnorm.cli import output
+from jitnorm.cli.archive import selected_entries
+from jitnorm.cli.base import BadValue, Command
+from jitnorm.cli.filters import Filter, filter_option, older_than_option
+from jitnorm.jit.cache import KERNELS
+from jitnorm.jit.files import write_bytes
+from jitnorm.jit.locations import PACKAGES
+
+if TYPE_CHECKING:
+    from jitnorm.jit.archive import PackedEntry
+
+_NAME = r"[A-Za-z0-9](?:[A-Za-z0-9._-]*[A-Za-z0-9])?"  # of a package, by the specification of core metadata
+_MACHINES = {62: "x86_64", 183: "aarch64"}  # by the number in an ELF file
+_VALUE = rf"[0-9][0-9A-Za-z.+]*|{'|'.join(_MACHINES.values())}"  # a release or a processor, for a file name
+_FIRST_DATE = (1980, 1, 1, 0, 0, 0)  # of a zip file, so that the same kernels give the same bytes
+
+
+@click.command(cls=Command)
+@click.option(
+    "--output", "folder", metavar="FOLDER", default=".", show_default=True, help="Write the wheel to this folder."
+)
+@click.option(
+    "--name", metavar="NAME", default="jitnorm-kernels", show_default=True, help="Give the package this name."
+)
+@filter_option
+@older_than_option
+@format_option
+def wheel(folder: str, name: str, filters: tuple[Filter, ...], older_than: float | None, output_format: str) -> None:
+    """Pack kernels into a wheel.
+
+    All kernels of the cache and the prebuilt layers are packed, or selected ones. Each is compared with its recorded
+    hash first. The wheel contains no Python code: where it is installed, jitnorm finds its kernels without any variable
+    if the cache lacks them. It requires the releases of jitnorm and tvm-ffi that built the kernels.
+
+    \b
+    jitnorm warmup --config Qwen3-32B/config.json --arch 9.0a
+    jitnorm wheel --filter arch=sm_90a --name qwen3-kernels
+    """
+    from jitnorm.jit import archive  # here, as few commands need it
+
+    if not re.fullmatch(_NAME, name):
+        raise BadValue(f"--name must be a package's name such as jitnorm-kernels, got {name!r}")
+    packed = archive.pack(selected_entries(filters, older_than))
+    file, content = make_wheel(name, packed)
+    path = os.path.join(folder, file)
+    try:
+        os.makedirs(folder, exist_ok=True)
+        write_bytes(path, content, sync=True)
+    except OSError as error:
+        raise RuntimeError(f"cannot write {path}: {error.strerror or error}") from None
+    if output_format == "json":
+        output.as_json({"file": path, "size": len(content), "packed": [each.label for each in packed]})
+    else:
+        click.echo(f"packed {output.plural(len(packed), 'kernel')}, {output.size(len(content))}, into {path}")
+
+
+def make_wheel(name: str, packed: Sequence[PackedEntry]) -> tuple[str, bytes]:
+    """Return the file name and the content of a wheel. Both depend on the name and the kernels alone.
+
+    Raises:
+        RuntimeError: The kernels were built by several releases, or for several kinds of host processors.
+    """
+    release = _only("release of jitnorm", {str(each.manifest.get("jitnorm")) for each in packed})
+    tvm_ffi = _only("release of tvm-ffi", {str(each.manifest.get("tvm_ffi")) for each in packed})
+    machine = _only("host processor", {_machine(each.library) for each in packed})
+    package = re.sub(r"[-_.]+", "_", name).lower()
+    tag = f"py3-none-linux_{machine}"
+    info = f"{package}-{release}.dist-info"
+    files = {
+        f"{PACKAGES}/{package}/{KERNELS}/{each.label}/{file}": content
+        for each in packed
+        for file, content in each.files.items()
+    }
+    files = dict(sorted(files.items()))
+    files[f"{info}/METADATA"] = (
+        f"Metadata-Version: 2.1\nName: {name}\nVersion: {release}\nSummary: Compiled kernels of jitnorm\n"
+        f"Requires-Dist: jitnorm =={release}\nRequires-Dist: apache-tvm-ffi =={tvm_ffi}\n"
+    ).encode()
+    files[f"{info}/WHEEL"] = (
+        f"Wheel-Version: 1.0\nGenerator: jitnorm {release}\nRoot-Is-Purelib: false\nTag: {tag}\n".encode()
+    )
+    record = "".join(f"{file},sha256={_digest(content)},{len(content)}\n" for file, content in files.items())
+    files[f"{info}/RECORD"] = f"{record}{info}/RECORD,,\n".encode()
+    stream = io.BytesIO()
+    with zipfile.ZipFile(stream, "w") as archive:
+        for file, content in files.items():
+            member = zipfile.ZipInfo(file, _FIRST_DATE)
+            member.external_attr = 0o100644 << 16
+            archive.writestr(member, content)  # not compressed: the bytes must not depend on zlib's version
+    return f"{package}-{release}-{tag}.whl", stream.getvalue()
+
+
+def _only(what: str, found: set[str]) -> str:
+    """Return the one release or processor that all kernels have. Raises RuntimeError for several, or other text."""
+    if len(found) > 1 or not re.fullmatch(_VALUE, min(found)):
+        raise RuntimeError(
+            f"a wheel has kernels of one {what}, got {', '.join(map(output.printable, sorted(found)))}: select others "
+            "with --filter; jitnorm cache prune removes those of other releases"
+        )
+    return found.pop()
+
+
+def _machine(library: bytes) -> str:
+    """Return the host processor that a library is for, which its ELF header names."""
+    number = int.from_bytes(library[18:20], "little")
+    return _MACHINES.get(number, f"unknown ({number})")
+
+
+def _digest(content: bytes) -> str:
+    return base64.urlsafe_b64encode(hashlib.sha256(content).digest()).rstrip(b"=").decode()

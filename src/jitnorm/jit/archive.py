@@ -1,0 +1,337 @@
+"""Pack cache entries into one file, and add the entries of such a file to a cache.
+
+The file is an uncompressed tar archive: `jitnorm-cache.json` with the sha256 of every other member, then the files of
+the entries under the paths that they have in a cache. Equal entries give equal bytes, and only these bytes are
+accepted: whatever else tar can express is refused. So no name, link or header in a file from elsewhere can do harm, and
+every altered byte is noticed.
+
+Nothing from the file is written before all of it was checked. Nothing is loaded, built or executed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import tarfile
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple
+
+from jitnorm.jit import cleanup, toolchain
+from jitnorm.jit.cache import KERNEL_FOLDER, KERNELS, TOOLCHAIN_FOLDER, Cache
+from jitnorm.jit.entry import (
+    MANIFEST,
+    MAX_JSON_BYTES,
+    MAX_LIBRARY_BYTES,
+    BadEntry,
+    Entry,
+    check_library_content,
+    parse_manifest,
+    verified_library,
+)
+from jitnorm.jit.folder import Folder, UntrustedPath
+
+MAX_ARCHIVE_BYTES = 1 << 30
+MAX_MEMBERS = 1 << 16
+_MAX_INDEX_BYTES = 1 << 25
+_FORMAT = 1
+_INDEX = "jitnorm-cache.json"
+_TEXT_FILES = ("build.ninja", "cubin.s", MANIFEST, "module.cc", "module.cu", "paths.ninja")
+_BLOCK = tarfile.BLOCKSIZE
+_END = bytes(2 * _BLOCK)
+_CLEANUP_LIMIT_S = 0.5
+_TYPES = {
+    tarfile.SYMTYPE: "a symbolic link",
+    tarfile.LNKTYPE: "a hard link",
+    tarfile.CHRTYPE: "a device",
+    tarfile.BLKTYPE: "a device",
+    tarfile.FIFOTYPE: "a FIFO",
+    tarfile.DIRTYPE: "a folder",
+}
+
+
+class BadArchive(ValueError):
+    """The data is not an intact export of a cache; the message names the member that is refused."""
+
+
+class PackedEntry(NamedTuple):
+    """An entry outside a cache, whose files were checked.
+
+    Attributes:
+        label: Its path below `kernels`, `<name>.<arch>.<key>/<toolchain>`.
+        files: The content of each file.
+        manifest: The parsed manifest.
+    """
+
+    label: str
+    files: dict[str, bytes]
+    manifest: dict[str, Any]
+
+    @property
+    def library(self) -> bytes:
+        """Return the content of the library."""
+        return self.files[self.manifest["library"]]
+
+
+# Packing
+
+
+def pack(entries: Iterable[Entry]) -> list[PackedEntry]:
+    """Read and check entries. Of entries with the same label the first is used.
+
+    Raises:
+        RuntimeError: One is damaged, or another user could have written it.
+        OSError: One cannot be read at the moment.
+    """
+    packed: dict[str, PackedEntry] = {}
+    for entry in entries:
+        if entry.label not in packed:
+            try:
+                packed[entry.label] = _pack(entry)
+            except (BadEntry, FileNotFoundError) as error:
+                if not os.path.lexists(entry.path):
+                    continue  # another process removed it meanwhile
+                raise RuntimeError(
+                    f"{entry.path} cannot be exported: {error}. Remove it, or export others; jitnorm cache verify "
+                    "lists all that are damaged"
+                ) from None
+    return list(packed.values())
+
+
+def _pack(entry: Entry) -> PackedEntry:
+    try:
+        with entry.open() as folder:
+            content = verified_library(folder, entry.path.parent.name)
+            names = [name for name in folder.names() if name in _TEXT_FILES]
+            files = {name: folder.read(name, MAX_JSON_BYTES) for name in names}
+            files[parse_manifest(files[MANIFEST])["library"]] = content
+    except UntrustedPath as error:
+        raise BadEntry(str(error)) from None
+    return _checked(entry.label, files)
+
+
+def _checked(label: str, files: dict[str, bytes]) -> PackedEntry:
+    """Return the entry of that label, whose hash and manifest are right. Raises BadEntry for any other."""
+    kernel, _, tools = label.partition("/")
+    manifest = parse_manifest(files.get(MANIFEST, b""))
+    content = files.get(manifest["library"])
+    if content is None:
+        raise BadEntry(f"its library {manifest['library']} is missing")
+    check_library_content(manifest, content, kernel)
+    try:
+        built_by = toolchain.key_of(manifest["compilers"])
+    except (KeyError, TypeError, AttributeError, ValueError):
+        built_by = "unknown"
+    if built_by != tools:
+        raise BadEntry(f"its manifest names compilers with the key {built_by}, and its folder is {tools}")
+    return PackedEntry(label, files, manifest)
+
+
+def write(entries: Iterable[PackedEntry]) -> bytes:
+    """Return the archive of some entries. It depends on their content alone.
+
+    Raises:
+        ValueError: They are more than an archive may contain.
+    """
+    contents = {
+        f"{KERNELS}/{entry.label}/{name}": content for entry in entries for name, content in entry.files.items()
+    }
+    index = _index(contents)
+    parts = [_header(_INDEX, len(index)), index, _padding(len(index))]
+    for name in sorted(contents):
+        parts += [_header(name, len(contents[name])), contents[name], _padding(len(contents[name]))]
+    size = sum(map(len, parts)) + len(_END)
+    if size > MAX_ARCHIVE_BYTES or len(contents) >= MAX_MEMBERS:
+        raise ValueError(
+            f"an export may have {MAX_ARCHIVE_BYTES} bytes and {MAX_MEMBERS} members, got {size} and "
+            f"{len(contents) + 1}: export fewer kernels at a time"
+        )
+    return b"".join([*parts, _END])
+
+
+def _index(contents: dict[str, bytes]) -> bytes:
+    return _index_of({name: hashlib.sha256(content).hexdigest() for name, content in contents.items()})
+
+
+def _index_of(hashes: dict[str, str]) -> bytes:
+    return json.dumps({"files": hashes, "format": _FORMAT}, indent=1, sort_keys=True).encode() + b"\n"
+
+
+def _header(name: str, size: int) -> bytes:
+    """Return the only header that a member of that name and size may have."""
+    info = tarfile.TarInfo(name)
+    info.size = size
+    return info.tobuf(tarfile.USTAR_FORMAT, "ascii", "strict")
+
+
+def _padding(size: int) -> bytes:
+    return bytes(-size % _BLOCK)
+
+
+# Reading
+
+
+def read(data: bytes) -> list[PackedEntry]:
+    """Return the entries of an archive, sorted by their labels. Nothing is written.
+
+    Raises:
+        BadArchive: It is not an intact archive, of which `write` could have written every byte.
+    """
+    if len(data) > MAX_ARCHIVE_BYTES:
+        raise BadArchive(f"it has more than {MAX_ARCHIVE_BYTES} bytes")
+    members = _members(data)
+    name, content = next(members, ("", b""))
+    if name != _INDEX:
+        raise BadArchive(f"it is not an export of jitnorm's cache: its first member is not {_INDEX}")
+    hashes = _parsed_index(content)
+    entries: defaultdict[str, dict[str, bytes]] = defaultdict(dict)
+    for name, content in members:
+        match = re.fullmatch(rf"{KERNELS}/({KERNEL_FOLDER}/{TOOLCHAIN_FOLDER})/([\w.-]+)", name, re.ASCII)
+        if name not in hashes or not match:
+            raise BadArchive(f"member {_shown(name)} is unknown: no export contains it")
+        if hashlib.sha256(content).hexdigest() != hashes.pop(name):
+            raise BadArchive(f"member {_shown(name)} was altered: its hash is not the one in {_INDEX}")
+        entries[match[1]][match[2]] = content
+    for name in hashes:
+        raise BadArchive(f"member {_shown(name)} is missing")
+    packed = []
+    for label, files in sorted(entries.items()):
+        try:
+            entry = _checked(label, files)
+        except BadEntry as error:
+            raise BadArchive(f"the kernel {label} is refused: {_shown(str(error))[1:-1]}") from None
+        for name in files.keys() - {*_TEXT_FILES, entry.manifest["library"]}:
+            raise BadArchive(f"member {_shown(f'{KERNELS}/{label}/{name}')} is unknown: no export contains it")
+        packed.append(entry)
+    return packed
+
+
+def _parsed_index(content: bytes) -> dict[str, str]:
+    """Return the hash of each member. Raises BadArchive unless `_index_of` wrote this index."""
+    try:
+        index = json.loads(content)
+        known_format, hashes = int(index["format"]), dict(index["files"])
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
+        raise BadArchive(f"member {_INDEX} cannot be read") from None
+    if known_format != _FORMAT:
+        raise BadArchive(f"it has format {known_format}, and this release of jitnorm reads format {_FORMAT}")
+    if not all(isinstance(digest, str) for digest in hashes.values()) or _index_of(hashes) != content:
+        raise BadArchive(f"member {_INDEX} was altered")
+    return hashes
+
+
+def _members(data: bytes) -> Iterator[tuple[str, bytes]]:
+    """Yield the name and content of each member. Raises BadArchive for the first that an export cannot contain."""
+    view, start = memoryview(data), 0
+    seen: set[str] = set()
+    while (header := bytes(view[start : start + _BLOCK])) != bytes(_BLOCK):
+        if len(header) < _BLOCK:
+            raise BadArchive(f"it is truncated: it has {len(data)} bytes" if seen else "it is not a tar archive")
+        try:
+            info = tarfile.TarInfo.frombuf(header, "utf-8", "backslashreplace")
+        except tarfile.HeaderError as error:
+            if seen:
+                raise BadArchive(f"the header at byte {start} is damaged ({error})") from None
+            raise BadArchive(f"it is not a tar archive ({error})") from None
+        _check_header(info, header)
+        if info.name in seen:
+            raise BadArchive(f"member {_shown(info.name)} is there twice")
+        seen.add(info.name)
+        if len(seen) > MAX_MEMBERS:
+            raise BadArchive(f"it has more than {MAX_MEMBERS} members")
+        start += _BLOCK
+        content, padding = view[start : start + info.size], _padding(info.size)
+        start += info.size + len(padding)
+        if start > len(data):
+            raise BadArchive(f"it is truncated: it ends in member {_shown(info.name)}")
+        if view[start - len(padding) : start] != padding:
+            raise BadArchive(f"member {_shown(info.name)} was altered: it is followed by other bytes than zeros")
+        yield info.name, bytes(content)
+    if view[start:] != _END:
+        raise BadArchive(f"it does not end after its last member, with {len(_END)} zero bytes")
+
+
+def _check_header(info: tarfile.TarInfo, header: bytes) -> None:
+    """Raise BadArchive for a member that an export cannot contain, and for one that is too large."""
+    name = _shown(info.name)
+    if not info.isreg():
+        kind = _TYPES.get(info.type, f"of the type {info.type!r}")
+        raise BadArchive(f"member {name} is {kind}: an export contains regular files only")
+    if info.name.startswith("/"):
+        raise BadArchive(f"member {name} has an absolute path")
+    if {"..", ".", ""} & {*info.name.split("/")}:
+        raise BadArchive(f"member {name} has a path that leads elsewhere")
+    limit = MAX_LIBRARY_BYTES if info.name.endswith(".so") else MAX_JSON_BYTES
+    limit = _MAX_INDEX_BYTES if info.name == _INDEX else limit
+    if not 0 <= info.size <= limit:
+        raise BadArchive(f"member {name} has {info.size} bytes: at most {limit} are accepted")
+    try:
+        is_own = header == _header(info.name, info.size)
+    except ValueError:  # a name that no member of an export has
+        is_own = False
+    if not is_own:
+        raise BadArchive(f"the header of member {name} was altered: it has fields that no export writes")
+
+
+def _shown(value: str) -> str:
+    """Return a text from an archive as one short line without control characters."""
+    text = ascii(value)
+    return text if len(text) <= 200 else f"{text[:200]}...{text[-1]}"
+
+
+# Adding to a cache
+
+
+class Added(NamedTuple):
+    """The labels of the entries that were added to a cache, and of those that it contained already."""
+
+    new: list[str]
+    present: list[str]
+
+
+def add(cache: Cache, packed: Iterable[PackedEntry]) -> Added:
+    """Add entries to a cache, which exists. A damaged entry is replaced, an intact one stays.
+
+    All entries are written beside the cache's own before the first is published, each by one rename as after a build:
+    a full disk leaves the cache as it was. Another process may build the same kernel: what is published first is used.
+
+    Raises:
+        RuntimeError: They cannot be written. Entries that were published before stay, and are complete.
+    """
+    entries = [(each, Entry(cache.root.joinpath(KERNELS, *each.label.split("/")))) for each in packed]
+    cleanup.remove_abandoned(cache, _CLEANUP_LIMIT_S)
+    try:
+        missing = [(each, entry) for each, entry in entries if not _is_intact(entry)]
+        if missing:
+            with cache.staging() as staging:
+                for each, entry in missing:
+                    _write(staging, _staged_name(entry), each)
+                for _, entry in missing:
+                    cache.publish(staging.path / _staged_name(entry), entry).release()
+    except (OSError, UntrustedPath) as error:
+        raise RuntimeError(f"kernels cannot be added to {cache.root}: {error}") from error
+    new = [each.label for each, _ in missing]
+    return Added(new, sorted({each.label for each, _ in entries} - {*new}))
+
+
+def _staged_name(entry: Entry) -> str:
+    return f"{entry.path.parent.name}.{entry.path.name}"
+
+
+def _write(staging: Folder, name: str, packed: PackedEntry) -> None:
+    """Write an entry's files to the folder `name`, and wait until the library and the manifest are on the disk."""
+    with staging.create_folder(name) as folder:
+        last = (packed.manifest["library"], MANIFEST)
+        for file in (*(packed.files.keys() - last), *last):
+            folder.write(file, packed.files[file], sync=file in last)
+        folder.sync()
+
+
+def _is_intact(entry: Entry) -> bool:
+    try:
+        entry.verify()
+    except (BadEntry, FileNotFoundError):
+        return False
+    return True
