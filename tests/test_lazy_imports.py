@@ -18,3 +18,24 @@ def test_importing_and_calling_imports_nothing_optional():
     """
     done = run_before_import(script)
     assert done.stdout == "[]\n[]\n", done.stderr
+
+
+def test_what_patches_models_and_builds_ahead_of_time_is_imported_by_its_first_use():
+    script = """
+        import gc, sys
+        import torch
+
+        collections = []
+        gc.callbacks.append(lambda phase, info: collections.append(info["generation"]))
+        import jitnorm
+
+        lazy = ("integrations.transformers_classes", "layers", "warmup.run", "jit.archive", "jit.build")
+        print([name for name in lazy if f"jitnorm.{name}" in sys.modules], {*collections}, gc.isenabled())
+        from jitnorm.integrations.transformers import explain
+
+        jitnorm.unpatch_transformers(torch.nn.Linear(1, 1))
+        jitnorm.cache.save("nothing")
+        print(callable(explain), sys.modules["jitnorm.warmup"].Result.__name__)
+    """
+    done = run_before_import(script)
+    assert done.stdout == "[] {0} True\nTrue Result\n", done.stdout + done.stderr

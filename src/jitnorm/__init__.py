@@ -8,17 +8,20 @@ from jitnorm._version import __version__
 # everything, so that torch.ops.jitnorm exists for the models that it loads. A module-level __getattr__, which could
 # import on demand, would cost every call 30 ns: with one, Python no longer specialises the look-up of jitnorm.rmsnorm.
 if "_jitnorm_command" not in sys.modules:
-    from jitnorm import cache, nn
-    from jitnorm.activation import gelu_and_mul, gelu_tanh_and_mul, silu_and_mul
-    from jitnorm.fused_add_rmsnorm import fused_add_rmsnorm, gemma_fused_add_rmsnorm
-    from jitnorm.integrations.transformers import patch_transformers, unpatch_transformers
-    from jitnorm.qknorm import can_use_fused_inplace_qknorm, fused_inplace_qknorm
-    from jitnorm.qknorm_rope_store import qk_norm_rope_store, rope, rope_and_store
-    from jitnorm.quant_fp8 import per_tensor_quant_fp8, per_token_quant_fp8
-    from jitnorm.rmsnorm import gemma_rmsnorm, rmsnorm
-    from jitnorm.rmsnorm_quant_fp8 import fused_add_rmsnorm_quant_fp8, rmsnorm_quant_fp8
-    from jitnorm.store_cache import store_cache
-    from jitnorm.warmup import warmup
+    from jitnorm.jit.environment import collector_disabled
+
+    with collector_disabled():
+        from jitnorm import cache, nn
+        from jitnorm.activation import gelu_and_mul, gelu_tanh_and_mul, silu_and_mul
+        from jitnorm.fused_add_rmsnorm import fused_add_rmsnorm, gemma_fused_add_rmsnorm
+        from jitnorm.integrations.transformers import patch_transformers, unpatch_transformers
+        from jitnorm.qknorm import can_use_fused_inplace_qknorm, fused_inplace_qknorm
+        from jitnorm.qknorm_rope_store import qk_norm_rope_store, rope, rope_and_store
+        from jitnorm.quant_fp8 import per_tensor_quant_fp8, per_token_quant_fp8
+        from jitnorm.rmsnorm import gemma_rmsnorm, rmsnorm
+        from jitnorm.rmsnorm_quant_fp8 import fused_add_rmsnorm_quant_fp8, rmsnorm_quant_fp8
+        from jitnorm.store_cache import store_cache
+        from jitnorm.warmup import warmup
 
 __all__ = [
     "__version__",

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import fnmatch
 
-from jitnorm.jit import archive, locations
-
 __all__ = ["load", "save"]
 
 
@@ -28,6 +26,8 @@ def save(pattern: str = "*") -> bytes:
         RuntimeError: A kernel is damaged.
         OSError: A kernel cannot be read at the moment.
     """
+    from jitnorm.jit import archive, locations  # here, as `import jitnorm` would pay for it
+
     if not isinstance(pattern, str):
         raise TypeError(f"pattern must be a str, got {type(pattern).__name__}")
     entries = [entry for cache in locations.in_search_order() for entry in cache.entries()]
@@ -56,6 +56,8 @@ def load(data: bytes) -> list[str]:
         ValueError: `data` is not an intact export. The message names the part that is refused.
         RuntimeError: The cache cannot be written.
     """
+    from jitnorm.jit import archive, locations
+
     if not isinstance(data, bytes):
         raise TypeError(f"data must be bytes, got {type(data).__name__}")
     packed = archive.read(data)

@@ -10,15 +10,26 @@ from __future__ import annotations
 import warnings
 from collections import Counter
 from types import TracebackType
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from jitnorm.core.norm_modules import original_class
-from jitnorm.integrations.transformers_classes import kind_of, patched_class, reason_to_leave
-from jitnorm.integrations.transformers_explain import Explanation, explain
-from jitnorm.integrations.transformers_projections import PROJECTIONS, fuse_weights, projections_of, split_weights
+
+if TYPE_CHECKING:
+    from jitnorm.integrations.transformers_explain import Explanation, explain
 
 __all__ = ["Explanation", "TransformersPatch", "explain", "patch_transformers", "unpatch_transformers"]
+
+# `import jitnorm` imports this module. The modules that do the work are imported when a model is patched.
+
+
+def __getattr__(name: str) -> Any:
+    if name not in ("Explanation", "explain"):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from jitnorm.integrations import transformers_explain
+
+    return getattr(transformers_explain, name)
 
 
 class TransformersPatch:
@@ -33,6 +44,9 @@ class TransformersPatch:
     left: dict[str, str]
 
     def __init__(self, model: torch.nn.Module, attention: bool, layers: bool, fuse_projections: bool) -> None:
+        from jitnorm.integrations.transformers_classes import kind_of, patched_class, reason_to_leave
+        from jitnorm.integrations.transformers_projections import fuse_weights
+
         self.replaced, self.left = {}, {}
         self._originals: list[tuple[torch.nn.Module, type[torch.nn.Module]]] = []
         kinds = {"norm", *(["attention"] if attention else []), *(["layer", "mlp"] if layers else [])}
@@ -54,6 +68,8 @@ class TransformersPatch:
 
     def undo(self) -> None:
         """Restore the class of each patched module, unless it was changed again since. A second call does nothing."""
+        from jitnorm.integrations.transformers_classes import patched_class
+
         for module, original in self._originals:
             if type(module) is patched_class(original):
                 _restore(module, original)
@@ -151,6 +167,8 @@ def unpatch_transformers(model: torch.nn.Module) -> dict[str, str]:
     Raises:
         TypeError: `model` is not a module.
     """
+    from jitnorm.integrations.transformers_classes import patched_class
+
     _check_model(model)
     restored = {}
     for name, module in model.named_modules():
@@ -171,11 +189,15 @@ def unpatch_transformers(model: torch.nn.Module) -> dict[str, str]:
 
 def _projections(module: torch.nn.Module, original: type[torch.nn.Module]) -> list[torch.nn.Linear] | None:
     """Return the projections of a patched attention module or MLP that can be fused, or None."""
+    from jitnorm.integrations.transformers_projections import PROJECTIONS, projections_of
+
     kind = next((kind for kind in PROJECTIONS if original.__name__.endswith(kind)), None)
     return None if kind is None else projections_of(module, kind)
 
 
 def _restore(module: torch.nn.Module, original: type[torch.nn.Module]) -> None:
+    from jitnorm.integrations.transformers_projections import split_weights
+
     module.__class__ = original
     if linears := _projections(module, original):
         split_weights(linears)

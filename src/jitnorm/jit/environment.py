@@ -6,7 +6,7 @@ import contextlib
 import functools
 import gc
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from importlib import metadata
 from types import ModuleType
 
@@ -25,21 +25,26 @@ def installed_versions(names: Iterable[str]) -> dict[str, str]:
     return versions
 
 
-@functools.cache
-def import_tvm_ffi() -> ModuleType:
-    """Import tvm_ffi, which only calls of kernels need, and return it.
+@contextlib.contextmanager
+def collector_disabled() -> Iterator[None]:
+    """Disable the garbage collector in the block, and then collect only the youngest generation.
 
-    The import creates thousands of objects, which would trigger a full garbage collection. After torch's import, that
-    takes longer than the import of tvm_ffi itself. So the collector is disabled during the import, and then collects
-    only the youngest generation.
+    For imports, which create thousands of objects: those would trigger a full collection, which after torch's import
+    takes longer than the import itself, and finds nothing.
     """
     was_enabled = gc.isenabled()
     gc.disable()
     try:
-        import tvm_ffi
-
+        yield
         gc.collect(0)
     finally:
         if was_enabled:
             gc.enable()
+
+
+@functools.cache
+def import_tvm_ffi() -> ModuleType:
+    """Import tvm_ffi, which only calls of kernels need, and return it."""
+    with collector_disabled():
+        import tvm_ffi
     return tvm_ffi

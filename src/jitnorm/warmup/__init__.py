@@ -22,12 +22,21 @@ from jitnorm.core.operators import OPERATORS
 from jitnorm.core.targets import resolve_target
 from jitnorm.jit.spec import KernelSpec
 from jitnorm.qknorm_rope_store import E4M3, ROUNDINGS
-from jitnorm.warmup.run import Result, build_all, find_cached, prepare
 
 if TYPE_CHECKING:
     from jitnorm.warmup.config import ModelConfig
+    from jitnorm.warmup.run import Result
 
 __all__ = ["CACHE_DTYPES", "DTYPES", "OPS", "OPTIONS", "Plan", "Result", "make_plan", "warmup"]
+
+
+def __getattr__(name: str) -> Any:
+    if name != "Result":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from jitnorm.warmup.run import Result  # here, as `import jitnorm` would pay for it
+
+    return Result
+
 
 OPS = OPERATORS  # the operators that can be built ahead of time, by name
 
@@ -119,6 +128,8 @@ def warmup(
         RuntimeError: A `hidden_size` is not supported (nothing is built then), or nothing can be built here.
         ValueError, TypeError: An argument is not accepted.
     """
+    from jitnorm.warmup.run import Result, build_all, find_cached, prepare  # here, as `import jitnorm` would pay for it
+
     if jobs is not None and _integer("jobs", jobs) < 1:
         raise ValueError(f"jobs must be 1 or more, got {jobs}")
     plan = make_plan(
