@@ -80,6 +80,7 @@ def test_a_block_compiles_without_a_graph_break(device):
 
 
 # All sizes are symbolic, or the batch alone. Inductor's own kernels round differently; aot_eager changes no result.
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("batch_alone", "backend", "tolerance"), [(False, "aot_eager", 0), (True, "aot_eager", 0), (True, "inductor", 1e-5)]
 )
@@ -220,6 +221,7 @@ def test_out_with_a_gradient_fails_while_tracing(device):
         compiled(x, w, out=torch.empty(3, 64, device=device))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("norm", NORMS, ids=lambda norm: norm.op)
 def test_opcheck(norm, device):
     """Schema, fake implementation, autograd and dynamic shapes agree with what the operator does.

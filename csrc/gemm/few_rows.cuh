@@ -2,7 +2,7 @@
 // the weight, and for a small weight as long as its latencies add up to. So a block takes a few columns and all of k,
 // its warps take parts of k and sum them up in shared memory: no partial sums go through memory. A thread loads the
 // weight straight into the registers that its tensor core instructions read, and begins before the wait for the kernel
-// before this one: the weight must not be written by a kernel that may still be running. Included by generated sources
+// before this one: no kernel that writes the weight may still be running. Included by generated sources
 // (jitnorm/jit/spec.py).
 #pragma once
 #include "gemm/few_rows.h"
@@ -26,13 +26,10 @@ struct FewRowsGemmKernel : DefaultVariantOnly {
   static constexpr int kSteps = kK / kStep;
   static_assert(kN % kColumnsPerTile == 0 && kK % kStep == 0, "tiles and steps are whole");
 
-  // Each block reads all rows of x. More tiles in a block make fewer blocks, where these would read too much.
+  // Each block reads all rows of x. Two tiles in a block make half as many blocks, where these would read too much.
   static constexpr int tiles_per_block() {
-    int tiles = 1;
-    while (tiles < 4 && kN % (2 * tiles * kColumnsPerTile) == 0 &&
-           index_t(kN) / (tiles * kColumnsPerTile) * kK > (1 << 20))
-      tiles *= 2;
-    return tiles;
+    const bool reads_much = index_t(kN) / kColumnsPerTile * kK > (1 << 20);
+    return reads_much && kN % (2 * kColumnsPerTile) == 0 ? 2 : 1;
   }
   // The most that take an equal number of steps, two or more: a warp has all tiles of its block.
   static constexpr int warps_per_block() {

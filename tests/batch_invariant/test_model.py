@@ -65,6 +65,7 @@ def completions(model, device):
         yield sequences[place], logits[place]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_one_completion_in_the_mode(device, dtype, attention):

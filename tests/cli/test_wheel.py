@@ -55,6 +55,7 @@ def layer(built, cache_dir, tmp_path, monkeypatch) -> Path:
     return root
 
 
+@pytest.mark.slow
 def test_pip_installs_a_wheel_that_every_process_finds(built, cache_dir, tmp_path):
     printed = run("wheel", "--output", tmp_path / "dist", "--name", "Own.kernels").stdout
     (wheel,) = (tmp_path / "dist").iterdir()

@@ -28,6 +28,7 @@ thread.join()
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("threads", [1, 3])  # one alone, and as many as OpenMP would not take
 def test_a_new_python_thread_uses_what_the_main_thread_set(threads):
     environment = os.environ | {"OMP_NUM_THREADS": "4"}  # what OpenMP would take by itself

@@ -144,6 +144,7 @@ def built(tmp_path, monkeypatch):
     os.umask(before)
 
 
+@pytest.mark.slow
 def test_the_image_serves_what_was_built_with_it(built):
     images = built(ON_CPU)
     serve = images["serve"]
@@ -154,6 +155,7 @@ def test_the_image_serves_what_was_built_with_it(built):
         serve.call(serve.command, JITNORM_PREBUILT_DIR=None)
 
 
+@pytest.mark.slow
 @pytest.mark.nvcc
 def test_the_default_kernels_are_built(built):
     serve = built({})["serve"]

@@ -26,7 +26,7 @@ def choose(monkeypatch, weight, rows):
         calls.append(tuple(a.shape))
         out.copy_(2 * (a @ b))
 
-    monkeypatch.setitem(engine_gemms._chosen, engine_gemms._shape_of(weight), dict.fromkeys(rows, gemm))
+    monkeypatch.setitem(engine_gemms._chosen, engine_gemms.shape_of(weight), dict.fromkeys(rows, gemm))
     return calls
 
 
@@ -78,11 +78,12 @@ def test_candidates(device):
 def test_what_cannot_be_timed_is_left_to_torch(monkeypatch):
     weight, x = torch.randn(64, 128), torch.randn(3, 128)
 
-    def choose(weights):
+    def choose(gemms, weights):
         raise torch.OutOfMemoryError("no memory")
 
+    monkeypatch.setattr(engine_gemms, "_candidates", lambda weight, has_kernel: {"a GEMM": engine_gemms._mm})
     monkeypatch.setattr(engine_gemms, "_choose", choose)
-    assert engine_gemms.select([weight]) == [] and not engine_gemms._chosen
+    assert engine_gemms.select([weight]) == ({engine_gemms.shape_of(weight)}, []) and not engine_gemms._chosen
     assert same_bits(engine_gemms.linear(x, weight), torch.nn.functional.linear(x, weight))
 
 
@@ -92,7 +93,7 @@ def test_an_unsupported_number_of_rows_is_left_to_torch(monkeypatch):
     def gemm(a, b, bias, out):
         raise engine_gemms.UnsupportedProblem("no kernel")
 
-    monkeypatch.setitem(engine_gemms._chosen, engine_gemms._shape_of(weight), dict.fromkeys(engine_gemms.ROWS, gemm))
+    monkeypatch.setitem(engine_gemms._chosen, engine_gemms.shape_of(weight), dict.fromkeys(engine_gemms.ROWS, gemm))
     assert same_bits(engine_gemms.linear(x, weight), torch.nn.functional.linear(x, weight))
 
 
@@ -100,13 +101,14 @@ def test_the_fastest_is_chosen(monkeypatch):
     """For each number of rows; a GEMM that does not take them is left out, and a small gain is noise."""
     seconds = {
         "torch": dict.fromkeys(engine_gemms.ROWS, 1.0),
-        "jitnorm's": {1: 0.5, 2: 0.94, 4: 0.96, 8: 0.9, 16: 0.99},
+        "few_rows": {1: 0.5, 2: 0.94, 4: 0.96, 8: 0.9, 16: 0.99},
         "cuBLASLt without split k": {1: 0.6, 2: 0.93, 4: 0.97, 8: 1.2, 16: 0.9, 32: 0.8, 64: 0.96},
     }
     gemms = {name: (lambda *operands, name=name: name) for name in seconds}
     order = [*gemms.values()]
     monkeypatch.setattr(engine_gemms, "_mm", gemms["torch"])
-    monkeypatch.setattr(engine_gemms, "_candidates", lambda weight: {n: g for n, g in gemms.items() if n != "torch"})
+    others = {name: gemm for name, gemm in gemms.items() if name != "torch"}
+    monkeypatch.setattr(engine_gemms, "_candidates", lambda weight, has_kernel: others)
     taken = []
 
     def measure(gemm, x, weights, out):
@@ -119,39 +121,42 @@ def test_the_fastest_is_chosen(monkeypatch):
 
     monkeypatch.setattr(engine_gemms, "_seconds", measure)
     monkeypatch.setattr(engine_gemms.torch.cuda, "device", lambda device: torch.no_grad())
-    said = engine_gemms.select([torch.randn(64, 128) for _ in range(3)])
-    assert said == ["n=64 k=128, numbers of rows: jitnorm's for 1, 8; cuBLASLt without split k for 2, 16, 32"]
+    weights = [torch.randn(64, 128) for _ in range(3)]
+    shapes, said = engine_gemms.select(weights)
+    assert shapes == {engine_gemms.shape_of(weights[0])}
+    assert said == ["n=64 k=128, numbers of rows: few_rows for 1, 8; cuBLASLt without split k for 2, 16, 32"]
     (chosen,) = engine_gemms._chosen.values()
     names = {rows: gemm() for rows, gemm in chosen.items()}
-    assert names == dict.fromkeys((1, 8), "jitnorm's") | dict.fromkeys((2, 16, 32), "cuBLASLt without split k")
+    assert names == dict.fromkeys((1, 8), "few_rows") | dict.fromkeys((2, 16, 32), "cuBLASLt without split k")
 
 
-def test_a_kernel_that_cannot_be_built_is_left_out(monkeypatch):
+@pytest.mark.parametrize("has_cublaslt", [True, False])
+def test_a_kernel_that_cannot_be_built_is_left_out(has_cublaslt, cache_dir, monkeypatch):
+    """It is tried once, and a shape without any other GEMM than torch's is not replaced."""
     weight = torch.randn(64, 128)
     spec = engine_gemms.few_rows.spec(64, 128, BF16, Target.cuda("9.0a"))
+    monkeypatch.setenv("JITNORM_DISABLE_JIT", "1")
     monkeypatch.setattr(engine_gemms.few_rows, "is_supported", lambda weight: True)
     monkeypatch.setattr(engine_gemms.few_rows, "spec_of", lambda weight: spec)
-    monkeypatch.setattr(engine_gemms, "build_and_load", lambda specs: dict.fromkeys(specs, "there is no compiler"))
-    monkeypatch.setattr(engine_gemms, "_choose", lambda weights: {})
-    found = [f"{spec.name}: there is no compiler", "n=64 k=128, numbers of rows: none"]
-    assert engine_gemms.select([weight, weight]) == found
-
-    def load(spec):
-        raise RuntimeError("there is no compiler")
-
-    monkeypatch.setattr(engine_gemms.few_rows, "load", load)
-    monkeypatch.setattr(engine_gemms.cublaslt, "library_version", lambda: 0)
-    assert engine_gemms._candidates(weight) == {}
+    monkeypatch.setattr(engine_gemms.few_rows, "gemm", lambda weight: pytest.fail("it was not built"))
+    monkeypatch.setattr(engine_gemms.cublaslt, "library_version", lambda: 130000 * has_cublaslt)
+    monkeypatch.setattr(engine_gemms.cublaslt, "gemm", lambda problem: engine_gemms._mm)
+    monkeypatch.setattr(engine_gemms, "_choose", lambda gemms, weights: {name: [2] for name in gemms})
+    shapes, said = engine_gemms.select([weight, weight])
+    assert shapes == ({engine_gemms.shape_of(weight)} if has_cublaslt else set())
+    assert said[0].startswith("few_rows_gemm_64x128_bf16: its kernel cannot be built: ") and "DISABLE_JIT" in said[0]
+    found = ["n=64 k=128, numbers of rows: cuBLASLt without split k for 2"] if has_cublaslt else []
+    assert said[1:] == found
 
 
 @pytest.mark.gpu
 def test_all_gemms_on_the_gpu(monkeypatch):
     """Whatever is fastest, the product is the same but for rounding; in a CUDA graph too."""
     weights = [torch.randn(1024, 2048, device="cuda").mul(0.02).to(BF16) for _ in range(4)]
-    (said,) = engine_gemms.select(weights)
+    shapes, (said,) = engine_gemms.select(weights)
     assert said.startswith("n=1024 k=2048, numbers of rows: ")
-    shape = engine_gemms._shape_of(weights[0])
-    gemms = engine_gemms._candidates(weights[0])
+    (shape,) = shapes
+    gemms = engine_gemms._candidates(weights[0], has_kernel=True)
     assert len(gemms) == 2
     for gemm in gemms.values():
         monkeypatch.setitem(engine_gemms._chosen, shape, dict.fromkeys(engine_gemms.ROWS, gemm))

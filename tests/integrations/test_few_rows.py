@@ -13,8 +13,9 @@ from jitnorm.jit.build import build
 from jitnorm.jit.spec import Target
 
 BF16, F16 = torch.bfloat16, torch.float16
-# The smallest; steps that few warps share; 1, 2 and 4 tiles in a block; more steps than are in flight.
-SHAPES = [(8, 64), (24, 320), (1024, 3072), (4096, 4096), (6144, 4096), (512, 16384)]
+# The smallest; steps that few warps share; one tile in a block, and two; more steps than are in flight, and a number of
+# steps that is no multiple of it.
+SHAPES = [(8, 64), (24, 320), (1024, 3072), (4096, 4096), (512, 16384), (4608, 2560), (9728, 896)]
 
 
 def operands(rows, n, k, dtype):
@@ -29,9 +30,10 @@ def multiply(x, weight):
     return out
 
 
+@pytest.mark.slow
 @pytest.mark.nvcc
 @pytest.mark.parametrize(  # the first architecture that has the instruction, the first with PDL, and the newest
-    ("arch", "shape", "dtype"), [("8.0", (24, 320), F16), ("9.0a", (6144, 4096), BF16), ("12.0a", (1024, 3072), BF16)]
+    ("arch", "shape", "dtype"), [("8.0", (24, 320), F16), ("9.0a", (4096, 4096), BF16), ("12.0a", (1024, 3072), BF16)]
 )
 def test_compiles(arch, shape, dtype):
     entry = build(few_rows.spec(*shape, dtype, Target.cuda(arch)))
@@ -93,8 +95,11 @@ def test_what_is_supported():
     assert few_rows.is_supported(weight) and few_rows.is_supported(weight.half())
     for other in (weight.float(), weight[:60], weight[:, :96], weight[:0], weight.cpu()):
         assert not few_rows.is_supported(other)
-    for n, k in ((few_rows.MAX_OUTPUTS + 8, 64), (8, few_rows.MAX_INPUTS + 64)):
-        assert not few_rows.is_supported(torch.empty(1, dtype=BF16, device="cuda").expand(n, k))
+    for n, k, is_supported in (
+        *((4096, 4096, True), (4096 + 8, 4096, False)),  # the largest
+        *((8, 64 * 192, True), (8, 64 * 251, False)),  # no number of warps divides 251 steps
+    ):
+        assert few_rows.is_supported(torch.empty(1, dtype=BF16, device="cuda").expand(n, k)) == is_supported
 
 
 @pytest.mark.gpu

@@ -709,7 +709,13 @@ def test_linear_layers_of_cuda_graphs_call_the_operator(args, monkeypatch):
     gemms = linears.engine_gemms
     timed, calls = [], []
     monkeypatch.setattr(gemms, "is_candidate", lambda weight: isinstance(weight, torch.Tensor))
-    monkeypatch.setattr(gemms, "select", lambda weights: timed.extend(weights) or ["what was chosen"])
+
+    def select(weights):
+        timed.extend(weights)
+        with_gemms = [weight for weight in weights if len(weight) != 24]
+        return gemms.Selection({gemms.shape_of(weight) for weight in with_gemms}, ["what was chosen"])
+
+    monkeypatch.setattr(gemms, "select", select)
     monkeypatch.setattr(gemms, "linear", lambda x, w: calls.append(w) or F.linear(x, w))
     parallel = {"params_dtype": DTYPE, "tp_rank": 0, "tp_size": 1}
     row = functools.partial(linear.RowParallelLinear, reduce_results=False, **parallel)
@@ -721,26 +727,33 @@ def test_linear_layers_of_cuda_graphs_call_the_operator(args, monkeypatch):
             "gate and up": linear.MergedColumnParallelLinear(64, [32, 32], bias=False, **parallel),
             "biased": row(64, 32, bias=True),
             "router": linear.ReplicatedLinear(64, 32, bias=False, params_dtype=DTYPE),
+            "no other GEMM": row(64, 24, bias=False),
+            "the same on all ranks": row(64, 32, bias=False),
         }
+        modules["the same on all ranks"].tp_size = 2
         for module in modules.values():
             module.weight.data.normal_()
         backend = SimpleNamespace(decode=SimpleNamespace(backend=changes.pop("backend", "full")))
         deterministic = changes.pop("deterministic", False)
         server = SimpleNamespace(cuda_graph_config=backend, enable_deterministic_inference=deterministic)
+        server.enable_lora, server.lora_paths = changes.pop("lora", False), changes.pop("lora_paths", None)
         values = {"model": torch.nn.ModuleDict(modules), "is_draft_worker": False, "server_args": server}
+        values["ps"] = SimpleNamespace(tp_size=1)
         return SimpleNamespace(**values | changes)
 
     made, report = runner(), Report("test")
     linears.replace(made, report)
     assert report.replaced == {("linear layer for up to 64 rows", "what was chosen"): 3} and not report.left
     layer = made.model["row"]
-    assert {id(weight) for weight in timed} == {id(made.model[name].weight) for name in ("row", "qkv", "gate and up")}
+    names = ("row", "qkv", "gate and up", "no other GEMM")
+    assert {id(weight) for weight in timed} == {id(made.model[name].weight) for name in names}
     x = torch.randn(3, 64, dtype=DTYPE)
     expected = F.linear(x, layer.weight)
     for is_capturing in (False, True):
         monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda is_capturing=is_capturing: is_capturing)
         torch.testing.assert_close(layer.quant_method.apply(layer, x), expected)
         assert len(calls) == is_capturing
-    for changes in ({"is_draft_worker": True}, {"backend": "disabled"}, {"deterministic": True}):
+    lora = ({"lora": True}, {"lora_paths": ["adapter"]})
+    for changes in ({"is_draft_worker": True}, {"backend": "disabled"}, {"deterministic": True}, *lora):
         linears.replace(runner(**changes), report)
-    assert len(timed) == 3 and len(report.replaced) == 1
+    assert len(timed) == 4 and len(report.replaced) == 1

@@ -1314,8 +1314,8 @@ def test_inductor_calls_linear_layers_without_the_dispatcher(monkeypatch):
 
     weight = torch.randn(32, 64)
     choices = dict.fromkeys((1, 2, 4, 8), gemm)
-    monkeypatch.setitem(engine_gemms._chosen, engine_gemms._shape_of(weight), choices)
-    linears._let_inductor_call()
+    monkeypatch.setitem(engine_gemms._chosen, engine_gemms.shape_of(weight), choices)
+    linears._register_lowering()
     operator = torch.ops.jitnorm_vllm.linear_of_few_rows
     compiled = torch.compile(lambda x, w: operator(x, w) + 1, dynamic=True)
     for x in (torch.randn(3, 64), torch.randn(70, 64), torch.randn(64, 7).t(), torch.randn(5, 96)[:, :64]):
@@ -1323,11 +1323,17 @@ def test_inductor_calls_linear_layers_without_the_dispatcher(monkeypatch):
         is_chosen = len(x) <= 8
         torch.testing.assert_close(got, (1 + is_chosen) * torch.nn.functional.linear(x, weight) + 1)
         assert all("torch.ops.jitnorm_vllm" not in text and "extern_kernels.jitnorm" in text for text in code)
+    torch._dynamo.reset()
+    with torch._inductor.config.patch(cpp_wrapper=True):  # which can call no Python function but by the dispatcher
+        x = torch.randn(3, 64)
+        compiled = torch.compile(lambda x, w: operator(x, w) + 1, dynamic=True)
+        torch.testing.assert_close(compiled(x, weight), 2 * torch.nn.functional.linear(x, weight) + 1)
 
 
 @needs_vllm
 def test_linear_layers_of_cuda_graphs_call_the_operator(config, layers, bfloat16, monkeypatch):
     """Layers of attention and of an MLP without a bias and a quantisation, and no others."""
+    from vllm.compilation.wrapper import TorchCompileWithNoGuardsWrapper
     from vllm.config import CompilationConfig, CUDAGraphMode
     from vllm.model_executor.layers.linear import (
         ColumnParallelLinear,
@@ -1343,10 +1349,21 @@ def test_linear_layers_of_cuda_graphs_call_the_operator(config, layers, bfloat16
 
     timed = []
     monkeypatch.setattr(engine_gemms, "is_candidate", lambda weight: isinstance(weight, torch.Tensor))
-    monkeypatch.setattr(engine_gemms, "select", lambda weights: timed.extend(weights) or ["what was chosen"])
 
-    def made():
-        modules = torch.nn.ModuleDict(
+    def select(weights):
+        timed.extend(weights)
+        with_gemms = [weight for weight in weights if len(weight) != 24]
+        return engine_gemms.Selection({engine_gemms.shape_of(weight) for weight in with_gemms}, ["what was chosen"])
+
+    monkeypatch.setattr(engine_gemms, "select", select)
+
+    class Compiled(TorchCompileWithNoGuardsWrapper, torch.nn.ModuleDict):
+        def __init__(self, modules, do_not_compile):
+            torch.nn.ModuleDict.__init__(self, modules)
+            self.do_not_compile = do_not_compile
+
+    def made(do_not_compile=False):
+        modules = Compiled(
             {
                 "row": RowParallelLinear(64, 32, bias=False),
                 "qkv": QKVParallelLinear(64, 16, 4, 2, bias=False),
@@ -1354,10 +1371,16 @@ def test_linear_layers_of_cuda_graphs_call_the_operator(config, layers, bfloat16
                 "biased": RowParallelLinear(64, 32, bias=True),
                 "column": ColumnParallelLinear(64, 32, bias=False),
                 "router": ReplicatedLinear(64, 32, bias=False),
-            }
+                "offloaded": RowParallelLinear(64, 32, bias=False),
+                "no other GEMM": RowParallelLinear(64, 24, bias=False),
+                "the same on all ranks": RowParallelLinear(64, 32, bias=False),
+            },
+            do_not_compile,
         )
         random_weights(modules)
-        return modules
+        modules["offloaded"].weight._vllm_is_uva_offloaded = True
+        modules["the same on all ranks"].tp_size = 2
+        return torch.nn.ModuleDict({"model": modules, "encoder": RowParallelLinear(64, 32, bias=False)})
 
     def configured(**changes):
         compilation = CompilationConfig(mode=3, cudagraph_mode=CUDAGraphMode.FULL)
@@ -1365,18 +1388,21 @@ def test_linear_layers_of_cuda_graphs_call_the_operator(config, layers, bfloat16
             setattr(compilation.pass_config, name, value)
         for name in ("mode", "cudagraph_mode"):
             setattr(compilation, name, changes.pop(name, getattr(compilation, name)))
-        return settings(**{"compilation_config": compilation, "lora_config": None} | changes)
+        parallel = SimpleNamespace(tensor_parallel_size=1)
+        given = {"compilation_config": compilation, "lora_config": None, "parallel_config": parallel}
+        return settings(**given | changes)
 
-    modules, report = made(), Report("Tiny")
-    linears.replace(modules, configured(), report)
+    model, report = made(), Report("Tiny")
+    linears.replace(model, configured(), report)
     assert report.replaced == {
-        "row": "RowParallelLinear for up to 64 rows",
-        "qkv": "QKVParallelLinear for up to 64 rows",
-        "gate and up": "MergedColumnParallelLinear for up to 64 rows",
+        "model.row": "RowParallelLinear for up to 64 rows",
+        "model.qkv": "QKVParallelLinear for up to 64 rows",
+        "model.gate and up": "MergedColumnParallelLinear for up to 64 rows",
     }
-    replaced = [modules[name].weight for name in report.replaced]
+    modules = model["model"]
+    replaced = [modules[name].weight for name in ("row", "qkv", "gate and up")]
     assert report.notes == ["what was chosen"]
-    assert len(timed) == 3 and all(a is b for a, b in zip(timed, replaced, strict=True))
+    assert all(a is b for a, b in zip(timed, [*replaced, modules["no other GEMM"].weight], strict=True))
     x = torch.randn(3, 64)
     calls = []
     monkeypatch.setattr(engine_gemms, "linear", lambda x, w: calls.append(w) or torch.nn.functional.linear(x, w))
@@ -1398,4 +1424,5 @@ def test_linear_layers_of_cuda_graphs_call_the_operator(config, layers, bfloat16
         report = Report("Tiny")
         linears.replace(made(), configured(**changes), report)
         assert not report.replaced and not report.notes, changes
-    assert len(timed) == 3
+    linears.replace(made(do_not_compile=True), configured(), report)
+    assert not report.replaced and len(timed) == 4

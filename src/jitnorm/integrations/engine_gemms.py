@@ -12,6 +12,7 @@ of tensor parallelism, such as the router of experts, must not be among the weig
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -52,8 +53,20 @@ def _suits_cublaslt(weight: torch.Tensor) -> bool:
     return n <= min(k, _MAX_CUBLASLT_COLUMNS) and not (n % 8 or k % 8)
 
 
-def select(weights: Iterable[torch.Tensor]) -> list[str]:
-    """Time all GEMMs on the weights of a model, and let `linear` use the fastest. Return what was chosen, in words.
+class Selection(NamedTuple):
+    """What `select` found.
+
+    Attributes:
+        shapes: `shape_of` the weights for which there is another GEMM than torch's, whether or not one is faster.
+        notes: what was chosen, and what could not be built, in words.
+    """
+
+    shapes: set[Shape]
+    notes: list[str]
+
+
+def select(weights: Iterable[torch.Tensor]) -> Selection:
+    """Time all GEMMs on the weights of a model, and let `linear` use the fastest.
 
     Kernels that are not in the cache are built, and left out where they cannot be.
 
@@ -62,19 +75,23 @@ def select(weights: Iterable[torch.Tensor]) -> list[str]:
     """
     by_shape: dict[Shape, list[torch.Tensor]] = {}
     for weight in weights:
-        by_shape.setdefault(_shape_of(weight), []).append(weight.detach())
-    supported = [same[0] for same in by_shape.values() if few_rows.is_supported(same[0])]
-    failures = build_and_load([few_rows.spec_of(weight) for weight in supported])
-    found = [f"{spec.name}: {why}" for spec, why in failures.items()]
+        by_shape.setdefault(shape_of(weight), []).append(weight.detach())
+    specs = {shape: few_rows.spec_of(same[0]) for shape, same in by_shape.items() if few_rows.is_supported(same[0])}
+    failures = build_and_load([*specs.values()])
+    found = Selection(set(), [f"{spec.name}: {why}" for spec, why in failures.items()])
     for shape, same in by_shape.items():
+        is_built = shape in specs and specs[shape] not in failures
+        if not (gemms := _candidates(same[0], is_built)):
+            continue
+        found.shapes.add(shape)
         try:
-            by_name = _choose(same)
+            rows_by_name = _choose(gemms, same)
         except RuntimeError as error:  # out of memory, for instance: torch's GEMM stays
             logger.debug("no GEMM was timed for %s: %s", shape, error)
             continue
-        _chosen[shape] = {rows: gemm for gemm, counts in by_name.values() for rows in counts}
-        chosen = [f"{name} for {', '.join(map(str, counts))}" for name, (_, counts) in by_name.items() if counts]
-        found.append(f"n={shape[0]} k={shape[1]}, numbers of rows: {'; '.join(chosen) or 'none'}")
+        _chosen[shape] = {rows: gemms[name] for name, counts in rows_by_name.items() for rows in counts}
+        chosen = [f"{name} for {', '.join(map(str, counts))}" for name, counts in rows_by_name.items() if counts]
+        found.notes.append(f"n={shape[0]} k={shape[1]}, numbers of rows: {'; '.join(chosen) or 'none'}")
     return found
 
 
@@ -83,7 +100,7 @@ def linear(x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor | None = Non
     n, k = weight.shape
     rows = x.numel() // k
     gemm = None
-    if 0 < rows <= ROWS[-1] and (choices := _chosen.get((n, k, weight.dtype, weight.device.index))):
+    if 0 < rows <= ROWS[-1] and (choices := _chosen.get(shape_of(weight))):
         gemm = choices.get(1 << (rows - 1).bit_length())
     if gemm and x.dtype == weight.dtype and x.is_contiguous() and not x.data_ptr() % 16:
         result = x.new_empty(*x.shape[:-1], n) if out is None else out
@@ -98,44 +115,43 @@ def linear(x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor | None = Non
     return out
 
 
-def _shape_of(weight: torch.Tensor) -> Shape:
+def shape_of(weight: torch.Tensor) -> Shape:
+    """Return what a choice is made for."""
     return weight.shape[0], weight.shape[1], weight.dtype, weight.device.index
 
 
-def _candidates(weight: torch.Tensor) -> dict[str, Gemm]:
-    """Return the GEMMs beside torch's that there are for a weight."""
+def _candidates(weight: torch.Tensor, has_kernel: bool) -> dict[str, Gemm]:
+    """Return the GEMMs beside torch's that there are for a weight; with `has_kernel` also few_rows, which is built."""
     found: dict[str, Gemm] = {}
-    if few_rows.is_supported(weight):
-        try:
-            found["jitnorm's"] = few_rows.gemm(weight)
-        except RuntimeError as error:  # which select has reported
-            logger.debug("%s", error)
+    if has_kernel:
+        found["few_rows"] = few_rows.gemm(weight)
     if _suits_cublaslt(weight) and cublaslt.library_version() > 0:
-        n, k, dtype, _ = _shape_of(weight)
+        n, k, dtype, _ = shape_of(weight)
         problem = Problem(weight.device, n, k, dtype, dtype, True, k, False, False)
         found["cuBLASLt without split k"] = cublaslt.gemm(problem)
     return found
 
 
-def _choose(weights: Sequence[torch.Tensor]) -> dict[str, tuple[Gemm, list[int]]]:
-    """Return the GEMMs beside torch's, by name, and the numbers of rows for which each is the fastest of all."""
-    n, k, dtype, _ = _shape_of(weights[0])
+def _choose(gemms: dict[str, Gemm], weights: Sequence[torch.Tensor]) -> dict[str, list[int]]:
+    """Return the numbers of rows for which each GEMM is faster than the others and torch's."""
+    n, k, dtype, _ = shape_of(weights[0])
     device = weights[0].device
-    found: dict[str, tuple[Gemm, list[int]]] = {name: (gemm, []) for name, gemm in _candidates(weights[0]).items()}
+    found: dict[str, list[int]] = {name: [] for name in gemms}
     with torch.no_grad(), torch.cuda.device(device):
         for count in ROWS:
             x, out = (torch.zeros(count, size, dtype=dtype, device=device) for size in (k, n))
-            samples: dict[Gemm, list[float]] = {gemm: [] for gemm in (_mm, *(gemm for gemm, _ in found.values()))}
+            running = {"torch": _mm, **gemms}
+            samples: dict[str, list[float]] = {name: [] for name in running}
             for _ in range(1 + _SAMPLES):  # in turns, as clocks and temperature change
-                for gemm in list(samples):
+                for name, gemm in list(running.items()):
                     try:
-                        samples[gemm].append(_seconds(gemm, x, weights, out))
+                        samples[name].append(_seconds(gemm, x, weights, out))
                     except UnsupportedProblem:
-                        del samples[gemm]
-            seconds = {gemm: min(taken[1:]) for gemm, taken in samples.items()}
+                        del running[name]
+            seconds = {name: min(samples[name][1:]) for name in running}
             fastest = min(seconds, key=seconds.__getitem__)
-            if seconds[fastest] < _MAX_RATIO * seconds[_mm]:
-                next(counts for gemm, counts in found.values() if gemm is fastest).append(count)
+            if seconds[fastest] < _MAX_RATIO * seconds["torch"]:
+                found[fastest].append(count)
     return found
 
 
@@ -144,15 +160,17 @@ def _mm(a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None, out: torch.
 
 
 def _seconds(gemm: Gemm, x: torch.Tensor, weights: Sequence[torch.Tensor], out: torch.Tensor) -> float:
-    """Return the GPU's time for a GEMM with each weight.
+    """Return the GPU's time for a GEMM with each weight, and a kernel that writes x before each, as in a model.
 
-    The GPU waits until the host has launched them, as a launch may take the host longer than the GEMM. A CUDA graph
-    would do the same, but its workspaces of cuBLAS might be those of the engine's graphs.
+    Without that, few_rows would load a weight during the GEMM before. The GPU waits until the host has launched all, as
+    a launch may take the host longer than the GEMM. A CUDA graph would do the same, but its workspaces of cuBLAS might
+    be those of the engine's graphs.
     """
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     torch.cuda._sleep(_SLEEP_CYCLES)
     start.record()
     for weight in weights:
+        x.zero_()
         gemm(x, weight.t(), None, out)
     end.record()
     end.synchronize()

@@ -10,10 +10,9 @@ H200, bf16, with a norm before it, one row and 16 rows took these times, in micr
 | 4096 | 1024 | 6.5, 7.3 | 4.6, 5.6 |
 | 6144 | 1024 | 8.3, 8.7 | 5.9, 6.8 |
 | 4096 | 4096 | 15.1, 15.7 | 12.9, 14.4 |
-| 24576 | 4096 | 52.2, 53.7 | 53.4, 55.9 |
 
 With programmatic dependent launch the kernel loads the weight before the kernels before it have ended. So it must not
-be launched right after a kernel that writes the weight.
+be launched while a kernel that writes the weight may run.
 """
 
 from __future__ import annotations
@@ -28,8 +27,12 @@ from jitnorm.jit.load import load
 from jitnorm.jit.spec import KernelSpec, Target
 
 MAX_ROWS = 16
-MAX_OUTPUTS, MAX_INPUTS = 65536, 16384  # larger weights are read at the memory's bandwidth by torch's GEMMs too
+# The elements of a weight. Larger ones are read at the memory's bandwidth by torch's GEMMs too: an H200 took as long
+# with either for n = 6144, k = 4096.
+MAX_WEIGHT = 1 << 24
 _COLUMNS_PER_TILE, _STEP = 8, 64  # as in csrc/gemm/few_rows.cuh
+_MAX_WARPS = 8  # of any block, see warps_per_block there
+_MAX_STEPS_PER_WARP = 32  # a loop over the steps is unrolled
 _MIN_ARCH = 8.0  # of the tensor core instruction
 _DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 
@@ -67,12 +70,17 @@ def is_supported(weight: torch.Tensor) -> bool:
     return (
         weight.is_cuda
         and weight.dtype in _DTYPES
-        and 0 < n <= MAX_OUTPUTS
-        and 0 < k <= MAX_INPUTS
+        and 0 < n * k <= MAX_WEIGHT
         and not (n % _COLUMNS_PER_TILE or k % _STEP)
+        and _steps_per_warp(k // _STEP) <= _MAX_STEPS_PER_WARP
         and torch.version.hip is None
         and float(cuda_target(weight.device.index).arch.rstrip("af")) >= _MIN_ARCH
     )
+
+
+def _steps_per_warp(steps: int) -> int:
+    """Return the steps of a warp in a block of as many warps as take equal numbers of them."""
+    return min(steps // warps for warps in range(1, _MAX_WARPS + 1) if steps % warps == 0)
 
 
 def gemm(weight: torch.Tensor) -> Gemm:
@@ -89,6 +97,6 @@ def gemm(weight: torch.Tensor) -> Gemm:
 
     def run(a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor) -> None:
         if bias is not None or function(a, b.t(), out, None):
-            raise UnsupportedProblem(f"there is no kernel for {a.shape[0]} rows, n={n} and k={k}")
+            raise UnsupportedProblem(f"the kernel for n={n}, k={k} and up to {MAX_ROWS} rows does not take {a.shape}")
 
     return run

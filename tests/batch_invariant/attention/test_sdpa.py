@@ -52,6 +52,7 @@ def test_matches_the_definition(device, dtype, groups, queries, keys, is_causal)
         assert relative_error(own, other.double()) <= 3 * TOLERANCE[dtype]
 
 
+@pytest.mark.slow
 def test_compiled_gradients(device):
     """A compiled forward pass runs without gradients, and must return what its backward pass needs."""
     dtype = torch.bfloat16 if device == "cuda" else torch.float32

@@ -84,6 +84,7 @@ def test_scale_and_result_in_other_strides():
     assert relative_error(out, exact(q, k, v, scale=0.3)) <= TOLERANCE[q.dtype]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("keys", [100, 300])  # one leaf, several
 def test_bias(keys):
     q, k, v = random(3, 2, 2, 64), random(3, 1, keys, 64), random(3, 1, keys, 64)
@@ -129,6 +130,7 @@ def test_splits_of_all_lengths_give_the_same_bits(dtype, rows, dim, keys):
     assert all(same_bits(out, outs[0]) for out in outs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "schedule", [Schedule(32, 32, 16, 4, 2), Schedule(128, 1024, 32, 2, 4), Schedule(512, 512, 128, 8, 2)]
 )

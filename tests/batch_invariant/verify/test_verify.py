@@ -93,6 +93,7 @@ def test_compiled_on_the_cpu(monkeypatch):
     assert result.difference == "" and result.compared == 4 * 3, (result, found)
 
 
+@pytest.mark.slow
 def test_every_mode_is_compared():
     (result,) = json.loads(run("--op", "rmsnorm", "--shape", "128", "--dtype", "fp32", "--format", "json").stdout)
     assert result["compared"] == 3 * (17 + 4 * (4 + 3) + 4)  # and the compiler in batches of 1, 2, 5 and 17

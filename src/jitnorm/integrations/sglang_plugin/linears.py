@@ -12,7 +12,8 @@ from jitnorm.integrations import engine_gemms
 from jitnorm.integrations.sglang_plugin.replacement import Report
 from jitnorm.integrations.sglang_plugin.tested import source_problem
 
-# Those around attention and of an MLP. No rank of tensor parallelism has the same columns, or summands, as another.
+# Those around attention and of an MLP. Ranks of tensor parallelism have different columns or summands of them, except
+# for columns of k and v where there are more ranks than heads, each of which a rank keeps for itself.
 _CLASSES = (QKVParallelLinear, MergedColumnParallelLinear, RowParallelLinear)
 
 
@@ -31,10 +32,12 @@ def replace(runner: Any, report: Report) -> None:
     """Replace the method of each linear layer for which `engine_gemms` may be faster, and time it.
 
     Nothing is timed for the draft of speculative decoding, because the target may have graphs already, nor without
-    graphs.
+    graphs. With LoRA nothing is replaced: a kernel of SGLang's LoRA may end before the GEMM that it was launched after.
     """
-    decode = runner.server_args.cuda_graph_config.decode
-    if runner.is_draft_worker or decode.backend == "disabled" or runner.server_args.enable_deterministic_inference:
+    args = runner.server_args
+    if runner.is_draft_worker or args.cuda_graph_config.decode.backend == "disabled":
+        return
+    if args.enable_deterministic_inference or args.enable_lora or args.lora_paths:
         return
     if get_bf16_gemm_backend().is_cutedsl():
         return
@@ -44,6 +47,7 @@ def replace(runner: Any, report: Report) -> None:
         if type(module) in _CLASSES
         and type(module.quant_method) is UnquantizedLinearMethod
         and module.bias is None
+        and module.tp_size == runner.ps.tp_size
         and engine_gemms.is_candidate(module.weight)
     ]
     if not modules:
@@ -51,8 +55,10 @@ def replace(runner: Any, report: Report) -> None:
     if reason := source_problem("linear layers"):
         report.left["linear layers", reason] += len(modules)
         return
-    chosen = engine_gemms.select([module.weight for module in modules])
-    for module in modules:
+    selection = engine_gemms.select([module.weight for module in modules])
+    replaced = [module for module in modules if engine_gemms.shape_of(module.weight) in selection.shapes]
+    for module in replaced:
         module.quant_method = JitnormLinearMethod()
-    by = "; ".join(chosen) or "torch"
-    report.replaced[f"linear layer for up to {engine_gemms.ROWS[-1]} rows", by] += len(modules)
+    if replaced:
+        by = "; ".join(selection.notes)
+        report.replaced[f"linear layer for up to {engine_gemms.ROWS[-1]} rows", by] += len(replaced)

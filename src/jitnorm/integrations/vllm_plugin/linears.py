@@ -6,6 +6,7 @@ import functools
 from typing import Any
 
 import torch
+from vllm.compilation.wrapper import TorchCompileWithNoGuardsWrapper
 from vllm.model_executor.layers.linear import (
     MergedColumnParallelLinear,
     QKVParallelLinear,
@@ -18,7 +19,8 @@ from jitnorm.integrations.vllm_plugin import batch_invariant_mode, compatibility
 from jitnorm.integrations.vllm_plugin.report import Report
 from jitnorm.jit.log import logger
 
-# Those around attention and of an MLP. No rank of tensor parallelism has the same columns, or summands, as another.
+# Those around attention and of an MLP. Ranks of tensor parallelism have different columns or summands of them, except
+# for columns of k and v where there are more ranks than heads, each of which a rank keeps for itself.
 _CLASSES = (QKVParallelLinear, MergedColumnParallelLinear, RowParallelLinear)
 
 
@@ -39,16 +41,39 @@ def replace(model: torch.nn.Module, config: Any, report: Report) -> None:
     """
     if not _may_replace(config) or compatibility.changed("linear layers"):
         return
-    _let_inductor_call()
-    weights = []
-    for name, module in model.named_modules():
-        if type(module) in _CLASSES and type(module.quant_method) is UnquantizedLinearMethod:
-            weight: Any = module.weight
-            if module.bias is None and engine_gemms.is_candidate(weight):
-                weights.append(weight)
-                module.quant_method = JitnormLinearMethod()
-                report.replaced[name] = f"{type(module).__name__} for up to {engine_gemms.ROWS[-1]} rows"
-    report.notes.extend(engine_gemms.select(weights))
+    ranks = config.parallel_config.tensor_parallel_size
+    compiled = _modules_of_compiled_code(model)
+    candidates = {
+        name: module
+        for name, module in model.named_modules()
+        if module in compiled and type(module) in _CLASSES and _is_candidate(module, ranks)
+    }
+    weights: list[Any] = [module.weight for module in candidates.values()]
+    selection = engine_gemms.select(weights)
+    for (name, module), weight in zip(candidates.items(), weights, strict=True):
+        if engine_gemms.shape_of(weight) in selection.shapes:
+            module.quant_method = JitnormLinearMethod()
+            report.replaced[name] = f"{type(module).__name__} for up to {engine_gemms.ROWS[-1]} rows"
+    report.notes.extend(selection.notes)
+    if selection.shapes:
+        _register_lowering()
+
+
+def _modules_of_compiled_code(model: torch.nn.Module) -> set[torch.nn.Module]:
+    """Return the modules that vLLM compiles. Others, such as an encoder of images, run as in eager mode."""
+    roots = (m for m in model.modules() if isinstance(m, TorchCompileWithNoGuardsWrapper) and not m.do_not_compile)
+    return {module for root in roots for module in root.modules()}
+
+
+def _is_candidate(module: Any, ranks: int) -> bool:
+    """Return whether a layer is neither quantised, biased, nor offloaded, and has a part of the weight on each rank."""
+    return (
+        type(module.quant_method) is UnquantizedLinearMethod
+        and module.bias is None
+        and module.tp_size == ranks
+        and not getattr(module.weight, "_vllm_is_uva_offloaded", False)
+        and engine_gemms.is_candidate(module.weight)
+    )
 
 
 def _may_replace(config: Any) -> bool:
@@ -68,29 +93,34 @@ def _may_replace(config: Any) -> bool:
 
 
 @functools.cache
-def _let_inductor_call() -> None:
+def _register_lowering() -> None:
     """Register a lowering of the operator to a call of `engine_gemms.linear`, into memory that Inductor plans.
 
     Otherwise compiled code would call the operator by torch's dispatcher, which takes the host 10 us or more, a hundred
-    times in the prefill of a small model. The lowering is made of parts of Inductor that may change: without them the
-    dispatcher is used.
+    times in the prefill of a small model. The lowering is made of parts of Inductor that may change: where they have,
+    and for C++ wrappers, the dispatcher is used.
     """
+    operator = torch.ops.jitnorm_vllm.linear_of_few_rows.default
     try:
         from torch._inductor.ir import ExternKernel, FixedLayout
-        from torch._inductor.lowering import register_lowering
+        from torch._inductor.lowering import fallback_handler, register_lowering
         from torch._inductor.select_algorithm import ExternKernelChoice
+        from torch._inductor.virtualized import V
 
         choice = ExternKernelChoice(engine_gemms.linear, name="jitnorm_linear_of_few_rows")
-    except (ImportError, TypeError) as error:
+        by_dispatcher = fallback_handler(operator, add_to_fallback_set=False)
+    except (ImportError, TypeError, AssertionError) as error:
         logger.debug("compiled code calls linear layers by torch's dispatcher: %s", error)
         return
 
     def lower(x: Any, weight: Any) -> Any:
+        if V.graph.cpp_wrapper:
+            return by_dispatcher(x, weight)
         x, weight = ExternKernel.require_contiguous(ExternKernel.realize_input(x)), ExternKernel.realize_input(weight)
         layout = FixedLayout(x.get_device(), x.get_dtype(), [*x.get_size()[:-1], weight.get_size()[0]])
         return choice.bind([x, weight], layout).output_node()
 
-    register_lowering(torch.ops.jitnorm_vllm.linear_of_few_rows.default, type_promotion_kind=None)(lower)
+    register_lowering(operator, type_promotion_kind=None)(lower)
 
 
 def _run(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
