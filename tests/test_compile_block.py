@@ -118,6 +118,7 @@ def test_a_block_in_a_cuda_graph():
                 assert relative_error(result, want.double()) < 1e-2  # matmuls in another order
 
 
+@pytest.mark.slow
 def test_gradients_of_a_compiled_block(device):
     """No leaf is overwritten here, so that the operators in place have a backward."""
 

@@ -159,6 +159,7 @@ def test_many_threads():
         thread.join()
 
 
+@pytest.mark.slow
 def test_a_fresh_process():
     """Importing the package loads no compiler. A forked child is in the mode of its parent, and leaves it
     independently. Nothing is printed."""

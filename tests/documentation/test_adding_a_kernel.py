@@ -62,6 +62,7 @@ def test_the_tests_of_both_examples_pass(copy):
         assert [1 for other, test in passed if other == file and name in test], (file, name, said)
 
 
+@pytest.mark.slow
 def test_the_commands_of_both_examples_succeed(copy):
     """The commands and the benchmark, in one process."""
     script = f"""

@@ -198,6 +198,7 @@ def test_a_frozen_model_calls_kernels_with_gradients_enabled(calls):
     assert {*calls} == {"rope"}  # of the first layer: from its MLP on, everything has a gradient
 
 
+@pytest.mark.slow
 def test_compiled_graphs_have_the_original_additions(calls):
     model, inputs = make_model("Qwen3"), {"input_ids": batch()["input_ids"]}
     before = logits(model, inputs)

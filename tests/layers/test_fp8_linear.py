@@ -151,6 +151,7 @@ def test_pytorch_and_the_kernels_quantise_alike(device):
     assert same_bits(kernels, plain)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("compiler", ["eager", "inductor"])
 def test_compiles_without_a_graph_break(device, compiler):
     weight, weight_scale = weights(device, by_channel=False)
