@@ -22,8 +22,10 @@ from processes import run, run_before_import, run_fresh, start
 from jitnorm.jit import load as engine
 from jitnorm.jit.build import build
 from jitnorm.jit.environment import import_tvm_ffi
+from jitnorm.jit.library import BadLibrary
 from jitnorm.jit.spec import Target
 from jitnorm.rmsnorm import _jit_rmsnorm_module, rmsnorm, rmsnorm_spec
+from jitnorm.warmup.run import find_cached
 
 from .conftest import entries
 
@@ -371,6 +373,43 @@ def test_a_forbidden_build_names_the_warm_up(cache_dir, monkeypatch):
     with pytest.raises(RuntimeError, match="jitnorm warmup --op rmsnorm --hidden-size 512 --dtype fp32 --device cpu"):
         rmsnorm(torch.randn(1, 512), torch.randn(512))
     assert not cache_dir.exists()
+
+
+@pytest.mark.parametrize("is_prebuilt", [False, True])
+def test_kernels_of_several_compilers_where_building_is_forbidden(is_prebuilt, cache_dir, tmp_path, monkeypatch):
+    """That of this machine's compilers comes first. One that cannot be loaded stays, and the next is used."""
+    spec = cpu_spec()
+    own = build(spec)
+    for name in ("0" * 12, "f" * 12):
+        shutil.copytree(own.path, own.path.parent / name)
+    if is_prebuilt:
+        monkeypatch.setenv("JITNORM_PREBUILT_DIR", str(shutil.move(cache_dir, tmp_path / "prebuilt")))
+    assert engine.find(spec, mark_in_use=False, may_build=True)
+    monkeypatch.setenv("JITNORM_DISABLE_JIT", "1")
+    tried, open_entry = [], engine._open
+
+    def open_some(spec, entry):
+        tried.append(entry.path.name)
+        if entry.path.name != "f" * 12:
+            raise BadLibrary("libgomp.so.9 is missing")
+        return open_entry(spec, entry)
+
+    monkeypatch.setattr(engine, "_open", open_some)
+    assert engine.load(spec)
+    names = {"0" * 12, "f" * 12, own.path.name}
+    expected = sorted(names, key=lambda name: (not is_prebuilt and name != own.path.name, name))
+    assert tried == expected[: expected.index("f" * 12) + 1]
+    folder = next((tmp_path / "prebuilt" if is_prebuilt else cache_dir).glob("kernels/*"))
+    left = {path.name for path in folder.iterdir()}
+    assert left == (names if is_prebuilt else names - {own.path.name})
+
+
+def test_a_warm_up_builds_what_only_other_compilers_have_built(cache_dir, monkeypatch):
+    spec = cpu_spec()
+    own = build(spec)
+    own.path.rename(own.path.parent / ("0" * 12))
+    monkeypatch.setenv("JITNORM_DISABLE_JIT", "1")
+    assert engine.find(spec, mark_in_use=False) and find_cached([spec]) == ([], [spec])
 
 
 def test_no_build_while_a_graph_is_captured(cache_dir, monkeypatch):

@@ -26,7 +26,7 @@ from jitnorm.jit.log import logger
 ROWS = (1, 2, 4, 8, 16, 32, 64)  # at which all are timed; other numbers of rows count as the next of these
 _MAX_CUBLASLT_COLUMNS = 4096  # with more, or with more than k, cuBLASLt took about the same time as torch
 _MAX_RATIO = 0.95  # of the times: a smaller gain may be noise
-_SAMPLES = 5
+_SAMPLES = 3
 _SLEEP_CYCLES = 2_000_000  # about a millisecond, in which the host launches all GEMMs of a sample
 
 Shape = tuple[int, int, torch.dtype, int | None]  # n, k, and the device's index

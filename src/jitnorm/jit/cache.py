@@ -19,7 +19,7 @@ import json
 import os
 import re
 import socket
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -134,18 +134,36 @@ class Cache:
                     continue  # it was removed meanwhile, or cannot be read now
                 yield from found
 
-    def find(self, spec: KernelSpec, toolchain: str | None, mark_in_use: bool = True) -> Entry | None:
+    def find(
+        self,
+        spec: KernelSpec,
+        toolchain: str | None,
+        mark_in_use: bool = True,
+        accepts_others: bool = False,
+        ignore: Container[Path] = (),
+    ) -> Entry | None:
         """Return a usable entry for `spec`, whose `content` is verified. Damaged ones are moved to quarantine.
 
         Args:
             spec: The kernel.
             toolchain: The key of the toolchain that built it; None for any.
             mark_in_use: Whether this process is going to load it.
+            accepts_others: Whether to look for entries of other toolchains too, after that one's.
+            ignore: Paths of entries to skip.
         """
-        return self._find(_kernel_folder(spec), toolchain, mark_in_use)
+        return self._find(_kernel_folder(spec), toolchain, mark_in_use, accepts_others, ignore)
 
-    def _find(self, kernel: str, toolchain: str | None, mark_in_use: bool) -> Entry | None:
-        for entry in self._candidates(kernel, toolchain):
+    def _find(
+        self,
+        kernel: str,
+        toolchain: str | None,
+        mark_in_use: bool,
+        accepts_others: bool = False,
+        ignore: Container[Path] = (),
+    ) -> Entry | None:
+        for entry in self._candidates(kernel, toolchain, accepts_others):
+            if entry.path in ignore:
+                continue
             if mark_in_use:
                 entry.mark_in_use()
             try:
@@ -161,7 +179,7 @@ class Cache:
                 logger.warning("%s is not used this time: %s", entry.path, error)
         return None
 
-    def _candidates(self, kernel: str, toolchain: str | None) -> list[Entry]:
+    def _candidates(self, kernel: str, toolchain: str | None, accepts_others: bool) -> list[Entry]:
         try:
             with self.open(KERNELS, kernel) as folder:
                 path, names = folder.path, folder.names()
@@ -170,8 +188,10 @@ class Cache:
         except (UntrustedPath, OSError) as error:
             warn_once(f"{self.root} is not used: {error}")
             return []
-        names = [n for n in names if n == toolchain or (not toolchain and re.fullmatch(TOOLCHAIN_FOLDER, n))]
-        return [Entry(path / name, self.prebuilt) for name in names]
+        found = [name for name in names if name == toolchain]
+        if accepts_others or not toolchain:
+            found += sorted(name for name in names if name != toolchain and re.fullmatch(TOOLCHAIN_FOLDER, name))
+        return [Entry(path / name, self.prebuilt) for name in found]
 
     def publish(self, staged: Path, entry: Entry) -> Entry:
         """Rename a finished folder to its entry's path. If another process was first, return its entry.

@@ -17,7 +17,7 @@ from jitnorm.jit.cache import Cache, CacheNotWritable
 from jitnorm.jit.entry import BadEntry, Entry
 from jitnorm.jit.environment import is_on
 from jitnorm.jit.library import BadLibrary, open_library
-from jitnorm.jit.log import logger
+from jitnorm.jit.log import logger, warn_once
 from jitnorm.jit.spec import KernelSpec
 
 if TYPE_CHECKING:
@@ -64,6 +64,10 @@ def _load(spec: KernelSpec) -> tvm_ffi.Module:
             if is_second_time:
                 break
             cache = Cache(entry.root, entry.prebuilt)
+            if not entry.prebuilt and not _is_own(entry, spec, cache):
+                # Another machine that shares the cache may have built it, and be able to load it.
+                warn_once(f"{entry.path} is not used: it cannot be loaded: {error}")
+                continue
             cache.quarantine(entry.path, f"it cannot be loaded: {error}", even_if_valid=True)
             if not entry.prebuilt and entry.path.exists():
                 locations.use_temporary(entry.root, f"{entry.path} cannot be loaded, and cannot be moved to quarantine")
@@ -71,25 +75,35 @@ def _load(spec: KernelSpec) -> tvm_ffi.Module:
     raise RuntimeError(f"jitnorm cannot load {spec}: {reason}")
 
 
-def find(spec: KernelSpec, mark_in_use: bool = True, ignore: Container[Path] = ()) -> Entry | None:
+def find(
+    spec: KernelSpec, mark_in_use: bool = True, ignore: Container[Path] = (), may_build: bool | None = None
+) -> Entry | None:
     """Return the entry that a call of `spec` would load, or None. Nothing is built.
 
     Args:
         spec: The kernel.
         mark_in_use: Whether this process is going to load the entry.
         ignore: Paths of entries to skip.
+        may_build: Whether an entry of this machine's compilers can be built, and is preferred to those of others; by
+            default unless JITNORM_DISABLE_JIT forbids it.
     """
-    may_build = not is_on("JITNORM_DISABLE_JIT")
+    if may_build is None:
+        may_build = not is_on("JITNORM_DISABLE_JIT")
     for cache in locations.in_search_order():
         if cache.prebuilt or cache.exists():
             # An entry of the prebuilt layer is used whatever toolchain built it. So is any entry if there is no
             # compiler, or building is forbidden, because nothing newer can be built.
-            tools = None if cache.prebuilt or not may_build else toolchain.identify(spec.target.device, cache)
-            if entry := cache.find(spec, tools.key if tools else None, mark_in_use):
-                if entry.path not in ignore:
-                    return entry
-                entry.release()
+            tools = None if cache.prebuilt else toolchain.identify(spec.target.device, cache)
+            key = tools.key if tools else None
+            if entry := cache.find(spec, key, mark_in_use, accepts_others=not may_build, ignore=ignore):
+                return entry
     return None
+
+
+def _is_own(entry: Entry, spec: KernelSpec, cache: Cache) -> bool:
+    """Return whether the compilers of this machine built an entry, or would."""
+    tools = toolchain.identify(spec.target.device, cache)
+    return tools is not None and entry.path.name == tools.key
 
 
 def _build(spec: KernelSpec) -> Entry:

@@ -55,7 +55,7 @@ def find_cached(specs: Sequence[KernelSpec]) -> tuple[list[KernelSpec], list[Ker
     cached: list[KernelSpec] = []
     missing: list[KernelSpec] = []
     for spec in specs:
-        (cached if find(spec, mark_in_use=False) else missing).append(spec)
+        (cached if find(spec, mark_in_use=False, may_build=True) else missing).append(spec)
     return cached, missing
 
 
