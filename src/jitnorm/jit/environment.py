@@ -7,7 +7,6 @@ import functools
 import gc
 import os
 from collections.abc import Iterable, Iterator
-from importlib import metadata
 from types import ModuleType
 
 
@@ -18,6 +17,8 @@ def is_on(variable: str) -> bool:
 
 def installed_versions(names: Iterable[str]) -> dict[str, str]:
     """Return the installed version of each package in `names`, without those that are not installed."""
+    from importlib import metadata  # here, as commands that need no version start a tenth faster without it
+
     versions = {}
     for name in names:
         with contextlib.suppress(metadata.PackageNotFoundError):
