@@ -76,8 +76,8 @@ def make_wheel(name: str, packed: Sequence[PackedEntry]) -> tuple[str, bytes]:
     Raises:
         RuntimeError: The kernels were built by several releases, or for several kinds of host processors.
     """
-    release = _only("release of jitnorm", {str(each.manifest.get("jitnorm")) for each in packed})
-    tvm_ffi = _only("release of tvm-ffi", {str(each.manifest.get("tvm_ffi")) for each in packed})
+    release = _only("release of jitnorm", {each.jitnorm for each in packed})
+    tvm_ffi = _only("release of tvm-ffi", {each.tvm_ffi for each in packed})
     machine = _only("host processor", {_machine(each.library) for each in packed})
     package = re.sub(r"[-_.]+", "_", name).lower()
     tag = f"py3-none-linux_{machine}"
