@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import functools
 import hashlib
 import json
 import os
@@ -474,6 +475,35 @@ def test_a_full_disk_leaves_the_cache_as_it_was(cache, monkeypatch, failing):
         assert calls == number and snapshot(cache.root) == before
         assert not list((cache.root / "staging").iterdir())
     assert len(archive.add(cache, [ONE, TWO, fake("rmsnorm_512_bf16")]).new) == 2
+
+
+@pytest.mark.parametrize("has_kernels", [False, True])
+def test_a_disk_that_is_full_when_folders_are_created(cache, monkeypatch, has_kernels):
+    """The disk stays full from some new folder on. Nothing is published then."""
+    if has_kernels:
+        archive.add(cache, [TWO])
+    before, real, calls = snapshot(cache.root), os.mkdir, 0
+
+    def mkdir(limit, path, *arguments, **keywords):
+        nonlocal calls
+        if calls >= limit and not os.path.isdir(f"/proc/self/fd/{keywords['dir_fd']}/{path}"):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        real(path, *arguments, **keywords)
+        calls += 1
+
+    for number in range(20):
+        calls = 0
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "mkdir", functools.partial(mkdir, number))
+            try:
+                archive.add(cache, [ONE, TWO, fake("rmsnorm_512_bf16")])
+                break
+            except RuntimeError as error:
+                assert "No space left" in str(error)
+        after = snapshot(cache.root)
+        assert {name: after[name] for name in after if name != "kernels"} == before  # which may be empty
+        assert not list((cache.root / "staging").glob("*"))
+    assert 4 < number < 19 and archive.add(cache, [ONE, TWO, fake("rmsnorm_512_bf16")]).new == []
 
 
 def test_an_entry_that_cannot_be_published(cache, monkeypatch):

@@ -320,8 +320,9 @@ class Added(NamedTuple):
 def add(cache: Cache, packed: Iterable[PackedEntry]) -> Added:
     """Add entries to a cache, which exists. A damaged entry is replaced, an intact one stays.
 
-    All entries are written beside the cache's own before the first is published, each by one rename as after a build:
-    a full disk leaves the cache as it was. Another process may build the same kernel: what is published first is used.
+    All entries are written beside the cache's own, and the folders that they move to are created, before the first is
+    published, each by one rename as after a build. So a disk that is full before the renames leaves the cache as it
+    was. Another process may build the same kernel: what is published first is used.
 
     Raises:
         RuntimeError: They cannot be written. Entries that were published before stay, and are complete.
@@ -334,8 +335,9 @@ def add(cache: Cache, packed: Iterable[PackedEntry]) -> Added:
             with cache.staging() as staging:
                 for each, entry in missing:
                     _write(staging, _staged_name(entry), each)
-                for _, entry in missing:
-                    cache.publish(staging.path / _staged_name(entry), entry).release()
+                with cache.kernel_folders(entry for _, entry in missing):
+                    for _, entry in missing:
+                        cache.publish(staging.path / _staged_name(entry), entry).release()
     except (OSError, UntrustedPath) as error:
         raise RuntimeError(f"kernels cannot be added to {cache.root}: {error}") from error
     new = [each.label for each, _ in missing]
