@@ -10,7 +10,7 @@ from jitnorm.benchmark.options import format_option
 from jitnorm.cli import output
 from jitnorm.cli.base import Command
 from jitnorm.cli.filters import Filter, filter_option, older_than_option, select
-from jitnorm.cli.kernels import all_kernels, caches, own_caches
+from jitnorm.cli.kernels import caches, kernels_in, own_caches
 from jitnorm.jit import locations
 from jitnorm.jit.entry import Entry
 from jitnorm.jit.files import write_bytes
@@ -42,11 +42,18 @@ def export(file: str, filters: tuple[Filter, ...], older_than: float | None, out
         click.echo(f"exported {output.plural(len(packed), 'kernel')}, {output.size(len(content))}, to {file}")
 
 
-def selected_entries(filters: tuple[Filter, ...], older_than: float | None) -> list[Entry]:
-    """Return the entries of the selected kernels. Raises RuntimeError if there are none."""
-    selected = select(all_kernels(), filters, older_than, time.time())
+def selected_entries(filters: tuple[Filter, ...], older_than: float | None, own_only: bool = False) -> list[Entry]:
+    """Return the entries of the selected kernels. Raises RuntimeError if there are none.
+
+    Args:
+        filters: Conditions that must all apply.
+        older_than: For how many seconds no process has loaded the kernels.
+        own_only: Whether to leave out prebuilt layers and installed packages, except one that is the cache itself.
+    """
+    searched = caches()[:1] if own_only else caches()
+    selected = select([k for cache in searched for k in kernels_in(cache)], filters, older_than, time.time())
     if not selected:
-        where = " and ".join(str(each.root) for each in caches())
+        where = " and ".join(str(each.root) for each in searched)
         raise RuntimeError(f"no kernel to export in {where}: jitnorm cache ls lists the kernels that are there")
     return [kernel.entry for kernel in selected]
 
