@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -136,6 +139,45 @@ def test_a_file_without_an_end(cache_dir, monkeypatch):
     monkeypatch.setattr(archive, "MAX_ARCHIVE_BYTES", 1 << 20)
     printed = run("cache", "import", "/dev/zero", exit_code=1).stderr
     assert printed == "Error: nothing was imported from /dev/zero: it has more than 1048576 bytes\n"
+
+
+def test_a_large_file_is_not_read(cache_dir, tmp_path, monkeypatch):
+    with open(tmp_path / "sparse", "wb") as file:
+        file.truncate(archive.MAX_ARCHIVE_BYTES + 1)
+    monkeypatch.setattr(archive, "read", lambda data: pytest.fail("it was read"))
+    printed = run("cache", "import", tmp_path / "sparse", exit_code=1).stderr
+    assert printed == f"Error: nothing was imported from {tmp_path / 'sparse'}: it has more than 1073741824 bytes\n"
+
+
+def test_a_small_file_takes_little_memory(exported, cache_dir):
+    tracemalloc.start()
+    try:
+        run("cache", "import", exported)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < (1 << 26)
+
+
+def test_too_little_memory(exported, cache_dir, monkeypatch):
+    def read(data: bytes) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(archive, "read", read)
+    printed = run("cache", "import", exported, exit_code=1).stderr
+    assert printed == f"Error: nothing was imported from {exported}: there is not enough memory\n"
+
+
+def test_export_to_the_standard_output(exported, two_kernels):
+    """The pipe has the archive and nothing else. JSON has no place to go."""
+    environment = {**os.environ, "JITNORM_CACHE_DIR": str(two_kernels)}
+    command = [sys.executable, "-m", "jitnorm", "cache", "export", "/dev/stdout"]
+    done = subprocess.run(command, capture_output=True, timeout=120, env=environment)
+    assert done.stdout == exported.read_bytes()
+    assert done.stderr.startswith(b"exported 2 kernels, ") and done.stderr.endswith(b", to /dev/stdout\n")
+    done = subprocess.run([*command, "--format", "json"], capture_output=True, timeout=120, env=environment)
+    assert done.returncode == 2 and done.stdout == b"" and done.stderr.count(b"\n") == 1
+    assert b"--format json prints to the standard output, which /dev/stdout is" in done.stderr
 
 
 def test_a_cache_that_cannot_be_written(exported, cache_dir, monkeypatch):

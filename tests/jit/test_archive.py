@@ -202,7 +202,7 @@ def test_an_entry_that_is_removed_meanwhile_is_left_out(cache):
 
 
 @pytest.mark.parametrize("limit", ["MAX_ARCHIVE_BYTES", "MAX_MEMBERS"])
-def test_too_much_for_one_file(monkeypatch, limit):
+def test_too_much_for_one_file(cache, monkeypatch, limit):
     data = archive.write([ONE])
     allowed = {"MAX_ARCHIVE_BYTES": len(data), "MAX_MEMBERS": len(ONE.files) + 1}[limit]
     monkeypatch.setattr(archive, limit, allowed)
@@ -210,6 +210,10 @@ def test_too_much_for_one_file(monkeypatch, limit):
     monkeypatch.setattr(archive, limit, allowed - 1)
     with pytest.raises(ValueError, match="export fewer kernels at a time"):
         archive.write([ONE])
+    if limit == "MAX_MEMBERS":
+        archive.add(cache, [ONE])
+        with pytest.raises(ValueError, match="export fewer kernels at a time"):
+            archive.pack(cache.entries())
     with pytest.raises(BadArchive, match=f"it has more than {allowed - 1} (bytes|members)"):
         archive.read(data)
 

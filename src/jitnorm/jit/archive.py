@@ -90,10 +90,12 @@ def pack(entries: Iterable[Entry]) -> list[PackedEntry]:
     """Read and check entries. Of entries with the same label the first is used.
 
     Raises:
+        ValueError: They are more than an archive may contain.
         RuntimeError: One is damaged, or another user could have written it.
         OSError: One cannot be read at the moment.
     """
     packed: dict[str, PackedEntry] = {}
+    members = size = 0
     for entry in entries:
         if entry.label not in packed:
             try:
@@ -105,6 +107,9 @@ def pack(entries: Iterable[Entry]) -> list[PackedEntry]:
                     f"{entry.path} cannot be exported: {error}. Remove it, or export others; jitnorm cache verify "
                     "lists all that are damaged"
                 ) from None
+            members += len(packed[entry.label].files)
+            size += sum(map(len, packed[entry.label].files.values()))
+            _check_size(size, members + 1)
     return list(packed.values())
 
 
@@ -157,12 +162,17 @@ def write(entries: Iterable[PackedEntry]) -> bytes:
     for name in sorted(contents):
         parts += [_header(name, len(contents[name])), contents[name], _padding(len(contents[name]))]
     size = sum(map(len, parts)) + len(_END)
-    if size > MAX_ARCHIVE_BYTES or len(contents) >= MAX_MEMBERS:
-        raise ValueError(
-            f"an export may have {MAX_ARCHIVE_BYTES} bytes and {MAX_MEMBERS} members, got {size} and "
-            f"{len(contents) + 1}: export fewer kernels at a time"
-        )
+    _check_size(size, len(contents) + 1)
     return b"".join([*parts, _END])
+
+
+def _check_size(size: int, members: int) -> None:
+    """Raise ValueError if an archive has more bytes or members than are accepted."""
+    if size > MAX_ARCHIVE_BYTES or members > MAX_MEMBERS:
+        raise ValueError(
+            f"an export may have {MAX_ARCHIVE_BYTES} bytes and {MAX_MEMBERS} members, got {size} and {members} or "
+            "more: export fewer kernels at a time"
+        )
 
 
 def _member_name(number: int, file: str) -> str:
