@@ -220,6 +220,12 @@ def test_names_of_other_packages(built, tmp_path):
     assert not (tmp_path / "dist").exists()
 
 
+def test_a_wheel_has_the_limit_of_an_export(built, tmp_path, monkeypatch):
+    monkeypatch.setattr(archive, "MAX_ARCHIVE_BYTES", built.size - 1)
+    printed = run("wheel", "--output", tmp_path / "dist", exit_code=1).stderr
+    assert f"an export may have {built.size - 1} bytes" in printed and not (tmp_path / "dist").exists()
+
+
 def test_only_the_own_cache_is_packed(layer, cache_dir, tmp_path, monkeypatch):
     """An installed wheel may be of another release, with which the new one cannot be packed."""
     assert "no kernel to export in" in run("wheel", "--output", tmp_path, exit_code=1).stderr
@@ -256,6 +262,17 @@ def test_several_packages(layer):
     (layer.parent / "file").touch()
     shutil.copytree(layer, layer.with_name("another"))
     assert [cache.root.name for cache in locations.installed()] == ["another", "own_kernels"]
+
+
+def test_a_second_path_to_the_same_packages(layer, tmp_path, monkeypatch):
+    """As lib64/python3.12/site-packages, where lib64 is a link to lib."""
+    shutil.copytree(layer, layer.with_name("another"))
+    first, second = layer.parents[1], tmp_path / "lib64"
+    second.symlink_to(first)
+    monkeypatch.setattr(site, "getsitepackages", lambda: [str(first), str(second)])
+    monkeypatch.setattr(sys, "path", [*sys.path, str(second)])
+    assert [cache.root for cache in locations.installed()] == [layer.with_name("another"), layer]
+    assert len(json.loads(run("cache", "ls", "--format", "json").stdout)) == 2
 
 
 def test_a_folder_that_is_no_site_packages_is_not_searched(layer, tmp_path, monkeypatch):
