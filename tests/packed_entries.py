@@ -6,7 +6,7 @@ import hashlib
 import json
 
 from jitnorm.jit import toolchain
-from jitnorm.jit.archive import PackedEntry
+from jitnorm.jit.archive import PackedEntry, checked
 from jitnorm.jit.entry import MANIFEST
 
 COMPILERS = {"c++": "g++ 12", "nvcc": "13.0"}
@@ -33,4 +33,4 @@ def fake(
     }
     text = json.dumps(manifest, indent=2).encode() + b"\n"
     contents = {MANIFEST: text, "module.cu": b"// the source\n", library: content}
-    return PackedEntry(f"{name}.{arch}.{key}/{TOOLCHAIN}", contents, manifest)
+    return checked(f"{name}.{arch}.{key}/{TOOLCHAIN}", contents)

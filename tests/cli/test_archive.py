@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -77,7 +80,7 @@ def test_export_of_some(two_kernels, tmp_path, monkeypatch, words, names):
     file = tmp_path / "some.tar"
     printed = run("cache", "export", file, *words, exit_code=0 if names else 1)
     if names:
-        assert [entry.manifest["name"] for entry in archive.read(file.read_bytes())] == names
+        assert [entry.label.partition(".")[0] for entry in archive.read(file.read_bytes())] == names
     else:
         assert f"no kernel to export in {two_kernels}" in printed.stderr and not file.exists()
 
@@ -117,8 +120,10 @@ def test_an_export_that_cannot_be_written(two_kernels, tmp_path, monkeypatch):
 def test_a_refused_file(exported, cache_dir):
     exported.write_bytes(exported.read_bytes().replace(b"\x7fELF", b"\x7fElf"))
     printed = run("cache", "import", exported, exit_code=1).stderr
-    assert printed.startswith(f"Error: nothing was imported from {exported}: member 'kernels/rmsnorm_512_bf16.")
-    assert "was altered" in printed and printed.count("\n") == 1 and not cache_dir.exists()
+    assert printed.startswith(
+        f"Error: nothing was imported from {exported}: member 'kernels/00000/library.so' was altered"
+    )
+    assert printed.count("\n") == 1 and not cache_dir.exists()
 
 
 def test_files_that_are_none(cache_dir, tmp_path):
@@ -134,6 +139,45 @@ def test_a_file_without_an_end(cache_dir, monkeypatch):
     monkeypatch.setattr(archive, "MAX_ARCHIVE_BYTES", 1 << 20)
     printed = run("cache", "import", "/dev/zero", exit_code=1).stderr
     assert printed == "Error: nothing was imported from /dev/zero: it has more than 1048576 bytes\n"
+
+
+def test_a_large_file_is_not_read(cache_dir, tmp_path, monkeypatch):
+    with open(tmp_path / "sparse", "wb") as file:
+        file.truncate(archive.MAX_ARCHIVE_BYTES + 1)
+    monkeypatch.setattr(archive, "read", lambda data: pytest.fail("it was read"))
+    printed = run("cache", "import", tmp_path / "sparse", exit_code=1).stderr
+    assert printed == f"Error: nothing was imported from {tmp_path / 'sparse'}: it has more than 1073741824 bytes\n"
+
+
+def test_a_small_file_takes_little_memory(exported, cache_dir):
+    tracemalloc.start()
+    try:
+        run("cache", "import", exported)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < (1 << 26)
+
+
+def test_too_little_memory(exported, cache_dir, monkeypatch):
+    def read(data: bytes) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(archive, "read", read)
+    printed = run("cache", "import", exported, exit_code=1).stderr
+    assert printed == f"Error: nothing was imported from {exported}: there is not enough memory\n"
+
+
+def test_export_to_the_standard_output(exported, two_kernels):
+    """The pipe has the archive and nothing else. JSON has no place to go."""
+    environment = {**os.environ, "JITNORM_CACHE_DIR": str(two_kernels)}
+    command = [sys.executable, "-m", "jitnorm", "cache", "export", "/dev/stdout"]
+    done = subprocess.run(command, capture_output=True, timeout=120, env=environment)
+    assert done.stdout == exported.read_bytes()
+    assert done.stderr.startswith(b"exported 2 kernels, ") and done.stderr.endswith(b", to /dev/stdout\n")
+    done = subprocess.run([*command, "--format", "json"], capture_output=True, timeout=120, env=environment)
+    assert done.returncode == 2 and done.stdout == b"" and done.stderr.count(b"\n") == 1
+    assert b"--format json prints to the standard output, which /dev/stdout is" in done.stderr
 
 
 def test_a_cache_that_cannot_be_written(exported, cache_dir, monkeypatch):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import functools
 import hashlib
 import json
 import os
@@ -10,6 +11,7 @@ import shutil
 import subprocess
 import sys
 import tarfile
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 
@@ -26,6 +28,7 @@ from jitnorm.jit.entry import MANIFEST, Entry
 from jitnorm.jit.folder import Folder
 from jitnorm.jit.spec import Target
 from jitnorm.rmsnorm import rmsnorm_spec
+from jitnorm.warmup import OPS, make_plan
 
 from .conftest import entries
 
@@ -33,7 +36,8 @@ SPEC = rmsnorm_spec(64, torch.float32, torch.float32, Target("cpu"))
 INDEX = "jitnorm-cache.json"
 ONE = fake()
 TWO = fake("rmsnorm_128_bf16", content=b"other code")
-PREFIX = f"kernels/{ONE.label}/"
+MANIFEST_OF_ONE = json.loads(ONE.files[MANIFEST])
+PREFIX = "kernels/00000/"
 
 
 def snapshot(root: Path) -> dict[str, bytes | None]:
@@ -88,8 +92,66 @@ def test_tar_can_read_it(tmp_path):
     (tmp_path / "file").write_bytes(archive.write([ONE, TWO]))
     with tarfile.open(tmp_path / "file") as tar:
         names = tar.getnames()
-        assert tar.extractfile(f"{PREFIX}module.cu").read() == b"// the source\n"
-    assert names == [INDEX, *sorted(f"kernels/{e.label}/{name}" for e in (ONE, TWO) for name in e.files)]
+        assert tar.extractfile("kernels/00001/module.cu").read() == b"// the source\n"
+    files = ("library.so", MANIFEST, "module.cu")
+    assert names == [INDEX, *(f"kernels/0000{number}/{name}" for number in range(2) for name in files)]
+
+
+def longest_name() -> str:
+    """Return the longest name of a kernel that warm-up can build."""
+    options = {
+        "rotary_dim": (64, 128),
+        "cos_sin_dtype": ("bf16", "fp32"),
+        "cache_dtype": ("bf16", "fp8"),
+        "q_out_dtype": ("bf16", "fp8"),
+        "interleaved": (False, True),
+        "mrope": (False, True),
+        "rounding": ("once", "each_step"),
+    }
+    names = set()
+    for op, operator in OPS.items():
+        accepted = {name: values for name, values in options.items() if name in operator.options}
+        size = None if operator.size_name is None else (128, 256, 16384)
+        weights = ("bf16", "fp32") if operator.has_weight else None
+        plan = make_plan(op, size, "bf16", weights, device="cpu", skip_unsupported=True, **accepted)
+        names |= {spec.name for spec in plan.specs}
+    return max(names, key=len)
+
+
+def test_the_longest_names(tmp_path):
+    """A path in a tar archive is limited, and a label is not part of one."""
+    longest = longest_name()
+    assert len(longest) >= 111
+    locations.create(tmp_path)
+    for name in (longest, longest.ljust(180, "x")):
+        packed = [fake(name, arch=arch) for arch in ("cpu_aarch64", "sm_100a")]
+        data = archive.write(packed)
+        assert archive.read(data) == packed
+        archive.add(Cache(tmp_path), packed)
+        assert (
+            archive.write(archive.pack(e for e in Cache(tmp_path).entries() if e.label.startswith(f"{name}."))) == data
+        )
+
+
+def test_a_parsed_manifest_is_not_kept():
+    """It takes more memory than the file that it came from."""
+    entries = [fake(f"rmsnorm_{size}_bf16", notes=[[]] * 7500) for size in range(64, 84)]
+    data = archive.write(entries)
+    tracemalloc.start()
+    try:
+        packed = archive.read(data)
+        kept, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert packed == entries and kept < 1.5 * len(data)
+
+
+def test_a_large_manifest_is_not_exported(cache):
+    archive.add(cache, [ONE])
+    (entry,) = cache.entries()
+    (entry.path / MANIFEST).write_bytes(ONE.files[MANIFEST].ljust((1 << 16) + 1))
+    with pytest.raises(RuntimeError, match=r"cannot be exported: .*manifest\.json has more than 65536 bytes"):
+        archive.pack([entry])
 
 
 def test_other_files_and_records_are_left_out(cache):
@@ -140,7 +202,7 @@ def test_an_entry_that_is_removed_meanwhile_is_left_out(cache):
 
 
 @pytest.mark.parametrize("limit", ["MAX_ARCHIVE_BYTES", "MAX_MEMBERS"])
-def test_too_much_for_one_file(monkeypatch, limit):
+def test_too_much_for_one_file(cache, monkeypatch, limit):
     data = archive.write([ONE])
     allowed = {"MAX_ARCHIVE_BYTES": len(data), "MAX_MEMBERS": len(ONE.files) + 1}[limit]
     monkeypatch.setattr(archive, limit, allowed)
@@ -148,6 +210,10 @@ def test_too_much_for_one_file(monkeypatch, limit):
     monkeypatch.setattr(archive, limit, allowed - 1)
     with pytest.raises(ValueError, match="export fewer kernels at a time"):
         archive.write([ONE])
+    if limit == "MAX_MEMBERS":
+        archive.add(cache, [ONE])
+        with pytest.raises(ValueError, match="export fewer kernels at a time"):
+            archive.pack(cache.entries())
     with pytest.raises(BadArchive, match=f"it has more than {allowed - 1} (bytes|members)"):
         archive.read(data)
 
@@ -164,18 +230,22 @@ def tar(members: list[tuple[tarfile.TarInfo, bytes]], format: int = tarfile.USTA
 
 
 def crafted(contents: dict[str, bytes], *more: tarfile.TarInfo, hashes: dict[str, str] | None = None, **index) -> bytes:
-    """Return an archive of these members, and of `more` at its end."""
+    """Return an archive of these members, and of `more` at its end. Its only kernel is ONE unless `index` says so."""
     hashes = hashes or {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()}
     hashes = {info.name: hashlib.sha256(b"").hexdigest() for info in more} | hashes
-    text = json.dumps({"files": hashes, "format": 1, **index}, indent=1, sort_keys=True).encode() + b"\n"
+    text = (
+        json.dumps({"files": hashes, "format": 1, "kernels": [ONE.label], **index}, indent=1, sort_keys=True).encode()
+        + b"\n"
+    )
     members = [(tarfile.TarInfo(name), content) for name, content in {INDEX: text, **contents}.items()]
     return tar([*members, *((info, b"") for info in more)])
 
 
-def contents(entry: PackedEntry = ONE, **changed: bytes | None) -> dict[str, bytes]:
+def contents(entry: PackedEntry = ONE, number: int = 0, **changed: bytes | None) -> dict[str, bytes]:
     """Return the members of an entry, with some changed or removed."""
-    found = {f"kernels/{entry.label}/{name}": content for name, content in {**entry.files, **changed}.items()}
-    return {name: content for name, content in sorted(found.items()) if content is not None}
+    files = {**entry.files, "library.so": entry.library, **changed}
+    del files[entry.library_name]
+    return {f"kernels/{number:05}/{name}": files[name] for name in sorted(files) if files[name] is not None}
 
 
 def member(name: str, kind: bytes = tarfile.REGTYPE, **fields) -> tarfile.TarInfo:
@@ -187,7 +257,7 @@ def member(name: str, kind: bytes = tarfile.REGTYPE, **fields) -> tarfile.TarInf
 
 
 def other_manifest(**fields) -> dict[str, bytes]:
-    return contents(**{MANIFEST: json.dumps({**ONE.manifest, **fields}).encode()})
+    return contents(**{MANIFEST: json.dumps({**MANIFEST_OF_ONE, **fields}).encode()})
 
 
 def with_byte(data: bytes, position: int) -> bytes:
@@ -195,7 +265,8 @@ def with_byte(data: bytes, position: int) -> bytes:
 
 
 DATA = archive.write([ONE])
-LIBRARY = ONE.manifest["library"]
+LIBRARY = "library.so"
+BOTH = [TWO.label, ONE.label]
 EVIL = member("x", tarfile.SYMTYPE, linkname="/etc/passwd")
 REFUSED: dict[str, tuple[bytes, str]] = {
     "traversal": (crafted(contents(), member("kernels/../../x")), r"member 'kernels/../../x' has a path that leads"),
@@ -214,7 +285,7 @@ REFUSED: dict[str, tuple[bytes, str]] = {
     "sparse file": (crafted(contents(), member("x", tarfile.GNUTYPE_SPARSE)), "the header of member 'x' was altered"),
     "duplicate": (
         crafted(contents(), member(PREFIX + "module.cu")),
-        r"member 'kernels/rmsnorm_64_bf16.*/module.cu' is there twice",
+        r"member 'kernels/00000/module.cu' is there twice",
     ),
     "second index": (crafted(contents(), member(INDEX)), f"member '{INDEX}' is there twice"),
     "large text": (
@@ -222,13 +293,21 @@ REFUSED: dict[str, tuple[bytes, str]] = {
         r"member '.*/cubin.s' has 1048577 bytes: at most 1048576 are accepted",
     ),
     "large library": (
-        crafted(contents(), member(PREFIX + "x.so", size=(1 << 28) + 1)),
-        r"member '.*/x.so' has 268435457 bytes: at most 268435456 are accepted",
+        crafted(contents(), member(PREFIX + LIBRARY, size=(1 << 28) + 1)),
+        r"member '.*/library.so' has 268435457 bytes: at most 268435456 are accepted",
     ),
     "negative size": (tar([(member(INDEX, size=-1), b"")], tarfile.GNU_FORMAT), r"has -1 bytes: at most"),
+    "large manifest": (
+        crafted(contents(**{MANIFEST: ONE.files[MANIFEST].ljust((1 << 16) + 1)})),
+        r"member '.*/manifest.json' has 65537 bytes: at most 65536 are accepted",
+    ),
     "unknown member": (crafted(contents(), member(PREFIX + "notes")), r"member '.*/notes' is unknown"),
     "unknown folder": (crafted(contents(), member("staging/x")), "member 'staging/x' is unknown"),
     "another library": (crafted(contents(), member(PREFIX + "x-0.so")), r"member '.*/x-0.so' is unknown"),
+    "its own name": (
+        crafted({**contents(**{LIBRARY: None}), PREFIX + ONE.library_name: ONE.library}),
+        r"member '.*/rmsnorm_64_bf16-\w+\.so' is unknown",
+    ),
     "control characters": (crafted(contents(), member("a\x1b[2J\nb")), r"member 'a\\x1b\[2J\\nb' is unknown"),
     "no ASCII": (crafted(contents(), member("kernels/é")), "the header of member .* was altered"),
     "owner": (crafted(contents(), member(PREFIX + "cubin.s", uid=1000)), "the header of member .*/cubin.s' was alt"),
@@ -257,12 +336,29 @@ REFUSED: dict[str, tuple[bytes, str]] = {
     "index is a list": (tar([(member(INDEX), b"[]")]), f"member {INDEX} cannot be read"),
     "deep index": (tar([(member(INDEX), b"[" * 100_000)]), f"member {INDEX} cannot be read"),
     "other index": (crafted(contents(), comment="x"), f"member {INDEX} was altered"),
-    "hashes are a list": (tar([(member(INDEX), b'{"files": [], "format": 1}')]), f"member {INDEX} was altered"),
+    "hashes are a list": (tar([(member(INDEX), b'{"files": [], "format": 1, "kernels": []}')]), f"{INDEX} was altered"),
     "hashes are a number": (tar([(member(INDEX), b'{"files": 1, "format": 1}')]), f"member {INDEX} cannot be read"),
     "deep hashes": (
-        tar([(member(INDEX), b'{"files": {"x": ' + b"[" * 400 + b"]" * 400 + b'}, "format": 1}')]),
+        tar([(member(INDEX), b'{"files": {"x": ' + b"[" * 400 + b"]" * 400 + b'}, "format": 1, "kernels": []}')]),
         f"member {INDEX} was altered",
     ),
+    "no kernels in the index": (tar([(member(INDEX), b'{"files": {}, "format": 1}')]), f"{INDEX} cannot be read"),
+    "kernels are a text": (crafted(contents(), kernels=ONE.label), f"member {INDEX} was altered"),
+    "kernels are numbers": (crafted(contents(), kernels=[1]), f"member {INDEX} was altered"),
+    "kernels are not sorted": (
+        crafted({**contents(ONE), **contents(TWO, 1)}, kernels=BOTH[::-1]),
+        f"member {INDEX} was altered",
+    ),
+    "a kernel twice": (
+        crafted({**contents(), **contents(ONE, 1)}, kernels=[ONE.label, ONE.label]),
+        f"member {INDEX} was altered",
+    ),
+    "a kernel that leads elsewhere": (crafted(contents(), kernels=["../x/5f78e909ad82"]), f"{INDEX} was altered"),
+    "a kernel's name with a line break": (crafted(contents(), kernels=[ONE.label + "\n"]), f"{INDEX} was altered"),
+    "a kernel without members": (crafted(contents(TWO), kernels=BOTH), f"{ONE.label} is refused: its manifest cannot"),
+    "members without a kernel": (crafted(contents(), kernels=[]), r"member 'kernels/00000/.*' is unknown"),
+    "a number that is not the next": (crafted(contents(ONE, 1)), r"member 'kernels/00001/.*' is unknown"),
+    "the label of another kernel": (crafted(contents(), kernels=[TWO.label]), "refused: it is another kernel"),
     "format is infinite": (crafted(contents(), format=float("inf")), f"member {INDEX} cannot be read"),
     "format is a text": (crafted(contents(), format="x"), f"member {INDEX} cannot be read"),
     "format is true": (crafted(contents(), format=True), f"member {INDEX} was altered"),
@@ -274,19 +370,19 @@ REFUSED: dict[str, tuple[bytes, str]] = {
     "size differs": (crafted(other_manifest(size=3)), "is refused: its library is not the one that was built"),
     "no manifest": (crafted(contents(**{MANIFEST: None})), f"{ONE.label} is refused: its manifest cannot be read"),
     "bad manifest": (crafted(contents(**{MANIFEST: b"{}"})), "is refused: its manifest cannot be read"),
-    "no library": (crafted(contents(**{LIBRARY: None})), f"is refused: its library {LIBRARY} is missing"),
+    "no library": (crafted(contents(**{LIBRARY: None})), f"is refused: its library {ONE.library_name} is missing"),
     "path as library": (crafted(other_manifest(library="../x.so")), "its library cannot be named '../x.so'"),
     "other name": (crafted(other_manifest(key="f" * 16)), "is refused: it is another kernel, rmsnorm_64_bf16.sm_90a.f"),
     "control characters in a key": (crafted(other_manifest(key="\n\x1b[2J")), r"another kernel, .*\\n\\x1b\[2J"),
-    "a long key": (crafted(other_manifest(key="x" * 10**5)), "it is another kernel"),
-    "a long library": (crafted(other_manifest(library="x" * 10**5)), "its library cannot be named"),
+    "a long key": (crafted(other_manifest(key="x" * 10**4)), "it is another kernel"),
+    "a long library": (crafted(other_manifest(library="x" * 10**4)), "its library cannot be named"),
     "other architecture": (crafted(other_manifest(arch="sm_80")), "is refused: it is another kernel"),
     "other compilers": (crafted(other_manifest(compilers={"c++": "x"})), "its manifest names compilers with the key"),
     "no compilers": (crafted(other_manifest(compilers=None)), "names compilers with the key unknown"),
     "odd compilers": (crafted(other_manifest(compilers={"c++": "\ud800"})), "names compilers with the key unknown"),
     "second kernel": (
-        crafted({**contents(), **contents(TWO, **{TWO.manifest["library"]: b"?"})}),
-        f"the kernel {TWO.label} is refused",
+        crafted({**contents(TWO), **contents(ONE, 1, **{LIBRARY: b"?"})}, kernels=BOTH),
+        f"the kernel {ONE.label} is refused",
     ),
 }  # fmt: skip
 
@@ -303,7 +399,7 @@ def test_refusals(cache, name):
 def test_what_is_crafted_is_accepted_without_a_fault():
     """Otherwise an archive might be refused for how this file writes it."""
     assert crafted(contents()) == DATA and archive.read(DATA) == [ONE]
-    assert archive.read(crafted(contents() | contents(TWO))) == sorted([ONE, TWO])
+    assert archive.read(crafted(contents(TWO) | contents(ONE, 1), kernels=BOTH)) == sorted([ONE, TWO])
     assert archive.read(archive.write([])) == []
 
 
@@ -383,6 +479,35 @@ def test_a_full_disk_leaves_the_cache_as_it_was(cache, monkeypatch, failing):
         assert calls == number and snapshot(cache.root) == before
         assert not list((cache.root / "staging").iterdir())
     assert len(archive.add(cache, [ONE, TWO, fake("rmsnorm_512_bf16")]).new) == 2
+
+
+@pytest.mark.parametrize("has_kernels", [False, True])
+def test_a_disk_that_is_full_when_folders_are_created(cache, monkeypatch, has_kernels):
+    """The disk stays full from some new folder on. Nothing is published then."""
+    if has_kernels:
+        archive.add(cache, [TWO])
+    before, real, calls = snapshot(cache.root), os.mkdir, 0
+
+    def mkdir(limit, path, *arguments, **keywords):
+        nonlocal calls
+        if calls >= limit and not os.path.isdir(f"/proc/self/fd/{keywords['dir_fd']}/{path}"):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        real(path, *arguments, **keywords)
+        calls += 1
+
+    for number in range(20):
+        calls = 0
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "mkdir", functools.partial(mkdir, number))
+            try:
+                archive.add(cache, [ONE, TWO, fake("rmsnorm_512_bf16")])
+                break
+            except RuntimeError as error:
+                assert "No space left" in str(error)
+        after = snapshot(cache.root)
+        assert {name: after[name] for name in after if name != "kernels"} == before  # which may be empty
+        assert not list((cache.root / "staging").glob("*"))
+    assert 4 < number < 19 and archive.add(cache, [ONE, TWO, fake("rmsnorm_512_bf16")]).new == []
 
 
 def test_an_entry_that_cannot_be_published(cache, monkeypatch):
@@ -511,10 +636,10 @@ def test_compilers_of_another_version(cache, monkeypatch):
     (packed,) = archive.pack([built])
     shutil.rmtree(cache.root / "kernels")
     versions = {"c++": "g++ 1.0"}
-    manifest = {**packed.manifest, "compilers": versions}
+    manifest = {**json.loads(packed.files[MANIFEST]), "compilers": versions}
     contents = {**packed.files, MANIFEST: json.dumps(manifest).encode()}
     label = f"{packed.label.partition('/')[0]}/{toolchain.key_of(versions)}"
-    archive.add(cache, [PackedEntry(label, contents, manifest)])
+    archive.add(cache, [archive.checked(label, contents)])
     assert load.find(SPEC) is None
     monkeypatch.setenv("JITNORM_DISABLE_JIT", "1")
     assert load.find(SPEC, mark_in_use=False).label == label

@@ -58,7 +58,7 @@ def _utc(seconds: float) -> str | None:
 
 
 def caches() -> list[Cache]:
-    """Return the cache and the prebuilt layers. One folder that is both counts as prebuilt, and is never written."""
+    """Return the cache, then the prebuilt layers. One folder that is both counts as prebuilt, and is never written."""
     prebuilt, own = locations.prebuilt(), locations.readable()
     if prebuilt and os.path.realpath(prebuilt.root) == os.path.realpath(own.root):
         return [prebuilt, *locations.installed()]

@@ -19,7 +19,7 @@ import json
 import os
 import re
 import socket
-from collections.abc import Container, Iterator
+from collections.abc import Container, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -224,6 +224,24 @@ class Cache:
                     return winner
         reason = getattr(problem, "strerror", None) or problem
         raise CacheNotWritable(f"{entry.label} cannot be kept as {entry.path} ({reason})") from None
+
+    @contextmanager
+    def kernel_folders(self, entries: Iterable[Entry]) -> Iterator[None]:
+        """Create the folders that entries are published in. If the block raises, those still empty are removed."""
+        created = []
+        try:
+            for kernel in dict.fromkeys(entry.path.parent.name for entry in entries):
+                with self.open(KERNELS, create=True) as kernels:
+                    if not kernels.is_folder(kernel):
+                        created.append(kernel)
+                self.open(KERNELS, kernel, create=True).close()
+            yield
+        except BaseException:
+            with suppress(OSError, UntrustedPath), open_path(self.root, (KERNELS,)) as kernels:
+                for kernel in created:
+                    with suppress(OSError):  # it contains an entry, or was not created
+                        os.rmdir(kernel, dir_fd=kernels.fd)
+            raise
 
     def remove(self, entry: Entry) -> bool:
         """Remove an entry. Return False if a process has it loaded."""

@@ -42,14 +42,19 @@ def installed() -> list[Cache]:
     """Return the read-only layers that `jitnorm wheel` packed and pip installed: PACKAGES/<name> in site-packages.
 
     Only folders that Python imports packages from for all programs are searched. Others on `sys.path`, such as the
-    working directory, may belong to another user.
+    working directory, may belong to another user. Of two paths to one layer, as where `lib64` is a link to `lib`, the
+    first is used.
     """
     folders = dict.fromkeys(path for path in (*site.getsitepackages(), site.getusersitepackages()) if path in sys.path)
-    found = []
+    found: list[Path] = []
     for folder in folders:
         with suppress(OSError):
             found += [Path(folder, PACKAGES, name) for name in sorted(os.listdir(os.path.join(folder, PACKAGES)))]
-    return [Cache(path, prebuilt=True) for path in found if (path / KERNELS).is_dir()]
+    layers: dict[str, Path] = {}
+    for path in found:
+        if (path / KERNELS).is_dir():
+            layers.setdefault(os.path.realpath(path), path)
+    return [Cache(path, prebuilt=True) for path in layers.values()]
 
 
 def default_root() -> Path:
