@@ -17,7 +17,7 @@ PYTEST := $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 test: $(VENV)/installed-dev  ## the tests that this machine can run, but for the slow ones
 	$(PYTEST) -m "not slow"
 
-test-slow: $(VENV)/installed-dev  ## sweeps over architectures, operators and faults, as CI runs them too
+test-slow: $(VENV)/installed-dev  ## the slow ones: sweeps over architectures, operators and faults
 	$(PYTEST) -m slow
 
 test-gpu: $(VENV)/installed-dev

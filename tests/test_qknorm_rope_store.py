@@ -254,6 +254,7 @@ def test_scales_offsets_and_outputs(device, case):
     check(a)
 
 
+@pytest.mark.slow
 @cases
 def test_rounding_of_each_step(device, case):
     a = make(case, device, 33, 4, 3) | {"rounding": "each_step"}

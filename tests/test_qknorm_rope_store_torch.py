@@ -59,7 +59,14 @@ def copied(a):
     return {name: value.clone() for name, value in a.items()}
 
 
-@pytest.mark.parametrize("function", [in_place, into_outputs, into_one_output])
+@pytest.mark.parametrize(
+    "function",
+    [
+        in_place,
+        pytest.param(into_outputs, marks=pytest.mark.slow),
+        pytest.param(into_one_output, marks=pytest.mark.slow),
+    ],
+)
 def test_compiles_whole_and_writes_are_seen(device, function):
     run = compiled(function)
     for tokens in (3, 5, 17):  # the second makes torch compile with a dynamic dimension, which serves the third

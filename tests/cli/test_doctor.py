@@ -40,6 +40,7 @@ def compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str) -> Pa
     return wrapper
 
 
+@pytest.mark.slow
 def test_doctor(cache_dir, tmp_path, monkeypatch, real_trial_builds):
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("JITNORM_DISABLE_JIT", "1")  # it applies to calls only

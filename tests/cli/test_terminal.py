@@ -13,11 +13,14 @@ import sys
 import termios
 import time
 
+import pytest
+
 from jitnorm.jit.cache import Cache
 
 _COMMAND = "import _jitnorm_command; _jitnorm_command.main()"
 
 
+@pytest.mark.slow
 def test_terminal(cache_dir):
     """`warmup` shows a bar while it builds, and `cache clear` asks before it removes."""
     output, status = on_a_terminal("warmup", "--hidden-size", "64", "--device", "cpu")

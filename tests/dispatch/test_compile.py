@@ -52,6 +52,7 @@ def test_graphs_of_sizes_with_a_kernel_are_those_of_jitnorms_operators(dynamic):
     assert graphs[dispatch] == graphs[jitnorm] and "jitnorm.gemma_fused_add_rmsnorm" in graphs[jitnorm][0]
 
 
+@pytest.mark.slow
 @every_dynamic
 def test_sizes_without_a_kernel_compile_without_a_graph_break(dynamic):
     run = compiled(partial(block, dispatch), dynamic)

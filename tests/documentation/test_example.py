@@ -21,6 +21,7 @@ def example():
     del sys.modules[spec.name]
 
 
+@pytest.mark.slow
 def test_every_variant(device, example):
     sizes = example.Sizes(hidden=512, heads=4, kv_heads=2, head_dim=128, intermediate=768)
     eager, quantising, custom, fused = example.measure(sizes, tokens=33, device=device, repeats=2)

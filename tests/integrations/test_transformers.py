@@ -347,6 +347,7 @@ def test_a_warm_up_builds_every_kernel_that_a_patched_model_calls(name, tmp_path
     assert called and called <= {spec.name for spec in plan.specs}
 
 
+@pytest.mark.slow
 def test_a_patched_model_compiles_without_a_graph_break():
     torch._dynamo.reset()
     model = make("Gemma3").requires_grad_(False)  # q and k norms on transposed heads

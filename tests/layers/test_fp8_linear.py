@@ -120,6 +120,7 @@ def operators_of(function, *arguments):
     return {str(node.target) for node in graphs[0].graph.nodes if node.op.startswith("call")}
 
 
+@pytest.mark.slow
 def test_the_compiler_decides_what_quantises(device):
     """Plain PyTorch in the one case that inductor can fuse; a kernel in all others."""
     weight, weight_scale = weights(device, by_channel=False)
