@@ -27,7 +27,7 @@ from jitnorm.jit.spec import KernelSpec, Target
 MAX_WIDTH = 1 << 30  # kMaxWidth in csrc/elementwise/activation.h
 
 
-@dataclass(frozen=True, eq=False, repr=False)
+@dataclass(eq=False, repr=False)
 class Activation(Operator):
     """One of the gated activations."""
 

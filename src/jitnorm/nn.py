@@ -26,7 +26,7 @@ _HALF_DTYPES = (torch.float16, torch.bfloat16)
 _DEFAULT_EPS_IS_FLOAT32 = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 7)
 
 
-@dataclass(frozen=True, eq=False, repr=False)
+@dataclass(eq=False, repr=False)
 class NormOperators:
     """The operators that one variant of RMSNorm calls.
 

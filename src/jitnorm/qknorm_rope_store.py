@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 
@@ -38,8 +38,7 @@ _CPP_TYPES: dict[Any, str] = {**CPP_TYPES, E4M3: "e4m3_t", None: "NoNorm"}
 _DTYPE_NAMES = {**checks.DTYPE_NAMES, E4M3: "fp8"}
 
 
-@dataclass(frozen=True)
-class Variant:
+class Variant(NamedTuple):
     """The properties that a kernel is compiled for, other than its target.
 
     Attributes:
@@ -220,7 +219,7 @@ _OPTIONAL_TENSOR = frozenset({torch.Tensor, type(None)})
 _OPTIONAL_WEIGHT = frozenset({torch.Tensor, torch.nn.Parameter, type(None)})
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False, repr=False)
 class Arguments:
     """The arguments of a call. Tensors are None where the step that needs them is left out."""
 

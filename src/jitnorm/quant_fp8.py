@@ -24,7 +24,7 @@ _PARTIAL_AMAX_COUNT = 512  # kMaxPartialAmax in csrc/elementwise/quant_fp8.h
 _HIDDEN_SIZE_MULTIPLE = 16  # required by float8 GEMMs; kHiddenSizeMultiple in csrc/elementwise/quant_fp8.h
 
 
-@dataclass(frozen=True, eq=False, repr=False)
+@dataclass(eq=False, repr=False)
 class QuantFp8(Operator):
     """One kernel of the family. It supports tensors of any size."""
 

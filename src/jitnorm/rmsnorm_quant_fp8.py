@@ -25,7 +25,7 @@ from jitnorm.core.torch_library import (
 _E4M3 = torch.float8_e4m3fn
 
 
-@dataclass(frozen=True, eq=False, repr=False)
+@dataclass(eq=False, repr=False)
 class QuantNorm(Norm):
     """A norm with a quantised output."""
 

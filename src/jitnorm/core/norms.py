@@ -34,7 +34,7 @@ def kernel_class(hidden_size: int, op: str = "rmsnorm") -> str:
     raise RuntimeError(f"{op} does not support hidden_size {hidden_size}: supported are {supported}")
 
 
-@dataclass(frozen=True, eq=False, repr=False)
+@dataclass(eq=False, repr=False)
 class Norm(Operator):
     """One norm, or one of its variants."""
 

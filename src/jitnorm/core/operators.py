@@ -22,7 +22,7 @@ OPERATORS: dict[str, Operator] = {}
 EXAMPLES: dict[str, Example] = {}
 
 
-@dataclass(frozen=True, eq=False, repr=False)
+@dataclass(eq=False, repr=False)  # not frozen, as that would take a tenth of the time of `import jitnorm`
 class Operator:
     """One operator, or one variant of an operator. A subclass implements `spec`."""
 
@@ -51,7 +51,7 @@ class Operator:
 
     def __post_init__(self) -> None:
         for table in ("fast_cache", "torch_op_cache", "kernels_by_spec"):
-            object.__setattr__(self, table, {})
+            setattr(self, table, {})
         OPERATORS[self.op] = self
 
     @property
