@@ -39,10 +39,8 @@ def export(file: str, filters: tuple[Filter, ...], older_than: float | None, out
         raise BadValue(f"--format json prints to the standard output, which {file} is: name another file")
     packed = archive.pack(selected_entries(filters, older_than))
     content = archive.write(packed)
-    try:
+    with output.writing(file):
         write_bytes(file, content, sync=True)
-    except OSError as error:
-        raise RuntimeError(f"cannot write {file}: {error.strerror or error}") from None
     if output_format == "json":
         output.as_json({"file": file, "size": len(content), "exported": [each.label for each in packed]})
     else:

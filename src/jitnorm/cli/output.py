@@ -1,10 +1,11 @@
-"""Tables, JSON, sizes, ages and dates as the commands print them."""
+"""Tables, JSON, sizes, ages and dates as the commands print them, and the error where a file cannot be written."""
 
 from __future__ import annotations
 
 import datetime
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import click
@@ -87,3 +88,12 @@ def date(iso: str) -> str:
 def plural(count: int, noun: str) -> str:
     """Return a count and its noun: "1 kernel", "2 kernels"."""
     return f"{count} {noun}" + ("" if count == 1 else "s")
+
+
+@contextmanager
+def writing(file: str) -> Iterator[None]:
+    """Raise RuntimeError that names `file` for an OSError in the block, which writes it."""
+    try:
+        yield
+    except OSError as error:
+        raise RuntimeError(f"cannot write {file}: {error.strerror or error}") from None

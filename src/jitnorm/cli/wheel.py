@@ -74,11 +74,9 @@ def wheel(folder: str, name: str, filters: tuple[Filter, ...], older_than: float
     packed = archive.pack(selected_entries(filters, older_than, own_only=True))
     file, content = make_wheel(name, packed)
     path = os.path.join(folder, file)
-    try:
+    with output.writing(path):
         os.makedirs(folder, exist_ok=True)
         write_bytes(path, content, sync=True)
-    except OSError as error:
-        raise RuntimeError(f"cannot write {path}: {error.strerror or error}") from None
     if output_format == "json":
         output.as_json({"file": path, "size": len(content), "packed": [each.label for each in packed]})
     else:

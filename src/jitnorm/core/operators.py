@@ -22,7 +22,7 @@ OPERATORS: dict[str, Operator] = {}
 EXAMPLES: dict[str, Example] = {}
 
 
-@dataclass(eq=False, repr=False)  # not frozen, as that would take a tenth of the time of `import jitnorm`
+@dataclass(eq=False, repr=False)  # not frozen: an import would compile two more functions for each class
 class Operator:
     """One operator, or one variant of an operator. A subclass implements `spec`."""
 

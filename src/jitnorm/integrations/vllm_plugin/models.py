@@ -68,9 +68,8 @@ def replace_operators(model: torch.nn.Module, config: Any) -> Report:
     ]
     failures = build_and_load([*(spec for _, _, _, specs in planned for spec in specs), *float32_specs])
     active = {id(module) for _, module, _, specs in planned if not failures.keys() & {*specs}}
-    if (
-        failures.keys() & {*float32_specs} or not with_float32_residual <= active
-    ):  # vLLM's norms return it in half precision
+    # A norm of vLLM's among them would return the residual in half precision.
+    if failures.keys() & {*float32_specs} or not with_float32_residual <= active:
         with_float32_residual = set()
     for name, module, found, specs in planned:
         if failed := next((failures[spec] for spec in specs if spec in failures), None):
