@@ -103,13 +103,13 @@ def device(request: pytest.FixtureRequest) -> str:
 def cache_dir(tmp_path, monkeypatch):
     """Return the path of an empty cache of the test's own. Kernels loaded before are forgotten until the test ends."""
     from jitnorm.core.operators import OPERATORS
-    from jitnorm.jit import load, locations, log, toolchain
+    from jitnorm.jit import find, load, locations, log, toolchain
     from jitnorm.rmsnorm import _jit_rmsnorm_module
 
     folder = tmp_path / "cache"
     monkeypatch.setenv("JITNORM_CACHE_DIR", str(folder))
     monkeypatch.setattr(load, "_loaded", {})
-    monkeypatch.setattr(load, "_failed", {})
+    monkeypatch.setattr(find, "_failed", {})
     monkeypatch.setattr(locations, "_temporary", None)
     monkeypatch.setattr(toolchain, "_unresponsive", {})
     log.warn_once.cache_clear()

@@ -15,6 +15,7 @@ if "_jitnorm_command" not in sys.modules:
         from jitnorm.activation import gelu_and_mul, gelu_tanh_and_mul, silu_and_mul
         from jitnorm.fused_add_rmsnorm import fused_add_rmsnorm, gemma_fused_add_rmsnorm
         from jitnorm.integrations.transformers import patch_transformers, unpatch_transformers
+        from jitnorm.jit import log as _log  # noqa: F401 (its import configures the logger)
         from jitnorm.qknorm import can_use_fused_inplace_qknorm, fused_inplace_qknorm
         from jitnorm.qknorm_rope_store import qk_norm_rope_store, rope, rope_and_store
         from jitnorm.quant_fp8 import per_tensor_quant_fp8, per_token_quant_fp8

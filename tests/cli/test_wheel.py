@@ -28,7 +28,7 @@ from packed_entries import fake
 import jitnorm
 from cli.run import run
 from jitnorm.cli.wheel import make_wheel
-from jitnorm.jit import archive, load, locations
+from jitnorm.jit import archive, find, locations
 from jitnorm.jit.archive import PackedEntry
 from jitnorm.jit.build import build
 from jitnorm.jit.cache import Cache
@@ -242,11 +242,11 @@ def test_only_the_own_cache_is_packed(layer, cache_dir, tmp_path, monkeypatch):
 
 
 def test_an_installed_kernel_is_used_if_the_cache_has_none(layer, cache_dir, monkeypatch):
-    found = load.find(SPEC)
+    found = find.find(SPEC)
     assert found.root == layer and found.prebuilt and not cache_dir.exists()
     build(SPEC)
     monkeypatch.setattr(locations, "installed", lambda: pytest.fail("a hit looked for installed packages"))
-    assert load.find(SPEC).root == cache_dir
+    assert find.find(SPEC).root == cache_dir
 
 
 def test_commands_show_installed_kernels_and_leave_them(layer, cache_dir):
@@ -293,5 +293,5 @@ def test_an_installed_kernel_that_others_can_write_is_not_used(layer, cache_dir,
     """As after pip with umask 002."""
     for path in (layer, *layer.rglob("*")):
         os.chmod(path, path.stat().st_mode | 0o020)
-    assert load.find(SPEC) is None
+    assert find.find(SPEC) is None
     assert "is not used" in caplog.text and "can be written by other users" in caplog.text

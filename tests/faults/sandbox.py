@@ -33,7 +33,8 @@ import jitnorm
 import jitnorm.cli
 from faults.inject import Injection, library
 from jitnorm.core.operators import OPERATORS
-from jitnorm.jit.load import find, load
+from jitnorm.jit.find import find
+from jitnorm.jit.load import load
 from jitnorm.jit.spec import Target
 
 # What jitnorm imports only when it builds; in a child each import would be paid for again.

@@ -822,12 +822,12 @@ def test_builds_may_be_forbidden(config, attention, cache_dir, monkeypatch):
 
 @needs_vllm
 def test_kernels_are_built_and_loaded_before_the_first_forward(config, attention, cache_dir, monkeypatch):
-    from jitnorm.jit import load
+    from jitnorm.jit import find
 
     layer, _ = attention("qwen3", "fp8")
     replaced(layer)
-    monkeypatch.setattr(load, "_build", lambda spec: pytest.fail(f"built {spec}"))
-    monkeypatch.setattr(load, "_load", lambda spec: pytest.fail(f"loaded {spec}"))
+    monkeypatch.setattr(find, "_build", lambda spec: pytest.fail(f"built {spec}"))
+    monkeypatch.setattr(find, "open_kernel", lambda spec: pytest.fail(f"loaded {spec}"))
     with torch.no_grad(), reference.forward_context(config, **{layer.attn.layer_name: torch.arange(3)}):
         layer(torch.arange(3), torch.randn(3, HIDDEN))
     with torch.no_grad(), reference.forward_context(config):

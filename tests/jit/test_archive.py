@@ -20,7 +20,7 @@ import torch
 from packed_entries import fake
 
 import jitnorm
-from jitnorm.jit import archive, files, load, locations, toolchain
+from jitnorm.jit import archive, files, find, locations, toolchain
 from jitnorm.jit.archive import BadArchive, PackedEntry
 from jitnorm.jit.build import build
 from jitnorm.jit.cache import Cache, CacheNotWritable
@@ -66,12 +66,12 @@ def test_what_was_exported_is_imported_and_used(cache_dir, tmp_path, monkeypatch
     data = archive.write(archive.pack([built]))
     other = tmp_path / "other"
     monkeypatch.setenv("JITNORM_CACHE_DIR", str(other))
-    assert load.find(SPEC) is None
+    assert find.find(SPEC) is None
     locations.create(other)
     added = archive.add(Cache(other), archive.read(data))
     assert added == ([built.label], [])
     assert snapshot(other / "kernels") == snapshot(cache_dir / "kernels")
-    assert load.find(SPEC, mark_in_use=False).path == other / built.path.relative_to(cache_dir)
+    assert find.find(SPEC, mark_in_use=False).path == other / built.path.relative_to(cache_dir)
     modes = {path.stat().st_mode & 0o777 for path in (other / "kernels").rglob("*")}
     assert modes == {0o700, 0o600}
 
@@ -450,7 +450,7 @@ def test_other_architectures(cache, tmp_path):
     packed = [fake(arch="sm_120"), fake(arch="cpu_aarch64"), fake(arch="sm_90a")]
     archive.add(cache, archive.read(archive.write(packed)))
     assert {path.parent.name.split(".")[1] for path in entries(cache.root)} == {"sm_120", "cpu_aarch64", "sm_90a"}
-    assert load.find(SPEC) is None and not (cache.root / "quarantine").exists()
+    assert find.find(SPEC) is None and not (cache.root / "quarantine").exists()
 
 
 @pytest.mark.parametrize("failing", ["write_all", "fsync", "rename"])
@@ -640,9 +640,9 @@ def test_compilers_of_another_version(cache, monkeypatch):
     contents = {**packed.files, MANIFEST: json.dumps(manifest).encode()}
     label = f"{packed.label.partition('/')[0]}/{toolchain.key_of(versions)}"
     archive.add(cache, [archive.checked(label, contents)])
-    assert load.find(SPEC) is None
+    assert find.find(SPEC) is None
     monkeypatch.setenv("JITNORM_DISABLE_JIT", "1")
-    assert load.find(SPEC, mark_in_use=False).label == label
+    assert find.find(SPEC, mark_in_use=False).label == label
 
 
 # jitnorm.cache

@@ -19,7 +19,8 @@ import torch
 from helpers import rmsnorm_reference
 from processes import run, run_before_import, run_fresh, start
 
-from jitnorm.jit import load as engine
+from jitnorm.jit import find as engine
+from jitnorm.jit import load as loaded
 from jitnorm.jit.build import build
 from jitnorm.jit.environment import import_tvm_ffi
 from jitnorm.jit.library import BadLibrary
@@ -395,7 +396,7 @@ def test_kernels_of_several_compilers_where_building_is_forbidden(is_prebuilt, c
         return open_entry(spec, entry)
 
     monkeypatch.setattr(engine, "_open", open_some)
-    assert engine.load(spec)
+    assert loaded.load(spec)
     names = {"0" * 12, "f" * 12, own.path.name}
     expected = sorted(names, key=lambda name: (not is_prebuilt and name != own.path.name, name))
     assert tried == expected[: expected.index("f" * 12) + 1]
@@ -416,7 +417,7 @@ def test_no_build_while_a_graph_is_captured(cache_dir, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     with pytest.raises(RuntimeError, match=r"CUDA graph is being captured.*jitnorm warmup .* --arch 9.0a"):
-        engine.load(cuda_spec())
+        loaded.load(cuda_spec())
     assert not cache_dir.exists()
 
 
@@ -433,7 +434,7 @@ def test_no_nvcc(cache_dir, monkeypatch):
 
     monkeypatch.setattr(toolchain, "find_nvcc", lambda: None)
     with pytest.raises(RuntimeError, match=r"needs nvcc.*CUDA_HOME.*pip install 'jitnorm\[nvcc\]'"):
-        engine.load(cuda_spec())
+        loaded.load(cuda_spec())
 
 
 def test_a_failed_build_is_distilled_and_not_tried_again(cache_dir, monkeypatch, watched_cxx):
@@ -442,13 +443,13 @@ def test_a_failed_build_is_distilled_and_not_tried_again(cache_dir, monkeypatch,
     with pytest.raises(
         RuntimeError, match=r"cannot build NoSuchKernel<512> for cpu.*module\.cc:5:\d+: error:"
     ) as caught:
-        engine.load(spec)
+        loaded.load(spec)
     log = str(caught.value).rpartition("The whole log: ")[2]
     assert "NoSuchKernel" in Path(log).read_text()
     with pytest.raises(RuntimeError, match="is not tried again"):
-        engine.load(spec)
+        loaded.load(spec)
     assert watched_cxx.compilations == 1
-    engine.load(cpu_spec())  # another one is
+    loaded.load(cpu_spec())  # another one is
 
 
 @pytest.mark.nvcc

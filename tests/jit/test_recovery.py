@@ -26,7 +26,8 @@ from processes import run, start
 from jitnorm.cli import main
 from jitnorm.jit import build as builder
 from jitnorm.jit import cache, library, locations, toolchain
-from jitnorm.jit import load as engine
+from jitnorm.jit import find as engine
+from jitnorm.jit import load as loaded
 from jitnorm.jit.build import BuildError, BuildInterrupted, build
 from jitnorm.jit.cache import Cache
 from jitnorm.jit.entry import Entry
@@ -66,7 +67,7 @@ def test_damaged_output_is_not_published(copier, cache_dir, damage):
     copier.then(DAMAGE[damage])
     forget()
     with pytest.raises(BuildError, match=r"the compiler .*g\+\+ wrote (no|a) library"):
-        engine.load(SPEC)
+        loaded.load(SPEC)
     assert not entries(cache_dir)
 
 
@@ -104,7 +105,7 @@ def test_a_published_library_that_does_not_load_is_rebuilt_once(copier, cache_di
     monkey = pytest.MonkeyPatch()
     monkey.setattr(engine, "open_library", lambda *_: (_ for _ in ()).throw(BadLibrary("cannot be opened")))
     with monkey.context(), pytest.raises(RuntimeError, match=r"cannot load .*cannot be opened"):
-        engine.load(SPEC)
+        loaded.load(SPEC)
     monkey.undo()
     assert copier.builds == 3
     call()
@@ -282,7 +283,7 @@ def test_sources_that_cannot_be_read_are_said(copier, monkeypatch):
     spec_module._read.cache_clear()
     monkeypatch.setattr(Path, "read_bytes", stale)
     with pytest.raises(RuntimeError, match=r"cannot read its own source .*Stale file handle"):
-        engine.load(cpu_spec(1024))
+        loaded.load(cpu_spec(1024))
     monkeypatch.undo()
     spec_module._read.cache_clear()
 
@@ -327,7 +328,7 @@ def test_a_compiler_that_does_not_answer_costs_its_time_limit_once(copier, cache
     monkeypatch.setattr(toolchain, "_ANSWER_LIMIT_S", 0.3)
     for _ in range(3):
         with pytest.raises(RuntimeError, match="it did not answer within 0 s"):
-            engine.load(SPEC)
+            loaded.load(SPEC)
     assert asked.read_text().split() == ["asked"]
     copier.then("")  # another file: it is asked again
     call()
@@ -336,7 +337,7 @@ def test_a_compiler_that_does_not_answer_costs_its_time_limit_once(copier, cache
 def test_a_compiler_that_talks_without_end_is_given_up(copier):
     copier.path.write_text("#!/bin/sh\nexec yes\n")
     with pytest.raises(RuntimeError, match="it printed more than 1048576 bytes"):
-        engine.load(SPEC)
+        loaded.load(SPEC)
 
 
 def running(mark: str) -> bool:
@@ -354,7 +355,7 @@ def test_a_build_without_end_is_ended(copier, cache_dir, monkeypatch, caplog):
     monkeypatch.setattr(builder, "_MESSAGE_INTERVAL_S", 0.2)
     monkeypatch.setattr(builder, "_BUILD_LIMIT_S", 0.4)
     with pytest.raises(BuildError, match="the compilers did not end within 0 s"):
-        engine.load(SPEC)
+        loaded.load(SPEC)
     said = caplog.text
     assert "building RMSNormKernel<512" in said and "still building" in said and "sleep" in said
     assert not running(seconds)
@@ -378,7 +379,7 @@ def test_a_signal_is_no_failure(copier, cache_dir, signal_to_ninja):
     thread = threading.Thread(target=interrupt)
     thread.start()
     with pytest.raises(BuildInterrupted, match="was interrupted"):
-        engine.load(SPEC)
+        loaded.load(SPEC)
     thread.join()
     assert not running(seconds)
     copier.then("")
@@ -388,7 +389,7 @@ def test_a_signal_is_no_failure(copier, cache_dir, signal_to_ninja):
 def test_a_compiler_that_is_killed_is_no_failure(copier, cache_dir):
     copier.then("kill -KILL $$")  # as the kernel does for want of memory
     with pytest.raises(BuildInterrupted, match=r"was interrupted: .*Killed"):
-        engine.load(SPEC)
+        loaded.load(SPEC)
     copier.then("")
     call()
 
@@ -462,7 +463,7 @@ def test_what_this_process_lacks_is_no_fault_of_the_entry(copier, cache_dir, mon
     with monkeypatch.context() as patch:
         patch.setattr(library, "write_all", no_room)
         with pytest.raises(RuntimeError, match=r"at this moment: .*File too large"):
-            engine.load(SPEC)
+            loaded.load(SPEC)
     entry.verify()
     call()
     assert copier.builds == 1
@@ -498,9 +499,9 @@ def test_where_there_are_no_locks_nothing_looks_abandoned(copier, cache_dir, mon
 def test_a_compiler_that_crashes_is_not_started_again(copier, status):
     copier.then(f"exit {status}")
     with pytest.raises(BuildError):
-        engine.load(SPEC)
+        loaded.load(SPEC)
     with pytest.raises(RuntimeError, match="is not tried again"):
-        engine.load(SPEC)
+        loaded.load(SPEC)
     assert copier.builds == 1
 
 

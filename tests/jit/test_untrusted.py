@@ -20,7 +20,8 @@ from jitnorm.cli import main
 from jitnorm.core.operators import OPERATORS
 from jitnorm.jit import cache, cleanup, log
 from jitnorm.jit import entry as _entry
-from jitnorm.jit import load as engine
+from jitnorm.jit import find as engine
+from jitnorm.jit import load as loaded
 from jitnorm.jit.build import build, write_sources
 from jitnorm.jit.cache import Cache
 from jitnorm.jit.entry import Entry
@@ -36,7 +37,7 @@ SPEC = rmsnorm_spec(512, torch.float32, torch.float32, Target("cpu"))
 
 def forget() -> None:
     """What a new process would know."""
-    engine._loaded.clear()
+    loaded._loaded.clear()
     engine._failed.clear()
     log.warn_once.cache_clear()
 
@@ -132,7 +133,7 @@ def test_each_library_is_loaded_though_descriptors_are_used_again(copier, cache_
     modules = {}
     for size in (64, 128, 256):
         spec = rmsnorm_spec(size, torch.float32, torch.float32, Target("cpu"))
-        modules[size] = engine.load(spec)
+        modules[size] = loaded.load(spec)
     for size, module in modules.items():
         x, w = torch.randn(3, size), torch.randn(size)
         assert module.rmsnorm(x, w, torch.empty_like(x), 1e-6, None) == 0
@@ -180,7 +181,7 @@ def test_a_path_that_ninja_cannot_write_is_refused(copier, cache_dir, tmp_path, 
     compiler = Path(shutil.copy(copier.path, folder / "g++"))
     monkeypatch.setenv("CXX", str(compiler))
     with pytest.raises(RuntimeError, match="it has control characters") as caught:
-        engine.load(SPEC)
+        loaded.load(SPEC)
     assert "\n" not in str(caught.value)
     assert not entries(cache_dir) and not copier.log.exists()
 

@@ -14,7 +14,7 @@ from processes import run_before_import
 from tqdm import tqdm
 
 import jitnorm
-from jitnorm.jit import load, locations
+from jitnorm.jit import find, locations
 from jitnorm.warmup import run
 
 from .commands import command, config_file, refusal
@@ -61,13 +61,13 @@ def test_disable_jit_does_not_forbid_it(cache_dir, monkeypatch):
 
 def test_damaged_entry_is_built_again(cache_dir):
     spec = jitnorm.warmup(hidden_size=64, device="cpu").built[0]
-    load.find(spec, mark_in_use=False).library.write_bytes(b"not a library")
+    find.find(spec, mark_in_use=False).library.write_bytes(b"not a library")
     again = jitnorm.warmup(hidden_size=64, device="cpu")
-    assert again.built == [spec] and load.find(spec, mark_in_use=False)
+    assert again.built == [spec] and find.find(spec, mark_in_use=False)
 
 
 def test_loads_nothing_and_keeps_nothing_open(cache_dir, monkeypatch):
-    monkeypatch.setattr(load, "_open", lambda *_: pytest.fail("a library was loaded"))
+    monkeypatch.setattr(find, "_open", lambda *_: pytest.fail("a library was loaded"))
     jitnorm.warmup(hidden_size=64, device="cpu")  # what opens files once, such as the clock's zone
     before = len(os.listdir("/proc/self/fd"))
     jitnorm.warmup(hidden_size=[64, 128, 256, 512], device="cpu")

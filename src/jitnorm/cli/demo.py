@@ -20,7 +20,7 @@ from jitnorm.cli import output
 from jitnorm.cli.base import Command
 from jitnorm.core.targets import resolve_target
 from jitnorm.jit import locations
-from jitnorm.jit.load import find
+from jitnorm.jit.find import find
 from jitnorm.rmsnorm import rmsnorm, rmsnorm_spec
 
 _HIDDEN_SIZES = (128, 4096)  # one for a kernel that reduces a row in a warp, and one for a kernel that does in a block

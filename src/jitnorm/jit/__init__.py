@@ -2,7 +2,8 @@
 
 Each module imports only modules below it in this list:
 
-    load         return a kernel's module: from memory, from a cache, or from the compiler
+    load         keep the modules of the kernels that this process has loaded
+    find         find a kernel in the caches or build it, and open its library
     build        run ninja and the compilers, and check their output
     archive      pack entries into one file, and add the entries of such a file to a cache
     library      check and load a shared library, from bytes that were verified

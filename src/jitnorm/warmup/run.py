@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from queue import SimpleQueue
 from typing import NamedTuple
 
-from jitnorm.jit.load import find
+from jitnorm.jit.find import find
 from jitnorm.jit.spec import KernelSpec
 
 

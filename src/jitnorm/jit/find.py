@@ -1,0 +1,122 @@
+"""Find a kernel in the caches or build it, and open its library."""
+
+from __future__ import annotations
+
+from collections.abc import Container
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from jitnorm.jit import locations, toolchain
+from jitnorm.jit.cache import Cache, CacheNotWritable
+from jitnorm.jit.entry import BadEntry, Entry
+from jitnorm.jit.environment import is_on
+from jitnorm.jit.library import BadLibrary, open_library
+from jitnorm.jit.log import logger, warn_once
+from jitnorm.jit.spec import KernelSpec
+
+if TYPE_CHECKING:
+    import tvm_ffi
+
+_failed: dict[KernelSpec, str] = {}  # failed builds, which are not repeated at every call
+_MAX_TRIES = 4
+
+
+def open_kernel(spec: KernelSpec) -> tvm_ffi.Module:
+    """Find or build the entry of `spec` and open its library. Raises as `jitnorm.jit.load.load`.
+
+    An entry that cannot be opened is quarantined, and built once more.
+    """
+    rejected: dict[Path, str] = {}
+    for _ in range(_MAX_TRIES):
+        entry = find(spec, ignore=rejected) or _build(spec)
+        try:
+            return _open(spec, entry)
+        except (BadEntry, FileNotFoundError):
+            continue  # another process removed it after it was published
+        except OSError as error:  # too few descriptors or no memory: the entry may be good
+            entry.release()
+            raise RuntimeError(f"jitnorm cannot load {spec} at this moment: {error}") from error
+        except BadLibrary as error:
+            entry.release()
+            is_second_time = entry.path in rejected
+            rejected[entry.path] = str(error)
+            if is_second_time:
+                break
+            cache = Cache(entry.root, entry.prebuilt)
+            if not entry.prebuilt and not _is_own(entry, spec, cache):
+                # Another machine that shares the cache may have built it, and be able to load it.
+                warn_once(f"{entry.path} is not used: it cannot be loaded: {error}")
+                continue
+            cache.quarantine(entry.path, f"it cannot be loaded: {error}", even_if_valid=True)
+            if not entry.prebuilt and entry.path.exists():
+                locations.use_temporary(entry.root, f"{entry.path} cannot be loaded, and cannot be moved to quarantine")
+    reason = " and ".join(f"{path}: {why}" for path, why in rejected.items()) or "its entry vanishes from the cache"
+    raise RuntimeError(f"jitnorm cannot load {spec}: {reason}")
+
+
+def find(
+    spec: KernelSpec, mark_in_use: bool = True, ignore: Container[Path] = (), may_build: bool | None = None
+) -> Entry | None:
+    """Return the entry that a call of `spec` would load, or None. Nothing is built.
+
+    Args:
+        spec: The kernel.
+        mark_in_use: Whether this process is going to load the entry.
+        ignore: Paths of entries to skip.
+        may_build: Whether an entry of this machine's compilers can be built, and is preferred to those of others; by
+            default unless JITNORM_DISABLE_JIT forbids it.
+    """
+    if may_build is None:
+        may_build = not is_on("JITNORM_DISABLE_JIT")
+    for cache in locations.in_search_order():
+        if cache.prebuilt or cache.exists():
+            # An entry of the prebuilt layer is used whatever toolchain built it. So is any entry if there is no
+            # compiler, or building is forbidden, because nothing newer can be built.
+            tools = None if cache.prebuilt else toolchain.identify(spec.target.device, cache)
+            key = tools.key if tools else None
+            if entry := cache.find(spec, key, mark_in_use, accepts_others=not may_build, ignore=ignore):
+                return entry
+    return None
+
+
+def _is_own(entry: Entry, spec: KernelSpec, cache: Cache) -> bool:
+    """Return whether the compilers of this machine built an entry, or would."""
+    tools = toolchain.identify(spec.target.device, cache)
+    return tools is not None and entry.path.name == tools.key
+
+
+def _build(spec: KernelSpec) -> Entry:
+    if spec in _failed:
+        raise RuntimeError(f"{_failed[spec]}\n(It failed earlier in this process, and is not tried again.)")
+    if is_on("JITNORM_DISABLE_JIT"):
+        folders = " and ".join(str(cache.root) for cache in locations.in_search_order())
+        raise RuntimeError(
+            f"{spec} is not in the cache ({folders}), and JITNORM_DISABLE_JIT forbids building it. "
+            f"Build it ahead of time: {spec.warmup_command}"
+        )
+    if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            f"{spec} is not built yet, and a CUDA graph is being captured. "
+            f"Build it before: {spec.warmup_command}, or call it once outside the graph"
+        )
+    from jitnorm.jit.build import BuildError, build
+
+    try:
+        try:
+            return build(spec)
+        except CacheNotWritable as error:
+            if locations.is_temporary():
+                raise
+            locations.use_temporary(locations.default_root(), str(error))
+            return build(spec)
+    except BuildError as error:
+        _failed[spec] = str(error)
+        raise
+
+
+def _open(spec: KernelSpec, entry: Entry) -> tvm_ffi.Module:
+    module = open_library(spec.name, entry.content, spec.binding)
+    logger.debug("loaded %s from %s", spec, entry.path)
+    return module
