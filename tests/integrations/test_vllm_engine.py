@@ -73,6 +73,20 @@ def assert_close(plugged: dict, stock: dict) -> None:
     assert equal >= 0.3 * total, f"decoding was compared for {equal} of {total} tokens"
 
 
+def distance(found: dict, reference: dict) -> float:
+    """Return the root mean square of the logits' differences, divided by their spread.
+
+    Those of a request count up to the first token that differs, as in `assert_close`.
+    """
+    squares = []
+    for mine, theirs in zip(found["results"], reference["results"], strict=True):
+        for (tokens, logits), (their_tokens, their_logits) in zip(mine, theirs, strict=True):
+            same = next((i for i, (a, b) in enumerate(zip(tokens, their_tokens, strict=True)) if a != b), len(tokens))
+            for a, b in zip(logits[: same + 1], their_logits[: same + 1], strict=True):
+                squares.append(float((a - b).pow(2).mean() / b.var()))
+    return (sum(squares) / len(squares)) ** 0.5
+
+
 def count_launches(plugged: dict) -> int:
     """Return how many attention layers of the model call the fused kernel."""
     ((_, replaced, _, _),) = plugged["report"]
@@ -107,10 +121,17 @@ def test_tokens_and_logits_are_those_of_vllm(model, eager, folder):
     ("model", "backend"), [("qwen3", "FLASH_ATTN"), ("qwen3", "TRITON_ATTN"), ("llama", "TRITON_ATTN")]
 )
 def test_float8_caches(model, backend, eager, folder):
-    request = {"model": model, "backend": backend, "eager": eager, "cache_dtype": "fp8"}
-    plugged = generate(folder, plugin=True, **request)
+    """Logits are as near to those with a bfloat16 cache as vLLM's own are with a float8 cache.
+
+    The two round keys at different places, so that some of them get neighbouring float8 numbers, 6 to 12% apart.
+    """
+    request = {"model": model, "backend": backend, "eager": eager}
+    plugged = generate(folder, plugin=True, cache_dtype="fp8", **request)
     assert count_launches(plugged) == 3, plugged["report"]
-    assert_close(plugged, generate(folder, plugin=False, **request))
+    unquantised = generate(folder, plugin=False, **request)
+    theirs = distance(generate(folder, plugin=False, cache_dtype="fp8", **request), unquantised)
+    assert 0.01 < theirs < 0.2, "the float8 cache changes nothing, or everything"
+    assert distance(plugged, unquantised) <= 1.25 * theirs
 
 
 @pytest.mark.parametrize(
