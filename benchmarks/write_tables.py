@@ -39,10 +39,17 @@ OPERATORS = ("rmsnorm", "fused_add_rmsnorm", "qknorm", "qknorm_rope_store", "act
 # The files of engines, and the modes that the tables have from each.
 ENGINES = {
     "vllm_qwen3_0.6b": ["default"],
-    "vllm_batch_invariant_qwen3_0.6b": ["batch_invariant"],
+    "vllm_llama_3.2_1b": ["default"],
     "vllm_qwen3_8b": ["default"],
+    "vllm_llama_3.1_8b": ["default"],
+    "vllm_batch_invariant_qwen3_0.6b": ["batch_invariant"],
+    "vllm_batch_invariant_llama_3.2_1b": ["batch_invariant"],
+    "vllm_batch_invariant_qwen3_8b": ["batch_invariant"],
     "sglang_qwen3_0.6b": ["default", "deterministic"],
+    "sglang_qwen3_8b": ["default", "deterministic"],
+    "sglang_llama_3.1_8b": ["default", "deterministic"],
 }
+README_MODELS, README_BATCHES = ("qwen3-0.6b", "qwen3-8b"), (1, 64)
 ENGINE_NAMES = {"vllm": "vLLM", "sglang": "SGLang"}
 ROPE_STORE_TOKENS = (1, 64, 4096, 16384)
 FEW_ROWS = (1, 16)
@@ -103,7 +110,12 @@ def few_rows_h200() -> list[str]:
 
 
 def engines_h200() -> list[str]:
-    """Return the GPU's times of decode steps in engines, without the plugin and with it."""
+    """Return the GPU's times of decode steps in engines, without the plugin and with it: some rows of the next table."""
+    return _engine_rows("decode graph", README_MODELS, README_BATCHES)
+
+
+def engine_graphs_h200() -> list[str]:
+    """Return the GPU's times of all models and batches."""
     return _engine_rows("decode graph")
 
 
@@ -112,7 +124,7 @@ def engine_steps_h200() -> list[str]:
     return _engine_rows("decode step")
 
 
-def _engine_rows(measure: str) -> list[str]:
+def _engine_rows(measure: str, models: tuple[str, ...] = (), batches: tuple[int, ...] = ()) -> list[str]:
     heads = ["engine and mode", "model", "batch", "stock, us", "plugin, us", "plugin / stock", "plugin / default stock"]
     lines = [_row(heads), _row(["---", "---", *["---:"] * 5])]
     for name, modes in ENGINES.items():
@@ -120,6 +132,8 @@ def _engine_rows(measure: str) -> list[str]:
         engine = ENGINE_NAMES[report.settings["engine"].partition(" ")[0]]
         for row in report.rows:
             if row.point["measure"] != measure or row.point["mode"] not in modes:
+                continue
+            if models and (row.point["model"] not in models or row.point["batch"] not in batches):
                 continue
             results = row.results()
             ratios = [
@@ -275,6 +289,7 @@ TABLES: dict[str, Callable[[], list[str]]] = {
         qknorm_rope_store_h200,
         few_rows_h200,
         engines_h200,
+        engine_graphs_h200,
         engine_steps_h200,
         operators_h200,
         host_overhead,
