@@ -110,7 +110,7 @@ def few_rows_h200() -> list[str]:
 
 
 def engines_h200() -> list[str]:
-    """Return the GPU's times of decode steps in engines, without the plugin and with it: some rows of the next table."""
+    """Return the GPU's times of decode steps in engines, without the plugin and with it, of some rows."""
     return _engine_rows("decode graph", README_MODELS, README_BATCHES)
 
 
