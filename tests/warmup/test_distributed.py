@@ -212,11 +212,21 @@ def check_one_build_each(cluster: Cluster, ended: list[Ended], nodes: int) -> No
 
 def test_eight_ranks_on_four_nodes_build_each_kernel_once(cluster):
     script = f"""
+        from jitnorm.jit import archive
+
+        def add(cache, packed, original=archive.add):
+            added = original(cache, packed)
+            with open("added", "a") as file:
+                print(cache.root.name, *added.new, *added.present, file=file)
+
+        archive.add = add
         warm_up({SIZES}, {NEVER_S})
         warm_up({SIZES}, {NEVER_S})
     """
     ended = cluster.run(script, LEAVE, size=8, ranks_per_node=2)
     check_one_build_each(cluster, ended, 4)
+    added = Path("added").read_text().splitlines()
+    assert len(added) == len({*added}) == 3 * len(SIZES)  # each kernel once on each node that did not build it
     assert [rank.reports[1]["cached"] for rank in ended] == [kernel_names(SIZES)] * 8
     # Rank 0 alone logs progress.
     assert "warm-up: 8 ranks share out 6 kernels" in ended[0].error and "warm-up: received" in ended[0].error
@@ -335,6 +345,30 @@ def test_an_exception_in_a_build_leaves_the_kernel_to_the_others(cluster):
     assert [rank.code for rank in ended] == [0, 1, 0] and "KeyboardInterrupt" in ended[1].error
     assert cluster.builds[64] == 1 and cluster.builds[128] == 2  # by ranks 0 and 2, which have a cache each
     assert "rank 1 did not build it: KeyboardInterrupt was raised" in ended[0].error
+
+
+def test_rank_0_is_interrupted_before_it_shares_out(cluster):
+    script = """
+        from jitnorm.warmup import run
+
+        def interrupt(specs):
+            raise KeyboardInterrupt
+
+        if rank == 0:
+            run.find_cached = interrupt
+        warm_up([64, 128], 3600)
+    """
+    ended = cluster.run(script, size=3)
+    assert [rank.code for rank in ended] == [1, 0, 0]
+    assert [rank.names["built"] for rank in ended[1:]] == [kernel_names([64, 128])] * 2
+
+
+def test_rank_0_never_calls(cluster):
+    """The others wait until the time limit is over."""
+    ended = cluster.run("rank == 0 or warm_up([64, 128], 1)", size=3)
+    for rank in ended[1:]:
+        assert rank.names["built"] == kernel_names([64, 128])
+        assert "rank 0 has not shared out the kernels within 1 s" in rank.error
 
 
 def test_a_failed_build_is_tried_by_each_rank(cluster):

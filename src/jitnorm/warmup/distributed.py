@@ -6,9 +6,9 @@
 4. What has not arrived when the time limit is over is built locally.
 
 Everything travels through the key-value store of the process group, which any backend has, and not through collectives.
-A collective that a rank does not join cannot be given up: with gloo the group is unusable afterwards, and with NCCL the
-process is ended. Collectives of objects also unpickle, which executes what they receive, and with NCCL they need memory
-of the GPU. Here the values are JSON and the bytes of `jitnorm.jit.archive`, which are checked before they are used.
+A collective that a rank does not join cannot be given up: with gloo the group is unusable afterwards, and with NCCL by
+default the process is ended. Collectives of objects also unpickle, which executes what they receive, and with NCCL they
+need memory of the GPU. Here the values are JSON and the bytes of `jitnorm.jit.archive`, which are checked before use.
 """
 
 from __future__ import annotations
