@@ -49,6 +49,7 @@ _LONGEST_FILES = (
     "benchmark/test_scripts.py",
     "test_activation.py",
     "jit/test_load.py",
+    "warmup/test_distributed.py",
     "warmup/test_run.py",
 )
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import time
 from types import SimpleNamespace
 
 import pytest
 import torch
+from processes import start
 
 from jitnorm.jit import build as builder
 from jitnorm.jit import cache, cleanup, locations
@@ -64,6 +66,49 @@ def test_a_lock_that_is_never_released_delays_a_build_and_no_more(cache_dir, mon
     said = caplog.text
     assert "waiting for process 4711 on some.host" in said and "no longer waiting" in said
     assert not list((cache_dir / "locks").iterdir())
+
+
+@pytest.mark.parametrize("is_stopped", [False, True])
+def test_a_builder_that_runs_is_waited_for_beyond_the_limit(
+    copier, cache_dir, tmp_path, monkeypatch, caplog, is_stopped
+):
+    """One that is stopped is not: it may stay so for ever."""
+    other = rmsnorm_spec(512, torch.float32, torch.float32, Target("cpu"))
+    started, go = tmp_path / "started", tmp_path / "go"
+    copier.then(f"touch {started}; for _ in $(seq 6000); do [ -e {go} ] && break; sleep 0.01; done")
+    script = """
+        import torch
+        from jitnorm.jit.build import build
+        from jitnorm.jit.spec import Target
+        from jitnorm.rmsnorm import rmsnorm_spec
+
+        build(rmsnorm_spec(512, torch.float32, torch.float32, Target("cpu")))
+    """
+    first = start(script)
+    while not started.exists():
+        time.sleep(0.01)
+    if is_stopped:
+        first.send_signal(signal.SIGSTOP)
+        copier.then(":")
+    tries = 0
+    build_lock = Cache.build_lock
+
+    def count(*arguments):
+        nonlocal tries
+        tries += 1
+        if tries == 10:
+            go.touch()
+        return build_lock(*arguments)
+
+    monkeypatch.setattr(Cache, "build_lock", count)
+    monkeypatch.setattr(builder, "_FIRST_MESSAGE_S", 0.0)
+    monkeypatch.setattr(builder, "_LOCK_LIMIT_S", 0.0)
+    build(other).verify()
+    assert ("no longer waiting" in caplog.text) is is_stopped
+    assert copier.builds == (2 if is_stopped else 1) and (is_stopped or tries >= 10)
+    go.touch()
+    first.send_signal(signal.SIGCONT)
+    assert first.wait() == 0
 
 
 def test_a_bad_manifest_is_said(tmp_path):

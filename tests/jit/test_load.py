@@ -181,6 +181,7 @@ def test_a_builder_killed_in_mid_build(cache_dir, tmp_path, device, watched_cxx,
     survivors = [finish(p) for p in processes if p is not victim]
     assert [s[:2] for s in survivors] == [(0, "right")] * 3
     assert victim.wait() == -signal.SIGKILL
+    assert watched.compilations == 2  # the victim's, and that of one survivor, which did not wait for a time limit
     assert len(entries(cache_dir)) == 1
     assert all("manifest.json" in os.listdir(entry) for entry in entries(cache_dir))
 

@@ -45,7 +45,7 @@ class _DamagedOutput(Exception):
 _FIRST_MESSAGE_S = 1.0  # a build that takes longer is logged
 _MESSAGE_INTERVAL_S = 30.0
 _BUILD_LIMIT_S = 900.0
-_LOCK_LIMIT_S = 120.0  # the lock saves duplicate work; after waiting this long, building costs less
+_LOCK_LIMIT_S = 120.0  # for a builder that may have ended or be stopped: building costs less than to wait longer
 _CLEANUP_LIMIT_S = 0.5
 _LOG = "build.log"
 _MAX_LOG_BYTES = 1 << 26
@@ -358,13 +358,17 @@ def first_error(log: str) -> str:
 
 @contextmanager
 def _lock(cache: Cache, spec: KernelSpec, key: str) -> Iterator[None]:
-    """Wait until no other process builds `spec`, for two minutes at most. Without locks, two may build the same."""
+    """Wait until no other process builds `spec`. Without locks, two may build the same.
+
+    A lock ends with its process. A builder that runs on this host is waited for until it ends, as its build has a time
+    limit; one that is stopped, or on another host that may have been switched off, for two minutes.
+    """
     started = time.monotonic()
     announced = False
     while True:
         with cache.build_lock(spec, key) as locked:
             waited = time.monotonic() - started
-            if not locked and waited > _FIRST_MESSAGE_S + _LOCK_LIMIT_S:
+            if not locked and waited > _FIRST_MESSAGE_S + _LOCK_LIMIT_S and not cache.has_running_builder(spec):
                 logger.info("no longer waiting for another process that builds %s: building it as well", spec)
                 locked = True
             if locked:

@@ -107,7 +107,7 @@ class Cache:
 
     def entry(self, spec: KernelSpec, toolchain: str) -> Entry:
         """Return the entry for `spec` built by the toolchain with that key. It need not exist."""
-        return Entry(self.root / KERNELS / _kernel_folder(spec) / toolchain, self.prebuilt)
+        return Entry(self.root / KERNELS / kernel_folder(spec) / toolchain, self.prebuilt)
 
     def entries(self) -> Iterator[Entry]:
         """Yield the entries, damaged ones included, sorted by name."""
@@ -151,7 +151,7 @@ class Cache:
             accepts_others: Whether to look for entries of other toolchains too, after that one's.
             ignore: Paths of entries to skip.
         """
-        return self._find(_kernel_folder(spec), toolchain, mark_in_use, accepts_others, ignore)
+        return self._find(kernel_folder(spec), toolchain, mark_in_use, accepts_others, ignore)
 
     def _find(
         self,
@@ -340,13 +340,27 @@ class Cache:
     def builders(self, spec: KernelSpec) -> list[str]:
         """Return the processes that are building this kernel, as "process 12 on host"."""
         prefix = f"{spec.name}.{spec.target.sm}."
+        parts = [name.removeprefix(prefix).rsplit(".", 3) for name in self._builds(spec)]
+        return [f"process {pid} on {host}" for host, _, pid, _ in parts]
+
+    def has_running_builder(self, spec: KernelSpec) -> bool:
+        """Return whether a process of this host builds this kernel, and is neither ended nor stopped.
+
+        A network file system may not show the locks of other hosts, so nothing is known about their processes.
+        """
+        builds = [name for name in self._builds(spec) if host_of_build(name) == host_id()]
+        with suppress(UntrustedPath, OSError), open_path(self.root, (STAGING,)) as staging:
+            return any(staging.is_locked(name) and not _is_stopped(name.rsplit(".", 2)[1]) for name in builds)
+        return False
+
+    def _builds(self, spec: KernelSpec) -> list[str]:
+        """Return the names of the folders in `staging` in which this kernel is built."""
+        prefix = f"{spec.name}.{spec.target.sm}."
         try:
             with open_path(self.root, (STAGING,)) as staging:
-                names = [name for name in staging.names() if name.startswith(prefix) and name.count(".") >= 5]
+                return [name for name in staging.names() if name.startswith(prefix) and name.count(".") >= 5]
         except (UntrustedPath, OSError):
             return []
-        parts = [name.removeprefix(prefix).rsplit(".", 3) for name in names]
-        return [f"process {pid} on {host}" for host, _, pid, _ in parts]
 
     @contextmanager
     def build_lock(self, spec: KernelSpec, toolchain: str) -> Iterator[bool]:
@@ -359,7 +373,7 @@ class Cache:
             for _ in range(2):
                 try:
                     locks = stack.enter_context(self.open(LOCKS, create=True))
-                    locked = stack.enter_context(locks.lock_file(f"{_kernel_folder(spec)}.{toolchain}"))
+                    locked = stack.enter_context(locks.lock_file(f"{kernel_folder(spec)}.{toolchain}"))
                     break
                 except UntrustedPath as error:
                     self.quarantine(error.path, str(error))
@@ -392,7 +406,8 @@ class Cache:
                 folder.write(name, content)
 
 
-def _kernel_folder(spec: KernelSpec) -> str:
+def kernel_folder(spec: KernelSpec) -> str:
+    """Return the name of the folder of a kernel's entries."""
     return f"{spec.name}.{spec.target.sm}.{spec.key}"
 
 
@@ -411,6 +426,13 @@ def host_id() -> str:
     except OSError:
         identity = socket.gethostname().encode()
     return hashlib.sha256(identity).hexdigest()[:8]
+
+
+def _is_stopped(pid: str) -> bool:
+    """Return whether a process was stopped by a signal or a debugger."""
+    with suppress(OSError, IndexError), open(f"/proc/{pid}/stat", errors="replace") as file:
+        return file.read().rpartition(")")[2].split()[0] in ("T", "t")
+    return False
 
 
 def _is_valid(quarantine: Folder, name: str, kernel_folder: str) -> bool:

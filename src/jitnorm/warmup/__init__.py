@@ -8,7 +8,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
+import math
 import operator
 import os
 from collections.abc import Callable, Collection, Iterable, Iterator
@@ -17,7 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, TypeVar
 import torch
 
 from jitnorm import _operators  # noqa: F401
-from jitnorm.core.checks import DTYPE_NAMES, enumeration
+from jitnorm.core.checks import DTYPE_NAMES, enumeration, number
 from jitnorm.core.operators import OPERATORS
 from jitnorm.core.targets import resolve_target
 from jitnorm.jit.spec import KernelSpec
@@ -89,6 +91,8 @@ def warmup(
     interleaved: bool | None = None,
     mrope: bool | None = None,
     rounding: OneOrMore[str] | None = None,
+    process_group: torch.distributed.ProcessGroup | None = None,
+    timeout: float = 600.0,
 ) -> Result:
     """Build kernels into the cache ahead of their first call, several at a time. None is loaded.
 
@@ -96,6 +100,12 @@ def warmup(
     is built. The arguments from `rotary_dim` on are for qk_norm_rope_store, rope and store_cache_heads (the kernels of
     `store_cache` for paged and float8 caches, which have a `cache_dtype` alone); with a config they replace its values.
     JITNORM_DISABLE_JIT has no effect here: it forbids builds during calls.
+
+    With a `process_group`, all its ranks call this. Each kernel is built by one rank, and added to the caches of the
+    others. The kernels travel through the group's store, so the group may have any backend. They are compared with
+    their hashes, and nothing is executed. Ranks may have different devices, caches and compilers: a rank takes only
+    kernels that a call of its own would load. It builds the kernels that another rank did not send, because it ended,
+    raised or was late. Rank 0 logs the progress at INFO.
 
     Args:
         op: The operator's name. None for all that a forward pass of the config's model calls, its norms with and
@@ -119,34 +129,52 @@ def warmup(
         interleaved: Whether elements 2 i and 2 i + 1 form a pair (is_neox=False). None for the config's, or else False.
         mrope: Whether tokens have three positions. None for the config's, or else False.
         rounding: "once", for which None stands, or "each_step".
+        process_group: The ranks that share the work, such as `torch.distributed.group.WORLD`. None for this process
+            alone.
+        timeout: How many seconds after its start this call waits for other ranks, whatever it waits for. What is
+            missing then is built here. Ranks that call this after half of the time take no part.
 
     Returns:
-        The kernels that were built, those that the cache had, the sizes that are not supported, and the builds that
-        failed. With `config`, unsupported sizes raise nothing; check `Result.failed` as well.
+        The kernels that were built, those that the cache had, the sizes that are not supported, the builds that failed,
+        and the kernels that other ranks built. With `config`, unsupported sizes raise nothing; check `Result.failed` as
+        well.
 
     Raises:
-        RuntimeError: A `hidden_size` is not supported (nothing is built then), or nothing can be built here.
+        RuntimeError: A `hidden_size` is not supported (nothing is built then), or nothing can be built here: no
+            compiler is found, and no other rank sends the kernels, or the cache cannot be written.
         ValueError, TypeError: An argument is not accepted.
     """
     from jitnorm.warmup.run import Result, build_all, find_cached, prepare  # here, as `import jitnorm` would pay for it
 
-    if jobs is not None and _integer("jobs", jobs) < 1:
-        raise ValueError(f"jobs must be 1 or more, got {jobs}")
-    plan = make_plan(
-        *(op, hidden_size, dtype, weight_dtype, device, arch, config, skip_unsupported),
-        rotary_dim=rotary_dim,
-        cos_sin_dtype=cos_sin_dtype,
-        cache_dtype=cache_dtype,
-        q_out_dtype=q_out_dtype,
-        interleaved=interleaved,
-        mrope=mrope,
-        rounding=rounding,
-    )
-    cached, missing = find_cached(plan.specs)
-    result = Result(cached=cached, refused=plan.refused)
-    prepare(missing)
-    for outcome in build_all(missing, jobs):
-        result.add(outcome)
+    number("timeout", timeout)
+    if not 0 < timeout < math.inf:
+        raise ValueError(f"timeout must be a finite number of seconds above 0, got {timeout}")
+    with contextlib.ExitStack() as stack:
+        job = None
+        if process_group is not None:
+            from jitnorm.warmup.distributed import Job
+
+            job = stack.enter_context(Job(process_group, timeout))  # errors from here on are told to the other ranks
+        if jobs is not None and _integer("jobs", jobs) < 1:
+            raise ValueError(f"jobs must be 1 or more, got {jobs}")
+        plan = make_plan(
+            *(op, hidden_size, dtype, weight_dtype, device, arch, config, skip_unsupported),
+            rotary_dim=rotary_dim,
+            cos_sin_dtype=cos_sin_dtype,
+            cache_dtype=cache_dtype,
+            q_out_dtype=q_out_dtype,
+            interleaved=interleaved,
+            mrope=mrope,
+            rounding=rounding,
+        )
+        cached, missing = find_cached(plan.specs)
+        result = Result(cached=cached, refused=plan.refused)
+        if job:
+            job.build(result, missing, jobs)
+        else:
+            prepare(missing)
+            for outcome in build_all(missing, jobs):
+                result.add(outcome)
     return result
 
 

@@ -32,12 +32,14 @@ class Result:
         cached: The kernels that the cache had.
         refused: The operator's message for each size that no kernel supports.
         failed: The kernels whose build failed, each with the error.
+        received: The kernels that another rank of the process group built or had.
     """
 
     built: list[KernelSpec] = field(default_factory=list)
     cached: list[KernelSpec] = field(default_factory=list)
     refused: list[str] = field(default_factory=list)
     failed: list[tuple[KernelSpec, str]] = field(default_factory=list)
+    received: list[KernelSpec] = field(default_factory=list)
 
     def add(self, outcome: Outcome) -> None:
         """Add the result of one build."""
@@ -47,7 +49,8 @@ class Result:
             self.failed.append((outcome.spec, outcome.error))
 
     def __str__(self) -> str:
-        return ", ".join(f"{len(items)} {name}" for name, items in vars(self).items())
+        shown = {name: items for name, items in vars(self).items() if items or name != "received"}
+        return ", ".join(f"{len(items)} {name}" for name, items in shown.items())
 
 
 def find_cached(specs: Sequence[KernelSpec]) -> tuple[list[KernelSpec], list[KernelSpec]]:
@@ -68,11 +71,19 @@ def prepare(specs: Sequence[KernelSpec]) -> None:
     """
     from jitnorm.jit import locations, toolchain
 
-    root = locations.default_root()
-    if specs and (reason := locations.create(root)):
-        raise RuntimeError(f"cannot keep kernels in {root}: {reason}. Set JITNORM_CACHE_DIR")
+    if specs:
+        prepare_cache()
     for device in dict.fromkeys(spec.target.device for spec in specs):
         toolchain.require(device, locations.writable())
+
+
+def prepare_cache() -> None:
+    """Create the cache. Raises RuntimeError if it cannot be written."""
+    from jitnorm.jit import locations
+
+    root = locations.default_root()
+    if reason := locations.create(root):
+        raise RuntimeError(f"cannot keep kernels in {root}: {reason}. Set JITNORM_CACHE_DIR")
 
 
 def build_all(specs: Sequence[KernelSpec], jobs: int | None = None) -> Iterator[Outcome]:
