@@ -10,6 +10,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from queue import SimpleQueue
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -325,6 +326,8 @@ def test_where_nothing_can_be_built_any_toolchain_is_accepted(setup, fake_files,
         call()
         (entry,) = Cache(setup.root / str(number)).entries()
         assert entry.path.name == expected[number]
+        asked = [path for path in opened(fake_files) if path.endswith(".json")]
+        assert asked == [f"{kernel}/{key}.json" for key in expected[: number + 1]]
         put(setup, f"kernels/{kernel}/{expected[number]}.json", b"x")  # and the next is used
     assert setup.copier.builds == 1
     new_process()
@@ -663,6 +666,32 @@ def test_a_file_system_that_raises(setup, fake_files, caplog, error):
     assert said.isascii() and "\n" not in said and "secret" not in said and len(said) < 400
 
 
+def not_found(cause: BaseException | None) -> FileNotFoundError:
+    error = FileNotFoundError("http://host/x")
+    error.__cause__ = cause
+    return error
+
+
+@pytest.mark.parametrize("cause", [ConnectionRefusedError("refused"), TimeoutError("late")], ids=["refused", "late"])
+@pytest.mark.parametrize("place", ["open", "ls"])
+def test_a_connection_that_fails_is_no_missing_file(setup, fake_files, monkeypatch, caplog, cause, place):
+    """fsspec raises FileNotFoundError for an HTTP server that is down."""
+    monkeypatch.setenv("JITNORM_DISABLE_JIT", "1")
+    put(setup, f"{setup.path}.json", b"")
+    monkeypatch.setenv("CXX", "/none")
+    fake_files.answer = lambda name, _: raise_(not_found(cause)) if name == place else None
+    assert find.fetch(SPEC) is None and find.fetch(OTHER_SPEC) is None
+    assert sum("is not used by this process" in said for said in warnings(caplog)) == 1
+
+
+@pytest.mark.parametrize("cause", [None, FileNotFoundError("404"), ValueError("NoSuchKey")], ids=["none", "404", "S3"])
+def test_a_missing_file_is_no_failure(setup, fake_files, caplog, cause):
+    fake_files.answer = lambda *_: raise_(not_found(cause))
+    call()
+    assert setup.copier.builds == 2 and not warnings(caplog)
+    assert find.fetch(OTHER_SPEC) is None and len(fake_files.calls) == 2
+
+
 class Nonsense:
     """A file whose content is no bytes."""
 
@@ -728,6 +757,24 @@ def test_a_file_system_that_blocks(setup, fake_files, blocked, monkeypatch, capl
     )
 
 
+def test_how_long_a_request_is_waited_for(setup, monkeypatch):
+    """At most the limit of a request, and what is left of the limit of all requests."""
+    waits: list[float] = []
+
+    class Queue(SimpleQueue):
+        def get(self, block=True, timeout=None):
+            waits.append(timeout)
+            return super().get(block, timeout)
+
+    monkeypatch.setattr(remote, "SimpleQueue", Queue)
+    monkeypatch.setattr(remote, "time", SimpleNamespace(monotonic=lambda: 0.0))
+    for timeout, waited in (("", 0.0), ("", 50.0), ("", 58.5), ("30", 170.0)):
+        monkeypatch.setenv("JITNORM_REMOTE_TIMEOUT", timeout)
+        monkeypatch.setattr(remote, "_waited_s", waited)
+        remote._within_limit(lambda abandoned: abandoned)
+    assert waits == [10.0, 10.0, 1.5, 10.0]
+
+
 def test_a_file_that_is_not_waited_for_is_not_read_to_its_end(setup, fake_files, blocked):
     closed = threading.Event()
 
@@ -769,7 +816,7 @@ def test_no_thread_can_be_started(setup, monkeypatch, caplog):
 
 
 @pytest.mark.parametrize("setup", ["memory://cache", "file://{}/remote", "fake://cache"], indirect=True)
-@pytest.mark.parametrize("key", [None, KEY])
+@pytest.mark.parametrize("key", [None, KEY], ids=["unsigned", "signed"])
 def test_pushing_again_writes_nothing(setup, monkeypatch, key):
     before = files(setup.url)
     monkeypatch.setattr(remote._Remote, "write", lambda *_: pytest.fail("it is there"))

@@ -174,7 +174,8 @@ class _Remote:
                         break
                     parts.append(part)
                     size += len(part)
-        except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
+        except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
+            _raise_if_disconnected(error)
             return None
         return b"".join(parts)
 
@@ -182,7 +183,8 @@ class _Remote:
         """Return the names in a folder, which need not exist."""
         try:
             paths = self._fs.ls(f"{self._root}/{folder}", detail=False)
-        except (FileNotFoundError, NotADirectoryError):
+        except (FileNotFoundError, NotADirectoryError) as error:
+            _raise_if_disconnected(error)
             return []
         return [path.rstrip("/").rpartition("/")[2] for path in paths]
 
@@ -207,6 +209,15 @@ class _Remote:
             with suppress(Exception):
                 self._fs.rm_file(draft)
             raise
+
+
+def _raise_if_disconnected(error: OSError) -> None:
+    """Raise the cause of an error "not found" if it is another one: fsspec also has it for an HTTP server that is down.
+
+    S3's "not found" has a cause that is no OSError.
+    """
+    if isinstance(error.__cause__, OSError) and not isinstance(error.__cause__, FileNotFoundError):
+        raise error.__cause__
 
 
 def _within_limit(function: Callable[[threading.Event], _T]) -> _T:
