@@ -20,7 +20,7 @@ _IS_WORKER = "PYTEST_XDIST_WORKER" in os.environ
 if not _IS_WORKER:
     os.environ["JITNORM_CACHE_DIR"] = tempfile.mkdtemp(prefix="jitnorm-tests-")
 _CACHE = os.environ["JITNORM_CACHE_DIR"]
-for name in ("JITNORM_PREBUILT_DIR", "JITNORM_DISABLE_JIT"):
+for name in ("JITNORM_PREBUILT_DIR", "JITNORM_DISABLE_JIT", "JITNORM_REMOTE_CACHE"):
     os.environ.pop(name, None)
 
 if not torch.cuda.is_available():

@@ -18,7 +18,7 @@ import sys
 import _jitnorm_command
 for words in ("--help", "--version", "cache --help", "cache dir", "cache ls", "cache ls --format json",
               "cache ls --filter size>1MB", "cache import FILE", "cache export COPY",
-              "wheel --output .", "cache clear --yes"):
+              "wheel --output .", "cache push --url REMOTE --format json", "cache clear --yes"):
     sys.argv = ["jitnorm", *words.split()]
     try:
         _jitnorm_command.main()
@@ -32,7 +32,7 @@ def test_commands_that_need_no_torch_do_not_import_it(cache_dir, tmp_path):
     (tmp_path / "FILE").write_bytes(archive.write([fake(content=b"\x7fELF".ljust(18) + b">\0")]))
     done = subprocess.run([sys.executable, "-c", _LIGHT_COMMANDS], capture_output=True, text=True, cwd=tmp_path)
     lines = done.stderr.splitlines()
-    assert done.returncode == 0 and len(lines) == 11 and all(line.endswith(" []") for line in lines), done
+    assert done.returncode == 0 and len(lines) == 12 and all(line.endswith(" []") for line in lines), done
     assert "Commands:" in done.stdout and f"{cache_dir}\n" in done.stdout
 
 

@@ -1,4 +1,4 @@
-"""`jitnorm cache`: list, show, verify, export, import and remove compiled kernels."""
+"""`jitnorm cache`: list, show, verify, export, import, push and remove compiled kernels."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from jitnorm.cli.archive import export, import_
 from jitnorm.cli.base import Group
 from jitnorm.cli.filters import Filter, filter_option, max_size_option, older_than_option, select
 from jitnorm.cli.kernels import CachedKernel, all_kernels, caches, find_kernels, kernels_in, own_caches
+from jitnorm.cli.push import push
 from jitnorm.jit import cleanup, locations
 from jitnorm.jit.cache import Cache
 from jitnorm.jit.entry import MANIFEST, BadEntry
@@ -34,6 +35,7 @@ def cache() -> None:
 
 cache.add_command(export)
 cache.add_command(import_)
+cache.add_command(push)
 
 
 @cache.command("dir")

@@ -39,6 +39,10 @@ _OWN_VARIABLES = (
     "JITNORM_CACHE_DIR",
     "JITNORM_PREBUILT_DIR",
     "JITNORM_DISABLE_JIT",
+    "JITNORM_REMOTE_CACHE",
+    "JITNORM_REMOTE_TRUST",
+    "JITNORM_REMOTE_KEY",
+    "JITNORM_REMOTE_TIMEOUT",
     "JITNORM_CHECK_INDICES",
     "JITNORM_BACKEND",
     "JITNORM_SGLANG",
@@ -75,11 +79,14 @@ def collect_diagnostics() -> dict[str, Any]:
         # Where no trial build was possible, compilers that print their versions are assumed to work.
         "can_build": {device: build.works is not False for device, build in builds.items()},
         "caches": [_cache(cache) for cache in caches()],
+        "remote": _remote(),
         "temporary": _temporary(),
         "dispatch": _dispatch(),
         "batch_invariant": _invariance_checks(),
         "environment": {k: v for k, v in sorted(os.environ.items()) if k.startswith("JITNORM_") or k in _VARIABLES},
     }
+    if facts["remote"]:
+        facts["environment"]["JITNORM_REMOTE_CACHE"] = facts["remote"]["url"]  # without a password
     facts["advice"] = _advice(facts)
     return facts
 
@@ -143,6 +150,16 @@ def _cache(cache: Cache) -> dict[str, Any]:
         facts["problem"] = facts["problem"] or error.strerror or str(error)
     total = sum(kernel.size for kernel in kernels)
     return {**facts, "kernels": len(kernels), "size": total, "free": _free(cache.root)}
+
+
+def _remote() -> dict[str, str | None] | None:
+    """Return the remote cache, if one is set, and why it cannot be read with these settings. It is not asked."""
+    url = os.environ.get("JITNORM_REMOTE_CACHE")
+    if not url:
+        return None
+    from jitnorm.jit import remote  # here, as most processes have none
+
+    return {"url": remote.shown_url(url), "problem": remote.problem(url)}
 
 
 def _invariance_checks() -> list[dict[str, Any]]:
@@ -232,6 +249,8 @@ def _advice(facts: dict[str, Any]) -> list[str]:
             advice.append(f"JITNORM_PREBUILT_DIR is {cache['root']}: {cache['problem']}")
         elif cache["problem"]:
             advice.append(f"kernels cannot be kept in {cache['root']}: {cache['problem']}. Set JITNORM_CACHE_DIR")
+    if facts["remote"] and facts["remote"]["problem"]:
+        advice.append(f"nothing is read from the remote cache {facts['remote']['url']}: {facts['remote']['problem']}")
     advice += _full_file_systems(facts)
     if facts["dispatch"]["problem"]:
         advice.append(f"no call of jitnorm.dispatch is served: {facts['dispatch']['problem']}")

@@ -43,6 +43,8 @@ def _print(facts: dict[str, Any]) -> None:
     builds = facts["builds"].items()
     _section("can build for", ((name, _build(facts["can_build"][name], build)) for name, build in builds))
     _section("caches", (("prebuilt" if c["prebuilt"] else "own", _cache(c)) for c in facts["caches"]))
+    if remote := facts["remote"]:
+        _section("remote cache", [(remote["url"], remote["problem"] or "read where no cache has a kernel; not tried")])
     temporary = facts["temporary"]
     _section("temporary folder", [(temporary["root"] or temporary["problem"], _free_space(temporary["free"]))])
     _dispatch(facts["dispatch"])

@@ -3,7 +3,8 @@
 Each module imports only modules below it in this list:
 
     load         keep the modules of the kernels that this process has loaded
-    find         find a kernel in the caches or build it, and open its library
+    find         find a kernel in the caches, fetch or build it, and open its library
+    remote       fetch entries from a remote cache, and push entries to it
     build        run ninja and the compilers, and check their output
     archive      pack entries into one file, and add the entries of such a file to a cache
     library      check and load a shared library, from bytes that were verified

@@ -1,7 +1,8 @@
-"""Find a kernel in the caches or build it, and open its library."""
+"""Find a kernel in the caches, fetch it from the remote cache or build it, and open its library."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Container
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -24,13 +25,13 @@ _MAX_TRIES = 4
 
 
 def open_kernel(spec: KernelSpec) -> tvm_ffi.Module:
-    """Find or build the entry of `spec` and open its library. Raises as `jitnorm.jit.load.load`.
+    """Find, fetch or build the entry of `spec` and open its library. Raises as `jitnorm.jit.load.load`.
 
     An entry that cannot be opened is quarantined, and built once more.
     """
     rejected: dict[Path, str] = {}
     for _ in range(_MAX_TRIES):
-        entry = find(spec, ignore=rejected) or _build(spec)
+        entry = find(spec, ignore=rejected) or fetch(spec, ignore=rejected) or _build(spec)
         try:
             return _open(spec, entry)
         except (BadEntry, FileNotFoundError):
@@ -81,6 +82,24 @@ def find(
     return None
 
 
+def fetch(
+    spec: KernelSpec, mark_in_use: bool = True, ignore: Container[Path] = (), may_build: bool | None = None
+) -> Entry | None:
+    """Add the entry that the remote cache has for `spec` to the cache, and return it; None without one.
+
+    Asked for is the entry that this machine would build; where nothing can be built, any that `find` would return.
+    Takes arguments as `find`.
+    """
+    if not os.environ.get("JITNORM_REMOTE_CACHE"):
+        return None
+    from jitnorm.jit import remote  # here, as most processes have none, and a hit needs none
+
+    if may_build is None:
+        may_build = not is_on("JITNORM_DISABLE_JIT")
+    tools = toolchain.identify(spec.target.device, locations.readable())
+    return remote.fetch(spec, tools.key if tools else None, not may_build, mark_in_use, ignore)
+
+
 def _is_own(entry: Entry, spec: KernelSpec, cache: Cache) -> bool:
     """Return whether the compilers of this machine built an entry, or would."""
     tools = toolchain.identify(spec.target.device, cache)
@@ -92,6 +111,7 @@ def _build(spec: KernelSpec) -> Entry:
         raise RuntimeError(f"{_failed[spec]}\n(It failed earlier in this process, and is not tried again.)")
     if is_on("JITNORM_DISABLE_JIT"):
         folders = " and ".join(str(cache.root) for cache in locations.in_search_order())
+        folders += ", and JITNORM_REMOTE_CACHE has none" if os.environ.get("JITNORM_REMOTE_CACHE") else ""
         raise RuntimeError(
             f"{spec} is not in the cache ({folders}), and JITNORM_DISABLE_JIT forbids building it. "
             f"Build it ahead of time: {spec.warmup_command}"

@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 from queue import SimpleQueue
 from typing import NamedTuple
 
-from jitnorm.jit.find import find
+from jitnorm.jit import locations
+from jitnorm.jit.find import fetch, find
 from jitnorm.jit.spec import KernelSpec
 
 
@@ -54,11 +55,17 @@ class Result:
 
 
 def find_cached(specs: Sequence[KernelSpec]) -> tuple[list[KernelSpec], list[KernelSpec]]:
-    """Return those of `specs` that the cache has, verified, and those that are to be built."""
+    """Return those of `specs` that the cache has, verified, and those that are to be built.
+
+    Kernels that the remote cache has are added to the cache, unless that cannot be written: see `prepare`.
+    """
     cached: list[KernelSpec] = []
     missing: list[KernelSpec] = []
     for spec in specs:
-        (cached if find(spec, mark_in_use=False, may_build=True) else missing).append(spec)
+        entry = find(spec, mark_in_use=False, may_build=True)
+        if not entry and not locations.reason_not_writable(locations.default_root()):
+            entry = fetch(spec, mark_in_use=False, may_build=True)
+        (cached if entry else missing).append(spec)
     return cached, missing
 
 
@@ -69,7 +76,7 @@ def prepare(specs: Sequence[KernelSpec]) -> None:
         RuntimeError: A compiler is missing, or the cache cannot be written. A call would then build into a temporary
             folder, but a warm-up is for later processes.
     """
-    from jitnorm.jit import locations, toolchain
+    from jitnorm.jit import toolchain
 
     if specs:
         prepare_cache()
