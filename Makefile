@@ -52,7 +52,7 @@ wheel: $(VENV)/installed-dev  ## dist/jitnorm-*.whl
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache
 
-CXX_SOURCES := $(wildcard csrc/include/jitnorm/*.h csrc/elementwise/*.h csrc/elementwise/*.cuh csrc/gemm/*.h)
+CXX_SOURCES := $(wildcard csrc/include/jitnorm/*.h csrc/elementwise/*.h csrc/elementwise/*.cuh csrc/gemm/*.h csrc/gemm/*.cuh csrc/launcher/*)
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -63,5 +63,5 @@ $(VENV)/installed: $(BIN)/python pyproject.toml constraints.txt
 
 # nvcc comes with it, so that the CUDA sources are compiled, and tested as far as that goes, without a GPU.
 $(VENV)/installed-dev: $(BIN)/python pyproject.toml constraints.txt
-	$(PIP) -e '.[bench,dev,docs,nvcc]'
+	$(PIP) -e '.[bench,dev,docs,nvcc,nvrtc]'
 	touch $@ $(VENV)/installed

@@ -154,7 +154,7 @@ def _part(part: ast.expr, scope: ast.AST) -> str:
 
 def _messages_of_cpp() -> Iterator[tuple[str, str]]:
     """Yield the formats of messages that begin with "jitnorm: ", and the reasons that are put into them."""
-    for file in sorted((ROOT / "csrc").rglob("*.h")):
+    for file in sorted(file for ending in ("h", "cc") for file in (ROOT / "csrc").rglob(f"*.{ending}")):
         for number, line in enumerate(file.read_text().splitlines(), 1):
             for what, reason in re.findall(r'raise\w*\("(cannot [^"]+)", (?:"([^"]+)")?', line):
                 yield f"jitnorm: {what} {VALUE}: {reason or VALUE}", f"{file.relative_to(ROOT)}:{number}"

@@ -5,14 +5,10 @@
 #include "elementwise/activation.h"
 #include "jitnorm/cuda_kernel.h"
 #include "jitnorm/grid.h"
-#include "jitnorm/launch.h"
-#ifdef __CUDACC__
 #include "jitnorm/vector.h"
-#endif
 
 namespace jitnorm {
 
-#ifdef __CUDACC__
 // The Math of activations whose result is rounded to T. The special function unit's relative error of 2^-22 suffices,
 // except for exp of large numbers in float32.
 template <typename T>
@@ -33,12 +29,12 @@ struct DeviceMath {
     return 0.25f * x * reciprocal(0.25f + 0.25f * exp(-u));
   }
 };
-#endif
 
 template <typename T, typename Activation, int kVectorBytes_>
 struct ActivationKernel : DefaultVariantOnly {
   using input_t = T;
   using params_t = ActivationParams;
+  using info_t = ActivationInfo;
   static constexpr int kVectorBytes = kVectorBytes_;
   static constexpr unsigned kAlignment = kVectorBytes;
   static constexpr int kElementsPerVector = kVectorBytes / sizeof(T);
@@ -46,11 +42,6 @@ struct ActivationKernel : DefaultVariantOnly {
   static constexpr int kThreads = 512;
   static constexpr int kMinBlocksPerSM = kMaxThreadsPerSM / kThreads;  // a thread has only 32 bytes in flight
 
-  static Grid grid(const ActivationParams& p) {
-    return grid_over_columns(p.num_rows, p.width / kElementsPerVector, kVectorsPerThread, kThreads);
-  }
-
-#ifdef __CUDACC__
   template <GridVariant>
   static __device__ __forceinline__ void run(const ActivationParams& p) {
     const index_t row = grid_row();
@@ -83,7 +74,6 @@ struct ActivationKernel : DefaultVariantOnly {
       store(out + i * step, result);
     }
   }
-#endif
 };
 
 }  // namespace jitnorm

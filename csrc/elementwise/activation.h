@@ -2,7 +2,7 @@
 // classes and, for the host compiler, the bindings function that fills it in. Included by activation.cuh and
 // activation_cpu.h.
 #pragma once
-#include "jitnorm/dtype.h"
+#include "jitnorm/kernel_info.h"
 
 namespace jitnorm {
 
@@ -61,6 +61,25 @@ struct ActivationParams {
   index_t expert_step;
 };
 
+struct ActivationInfo {
+  LaunchInfo launch;
+  ElementType input;
+  unsigned alignment;
+  int vector_bytes;        // of an access
+  int vectors_per_thread;  // of gate, and as many of up
+
+  template <typename Kernel>
+  static constexpr ActivationInfo of() {
+    ActivationInfo info{};
+    info.launch = launch_info<Kernel>();
+    info.input = kElementType<typename Kernel::input_t>;
+    info.alignment = Kernel::kAlignment;
+    info.vector_bytes = Kernel::kVectorBytes;
+    info.vectors_per_thread = Kernel::kVectorsPerThread;
+    return info;
+  }
+};
+
 // Whether the row is not written, because its expert is -1.
 JITNORM_HOST_DEVICE bool is_skipped(const ActivationParams& p, index_t row) {
   if (!p.expert_ids) return false;
@@ -73,24 +92,31 @@ JITNORM_HOST_DEVICE bool is_skipped(const ActivationParams& p, index_t row) {
 
 #ifndef __CUDACC__
 #include "jitnorm/ffi.h"
+#include "jitnorm/grid.h"
 
 namespace jitnorm {
 
+inline Grid grid_of(const ActivationInfo& info, const ActivationParams& p) {
+  return grid_over_columns(p.num_rows, p.width * info.input.bytes() / info.vector_bytes, info.vectors_per_thread,
+                           info.launch.threads);
+}
+
 // activation(input, out, expert_ids, expert_step, enable_pdl). src/jitnorm/activation.py explains refused calls.
 template <typename Kernel>
-Outcome activation(const TVMFFIAny* args, int num_args) {
-  using T = typename Kernel::input_t;
+Outcome activation(const Kernel& kernel, const TVMFFIAny* args, int num_args) {
+  const ActivationInfo& info = kernel.info();
+  const index_t element_bytes = info.input.bytes();
   if (num_args != 5) return Outcome::kRefused;
   const DLTensor *input = as_tensor(args[0]), *out = as_tensor(args[1]), *ids = nullptr;
   if (!input || !out || out->ndim == 0) return Outcome::kRefused;
-  const index_t width = out->shape[out->ndim - 1], row_bytes = width * static_cast<index_t>(sizeof(T));
+  const index_t width = out->shape[out->ndim - 1], row_bytes = width * element_bytes;
   Rows input_rows, out_rows;
   index_t expert_step;
   bool enable_pdl;
-  if (width < 1 || width > kMaxWidth || row_bytes % 4 != 0 || vector_bytes(row_bytes) != Kernel::kVectorBytes ||
-      !as_rows<T>(*input, 2 * width, Kernel::kAlignment, &input_rows) ||
-      !as_rows<T>(*out, width, Kernel::kAlignment, &out_rows) || !same_leading_shape(*input, *out) ||
-      !same_device(*input, *out) || !runs_on<Kernel>(input->device) || !as_int(args[3], &expert_step) ||
+  if (width < 1 || width > kMaxWidth || row_bytes % 4 != 0 || vector_bytes(row_bytes) != info.vector_bytes ||
+      !as_rows(*input, info.input, 2 * width, info.alignment, &input_rows) ||
+      !as_rows(*out, info.input, width, info.alignment, &out_rows) || !same_leading_shape(*input, *out) ||
+      !same_device(*input, *out) || !kernel.runs_on(input->device) || !as_int(args[3], &expert_step) ||
       expert_step < 1 || !as_optional_bool(args[4], true, &enable_pdl))
     return Outcome::kRefused;
   if (args[2].type_index != kTVMFFINone && !(ids = as_indices(args[2], input->device))) return Outcome::kRefused;
@@ -99,7 +125,7 @@ Outcome activation(const TVMFFIAny* args, int num_args) {
   if (rows == 0) return Outcome::kDone;
   const Rows id_rows = ids ? index_rows(*ids) : Rows{};
   if (!rows_are_disjoint(out_rows, width) ||
-      rows_overlap(input_rows, 2 * row_bytes, sizeof(T), out_rows, row_bytes, sizeof(T)) ||
+      rows_overlap(input_rows, 2 * row_bytes, element_bytes, out_rows, row_bytes, element_bytes) ||
       (ids && extents_overlap(out_rows, id_rows)))
     return Outcome::kRefused;
   ActivationParams params{};
@@ -112,7 +138,7 @@ Outcome activation(const TVMFFIAny* args, int num_args) {
   params.has_int64_ids = ids && ids->dtype.bits == 64;
   params.expert_ids = id_rows.data;
   params.expert_step = expert_step;
-  return launch<Kernel>(params, input->device, enable_pdl);
+  return kernel.launch(params, input->device, enable_pdl);
 }
 
 }  // namespace jitnorm

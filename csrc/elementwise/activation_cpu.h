@@ -17,7 +17,8 @@ template <typename T, typename Activation, int kVectorBytes_>
 struct ActivationKernel {
   using input_t = T;
   using params_t = ActivationParams;
-  static constexpr int kVectorBytes = kVectorBytes_;
+  using info_t = ActivationInfo;
+  static constexpr int kVectorBytes = kVectorBytes_, kVectorsPerThread = 1;
   static constexpr unsigned kAlignment = 1;
 
   static index_t row_elements(const ActivationParams& p) { return p.width; }

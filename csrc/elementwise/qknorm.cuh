@@ -2,7 +2,6 @@
 // that blocks are full for any number of heads. Included by generated sources (jitnorm/jit/spec.py).
 #pragma once
 #include "elementwise/qknorm.h"
-#include "jitnorm/launch.h"
 #include "jitnorm/rms_row.h"
 
 namespace jitnorm {
@@ -10,12 +9,12 @@ namespace jitnorm {
 template <int kHeadDim, typename T, typename W = T, typename S = typename DefaultSchedule<kHeadDim, T, Plain>::type>
 struct QKNormKernel : RMSNormKernelBase<kHeadDim, T, W, Plain, S> {
   using params_t = QKNormParams;
+  using info_t = QKNormInfo;
   using Base = RMSNormKernelBase<kHeadDim, T, W, Plain, S>;
   // To find its row, a thread needs two registers more than in the kernels of the other norms, so that only 10 blocks
   // instead of 12 would fit an SM. Asking for 48 KiB of rows in flight limits the registers again.
   static constexpr int kMinBlocksPerSM = max(1, min(48 * 1024 / Base::kBlockReadBytes, Base::kMaxBlocksPerSM));
 
-#ifdef __CUDACC__
   template <GridVariant kVariant>
   static __device__ __forceinline__ void run(const QKNormParams& p) {
     RowFragment<QKNormKernel> fragment(threadIdx.x % S::kThreadsPerRow);
@@ -49,7 +48,6 @@ struct QKNormKernel : RMSNormKernelBase<kHeadDim, T, W, Plain, S> {
       return block_sum<kWarps>(value, partial[warp / kWarps], warp % kWarps);
     }
   }
-#endif
 };
 
 }  // namespace jitnorm

@@ -11,7 +11,9 @@ struct QKNormKernel {
   using input_t = T;
   using weight_t = W;
   using params_t = QKNormParams;
+  using info_t = QKNormInfo;
   static constexpr int kHiddenSize = kHeadDim;
+  static constexpr int kRowsPerBlock = 1;
   static constexpr unsigned kAlignment = 1;
 
   static constexpr index_t row_elements(const QKNormParams&) { return kHeadDim; }

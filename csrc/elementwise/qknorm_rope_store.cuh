@@ -4,20 +4,12 @@
 // which share the weight, the cosines and the sines. Included by generated sources (jitnorm/jit/spec.py).
 #pragma once
 #include "elementwise/qknorm_rope_store.h"
-#include "jitnorm/launch.h"
-#include "jitnorm/rms_row.h"
-#ifdef __CUDACC__
 #include "jitnorm/quantise.h"
-#endif
+#include "jitnorm/rms_row.h"
 
 namespace jitnorm {
 
 constexpr int next_power_of_two(int n) { return n <= 1 ? 1 : 2 * next_power_of_two((n + 1) / 2); }
-
-template <typename T>
-constexpr bool kIsBf16 = false;
-template <>
-constexpr bool kIsBf16<bf16_t> = true;
 
 // A kind of heads that is known at compile time.
 template <HeadKind kKind>
@@ -45,6 +37,7 @@ struct QKNormRopeStoreKernel {
   using q_out_t = QOut;
   using rotation_t = Rotation_;
   using params_t = QKNormRopeStoreParams;
+  using info_t = QKNormRopeStoreInfo;
   static constexpr bool kRoundsEachStep = kRoundsEachStep_;
   static constexpr int kHiddenSize = kHeadDim;
   static constexpr int kRotaryDim = kRotaryDim_;
@@ -76,17 +69,10 @@ struct QKNormRopeStoreKernel {
   // 1.74. Blocks that wait beside a larger grid would slow it down by 2 to 5%.
   static constexpr unsigned kMaxBlocksToLaunchAtOnce = 512;
   static constexpr unsigned kMaxSmallGrid = DefaultVariantOnly::kMaxSmallGrid;
-  static constexpr unsigned kMinLargeGrid = 1;  // not the default: there is one, and variant() chooses it
-  static int heads_per_row(index_t num_heads) { return num_heads < kMinLargeHeads ? 1 : kLargeHeadsPerRow; }
+  static constexpr unsigned kMinLargeGrid = 1;  // there is one; kMinLargeHeads chooses it
   static_assert(kHeadDim % (2 * kElementsPerVector) == 0 && kRotaryDim % (2 * kElementsPerVector) == 0,
                 "a head is pairs of vectors");
 
-#ifndef __CUDACC__
-  static Grid grid(const QKNormRopeStoreParams& p) { return grid_of_blocks(p.num_rows, kRowsPerBlock, kThreads); }
-  static GridVariant variant(const QKNormRopeStoreParams& p) {
-    return p.num_all_heads < kMinLargeHeads ? GridVariant::kDefault : GridVariant::kLargeGrid;
-  }
-#else
   template <GridVariant kVariant>
   static __device__ __forceinline__ void run(const QKNormRopeStoreParams& p) {
     constexpr bool kIsLarge = kVariant == GridVariant::kLargeGrid;
@@ -352,7 +338,6 @@ struct QKNormRopeStoreKernel {
     from_float(quotients, y);
     store_whole(to, y);
   }
-#endif
 };
 
 }  // namespace jitnorm

@@ -3,7 +3,7 @@
 // host compiler, the binding that fills it in. Included by qknorm_rope_store.cuh and qknorm_rope_store_cpu.h.
 #pragma once
 #include "jitnorm/divisor.h"
-#include "jitnorm/dtype.h"
+#include "jitnorm/kernel_info.h"
 
 namespace jitnorm {
 
@@ -77,6 +77,45 @@ struct QKNormRopeStoreParams {
   float weight_offset;
 };
 
+struct QKNormRopeStoreInfo {
+  LaunchInfo launch;
+  ElementType input, weight, cos_sin, cache, q_out;
+  unsigned alignment;  // of the input's rows
+  int hidden_size;     // that of a row: head_dim
+  int rotary_dim;      // 0: nothing is rotated
+  bool is_neox;        // see Rotation
+  bool has_sections;
+  bool has_norm;
+  bool rounds_each_step;
+  int rows_per_block;
+  int large_heads_per_row;  // in the large grid's kernel; otherwise a row is one head
+  index_t min_large_heads;  // from so many on, in all tokens, the large grid's kernel runs
+
+  template <typename Kernel>
+  static constexpr QKNormRopeStoreInfo of() {
+    QKNormRopeStoreInfo info{};
+    info.launch = launch_info<Kernel>();
+    info.input = kElementType<typename Kernel::input_t>;
+    info.weight = kElementType<typename Kernel::weight_t>;
+    info.cos_sin = kElementType<typename Kernel::cos_sin_t>;
+    info.cache = kElementType<typename Kernel::cache_t>;
+    info.q_out = kElementType<typename Kernel::q_out_t>;
+    info.alignment = Kernel::kAlignment;
+    info.hidden_size = Kernel::kHiddenSize;
+    info.rotary_dim = Kernel::kRotaryDim;
+    info.is_neox = Kernel::rotation_t::kIsNeox;
+    info.has_sections = Kernel::rotation_t::kHasSections;
+    info.has_norm = Kernel::kHasNorm;
+    info.rounds_each_step = Kernel::kRoundsEachStep;
+    info.rows_per_block = Kernel::kRowsPerBlock;
+    info.min_large_heads = Kernel::kMinLargeHeads;
+    info.large_heads_per_row = Kernel::kLargeHeadsPerRow;
+    return info;
+  }
+
+  constexpr int heads_per_row(index_t num_heads) const { return num_heads < min_large_heads ? 1 : large_heads_per_row; }
+};
+
 // Which heads a row is.
 struct HeadGroup {
   HeadKind kind;
@@ -136,52 +175,56 @@ JITNORM_HOST_DEVICE int section_of(const QKNormRopeStoreParams& p, unsigned pair
 }  // namespace jitnorm
 
 #ifndef __CUDACC__
+#include "jitnorm/grid.h"
 #include "jitnorm/strided.h"
 
 namespace jitnorm {
+
+inline Grid grid_of(const QKNormRopeStoreInfo& info, const QKNormRopeStoreParams& params) {
+  return grid_of_blocks(params.num_rows, info.rows_per_block, info.launch.threads);
+}
+inline bool is_large_grid(const QKNormRopeStoreInfo& info, const QKNormRopeStoreParams& params, unsigned) {
+  return params.num_all_heads >= info.min_large_heads;
+}
 
 inline bool is_on(const DLTensor& tensor, DLDevice device) {
   return tensor.device.device_type == device.device_type && tensor.device.device_id == device.device_id;
 }
 
-// [tokens, heads, head_dim] of T; with `allows_blocks` also [blocks, block_size, heads, head_dim]. None leaves `rows`
-// as it is.
-template <typename Kernel, typename T>
-bool as_optional_heads(const TVMFFIAny& arg, DLDevice device, bool allows_blocks, StridedRows* rows) {
+// [tokens, heads, head_dim] of `type`; with `allows_blocks` also [blocks, block_size, heads, head_dim]. None leaves
+// `rows` as it is.
+inline bool as_optional_heads(const TVMFFIAny& arg, const QKNormRopeStoreInfo& info, ElementType type, DLDevice device,
+                              bool allows_blocks, StridedRows* rows) {
   if (arg.type_index == kTVMFFINone) return true;
   // The rows of float8 tensors are shorter than the input's, and so are their accesses.
-  constexpr unsigned alignment =
-      Kernel::kAlignment == 1 ? 1 : Kernel::kAlignment * sizeof(T) / sizeof(typename Kernel::input_t);
+  const unsigned alignment = info.alignment == 1 ? 1 : info.alignment * type.bits / info.input.bits;
   const DLTensor* tensor = as_tensor(arg);
   return tensor && (tensor->ndim == 3 || allows_blocks) && is_on(*tensor, device) &&
-         as_strided_rows<T>(tensor, Kernel::kHiddenSize, alignment, rows);
+         as_strided_rows(tensor, type, info.hidden_size, alignment, rows);
 }
 
 // A weight of a norm: one dimension of head_dim elements. None leaves `rows` as it is.
-template <typename Kernel>
-bool as_optional_weight(const TVMFFIAny& arg, DLDevice device, StridedRows* rows) {
+inline bool as_optional_weight(const TVMFFIAny& arg, const QKNormRopeStoreInfo& info, DLDevice device,
+                               StridedRows* rows) {
   if (arg.type_index == kTVMFFINone) return true;
-  if constexpr (Kernel::kHasNorm) {
-    const DLTensor* tensor = as_tensor(arg);
-    Rows row;
-    if (!as_weight<Kernel>(tensor, &row) || !is_on(*tensor, device)) return false;
-    *rows = as_one_row(*tensor);
-    return true;
-  } else {
-    return false;
-  }
+  const DLTensor* tensor = as_tensor(arg);
+  Rows row;
+  if (!info.has_norm || !as_weight(tensor, info, &row) || !is_on(*tensor, device)) return false;
+  *rows = as_one_row(*tensor);
+  return true;
 }
 
 // A quantisation scale: float32, one element or one for each head. None leaves both as they are. Scales belong to
-// float8 tensors, T.
-template <typename T>
-bool as_optional_scales(const TVMFFIAny& arg, index_t heads, DLDevice device, HeadScales* scales, StridedRows* rows) {
+// float8 tensors, which `type` says.
+inline bool as_optional_scales(const TVMFFIAny& arg, ElementType type, index_t heads, DLDevice device,
+                               HeadScales* scales, StridedRows* rows) {
   if (arg.type_index == kTVMFFINone) return true;
   const DLTensor* tensor = as_tensor(arg);
-  if (sizeof(T) != sizeof(e4m3_t) || !tensor || !is_on(*tensor, device)) return false;
+  if (type.bits != 8 || !tensor || !is_on(*tensor, device)) return false;
   const index_t count = element_count(*tensor);
   Rows elements;
-  if ((count != 1 && count != heads) || !as_elements<float>(tensor, count, sizeof(float), &elements)) return false;
+  if ((count != 1 && count != heads) || !as_elements(tensor, kElementType<float>, count, alignof(float), &elements))
+    return false;
   scales->data = reinterpret_cast<const float*>(elements.data);
   scales->stride = count != 1;
   *rows = as_one_row(*tensor);
@@ -233,12 +276,10 @@ inline PagedCache paged_cache(const StridedRows& rows, index_t element_bytes) {
 
 // Reads the arguments of the rotation: cos_sin_cache, positions, is_neox and mRoPE's sections. `cos_sin_rows` and
 // `position_rows` become the memory of the first two.
-template <typename Kernel>
-bool as_rotation(const TVMFFIAny* args, index_t tokens, DLDevice device, QKNormRopeStoreParams* params,
-                 StridedRows* cos_sin_rows, StridedRows* position_rows) {
-  using C = typename Kernel::cos_sin_t;
-  constexpr index_t rotary_dim = Kernel::kRotaryDim;
-  constexpr bool has_sections = Kernel::rotation_t::kHasSections;
+inline bool as_rotation(const TVMFFIAny* args, const QKNormRopeStoreInfo& info, index_t tokens, DLDevice device,
+                        QKNormRopeStoreParams* params, StridedRows* cos_sin_rows, StridedRows* position_rows) {
+  const index_t rotary_dim = info.rotary_dim;
+  const bool has_sections = info.has_sections;
   index_t section[3];
   bool is_neox;
   if (!as_bool(args[12], &is_neox) || !as_int(args[13], &section[0]) || !as_int(args[14], &section[1]) ||
@@ -247,14 +288,14 @@ bool as_rotation(const TVMFFIAny* args, index_t tokens, DLDevice device, QKNormR
   if (rotary_dim == 0) return args[3].type_index == kTVMFFINone && args[4].type_index == kTVMFFINone;
 
   const DLTensor *cos_sin = as_tensor(args[3]), *positions = as_tensor(args[4]);
-  if (is_neox != Kernel::rotation_t::kIsNeox || !cos_sin || cos_sin->ndim != 2 || !is_on(*cos_sin, device) ||
-      !has_dtype<C>(*cos_sin) || cos_sin->shape[1] != rotary_dim || cos_sin->strides[1] != 1 ||
+  if (is_neox != info.is_neox || !cos_sin || cos_sin->ndim != 2 || !is_on(*cos_sin, device) ||
+      !has_type(*cos_sin, info.cos_sin) || cos_sin->shape[1] != rotary_dim || cos_sin->strides[1] != 1 ||
       (cos_sin->shape[0] > 1 && cos_sin->strides[0] < rotary_dim) || !positions ||
       !as_positions(*positions, tokens, has_sections, device))
     return false;
   const index_t stride = cos_sin->shape[0] > 1 ? cos_sin->strides[0] : rotary_dim;
-  if (tokens != 0 && (cos_sin->shape[0] == 0 || !cos_sin->data || !is_aligned(data_of(*cos_sin), Kernel::kAlignment) ||
-                      stride * sizeof(C) % Kernel::kAlignment != 0))
+  if (tokens != 0 && (cos_sin->shape[0] == 0 || !cos_sin->data || !is_aligned(data_of(*cos_sin), info.alignment) ||
+                      !is_aligned(stride * info.cos_sin.bytes(), info.alignment)))
     return false;
   // With one position for each token the sections change nothing, but are checked all the same.
   const bool has_given_sections = section[0] != 0 || section[1] != 0 || section[2] != 0;
@@ -280,11 +321,9 @@ bool as_rotation(const TVMFFIAny* args, index_t tokens, DLDevice device, QKNormR
 
 // Reads slot_mapping, and compares the caches with k. `slot_rows` becomes the memory of the slots. Without caches there
 // are no slots and no scales.
-template <typename Kernel>
-bool as_stored_tokens(const TVMFFIAny* args, const StridedRows& k, const StridedRows& k_cache,
-                      const StridedRows& v_cache, DLDevice device, QKNormRopeStoreParams* params,
-                      StridedRows* slot_rows) {
-  using Cache = typename Kernel::cache_t;
+inline bool as_stored_tokens(const TVMFFIAny* args, const QKNormRopeStoreInfo& info, const StridedRows& k,
+                             const StridedRows& k_cache, const StridedRows& v_cache, DLDevice device,
+                             QKNormRopeStoreParams* params, StridedRows* slot_rows) {
   params->block_size = 1;
   if (!k_cache.is_given())
     return args[7].type_index == kTVMFFINone && args[20].type_index == kTVMFFINone &&
@@ -301,8 +340,8 @@ bool as_stored_tokens(const TVMFFIAny* args, const StridedRows& k, const Strided
   params->has_int64_slots = slots->dtype.bits == 64;
   params->num_stored = static_cast<unsigned>(slots->shape[0]);
   if (!k_cache.is_empty) params->block_size = static_cast<unsigned>(k_cache.counts[1]);
-  params->cache[kKey] = paged_cache(k_cache, sizeof(Cache));
-  params->cache[kValue] = paged_cache(v_cache, sizeof(Cache));
+  params->cache[kKey] = paged_cache(k_cache, info.cache.bytes());
+  params->cache[kValue] = paged_cache(v_cache, info.cache.bytes());
   return true;
 }
 
@@ -311,49 +350,47 @@ bool as_stored_tokens(const TVMFFIAny* args, const StridedRows& k, const Strided
 // q_scale, k_scale, v_scale, skip_index, rounds_each_step, enable_pdl). The sections are 0 without mRoPE. Tensors are
 // None where the step that needs them is left out, but for k. src/jitnorm/qknorm_rope_store.py explains refused calls.
 template <typename Kernel>
-Outcome qk_norm_rope_store(const TVMFFIAny* args, int num_args) {
-  using T = typename Kernel::input_t;
-  using Cache = typename Kernel::cache_t;
-  using QOut = typename Kernel::q_out_t;
+Outcome qk_norm_rope_store(const Kernel& kernel, const TVMFFIAny* args, int num_args) {
+  const QKNormRopeStoreInfo& info = kernel.info();
   if (num_args != 25) return Outcome::kRefused;
   const DLTensor* k_tensor = as_tensor(args[1]);
-  if (!k_tensor || !runs_on<Kernel>(k_tensor->device)) return Outcome::kRefused;
+  if (!k_tensor || !kernel.runs_on(k_tensor->device)) return Outcome::kRefused;
   const DLDevice device = k_tensor->device;
   QKNormRopeStoreParams params{};
 
   enum Input { kQ, kK, kV, kQWeight, kKWeight, kCosSin, kPositions, kSlots, kQScale, kKScale, kVScale, kInputs };
   enum Output { kQOut, kKOut, kKCache, kVCache, kOutputs };  // the first two have the indices of kQ and kK
   StridedRows in[kInputs], out[kOutputs];
-  if (!as_optional_heads<Kernel, T>(args[0], device, false, &in[kQ]) ||
-      !as_optional_heads<Kernel, T>(args[1], device, false, &in[kK]) ||
-      !as_optional_heads<Kernel, T>(args[2], device, false, &in[kV]) ||
-      !as_optional_heads<Kernel, Cache>(args[5], device, true, &out[kKCache]) ||
-      !as_optional_heads<Kernel, Cache>(args[6], device, true, &out[kVCache]) ||
-      !as_optional_heads<Kernel, QOut>(args[17], device, false, &out[kQOut]) ||
-      !as_optional_heads<Kernel, T>(args[18], device, false, &out[kKOut]))
+  if (!as_optional_heads(args[0], info, info.input, device, false, &in[kQ]) ||
+      !as_optional_heads(args[1], info, info.input, device, false, &in[kK]) ||
+      !as_optional_heads(args[2], info, info.input, device, false, &in[kV]) ||
+      !as_optional_heads(args[5], info, info.cache, device, true, &out[kKCache]) ||
+      !as_optional_heads(args[6], info, info.cache, device, true, &out[kVCache]) ||
+      !as_optional_heads(args[17], info, info.q_out, device, false, &out[kQOut]) ||
+      !as_optional_heads(args[18], info, info.input, device, false, &out[kKOut]))
     return Outcome::kRefused;
   const StridedRows &q = in[kQ], &k = in[kK], &v = in[kV];
   const index_t tokens = k.counts[0], k_heads = k.counts[2], q_heads = q.is_given() ? q.counts[2] : 0;
   const bool has_cache = out[kKCache].is_given();
   if ((q.is_given() && q.counts[0] != tokens) || (v.is_given() && (v.counts[0] != tokens || v.counts[2] != k_heads)) ||
       out[kVCache].is_given() != has_cache || (has_cache && !v.is_given()) ||
-      !as_optional_weight<Kernel>(args[8], device, &in[kQWeight]) ||
-      !as_optional_weight<Kernel>(args[9], device, &in[kKWeight]) || (in[kQWeight].is_given() && !q.is_given()) ||
-      Kernel::kHasNorm != (in[kQWeight].is_given() || in[kKWeight].is_given()) ||
-      !as_optional_scales<QOut>(args[19], q_heads, device, &params.scales[kQuery], &in[kQScale]) ||
-      !as_optional_scales<Cache>(args[20], k_heads, device, &params.scales[kKey], &in[kKScale]) ||
-      !as_optional_scales<Cache>(args[21], k_heads, device, &params.scales[kValue], &in[kVScale]))
+      !as_optional_weight(args[8], info, device, &in[kQWeight]) ||
+      !as_optional_weight(args[9], info, device, &in[kKWeight]) || (in[kQWeight].is_given() && !q.is_given()) ||
+      info.has_norm != (in[kQWeight].is_given() || in[kKWeight].is_given()) ||
+      !as_optional_scales(args[19], info.q_out, q_heads, device, &params.scales[kQuery], &in[kQScale]) ||
+      !as_optional_scales(args[20], info.cache, k_heads, device, &params.scales[kKey], &in[kKScale]) ||
+      !as_optional_scales(args[21], info.cache, k_heads, device, &params.scales[kValue], &in[kVScale]))
     return Outcome::kRefused;
 
   // Where the results go: in place, unless an output is given. What is neither normalised nor rotated is not written.
-  constexpr bool changes_heads = Kernel::kHasNorm || Kernel::kRotaryDim != 0;
+  const bool changes_heads = info.has_norm || info.rotary_dim != 0;
   for (int i = 0; i < 2; i++) {  // q, then k
     StridedRows& output = out[kQOut + i];
     if (output.is_given()) {
       if (!in[i].is_given() || !changes_heads || output.counts[0] != tokens || output.counts[2] != in[i].counts[2])
         return Outcome::kRefused;
     } else if (changes_heads) {
-      if (i == 0 && sizeof(QOut) != sizeof(T) && q.is_given()) return Outcome::kRefused;
+      if (i == 0 && info.q_out.bits != info.input.bits && q.is_given()) return Outcome::kRefused;
       output = in[i];
     }
   }
@@ -363,22 +400,22 @@ Outcome qk_norm_rope_store(const TVMFFIAny* args, int num_args) {
   bool rounds_each_step, enable_pdl;
   if (!as_float(args[10], &eps) || !(eps >= 0) || !as_float(args[11], &weight_offset) ||
       !as_int(args[22], &params.skip_index) || !as_bool(args[23], &rounds_each_step) ||
-      rounds_each_step != Kernel::kRoundsEachStep || !as_optional_bool(args[24], true, &enable_pdl))
+      rounds_each_step != info.rounds_each_step || !as_optional_bool(args[24], true, &enable_pdl))
     return Outcome::kRefused;
 
-  if (!as_rotation<Kernel>(args, tokens, device, &params, &in[kCosSin], &in[kPositions]) ||
-      !as_stored_tokens<Kernel>(args, k, out[kKCache], out[kVCache], device, &params, &in[kSlots]))
+  if (!as_rotation(args, info, tokens, device, &params, &in[kCosSin], &in[kPositions]) ||
+      !as_stored_tokens(args, info, k, out[kKCache], out[kVCache], device, &params, &in[kSlots]))
     return Outcome::kRefused;
 
   const index_t heads = tokens * (q_heads + k_heads + (has_cache ? k_heads : 0));
-  const index_t per_row = Kernel::heads_per_row(heads);
+  const index_t per_row = info.heads_per_row(heads);
   const index_t q_groups = (q_heads + per_row - 1) / per_row, k_groups = (k_heads + per_row - 1) / per_row;
   const index_t groups = q_groups + k_groups + (has_cache ? k_groups : 0);
   if (heads == 0) return Outcome::kDone;
   if (heads > kMaxDividend || !outputs_are_separate(out, in, kOutputs, kInputs, kKOut + 1)) return Outcome::kRefused;
-  for (int i = 0; i < kHeadKinds; i++) params.in[i] = head_tensor(in[i], sizeof(T));
-  params.out[kQuery] = head_tensor(out[kQOut], sizeof(QOut));
-  params.out[kKey] = head_tensor(out[kKOut], sizeof(T));
+  for (int i = 0; i < kHeadKinds; i++) params.in[i] = head_tensor(in[i], info.input.bytes());
+  params.out[kQuery] = head_tensor(out[kQOut], info.q_out.bytes());
+  params.out[kKey] = head_tensor(out[kKOut], info.input.bytes());
   params.weight[kQuery] = in[kQWeight].data;
   params.weight[kKey] = in[kKWeight].data;
   params.num_rows = tokens * groups;
@@ -395,7 +432,7 @@ Outcome qk_norm_rope_store(const TVMFFIAny* args, int num_args) {
   params.num_heads[kKey] = params.num_heads[kValue] = static_cast<unsigned>(k_heads);
   params.eps = static_cast<float>(eps);
   params.weight_offset = static_cast<float>(weight_offset);
-  return launch<Kernel>(params, device, enable_pdl);
+  return kernel.launch(params, device, enable_pdl);
 }
 
 }  // namespace jitnorm

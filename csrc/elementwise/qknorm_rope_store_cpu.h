@@ -17,14 +17,16 @@ struct QKNormRopeStoreKernel {
   using q_out_t = QOut;
   using rotation_t = Rotation_;
   using params_t = QKNormRopeStoreParams;
+  using info_t = QKNormRopeStoreInfo;
   static constexpr bool kRoundsEachStep = kRoundsEachStep_;
   static constexpr int kHiddenSize = kHeadDim;
   static constexpr int kRotaryDim = kRotaryDim_;
   static constexpr bool kHasNorm = sizeof(W) > sizeof(NoNorm);
+  static constexpr int kRowsPerBlock = 1, kLargeHeadsPerRow = 1;
+  static constexpr index_t kMinLargeHeads = 0;
   static constexpr unsigned kAlignment = 1;
   static_assert(kHeadDim % kLanes == 0, "a head is whole vectors");
 
-  static int heads_per_row(index_t) { return 1; }
   static constexpr index_t row_elements(const QKNormRopeStoreParams&) { return kHeadDim; }
 
   static void run(const QKNormRopeStoreParams& p, index_t index) {

@@ -2,12 +2,9 @@
 #pragma once
 #include "elementwise/quant_fp8.h"
 #include "jitnorm/cuda_kernel.h"
-#include "jitnorm/launch.h"
 #include "jitnorm/quantise.h"
-#ifdef __CUDACC__
 #include "jitnorm/reduce.h"
 #include "jitnorm/vector.h"
-#endif
 
 namespace jitnorm {
 
@@ -16,15 +13,13 @@ template <typename T>
 struct QuantFp8KernelBase : DefaultVariantOnly {
   using input_t = T;
   using params_t = QuantFp8Params;
+  using info_t = QuantFp8Info;
   static constexpr int kElementsPerVector = 16 / sizeof(T);
   static constexpr int kThreads = 256;
   static constexpr int kWarps = kThreads / 32;
   static constexpr int kMinBlocksPerSM = 1;
   static constexpr unsigned kAlignment = 16;
 
-#ifndef __CUDACC__
-  static Grid grid(const QuantFp8Params& p) { return grid_of_blocks(p.num_rows, 1, kThreads); }
-#else
   static __device__ __forceinline__ float vector_amax(const Vector<T, kElementsPerVector>& x, float amax) {
     float f[kElementsPerVector];
     to_float(x, f);
@@ -48,7 +43,6 @@ struct QuantFp8KernelBase : DefaultVariantOnly {
     from_float(f, y);
     store(out, y);
   }
-#endif
 };
 
 // The first kernel of a dynamic scale, with a grid-stride loop: a maximum is the same in any order, so the number of
@@ -58,7 +52,6 @@ struct PartialAmaxKernel : QuantFp8KernelBase<T> {
   static constexpr Pass kPass = Pass::kPartialAmax;
   static constexpr int kTile = 1;
 
-#ifdef __CUDACC__
   template <GridVariant>
   static __device__ __forceinline__ void run(const QuantFp8Params& p) {
     using Base = QuantFp8KernelBase<T>;
@@ -84,7 +77,6 @@ struct PartialAmaxKernel : QuantFp8KernelBase<T> {
     amax = Base::block_amax(amax);
     if (threadIdx.x == 0) p.partial_amax[blockIdx.x] = amax;
   }
-#endif
 };
 
 // A block takes a tile, two vectors per thread.
@@ -95,7 +87,6 @@ struct PerTensorQuantFp8Kernel : QuantFp8KernelBase<T> {
   static constexpr int kTile =
       kVectorsPerThread * QuantFp8KernelBase<T>::kThreads * QuantFp8KernelBase<T>::kElementsPerVector;
 
-#ifdef __CUDACC__
   template <GridVariant>
   static __device__ __forceinline__ void run(const QuantFp8Params& p) {
     using Base = QuantFp8KernelBase<T>;
@@ -135,13 +126,14 @@ struct PerTensorQuantFp8Kernel : QuantFp8KernelBase<T> {
     if (int last = vectors * kElementsPerVector + threadIdx.x; last < count)
       out[last] = to_e4m3(divide(to_float(input[last])));
   }
-#endif
 };
 
 // A block takes a row of any length. It reads the row twice, the second time from a cache.
 template <typename T>
 struct PerTokenQuantFp8Kernel : QuantFp8KernelBase<T> {
-#ifdef __CUDACC__
+  static constexpr Pass kPass = Pass::kDynamic;
+  static constexpr int kTile = 0;
+
   template <GridVariant>
   static __device__ __forceinline__ void run(const QuantFp8Params& p) {
     using Base = QuantFp8KernelBase<T>;
@@ -163,7 +155,6 @@ struct PerTokenQuantFp8Kernel : QuantFp8KernelBase<T> {
     for (index_t i = threadIdx.x; i < vectors; i += Base::kThreads)
       Base::quantise(out + i * kElementsPerVector, load<T, kElementsPerVector>(input + i * kElementsPerVector), divide);
   }
-#endif
 };
 
 }  // namespace jitnorm

@@ -31,6 +31,7 @@ template <typename T, Pass kPass_>
 struct PerTensorKernelBase {
   using input_t = T;
   using params_t = QuantFp8Params;
+  using info_t = QuantFp8Info;
   static constexpr Pass kPass = kPass_;
   static constexpr unsigned kAlignment = 1;
   static constexpr index_t kTile = 4096;
@@ -64,7 +65,10 @@ template <typename T>
 struct PerTokenQuantFp8Kernel {
   using input_t = T;
   using params_t = QuantFp8Params;
+  using info_t = QuantFp8Info;
+  static constexpr Pass kPass = Pass::kDynamic;
   static constexpr unsigned kAlignment = 1;
+  static constexpr index_t kTile = 0;
 
   static index_t row_elements(const QuantFp8Params& p) { return p.num_elements; }
 

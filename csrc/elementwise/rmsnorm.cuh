@@ -2,13 +2,11 @@
 // (jitnorm/jit/spec.py).
 #pragma once
 #include "elementwise/rmsnorm.h"
-#include "jitnorm/launch.h"
 #include "jitnorm/quantise.h"
 #include "jitnorm/rms_row.h"
 
 namespace jitnorm {
 
-#ifdef __CUDACC__
 // The work of a block, for both kernel classes. `row_sum` and `row_max` reduce one float over the threads of a row.
 template <typename Kernel, GridVariant kVariant, typename RowSum, typename RowMax>
 __device__ __forceinline__ void rmsnorm_block(const RMSNormParams& p, RowSum row_sum, RowMax row_max) {
@@ -54,21 +52,19 @@ __device__ __forceinline__ void rmsnorm_block(const RMSNormParams& p, RowSum row
     if (has_row && fragment.lane == 0) p.scale[row] = scale;
   }
 }
-#endif
 
 // hidden_size up to 256: the threads of one warp, or some of them, share a row, and several rows share a block.
 template <int kHiddenSize, typename T, typename W = T, typename Policy = Plain,
           typename S = typename DefaultSchedule<kHiddenSize, T, Policy>::type>
 struct RMSNormWarpKernel : RMSNormKernelBase<kHiddenSize, T, W, Policy, S> {
   using params_t = RMSNormParams;
-#ifdef __CUDACC__
+  using info_t = RMSNormInfo;
   template <GridVariant kVariant>
   static __device__ __forceinline__ void run(const RMSNormParams& params) {
     rmsnorm_block<RMSNormWarpKernel, kVariant>(
         params, [](float value) { return warp_sum<S::kThreadsPerRow>(value); },
         [](float value) { return warp_max<S::kThreadsPerRow>(value); });
   }
-#endif
 };
 
 // hidden_size from 512: whole warps share a row, and a block has one row or, up to 1024, a few.
@@ -76,7 +72,7 @@ template <int kHiddenSize, typename T, typename W = T, typename Policy = Plain,
           typename S = typename DefaultSchedule<kHiddenSize, T, Policy>::type>
 struct RMSNormKernel : RMSNormKernelBase<kHiddenSize, T, W, Policy, S> {
   using params_t = RMSNormParams;
-#ifdef __CUDACC__
+  using info_t = RMSNormInfo;
   template <GridVariant kVariant>
   static __device__ __forceinline__ void run(const RMSNormParams& params) {
     constexpr int kWarps = S::kThreadsPerRow / kWarpSize;
@@ -93,7 +89,6 @@ struct RMSNormKernel : RMSNormKernelBase<kHiddenSize, T, W, Policy, S> {
           return block_max<kWarps>(value, partial_max[warp / kWarps], warp % kWarps);
         });
   }
-#endif
 };
 
 }  // namespace jitnorm

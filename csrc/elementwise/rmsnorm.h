@@ -1,7 +1,7 @@
 // The RMSNorm family: the parameter struct of its kernel classes and, for the host compiler, the bindings functions
 // that fill it in. Included by rmsnorm.cuh and rmsnorm_cpu.h.
 #pragma once
-#include "jitnorm/dtype.h"
+#include "jitnorm/kernel_info.h"
 #include "jitnorm/rms_policy.h"
 
 namespace jitnorm {
@@ -20,17 +20,47 @@ struct RMSNormParams {
   float* scale;  // static quantisation: one scale, read; dynamic: one per row, written; otherwise null
 };
 
+struct RMSNormInfo {
+  LaunchInfo launch;
+  ElementType input, weight, residual, output;
+  unsigned alignment;  // of rows, in bytes
+  int hidden_size;
+  int rows_per_block;
+  Quantisation quantisation;
+  bool has_residual;
+
+  template <typename Kernel>
+  static constexpr RMSNormInfo of() {
+    using Policy = typename Kernel::policy_t;
+    RMSNormInfo info{};
+    info.launch = launch_info<Kernel>();
+    info.input = kElementType<typename Kernel::input_t>;
+    info.weight = kElementType<typename Kernel::weight_t>;
+    info.residual = kElementType<typename Kernel::residual_t>;
+    info.output = kElementType<typename Kernel::output_t>;
+    info.alignment = Kernel::kAlignment;
+    info.hidden_size = Kernel::kHiddenSize;
+    info.rows_per_block = Kernel::kRowsPerBlock;
+    info.quantisation = Policy::kQuantisation;
+    info.has_residual = Policy::kHasResidual;
+    return info;
+  }
+};
+
 }  // namespace jitnorm
 
 #ifndef __CUDACC__
 #include "jitnorm/ffi.h"
+#include "jitnorm/grid.h"
 
 namespace jitnorm {
 
-template <typename Kernel>
-bool as_input_rows(const DLTensor* tensor, Rows* rows) {
-  using T = typename Kernel::input_t;
-  return tensor && as_rows<T>(*tensor, Kernel::kHiddenSize, Kernel::kAlignment, rows);
+inline Grid grid_of(const RMSNormInfo& info, const RMSNormParams& params) {
+  return grid_of_blocks(params.num_rows, info.rows_per_block, info.launch.threads);
+}
+
+inline bool as_input_rows(const DLTensor* tensor, const RMSNormInfo& info, Rows* rows) {
+  return tensor && as_rows(*tensor, info.input, info.hidden_size, info.alignment, rows);
 }
 
 // Whether a kernel may write `rows` while it reads `weight`.
@@ -44,23 +74,22 @@ inline bool same_shape_and_device(const DLTensor& a, const DLTensor& b) {
 
 // rmsnorm(input, weight, out, eps, enable_pdl). src/jitnorm/rmsnorm.py explains refused calls.
 template <typename Kernel>
-Outcome rmsnorm(const TVMFFIAny* args, int num_args) {
-  using T = typename Kernel::input_t;
-  constexpr index_t hidden_size = Kernel::kHiddenSize;
+Outcome rmsnorm(const Kernel& kernel, const TVMFFIAny* args, int num_args) {
+  const RMSNormInfo& info = kernel.info();
   if (num_args != 5) return Outcome::kRefused;
   const DLTensor *input = as_tensor(args[0]), *weight = as_tensor(args[1]), *out = as_tensor(args[2]);
   Rows input_rows, weight_row, out_rows;
   double eps;
   bool enable_pdl;
-  if (!as_input_rows<Kernel>(input, &input_rows) || !as_weight<Kernel>(weight, &weight_row) ||
-      !as_input_rows<Kernel>(out, &out_rows) || !as_float(args[3], &eps) || !(eps >= 0) ||
+  if (!as_input_rows(input, info, &input_rows) || !as_weight(weight, info, &weight_row) ||
+      !as_input_rows(out, info, &out_rows) || !as_float(args[3], &eps) || !(eps >= 0) ||
       !as_optional_bool(args[4], true, &enable_pdl) || !same_shape_and_device(*input, *out) ||
-      !same_device(*input, *weight) || !runs_on<Kernel>(input->device))
+      !same_device(*input, *weight) || !kernel.runs_on(input->device))
     return Outcome::kRefused;
   if (input_rows.count == 0) return Outcome::kDone;
   bool in_place = input_rows.data == out_rows.data && (input_rows.stride == out_rows.stride || input_rows.count == 1);
-  if (!is_writable(out_rows, hidden_size, weight_row) ||
-      (!in_place && rows_overlap<T>(input_rows, out_rows, hidden_size)))
+  if (!is_writable(out_rows, info.hidden_size, weight_row) ||
+      (!in_place && rows_overlap(input_rows, info.input, out_rows, info.input, info.hidden_size)))
     return Outcome::kRefused;
   RMSNormParams params{};
   params.input = input_rows.data;
@@ -70,29 +99,28 @@ Outcome rmsnorm(const TVMFFIAny* args, int num_args) {
   params.out_stride = out_rows.stride;
   params.eps = static_cast<float>(eps);
   params.num_rows = input_rows.count;
-  return launch<Kernel>(params, input->device, enable_pdl);
+  return kernel.launch(params, input->device, enable_pdl);
 }
 
 // fused_add_rmsnorm(input, residual, weight, eps, enable_pdl). src/jitnorm/fused_add_rmsnorm.py explains refused calls.
 template <typename Kernel>
-Outcome fused_add_rmsnorm(const TVMFFIAny* args, int num_args) {
-  using T = typename Kernel::input_t;
-  using R = typename Kernel::residual_t;
-  constexpr index_t hidden_size = Kernel::kHiddenSize;
+Outcome fused_add_rmsnorm(const Kernel& kernel, const TVMFFIAny* args, int num_args) {
+  const RMSNormInfo& info = kernel.info();
   if (num_args != 5) return Outcome::kRefused;
   const DLTensor *input = as_tensor(args[0]), *residual = as_tensor(args[1]), *weight = as_tensor(args[2]);
   Rows input_rows, residual_rows, weight_row;
   double eps;
   bool enable_pdl;
-  if (!as_input_rows<Kernel>(input, &input_rows) || !residual ||
-      !as_rows<R>(*residual, hidden_size, Kernel::kAlignment, &residual_rows) ||
-      !as_weight<Kernel>(weight, &weight_row) || !as_float(args[3], &eps) || !(eps >= 0) ||
+  if (!as_input_rows(input, info, &input_rows) || !residual ||
+      !as_rows(*residual, info.residual, info.hidden_size, info.alignment, &residual_rows) ||
+      !as_weight(weight, info, &weight_row) || !as_float(args[3], &eps) || !(eps >= 0) ||
       !as_optional_bool(args[4], true, &enable_pdl) || !same_shape_and_device(*input, *residual) ||
-      !same_device(*input, *weight) || !runs_on<Kernel>(input->device))
+      !same_device(*input, *weight) || !kernel.runs_on(input->device))
     return Outcome::kRefused;
   if (input_rows.count == 0) return Outcome::kDone;
-  if (!is_writable(input_rows, hidden_size, weight_row) || !is_writable(residual_rows, hidden_size, weight_row) ||
-      rows_overlap<T, R>(input_rows, residual_rows, hidden_size))
+  if (!is_writable(input_rows, info.hidden_size, weight_row) ||
+      !is_writable(residual_rows, info.hidden_size, weight_row) ||
+      rows_overlap(input_rows, info.input, residual_rows, info.residual, info.hidden_size))
     return Outcome::kRefused;
   RMSNormParams params{};
   params.input = input_rows.data;
@@ -104,30 +132,29 @@ Outcome fused_add_rmsnorm(const TVMFFIAny* args, int num_args) {
   params.num_rows = input_rows.count;
   params.residual = residual_rows.data;
   params.residual_stride = residual_rows.stride;
-  return launch<Kernel>(params, input->device, enable_pdl);
+  return kernel.launch(params, input->device, enable_pdl);
 }
 
 // Both operators with e4m3 outputs. `residual` is null for an operator without one. `args` are the arguments after
 // these two, from the weight on.
 template <typename Kernel>
-Outcome norm_quant_fp8(const DLTensor* input, const DLTensor* residual, const TVMFFIAny* args) {
-  using T = typename Kernel::input_t;
-  using Policy = typename Kernel::policy_t;
-  constexpr index_t hidden_size = Kernel::kHiddenSize;
-  constexpr bool is_dynamic = Policy::kQuantisation == Quantisation::kDynamicPerToken;
+Outcome norm_quant_fp8(const Kernel& kernel, const DLTensor* input, const DLTensor* residual, const TVMFFIAny* args) {
+  const RMSNormInfo& info = kernel.info();
+  const index_t hidden_size = info.hidden_size;
+  const bool is_dynamic = info.quantisation == Quantisation::kDynamicPerToken;
   const DLTensor *weight = as_tensor(args[0]), *out = as_tensor(args[1]), *scale = as_tensor(args[2]);
   Rows input_rows, residual_rows{}, weight_row, out_rows, scales;
   double eps;
   bool enable_pdl;
-  if (!as_input_rows<Kernel>(input, &input_rows) || !as_weight<Kernel>(weight, &weight_row) || !out ||
-      !as_rows<e4m3_t>(*out, hidden_size, Kernel::kAlignment, &out_rows) ||
-      !as_elements<float>(scale, is_dynamic ? input_rows.count : 1, alignof(float), &scales) ||
+  if (!as_input_rows(input, info, &input_rows) || !as_weight(weight, info, &weight_row) || !out ||
+      !as_rows(*out, info.output, hidden_size, info.alignment, &out_rows) ||
+      !as_elements(scale, kElementType<float>, is_dynamic ? input_rows.count : 1, alignof(float), &scales) ||
       !as_float(args[3], &eps) || !(eps >= 0) || !as_optional_bool(args[4], true, &enable_pdl) ||
       !same_shape_and_device(*input, *out) || !same_device(*input, *weight) || !same_device(*input, *scale) ||
-      !runs_on<Kernel>(input->device))
+      !kernel.runs_on(input->device))
     return Outcome::kRefused;
-  if (Policy::kHasResidual &&
-      (!as_input_rows<Kernel>(residual, &residual_rows) || !same_shape_and_device(*input, *residual)))
+  if (info.has_residual &&
+      (!as_input_rows(residual, info, &residual_rows) || !same_shape_and_device(*input, *residual)))
     return Outcome::kRefused;
   if (input_rows.count == 0) return Outcome::kDone;
   if (!is_writable(out_rows, hidden_size, weight_row) || extents_overlap(out_rows, input_rows) ||
@@ -135,9 +162,9 @@ Outcome norm_quant_fp8(const DLTensor* input, const DLTensor* residual, const TV
     return Outcome::kRefused;
   if (is_dynamic && (extents_overlap(scales, input_rows) || extents_overlap(scales, weight_row)))
     return Outcome::kRefused;
-  if (Policy::kHasResidual && (!is_writable(residual_rows, hidden_size, weight_row) ||
-                               rows_overlap<T>(input_rows, residual_rows, hidden_size) ||
-                               extents_overlap(residual_rows, out_rows) || extents_overlap(residual_rows, scales)))
+  if (info.has_residual && (!is_writable(residual_rows, hidden_size, weight_row) ||
+                            rows_overlap(input_rows, info.input, residual_rows, info.input, hidden_size) ||
+                            extents_overlap(residual_rows, out_rows) || extents_overlap(residual_rows, scales)))
     return Outcome::kRefused;
   RMSNormParams params{};
   params.input = input_rows.data;
@@ -150,21 +177,21 @@ Outcome norm_quant_fp8(const DLTensor* input, const DLTensor* residual, const TV
   params.residual = residual_rows.data;
   params.residual_stride = residual_rows.stride;
   params.scale = reinterpret_cast<float*>(scales.data);
-  return launch<Kernel>(params, input->device, enable_pdl);
+  return kernel.launch(params, input->device, enable_pdl);
 }
 
 // rmsnorm_quant_fp8(input, weight, out, scale, eps, enable_pdl). src/jitnorm/rmsnorm_quant_fp8.py explains refused
 // calls. A static scale is read; dynamic scales are written, one per row.
 template <typename Kernel>
-Outcome rmsnorm_quant_fp8(const TVMFFIAny* args, int num_args) {
-  return num_args == 6 ? norm_quant_fp8<Kernel>(as_tensor(args[0]), nullptr, args + 1) : Outcome::kRefused;
+Outcome rmsnorm_quant_fp8(const Kernel& kernel, const TVMFFIAny* args, int num_args) {
+  return num_args == 6 ? norm_quant_fp8(kernel, as_tensor(args[0]), nullptr, args + 1) : Outcome::kRefused;
 }
 
 // fused_add_rmsnorm_quant_fp8(input, residual, weight, out, scale, eps, enable_pdl): likewise.
 template <typename Kernel>
-Outcome fused_add_rmsnorm_quant_fp8(const TVMFFIAny* args, int num_args) {
+Outcome fused_add_rmsnorm_quant_fp8(const Kernel& kernel, const TVMFFIAny* args, int num_args) {
   if (num_args != 7) return Outcome::kRefused;
-  return norm_quant_fp8<Kernel>(as_tensor(args[0]), as_tensor(args[1]), args + 2);
+  return norm_quant_fp8(kernel, as_tensor(args[0]), as_tensor(args[1]), args + 2);
 }
 
 }  // namespace jitnorm

@@ -16,7 +16,9 @@ struct RMSNormKernel {
   using residual_t = typename Policy::template residual_t<T>;
   using policy_t = Policy;
   using params_t = RMSNormParams;
+  using info_t = RMSNormInfo;
   static constexpr int kHiddenSize = kHiddenSize_;
+  static constexpr int kRowsPerBlock = 1;
   static constexpr unsigned kAlignment = 1;
 
   static constexpr index_t row_elements(const RMSNormParams&) { return kHiddenSize; }

@@ -5,16 +5,14 @@
 #include "elementwise/store_cache.h"
 #include "jitnorm/cuda_kernel.h"
 #include "jitnorm/grid.h"
-#include "jitnorm/launch.h"
-#ifdef __CUDACC__
 #include "jitnorm/vector.h"
-#endif
 
 namespace jitnorm {
 
 template <int kVectorBytes_>
 struct StoreCacheKernel : DefaultVariantOnly {
   using params_t = StoreCacheParams;
+  using info_t = StoreCacheInfo;
   static constexpr int kVectorBytes = kVectorBytes_;
   static constexpr unsigned kAlignment = kVectorBytes;
   static constexpr int kVectorsPerThread = 16 / kVectorBytes;  // of k, and as many of v, that a thread has in flight
@@ -22,14 +20,6 @@ struct StoreCacheKernel : DefaultVariantOnly {
   static constexpr int kMinBlocksPerSM = 4;
   static constexpr int kBytesAhead = 2 << 20;  // from a row to the one that it prefetches into L2
 
-  static Grid grid(const StoreCacheParams& p) {
-    const int vectors = p.k_vectors > p.v_vectors ? p.k_vectors : p.v_vectors;
-    if (p.num_split == 0) return grid_over_columns(p.num_rows, vectors, kVectorsPerThread, kThreads);
-    const unsigned threads_x = 32 * p.num_split;
-    return grid_over_columns(p.num_rows, vectors, kVectorsPerThread, threads_x, kThreads / threads_x);
-  }
-
-#ifdef __CUDACC__
   template <GridVariant>
   static __device__ __forceinline__ void run(const StoreCacheParams& p) {
     const index_t row = grid_row();
@@ -79,7 +69,6 @@ struct StoreCacheKernel : DefaultVariantOnly {
   static __device__ __forceinline__ void write(char* row, int column, const ByteVector& vector) {
     store(reinterpret_cast<unsigned*>(row + index_t(column) * kVectorBytes), vector);
   }
-#endif
 };
 
 }  // namespace jitnorm

@@ -2,7 +2,7 @@
 // compiler, the bindings function that fills it in. Included by store_cache.cuh and store_cache_cpu.h. Rows are bytes,
 // of any dtype.
 #pragma once
-#include "jitnorm/dtype.h"
+#include "jitnorm/kernel_info.h"
 
 namespace jitnorm {
 
@@ -24,6 +24,23 @@ struct StoreCacheParams {
   bool has_int64_indices;  // otherwise int32
 };
 
+struct StoreCacheInfo {
+  LaunchInfo launch;
+  unsigned alignment;
+  int vector_bytes;        // of an access
+  int vectors_per_thread;  // of k, and as many of v
+
+  template <typename Kernel>
+  static constexpr StoreCacheInfo of() {
+    StoreCacheInfo info{};
+    info.launch = launch_info<Kernel>();
+    info.alignment = Kernel::kAlignment;
+    info.vector_bytes = Kernel::kVectorBytes;
+    info.vectors_per_thread = Kernel::kVectorsPerThread;
+    return info;
+  }
+};
+
 JITNORM_HOST_DEVICE index_t index_of(const StoreCacheParams& p, index_t row) {
   return p.has_int64_indices ? static_cast<const index_t*>(p.indices)[row] : static_cast<const int*>(p.indices)[row];
 }
@@ -32,8 +49,16 @@ JITNORM_HOST_DEVICE index_t index_of(const StoreCacheParams& p, index_t row) {
 
 #ifndef __CUDACC__
 #include "jitnorm/ffi.h"
+#include "jitnorm/grid.h"
 
 namespace jitnorm {
+
+inline Grid grid_of(const StoreCacheInfo& info, const StoreCacheParams& p) {
+  const int vectors = p.k_vectors > p.v_vectors ? p.k_vectors : p.v_vectors;
+  if (p.num_split == 0) return grid_over_columns(p.num_rows, vectors, info.vectors_per_thread, info.launch.threads);
+  const unsigned threads_x = 32 * p.num_split;
+  return grid_over_columns(p.num_rows, vectors, info.vectors_per_thread, threads_x, info.launch.threads / threads_x);
+}
 
 constexpr index_t kMaxRowBytes = 1 << 30;                  // 32 bits count the bytes of a row of k and one of v
 constexpr index_t kNoSkipIndex = -0x7fffffffffffffff - 1;  // the smallest index_t, which is never a valid slot
@@ -61,20 +86,21 @@ inline bool as_byte_rows(const DLTensor& tensor, unsigned alignment, Rows* rows,
   rows->end = data + (count - 1) * stride + bytes;
   *row_bytes = bytes;
   if (count == 0) return true;
-  return tensor.data && stride >= 0 && is_aligned(data, alignment) && stride % alignment == 0;
+  return tensor.data && stride >= 0 && is_aligned(data, alignment) && is_aligned(stride, alignment);
 }
 
 // store_cache(k, v, k_cache, v_cache, indices, row_bytes, num_split, skip_index). src/jitnorm/store_cache.py explains
 // refused calls.
 template <typename Kernel>
-Outcome store_cache(const TVMFFIAny* args, int num_args) {
+Outcome store_cache(const Kernel& kernel, const TVMFFIAny* args, int num_args) {
+  const StoreCacheInfo& info = kernel.info();
   if (num_args != 8) return Outcome::kRefused;
   const DLTensor* tensors[4];
   Rows rows[4];  // like `tensors` and `widths`, of k, v, k_cache and v_cache
   index_t widths[4], row_bytes, num_split, skip_index = kNoSkipIndex;
   for (int i = 0; i < 4; i++) {
     tensors[i] = as_tensor(args[i]);
-    if (!tensors[i] || !as_byte_rows(*tensors[i], Kernel::kAlignment, &rows[i], &widths[i]) ||
+    if (!tensors[i] || !as_byte_rows(*tensors[i], info.alignment, &rows[i], &widths[i]) ||
         !same_dtype(*tensors[i], *tensors[0]) || !same_device(*tensors[i], *tensors[0]))
       return Outcome::kRefused;
   }
@@ -85,10 +111,10 @@ Outcome store_cache(const TVMFFIAny* args, int num_args) {
   const DLTensor* indices = as_indices(args[4], device);
   if (!indices || indices->shape[0] != k.count || v.count != k.count || v_cache.count != k_cache.count ||
       widths[2] != k_bytes || widths[3] != v_bytes || k_bytes == 0 || v_bytes == 0 || bits % 4 != 0 ||
-      k_bytes > kMaxRowBytes || v_bytes > kMaxRowBytes || vector_bytes(bits) != Kernel::kVectorBytes ||
+      k_bytes > kMaxRowBytes || v_bytes > kMaxRowBytes || vector_bytes(bits) != info.vector_bytes ||
       !as_int(args[5], &row_bytes) || (row_bytes != 0 && row_bytes != k_bytes) || !as_int(args[6], &num_split) ||
       (num_split != 0 && num_split != 1 && num_split != 2 && num_split != 4) ||
-      (args[7].type_index != kTVMFFINone && !as_int(args[7], &skip_index)) || !runs_on<Kernel>(device))
+      (args[7].type_index != kTVMFFINone && !as_int(args[7], &skip_index)) || !kernel.runs_on(device))
     return Outcome::kRefused;
   if (k.count == 0) return Outcome::kDone;
   const Rows index_elements = index_rows(*indices);
@@ -111,11 +137,11 @@ Outcome store_cache(const TVMFFIAny* args, int num_args) {
   params.v_cache_stride = v_cache.stride;
   params.num_rows = k.count;
   params.skip_index = skip_index;
-  params.k_vectors = static_cast<int>(k_bytes / Kernel::kVectorBytes);
-  params.v_vectors = static_cast<int>(v_bytes / Kernel::kVectorBytes);
+  params.k_vectors = static_cast<int>(k_bytes / info.vector_bytes);
+  params.v_vectors = static_cast<int>(v_bytes / info.vector_bytes);
   params.num_split = static_cast<int>(num_split);
   params.has_int64_indices = indices->dtype.bits == 64;
-  return launch<Kernel>(params, device, true);
+  return kernel.launch(params, device, true);
 }
 
 }  // namespace jitnorm

@@ -8,7 +8,8 @@ namespace jitnorm {
 template <int kVectorBytes_>
 struct StoreCacheKernel {
   using params_t = StoreCacheParams;
-  static constexpr int kVectorBytes = kVectorBytes_;
+  using info_t = StoreCacheInfo;
+  static constexpr int kVectorBytes = kVectorBytes_, kVectorsPerThread = 1;
   static constexpr unsigned kAlignment = 1;
 
   static index_t row_elements(const StoreCacheParams& p) {  // counted as elements of two bytes

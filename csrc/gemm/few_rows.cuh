@@ -8,10 +8,7 @@
 #include "gemm/few_rows.h"
 #include "jitnorm/cuda_kernel.h"
 #include "jitnorm/grid.h"
-#include "jitnorm/launch.h"
-#ifdef __CUDACC__
 #include "jitnorm/vector.h"
-#endif
 
 namespace jitnorm {
 
@@ -19,6 +16,7 @@ template <int kN_, int kK_, typename T>
 struct FewRowsGemmKernel : DefaultVariantOnly {
   using input_t = T;
   using params_t = FewRowsGemmParams;
+  using info_t = FewRowsGemmInfo;
   static constexpr int kN = kN_, kK = kK_;
   static constexpr unsigned kAlignment = 16;
   static constexpr int kMaxRows = 16, kColumnsPerTile = 8;  // those of a tensor core instruction
@@ -44,9 +42,6 @@ struct FewRowsGemmKernel : DefaultVariantOnly {
   static constexpr int kStepsAhead = kStepsPerWarp < 8 / kTiles ? kStepsPerWarp : 8 / kTiles;  // 256 bytes of a thread
   static constexpr int kMinBlocksPerSM = kThreads <= 256 ? 2 : 1;
 
-  static Grid grid(const FewRowsGemmParams&) { return grid_of_blocks(kN, kTiles * kColumnsPerTile, kThreads); }
-
-#ifdef __CUDACC__
   template <GridVariant>
   static __device__ __forceinline__ void run(const FewRowsGemmParams& p) {
     __shared__ float sums[kWarps][kTiles][kMaxRows][kColumnsPerTile];
@@ -100,8 +95,6 @@ struct FewRowsGemmKernel : DefaultVariantOnly {
   }
 
  private:
-  static constexpr bool kIsBf16 = __is_same(T, bf16_t);
-
   static __device__ __forceinline__ void load_weight(const T* weight, int step, uint4 (&to)[kTiles][2]) {
 #pragma unroll
     for (int t = 0; t < kTiles; t++)
@@ -131,7 +124,7 @@ struct FewRowsGemmKernel : DefaultVariantOnly {
   // long as it is the same in both.
   static __device__ __forceinline__ void multiply(float (&sum)[4], unsigned a0, unsigned a1, unsigned a2, unsigned a3,
                                                   unsigned b0, unsigned b1) {
-    if constexpr (kIsBf16)
+    if constexpr (kIsBf16<T>)
       asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
           "{%0, %1, %2, %3};"
           : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
@@ -142,7 +135,6 @@ struct FewRowsGemmKernel : DefaultVariantOnly {
           : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
           : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
   }
-#endif
 };
 
 }  // namespace jitnorm

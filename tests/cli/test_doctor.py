@@ -16,7 +16,7 @@ import jitnorm
 from cli.run import run
 from jitnorm.cli import output, trial_build
 from jitnorm.dispatch import selection
-from jitnorm.jit import toolchain
+from jitnorm.jit import nvrtc, toolchain
 
 pytestmark = pytest.mark.usefixtures("trial_builds")
 
@@ -40,6 +40,14 @@ def compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str) -> Pa
     return wrapper
 
 
+def remove_cuda_compilers(monkeypatch: pytest.MonkeyPatch) -> None:
+    def find() -> str:
+        raise nvrtc.NvrtcError("it is not installed")
+
+    monkeypatch.setattr(nvrtc, "find", find)
+    monkeypatch.setattr(toolchain, "find_nvcc", lambda: None)
+
+
 @pytest.mark.slow
 def test_doctor(cache_dir, tmp_path, monkeypatch, real_trial_builds):
     monkeypatch.setenv("HOME", str(tmp_path))
@@ -52,7 +60,7 @@ def test_doctor(cache_dir, tmp_path, monkeypatch, real_trial_builds):
     assert facts["caches"][0] == {
         "root": str(cache_dir), "prebuilt": False, "exists": False, "problem": None, "kernels": 0, "size": 0,
     }  # fmt: skip
-    for device in ("cpu", "cuda") if toolchain.find_nvcc() else ("cpu",):
+    for device in ("cpu", "cuda") if toolchain.find_nvrtc() else ("cpu",):
         assert facts["builds"][device]["works"] and facts["builds"][device]["seconds"] > 0, facts["builds"]
     assert facts["environment"]["JITNORM_CACHE_DIR"] == str(cache_dir)
     assert [*tmp_path.iterdir()] == [real_trial_builds] and not [
@@ -72,10 +80,10 @@ def test_doctor_prints(cache_dir):
 def test_doctor_builds_with_a_compiler_that_prints_its_version(cache_dir, tmp_path, monkeypatch, real_trial_builds):
     """A compiler may print its version and do nothing else."""
     wrapper = compiler(tmp_path, monkeypatch, "echo 'x.h:1:2: error: boom'; echo later; exit 1")
-    monkeypatch.setattr(toolchain, "find_nvcc", lambda: None)
+    remove_cuda_compilers(monkeypatch)
     printed = run("doctor", exit_code=1).stdout
     assert re.search(r"^  cpu +no +jitnorm cannot build .*x\.h:1:2: error: boom$", printed, re.MULTILINE), printed
-    assert re.search(r"^  cuda +no +no nvcc that works$", printed, re.MULTILINE)
+    assert re.search(r"^  cuda +no +no nvrtc that works$", printed, re.MULTILINE)
     advice = f"error: boom; CXX is {wrapper}: unset or correct CXX\n"
     assert re.search(rf"^advice: building for cpu fails: .*{re.escape(advice)}", printed, re.MULTILINE)
     assert "apt-get" not in printed and not cache_dir.exists() and not [*real_trial_builds.iterdir()]
@@ -180,6 +188,7 @@ def test_doctor_with_a_broken_compiler(cache_dir, monkeypatch, trial_builds):
 )
 def test_doctor_with_a_variable_that_is_wrong(cache_dir, monkeypatch, variable, value, message):
     monkeypatch.setenv(variable, value)
+    monkeypatch.setenv("JITNORM_CUDA_COMPILER", "nvcc" if variable == "NVCC" else "auto")
     printed = run("doctor", exit_code=int(variable == "CXX")).stdout
     assert message in printed and "apt-get" not in printed and "pip install 'jitnorm[nvcc]'" not in printed
 
@@ -198,11 +207,19 @@ def test_doctor_shows_records_of_any_content(cache_dir, monkeypatch):
     assert "\x1b" not in run("doctor").stdout
 
 
-def test_doctor_without_nvcc(cache_dir, monkeypatch):
-    monkeypatch.setattr(toolchain, "find_nvcc", lambda: None)
+def test_doctor_without_a_cuda_compiler(cache_dir, monkeypatch):
+    remove_cuda_compilers(monkeypatch)
     printed = run("doctor").stdout
-    assert "advice: no nvcc, so no CUDA kernel can be built: pip install 'jitnorm[nvcc]'" in printed
-    assert re.search(r"cpu +yes .*\n +cuda +no +no nvcc that works\n", printed)
+    assert "advice: no NVRTC, so no CUDA kernel can be built: pip install 'jitnorm[nvrtc]'" in printed
+    assert re.search(r"cpu +yes .*\n +cuda +no +no nvrtc that works\n", printed)
+
+
+def test_doctor_is_content_with_nvcc(cache_dir, monkeypatch):
+    remove_cuda_compilers(monkeypatch)
+    monkeypatch.setattr(toolchain, "find_nvcc", lambda: "/opt/nvcc")
+    monkeypatch.setattr(toolchain, "_identify_nvcc", lambda path: toolchain.Compiler(path, "13.0.88", 0, 0))
+    printed = run("doctor").stdout
+    assert "NVRTC, so" not in printed and re.search(r"cuda +yes ", printed)
 
 
 def test_doctor_advises(cache_dir, tmp_path, monkeypatch):

@@ -1,7 +1,7 @@
 """The CUDA sources compile for every architecture that the README names; nothing runs.
 
 Most of the time of a build goes to the start of the compilers and to headers, so that kernels of one architecture are
-built together: one source, one cubin, one library.
+built together: one source, one cubin.
 """
 
 from __future__ import annotations
@@ -73,35 +73,37 @@ FAMILIES = (
 
 @dataclass(frozen=True)
 class Together(KernelSpec):
-    """The first of some kernels, whose source contains the others as well, with or without their bindings."""
+    """The first of some kernels, whose source contains the others as well."""
 
     others: tuple[KernelSpec, ...] = ()
-    all_bindings: bool = False
 
     @property
     def source(self) -> str:
         parts = [super().source]
         for number, spec in enumerate(self.others):
-            device, _, host = re.sub(r"\bKernel\b", f"Kernel{number}", spec.source).partition("#else\n")
-            _, _, bindings = host.partition("\n")  # its first line defines the symbols, once is enough
-            bindings = bindings.replace("(__tvm_ffi_", f"(__tvm_ffi_{number}_")
-            parts.append(f"{device}#else\n{bindings}" if self.all_bindings else f"{device}#endif\n")
+            kernel = f"jitnorm::Kernel{number}"
+            source = re.sub(r"\bKernel\b", f"Kernel{number}", spec.source)
+            # A cubin has one description. Those of the others are compiled and not kept.
+            described = f"static_assert({kernel}::info_t::of<{kernel}>().launch.threads > 0);"
+            parts.append(source.replace(f"JITNORM_DEFINE_INFO({kernel})", described))
         return "\n".join(parts)
 
 
-def build_together(arch: str, kernels, all_bindings: bool = False) -> None:
+def build_together(arch: str, kernels) -> None:
     first, *others = [operator.spec(*key, Target.cuda(arch)) for operator, *key in kernels]
-    entry = build(Together(**vars(first), others=tuple(others), all_bindings=all_bindings))
+    entry = build(Together(**vars(first), others=tuple(others)))
     assert entry.manifest["arch"] == Target.cuda(arch).sm
     content = entry.verify()
     assert all(spec.name.encode() in content for spec in (first, *others))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("arch", ARCHITECTURES)
-def test_compiles(arch):
-    # The bindings are the same for every architecture, except that those before sm_90 launch without PDL.
-    build_together(arch, FAMILIES if arch in ("8.9", "10.0a", "12.0a") else KERNELS, all_bindings=arch == "9.0a")
+@pytest.mark.parametrize(
+    ("arch", "compiler"), [*((arch, "nvrtc") for arch in ARCHITECTURES), ("7.5", "nvcc"), ("9.0a", "nvcc")]
+)
+def test_compiles(arch, compiler, monkeypatch):
+    monkeypatch.setenv("JITNORM_CUDA_COMPILER", compiler)
+    build_together(arch, FAMILIES if arch in ("8.9", "10.0a", "12.0a") else KERNELS)
 
 
 @pytest.mark.parametrize(("arch", "kernel"), [*zip(ARCHITECTURES, FAMILIES, strict=False)])

@@ -15,7 +15,8 @@ from documentation.pages import ADDING, ROOT
 FILES = re.findall(r"^`([\w/.]+)`\n\n```\w+\n(.*?)^```", ADDING, re.DOTALL | re.MULTILINE)
 # A sentence that ends with "in `file`:" or "in the family's module `file`. ...:", then what is appended to the file.
 ADDITIONS = re.findall(r"`([\w/.]+\.(?:py|h))`(?:\.[^`]*)?:\n\n```\w+\n(.*?)^```", ADDING, re.DOTALL | re.MULTILINE)
-
+# A sentence that ends with "in `file`:", then lines to insert, with the lines around them.
+INSERTIONS = re.findall(r"`([\w/.]+)`:\n\n```diff\n(.*?)^```", ADDING, re.DOTALL | re.MULTILINE)
 
 TESTS = ("tests/test_rmsnorm.py", "tests/test_scale.py", "tests/core/test_operators.py")
 BENCHMARK = "benchmarks/bench_scale.py"
@@ -34,7 +35,17 @@ def copy(tmp_path_factory):
     for name, text in ADDITIONS:
         file = folder / name
         file.write_text(f"{file.read_text()}\n\n{text}")
+    for name, diff in INSERTIONS:
+        for hunk in re.split(r"^@@\n", diff, flags=re.MULTILINE):
+            insert(folder / name, hunk.splitlines())
     return folder
+
+
+def insert(file: Path, hunk: list[str]) -> None:
+    """Insert the lines of a hunk that begin with "+"; the others must be in the file, once and together."""
+    before, after = ("".join(f"{line[1:]}\n" for line in hunk if line[0] in marks) for marks in (" ", " +"))
+    assert file.read_text().count(before) == 1, f"{file} has not the lines {before}"
+    file.write_text(file.read_text().replace(before, after))
 
 
 def run(folder: Path, script: str) -> str:
@@ -49,6 +60,7 @@ def test_the_page_has_all_steps():
     assert len(FILES) == 6
     assert len({name for name, _ in ADDITIONS[:4]}) == 4, "a variant of a norm is changed in at most four places"
     assert [name for name, _ in ADDITIONS[4:]] == ["src/jitnorm/__init__.py"]
+    assert [(name, diff.count("\n+")) for name, diff in INSERTIONS] == [("csrc/launcher/launcher.cc", 2)]
 
 
 @pytest.mark.slow

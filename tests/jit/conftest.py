@@ -43,10 +43,11 @@ def watched_cxx(tmp_path: Path) -> Watched:
 
 
 @pytest.fixture
-def watched_nvcc(tmp_path: Path) -> Watched:
-    """A script, far from its toolkit."""
+def watched_nvcc(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Watched:
+    """A script, far from its toolkit, which compiles for CUDA while the test runs."""
     from jitnorm.jit.toolchain import find_nvcc
 
+    monkeypatch.setenv("JITNORM_CUDA_COMPILER", "nvcc")
     return Watched(tmp_path / "cuda", find_nvcc(), " -cubin -std")
 
 

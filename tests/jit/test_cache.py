@@ -56,7 +56,7 @@ def test_a_lock_that_is_never_released_delays_a_build_and_no_more(cache_dir, mon
     monkeypatch.setattr(builder, "_FIRST_MESSAGE_S", 0.05)
     monkeypatch.setattr(builder, "_LOCK_LIMIT_S", 0.2)
     other = rmsnorm_spec(128, torch.float32, torch.float32, Target("cpu"))
-    toolchain = toolchain_module.require("cpu", None).key
+    toolchain = toolchain_module.require(Target("cpu"), None).key
     (cache_dir / "staging" / f"{other.name}.{other.target.sm}.some.host.0a1b2c3d.4711.0123abcd").mkdir()
     with Cache(cache_dir).build_lock(other, toolchain) as taken:
         assert taken

@@ -20,7 +20,7 @@ from jitnorm.rmsnorm import rmsnorm_spec
 
 EXAMPLE = Path(__file__).parents[2] / ".cache-example"
 # Capitals stand for what differs between machines.
-CXX, NVCC = Compiler("CXX", "VERSION", 0, 0), Compiler("NVCC", "VERSION", 0, 0, top="CUDA")
+CXX, NVRTC = Compiler("CXX", "VERSION", 0, 0), Compiler("NVRTC", "VERSION", 0, 0)
 PLACES = {
     "CSRC": "JITNORM/csrc",
     "libinfo.find_include_path": lambda: "TVM_FFI/include",
@@ -34,7 +34,7 @@ def kernels() -> list[tuple[KernelSpec, Toolchain]]:
     """One kernel of each class and device, with its toolchain."""
     bf16 = torch.bfloat16
     return [
-        (rmsnorm_spec(128, bf16, bf16, Target.cuda("9.0a")), Toolchain(CXX, NVCC)),
+        (rmsnorm_spec(128, bf16, bf16, Target.cuda("9.0a")), Toolchain(nvrtc=NVRTC)),
         (rmsnorm_spec(4096, bf16, bf16, Target("cpu")), Toolchain(CXX)),
     ]
 

@@ -24,7 +24,7 @@ from jitnorm.jit import load as loaded
 from jitnorm.jit.build import build
 from jitnorm.jit.environment import import_tvm_ffi
 from jitnorm.jit.library import BadLibrary
-from jitnorm.jit.spec import Target
+from jitnorm.jit.spec import LAUNCHER, Target
 from jitnorm.rmsnorm import _jit_rmsnorm_module, rmsnorm, rmsnorm_spec
 from jitnorm.warmup.run import find_cached
 
@@ -85,8 +85,9 @@ def test_a_hit_with_a_compiler_starts_no_process_either(cache_dir):
 
 
 @pytest.mark.nvcc
-def test_a_cuda_library_loads_without_a_driver_or_a_compiler(cache_dir):
+def test_a_cubin_loads_without_a_driver_or_a_compiler(cache_dir):
     entry = build(cuda_spec())
+    build(LAUNCHER)
     script = """
         from jitnorm.rmsnorm import _jit_rmsnorm_module
         module = _jit_rmsnorm_module(512, torch.bfloat16, device="cuda", arch="9.0a")
@@ -116,7 +117,7 @@ def start_together(folder, count, script, **environment):
     gate = f"""
 import os, time, pathlib, torch, jitnorm.rmsnorm
 from jitnorm.jit.build import build
-from jitnorm.jit.spec import Target
+from jitnorm.jit.spec import LAUNCHER, Target
 from jitnorm.rmsnorm import rmsnorm_spec
 pathlib.Path({str(folder)!r}, str(os.getpid())).touch()
 while not os.path.exists({str(folder / "go")!r}):
@@ -390,11 +391,11 @@ def test_kernels_of_several_compilers_where_building_is_forbidden(is_prebuilt, c
     monkeypatch.setenv("JITNORM_DISABLE_JIT", "1")
     tried, open_entry = [], engine._open
 
-    def open_some(spec, entry):
+    def open_some(spec, entry, load_launcher):
         tried.append(entry.path.name)
         if entry.path.name != "f" * 12:
             raise BadLibrary("libgomp.so.9 is missing")
-        return open_entry(spec, entry)
+        return open_entry(spec, entry, load_launcher)
 
     monkeypatch.setattr(engine, "_open", open_some)
     assert loaded.load(spec)
@@ -430,14 +431,6 @@ def test_no_compiler(cache_dir):
     assert "looked for $CXX (/opt/no-such-compiler)" in done.stderr
 
 
-def test_no_nvcc(cache_dir, monkeypatch):
-    from jitnorm.jit import toolchain
-
-    monkeypatch.setattr(toolchain, "find_nvcc", lambda: None)
-    with pytest.raises(RuntimeError, match=r"needs nvcc.*CUDA_HOME.*pip install 'jitnorm\[nvcc\]'"):
-        loaded.load(cuda_spec())
-
-
 def test_a_failed_build_is_distilled_and_not_tried_again(cache_dir, monkeypatch, watched_cxx):
     monkeypatch.setenv("CXX", str(watched_cxx.path))
     spec = replace(cpu_spec(), kernel="NoSuchKernel<512>")
@@ -454,7 +447,8 @@ def test_a_failed_build_is_distilled_and_not_tried_again(cache_dir, monkeypatch,
 
 
 @pytest.mark.nvcc
-def test_an_architecture_that_nvcc_does_not_know(cache_dir):
+def test_an_architecture_that_nvcc_does_not_know(cache_dir, monkeypatch):
+    monkeypatch.setenv("JITNORM_CUDA_COMPILER", "nvcc")
     with pytest.raises(RuntimeError, match=r"nvcc fatal.*sm_999|nvcc fatal.*Unsupported gpu arch"):
         build(cuda_spec(arch="99.9"))
 

@@ -316,7 +316,7 @@ def test_where_nothing_can_be_built_any_toolchain_is_accepted(setup, fake_files,
     keys, kernel = put_others(setup), setup.packed.label.partition("/")[0]
     for name in ("notes.json", f"{keys[0]}.json.tmp", "0" * 13 + ".json"):
         put(setup, f"kernels/{kernel}/{name}", b"")
-    own = [] if why == "no compiler" else [toolchain.identify("cpu", None).key]
+    own = [] if why == "no compiler" else [toolchain.identify(Target("cpu"), None).key]
     monkeypatch.setenv(*("CXX", "/none") if why == "no compiler" else ("JITNORM_DISABLE_JIT", "1"))
     expected = [*own, *[key for key in sorted([*keys, setup.packed.label.rpartition("/")[2]]) if key not in own]]
     for number in range(len(expected)):

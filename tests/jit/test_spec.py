@@ -72,11 +72,16 @@ def test_flags_processor_and_tvm_ffi_are_in_the_key(monkeypatch):
     keys = cpu.key, cuda.key
     monkeypatch.setattr(module, "cpu_features", lambda: "another processor")
     assert fresh(cpu) != keys[0]
-    assert fresh(cuda) == keys[1]  # its host code is not built for one processor
-    monkeypatch.setattr(module, "_CUDA_NINJA", module._CUDA_NINJA.replace("-O3", "-O1"))
+    monkeypatch.setattr(module.platform, "machine", lambda: "another machine")
+    assert fresh(cuda) == keys[1]  # a cubin depends on nothing of the host
+    monkeypatch.setattr(tvm_ffi, "__version__", "9.9")
+    assert fresh(cuda) == keys[1]
+    monkeypatch.setattr(module, "NVRTC_OPTIONS", ("-G",))
     assert fresh(cuda) != keys[1]
     monkeypatch.undo()
     monkeypatch.setattr(tvm_ffi, "__version__", "9.9")
+    assert fresh(cpu) != keys[0]
+    monkeypatch.setattr(module.KernelSpec, "cuda_options", ("-O1",))
     assert fresh(cuda) != keys[1]
 
 

@@ -1,29 +1,23 @@
-// What a CUDA kernel class is made of: its variants for small and large grids, its __global__ functions, and
-// programmatic dependent launch (PDL). Included by rms_row.h and every elementwise/<family>.cuh.
+// What a CUDA kernel class is made of: its variants for small and large grids, its __global__ functions, the
+// description of it in the cubin, and programmatic dependent launch (PDL). Device code, compiled by nvcc or NVRTC; it
+// includes no standard header. Included by rms_row.h and every elementwise/<family>.cuh.
 //
-// Two compilers read those files. nvcc compiles the device code to a cubin; the host compiler takes the constants that
-// a launch needs. Code for nvcc alone is inside #ifdef __CUDACC__, and includes no standard header.
+// A CUDA kernel class has params_t and info_t with the constants that it reads, kThreads and kMinBlocksPerSM for
+// __launch_bounds__, a base or constants that say which GridVariants it has, and run<variant>(params).
 #pragma once
+#include "jitnorm/kernel_info.h"
 
 namespace jitnorm {
 
-// The variants of a kernel. launch() chooses one by the number of blocks in the grid's first dimension: kSmallGrid for
-// up to kMaxSmallGrid blocks, kLargeGrid from kMinLargeGrid on. Code that is faster in a grid of thousands of blocks
-// slows a single row down by 60 ns, even if a branch skips it. So a cubin has up to three kernels, and `run` of a
-// kernel class is a template over GridVariant.
-enum class GridVariant { kDefault, kSmallGrid, kLargeGrid };
-constexpr int kNumGridVariants = 3;
-
 // The base of kernel classes that have only the default variant.
 struct DefaultVariantOnly {
-  static constexpr unsigned kMaxSmallGrid = 0, kMinLargeGrid = ~0u;
+  static constexpr unsigned kMaxSmallGrid = kNoSmallGrid, kMinLargeGrid = kNoLargeGrid;
 };
 
 template <typename Kernel, GridVariant kVariant>
-constexpr bool kHasVariant =
-    kVariant == GridVariant::kSmallGrid   ? Kernel::kMaxSmallGrid != DefaultVariantOnly::kMaxSmallGrid
-    : kVariant == GridVariant::kLargeGrid ? Kernel::kMinLargeGrid != DefaultVariantOnly::kMinLargeGrid
-                                          : true;
+constexpr bool kHasVariant = kVariant == GridVariant::kSmallGrid   ? Kernel::kMaxSmallGrid != kNoSmallGrid
+                             : kVariant == GridVariant::kLargeGrid ? Kernel::kMinLargeGrid != kNoLargeGrid
+                                                                   : true;
 
 // The maximum number of resident threads on an SM.
 #if !defined(__CUDA_ARCH__)
@@ -36,9 +30,23 @@ constexpr int kMaxThreadsPerSM = 2048;
 constexpr int kMaxThreadsPerSM = 1536;
 #endif
 
+template <typename Kernel>
+constexpr LaunchInfo launch_info() {
+  LaunchInfo info{};
+#ifdef __CUDA_ARCH__
+  info.arch = __CUDA_ARCH__ / 10;
+#endif
+  info.threads = Kernel::kThreads;
+  info.max_small_grid = Kernel::kMaxSmallGrid;
+  info.min_large_grid = Kernel::kMinLargeGrid;
+  return info;
+}
+
 }  // namespace jitnorm
 
-#ifdef __CUDACC__
+// Defines the variable jitnorm_info, which the host reads from the cubin (src/jitnorm/jit/library.py).
+#define JITNORM_DEFINE_INFO(KERNEL) \
+  extern "C" __device__ __attribute__((used)) KERNEL::info_t jitnorm_info = KERNEL::info_t::of<KERNEL>();
 
 // Defines the __global__ function SYMBOL, which runs one variant of the kernel class KERNEL, and does nothing if KERNEL
 // has no such variant.
@@ -83,4 +91,3 @@ __device__ __forceinline__ void prefetch_before_wait(const void* a, const void* 
 }
 
 }  // namespace jitnorm
-#endif

@@ -20,6 +20,11 @@ struct bf16_t {
   unsigned short bits;
 };
 
+template <typename T>
+constexpr bool kIsBf16 = false;
+template <>
+constexpr bool kIsBf16<bf16_t> = true;
+
 struct fp16_t {
   unsigned short bits;
 };

@@ -2,13 +2,16 @@
 // struct. Host compiler only; included by the bindings of every family (elementwise/<family>.h). It uses only tvm-ffi's
 // C header, because the C++ headers would add a second to every build.
 //
+// A bindings function is a template over Kernel, which has info(), a struct such as RMSNormInfo, runs_on(device) and
+// launch(params, device, enable_pdl). It is CpuKernel (parallel.h) or CudaKernel (launcher/launcher.cc).
+//
 // Bindings refuse, Python explains: a bindings function returns 1 (Outcome::kRefused) for arguments that the kernel
 // does not support, and Python then raises an error that says what is wrong. Bindings raise only what Python cannot
 // know, such as a failed launch.
 #pragma once
 #include <tvm/ffi/c_api.h>
 
-#include "jitnorm/dtype.h"
+#include "jitnorm/kernel_info.h"
 
 #define JITNORM_PUBLIC __attribute__((visibility("default")))
 
@@ -24,21 +27,14 @@ namespace jitnorm {
 
 enum class Outcome { kDone = 0, kRefused = 1, kRaised = -1 };
 
+constexpr int kMaxGpus = 64;  // the length of tables that are indexed by CUDA device id
+
 inline int return_outcome(Outcome outcome, TVMFFIAny* result) {
   if (outcome == Outcome::kRaised) return -1;  // tvm-ffi raises the error that has been set
   result->type_index = kTVMFFIInt;
   result->v_int64 = static_cast<int64_t>(outcome);
   return 0;
 }
-
-// Whether a kernel class runs on a device, and its launch. Defined by launch.h for CUDA and by parallel.h for the CPU;
-// a library includes one of the two.
-template <typename Kernel>
-bool runs_on(DLDevice device);
-template <typename Kernel>
-Outcome launch(const typename Kernel::params_t& params, DLDevice device, bool enable_pdl);
-
-constexpr int kMaxGpus = 64;  // the length of tables that are indexed by CUDA device id
 
 // torch's modes (torch.jit.trace, make_fx, TorchDispatchMode) must see a call before a kernel runs. While a mode is
 // active, one of these dispatch keys is included on its thread. jitnorm.core.torch_modes finds torch's function that
@@ -64,13 +60,6 @@ inline Outcome set_mode_query(const TVMFFIAny* args, int num_args) {
   mode_keys.pre_dispatch = static_cast<uint16_t>(args[2].v_int64);
   mode_keys.tracer = static_cast<uint16_t>(args[3].v_int64);
   return Outcome::kDone;
-}
-
-// The bindings function kBinding for calls that do not come through torch's dispatcher. Refuses them while a mode is
-// active.
-template <Outcome (*kBinding)(const TVMFFIAny*, int)>
-Outcome fast_path(const TVMFFIAny* args, int num_args) {
-  return is_mode_active() ? Outcome::kRefused : kBinding(args, num_args);
 }
 
 // Scalar arguments. False if the argument has another type.
@@ -105,28 +94,12 @@ inline const DLTensor* as_tensor(const TVMFFIAny& arg) {
   return nullptr;
 }
 
-template <typename T>
-struct DType;
-template <>
-struct DType<float> {
-  static constexpr unsigned code = kDLFloat, bits = 32;
-};
-template <>
-struct DType<fp16_t> {
-  static constexpr unsigned code = kDLFloat, bits = 16;
-};
-template <>
-struct DType<bf16_t> {
-  static constexpr unsigned code = kDLBfloat, bits = 16;
-};
-template <>
-struct DType<e4m3_t> {
-  static constexpr unsigned code = kDLFloat8_e4m3fn, bits = 8;
-};
+static_assert(kElementType<float>.code == kDLFloat && kElementType<fp16_t>.code == kDLFloat &&
+                  kElementType<bf16_t>.code == kDLBfloat && kElementType<e4m3_t>.code == kDLFloat8_e4m3fn,
+              "element types have DLPack's numbers");
 
-template <typename T>
-bool has_dtype(const DLTensor& tensor) {
-  return tensor.dtype.code == DType<T>::code && tensor.dtype.bits == DType<T>::bits && tensor.dtype.lanes == 1;
+inline bool has_type(const DLTensor& tensor, ElementType type) {
+  return tensor.dtype.code == type.code && tensor.dtype.bits == type.bits && tensor.dtype.lanes == type.lanes;
 }
 
 inline bool same_device(const DLTensor& a, const DLTensor& b) {
@@ -156,8 +129,10 @@ inline index_t element_count(const DLTensor& tensor) {
 
 inline char* data_of(const DLTensor& tensor) { return static_cast<char*>(tensor.data) + tensor.byte_offset; }
 
+// An alignment is a power of two, and known only at run time: a division would cost as much as the other checks.
+inline bool is_aligned(index_t bytes, unsigned alignment) { return (bytes & (alignment - 1)) == 0; }
 inline bool is_aligned(const void* data, unsigned alignment) {
-  return reinterpret_cast<uintptr_t>(data) % alignment == 0;
+  return is_aligned(reinterpret_cast<index_t>(data), alignment);
 }
 
 // A tensor [..., hidden_size] as rows that are one stride apart.
@@ -168,13 +143,13 @@ struct Rows {
   const char* end;  // one past the last byte
 };
 
-// False if `tensor` has another last dimension or dtype, elements that are not adjacent within a row, leading
+// False if `tensor` has another last dimension or type, elements that are not adjacent within a row, leading
 // dimensions that do not collapse to one stride, no storage (a FakeTensor), or a row that is not aligned to `alignment`
 // bytes.
-template <typename T>
-bool as_rows(const DLTensor& tensor, index_t hidden_size, unsigned alignment, Rows* rows) {
+inline bool as_rows(const DLTensor& tensor, ElementType type, index_t hidden_size, unsigned alignment, Rows* rows) {
   int last = tensor.ndim - 1;
-  if (last < 0 || !has_dtype<T>(tensor) || tensor.shape[last] != hidden_size || tensor.strides[last] != 1) return false;
+  if (last < 0 || !has_type(tensor, type) || tensor.shape[last] != hidden_size || tensor.strides[last] != 1)
+    return false;
   index_t count = 1, stride = hidden_size;
   bool collapses = true;
   for (int i = last - 1; i >= 0; i--) {
@@ -188,27 +163,25 @@ bool as_rows(const DLTensor& tensor, index_t hidden_size, unsigned alignment, Ro
   rows->data = data;
   rows->count = count;
   rows->stride = stride;
-  rows->end = data + ((count - 1) * stride + hidden_size) * static_cast<index_t>(sizeof(T));
+  rows->end = data + ((count - 1) * stride + hidden_size) * type.bytes();
   if (count == 0) return true;
-  return collapses && tensor.data && is_aligned(data, alignment) && stride * sizeof(T) % alignment == 0;
+  return collapses && tensor.data && is_aligned(data, alignment) && is_aligned(stride * type.bytes(), alignment);
 }
 
-// The weight of a norm: one dimension of kHiddenSize elements.
-template <typename Kernel>
-bool as_weight(const DLTensor* tensor, Rows* rows) {
-  using W = typename Kernel::weight_t;
-  return tensor && tensor->ndim == 1 && as_rows<W>(*tensor, Kernel::kHiddenSize, Kernel::kAlignment, rows);
+// The weight of a norm: one dimension of hidden_size elements. Info has hidden_size, weight and alignment.
+template <typename Info>
+bool as_weight(const DLTensor* tensor, const Info& info, Rows* rows) {
+  return tensor && tensor->ndim == 1 && as_rows(*tensor, info.weight, info.hidden_size, info.alignment, rows);
 }
 
 // A contiguous tensor of `count` elements, of any shape, as rows of one element.
-template <typename T>
-bool as_elements(const DLTensor* tensor, index_t count, unsigned alignment, Rows* rows) {
-  if (!tensor || !has_dtype<T>(*tensor) || element_count(*tensor) != count) return false;
+inline bool as_elements(const DLTensor* tensor, ElementType type, index_t count, unsigned alignment, Rows* rows) {
+  if (!tensor || !has_type(*tensor, type) || element_count(*tensor) != count) return false;
   char* data = data_of(*tensor);
   rows->data = data;
   rows->count = count;
   rows->stride = 1;
-  rows->end = data + count * static_cast<index_t>(sizeof(T));
+  rows->end = data + count * type.bytes();
   if (count == 0) return true;
   index_t contiguous_stride = 1;
   for (int i = tensor->ndim - 1; i >= 0; i--) {
@@ -262,9 +235,8 @@ inline bool rows_overlap(const Rows& a, index_t a_row_bytes, index_t a_element_b
   return offset < a_row_bytes || offset > stride - b_row_bytes;
 }
 
-template <typename A, typename B = A>
-bool rows_overlap(const Rows& a, const Rows& b, index_t hidden_size) {
-  return rows_overlap(a, hidden_size * sizeof(A), sizeof(A), b, hidden_size * sizeof(B), sizeof(B));
+inline bool rows_overlap(const Rows& a, ElementType a_type, const Rows& b, ElementType b_type, index_t hidden_size) {
+  return rows_overlap(a, hidden_size * a_type.bytes(), a_type.bytes(), b, hidden_size * b_type.bytes(), b_type.bytes());
 }
 
 // The widest access, of 16, 8 or 4 bytes, that divides `row_bytes`, which is a multiple of 4. Kernels for rows whose

@@ -1,8 +1,8 @@
 // Launches of CPU kernels: distributes the rows of a call over OpenMP threads. Included by every
 // elementwise/<family>_cpu.h.
 //
-// A CPU kernel class has params_t with num_rows, kAlignment, run(params, row), and row_elements(params): the elements
-// of a row, as a measure of its work.
+// A CPU kernel class has params_t with num_rows, info_t with the constants that it reads, kAlignment, run(params, row),
+// and row_elements(params): the elements of a row, as a measure of its work.
 #pragma once
 #include <dlfcn.h>
 
@@ -61,9 +61,9 @@ inline int (*const torch_num_threads)() = [] {
 // a third of a build.
 inline int num_threads() { return torch_num_threads ? torch_num_threads() : omp_get_max_threads(); }
 
-template <typename Kernel>
-bool runs_on(DLDevice device) {
-  return device.device_type == kDLCPU;
+template <typename>
+constexpr LaunchInfo launch_info() {
+  return {};
 }
 
 // Not inlined, so that the rows are compiled once for both callers below.
@@ -73,7 +73,7 @@ __attribute__((noinline)) void run_rows(const typename Kernel::params_t& params,
 }
 
 template <typename Kernel>
-Outcome launch(const typename Kernel::params_t& params, DLDevice, bool) {
+Outcome run_on_threads(const typename Kernel::params_t& params) {
   const index_t row_elements = Kernel::row_elements(params), rows = params.num_rows;
   const index_t chunk = row_elements < kMinChunkElements ? kMinChunkElements / row_elements : 1;
   if (rows == 1 || rows * row_elements < kMinParallelElements) {
@@ -89,6 +89,27 @@ Outcome launch(const typename Kernel::params_t& params, DLDevice, bool) {
   for (index_t row = 0; row < rows; row += chunk)
     run_rows<Kernel>(params, row, row + chunk < rows ? row + chunk : rows);
   return Outcome::kDone;
+}
+
+// A kernel class as bindings functions see it.
+template <typename Kernel>
+struct CpuKernel {
+  static constexpr auto info() { return Kernel::info_t::template of<Kernel>(); }
+  static bool runs_on(DLDevice device) { return device.device_type == kDLCPU; }
+  static Outcome launch(const typename Kernel::params_t& params, DLDevice, bool) {
+    return run_on_threads<Kernel>(params);
+  }
+};
+
+// The functions that a library exports for kBinding: for calls through torch's dispatcher, and for those that do not
+// come through it, which are refused while a mode is active.
+template <typename Kernel, Outcome (*kBinding)(const Kernel&, const TVMFFIAny*, int)>
+Outcome call(const TVMFFIAny* args, int num_args) {
+  return kBinding(Kernel{}, args, num_args);
+}
+template <typename Kernel, Outcome (*kBinding)(const Kernel&, const TVMFFIAny*, int)>
+Outcome call_fast_path(const TVMFFIAny* args, int num_args) {
+  return is_mode_active() ? Outcome::kRefused : kBinding(Kernel{}, args, num_args);
 }
 
 }  // namespace jitnorm

@@ -6,13 +6,9 @@
 // benchmarks/tune_rmsnorm.py compares schedules on a GPU; docs/contributing/decisions.md has its results.
 #pragma once
 #include "jitnorm/cuda_kernel.h"
-#include "jitnorm/rms_policy.h"
-#ifdef __CUDACC__
 #include "jitnorm/reduce.h"
+#include "jitnorm/rms_policy.h"
 #include "jitnorm/vector.h"
-#else
-#include "jitnorm/grid.h"
-#endif
 
 namespace jitnorm {
 
@@ -120,16 +116,8 @@ struct RMSNormKernelBase : S {
   // kernel's blocks would slow that down.
   static constexpr unsigned kMaxSmallGrid =
       kVectorsPerThread > 3 && !Policy::kHasResidual ? 16 : DefaultVariantOnly::kMaxSmallGrid;
-
-#ifndef __CUDACC__
-  template <typename Params>
-  static Grid grid(const Params& p) {
-    return grid_of_blocks(p.num_rows, S::kRowsPerBlock, kThreads);
-  }
-#endif
 };
 
-#ifdef __CUDACC__
 // The vectors of a row that one thread holds: every kThreadsPerRow-th, beginning with number `lane`, the thread's index
 // within its row. Beside a float residual, a vector of 16-bit inputs has 8 bytes: then the warp's accesses to either
 // have no gaps, and its stores fill whole sectors.
@@ -272,6 +260,5 @@ __device__ __forceinline__ float rstd_of(float mean_plus_eps) {
   // rsqrtf is off by at most 2 ulp, which 16-bit outputs cannot show, and saves 40 ns of a row's latency.
   return sizeof(T) == 4 ? __frsqrt_rn(mean_plus_eps) : rsqrtf(mean_plus_eps);
 }
-#endif
 
 }  // namespace jitnorm

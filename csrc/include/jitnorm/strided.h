@@ -28,25 +28,25 @@ struct StridedRows {
 };
 
 // [tokens, heads, head_dim], whose middle dimension becomes one of one element, or [blocks, block_size, heads,
-// head_dim]. False if `tensor` has another rank, dtype or head_dim, elements that are not adjacent within a row,
+// head_dim]. False if `tensor` has another rank, type or head_dim, elements that are not adjacent within a row,
 // negative strides, no storage, or rows that are not aligned to `alignment` bytes.
-template <typename T>
-bool as_strided_rows(const DLTensor* tensor, index_t head_dim, unsigned alignment, StridedRows* rows) {
-  if (!tensor || (tensor->ndim != 3 && tensor->ndim != 4) || !has_dtype<T>(*tensor)) return false;
+inline bool as_strided_rows(const DLTensor* tensor, ElementType type, index_t head_dim, unsigned alignment,
+                            StridedRows* rows) {
+  if (!tensor || (tensor->ndim != 3 && tensor->ndim != 4) || !has_type(*tensor, type)) return false;
   const int last = tensor->ndim - 1;
   if (tensor->shape[last] != head_dim || tensor->strides[last] != 1) return false;
   const int dims[kMaxLeadingDims] = {0, last == 3 ? 1 : -1, last - 1};
   rows->data = data_of(*tensor);
-  rows->row_bytes = head_dim * static_cast<index_t>(sizeof(T));
+  rows->row_bytes = head_dim * type.bytes();
   rows->is_empty = false;
   bool is_accepted = true;
   for (int i = 0; i < kMaxLeadingDims; i++) {
     const index_t count = dims[i] < 0 ? 1 : tensor->shape[dims[i]];
-    const index_t stride = count > 1 ? tensor->strides[dims[i]] * static_cast<index_t>(sizeof(T)) : 0;
+    const index_t stride = count > 1 ? tensor->strides[dims[i]] * type.bytes() : 0;
     rows->counts[i] = count;
     rows->strides[i] = stride;
     if (count == 0) rows->is_empty = true;
-    if (stride < 0 || stride % alignment != 0) is_accepted = false;
+    if (stride < 0 || !is_aligned(stride, alignment)) is_accepted = false;
   }
   rows->end = rows->data + rows->extent();
   if (rows->is_empty) return true;

@@ -132,7 +132,7 @@ def verify(output_format: str) -> None:
 
     kernels = all_kernels()
     if kernels:
-        import_tvm_ffi()  # CUDA kernels depend on its library, which the loader finds only if it is loaded
+        import_tvm_ffi()  # CPU kernels depend on its library, which the loader finds only if it is loaded
     results = [(kernel, _problem(kernel)) for kernel in kernels]
     bad = sum(problem is not None for _, problem in results)
     if output_format == "json":
@@ -149,10 +149,14 @@ def verify(output_format: str) -> None:
 
 def _problem(kernel: CachedKernel) -> str | None:
     """Return what is wrong with a kernel, if anything."""
-    from jitnorm.jit.library import BadLibrary, ChildCheck, check_library  # here, as no other command needs it
+    # Here, as no other command needs it.
+    from jitnorm.jit.library import BadLibrary, ChildCheck, check_cubin, check_library
 
     try:
         content = kernel.entry.verify()
+        if kernel.entry.manifest["device"] == "cuda":
+            check_cubin(content, [kernel.entry.manifest["name"]])
+            return None
         library = check_library(content, [])
         with ChildCheck() as child:
             child.check(content, library)

@@ -32,11 +32,13 @@ from jitnorm.dispatch.selection import requested_backend
 from jitnorm.jit import locations, toolchain
 from jitnorm.jit.cache import Cache
 from jitnorm.jit.environment import installed_versions, is_on
+from jitnorm.jit.spec import LAUNCHER_FILE
 
 # torch-c-dlpack-ext is optional, and ninja may be the system's.
 _PACKAGES = ("torch", "apache-tvm-ffi", "torch-c-dlpack-ext", "ninja", "cuda-pathfinder", "flashinfer-python")
 _OWN_VARIABLES = (
     "JITNORM_CACHE_DIR",
+    "JITNORM_CUDA_COMPILER",
     "JITNORM_PREBUILT_DIR",
     "JITNORM_DISABLE_JIT",
     "JITNORM_REMOTE_CACHE",
@@ -59,9 +61,10 @@ _CALLS = ((torch.bfloat16, 4096), (torch.float32, 4096), (torch.bfloat16, 16384)
 _REMEDIES = {
     "c++": ("C++ compiler", "nothing", "apt-get install g++, or conda install cxx-compiler", "CXX"),
     "ninja": ("ninja", "nothing", "pip install ninja", None),
+    "nvrtc": ("NVRTC", "no CUDA kernel", "pip install 'jitnorm[nvrtc]'", None),
     "nvcc": ("nvcc", "no CUDA kernel", "pip install 'jitnorm[nvcc]'", "NVCC"),
 }
-_NEEDED = {"cpu": ("c++", "ninja"), "cuda": ("c++", "ninja", "nvcc")}
+_HOST_TOOLS = ("c++", "ninja")
 _DEFAULT_ARCH = "9.0a"  # compiled where there is no GPU
 _MIN_FREE_BYTES = 64_000_000  # a kernel takes up to 2 MB, including the temporary files of its build
 
@@ -107,12 +110,17 @@ def _devices() -> list[dict[str, str]]:
 
 def _compilers() -> dict[str, dict[str, str | None] | None]:
     """Return the path and version of each tool. One whose version is None was found, but does not work."""
-    # cache=None: the versions are not recorded, so that nothing is written.
-    host, both = toolchain.identify("cpu", cache=None), toolchain.identify("cuda", cache=None)
-    cxx, nvcc, ninja = toolchain.find_cxx(), toolchain.find_nvcc(), toolchain.find_ninja()
+    versions = toolchain.installed_versions()
+    cxx, nvrtc, nvcc, ninja = (
+        toolchain.find_cxx(),
+        toolchain.find_nvrtc(),
+        toolchain.find_nvcc(),
+        toolchain.find_ninja(),
+    )
     return {
-        "c++": {"path": cxx, "version": host.cxx.version if host else None} if cxx else None,
-        "nvcc": {"path": nvcc, "version": both.nvcc.version if both and both.nvcc else None} if nvcc else None,
+        "c++": {"path": cxx, "version": versions.get("c++")} if cxx else None,
+        "nvrtc": {"path": nvrtc, "version": versions.get("nvrtc")} if nvrtc else None,
+        "nvcc": {"path": nvcc, "version": versions.get("nvcc")} if nvcc else None,
         "ninja": {"path": ninja, "version": _ninja_version(ninja)} if ninja else None,
     }
 
@@ -120,13 +128,12 @@ def _compilers() -> dict[str, dict[str, str | None] | None]:
 def _builds(compilers: dict[str, dict[str, str | None] | None]) -> dict[str, TrialBuild]:
     """Build a kernel for each device for which all tools were found, and return the results."""
     builds: dict[str, TrialBuild] = {}
-    for device, tools in _NEEDED.items():
-        missing = [name for name in tools if not _has_version(compilers[name])]
-        if missing:
+    for device in ("cpu", "cuda"):
+        if missing := _missing(device, compilers):
             builds[device] = TrialBuild(False, problem=f"no {missing[0]} that works")
     archs = {"cpu": None, "cuda": cuda_target(None).arch if torch.cuda.is_available() else _DEFAULT_ARCH}
     builds |= try_builds({device: arch for device, arch in archs.items() if device not in builds})
-    return {device: builds[device] for device in _NEEDED}
+    return {device: builds[device] for device in ("cpu", "cuda")}
 
 
 def _ninja_version(path: str) -> str | None:
@@ -227,9 +234,10 @@ def _choice(dtype: torch.dtype, hidden_size: int, device: str) -> dict[str, str 
 
 def _advice(facts: dict[str, Any]) -> list[str]:
     """Return a line for each thing that is missing: what, what does not work without it, and what to do."""
-    advice = [line for name in _REMEDIES if (line := _remedy(name, facts["compilers"]))]
+    needed = dict.fromkeys(name for device in facts["builds"] for name in _missing(device, facts["compilers"]))
+    advice = [line for name in needed if (line := _remedy(name, facts["compilers"]))]
     for device, build in facts["builds"].items():
-        if all(_has_version(facts["compilers"][name]) for name in _NEEDED[device]) and not build["works"]:
+        if not _missing(device, facts["compilers"]) and not build["works"]:
             advice.append(f"building for {device} {_failure(device, build)}")
     if not torch.cuda.is_available() and Path("/dev/nvidiactl").exists():
         why = (
@@ -274,7 +282,8 @@ def _failure(device: str, build: dict[str, Any]) -> str:
     """Return why a trial build failed, and which variables selected the compilers."""
     if build["works"] is None:
         return f"was {build['problem']}"
-    own = [v for name in _NEEDED[device] if (v := _REMEDIES[name][3]) and os.environ.get(v)]
+    tools = [*_HOST_TOOLS, "nvcc"] if device == "cuda" else _HOST_TOOLS
+    own = [v for name in tools if (v := _REMEDIES[name][3]) and os.environ.get(v)]
     return f"fails: {build['problem']}" + "".join(f"; {v} is {os.environ[v]}: unset or correct {v}" for v in own)
 
 
@@ -288,12 +297,26 @@ def _full_file_systems(facts: dict[str, Any]) -> Iterator[str]:
         yield f"there is no temporary folder, which compilers need: {facts['temporary']['problem']}"
 
 
+def _missing(device: str, compilers: dict[str, Any]) -> list[str]:
+    """Return the tools without which nothing can be built for a device, of those that are not found or do not work."""
+    host = [name for name in _HOST_TOOLS if not _has_version(compilers[name])]
+    if device == "cpu":
+        return host
+    # The first CUDA kernel also needs the launcher, which a wheel has.
+    launcher = [] if LAUNCHER_FILE.exists() else host
+    chosen = os.environ.get("JITNORM_CUDA_COMPILER", "").lower()
+    if chosen == "nvcc" or (os.environ.get("NVCC") and not _has_version(compilers["nvrtc"])):
+        return host if host or _has_version(compilers["nvcc"]) else ["nvcc"]
+    has_nvcc = chosen != "nvrtc" and not host and _has_version(compilers["nvcc"])
+    return launcher if has_nvcc or _has_version(compilers["nvrtc"]) else [*launcher, "nvrtc"]
+
+
 def _remedy(name: str, compilers: dict[str, Any]) -> str | None:
     what, unbuilt, remedy, variable = _REMEDIES[name]
     found = compilers[name]
     own = os.environ.get(variable) if variable else None
-    if found and (found["version"] or (name == "nvcc" and not _has_version(compilers["c++"]))):
-        return None  # without a C++ compiler nvcc's version is not asked for
+    if found and found["version"]:
+        return None
     if own:
         state = f"({found['path']}) does not work" if found else "is not found"
         return f"{variable}={own} {state}, so {unbuilt} can be built: unset or correct {variable}"

@@ -20,12 +20,14 @@ from jitnorm.cli.base import BadValue, Command
 from jitnorm.cli.filters import Filter, filter_option, older_than_option
 from jitnorm.jit.cache import KERNELS
 from jitnorm.jit.files import write_bytes
+from jitnorm.jit.library import EM_CUDA
 from jitnorm.jit.locations import PACKAGES
 
 if TYPE_CHECKING:
     from jitnorm.jit.archive import PackedEntry
 
 _NAME = r"[A-Za-z0-9](?:[A-Za-z0-9._-]*[A-Za-z0-9])?"  # of a package, by the specification of core metadata
+_CUDA = "CUDA"
 _MACHINES = {62: "x86_64", 183: "aarch64"}  # by the number in an ELF file
 _RELEASE = r"\d+(\.\d+)*((a|b|rc)\d+)?(\.post\d+)?(\.dev\d+)?(\+[a-z0-9]+(\.[a-z0-9]+)*)?"  # PEP 440, in normal form
 _MAX_NAME = 100  # the file's name contains it, and has at most 255 characters
@@ -93,10 +95,16 @@ def make_wheel(name: str, packed: Sequence[PackedEntry]) -> tuple[str, bytes]:
         RuntimeError: The kernels were built by several releases, or for several kinds of host processors.
     """
     release = _only("release of jitnorm", {each.jitnorm for each in packed}, _RELEASE)
-    tvm_ffi = _only("release of tvm-ffi", {each.tvm_ffi for each in packed}, _RELEASE)
-    machine = _only("host processor", {_machine(each.library) for each in packed}, "|".join(_MACHINES.values()))
     package = normalised(name)
-    tag = f"py3-none-{_platform([each.library for each in packed])}_{machine}"
+    # A cubin depends on nothing of the host.
+    libraries = [each.library for each in packed if _machine(each.library) != _CUDA]
+    tag = "py3-none-any"
+    requires = f"Requires-Dist: jitnorm =={release}\n"
+    if libraries:
+        machine = _only("host processor", set(map(_machine, libraries)), "|".join(_MACHINES.values()))
+        tag = f"py3-none-{_platform(libraries)}_{machine}"
+        tvm_ffi = _only("release of tvm-ffi", {e.tvm_ffi for e in packed if e.library in libraries}, _RELEASE)
+        requires += f"Requires-Dist: apache-tvm-ffi =={tvm_ffi}\n"
     files = {
         f"{PACKAGES}/{package}/{KERNELS}/{each.label}/{file}": content
         for each in packed
@@ -106,12 +114,11 @@ def make_wheel(name: str, packed: Sequence[PackedEntry]) -> tuple[str, bytes]:
     version = f"{release}{'.' if '+' in release else '+'}k{_hash_of(files)[:8]}"
     info = f"{package}-{version}.dist-info"
     files[f"{info}/METADATA"] = (
-        f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\nSummary: Compiled kernels of jitnorm\n"
-        f"Requires-Dist: jitnorm =={release}\nRequires-Dist: apache-tvm-ffi =={tvm_ffi}\n"
+        f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\nSummary: Compiled kernels of jitnorm\n{requires}"
     ).encode()
     files[f"{info}/WHEEL"] = (
-        f"Wheel-Version: 1.0\nGenerator: jitnorm {release}\nRoot-Is-Purelib: false\nTag: {tag}\n".encode()
-    )
+        f"Wheel-Version: 1.0\nGenerator: jitnorm {release}\nRoot-Is-Purelib: {str(not libraries).lower()}\nTag: {tag}\n"
+    ).encode()
     record = "".join(f"{file},sha256={_digest(content)},{len(content)}\n" for file, content in files.items())
     files[f"{info}/RECORD"] = f"{record}{info}/RECORD,,\n".encode()
     stream = io.BytesIO()
@@ -158,9 +165,9 @@ def _only(what: str, found: set[str], form: str) -> str:
 
 
 def _machine(library: bytes) -> str:
-    """Return the host processor that a library is for, which its ELF header names."""
+    """Return the host processor that a library is for, which its ELF header names; "CUDA" for a cubin."""
     number = int.from_bytes(library[18:20], "little")
-    return _MACHINES.get(number, f"unknown ({number})")
+    return _CUDA if number == EM_CUDA else _MACHINES.get(number, f"unknown ({number})")
 
 
 def _digest(content: bytes) -> str:

@@ -7,6 +7,7 @@ Each module imports only modules below it in this list:
     remote       fetch entries from a remote cache, and push entries to it
     build        run ninja and the compilers, and check their output
     archive      pack entries into one file, and add the entries of such a file to a cache
+    launcher     make the functions of a CUDA kernel from its cubin
     library      check and load a shared library, from bytes that were verified
     toolchain    find the compilers, and ask them for their versions
     cleanup      remove what builds left behind
@@ -17,5 +18,6 @@ Each module imports only modules below it in this list:
     folder       access a folder that other users may have changed
     files        lock and write files
     log          the package's logger
+    nvrtc        compile CUDA sources in this process
     environment  read environment variables and installed versions
 """

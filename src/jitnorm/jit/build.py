@@ -1,4 +1,4 @@
-"""Build one kernel: write its sources to a private folder, run ninja, check the output, report the first error."""
+"""Build one kernel: write its sources to a private folder, run a compiler, check its output, report its first error."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ import tvm_ffi
 from tvm_ffi import libinfo
 
 from jitnorm._version import __version__
-from jitnorm.jit import cleanup, locations, toolchain
+from jitnorm.jit import cleanup, locations, nvrtc, toolchain
 from jitnorm.jit.cache import Cache, CacheNotWritable
 from jitnorm.jit.entry import Entry, write_entry
 from jitnorm.jit.files import close
 from jitnorm.jit.folder import Folder, UntrustedPath
 from jitnorm.jit.library import BadLibrary, ChildCheck, check_cubin, check_library
 from jitnorm.jit.log import logger
-from jitnorm.jit.spec import CSRC, CUBIN_ASSEMBLY, KernelSpec
+from jitnorm.jit.spec import CSRC, NVRTC_OPTIONS, KernelSpec
 from jitnorm.jit.toolchain import Toolchain
 
 
@@ -115,71 +115,106 @@ def build(spec: KernelSpec, announce: bool = True) -> Entry:
     """
     spec.key  # noqa: B018  raises if the sources cannot be read, before the cache is involved
     cache = locations.writable()
-    tools = toolchain.require(spec.target.device, cache)
+    tools = toolchain.require(spec.target, cache)
     try:
-        if entry := cache.find(spec, tools.key):
-            return entry
-        with _lock(cache, spec, tools.key):
-            return cache.find(spec, tools.key) or _build(spec, cache, tools, announce)
+        try:
+            return _find_or_build(spec, cache, tools, announce)
+        except nvrtc.NvrtcError as error:
+            reason = f"NVRTC cannot build {spec}: {error}"
+            try:
+                tools = toolchain.require(spec.target, cache, without_nvrtc=True)
+            except RuntimeError as missing:
+                raise RuntimeError(f"{reason}. {missing}") from None
+            logger.warning("%s. nvcc builds it", reason)
+            return _find_or_build(spec, cache, tools, announce)
     except (OSError, UntrustedPath) as error:  # a full disk, for example
         raise CacheNotWritable(f"jitnorm cannot build {spec} in {cache.root}: {error}") from error
+
+
+def _find_or_build(spec: KernelSpec, cache: Cache, tools: Toolchain, announce: bool) -> Entry:
+    if entry := cache.find(spec, tools.key):
+        return entry
+    with _lock(cache, spec, tools.key):
+        return cache.find(spec, tools.key) or _build(spec, cache, tools, announce)
 
 
 def _build(spec: KernelSpec, cache: Cache, tools: Toolchain, announce: bool) -> Entry:
     cleanup.remove_abandoned(cache, _CLEANUP_LIMIT_S)
     for last_try in (False, True):
         started = time.monotonic()
-        with cache.staging(spec) as staging, ChildCheck() as child:
+        with ExitStack() as stack:
+            staging = stack.enter_context(cache.staging(spec))
             write_sources(spec, staging, tools)
-            _run_ninja(spec, cache, staging, announce)
             try:
-                content = _checked_output(spec, staging, child)
+                if tools.nvrtc:
+                    content = _run_nvrtc(spec, cache, staging, tools.nvrtc.path)
+                else:
+                    child = stack.enter_context(ChildCheck()) if spec.target.device == "cpu" else None
+                    _run_ninja(spec, cache, staging, announce)
+                    content = _checked_output(spec, staging, child)
             except _DamagedOutput as error:
                 _raise_if_full(cache, spec, str(error))
                 if last_try:
-                    raise BuildError(f"jitnorm cannot build {spec}: the compiler {tools.cxx.path} {error}") from None
+                    compiler = next(each for each in reversed(tools) if each)
+                    raise BuildError(f"jitnorm cannot build {spec}: the compiler {compiler.path} {error}") from None
                 continue  # a full disk or a killed linker may have caused it: try once more
             if spec.sources_changed:
                 raise RuntimeError("jitnorm's sources changed after this process read them: restart the process")
-            for name in (".ninja_log", ".ninja_deps", _LOG, "host.o", "kernel.cubin", "library.so"):
+            for name in (".ninja_log", ".ninja_deps", _LOG, spec.output_name):
                 staging.remove(name)
             write_entry(staging, content, manifest(spec, tools, time.monotonic() - started))
             return cache.publish(staging.path, cache.entry(spec, tools.key))
     raise AssertionError
 
 
-def _checked_output(spec: KernelSpec, staging: Folder, child: ChildCheck) -> bytes:
-    """Return the library that the compilers wrote. Raises _DamagedOutput unless it is undamaged and can be loaded."""
+def _checked_output(spec: KernelSpec, staging: Folder, child: ChildCheck | None) -> bytes:
+    """Return what the compilers wrote. Raises _DamagedOutput unless it is undamaged and can be loaded."""
     try:
-        content = staging.read("library.so", _MAX_OUTPUT_BYTES)
-        library = check_library(content, [spec.binding])
-        if spec.target.device == "cuda":
-            cubin = staging.read("kernel.cubin", _MAX_OUTPUT_BYTES)
-            check_cubin(cubin, spec.name)
-            if cubin not in content:
-                raise BadLibrary("it does not contain the cubin")
-        child.check(content, library)
+        content = staging.read(spec.output_name, _MAX_OUTPUT_BYTES)
+        if child:
+            child.check(content, check_library(content, [spec.binding]))
+        else:
+            check_cubin(content, list(spec.symbols.values()))
     except FileNotFoundError:
-        raise _DamagedOutput("wrote no library") from None
+        raise _DamagedOutput(f"wrote no {spec.output_name}") from None
     except (BadLibrary, UntrustedPath) as error:
-        raise _DamagedOutput(f"wrote a library that cannot be used: {error}") from None
+        raise _DamagedOutput(f"wrote a {spec.output_name} that cannot be used: {error}") from None
+    return content
+
+
+def _run_nvrtc(spec: KernelSpec, cache: Cache, staging: Folder, path: str) -> bytes:
+    """Return the cubin that NVRTC makes.
+
+    Raises:
+        BuildError: The source does not compile.
+        NvrtcError: NVRTC fails for another reason.
+    """
+    options = [*spec.cuda_options, *NVRTC_OPTIONS, f"-I{CSRC}", f"-I{CSRC / 'include'}"]
+    try:
+        content = nvrtc.load(path).compile(spec.source, spec.source_name, options)
+        check_cubin(content, list(spec.symbols.values()))
+    except nvrtc.CompileError as error:
+        staging.write(_LOG, str(error).encode())
+        raise _failed(spec, cache, staging, first_error(str(error))) from None
+    except BadLibrary as error:
+        raise nvrtc.NvrtcError(f"its cubin cannot be used: {error}") from None
     return content
 
 
 def write_sources(spec: KernelSpec, folder: Folder, tools: Toolchain) -> None:
     """Write the source and the ninja files of `spec` to `folder`."""
-    ffi_library = Path(libinfo.find_libtvm_ffi())
-    paths = {
-        "cxx": tools.cxx.path,
-        "csrc": str(CSRC),
-        "tvm_ffi_include": libinfo.find_include_path(),
-        "dlpack_include": libinfo.find_dlpack_include_path(),
-        "tvm_ffi_lib": str(ffi_library.parent),
-    }
-    if tools.nvcc:
-        paths |= {"nvcc": tools.nvcc.path, "cuda_include": os.path.join(tools.nvcc.top, "include")}
-        folder.write("cubin.s", CUBIN_ASSEMBLY.encode())
     folder.write(spec.source_name, spec.source.encode())
+    if not tools.cxx:
+        return  # NVRTC needs no ninja
+    paths = {"cxx": tools.cxx.path, "csrc": str(CSRC)}
+    if tools.nvcc:
+        paths["nvcc"] = tools.nvcc.path
+    else:
+        paths |= {
+            "tvm_ffi_include": libinfo.find_include_path(),
+            "dlpack_include": libinfo.find_dlpack_include_path(),
+            "tvm_ffi_lib": str(Path(libinfo.find_libtvm_ffi()).parent),
+        }
     folder.write("build.ninja", spec.ninja.encode())
     folder.write("paths.ninja", b"".join(_ninja_variable(name, path) for name, path in paths.items()))
 

@@ -1,6 +1,7 @@
 """One compiled kernel in a cache: its manifest, its verified bytes, and whether a process has it loaded.
 
-An entry is a folder with the sources, the build files, `manifest.json` and the library. It appears atomically, and is
+An entry is a folder with the sources, the build files, `manifest.json` and the library: a shared library for the CPU, a
+cubin for CUDA. It appears atomically, and is
 never changed afterwards. Nothing in it is trusted: every folder of its path must be private, and the library must have
 the hash that the manifest names.
 """
@@ -217,7 +218,7 @@ def parse_manifest(text: bytes) -> dict[str, Any]:
     try:
         manifest = json.loads(text)
         name, digest, size = manifest["name"], manifest["sha256"], manifest["size"]
-        if manifest["library"] != _library_name(name, digest):
+        if manifest["library"] != _library_name(name, digest, manifest.get("device", "")):
             raise ValueError(f"its library cannot be named {manifest['library']!r}")
         if type(size) is not int or size < 0:
             raise ValueError(f"its library cannot have {size!r} bytes")
@@ -226,12 +227,12 @@ def parse_manifest(text: bytes) -> dict[str, Any]:
     return manifest  # type: ignore[no-any-return]
 
 
-def _library_name(name: str, digest: str) -> str:
+def _library_name(name: str, digest: str, device: str) -> str:
     """Return the file name of a library. Raises ValueError if `name` or `digest` cannot be part of one."""
     is_kernel_name = isinstance(name, str) and name.replace("_", "").isalnum()
     if not is_kernel_name or not isinstance(digest, str) or len(digest) != 64 or not digest.isalnum():
         raise ValueError(f"{name!r} is not a kernel's name, or {digest!r} is not a hash")
-    return f"{name}-{digest[:16]}.so"
+    return f"{name}-{digest[:16]}.{'cubin' if device == 'cuda' else 'so'}"
 
 
 def write_entry(staging: Folder, content: bytes, manifest: dict[str, Any]) -> None:
@@ -243,7 +244,7 @@ def write_entry(staging: Folder, content: bytes, manifest: dict[str, Any]) -> No
         manifest: All fields but the library's name, hash and size, which are added.
     """
     digest = hashlib.sha256(content).hexdigest()
-    name = _library_name(manifest["name"], digest)
+    name = _library_name(manifest["name"], digest, manifest["device"])
     manifest = {**manifest, "library": name, "sha256": digest, "size": len(content)}
     staging.write(name, content, sync=True)
     staging.write(MANIFEST, json.dumps(manifest, indent=2).encode() + b"\n", sync=True)

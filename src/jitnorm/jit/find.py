@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Container
+from collections.abc import Callable, Container
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 
@@ -13,27 +13,29 @@ from jitnorm.jit import locations, toolchain
 from jitnorm.jit.cache import Cache, CacheNotWritable
 from jitnorm.jit.entry import BadEntry, Entry
 from jitnorm.jit.environment import is_on
+from jitnorm.jit.launcher import CudaModule
 from jitnorm.jit.library import BadLibrary, open_library
 from jitnorm.jit.log import logger, warn_once
-from jitnorm.jit.spec import KernelSpec
-
-if TYPE_CHECKING:
-    import tvm_ffi
+from jitnorm.jit.spec import LAUNCHER, LAUNCHER_FILE, KernelSpec
 
 _failed: dict[KernelSpec, str] = {}  # failed builds, which are not repeated at every call
 _MAX_TRIES = 4
 
 
-def open_kernel(spec: KernelSpec) -> tvm_ffi.Module:
+def open_kernel(spec: KernelSpec, load_launcher: Callable[[], Any]) -> Any:
     """Find, fetch or build the entry of `spec` and open its library. Raises as `jitnorm.jit.load.load`.
 
     An entry that cannot be opened is quarantined, and built once more.
+
+    Args:
+        spec: The kernel.
+        load_launcher: Returns the launcher, which a CUDA kernel needs once it is found or built.
     """
     rejected: dict[Path, str] = {}
     for _ in range(_MAX_TRIES):
         entry = find(spec, ignore=rejected) or fetch(spec, ignore=rejected) or _build(spec)
         try:
-            return _open(spec, entry)
+            return _open(spec, entry, load_launcher)
         except (BadEntry, FileNotFoundError):
             continue  # another process removed it after it was published
         except OSError as error:  # too few descriptors or no memory: the entry may be good
@@ -75,10 +77,10 @@ def find(
         if cache.prebuilt or cache.exists():
             # An entry of the prebuilt layer is used whatever toolchain built it. So is any entry if there is no
             # compiler, or building is forbidden, because nothing newer can be built.
-            tools = None if cache.prebuilt else toolchain.identify(spec.target.device, cache)
-            key = tools.key if tools else None
-            if entry := cache.find(spec, key, mark_in_use, accepts_others=not may_build, ignore=ignore):
-                return entry
+            own = [] if cache.prebuilt else toolchain.keys(spec.target, cache)
+            for key in own or (None,):
+                if entry := cache.find(spec, key, mark_in_use, accepts_others=not may_build, ignore=ignore):
+                    return entry
     return None
 
 
@@ -96,14 +98,13 @@ def fetch(
 
     if may_build is None:
         may_build = not is_on("JITNORM_DISABLE_JIT")
-    tools = toolchain.identify(spec.target.device, locations.readable())
+    tools = toolchain.identify(spec.target, locations.readable())
     return remote.fetch(spec, tools.key if tools else None, not may_build, mark_in_use, ignore)
 
 
 def _is_own(entry: Entry, spec: KernelSpec, cache: Cache) -> bool:
     """Return whether the compilers of this machine built an entry, or would."""
-    tools = toolchain.identify(spec.target.device, cache)
-    return tools is not None and entry.path.name == tools.key
+    return entry.path.name in toolchain.keys(spec.target, cache)
 
 
 def _build(spec: KernelSpec) -> Entry:
@@ -136,7 +137,25 @@ def _build(spec: KernelSpec) -> Entry:
         raise
 
 
-def _open(spec: KernelSpec, entry: Entry) -> tvm_ffi.Module:
-    module = open_library(spec.name, entry.content, spec.binding)
+def _open(spec: KernelSpec, entry: Entry, load_launcher: Callable[[], Any]) -> Any:
+    module: Any
+    if spec.target.device == "cuda":
+        module = CudaModule(load_launcher(), spec.binding, entry.content, spec.symbols)
+    else:
+        module = open_library(spec.name, entry.content, spec.binding)
     logger.debug("loaded %s from %s", spec, entry.path)
     return module
+
+
+def open_launcher() -> Any:
+    """Return the launcher: that of the installed wheel, or one that is found or built as a kernel is.
+
+    Raises:
+        RuntimeError: There is none and it cannot be built; or the wheel's cannot be loaded.
+    """
+    if not LAUNCHER_FILE.exists():
+        return open_kernel(LAUNCHER, open_launcher)
+    try:
+        return open_library(LAUNCHER.name, LAUNCHER_FILE.read_bytes(), LAUNCHER.binding)
+    except (OSError, BadLibrary) as error:
+        raise RuntimeError(f"jitnorm cannot load its launcher {LAUNCHER_FILE}: {error}. Reinstall jitnorm") from None

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     import tvm_ffi
 
 EM_CUDA = 190
+KERNEL_INFO = "jitnorm_info"  # the variable that describes a cubin to the launcher: csrc/include/jitnorm/kernel_info.h
 _EM_HOST = {"x86_64": 62, "aarch64": 183}
 _ET_DYN = 3
 _SHT_SYMTAB, _SHT_DYNAMIC, _SHT_NOBITS, _SHT_DYNSYM = 2, 6, 8, 11
@@ -110,6 +111,15 @@ class Elf:
                     found.add(_string(names, name))
         return found
 
+    def variable(self, name: str) -> bytes:
+        """Return the initial value of a variable. Raises BadLibrary if there is none of this name."""
+        for (at, _, _, section, value, size), names in self._records(_SHT_SYMTAB, "<IBBHQQ"):
+            if 0 < section < len(self.sections) and _string(names, at) == name:
+                if self.sections[section].kind == _SHT_NOBITS:
+                    return bytes(size)
+                return self._slice(self.sections[section].offset + value, size)
+        raise BadLibrary(f"it does not define {name}")
+
     def needed(self) -> list[str]:
         """Return the names of the libraries that this one depends on (DT_NEEDED)."""
         return [
@@ -135,12 +145,17 @@ def check_library(content: bytes, exports: Sequence[str]) -> Elf:
     return library
 
 
-def check_cubin(content: bytes, kernel: str) -> None:
-    """Raise BadLibrary unless `content` is an undamaged cubin that defines `kernel`."""
+def check_cubin(content: bytes, kernels: Sequence[str]) -> Elf:
+    """Check that `content` is an undamaged cubin with the functions `kernels`, and return its tables.
+
+    Raises:
+        BadLibrary: It is damaged, contains no CUDA code, or lacks one of the functions or their description.
+    """
     cubin = Elf(content)
     if cubin.machine != EM_CUDA:
-        raise BadLibrary("the cubin contains no CUDA code")
-    _require(cubin, [kernel])
+        raise BadLibrary("it contains no CUDA code")
+    _require(cubin, [*kernels, KERNEL_INFO])
+    return cubin
 
 
 def _require(file: Elf, symbols: Sequence[str]) -> None:

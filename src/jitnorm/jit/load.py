@@ -6,19 +6,21 @@ import os
 import sys
 import threading
 from collections import defaultdict
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from jitnorm.jit.spec import KernelSpec
+from jitnorm.jit.spec import LAUNCHER, KernelSpec
 
 if TYPE_CHECKING:
     import tvm_ffi  # importing it here would double the time of `import jitnorm`: open_library does so
 
-_loaded: dict[KernelSpec, tvm_ffi.Module] = {}
+    from jitnorm.jit.launcher import CudaModule
+
+_loaded: dict[KernelSpec, tvm_ffi.Module | CudaModule] = {}
 _locks: defaultdict[KernelSpec, threading.RLock] = defaultdict(threading.RLock)
 _forked = False
 
 
-def load(spec: KernelSpec) -> tvm_ffi.Module:
+def load(spec: KernelSpec) -> Any:
     """Return the module of `spec`, which is built if no cache has it, and loaded once in a process.
 
     Raises:
@@ -27,15 +29,19 @@ def load(spec: KernelSpec) -> tvm_ffi.Module:
     """
     if module := _loaded.get(spec):
         return module
-    from jitnorm.jit.find import open_kernel  # here, as it imports most of the engine: a quarter of `import jitnorm`
+    from jitnorm.jit import find  # here, as it imports most of the engine: a quarter of `import jitnorm`
 
     with _locks[spec]:
         if spec not in _loaded:
-            module = open_kernel(spec)
-            if spec.target.device == "cpu" and _forked:
+            module = find.open_launcher() if spec is LAUNCHER else find.open_kernel(spec, lambda: load(LAUNCHER))
+            if _has_threads(spec) and _forked:
                 module.disable_threads()
             _loaded[spec] = module
         return _loaded[spec]
+
+
+def _has_threads(spec: KernelSpec) -> bool:
+    return spec.target.device == "cpu" and spec is not LAUNCHER
 
 
 def _after_fork() -> None:
@@ -44,7 +50,7 @@ def _after_fork() -> None:
     _forked = True
     _locks.clear()
     for spec, module in _loaded.items():
-        if spec.target.device == "cpu":
+        if _has_threads(spec):
             module.disable_threads()
 
 

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from jitnorm.jit.environment import import_tvm_ffi
 
-_FORMAT = 2  # of a cache entry; increment it when the content of an entry changes its meaning
+_FORMAT = 3  # of a cache entry; increment it when the content of an entry changes its meaning
 
 _PACKAGE = Path(__file__).resolve().parents[1]
 # In a wheel the sources are inside the package, in a checkout they are beside src.
@@ -95,38 +95,51 @@ class KernelSpec:
 
     @property
     def source(self) -> str:
-        """Return the source. For CUDA, nvcc compiles it for the device, and the host compiler for the host."""
+        """Return the source. For CUDA it has device code alone: the host code is the launcher's."""
         header = f"{self.family}.cuh" if self.target.device == "cuda" else f"{self.family}_cpu.h"
-        function = f"jitnorm::{self.binding}<jitnorm::Kernel>"
         source = (
             f'// {self}\n#include "{self.folder}/{header}"\n\n'
             f"namespace jitnorm {{\nusing Kernel = {self.kernel};\n}}\n\n"
         )
-        exports = (
-            f"JITNORM_EXPORT(__tvm_ffi_{self.binding}, {function})\n"
-            f"JITNORM_EXPORT(__tvm_ffi_{self.binding}_fast_path, jitnorm::fast_path<{function}>)\n"
-        )
         if self.target.device == "cpu":
-            return source + exports
-        symbols = {
+            kernel = "jitnorm::CpuKernel<jitnorm::Kernel>"
+            binding = f"{kernel}, jitnorm::{self.binding}<{kernel}>"
+            return (
+                f"{source}JITNORM_EXPORT(__tvm_ffi_{self.binding}, (jitnorm::call<{binding}>))\n"
+                f"JITNORM_EXPORT(__tvm_ffi_{self.binding}_fast_path, (jitnorm::call_fast_path<{binding}>))\n"
+            )
+        kernels = "".join(
+            f"JITNORM_DEFINE_KERNEL({symbol}, jitnorm::Kernel, jitnorm::GridVariant::{variant})\n"
+            for variant, symbol in self.symbols.items()
+        )
+        return f"{source}JITNORM_DEFINE_INFO(jitnorm::Kernel)\n{kernels}"
+
+    @property
+    def symbols(self) -> dict[str, str]:
+        """Return the names of the functions in a cubin, by GridVariant in csrc/include/jitnorm/kernel_info.h."""
+        return {
             "kDefault": self.name,
             "kSmallGrid": f"{self.name}_small_grid",
             "kLargeGrid": f"{self.name}_large_grid",
         }
-        kernels = "".join(
-            f"JITNORM_DEFINE_KERNEL({symbol}, jitnorm::Kernel, jitnorm::GridVariant::{variant})\n"
-            for variant, symbol in symbols.items()
-        )
-        names = ", ".join(f'"{symbol}"' for symbol in symbols.values())
-        return (
-            f"{source}#ifdef __CUDACC__\n{kernels}"
-            f"#else\nconst char* const jitnorm::kKernelSymbols[] = {{{names}}};\n{exports}#endif\n"
-        )
 
     @property
     def ninja(self) -> str:
-        """Return build.ninja, which contains no paths of this machine: those are in paths.ninja beside it."""
-        return _CUDA_NINJA.format(**_arch_flags(self.target)) if self.target.device == "cuda" else _CPU_NINJA
+        """Return build.ninja, which contains no paths of this machine: those are in paths.ninja beside it.
+
+        For CUDA it runs nvcc. NVRTC runs in this process, with the same `cuda_options`.
+        """
+        return _NVCC_NINJA.format(options=" ".join(self.cuda_options)) if self.target.device == "cuda" else _CPU_NINJA
+
+    @property
+    def cuda_options(self) -> tuple[str, ...]:
+        """Return the options of both CUDA compilers, without the paths of headers."""
+        return "-std=c++17", f"-arch={self.target.sm}"
+
+    @property
+    def output_name(self) -> str:
+        """Return the name of the file that a build writes: a cubin, or a shared library for the CPU."""
+        return "kernel.cubin" if self.target.device == "cuda" else "library.so"
 
     @property
     def includes(self) -> tuple[str, ...]:
@@ -153,34 +166,29 @@ class KernelSpec:
             self.__dict__["_key"] = self._hash()
         return str(self.__dict__["_key"])
 
+    def _host(self) -> dict[str, str]:
+        """Return what the output depends on, of the host. A cubin depends on nothing of it."""
+        if self.target.device == "cuda":
+            return {}
+        return {"machine": platform.machine(), "tvm_ffi": import_tvm_ffi().__version__, "cpu": cpu_features()}
+
     def _hash(self) -> str:
         digest = hashlib.sha256()
-        parts = {"format": _FORMAT, "source": self.source, "ninja": self.ninja, "machine": platform.machine()}
-        parts["tvm_ffi"] = import_tvm_ffi().__version__
-        if self.target.device == "cpu":
-            parts["cpu"] = cpu_features()
-        else:
-            parts["assembly"] = CUBIN_ASSEMBLY
+        parts = {"format": _FORMAT, "source": self.source, "ninja": self.ninja, "nvrtc": NVRTC_OPTIONS}
+        parts |= self._host()
         digest.update(json.dumps(parts, sort_keys=True).encode())
         for name in self.includes:
             digest.update(f"\0{name}\0".encode() + _read(name))
         return digest.hexdigest()[:16]
 
 
-# The cubin becomes read-only data of the library; see csrc/include/jitnorm/launch.h.
-_CUDA_NINJA = """\
+# Of NVRTC alone, for functions without __device__, which are the constexpr functions of constants.
+NVRTC_OPTIONS = ("-default-device",)
+_NVCC_NINJA = """\
 include paths.ninja
 rule cubin
-  command = $nvcc -cubin -std=c++17 -O3 -arch={sm} -ccbin $cxx -allow-unsupported-compiler $
-    -I$csrc -I$csrc/include $in -o $out
-rule host
-  command = $cxx -x c++ -std=c++17 -O2 -fPIC -fvisibility=hidden -fno-exceptions -DJITNORM_CUDA_ARCH={number} $
-    -I$csrc -I$csrc/include -I$tvm_ffi_include -I$dlpack_include -I$cuda_include -c $in -o $out
-rule link
-  command = $cxx -shared -Wl,-z,now host.o cubin.s -L$tvm_ffi_lib -ltvm_ffi -ldl -o $out
+  command = $nvcc -cubin {options} -ccbin $cxx -allow-unsupported-compiler -I$csrc -I$csrc/include $in -o $out
 build kernel.cubin: cubin module.cu
-build host.o: host module.cu
-build library.so: link host.o kernel.cubin | cubin.s
 """
 _CPU_NINJA = """\
 include paths.ninja
@@ -189,19 +197,44 @@ rule library
     -Wl,-z,now -I$csrc -I$csrc/include -I$tvm_ffi_include -I$dlpack_include $in -L$tvm_ffi_lib -ltvm_ffi -o $out
 build library.so: library module.cc
 """
-CUBIN_ASSEMBLY = """\
-.section .rodata
-.balign 64
-.hidden jitnorm_cubin
-.globl jitnorm_cubin
-jitnorm_cubin:
-.incbin "kernel.cubin"
-.section .note.GNU-stack,"",%progbits
-"""
 
 
-def _arch_flags(target: Target) -> dict[str, str]:
-    return {"sm": target.sm, "number": target.arch.replace(".", "").rstrip("af")}
+class _Launcher(KernelSpec):
+    """The library that launches all CUDA kernels. A wheel has it; elsewhere it is built like a kernel."""
+
+    def __str__(self) -> str:
+        return f"the launcher of CUDA kernels for {platform.machine()}"
+
+    @property
+    def warmup_command(self) -> str:
+        return "jitnorm warmup --op rmsnorm --hidden-size 4096 --device cuda, which also builds the launcher"
+
+    @property
+    def source(self) -> str:
+        return f'// {self}\n#include "launcher/launcher.cc"\n'
+
+    def _host(self) -> dict[str, str]:
+        return {"machine": platform.machine()}  # the C ABI of tvm-ffi is stable
+
+    @property
+    def ninja(self) -> str:
+        return _CPU_NINJA.replace(" -march=native -fopenmp", "").replace("-ltvm_ffi", "-ltvm_ffi -ldl")
+
+
+LAUNCHER = _Launcher(
+    op="launcher",
+    family="launcher",
+    folder="launcher",
+    binding="make_kernel",
+    name="cuda_launcher",
+    kernel="launcher",
+    target=Target("cpu"),
+    warmup="",
+)
+
+
+# Where a wheel has the launcher, for its processor.
+LAUNCHER_FILE = _PACKAGE / f"launcher-{platform.machine()}.so"
 
 
 @functools.cache

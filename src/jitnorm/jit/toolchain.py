@@ -1,4 +1,4 @@
-"""Find the host compiler, nvcc and ninja, and ask the compilers for their versions.
+"""Find the host compiler, NVRTC, nvcc and ninja, and ask the compilers for their versions.
 
 A compiler is identified by its version and recognised by path, size and modification time. Its answer is stored in the
 cache, so that only the first process that finds the compiler has to start it.
@@ -20,12 +20,23 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from jitnorm.jit import nvrtc
 from jitnorm.jit.cache import TOOLCHAINS, Cache
 from jitnorm.jit.folder import UntrustedPath
+from jitnorm.jit.log import logger
+from jitnorm.jit.spec import Target
 
 _HOST_COMPILERS = ("c++", "g++", "clang++")
+_CUDA_COMPILER = "JITNORM_CUDA_COMPILER"
+# The compilers that a build needs, by the name of their record. For CUDA the first that is found compiles.
+_CPU, _NVRTC, _NVCC = "cpu", "nvrtc", "nvcc"
 # The variables that a search for compilers depends on: a stored answer is valid for one set of values.
-_ENVIRONMENT = ("PATH", "CXX", "NVCC", "CUDA_HOME", "CUDA_PATH", "CONDA_PREFIX")
+_ENVIRONMENT = {
+    _CPU: ("PATH", "CXX"),
+    _NVRTC: ("CUDA_HOME", "CUDA_PATH", "CONDA_PREFIX", "LD_LIBRARY_PATH"),
+    _NVCC: ("PATH", "CXX", "NVCC", "CUDA_HOME", "CUDA_PATH", "CONDA_PREFIX"),
+}
+_CUDA_COMPILERS = {"auto": (_NVRTC, _NVCC), "nvrtc": (_NVRTC,), "nvcc": (_NVCC,)}
 _ANSWER_LIMIT_S = 20.0  # for a compiler on a slow file system
 _ANSWER_LIMIT_BYTES = 1 << 20
 _KILL_LIMIT_S = 5.0
@@ -39,14 +50,14 @@ class Compiler(NamedTuple):
         version: The version that it printed.
         size: Size of the file in bytes, links resolved.
         mtime_ns: Modification time of the file, links resolved.
-        top: The toolkit's folder; nvcc only.
+        archs: The architectures that it compiles for, such as "75 80 90", or "" for those that it does not tell.
     """
 
     path: str
     version: str
     size: int
     mtime_ns: int
-    top: str = ""
+    archs: str = ""
 
     @classmethod
     def from_json(cls, value: Any) -> Compiler:
@@ -66,10 +77,11 @@ class Compiler(NamedTuple):
 
 
 class Toolchain(NamedTuple):
-    """The compilers of a build: the host compiler, and nvcc for CUDA."""
+    """The compilers of a build: the host compiler for the CPU; NVRTC for CUDA, or nvcc and the host compiler."""
 
-    cxx: Compiler
+    cxx: Compiler | None = None
     nvcc: Compiler | None = None
+    nvrtc: Compiler | None = None
 
     @property
     def key(self) -> str:
@@ -78,7 +90,17 @@ class Toolchain(NamedTuple):
 
     def versions(self) -> dict[str, str]:
         """Return the version of each compiler by its name."""
-        return {name: c.version for name, c in (("c++", self.cxx), ("nvcc", self.nvcc)) if c}
+        named = (("c++", self.cxx), ("nvcc", self.nvcc), ("nvrtc", self.nvrtc))
+        return {name: compiler.version for name, compiler in named if compiler}
+
+    def supports(self, target: Target) -> bool:
+        """Return whether the compilers know the architecture, as far as they tell."""
+        archs = self.nvrtc.archs.split() if self.nvrtc else []
+        return not archs or target.arch.replace(".", "").rstrip("af") in archs
+
+    def unchanged(self) -> bool:
+        """Return whether the compilers' files are those whose versions were read."""
+        return any(self) and all(compiler.unchanged() for compiler in self if compiler)
 
 
 def key_of(versions: dict[str, str]) -> str:
@@ -105,6 +127,20 @@ def find_nvcc() -> str | None:
     return pathfinder.find_nvidia_binary_utility("nvcc") or _which("nvcc")
 
 
+def find_nvrtc() -> str | None:
+    """Return the path of NVRTC's library, or None."""
+    try:
+        return nvrtc.find()
+    except nvrtc.NvrtcError:
+        return None
+
+
+def installed_versions() -> dict[str, str]:
+    """Return the version of each compiler that is found and works, by the names of `Toolchain.versions`."""
+    found = [toolchain for kind in (_CPU, _NVCC, _NVRTC) if (toolchain := _ask(kind))]
+    return {name: version for toolchain in found for name, version in toolchain.versions().items()}
+
+
 def find_ninja() -> str | None:
     """Return the path of the ninja package's program, or of the one on the PATH, or None."""
     try:
@@ -123,41 +159,87 @@ def _which(name: str) -> str | None:
     return shutil.which(name, path=os.environ.get("PATH", ""))
 
 
-def identify(device: str, cache: Cache | None) -> Toolchain | None:
-    """Return the compilers that would build for `device` on this machine, or None if one is missing.
+def _kinds(target: Target) -> tuple[str, ...]:
+    """Return the kinds of compilers that may build for a target, the preferred one first."""
+    if target.device == "cpu":
+        return (_CPU,)
+    name = os.environ.get(_CUDA_COMPILER, "").lower() or "auto"
+    if name not in _CUDA_COMPILERS:
+        raise RuntimeError(f"{_CUDA_COMPILER} must be one of {', '.join(_CUDA_COMPILERS)}, got {name!r}")
+    return _CUDA_COMPILERS[name]
+
+
+def identify(target: Target, cache: Cache | None) -> Toolchain | None:
+    """Return the compilers that would build for `target` on this machine, or None if there are none.
 
     Args:
-        device: "cpu" or "cuda".
+        target: What is built for.
         cache: Where versions are stored. Without a valid one for this environment, the compilers are started.
     """
-    if not find_cxx():
-        return None  # nothing can be built, and there is no need to search for nvcc
-    if stored := _read_stored(device, cache):
-        return stored
-    found = _ask(device)
-    if found:
-        _store(device, cache, found)
-    return found
+    kinds = _kinds(target)
+    for kind in kinds:
+        if (stored := _read_stored(kind, cache)) and stored.supports(target):
+            return stored
+    for kind in kinds:
+        found = _ask(kind)
+        if found:
+            _store(kind, cache, found)
+            if found.supports(target):
+                return found
+    return None
 
 
-def require(device: str, cache: Cache | None) -> Toolchain:
+def keys(target: Target, cache: Cache | None) -> list[str]:
+    """Return the keys of the compilers that would build for `target`, and of others that were found here before.
+
+    What one CUDA compiler has built need not be built again by another.
+    """
+    first = identify(target, cache)
+    stored = [_read_stored(kind, cache) for kind in _kinds(target)]
+    found = [first, *(toolchain for toolchain in stored if toolchain and toolchain.supports(target))]
+    return [*dict.fromkeys(toolchain.key for toolchain in found if toolchain)]
+
+
+def require(target: Target, cache: Cache | None, without_nvrtc: bool = False) -> Toolchain:
     """Return the compilers for a build, which are started to ask for their versions.
 
     Args:
-        device: "cpu" or "cuda".
+        target: What is built for.
         cache: Where the versions are stored for `identify`.
+        without_nvrtc: Whether NVRTC has failed, so that only nvcc is left.
 
     Raises:
         RuntimeError: A compiler is missing or does not work. The message says where it was searched for, and how to
             install it.
     """
     # A stored version is not used: a compiler may be a script, which stays the same when the compiler it calls changes.
-    cxx = find_cxx()
-    toolchain = _ask(device) if cxx else None
-    if toolchain:
-        _store(device, cache, toolchain)
-        return toolchain
-    variable = os.environ.get("CXX", "")
+    kinds = [kind for kind in _kinds(target) if not (without_nvrtc and kind == _NVRTC)]
+    for kind in kinds:
+        if toolchain := _ask(kind):
+            _store(kind, cache, toolchain)
+            if toolchain.supports(target):
+                return toolchain
+            if toolchain.nvrtc:
+                logger.info("NVRTC is not used for %s: it supports %s", target.sm, toolchain.nvrtc.archs)
+    if kinds == [_CPU] or (_NVCC in kinds and find_nvcc()):
+        _require_cxx()
+    searched = []
+    if _NVRTC in kinds:
+        searched.append(f"NVRTC where torch searches for it ({_nvrtc_problem(target)})")
+    if _NVCC in kinds:
+        variables = ("NVCC", "CUDA_HOME", "CUDA_PATH", "CONDA_PREFIX", "PATH")
+        values = ", ".join(f"{name}={os.environ.get(name, '')!r}" for name in variables)
+        searched.append(f"an nvcc that works in NVIDIA's wheels under {sys.prefix}, {values}")
+    package = "nvrtc" if _NVRTC in kinds else "nvcc"
+    raise RuntimeError(
+        f"jitnorm needs a CUDA compiler for {target.sm} and found none: looked for {' and for '.join(searched)}. "
+        f"Install it with: pip install 'jitnorm[{package}]'"
+    )
+
+
+def _require_cxx() -> None:
+    """Raise a RuntimeError that says what is wrong with the host compiler, if anything."""
+    cxx, variable = find_cxx(), os.environ.get("CXX", "")
     if not cxx:
         if len(variable.split()) > 1:
             raise RuntimeError(f"CXX must be a compiler's name or path, without arguments, got {variable!r}")
@@ -172,21 +254,37 @@ def require(device: str, cache: Cache | None) -> Toolchain:
             f"{'CXX' if variable else 'the C++ compiler'} is {variable or cxx}, which does not work "
             f"({_run(cxx, '--version')[1]}). Install one that works, or set CXX"
         )
-    variables = ("NVCC", "CUDA_HOME", "CUDA_PATH", "CONDA_PREFIX", "PATH")
-    values = ", ".join(f"{name}={os.environ.get(name, '')!r}" for name in variables)
-    raise RuntimeError(
-        f"jitnorm needs nvcc and found none that works: looked in NVIDIA's wheels under {sys.prefix}, {values}. "
-        "Install it with: pip install 'jitnorm[nvcc]'"
-    )
 
 
-def _ask(device: str) -> Toolchain | None:
-    """Start the compilers for `device`, and return them with their versions; None if one is missing or fails."""
+def _ask(kind: str) -> Toolchain | None:
+    """Start the compilers of a kind, and return them with their versions; None if one is missing or fails."""
+    if kind == _NVRTC:
+        found = _identify_nvrtc()
+        return Toolchain(nvrtc=found) if isinstance(found, Compiler) else None
     cxx = _identify_cxx(find_cxx())
-    if device == "cpu" or not cxx:
+    if kind == _CPU or not cxx:
         return Toolchain(cxx) if cxx else None
     nvcc = _identify_nvcc(find_nvcc())
     return Toolchain(cxx, nvcc) if nvcc else None
+
+
+def _identify_nvrtc() -> Compiler | str:
+    """Return NVRTC, or why there is none."""
+    try:
+        path = nvrtc.find()
+        library = nvrtc.load(path)
+    except nvrtc.NvrtcError as error:
+        return str(error)
+    compiler = _compiler(path, library.version, " ".join(map(str, library.archs)))
+    if not compiler:
+        return f"{path} was removed"
+    # NVRTC does not tell its build, which its size does.
+    return compiler._replace(version=f"{library.version} of {compiler.size} bytes")
+
+
+def _nvrtc_problem(target: Target) -> str:
+    found = _identify_nvrtc()
+    return found if isinstance(found, str) else f"{found.path} does not support {target.sm}"
 
 
 def _identify_cxx(path: str | None) -> Compiler | None:
@@ -195,21 +293,19 @@ def _identify_cxx(path: str | None) -> Compiler | None:
 
 
 def _identify_nvcc(path: str | None) -> Compiler | None:
-    # nvcc may be a script outside of its toolkit: --dryrun prints the toolkit's folder as TOP, and the version.
     output = _output(path, "--dryrun", "-cubin", "x.cu")
-    top = re.search(r"^#\$ TOP=(.*)$", output, re.MULTILINE)
     version = [re.search(rf"__CUDACC_VER_{part}__=(\d+)", output) for part in ("MAJOR", "MINOR", "BUILD")]
-    if not path or not top or not all(version):
+    if not path or not all(version):
         return None
-    return _compiler(path, ".".join(v[1] for v in version if v), os.path.realpath(top[1].strip()))
+    return _compiler(path, ".".join(v[1] for v in version if v))
 
 
-def _compiler(path: str, version: str, top: str = "") -> Compiler | None:
+def _compiler(path: str, version: str, archs: str = "") -> Compiler | None:
     try:
         stat = os.stat(os.path.realpath(path))
     except OSError:
         return None  # it was removed after it answered
-    return Compiler(path, version, stat.st_size, stat.st_mtime_ns, top)
+    return Compiler(path, version, stat.st_size, stat.st_mtime_ns, archs)
 
 
 def _output(path: str | None, *arguments: str) -> str:
@@ -274,26 +370,25 @@ def _read_output(process: subprocess.Popen[bytes]) -> tuple[str, str]:
     return "", f"it printed more than {_ANSWER_LIMIT_BYTES} bytes"
 
 
-def _record_name(device: str) -> str:
-    environment = json.dumps([sys.prefix, device, *(os.environ.get(name) for name in _ENVIRONMENT)])
-    return f"{device}-{hashlib.sha256(environment.encode()).hexdigest()[:16]}.json"
+def _record_name(kind: str) -> str:
+    environment = json.dumps([sys.prefix, kind, *(os.environ.get(name) for name in _ENVIRONMENT[kind])])
+    return f"{kind}-{hashlib.sha256(environment.encode()).hexdigest()[:16]}.json"
 
 
-def _read_stored(device: str, cache: Cache | None) -> Toolchain | None:
+def _read_stored(kind: str, cache: Cache | None) -> Toolchain | None:
     """Return the toolchain that `_store` wrote for this environment, if its compilers have not changed since."""
     if not cache:
         return None
-    record = cache.read_record(TOOLCHAINS, _record_name(device))
+    record = cache.read_record(TOOLCHAINS, _record_name(kind))
     try:
-        nvcc = Compiler.from_json(record["nvcc"]) if record["nvcc"] else None
-        toolchain = Toolchain(Compiler.from_json(record["cxx"]), nvcc)
-    except (KeyError, TypeError):
+        toolchain = Toolchain(**{name: Compiler.from_json(value) if value else None for name, value in record.items()})
+    except (AttributeError, TypeError):
         return None  # there is no record, or it is damaged
-    return toolchain if all(c.unchanged() for c in (toolchain.cxx, toolchain.nvcc) if c) else None
+    return toolchain if toolchain.unchanged() else None
 
 
-def _store(device: str, cache: Cache | None, toolchain: Toolchain) -> None:
-    if cache and _read_stored(device, cache) != toolchain:
+def _store(kind: str, cache: Cache | None, toolchain: Toolchain) -> None:
+    if cache and _read_stored(kind, cache) != toolchain:
         record = {name: c._asdict() if c else None for name, c in toolchain._asdict().items()}
         with suppress(OSError, UntrustedPath):  # in a read-only cache nothing is stored: the next process asks again
-            cache.write_record(TOOLCHAINS, _record_name(device), record)
+            cache.write_record(TOOLCHAINS, _record_name(kind), record)

@@ -31,7 +31,7 @@ from jitnorm.jit.cache import Cache, host_id, kernel_folder
 from jitnorm.jit.entry import Entry
 from jitnorm.jit.find import find
 from jitnorm.jit.log import logger
-from jitnorm.jit.spec import KernelSpec
+from jitnorm.jit.spec import KernelSpec, Target
 from jitnorm.warmup.run import Result, build_all, default_jobs, prepare, prepare_cache
 
 if TYPE_CHECKING:
@@ -333,14 +333,14 @@ class Job:
 
     def _compilers_for(self, specs: Sequence[KernelSpec]) -> dict[KernelSpec, str]:
         """Return the key of the compilers that would build each kernel here, "" where there are none."""
-        keys: dict[str, str] = {}
-        for device in dict.fromkeys(spec.target.device for spec in specs):
+        keys: dict[Target, str] = {}
+        for target in dict.fromkeys(spec.target for spec in specs):
             try:
-                keys[device] = toolchain.require(device, locations.writable()).key
+                keys[target] = toolchain.require(target, locations.writable()).key
             except RuntimeError as error:  # which `_build_orphans` raises if no other rank sends the kernels
                 logger.debug("%s", error)
-                keys[device] = ""
-        return {spec: keys[spec.target.device] for spec in specs}
+                keys[target] = ""
+        return {spec: keys[spec.target] for spec in specs}
 
     def _remove_values(self) -> None:
         """Remove what the ranks have written, and none of them reads any more."""

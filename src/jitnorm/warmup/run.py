@@ -13,7 +13,8 @@ from typing import NamedTuple
 
 from jitnorm.jit import locations
 from jitnorm.jit.find import fetch, find
-from jitnorm.jit.spec import KernelSpec
+from jitnorm.jit.log import logger
+from jitnorm.jit.spec import LAUNCHER, LAUNCHER_FILE, KernelSpec
 
 
 class Outcome(NamedTuple):
@@ -80,8 +81,22 @@ def prepare(specs: Sequence[KernelSpec]) -> None:
 
     if specs:
         prepare_cache()
-    for device in dict.fromkeys(spec.target.device for spec in specs):
-        toolchain.require(device, locations.writable())
+    for target in dict.fromkeys(spec.target for spec in specs):
+        toolchain.require(target, locations.writable())
+    if any(spec.target.device == "cuda" for spec in specs):
+        _build_launcher()
+
+
+def _build_launcher() -> None:
+    """Build the launcher, without which no CUDA kernel can be called, unless it is there."""
+    from jitnorm.jit.build import build
+
+    if LAUNCHER_FILE.exists() or find(LAUNCHER, mark_in_use=False, may_build=True):
+        return
+    try:
+        build(LAUNCHER, announce=False).release()
+    except RuntimeError as error:  # the kernels may be for other machines
+        logger.warning("CUDA kernels are built, and cannot be called on this machine: %s", error)
 
 
 def prepare_cache() -> None:

@@ -23,7 +23,7 @@ from jitnorm.batch_invariant.matmul.problem import Problem, UnsupportedProblem
 from jitnorm.batch_invariant.operands import cancelling_operands
 from jitnorm.batch_invariant.triton_support import triton_module
 from jitnorm.jit.load import load
-from jitnorm.jit.spec import CSRC
+from jitnorm.jit.spec import CSRC, LAUNCHER
 from jitnorm.jit.toolchain import find_nvcc
 
 from ..common import TOLERANCE
@@ -198,7 +198,7 @@ def test_declarations_are_those_of_the_header(tmp_path):
     }
     equal = "".join(f"static_assert(int({ours}) == int({theirs}));\n" for ours, theirs in names.items())
     source = tmp_path / "declarations.cu"
-    start = '#include <cstddef>\n#include <cublasLt.h>\n#include "gemm/cublaslt_cpu.h"\nusing namespace jitnorm::lt;\n'
+    start = '#include <cstddef>\n#include <cublasLt.h>\n#include "gemm/cublaslt.h"\nusing namespace jitnorm::lt;\n'
     source.write_text(start + equal)
     include = [CSRC, CSRC / "include", tvm_ffi.libinfo.find_include_path(), tvm_ffi.libinfo.find_dlpack_include_path()]
     words = [find_nvcc(), "-std=c++17", "-c", source, "-o", tmp_path / "out.o", *(f"-I{path}" for path in include)]
@@ -207,7 +207,7 @@ def test_declarations_are_those_of_the_header(tmp_path):
 
 
 def test_bindings_refuse_other_arguments():
-    module = load(cublaslt.SPEC)
+    module = load(LAUNCHER)
     a = torch.ones(2, 16)
     assert module.cublaslt_matmul(a, a.t(), None, torch.ones(2, 2), True, False, None) == 1  # not on CUDA
     assert module.cublaslt_matmul(1, 2) == 1

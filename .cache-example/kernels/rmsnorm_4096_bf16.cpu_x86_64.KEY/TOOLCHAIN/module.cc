@@ -5,5 +5,5 @@ namespace jitnorm {
 using Kernel = RMSNormKernel<4096, bf16_t, bf16_t>;
 }
 
-JITNORM_EXPORT(__tvm_ffi_rmsnorm, jitnorm::rmsnorm<jitnorm::Kernel>)
-JITNORM_EXPORT(__tvm_ffi_rmsnorm_fast_path, jitnorm::fast_path<jitnorm::rmsnorm<jitnorm::Kernel>>)
+JITNORM_EXPORT(__tvm_ffi_rmsnorm, (jitnorm::call<jitnorm::CpuKernel<jitnorm::Kernel>, jitnorm::rmsnorm<jitnorm::CpuKernel<jitnorm::Kernel>>>))
+JITNORM_EXPORT(__tvm_ffi_rmsnorm_fast_path, (jitnorm::call_fast_path<jitnorm::CpuKernel<jitnorm::Kernel>, jitnorm::rmsnorm<jitnorm::CpuKernel<jitnorm::Kernel>>>))

@@ -13,32 +13,14 @@ import torch
 from jitnorm.batch_invariant.matmul.problem import Gemm, Problem, UnsupportedProblem
 from jitnorm.jit.load import load
 from jitnorm.jit.log import logger
-from jitnorm.jit.spec import CSRC, KernelSpec, Target
+from jitnorm.jit.spec import CSRC, LAUNCHER
 
 # Bytes that a kernel may use beside its operands. The partial sums of split k need far more; a few bytes would allow
 # kernels that keep counters. The invariance check tells results for different values apart.
 WORKSPACE_BYTES = 0
 
 # The files that decide which kernel runs: where they have changed, the invariance check runs again.
-SOURCES = Path(__file__), CSRC / "gemm" / "cublaslt_cpu.h"
-
-
-class _Spec(KernelSpec):
-    @property
-    def warmup_command(self) -> str:
-        return "jitnorm verify-invariance --op mm"
-
-
-SPEC = _Spec(
-    op="cublaslt",
-    family="cublaslt",
-    folder="gemm",
-    binding="cublaslt_matmul",
-    name="cublaslt_matmul",
-    kernel="CublasLt",
-    target=Target("cpu"),
-    warmup="",
-)
+SOURCES = Path(__file__), CSRC / "gemm" / "cublaslt.h"
 
 
 @functools.cache
@@ -67,7 +49,7 @@ def _open() -> tuple[Any, int]:
     if not path:
         return None, 0
     try:
-        module = load(SPEC)
+        module = load(LAUNCHER)
         return module, int(module.cublaslt_open(ctypes.CDLL(path)._handle))
     except (OSError, RuntimeError) as error:
         logger.warning("other GEMMs are used, because cuBLASLt cannot be called: %s", error)

@@ -1,5 +1,5 @@
 // GEMMs by the libcublasLt that the process has loaded, with algorithms that do not split k. The bindings of
-// jitnorm.batch_invariant's cuBLASLt backend, included by its generated source.
+// jitnorm.batch_invariant's cuBLASLt backend, included by launcher/launcher.cc.
 //
 // cuBLASLt's C interface is stable. The part that is used is declared here, so that its headers need not be installed.
 // The comments name the types and enumerations of cuBLASLt whose values the constants have.
@@ -7,11 +7,9 @@
 #include <dlfcn.h>
 #include <tvm/ffi/extra/c_env_api.h>
 
-#include "jitnorm/parallel.h"
+#include "jitnorm/ffi.h"
 
 namespace jitnorm {
-
-struct CublasLt {};  // the template argument of the bindings function, where other families have a kernel class
 
 namespace lt {
 
@@ -173,9 +171,9 @@ inline Outcome make_plan(Plan& plan, const Key& key, Handle handle) {
 }
 
 inline int type_of(const DLTensor& tensor) {
-  if (has_dtype<fp16_t>(tensor)) return kRealHalf;
-  if (has_dtype<bf16_t>(tensor)) return kRealBfloat16;
-  return has_dtype<float>(tensor) ? kRealFloat : -1;
+  if (has_type(tensor, kElementType<fp16_t>)) return kRealHalf;
+  if (has_type(tensor, kElementType<bf16_t>)) return kRealBfloat16;
+  return has_type(tensor, kElementType<float>) ? kRealFloat : -1;
 }
 
 // Whether `tensor` is a matrix on CUDA, of a supported type, aligned to 16 bytes. Sets `stride` to its row stride, or
@@ -218,8 +216,7 @@ inline int64_t cublaslt_open(const TVMFFIAny* args, int num_args) {
 
 // cublaslt_matmul(a, b, bias, out, b_transposed, tf32, workspace): out = a @ b + bias. bias may be None. workspace is
 // a tensor of bytes or None. The caller has made the GPU current and holds the GIL, which guards the plans.
-template <typename>
-Outcome cublaslt_matmul(const TVMFFIAny* args, int num_args) {
+inline Outcome cublaslt_matmul(const TVMFFIAny* args, int num_args) {
   if (num_args != 7 || !lt::library.matmul) return Outcome::kRefused;
   const DLTensor *a = as_tensor(args[0]), *b = as_tensor(args[1]), *bias = as_tensor(args[2]),
                  *out = as_tensor(args[3]), *workspace = as_tensor(args[6]);

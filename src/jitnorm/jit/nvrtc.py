@@ -1,0 +1,107 @@
+"""Compile CUDA sources in this process with NVRTC, which comes with every CUDA build of torch."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import glob
+import os
+from collections.abc import Sequence
+from contextlib import suppress
+
+
+class NvrtcError(Exception):
+    """NVRTC cannot be used; the message says why."""
+
+
+class CompileError(Exception):
+    """The source does not compile; the message is NVRTC's log."""
+
+
+_COMPILATION_FAILED = 6  # NVRTC_ERROR_COMPILATION; other errors do not come from the source
+
+
+class Nvrtc:
+    """The library, loaded."""
+
+    def __init__(self, path: str) -> None:
+        """Load the library at `path`. Raises NvrtcError if it cannot be loaded, or is older than 11.8."""
+        # It opens its second library by name, which is beside it and not always on a path of the loader.
+        for builtins in glob.glob(os.path.join(glob.escape(os.path.dirname(path)), "libnvrtc-builtins.so*")):
+            with suppress(OSError):
+                ctypes.CDLL(builtins, mode=os.RTLD_NOW | os.RTLD_GLOBAL)
+        try:
+            self._library = ctypes.CDLL(path)
+            self._library.nvrtcGetCUBIN  # noqa: B018  the newest of the functions that are used
+            self._library.nvrtcGetErrorString.restype = ctypes.c_char_p
+        except (OSError, AttributeError) as error:
+            raise NvrtcError(str(error)) from None
+        major, minor = ctypes.c_int(), ctypes.c_int()
+        self._call("nvrtcVersion", ctypes.byref(major), ctypes.byref(minor))
+        self.version = f"{major.value}.{minor.value}"
+        count = ctypes.c_int()
+        self._call("nvrtcGetNumSupportedArchs", ctypes.byref(count))
+        archs = (ctypes.c_int * count.value)()
+        self._call("nvrtcGetSupportedArchs", archs)
+        self.archs = tuple(archs)  # such as 90 for sm_90 and sm_90a
+
+    def compile(self, source: str, name: str, options: Sequence[str]) -> bytes:
+        """Return the cubin of `source`.
+
+        Args:
+            source: The source, without the files that it includes.
+            name: Its name in the log.
+            options: NVRTC's options.
+
+        Raises:
+            CompileError: The source does not compile.
+            NvrtcError: NVRTC fails for another reason.
+        """
+        program = ctypes.c_void_p()
+        self._call("nvrtcCreateProgram", ctypes.byref(program), source.encode(), name.encode(), 0, None, None)
+        try:
+            arguments = (ctypes.c_char_p * len(options))(*map(os.fsencode, options))
+            status = self._library.nvrtcCompileProgram(program, len(options), arguments)
+            if status:
+                log = self._bytes("ProgramLog", program).rstrip(b"\0").decode(errors="replace")
+                if status == _COMPILATION_FAILED and "libnvrtc-builtins" not in log:
+                    raise CompileError(log)
+                raise NvrtcError(log.strip() or self._message(status))
+            return self._bytes("CUBIN", program)
+        finally:
+            self._library.nvrtcDestroyProgram(ctypes.byref(program))
+
+    def _bytes(self, what: str, program: ctypes.c_void_p) -> bytes:
+        size = ctypes.c_size_t()
+        self._call(f"nvrtcGet{what}Size", program, ctypes.byref(size))
+        content = ctypes.create_string_buffer(size.value)
+        self._call(f"nvrtcGet{what}", program, content)
+        return content.raw
+
+    def _call(self, function: str, *arguments: object) -> None:
+        if status := getattr(self._library, function)(*arguments):
+            raise NvrtcError(f"{function}: {self._message(status)}")
+
+    def _message(self, status: int) -> str:
+        return (self._library.nvrtcGetErrorString(status) or b"").decode()
+
+
+def find() -> str:
+    """Return the path of NVRTC's library, which cuda-pathfinder searches where torch does: in NVIDIA's wheels first.
+
+    Raises:
+        NvrtcError: There is none.
+    """
+    from cuda import pathfinder
+
+    try:
+        return str(pathfinder.load_nvidia_dynamic_lib("nvrtc").abs_path)
+    except RuntimeError as error:
+        lines = str(error).strip().splitlines() or ["it is not installed"]
+        raise NvrtcError(lines[0]) from None
+
+
+@functools.cache
+def load(path: str) -> Nvrtc:
+    """Return the library at `path`, which is loaded once. Raises as `Nvrtc`."""
+    return Nvrtc(path)

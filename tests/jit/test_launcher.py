@@ -1,0 +1,217 @@
+"""The launcher of CUDA kernels and NVRTC, on a machine without a GPU."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import struct
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+from jitnorm.jit import find, locations, nvrtc, toolchain
+from jitnorm.jit import load as loaded
+from jitnorm.jit.build import BuildError, build
+from jitnorm.jit.launcher import CudaModule
+from jitnorm.jit.library import KERNEL_INFO, BadLibrary, Elf
+from jitnorm.jit.spec import CSRC, LAUNCHER, Target
+from jitnorm.rmsnorm import rmsnorm_spec
+
+from .conftest import entries
+
+ROOT = Path(__file__).parents[2]
+HOPPER = Target.cuda("9.0a")
+
+
+def spec(hidden_size: int = 512):
+    return rmsnorm_spec(hidden_size, torch.bfloat16, torch.bfloat16, HOPPER)
+
+
+@pytest.fixture(scope="module")
+def cubin() -> bytes:
+    if not toolchain.find_nvrtc():
+        pytest.skip("no NVRTC")
+    return build(spec()).verify()
+
+
+# The launcher
+
+
+def test_a_cubin_describes_its_kernel(cubin):
+    """The fields of LaunchInfo, the types, the alignment and the hidden size, as csrc/include/jitnorm declares them."""
+    info = Elf(cubin).variable(KERNEL_INFO)
+    arch, threads, *_ = struct.unpack_from("<IIII", info)
+    assert arch == 90 and threads % 32 == 0
+    bfloat16 = (4, 16, 1)
+    assert [struct.unpack_from("<BBH", info, 16 + 4 * i) for i in range(4)] == [bfloat16] * 4
+    assert struct.unpack_from("<Ii", info, 32) == (16, 512)
+
+
+def test_a_module_refuses_what_is_not_on_a_gpu(cubin):
+    module = CudaModule(loaded.load(LAUNCHER), "rmsnorm", cubin, spec().symbols)
+    x = torch.randn(2, 512).bfloat16()
+    out = torch.full_like(x, 7)
+    assert module.rmsnorm(x, x[0], out, 1e-6, None) == 1 and bool((out == 7).all())
+    assert module.rmsnorm_fast_path(x, x[0], out, 1e-6, None) == 1
+
+
+def test_modules_that_cannot_be_made(cubin):
+    launcher = loaded.load(LAUNCHER)
+    with pytest.raises(RuntimeError, match="does not know the bindings function"):
+        CudaModule(launcher, "softmax", cubin, spec().symbols)
+    with pytest.raises(RuntimeError, match="has another size than the launcher's"):
+        CudaModule(launcher, "activation", cubin, spec().symbols)
+    with pytest.raises(BadLibrary, match="truncated"):
+        CudaModule(launcher, "rmsnorm", cubin[:-100], spec().symbols)
+    with pytest.raises(BadLibrary, match="does not define jitnorm_info"):
+        CudaModule(launcher, "rmsnorm", cubin.replace(b"\0jitnorm_info\0", b"\0another_name\0"), spec().symbols)
+
+
+def test_the_wheels_launcher_is_used_and_none_is_built(cache_dir, tmp_path, monkeypatch):
+    own = build(LAUNCHER)
+    file = tmp_path / "launcher.so"
+    file.write_bytes(own.verify())
+    shutil.rmtree(cache_dir)
+    monkeypatch.setattr(find, "LAUNCHER_FILE", file)
+    assert loaded.load(LAUNCHER).make_kernel and not cache_dir.exists()
+
+
+def test_a_damaged_launcher_of_the_wheel(cache_dir, tmp_path, monkeypatch):
+    file = tmp_path / "launcher.so"
+    file.write_bytes(b"not a library")
+    monkeypatch.setattr(find, "LAUNCHER_FILE", file)
+    with pytest.raises(RuntimeError, match=r"cannot load its launcher .*launcher\.so: .*Reinstall jitnorm"):
+        loaded.load(LAUNCHER)
+
+
+@pytest.mark.nvcc
+def test_the_drivers_interface_is_that_of_cuda_h(tmp_path):
+    include = Path(toolchain.find_nvcc()).resolve().parents[1] / "include"
+    if not (include / "cuda.h").is_file():
+        pytest.skip("nvcc's folder has no cuda.h")
+    functions = {
+        "device_get": "cuDeviceGet",
+        "device_attribute": "cuDeviceGetAttribute",
+        "primary_retain": "cuDevicePrimaryCtxRetain",
+        "current_device": "cuCtxGetDevice",
+        "exchange_capture_mode": "cuThreadExchangeStreamCaptureMode",
+        "library_load": "cuLibraryLoadData",
+        "library_kernel": "cuLibraryGetKernel",
+        "kernel_function": "cuKernelGetFunction",
+        "launch": "cuLaunchKernelEx",
+    }
+    numbers = {
+        "kComputeCapabilityMajor": "CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR",
+        "kComputeCapabilityMinor": "CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR",
+        "kRelaxedCapture": "CU_STREAM_CAPTURE_MODE_RELAXED",
+        "kProgrammaticStreamSerialization": "CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION",
+        "CUDA_SUCCESS": "0",
+    }
+    fields = {"grid_x": "gridDimX", "block_z": "blockDimZ", "stream": "hStream", "attributes": "attrs"}
+    fields |= {"num_attributes": "numAttrs"}
+    lines = ['#include <cuda.h>\n#include "launcher/cuda_driver.h"\nusing namespace jitnorm;']
+    lines += ["template <typename R, typename... A> constexpr int count(R (*)(A...)) { return sizeof...(A); }"]
+    lines += [f"static_assert(int({ours}) == int({theirs}));" for ours, theirs in numbers.items()]
+    lines += [
+        f"static_assert(count(decltype(Driver::{ours}){{}}) == count(decltype(&{theirs}){{}}));"
+        for ours, theirs in functions.items()
+    ]
+    lines += [
+        f"static_assert(offsetof(LaunchConfig, {ours}) == offsetof(CUlaunchConfig, {theirs}));"
+        for ours, theirs in fields.items()
+    ]
+    lines += [
+        "static_assert(sizeof(LaunchConfig) == sizeof(CUlaunchConfig) && sizeof(LaunchAttribute) == "
+        "sizeof(CUlaunchAttribute) && offsetof(LaunchAttribute, value) == offsetof(CUlaunchAttribute, value));"
+    ]
+    source = tmp_path / "check.cc"
+    source.write_text("\n".join(lines))
+    command = [toolchain.find_cxx(), "-std=c++17", "-fsyntax-only", f"-I{include}", f"-I{CSRC}", str(source)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_wheels_launcher_needs_no_new_glibc(tmp_path):
+    """What hatch_build.py adds to the wheel, which is for manylinux_2_28."""
+    pytest.importorskip("hatchling", reason="hatchling builds the wheel")
+    module_spec = importlib.util.spec_from_file_location("hatch_build", ROOT / "hatch_build.py")
+    hatch_build = importlib.util.module_from_spec(module_spec)
+    module_spec.loader.exec_module(hatch_build)
+    file = tmp_path / "launcher.so"
+    hatch_build.build_launcher(toolchain.find_cxx(), file)
+    content = file.read_bytes()
+    assert max(hatch_build.glibc_versions(content)) <= hatch_build.MAX_GLIBC
+    assert {"libtvm_ffi.so", "libdl.so.2"} <= set(Elf(content).needed())
+    assert not any("cuda" in name or "python" in name or "torch" in name for name in Elf(content).needed())
+
+
+# NVRTC
+
+
+@pytest.fixture
+def library() -> nvrtc.Nvrtc:
+    try:
+        return nvrtc.load(nvrtc.find())
+    except nvrtc.NvrtcError as error:
+        pytest.skip(f"no NVRTC: {error}")
+
+
+def test_nvrtc_compiles(library):
+    cubin = library.compile('extern "C" __global__ void f() {}', "f.cu", ["-arch=sm_90a"])
+    assert "f" in Elf(cubin).symbols()
+    assert 90 in library.archs and float(library.version) >= 12
+
+
+def test_nvrtc_names_the_line_of_an_error(library):
+    with pytest.raises(nvrtc.CompileError, match=r"f\.cu\(2\): error: .*undefined"):
+        library.compile('extern "C" __global__ void f() {\nunknown();\n}', "f.cu", ["-arch=sm_90a"])
+    with pytest.raises(nvrtc.NvrtcError, match="arch"):
+        library.compile("", "f.cu", ["-arch=sm_1"])
+
+
+def test_nvrtc_that_is_no_library(tmp_path):
+    (tmp_path / "libnvrtc.so").write_bytes(b"not a library")
+    with pytest.raises(nvrtc.NvrtcError, match=r"libnvrtc\.so"):
+        nvrtc.Nvrtc(str(tmp_path / "libnvrtc.so"))
+    with pytest.raises(nvrtc.NvrtcError, match="nvrtcGetCUBIN"):
+        nvrtc.Nvrtc("libc.so.6")
+
+
+def test_a_build_by_nvrtc_starts_no_process(cache_dir, monkeypatch, library):
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.setattr(subprocess, "Popen", lambda *_, **__: pytest.fail("a process was started"))
+    entry = build(spec())
+    assert entry.manifest["compilers"] == {"nvrtc": f"{library.version} of {os.path.getsize(nvrtc.find())} bytes"}
+    assert entry.library.suffix == ".cubin" and Elf(entry.verify()).variable(KERNEL_INFO)
+
+
+def test_a_source_that_nvrtc_refuses(cache_dir, monkeypatch, library):
+    from dataclasses import replace
+
+    with pytest.raises(BuildError, match=r"cannot build NoSuchKernel for sm_90a: module\.cu\(\d+\): error") as caught:
+        build(replace(spec(), kernel="NoSuchKernel"))
+    assert "NoSuchKernel" in Path(str(caught.value).rpartition("The whole log: ")[2]).read_text()
+    assert not entries(cache_dir)
+
+
+@pytest.mark.nvcc
+def test_nvcc_builds_what_nvrtc_cannot(cache_dir, monkeypatch, caplog, library):
+    def fail(*_):
+        raise nvrtc.NvrtcError("out of memory")
+
+    monkeypatch.setattr(nvrtc.Nvrtc, "compile", fail)
+    first = build(spec())
+    assert [*first.manifest["compilers"]] == ["c++", "nvcc"]
+    assert (
+        "NVRTC cannot build RMSNormKernel<512, bf16_t, bf16_t> for sm_90a: out of memory. nvcc builds it" in caplog.text
+    )
+    assert build(spec()).path == first.path
+    # A later process, which finds the same compilers, takes it without another try.
+    toolchain.require(HOPPER, locations.writable())
+    assert find.find(spec()).path == first.path
+    monkeypatch.setenv("JITNORM_CUDA_COMPILER", "nvrtc")
+    with pytest.raises(RuntimeError, match=r"NVRTC cannot build .*out of memory.*"):
+        build(spec())
