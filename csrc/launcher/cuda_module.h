@@ -84,17 +84,20 @@ class CudaModule {
     return Outcome::kRaised;
   }
 
-  // The driver copies the cubin: a second load by another thread would only cost memory, so none is prevented.
+  // Two threads may load the cubin at the same time: what one of them stored is used by both.
   const Loaded& load() {
-    if (const Loaded* loaded = __atomic_load_n(&loaded_, __ATOMIC_ACQUIRE)) return *loaded;
+    Loaded* stored = __atomic_load_n(&loaded_, __ATOMIC_ACQUIRE);
+    if (stored) return *stored;
     Loaded* loaded = new Loaded;
     CudaHandle library = nullptr;
     loaded->result = driver().library_load(&library, cubin_, nullptr, nullptr, 0, nullptr, nullptr, 0);
     for (int i = 0; i < kNumGridVariants; i++)
       if (has(GridVariant(i)) && loaded->result == 0)
         loaded->result = driver().library_kernel(&loaded->kernels[i], library, symbols_[i]);
-    __atomic_store_n(&loaded_, loaded, __ATOMIC_RELEASE);
-    return *loaded;
+    if (loaded->result != 0) return *loaded;  // the next call tries again
+    if (__atomic_compare_exchange_n(&loaded_, &stored, loaded, false, __ATOMIC_ACQ_REL, __ATOMIC_ACQUIRE))
+      return *loaded;
+    return *stored;
   }
 
   // Loads the functions for one GPU; returns why it cannot, or null. This may happen inside a graph capture: nothing

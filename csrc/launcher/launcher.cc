@@ -1,6 +1,6 @@
 // The host part of all CUDA kernels: one library for every cubin, built once and shipped in the wheel. A kernel's
 // description (kernel_info.h) comes with its cubin, so that nothing here depends on a size, a dtype or a schedule. It
-// uses only the C ABI of tvm-ffi, and links to no C++ library.
+// uses only the C ABI of tvm-ffi.
 #include "elementwise/activation.h"
 #include "elementwise/qknorm.h"
 #include "elementwise/qknorm_rope_store.h"

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import importlib.util
-import os
+import platform
 import shutil
 import struct
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
+import jitnorm
 from jitnorm.jit import find, locations, nvrtc, toolchain
 from jitnorm.jit import load as loaded
+from jitnorm.jit import spec as spec_module
 from jitnorm.jit.build import BuildError, build
 from jitnorm.jit.launcher import CudaModule
 from jitnorm.jit.library import KERNEL_INFO, BadLibrary, Elf
@@ -75,16 +78,42 @@ def test_the_wheels_launcher_is_used_and_none_is_built(cache_dir, tmp_path, monk
     file = tmp_path / "launcher.so"
     file.write_bytes(own.verify())
     shutil.rmtree(cache_dir)
-    monkeypatch.setattr(find, "LAUNCHER_FILE", file)
+    monkeypatch.setattr(find, "launcher_file", lambda: file)
     assert loaded.load(LAUNCHER).make_kernel and not cache_dir.exists()
 
 
-def test_a_damaged_launcher_of_the_wheel(cache_dir, tmp_path, monkeypatch):
+def test_a_launcher_of_the_wheel_that_cannot_be_loaded(cache_dir, tmp_path, monkeypatch, caplog):
     file = tmp_path / "launcher.so"
     file.write_bytes(b"not a library")
-    monkeypatch.setattr(find, "LAUNCHER_FILE", file)
-    with pytest.raises(RuntimeError, match=r"cannot load its launcher .*launcher\.so: .*Reinstall jitnorm"):
-        loaded.load(LAUNCHER)
+    monkeypatch.setattr(find, "launcher_file", lambda: file)
+    assert loaded.load(LAUNCHER).make_kernel and entries(cache_dir)
+    assert f"the launcher of the installed package is not used: {file}" in caplog.text
+
+
+def test_a_launcher_of_other_sources_has_another_name(monkeypatch):
+    name = spec_module.launcher_file().name
+    read = spec_module._read
+    changed = {"elementwise/rmsnorm.h": b"// another order of the parameters"}
+    monkeypatch.setattr(spec_module, "_read", lambda file: changed.get(file) or read(file))
+    monkeypatch.setattr(spec_module, "LAUNCHER", replace(LAUNCHER))  # without the key that was computed
+    assert spec_module.launcher_file().name != name
+
+
+@pytest.mark.parametrize("is_cached", [False, True], ids=["built", "cached"])
+def test_a_warm_up_for_cuda_builds_the_launcher(cache_dir, monkeypatch, cubin, is_cached):
+    if is_cached:
+        build(spec())
+    report = jitnorm.warmup(hidden_size=512, dtype="bf16", arch="9.0a")
+    assert not report.failed and len(report.cached) == int(is_cached)
+    monkeypatch.setenv("JITNORM_DISABLE_JIT", "1")
+    assert loaded.load(spec()).rmsnorm
+
+
+def test_a_warm_up_fails_if_the_launcher_cannot_be_built(cache_dir, monkeypatch, cubin):
+    monkeypatch.setattr(toolchain, "find_cxx", lambda: None)
+    report = jitnorm.warmup(hidden_size=512, dtype="bf16", arch="9.0a")
+    ((failed, error),) = report.failed
+    assert failed is LAUNCHER and "needs a C++ compiler" in error and len(report.built) == 1
 
 
 @pytest.mark.nvcc
@@ -140,11 +169,13 @@ def test_the_wheels_launcher_needs_no_new_glibc(tmp_path):
     module_spec = importlib.util.spec_from_file_location("hatch_build", ROOT / "hatch_build.py")
     hatch_build = importlib.util.module_from_spec(module_spec)
     module_spec.loader.exec_module(hatch_build)
-    file = tmp_path / "launcher.so"
-    hatch_build.build_launcher(toolchain.find_cxx(), file)
+    file = hatch_build.build_launcher(platform.machine(), tmp_path)
+    assert file.name == spec_module.launcher_file().name
     content = file.read_bytes()
     assert max(hatch_build.glibc_versions(content)) <= hatch_build.MAX_GLIBC
     assert {"libtvm_ffi.so", "libdl.so.2"} <= set(Elf(content).needed())
+    with pytest.raises(RuntimeError, match="does not compile for another: set CXX"):
+        hatch_build.build_launcher("another", tmp_path)
     assert not any("cuda" in name or "python" in name or "torch" in name for name in Elf(content).needed())
 
 
@@ -184,13 +215,11 @@ def test_a_build_by_nvrtc_starts_no_process(cache_dir, monkeypatch, library):
     monkeypatch.setenv("PATH", "")
     monkeypatch.setattr(subprocess, "Popen", lambda *_, **__: pytest.fail("a process was started"))
     entry = build(spec())
-    assert entry.manifest["compilers"] == {"nvrtc": f"{library.version} of {os.path.getsize(nvrtc.find())} bytes"}
+    assert entry.manifest["compilers"]["nvrtc"].startswith(f"{library.version}, build ")
     assert entry.library.suffix == ".cubin" and Elf(entry.verify()).variable(KERNEL_INFO)
 
 
 def test_a_source_that_nvrtc_refuses(cache_dir, monkeypatch, library):
-    from dataclasses import replace
-
     with pytest.raises(BuildError, match=r"cannot build NoSuchKernel for sm_90a: module\.cu\(\d+\): error") as caught:
         build(replace(spec(), kernel="NoSuchKernel"))
     assert "NoSuchKernel" in Path(str(caught.value).rpartition("The whole log: ")[2]).read_text()
@@ -213,5 +242,5 @@ def test_nvcc_builds_what_nvrtc_cannot(cache_dir, monkeypatch, caplog, library):
     toolchain.require(HOPPER, locations.writable())
     assert find.find(spec()).path == first.path
     monkeypatch.setenv("JITNORM_CUDA_COMPILER", "nvrtc")
-    with pytest.raises(RuntimeError, match=r"NVRTC cannot build .*out of memory.*"):
+    with pytest.raises(RuntimeError, match=r"NVRTC cannot build .*out of memory\. .*so nvcc is not tried: unset it"):
         build(spec())

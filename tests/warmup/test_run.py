@@ -106,14 +106,14 @@ def test_builds_in_the_calling_thread_where_no_other_starts(cache_dir, monkeypat
 
 @pytest.mark.parametrize("thread", ["other", "calling"])
 def test_an_unexpected_exception_of_a_build_is_raised(cache_dir, monkeypatch, thread):
-    other_began = threading.Event()
+    other_began, calling_began = threading.Event(), threading.Event()
 
     def fail(spec):
+        # Each thread waits until both have a kernel.
         is_calling = threading.current_thread() is threading.main_thread()
-        if not is_calling:
-            other_began.set()
-        elif not other_began.wait(60):
-            pytest.fail("no other thread began to build")
+        (calling_began if is_calling else other_began).set()
+        if not (other_began if is_calling else calling_began).wait(60):
+            pytest.fail("only one thread began to build")
         if (thread == "calling") == is_calling:
             raise MemoryError(thread)
         return run.Outcome(spec, 0.0)

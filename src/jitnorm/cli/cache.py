@@ -154,7 +154,7 @@ def _problem(kernel: CachedKernel) -> str | None:
 
     try:
         content = kernel.entry.verify()
-        if kernel.entry.manifest["device"] == "cuda":
+        if kernel.entry.library.suffix == ".cubin":
             check_cubin(content, [kernel.entry.manifest["name"]])
             return None
         library = check_library(content, [])

@@ -32,7 +32,7 @@ from jitnorm.dispatch.selection import requested_backend
 from jitnorm.jit import locations, toolchain
 from jitnorm.jit.cache import Cache
 from jitnorm.jit.environment import installed_versions, is_on
-from jitnorm.jit.spec import LAUNCHER_FILE
+from jitnorm.jit.spec import launcher_file
 
 # torch-c-dlpack-ext is optional, and ninja may be the system's.
 _PACKAGES = ("torch", "apache-tvm-ffi", "torch-c-dlpack-ext", "ninja", "cuda-pathfinder", "flashinfer-python")
@@ -303,7 +303,7 @@ def _missing(device: str, compilers: dict[str, Any]) -> list[str]:
     if device == "cpu":
         return host
     # The first CUDA kernel also needs the launcher, which a wheel has.
-    launcher = [] if LAUNCHER_FILE.exists() else host
+    launcher = [] if launcher_file().exists() else host
     chosen = os.environ.get("JITNORM_CUDA_COMPILER", "").lower()
     if chosen == "nvcc" or (os.environ.get("NVCC") and not _has_version(compilers["nvrtc"])):
         return host if host or _has_version(compilers["nvcc"]) else ["nvcc"]

@@ -11,10 +11,10 @@ from jitnorm.benchmark.progress import ProgressBar
 from jitnorm.cli import output
 from jitnorm.cli.base import Command, several
 from jitnorm.jit import locations
-from jitnorm.jit.spec import KernelSpec
+from jitnorm.jit.spec import LAUNCHER, KernelSpec
 from jitnorm.qknorm_rope_store import ROUNDINGS
 from jitnorm.warmup import CACHE_DTYPES, DTYPES, OPS, argument_problem, make_plan
-from jitnorm.warmup.run import Result, build_all, default_jobs, find_cached, prepare
+from jitnorm.warmup.run import Result, build_all, build_launcher, default_jobs, find_cached, prepare
 
 _DTYPE, _CACHE_DTYPE = click.Choice(list(DTYPES)), click.Choice(list(CACHE_DTYPES))
 
@@ -135,6 +135,10 @@ def warmup(
     result = Result(cached=cached, refused=plan.refused)
     if missing:
         _build(missing, jobs or default_jobs(), result, is_table)
+    build_launcher(plan.specs, result)
+    for spec, error in result.failed:
+        if spec is LAUNCHER:
+            click.echo(f"failed   {_line(spec)}: {error}", err=True)
     if is_table:
         click.echo(f"{result}; the cache is {locations.readable().root}")
     else:

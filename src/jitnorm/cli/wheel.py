@@ -34,7 +34,17 @@ _MAX_NAME = 100  # the file's name contains it, and has at most 255 characters
 # What a wheel of that name would replace: jitnorm, and the packages that it needs or that its extras install.
 RESERVED = (
     *("jitnorm", "torch", "apache-tvm-ffi", "tvm-ffi", "ninja", "platformdirs", "cuda-pathfinder", "click", "tabulate"),
-    *("tqdm", "fsspec", "nvidia-cuda-nvcc", "flashinfer-python", "triton", "vllm", "sglang", "transformers"),
+    *(
+        "tqdm",
+        "fsspec",
+        "nvidia-cuda-nvcc",
+        "nvidia-cuda-nvrtc",
+        "flashinfer-python",
+        "triton",
+        "vllm",
+        "sglang",
+        "transformers",
+    ),
 )
 _MIN_GLIBC = 17  # glibc 2.17 is the first that pip has a tag for on every processor
 _GLIBC_VERSION = rb"GLIBC_2\.(\d{1,3})(?=[.\0])"  # in the string table of a library that needs the version

@@ -46,6 +46,7 @@ _FIRST_MESSAGE_S = 1.0  # a build that takes longer is logged
 _MESSAGE_INTERVAL_S = 30.0
 _BUILD_LIMIT_S = 900.0
 _LOCK_LIMIT_S = 120.0  # for a builder that may have ended or be stopped: building costs less than to wait longer
+_UNLOCK_LIMIT_S = 1.0  # from a builder's last step in the cache to the end of its lock
 _CLEANUP_LIMIT_S = 0.5
 _LOG = "build.log"
 _MAX_LOG_BYTES = 1 << 26
@@ -398,12 +399,15 @@ def _lock(cache: Cache, spec: KernelSpec, key: str) -> Iterator[None]:
     A lock ends with its process. A builder that runs on this host is waited for until it ends, as its build has a time
     limit; one that is stopped, or on another host that may have been switched off, for two minutes.
     """
-    started = time.monotonic()
+    started = last_seen = time.monotonic()  # `last_seen`: when a builder of this host was running
     announced = False
     while True:
         with cache.build_lock(spec, key) as locked:
-            waited = time.monotonic() - started
-            if not locked and waited > _FIRST_MESSAGE_S + _LOCK_LIMIT_S and not cache.has_running_builder(spec):
+            now = time.monotonic()
+            waited = now - started
+            if not locked and waited > _FIRST_MESSAGE_S + _LOCK_LIMIT_S and cache.has_running_builder(spec):
+                last_seen = now
+            elif not locked and waited > _FIRST_MESSAGE_S + _LOCK_LIMIT_S and now - last_seen > _UNLOCK_LIMIT_S:
                 logger.info("no longer waiting for another process that builds %s: building it as well", spec)
                 locked = True
             if locked:

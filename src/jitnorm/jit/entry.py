@@ -218,7 +218,7 @@ def parse_manifest(text: bytes) -> dict[str, Any]:
     try:
         manifest = json.loads(text)
         name, digest, size = manifest["name"], manifest["sha256"], manifest["size"]
-        if manifest["library"] != _library_name(name, digest, manifest.get("device", "")):
+        if manifest["library"] not in (_library_name(name, digest, device) for device in ("cpu", "cuda")):
             raise ValueError(f"its library cannot be named {manifest['library']!r}")
         if type(size) is not int or size < 0:
             raise ValueError(f"its library cannot have {size!r} bytes")

@@ -16,7 +16,7 @@ from jitnorm.jit.environment import is_on
 from jitnorm.jit.launcher import CudaModule
 from jitnorm.jit.library import BadLibrary, open_library
 from jitnorm.jit.log import logger, warn_once
-from jitnorm.jit.spec import LAUNCHER, LAUNCHER_FILE, KernelSpec
+from jitnorm.jit.spec import LAUNCHER, KernelSpec, launcher_file
 
 _failed: dict[KernelSpec, str] = {}  # failed builds, which are not repeated at every call
 _MAX_TRIES = 4
@@ -151,11 +151,15 @@ def open_launcher() -> Any:
     """Return the launcher: that of the installed wheel, or one that is found or built as a kernel is.
 
     Raises:
-        RuntimeError: There is none and it cannot be built; or the wheel's cannot be loaded.
+        RuntimeError: There is none and it cannot be built, or it cannot be loaded at this moment.
     """
-    if not LAUNCHER_FILE.exists():
-        return open_kernel(LAUNCHER, open_launcher)
+    file = launcher_file()
     try:
-        return open_library(LAUNCHER.name, LAUNCHER_FILE.read_bytes(), LAUNCHER.binding)
-    except (OSError, BadLibrary) as error:
-        raise RuntimeError(f"jitnorm cannot load its launcher {LAUNCHER_FILE}: {error}. Reinstall jitnorm") from None
+        return open_library(LAUNCHER.name, file.read_bytes(), LAUNCHER.binding)
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        raise RuntimeError(f"jitnorm cannot load {file} at this moment: {error}") from error
+    except BadLibrary as error:
+        logger.warning("the launcher of the installed package is not used: %s: %s", file, error)
+    return open_kernel(LAUNCHER, open_launcher)

@@ -32,12 +32,12 @@ class CudaModule:
         self._kept = [ctypes.create_string_buffer(cubin, len(cubin))]
         names = [ctypes.create_string_buffer(name.encode()) for name in (binding, *symbols.values())]
         self._kept += names
-        _for_ever.append(self._kept)
         address, *symbol_addresses = map(ctypes.addressof, names)
         described = ctypes.create_string_buffer(info, len(info))
         handle = launcher.make_kernel(
             address, ctypes.addressof(self._kept[0]), ctypes.addressof(described), len(info), *symbol_addresses
         )
+        _for_ever.append(self._kept)
         self.set_mode_query = launcher.set_mode_query
         setattr(self, binding, launcher.make_function(address, handle, 0))
         setattr(self, f"{binding}_fast_path", launcher.make_function(address, handle, 1))

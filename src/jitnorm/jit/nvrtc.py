@@ -25,14 +25,15 @@ class Nvrtc:
     """The library, loaded."""
 
     def __init__(self, path: str) -> None:
-        """Load the library at `path`. Raises NvrtcError if it cannot be loaded, or is older than 11.8."""
+        """Load the library at `path`. Raises NvrtcError if it cannot be loaded, or lacks one of the functions."""
         # It opens its second library by name, which is beside it and not always on a path of the loader.
         for builtins in glob.glob(os.path.join(glob.escape(os.path.dirname(path)), "libnvrtc-builtins.so*")):
             with suppress(OSError):
                 ctypes.CDLL(builtins, mode=os.RTLD_NOW | os.RTLD_GLOBAL)
         try:
             self._library = ctypes.CDLL(path)
-            self._library.nvrtcGetCUBIN  # noqa: B018  the newest of the functions that are used
+            for function in ("nvrtcGetCUBIN", "nvrtcGetSupportedArchs"):  # the newest of those that are used
+                getattr(self._library, function)
             self._library.nvrtcGetErrorString.restype = ctypes.c_char_p
         except (OSError, AttributeError) as error:
             raise NvrtcError(str(error)) from None

@@ -207,7 +207,7 @@ class _Launcher(KernelSpec):
 
     @property
     def warmup_command(self) -> str:
-        return "jitnorm warmup --op rmsnorm --hidden-size 4096 --device cuda, which also builds the launcher"
+        return "jitnorm warmup --hidden-size 4096 --arch 9.0a, or any other warm-up for CUDA"
 
     @property
     def source(self) -> str:
@@ -233,8 +233,12 @@ LAUNCHER = _Launcher(
 )
 
 
-# Where a wheel has the launcher, for its processor.
-LAUNCHER_FILE = _PACKAGE / f"launcher-{platform.machine()}.so"
+def launcher_file() -> Path:
+    """Return where a wheel has the launcher, for its processor.
+
+    The name has the key of its sources: one of other sources might launch a kernel with parameters in another order.
+    """
+    return _PACKAGE / f"launcher-{platform.machine()}-{LAUNCHER.key}.so"
 
 
 @functools.cache

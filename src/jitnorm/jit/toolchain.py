@@ -214,6 +214,8 @@ def require(target: Target, cache: Cache | None, without_nvrtc: bool = False) ->
     """
     # A stored version is not used: a compiler may be a script, which stays the same when the compiler it calls changes.
     kinds = [kind for kind in _kinds(target) if not (without_nvrtc and kind == _NVRTC)]
+    if not kinds:
+        raise RuntimeError(f"{_CUDA_COMPILER} is {_NVRTC}, so nvcc is not tried: unset it")
     for kind in kinds:
         if toolchain := _ask(kind):
             _store(kind, cache, toolchain)
@@ -278,8 +280,19 @@ def _identify_nvrtc() -> Compiler | str:
     compiler = _compiler(path, library.version, " ".join(map(str, library.archs)))
     if not compiler:
         return f"{path} was removed"
-    # NVRTC does not tell its build, which its size does.
-    return compiler._replace(version=f"{library.version} of {compiler.size} bytes")
+    return compiler._replace(version=f"{library.version}, build {_build_of(path)}")
+
+
+def _build_of(path: str) -> str:
+    """Return a hash of NVRTC's build, of which it tells only the release: of its size, first and last bytes.
+
+    Those have the linker's build id and the tables of sections. All of it, 100 MB, would take longer than a build.
+    """
+    with open(path, "rb") as file:
+        start = file.read(1 << 16)
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(0, size - (1 << 16)))
+        return hashlib.sha256(b"%d" % size + start + file.read()).hexdigest()[:12]
 
 
 def _nvrtc_problem(target: Target) -> str:

@@ -144,7 +144,8 @@ def warmup(
             compiler is found, and no other rank sends the kernels, or the cache cannot be written.
         ValueError, TypeError: An argument is not accepted.
     """
-    from jitnorm.warmup.run import Result, build_all, find_cached, prepare  # here, as `import jitnorm` would pay for it
+    # Here, as `import jitnorm` would pay for it.
+    from jitnorm.warmup.run import Result, build_all, build_launcher, find_cached, prepare
 
     number("timeout", timeout)
     if not 0 < timeout < math.inf:
@@ -175,6 +176,7 @@ def warmup(
             prepare(missing)
             for outcome in build_all(missing, jobs):
                 result.add(outcome)
+        build_launcher(plan.specs, result)
     return result
 
 

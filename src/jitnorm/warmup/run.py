@@ -13,8 +13,7 @@ from typing import NamedTuple
 
 from jitnorm.jit import locations
 from jitnorm.jit.find import fetch, find
-from jitnorm.jit.log import logger
-from jitnorm.jit.spec import LAUNCHER, LAUNCHER_FILE, KernelSpec
+from jitnorm.jit.spec import LAUNCHER, KernelSpec, launcher_file
 
 
 class Outcome(NamedTuple):
@@ -83,20 +82,23 @@ def prepare(specs: Sequence[KernelSpec]) -> None:
         prepare_cache()
     for target in dict.fromkeys(spec.target for spec in specs):
         toolchain.require(target, locations.writable())
-    if any(spec.target.device == "cuda" for spec in specs):
-        _build_launcher()
 
 
-def _build_launcher() -> None:
-    """Build the launcher, without which no CUDA kernel can be called, unless it is there."""
-    from jitnorm.jit.build import build
+def build_launcher(specs: Sequence[KernelSpec], result: Result) -> None:
+    """Build the launcher, without which no CUDA kernel among `specs` can be called, unless it is there.
 
-    if LAUNCHER_FILE.exists() or find(LAUNCHER, mark_in_use=False, may_build=True):
-        return
-    try:
-        build(LAUNCHER, announce=False).release()
-    except RuntimeError as error:  # the kernels may be for other machines
-        logger.warning("CUDA kernels are built, and cannot be called on this machine: %s", error)
+    A failure is added to `result`.
+    """
+    if any(spec.target.device == "cuda" for spec in specs) and not _has_launcher():
+        outcome = _build(LAUNCHER)
+        if outcome.error:
+            result.add(outcome)
+
+
+def _has_launcher() -> bool:
+    if launcher_file().exists() or find(LAUNCHER, mark_in_use=False, may_build=True):
+        return True
+    return fetch(LAUNCHER, mark_in_use=False, may_build=True) is not None
 
 
 def prepare_cache() -> None:
