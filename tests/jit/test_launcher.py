@@ -73,6 +73,7 @@ def test_modules_that_cannot_be_made(cubin):
         CudaModule(launcher, "rmsnorm", cubin.replace(b"\0jitnorm_info\0", b"\0another_name\0"), spec().symbols)
 
 
+@pytest.mark.slow
 def test_the_wheels_launcher_is_used_and_none_is_built(cache_dir, tmp_path, monkeypatch):
     own = build(LAUNCHER)
     file = tmp_path / "launcher.so"
@@ -99,6 +100,7 @@ def test_a_launcher_of_other_sources_has_another_name(monkeypatch):
     assert spec_module.launcher_file().name != name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("is_cached", [False, True], ids=["built", "cached"])
 def test_a_warm_up_for_cuda_builds_the_launcher(cache_dir, monkeypatch, cubin, is_cached):
     if is_cached:
@@ -116,6 +118,7 @@ def test_a_warm_up_fails_if_the_launcher_cannot_be_built(cache_dir, monkeypatch,
     assert failed is LAUNCHER and "needs a C++ compiler" in error and len(report.built) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.nvcc
 def test_the_drivers_interface_is_that_of_cuda_h(tmp_path):
     include = Path(toolchain.find_nvcc()).resolve().parents[1] / "include"

@@ -233,6 +233,7 @@ def test_what_was_pushed_is_used_and_nothing_is_built(setup, trusts, trust_file,
     assert setup.copier.builds == 1
 
 
+@pytest.mark.slow
 def test_one_manifest_and_one_archive_are_read(setup, fake_files):
     call()
     kernel = setup.packed.label

@@ -182,6 +182,7 @@ def kernel_names(sizes: list[int]) -> list[str]:
     return sorted(f"rmsnorm_{size}_fp32" for size in sizes)
 
 
+@pytest.mark.slow
 # Every rank ends well
 
 
@@ -371,6 +372,7 @@ def test_rank_0_never_calls(cluster):
         assert "rank 0 has not shared out the kernels within 1 s" in rank.error
 
 
+@pytest.mark.slow
 def test_a_failed_build_is_tried_by_each_rank(cluster):
     failing = cluster.compiler("failing", 'grep -q "<128," module.cc && { echo "x.h:1:2: error: boom"; exit 1; }')
     ended = cluster.run(f"warm_up([64, 128], {NEVER_S})", LEAVE, size=2, rank1={"CXX": failing})
@@ -378,6 +380,7 @@ def test_a_failed_build_is_tried_by_each_rank(cluster):
     assert ended[1].names["received"] == kernel_names([64]) and "boom" in ended[1].names["failed"][0]
 
 
+@pytest.mark.slow
 def test_a_rank_killed_while_it_builds_leaves_the_others_with_a_local_build(cluster):
     """The others wait until the time limit is over, as nothing tells them that the rank has ended."""
     deadly = cluster.compiler("deadly", "kill -KILL $RANK_PID; sleep 60")
@@ -404,6 +407,7 @@ def test_a_rank_that_never_calls_takes_no_part(cluster):
     assert "these ranks did not call it within 1.5 s, and take no part: 1" in ended[0].error
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("number", "timeout", "says"),
     [(signal.SIGKILL, NEVER_S, "the store of process_group failed"), (signal.SIGSTOP, 3, "it does not answer")],
