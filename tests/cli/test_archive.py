@@ -168,6 +168,7 @@ def test_too_little_memory(exported, cache_dir, monkeypatch):
     assert printed == f"Error: nothing was imported from {exported}: there is not enough memory\n"
 
 
+@pytest.mark.slow
 def test_export_to_the_standard_output(exported, two_kernels):
     """The pipe has the archive and nothing else. JSON has no place to go."""
     environment = {**os.environ, "JITNORM_CACHE_DIR": str(two_kernels)}

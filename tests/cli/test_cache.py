@@ -309,6 +309,7 @@ def test_verify(kernels):
     assert all(library.exists() for library in libraries)
 
 
+@pytest.mark.slow
 @pytest.mark.nvcc
 def test_verify_in_a_process_of_its_own(cache_dir):
     """The command loads neither torch nor tvm-ffi at its start, and CPU kernels depend on tvm-ffi's library."""

@@ -73,7 +73,6 @@ def test_modules_that_cannot_be_made(cubin):
         CudaModule(launcher, "rmsnorm", cubin.replace(b"\0jitnorm_info\0", b"\0another_name\0"), spec().symbols)
 
 
-@pytest.mark.slow
 def test_the_wheels_launcher_is_used_and_none_is_built(cache_dir, tmp_path, monkeypatch):
     own = build(LAUNCHER)
     file = tmp_path / "launcher.so"
@@ -83,6 +82,7 @@ def test_the_wheels_launcher_is_used_and_none_is_built(cache_dir, tmp_path, monk
     assert loaded.load(LAUNCHER).make_kernel and not cache_dir.exists()
 
 
+@pytest.mark.slow
 def test_a_launcher_of_the_wheel_that_cannot_be_loaded(cache_dir, tmp_path, monkeypatch, caplog):
     file = tmp_path / "launcher.so"
     file.write_bytes(b"not a library")
@@ -118,7 +118,6 @@ def test_a_warm_up_fails_if_the_launcher_cannot_be_built(cache_dir, monkeypatch,
     assert failed is LAUNCHER and "needs a C++ compiler" in error and len(report.built) == 1
 
 
-@pytest.mark.slow
 @pytest.mark.nvcc
 def test_the_drivers_interface_is_that_of_cuda_h(tmp_path):
     include = Path(toolchain.find_nvcc()).resolve().parents[1] / "include"
@@ -166,6 +165,7 @@ def test_the_drivers_interface_is_that_of_cuda_h(tmp_path):
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
 def test_the_wheels_launcher_needs_no_new_glibc(tmp_path):
     """What hatch_build.py adds to the wheel, which is for manylinux_2_28."""
     pytest.importorskip("hatchling", reason="hatchling builds the wheel")

@@ -483,6 +483,7 @@ def test_threads_share_one_build(cache_dir, monkeypatch, watched_cxx):
     assert all(torch.equal(out, outs[0]) for out in outs)
 
 
+@pytest.mark.slow
 def test_a_forked_child():
     """OpenMP's threads are missing in a fork: a parallel region in the child would wait for them forever."""
     script = """

@@ -233,13 +233,13 @@ def test_what_was_pushed_is_used_and_nothing_is_built(setup, trusts, trust_file,
     assert setup.copier.builds == 1
 
 
-@pytest.mark.slow
 def test_one_manifest_and_one_archive_are_read(setup, fake_files):
     call()
     kernel = setup.packed.label
     assert opened(fake_files) == [f"{kernel}.json", setup.archive_path.removeprefix("kernels/")]
 
 
+@pytest.mark.slow
 def test_local_caches_come_first_and_cost_no_import(setup, monkeypatch, tmp_path):
     """With the variable set, fsspec is imported when the first kernel is missing."""
     spec = "rmsnorm_spec(512, torch.float32, torch.float32, Target('cpu'))"

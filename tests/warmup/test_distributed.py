@@ -211,6 +211,7 @@ def check_one_build_each(cluster: Cluster, ended: list[Ended], nodes: int) -> No
     assert not any(rank.names["failed"] or "Traceback" in rank.error for rank in ended)
 
 
+@pytest.mark.slow
 def test_eight_ranks_on_four_nodes_build_each_kernel_once(cluster):
     script = f"""
         from jitnorm.jit import archive
@@ -364,6 +365,7 @@ def test_rank_0_is_interrupted_before_it_shares_out(cluster):
     assert [rank.names["built"] for rank in ended[1:]] == [kernel_names([64, 128])] * 2
 
 
+@pytest.mark.slow
 def test_rank_0_never_calls(cluster):
     """The others wait until the time limit is over."""
     ended = cluster.run("rank == 0 or warm_up([64, 128], 1)", size=3)
@@ -372,7 +374,6 @@ def test_rank_0_never_calls(cluster):
         assert "rank 0 has not shared out the kernels within 1 s" in rank.error
 
 
-@pytest.mark.slow
 def test_a_failed_build_is_tried_by_each_rank(cluster):
     failing = cluster.compiler("failing", 'grep -q "<128," module.cc && { echo "x.h:1:2: error: boom"; exit 1; }')
     ended = cluster.run(f"warm_up([64, 128], {NEVER_S})", LEAVE, size=2, rank1={"CXX": failing})
@@ -392,6 +393,7 @@ def test_a_rank_killed_while_it_builds_leaves_the_others_with_a_local_build(clus
     assert cluster.kernels(0) == cluster.kernels(1) == kernel_names(sizes)
 
 
+@pytest.mark.slow
 def test_a_rank_that_never_calls_takes_no_part(cluster):
     script = """
         dist.barrier()
