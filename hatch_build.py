@@ -37,19 +37,19 @@ class LauncherHook(BuildHookInterface[Any]):
         """
         if self.target_name != "wheel" or version == "editable":
             return
-        wanted = os.environ.get("JITNORM_WHEEL_MACHINE")
+        requested = os.environ.get("JITNORM_WHEEL_MACHINE")
         self._folder = tempfile.TemporaryDirectory()
         try:
-            if not wanted and platform.libc_ver()[0] != "glibc":
+            if not requested and platform.libc_ver()[0] != "glibc":
                 raise RuntimeError("it is for Linux with glibc")
-            file = build_launcher(wanted or platform.machine(), Path(self._folder.name))
+            file = build_launcher(requested or platform.machine(), Path(self._folder.name))
         except (RuntimeError, OSError, subprocess.CalledProcessError) as error:
-            if wanted:
+            if requested:
                 raise
             self.app.display_warning(f"the wheel has no launcher, and CUDA kernels need a C++ compiler: {error}")
             return
         build_data["force_include"][str(file)] = f"jitnorm/{file.name}"
-        build_data["tag"] = f"py3-none-manylinux_2_{MAX_GLIBC}_{wanted or platform.machine()}"
+        build_data["tag"] = f"py3-none-manylinux_2_{MAX_GLIBC}_{requested or platform.machine()}"
         build_data["pure_python"] = False
 
     def finalize(self, version: str, build_data: dict[str, Any], artifact_path: str) -> None:

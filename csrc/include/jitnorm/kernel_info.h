@@ -1,6 +1,6 @@
 // What the host needs to know of a kernel, as data. Each family has a struct of it, made by the compiler that compiles
-// the kernel, from the constants that the kernel itself uses. For CUDA it travels in the cubin, as the variable
-// jitnorm_info: one launcher (launcher/launcher.cc) serves all cubins. Included by every elementwise/<family>.h.
+// the kernel, from the constants that the kernel itself uses. A cubin has it as the variable jitnorm_info, so that one
+// launcher (launcher/launcher.cc) launches all cubins. Included by every elementwise/<family>.h.
 #pragma once
 #include "jitnorm/dtype.h"
 

@@ -110,7 +110,7 @@ def _devices() -> list[dict[str, str]]:
 
 def _compilers() -> dict[str, dict[str, str | None] | None]:
     """Return the path and version of each tool. One whose version is None was found, but does not work."""
-    versions = toolchain.installed_versions()
+    versions = toolchain.compiler_versions()
     cxx, nvrtc, nvcc, ninja = (
         toolchain.find_cxx(),
         toolchain.find_nvrtc(),

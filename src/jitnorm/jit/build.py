@@ -405,9 +405,10 @@ def _lock(cache: Cache, spec: KernelSpec, key: str) -> Iterator[None]:
         with cache.build_lock(spec, key) as locked:
             now = time.monotonic()
             waited = now - started
-            if not locked and waited > _FIRST_MESSAGE_S + _LOCK_LIMIT_S and cache.has_running_builder(spec):
+            is_late = not locked and waited > _FIRST_MESSAGE_S + _LOCK_LIMIT_S
+            if is_late and cache.has_running_builder(spec):
                 last_seen = now
-            elif not locked and waited > _FIRST_MESSAGE_S + _LOCK_LIMIT_S and now - last_seen > _UNLOCK_LIMIT_S:
+            elif is_late and now - last_seen > _UNLOCK_LIMIT_S:
                 logger.info("no longer waiting for another process that builds %s: building it as well", spec)
                 locked = True
             if locked:

@@ -28,23 +28,19 @@ class CudaModule:
 
     def __init__(self, launcher: tvm_ffi.Module, binding: str, cubin: bytes, symbols: Mapping[str, str]) -> None:
         info = Elf(cubin).variable(KERNEL_INFO)
-        # The launcher keeps the addresses of the cubin and of the names for as long as the process lives.
-        self._kept = [ctypes.create_string_buffer(cubin, len(cubin))]
-        names = [ctypes.create_string_buffer(name.encode()) for name in (binding, *symbols.values())]
-        self._kept += names
-        address, *symbol_addresses = map(ctypes.addressof, names)
-        described = ctypes.create_string_buffer(info, len(info))
-        handle = launcher.make_kernel(
-            address, ctypes.addressof(self._kept[0]), ctypes.addressof(described), len(info), *symbol_addresses
-        )
-        _for_ever.append(self._kept)
+        texts = [name.encode() + b"\0" for name in (binding, *symbols.values())]
+        buffers = [ctypes.create_string_buffer(content, len(content)) for content in (cubin, info, *texts)]
+        cubin_address, info_address, name, *symbol_names = map(ctypes.addressof, buffers)
+        handle = launcher.make_kernel(name, cubin_address, info_address, len(info), *symbol_names)
+        _buffers.append(buffers)
         self.set_mode_query = launcher.set_mode_query
-        setattr(self, binding, launcher.make_function(address, handle, 0))
-        setattr(self, f"{binding}_fast_path", launcher.make_function(address, handle, 1))
+        setattr(self, binding, launcher.make_function(name, handle, 0))
+        setattr(self, f"{binding}_fast_path", launcher.make_function(name, handle, 1))
 
     if TYPE_CHECKING:
 
         def __getattr__(self, name: str) -> Any: ...
 
 
-_for_ever: list[list[Any]] = []
+# Never freed: a kernel of the launcher keeps the addresses of its cubin and names, and exists until the process ends.
+_buffers: list[list[Any]] = []

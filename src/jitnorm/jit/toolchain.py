@@ -135,7 +135,7 @@ def find_nvrtc() -> str | None:
         return None
 
 
-def installed_versions() -> dict[str, str]:
+def compiler_versions() -> dict[str, str]:
     """Return the version of each compiler that is found and works, by the names of `Toolchain.versions`."""
     found = [toolchain for kind in (_CPU, _NVCC, _NVRTC) if (toolchain := _ask(kind))]
     return {name: version for toolchain in found for name, version in toolchain.versions().items()}

@@ -210,7 +210,7 @@ class Job:
         self._announce(Announcement(_node(), {kernel_folder(spec): tools[spec] for spec in missing}, [*cached]))
         shares = self._decide() if self._rank == 0 else self._wait_for_shares()
         share: list[KernelSpec] = []
-        wanted: dict[KernelSpec, str] = {}
+        expected: dict[KernelSpec, str] = {}
         orphans: dict[KernelSpec, str] = {}
         for spec in missing:
             label = shares.label_for(kernel_folder(spec), tools[spec])
@@ -219,7 +219,7 @@ class Job:
             elif shares.sources[label] == self._rank:
                 share.append(spec)
             else:
-                wanted[spec] = label
+                expected[spec] = label
         labels = {spec: f"{kernel_folder(spec)}/{tools[spec]}" for spec in share}
         to_send = [label for label in cached if shares.sources.get(label) == self._rank]
         self._unpublished = [*to_send, *labels.values()]
@@ -232,7 +232,7 @@ class Job:
             with suppress(NoAnswer):  # the builds go on
                 label = labels[outcome.spec]
                 self._publish(label, outcome.spec, label in shares.sent, error=outcome.error)
-        for spec, label in wanted.items():
+        for spec, label in expected.items():
             if reason := self._receive(spec, label, shares.sources[label]):
                 orphans[spec] = reason
             else:
