@@ -49,7 +49,7 @@ JOIN = """
         while not os.path.exists("port"):
             time.sleep(0.01)
         store = dist.TCPStore("127.0.0.1", int(pathlib.Path("port").read_text()), is_master=False)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=size)
+    dist.init_process_group(os.environ.get("BACKEND", "gloo"), store=store, rank=rank, world_size=size)
     group = dist.group.WORLD
 
     def names(specs):
@@ -199,6 +199,25 @@ def test_two_nodes_build_one_kernel_each_and_call_both(cluster):
     built = [rank.names["built"] for rank in ended]
     assert [len(names) for names in built] == [1, 1] and sorted(built[0] + built[1]) == kernel_names([64, 128])
     assert [rank.names["received"] for rank in ended] == built[::-1]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one GPU")
+def test_two_gpus_build_one_kernel_each_and_call_both(cluster):
+    script = """
+        torch.cuda.set_device(rank)
+        warm_up([128, 4096], 3600, dtype="bf16", device="cuda")
+        os.environ["JITNORM_DISABLE_JIT"] = "1"
+        for hidden_size in (128, 4096):
+            x = torch.randn(3, hidden_size, device="cuda").bfloat16()
+            out = jitnorm.rmsnorm(x, torch.ones_like(x[0]), eps=0.0)
+            expected = x.double() / x.double().square().mean(-1, keepdim=True).sqrt()
+            torch.testing.assert_close(out.double(), expected, rtol=2**-8, atol=0)
+    """
+    ended = cluster.run(script, LEAVE, size=2, common={"CXX": shutil.which("c++"), "BACKEND": "nccl"})
+    names = ["rmsnorm_128_bf16", "rmsnorm_4096_bf16"]
+    assert [sorted(rank.names["built"] + rank.names["received"]) for rank in ended] == [names, names], ended
+    assert [len(rank.names["built"]) for rank in ended] == [1, 1]
 
 
 def check_one_build_each(cluster: Cluster, ended: list[Ended], nodes: int) -> None:
