@@ -1,9 +1,9 @@
 """Measure the first call of rmsnorm in a process, by jitnorm and its peers, with empty and with warm caches.
 
 Each sample is a new process, whose caches are in a home folder of its own. "call" is the time of the first call, with
-torch and the package imported and CUDA initialised; "process" is that of the whole process, from `python` to a result.
-Both come from the same processes. An installed wheel contains jitnorm's launcher; in a source checkout the first call
-with an empty cache builds that too.
+torch, the package and tvm-ffi imported (which jitnorm would import only then) and CUDA initialised; "process" is that
+of the whole process, from `python` to a result. Both come from the same processes. An installed wheel contains
+jitnorm's launcher; in a source checkout the first call with an empty cache builds that too.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ if x.is_cuda:
     torch.cuda.synchronize()
 print(time.perf_counter() - start)
 """
-_JITNORM = "from jitnorm import rmsnorm\ncall = lambda: rmsnorm(x, w, 1e-6, out)"
+_JITNORM = "import tvm_ffi\nfrom jitnorm import rmsnorm\ncall = lambda: rmsnorm(x, w, 1e-6, out)"
 _SETUPS = {
     "jitnorm": _JITNORM,
     "jitnorm_nvcc": _JITNORM,

@@ -5,7 +5,8 @@ fused_add_rmsnorm, gemma_fused_add_rmsnorm      (input, residual, weight); both 
   with _round_sum behind the name               the same, for peers that normalise the rounded sum
   with _fp32_residual behind the name           the same, with a float32 residual beside an input in half precision
 fused_inplace_qknorm                            (q, k, q_weight, k_weight); q and k written in place
-silu_and_mul, gelu_and_mul, gelu_tanh_and_mul   (input, out); the result is in `out` or returned
+those of ACTIVATIONS                            (input, out); the result is in `out` or returned
+  with _hf behind the name                      the same, with the activation's result rounded before the product
 store_cache                                     (k, v, k_cache, v_cache, indices)
 
 Some peers compile for minutes at their first calls. `Builds` lets them do so in processes with a time limit.
@@ -33,6 +34,8 @@ Call = Callable[..., object]
 EPS = 1e-6
 ROUND_SUM = "_round_sum"  # the end of the names of operators that normalise the sum as rounded into the residual
 FP32_RESIDUAL = "_fp32_residual"  # the end of the names of those with a float32 residual
+HF = "_hf"  # the end of the names of activations that round before the product
+LIMIT = 7.0  # of the activations that clamp, as in gpt-oss
 
 
 def find(op: str, impl: str) -> Call:
@@ -158,14 +161,18 @@ def rmsnorm_reference(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 def _jitnorm(op: str) -> Call:
     import jitnorm
 
-    function = getattr(jitnorm, op.removesuffix(ROUND_SUM).removesuffix(FP32_RESIDUAL))
+    function = getattr(jitnorm, op.removesuffix(ROUND_SUM).removesuffix(FP32_RESIDUAL).removesuffix(HF))
     if op in ("rmsnorm", "gemma_rmsnorm"):
         return lambda x, w, out: function(x, w, EPS, out)
     if op.endswith(ROUND_SUM):
         return lambda *tensors: function(*tensors, EPS, round_sum=True)
     if "norm" in op:
         return lambda *tensors: function(*tensors, EPS)
-    return function
+    if op.endswith(HF):
+        return lambda x, out: function(x, out, rounding="hf")
+    if op in ("fatrelu_and_mul", "swigluoai_and_mul"):
+        return lambda x, out: function(x, out=out)
+    return (lambda x, out: function(x, LIMIT, out)) if op == "silu_and_mul_with_clamp" else function
 
 
 def _rms_norm(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
@@ -186,12 +193,45 @@ def _store(k: torch.Tensor, v: torch.Tensor, k_cache: torch.Tensor, v_cache: tor
     v_cache[indices] = v
 
 
-def _gated(activation: Callable[[torch.Tensor], torch.Tensor]) -> Call:
-    def call(x: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+def _gated(activation: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[torch.Tensor], torch.Tensor]:
+    def call(x: torch.Tensor) -> torch.Tensor:
         gate, up = x.chunk(2, -1)
         return activation(gate) * up
 
     return call
+
+
+def _mul_and_silu(x: torch.Tensor) -> torch.Tensor:
+    gate, up = x.chunk(2, -1)
+    return gate * F.silu(up)
+
+
+def _clamped(gate: torch.Tensor, up: torch.Tensor, alpha: float, beta: float) -> torch.Tensor:
+    gate, up = gate.clamp(max=LIMIT), up.clamp(-LIMIT, LIMIT)
+    return gate * torch.sigmoid(alpha * gate) * (up + beta)
+
+
+def _gelu_tanh(x: torch.Tensor) -> torch.Tensor:
+    return F.gelu(x, approximate="tanh")
+
+
+# Activations as functions of the input in PyTorch, with the parameters with which `find` calls them.
+ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "silu_and_mul": _gated(F.silu),
+    "gelu_and_mul": _gated(F.gelu),
+    "gelu_tanh_and_mul": _gated(_gelu_tanh),
+    "silu_and_mul_hf": _gated(F.silu),
+    "gelu_and_mul_hf": _gated(F.gelu),
+    "gelu_tanh_and_mul_hf": _gated(_gelu_tanh),
+    "mul_and_silu": _mul_and_silu,
+    "fatrelu_and_mul": _gated(lambda x: F.threshold(x, 0.0, 0.0)),
+    "silu_and_mul_with_clamp": lambda x: _clamped(*x.chunk(2, -1), 1.0, 0.0),
+    "swigluoai_and_mul": lambda x: _clamped(x[..., ::2], x[..., 1::2], 1.702, 1.0),
+    "gelu_new": _gelu_tanh,
+    "gelu_fast": _gelu_tanh,
+    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
+    "relu2": lambda x: torch.square(F.relu(x)),
+}
 
 
 def _gemma_add_norm(x: torch.Tensor, residual: torch.Tensor, w: torch.Tensor) -> None:
@@ -206,6 +246,10 @@ def _gemma_add_norm_fp32(x: torch.Tensor, residual: torch.Tensor, w: torch.Tenso
     _add_norm(x, residual, 1 + w.float())
 
 
+def _returned(activation: Callable[[torch.Tensor], torch.Tensor]) -> Call:
+    return lambda x, out: activation(x)
+
+
 # In eager mode torch rounds the sum, and when compiled it does not, unless `_torch_compile` tells it to.
 _TORCH: dict[str, Call] = {
     "rmsnorm": lambda x, w, out: _rms_norm(x, w),
@@ -217,10 +261,8 @@ _TORCH: dict[str, Call] = {
     f"fused_add_rmsnorm{FP32_RESIDUAL}": _add_norm_fp32,
     f"gemma_fused_add_rmsnorm{FP32_RESIDUAL}": _gemma_add_norm_fp32,
     "fused_inplace_qknorm": _qk_norm,
-    "silu_and_mul": _gated(F.silu),
-    "gelu_and_mul": _gated(F.gelu),
-    "gelu_tanh_and_mul": _gated(lambda x: F.gelu(x, approximate="tanh")),
     "store_cache": _store,
+    **{op: _returned(activation) for op, activation in ACTIVATIONS.items()},
 }
 
 

@@ -45,6 +45,7 @@ ENGINES = {
     "vllm_batch_invariant_qwen3_0.6b": ["batch_invariant"],
     "vllm_batch_invariant_llama_3.2_1b": ["batch_invariant"],
     "vllm_batch_invariant_qwen3_8b": ["batch_invariant"],
+    "vllm_batch_invariant_llama_3.1_8b": ["batch_invariant"],
     "sglang_qwen3_0.6b": ["default", "deterministic"],
     "sglang_qwen3_8b": ["default", "deterministic"],
     "sglang_llama_3.1_8b": ["default", "deterministic"],

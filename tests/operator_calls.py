@@ -59,8 +59,17 @@ class Form:
 FORMS = [
     *(Form(op) for op in EXAMPLES),
     *(Form(op, with_outputs=True) for op, example in EXAMPLES.items() if example.make_outputs),
-    # Of the activations alone: rows that are skipped.
+    # Of the activations alone: rows that are skipped, by an id or by a count.
     Form("silu_and_mul", with_outputs=True, more={"expert_ids": lambda: torch.tensor([0, -1, 3, 0])}),
+    Form(
+        "silu_and_mul",
+        with_outputs=True,
+        more={
+            "input": lambda: torch.randn(2, 2, 2 * HIDDEN),
+            "out": lambda: torch.zeros(2, 2, HIDDEN),
+            "num_tokens_per_expert": lambda: torch.tensor([1, 2]),
+        },
+    ),
     # Results in tensors of their own and three positions for each token; float8 results.
     Form(
         "qk_norm_rope_store",

@@ -115,11 +115,26 @@ def _qk_norm_rope_store(a: Arguments) -> Results:
 
 
 def _gated(activation: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[Arguments], Results]:
+    """Return the reference of an activation with a product, which with rounding="hf" rounds the activation's result."""
+
     def reference(a: Arguments) -> Results:
         gate, up = a["input"].double().chunk(2, -1)
-        return (activation(gate) * up,)
+        activated = activation(gate)
+        if a.get("rounding") == "hf":
+            activated = activated.to(a["input"].dtype).double()
+        return (activated * up,)
 
     return reference
+
+
+def _clamped(a: Arguments, gate: torch.Tensor, up: torch.Tensor, alpha: float, beta: float) -> Results:
+    gate, up = gate.double().clamp(max=a["limit"]), up.double().clamp(-a["limit"], a["limit"])
+    return (gate * torch.sigmoid(alpha * gate) * (up + beta),)
+
+
+def _mul_and_silu(a: Arguments) -> Results:
+    gate, up = a["input"].double().chunk(2, -1)
+    return (gate * up / (1 + torch.exp(-up)),)
 
 
 def _gelu(x: torch.Tensor) -> torch.Tensor:
@@ -161,6 +176,29 @@ REFERENCES: dict[str, Callable[[Arguments], Results]] = {
     "silu_and_mul": _gated(lambda x: x / (1 + torch.exp(-x))),
     "gelu_and_mul": _gated(_gelu),
     "gelu_tanh_and_mul": _gated(_gelu_tanh),
+    "silu_and_mul_hf": _gated(lambda x: x / (1 + torch.exp(-x))),
+    "gelu_and_mul_hf": _gated(_gelu),
+    "gelu_tanh_and_mul_hf": _gated(_gelu_tanh),
+    "mul_and_silu": _mul_and_silu,
+    "fatrelu_and_mul": lambda a: _gated(lambda x: torch.where(x > a["threshold"], x, 0.0))(a),
+    "silu_and_mul_with_clamp": lambda a: _clamped(a, *a["input"].chunk(2, -1), 1.0, 0.0),
+    "swigluoai_and_mul": lambda a: _clamped(a, a["input"][..., ::2], a["input"][..., 1::2], 1.702, 1.0),
+    "gelu_new": lambda a: (_gelu_tanh(a["input"].double()),),
+    "gelu_fast": lambda a: (_gelu_tanh(a["input"].double()),),
+    "quick_gelu": lambda a: (a["input"].double() / (1 + torch.exp(-1.702 * a["input"].double())),),
+    "relu2": lambda a: (a["input"].double().clamp(min=0) ** 2,),
     "store_cache": _store_cache,
     "store_cache_heads": _store_heads,
+}
+
+
+def _general(of: Callable[[Arguments], Results]) -> Callable[[Arguments], Results]:
+    """Return the reference of a general norm: that of the norm which it is general for."""
+    return lambda a: of({name: value for name, value in a.items() if name != "weight_offset"})
+
+
+REFERENCES |= {
+    f"general_{op}": _general(reference)
+    for op, reference in list(REFERENCES.items())
+    if op.endswith(("rmsnorm", "rmsnorm_round_sum", "rmsnorm_fp32_residual"))
 }

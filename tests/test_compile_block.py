@@ -12,7 +12,7 @@ from helpers import relative_error, same_bits
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import jitnorm
-from jitnorm.core.operators import OPERATORS
+from jitnorm.core.operators import EXAMPLES, OPERATORS
 
 HEADS, HEAD_DIM, LENGTH = 2, 64, 5
 HIDDEN = HEADS * HEAD_DIM
@@ -272,9 +272,12 @@ def test_every_registered_operator_is_checked():
         "jitnorm::per_token_quant_fp8",
         *(
             f"jitnorm::{op}{form}"
-            for op in ("silu_and_mul", "gelu_and_mul", "gelu_tanh_and_mul")
+            for op, example in EXAMPLES.items()
+            if example.function.__module__ == "jitnorm.activation"
             for form in ("", "_out")
         ),
+        *(f"jitnorm::general_rmsnorm{form}" for form in ("", "_out")),
+        *(f"jitnorm::general_fused_add_rmsnorm{form}" for form in ("", "_functional")),
         *(
             f"jitnorm::{op}{form}"
             for op in ("rmsnorm_quant_fp8", "fused_add_rmsnorm_quant_fp8", "per_tensor_quant_fp8")

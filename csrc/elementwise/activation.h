@@ -1,14 +1,15 @@
-// Gated activations, out = activation(gate) * up: the activations themselves, the parameter struct of their kernel
-// classes and, for the host compiler, the bindings function that fills it in. Included by activation.cuh and
-// activation_cpu.h.
+// Activations, with a product, such as out = activation(gate) * up, and without: their formulas, the parameter struct
+// of their kernel classes and, for the host compiler, the bindings function that fills it in. Included by
+// activation.cuh and activation_cpu.h.
 #pragma once
 #include "jitnorm/kernel_info.h"
 
 namespace jitnorm {
 
 // An activation is a template over F, which is float on CUDA and a SIMD register of floats on the CPU, and over Math,
-// which has exp(x), reciprocal(x) and times_sigmoid(x, u) = x / (1 + exp(-u)). At +infinity its value is its limit, at
-// -infinity NaN, as in PyTorch.
+// which has exp(x), reciprocal(x), times_sigmoid(x, u) = x / (1 + exp(-u)) and round(x), which rounds to the input's
+// type. At +infinity its value is its limit, at -infinity that of the formula in floats, as in PyTorch: NaN where it is
+// -infinity * 0. Comparisons are written so that a NaN is kept.
 
 // x * sigmoid(x)
 struct SiLU {
@@ -47,18 +48,115 @@ struct GELUTanh {
   }
 };
 
-constexpr int kMaxWidth = 1 << 30;  // a row has 2 * width elements, and kernels count its columns in int
+// x * sigmoid(1.702 x)
+struct QuickGELU {
+  template <typename Math, typename F>
+  static JITNORM_HOST_DEVICE F apply(F x) {
+    return Math::times_sigmoid(x, 1.702f * x);
+  }
+};
+
+// max(x, 0)^2
+struct SquaredReLU {
+  template <typename Math, typename F>
+  static JITNORM_HOST_DEVICE F apply(F x) {
+    const F y = x < 0.f ? F{} : x;
+    return y * y;
+  }
+};
+
+// What the elements of a row of the input are.
+enum class Operands {
+  kSingle,       // one for each element of the output
+  kHalves,       // the gates, then as many factors (up)
+  kInterleaved,  // a gate and its factor in turn
+};
+
+// A formula computes an element of the output from its gate, its factor and the parameters of the call. A kernel class
+// is a template over a formula. Without a factor, `up` is the gate.
+struct FormulaDefaults {
+  static constexpr Operands kOperands = Operands::kHalves;
+  static constexpr int kNumParameters = 0;
+  static constexpr bool kHasLimit = false;  // whether the first parameter is a limit, which is zero or more
+};
+
+template <typename Activation>
+struct NoMul : FormulaDefaults {
+  static constexpr Operands kOperands = Operands::kSingle;
+  template <typename Math, typename F>
+  static JITNORM_HOST_DEVICE F compute(F gate, F, const float*) {
+    return Activation::template apply<Math>(gate);
+  }
+};
+
+template <typename Activation>
+struct AndMul : FormulaDefaults {
+  template <typename Math, typename F>
+  static JITNORM_HOST_DEVICE F compute(F gate, F up, const float*) {
+    return Activation::template apply<Math>(gate) * up;
+  }
+};
+
+// As two operators of PyTorch compute it: the activation's result is rounded before the product.
+template <typename Activation>
+struct RoundedAndMul : FormulaDefaults {
+  template <typename Math, typename F>
+  static JITNORM_HOST_DEVICE F compute(F gate, F up, const float*) {
+    return Math::round(Activation::template apply<Math>(gate)) * up;
+  }
+};
+
+// The activation is of the second half.
+template <typename Activation>
+struct MulAnd : FormulaDefaults {
+  template <typename Math, typename F>
+  static JITNORM_HOST_DEVICE F compute(F gate, F up, const float*) {
+    return gate * Activation::template apply<Math>(up);
+  }
+};
+
+// (gate if gate > threshold else 0) * up
+struct FATReLUAndMul : FormulaDefaults {
+  static constexpr int kNumParameters = 1;  // threshold
+  template <typename Math, typename F>
+  static JITNORM_HOST_DEVICE F compute(F gate, F up, const float* parameters) {
+    return (gate <= parameters[0] ? F{} : gate) * up;
+  }
+};
+
+// g * sigmoid(alpha g) * (u + beta), where g is the gate, at most limit, and u the factor from -limit to limit.
+template <Operands kOperands_>
+struct ClampedSiLUAndMul : FormulaDefaults {
+  static constexpr Operands kOperands = kOperands_;
+  static constexpr int kNumParameters = 3;  // limit, alpha, beta
+  static constexpr bool kHasLimit = true;
+  template <typename Math, typename F>
+  static JITNORM_HOST_DEVICE F compute(F gate, F up, const float* parameters) {
+    const F limit = F{} + parameters[0];
+    gate = gate > limit ? limit : gate;
+    up = up > limit ? limit : up;
+    up = up < -limit ? -limit : up;
+    return Math::times_sigmoid(gate, parameters[1] * gate) * (up + parameters[2]);
+  }
+};
+
+constexpr int kMaxWidth = 1 << 30;  // a row of the input has up to 2 * width elements; kernels count columns in int
+constexpr int kMaxParameters = 3;   // of a formula
 
 struct ActivationParams {
-  const void* input;  // rows of `width` elements of gate, then as many of up
-  void* out;
+  const void* input;
+  void* out;             // rows of `width` elements
   index_t input_stride;  // in elements, like out_stride
   index_t out_stride;
   index_t num_rows;
   int width;
-  bool has_int64_ids;      // otherwise int32
-  const void* expert_ids;  // one for expert_step rows each; null to skip no row
+  bool has_int64_experts;  // otherwise int32
+  bool has_counts;
+  // One number for expert_step rows each; null to skip no row. With has_counts it is the number of rows to compute, the
+  // first of each expert_step; otherwise the expert's id, and rows of expert -1 are skipped.
+  const void* experts;
   index_t expert_step;
+  float parameters[kMaxParameters];  // of the formula
 };
 
 struct ActivationInfo {
@@ -66,7 +164,10 @@ struct ActivationInfo {
   ElementType input;
   unsigned alignment;
   int vector_bytes;        // of an access
-  int vectors_per_thread;  // of gate, and as many of up
+  int vectors_per_thread;  // of the output
+  int operands;            // elements of the input for each of the output: 1, or 2 for gate and up
+  int num_parameters;
+  bool has_limit;
 
   template <typename Kernel>
   static constexpr ActivationInfo of() {
@@ -76,16 +177,20 @@ struct ActivationInfo {
     info.alignment = Kernel::kAlignment;
     info.vector_bytes = Kernel::kVectorBytes;
     info.vectors_per_thread = Kernel::kVectorsPerThread;
+    info.operands = Kernel::formula_t::kOperands == Operands::kSingle ? 1 : 2;
+    info.num_parameters = Kernel::formula_t::kNumParameters;
+    info.has_limit = Kernel::formula_t::kHasLimit;
     return info;
   }
 };
 
-// Whether the row is not written, because its expert is -1.
+// Whether the row is neither read nor written.
 JITNORM_HOST_DEVICE bool is_skipped(const ActivationParams& p, index_t row) {
-  if (!p.expert_ids) return false;
+  if (!p.experts) return false;
   const index_t i = row / p.expert_step;
-  return (p.has_int64_ids ? static_cast<const index_t*>(p.expert_ids)[i] : static_cast<const int*>(p.expert_ids)[i]) ==
-         -1;
+  const index_t number =
+      p.has_int64_experts ? static_cast<const index_t*>(p.experts)[i] : static_cast<const int*>(p.experts)[i];
+  return p.has_counts ? row - i * p.expert_step >= number : number == -1;
 }
 
 }  // namespace jitnorm
@@ -101,42 +206,58 @@ inline Grid grid_of(const ActivationInfo& info, const ActivationParams& p) {
                            info.launch.threads);
 }
 
-// activation(input, out, expert_ids, expert_step, enable_pdl). src/jitnorm/activation.py explains refused calls.
+// activation(input, out, expert_ids, expert_step, enable_pdl), for a formula with parameters or a call with counts
+// followed by num_tokens_per_expert and the parameters. src/jitnorm/activation.py explains refused calls.
 template <typename Kernel>
 Outcome activation(const Kernel& kernel, const TVMFFIAny* args, int num_args) {
   const ActivationInfo& info = kernel.info();
   const index_t element_bytes = info.input.bytes();
-  if (num_args != 5) return Outcome::kRefused;
-  const DLTensor *input = as_tensor(args[0]), *out = as_tensor(args[1]), *ids = nullptr;
+  const bool is_short = num_args == 5 && info.num_parameters == 0;
+  if (!is_short && num_args != 6 + info.num_parameters) return Outcome::kRefused;
+  const DLTensor *input = as_tensor(args[0]), *out = as_tensor(args[1]), *experts = nullptr;
   if (!input || !out || out->ndim == 0) return Outcome::kRefused;
   const index_t width = out->shape[out->ndim - 1], row_bytes = width * element_bytes;
   Rows input_rows, out_rows;
   index_t expert_step;
   bool enable_pdl;
   if (width < 1 || width > kMaxWidth || row_bytes % 4 != 0 || vector_bytes(row_bytes) != info.vector_bytes ||
-      !as_rows(*input, info.input, 2 * width, info.alignment, &input_rows) ||
+      !as_rows(*input, info.input, info.operands * width, info.alignment, &input_rows) ||
       !as_rows(*out, info.input, width, info.alignment, &out_rows) || !same_leading_shape(*input, *out) ||
       !same_device(*input, *out) || !kernel.runs_on(input->device) || !as_int(args[3], &expert_step) ||
       expert_step < 1 || !as_optional_bool(args[4], true, &enable_pdl))
     return Outcome::kRefused;
-  if (args[2].type_index != kTVMFFINone && !(ids = as_indices(args[2], input->device))) return Outcome::kRefused;
-  const index_t rows = input_rows.count;
-  if (ids && ids->shape[0] < rows / expert_step + (rows % expert_step != 0)) return Outcome::kRefused;
-  if (rows == 0) return Outcome::kDone;
-  const Rows id_rows = ids ? index_rows(*ids) : Rows{};
-  if (!rows_are_disjoint(out_rows, width) ||
-      rows_overlap(input_rows, 2 * row_bytes, element_bytes, out_rows, row_bytes, element_bytes) ||
-      (ids && extents_overlap(out_rows, id_rows)))
-    return Outcome::kRefused;
   ActivationParams params{};
+  for (int i = 0; i < info.num_parameters; i++) {
+    double parameter;
+    if (!as_float(args[6 + i], &parameter) || (i == 0 && info.has_limit && !(parameter >= 0))) return Outcome::kRefused;
+    params.parameters[i] = static_cast<float>(parameter);
+  }
+  const bool has_ids = args[2].type_index != kTVMFFINone;
+  const bool has_counts = !is_short && args[5].type_index != kTVMFFINone;
+  if (has_ids && !(experts = as_indices(args[2], input->device))) return Outcome::kRefused;
+  if (has_counts) {
+    if (has_ids || input->ndim != 3 || !(experts = as_indices(args[5], input->device)) ||
+        experts->shape[0] != input->shape[0])
+      return Outcome::kRefused;
+    expert_step = input->shape[1];
+  }
+  const index_t rows = input_rows.count;
+  if (has_ids && experts->shape[0] < rows / expert_step + (rows % expert_step != 0)) return Outcome::kRefused;
+  if (rows == 0) return Outcome::kDone;
+  const Rows expert_rows = experts ? index_rows(*experts) : Rows{};
+  if (!rows_are_disjoint(out_rows, width) ||
+      rows_overlap(input_rows, info.operands * row_bytes, element_bytes, out_rows, row_bytes, element_bytes) ||
+      (experts && extents_overlap(out_rows, expert_rows)))
+    return Outcome::kRefused;
   params.input = input_rows.data;
   params.out = out_rows.data;
   params.input_stride = input_rows.stride;
   params.out_stride = out_rows.stride;
   params.num_rows = rows;
   params.width = static_cast<int>(width);
-  params.has_int64_ids = ids && ids->dtype.bits == 64;
-  params.expert_ids = id_rows.data;
+  params.has_int64_experts = experts && experts->dtype.bits == 64;
+  params.has_counts = has_counts;
+  params.experts = expert_rows.data;
   params.expert_step = expert_step;
   return kernel.launch(params, input->device, enable_pdl);
 }

@@ -68,6 +68,7 @@ struct QKNormRopeStoreKernel {
   // In a grid of up to so many blocks the next kernel may start before the loads: 16 tokens took 1.55 us instead of
   // 1.74. Blocks that wait beside a larger grid would slow it down by 2 to 5%.
   static constexpr unsigned kMaxBlocksToLaunchAtOnce = 512;
+  static constexpr int kBlocksPerCluster = 1;
   static constexpr unsigned kMaxSmallGrid = DefaultVariantOnly::kMaxSmallGrid;
   static constexpr unsigned kMinLargeGrid = 1;  // there is one; kMinLargeHeads chooses it
   static_assert(kHeadDim % (2 * kElementsPerVector) == 0 && kRotaryDim % (2 * kElementsPerVector) == 0,

@@ -1,5 +1,5 @@
-// The RMSNorm family on CUDA. A block takes one row or, if rows are short, several. Included by generated sources
-// (jitnorm/jit/spec.py).
+// The RMSNorm family on CUDA. A block takes one row or, if rows are short, several; a cluster of blocks takes a long
+// row. Included by generated sources (jitnorm/jit/spec.py).
 #pragma once
 #include "elementwise/rmsnorm.h"
 #include "jitnorm/quantise.h"
@@ -9,19 +9,35 @@ namespace jitnorm {
 
 // The work of a block, for both kernel classes. `row_sum` and `row_max` reduce one float over the threads of a row.
 template <typename Kernel, GridVariant kVariant, typename RowSum, typename RowMax>
-__device__ __forceinline__ void rmsnorm_block(const RMSNormParams& p, RowSum row_sum, RowMax row_max) {
+__device__ __forceinline__ void rmsnorm_block(const typename Kernel::params_t& p, RowSum row_sum, RowMax row_max) {
   using T = typename Kernel::input_t;
   using R = typename Kernel::residual_t;
   using W = typename Kernel::weight_t;
   using Out = typename Kernel::output_t;
   constexpr bool kHasResidual = Kernel::policy_t::kHasResidual;
   constexpr Quantisation kQuantisation = Kernel::policy_t::kQuantisation;
-  RowFragment<Kernel> fragment(threadIdx.x % Kernel::kThreadsPerRow);
-  const index_t row = index_t(blockIdx.x) * Kernel::kRowsPerBlock + threadIdx.x / Kernel::kThreadsPerRow;
-  const T* input = static_cast<const T*>(p.input) + row * p.input_stride;
-  R* residual = static_cast<R*>(p.residual) + row * p.residual_stride;
+  constexpr int kBlocksPerCluster = Kernel::kBlocksPerCluster;
+  constexpr int kThreadsOfBlock = Kernel::kThreadsPerRow / kBlocksPerCluster;  // those that share a row
+  RowFragment<Kernel> fragment(threadIdx.x % kThreadsOfBlock + blockIdx.x % kBlocksPerCluster * kThreadsOfBlock);
+  const index_t row = index_t(blockIdx.x / kBlocksPerCluster) * Kernel::kRowsPerBlock + threadIdx.x / kThreadsOfBlock;
+  const T* input = static_cast<const T*>(p.input);
+  R* residual = static_cast<R*>(p.residual);
   const W* weight = static_cast<const W*>(p.weight);
-  Out* out = static_cast<Out*>(p.out) + row * p.out_stride;
+  Out* out = static_cast<Out*>(p.out);
+  [[maybe_unused]] const W* bias = nullptr;
+  if constexpr (Kernel::policy_t::kIsGeneral) {
+    // Threads without a row read a weight too: that of the last row.
+    const RowIndex index = row_index(p, row < p.num_rows ? row : p.num_rows - 1);
+    input += offset_of(index, p.input_strides);
+    residual += offset_of(index, p.residual_strides);
+    out += offset_of(index, p.out_strides);
+    weight += offset_of(index, p.weight_strides);
+    bias = static_cast<const W*>(p.bias);
+  } else {
+    input += row * p.input_stride;
+    residual += row * p.residual_stride;
+    out += row * p.out_stride;
+  }
   // The last block may have threads without a row, which still take part in the reductions.
   const bool has_row = Kernel::kRowsPerBlock == 1 || row < p.num_rows;
   // eps >= 0 is always true. The condition makes the compiler load the parameters before griddepcontrol.wait.
@@ -29,7 +45,8 @@ __device__ __forceinline__ void rmsnorm_block(const RMSNormParams& p, RowSum row
   grid_dependency_wait();
   if (has_row) fragment.read(fragment.x, input);
   if (kHasResidual && has_row) fragment.read(fragment.residual, residual);
-  fragment.read(fragment.weight, weight);
+  if constexpr (Kernel::policy_t::kHasWeight) fragment.read(fragment.weight, weight);
+  if constexpr (Kernel::policy_t::kHasBias) fragment.read(fragment.bias, bias);
   const float static_scale = kQuantisation == Quantisation::kStatic ? load(p.scale) : 1;
   if (kVariant != GridVariant::kSmallGrid) launch_dependents();
   // Not of the last block, which may have fewer rows.
@@ -42,6 +59,8 @@ __device__ __forceinline__ void rmsnorm_block(const RMSNormParams& p, RowSum row
   const float squares = row_sum(has_row ? fragment.sum_of_squares() : 0.f);
   if (kVariant == GridVariant::kSmallGrid) launch_dependents();
   const float rstd = rstd_of<T>(mean_plus_eps<Kernel>(squares, p.eps));
+  if constexpr (Kernel::policy_t::kIsGeneral)
+    if (has_row && p.rstd && fragment.lane == 0) p.rstd[row] = rstd;
   if constexpr (kQuantisation == Quantisation::kNone) {
     if (has_row) fragment.write(out, rstd);
   } else if constexpr (kQuantisation == Quantisation::kStatic) {
@@ -57,32 +76,40 @@ __device__ __forceinline__ void rmsnorm_block(const RMSNormParams& p, RowSum row
 template <int kHiddenSize, typename T, typename W = T, typename Policy = Plain,
           typename S = typename DefaultSchedule<kHiddenSize, T, Policy>::type>
 struct RMSNormWarpKernel : RMSNormKernelBase<kHiddenSize, T, W, Policy, S> {
-  using params_t = RMSNormParams;
+  using params_t = typename RMSNormParamsOf<Policy::kIsGeneral>::type;
   using info_t = RMSNormInfo;
   template <GridVariant kVariant>
-  static __device__ __forceinline__ void run(const RMSNormParams& params) {
+  static __device__ __forceinline__ void run(const params_t& params) {
     rmsnorm_block<RMSNormWarpKernel, kVariant>(
         params, [](float value) { return warp_sum<S::kThreadsPerRow>(value); },
         [](float value) { return warp_max<S::kThreadsPerRow>(value); });
   }
 };
 
-// hidden_size from 512: whole warps share a row, and a block has one row or, up to 1024, a few.
+// hidden_size above 256: whole warps share a row, and a block has one row or, up to 1024, a few. The longest rows have
+// the blocks of a cluster.
 template <int kHiddenSize, typename T, typename W = T, typename Policy = Plain,
           typename S = typename DefaultSchedule<kHiddenSize, T, Policy>::type>
 struct RMSNormKernel : RMSNormKernelBase<kHiddenSize, T, W, Policy, S> {
-  using params_t = RMSNormParams;
+  using params_t = typename RMSNormParamsOf<Policy::kIsGeneral>::type;
   using info_t = RMSNormInfo;
   template <GridVariant kVariant>
-  static __device__ __forceinline__ void run(const RMSNormParams& params) {
-    constexpr int kWarps = S::kThreadsPerRow / kWarpSize;
+  static __device__ __forceinline__ void run(const params_t& params) {
+    constexpr int kBlocks = S::kBlocksPerCluster;
+    static_assert(kBlocks == 1 || Policy::kQuantisation != Quantisation::kDynamicPerToken, "there is no cluster_max");
+    constexpr int kWarps = S::kThreadsPerRow / kBlocks / kWarpSize;
+    __shared__ float block_sums[kBlocks];
+    if constexpr (kBlocks > 1) cluster_arrive();
     __shared__ alignas(16) float partial_sums[S::kRowsPerBlock][kWarps];
     __shared__ alignas(16) float partial_max[S::kRowsPerBlock][kWarps];
     rmsnorm_block<RMSNormKernel, kVariant>(
         params,
         [&](float value) {
           const int warp = threadIdx.x / kWarpSize;
-          return block_sum<kWarps>(value, partial_sums[warp / kWarps], warp % kWarps);
+          const float sum = block_sum<kWarps>(value, partial_sums[warp / kWarps], warp % kWarps);
+          if constexpr (kBlocks == 1) return sum;
+          cluster_wait();
+          return cluster_sum<kBlocks>(sum, block_sums, blockIdx.x % kBlocks);
         },
         [&](float value) {
           const int warp = threadIdx.x / kWarpSize;

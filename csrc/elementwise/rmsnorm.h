@@ -1,6 +1,7 @@
 // The RMSNorm family: the parameter struct of its kernel classes and, for the host compiler, the bindings functions
 // that fill it in. Included by rmsnorm.cuh and rmsnorm_cpu.h.
 #pragma once
+#include "jitnorm/divisor.h"
 #include "jitnorm/kernel_info.h"
 #include "jitnorm/rms_policy.h"
 
@@ -20,14 +21,55 @@ struct RMSNormParams {
   float* scale;  // static quantisation: one scale, read; dynamic: one per row, written; otherwise null
 };
 
+// Of policies with kIsGeneral. A row's index over the three leading dimensions follows from its number.
+struct GeneralRMSNormParams : RMSNormParams {
+  const void* bias;                  // of the weight's type; null without one
+  float* rstd;                       // one for each row, written; null if nobody asks for it
+  unsigned counts[kMaxLeadingDims];  // of the leading dimensions
+  UnsignedDivisor divisors[kMaxLeadingDims];
+  index_t input_strides[kMaxLeadingDims], out_strides[kMaxLeadingDims], residual_strides[kMaxLeadingDims];
+  index_t weight_strides[kMaxLeadingDims];  // 0 where one weight serves the whole dimension
+};
+
+template <bool kIsGeneral>
+struct RMSNormParamsOf {
+  using type = RMSNormParams;
+};
+template <>
+struct RMSNormParamsOf<true> {
+  using type = GeneralRMSNormParams;
+};
+
+struct RowIndex {
+  unsigned at[kMaxLeadingDims];
+};
+
+JITNORM_HOST_DEVICE RowIndex row_index(const GeneralRMSNormParams& p, index_t row) {
+  RowIndex index{};
+  unsigned rest = static_cast<unsigned>(row);
+  for (int dim = kMaxLeadingDims - 1; dim > 0; dim--) {
+    const unsigned outer = quotient(rest, p.divisors[dim]);
+    index.at[dim] = rest - outer * p.counts[dim];
+    rest = outer;
+  }
+  index.at[0] = rest;
+  return index;
+}
+
+JITNORM_HOST_DEVICE index_t offset_of(const RowIndex& index, const index_t (&strides)[kMaxLeadingDims]) {
+  index_t offset = 0;
+  for (int dim = 0; dim < kMaxLeadingDims; dim++) offset += index.at[dim] * strides[dim];
+  return offset;
+}
+
 struct RMSNormInfo {
   LaunchInfo launch;
   ElementType input, weight, residual, output;
-  unsigned alignment;  // of rows, in bytes
+  unsigned alignment, weight_alignment, residual_alignment;  // in bytes; `alignment` is that of input and output
   int hidden_size;
   int rows_per_block;
   Quantisation quantisation;
-  bool has_residual;
+  bool has_residual, has_weight, has_bias;
 
   template <typename Kernel>
   static constexpr RMSNormInfo of() {
@@ -39,10 +81,14 @@ struct RMSNormInfo {
     info.residual = kElementType<typename Kernel::residual_t>;
     info.output = kElementType<typename Kernel::output_t>;
     info.alignment = Kernel::kAlignment;
+    info.weight_alignment = Kernel::kWeightAlignment;
+    info.residual_alignment = Kernel::kResidualAlignment;
     info.hidden_size = Kernel::kHiddenSize;
     info.rows_per_block = Kernel::kRowsPerBlock;
     info.quantisation = Policy::kQuantisation;
     info.has_residual = Policy::kHasResidual;
+    info.has_weight = Policy::kHasWeight;
+    info.has_bias = Policy::kHasBias;
     return info;
   }
 };
@@ -52,15 +98,22 @@ struct RMSNormInfo {
 #ifndef __CUDACC__
 #include "jitnorm/ffi.h"
 #include "jitnorm/grid.h"
+#include "jitnorm/strided.h"
 
 namespace jitnorm {
 
 inline Grid grid_of(const RMSNormInfo& info, const RMSNormParams& params) {
-  return grid_of_blocks(params.num_rows, info.rows_per_block, info.launch.threads);
+  Grid grid = grid_of_blocks(params.num_rows, info.rows_per_block, info.launch.threads);
+  if (info.launch.blocks_per_cluster > 1) grid.x *= info.launch.blocks_per_cluster;
+  return grid;
 }
 
 inline bool as_input_rows(const DLTensor* tensor, const RMSNormInfo& info, Rows* rows) {
   return tensor && as_rows(*tensor, info.input, info.hidden_size, info.alignment, rows);
+}
+
+inline bool as_weight_row(const DLTensor* tensor, const RMSNormInfo& info, Rows* row) {
+  return tensor && tensor->ndim == 1 && as_rows(*tensor, info.weight, info.hidden_size, info.weight_alignment, row);
 }
 
 // Whether a kernel may write `rows` while it reads `weight`.
@@ -81,7 +134,7 @@ Outcome rmsnorm(const Kernel& kernel, const TVMFFIAny* args, int num_args) {
   Rows input_rows, weight_row, out_rows;
   double eps;
   bool enable_pdl;
-  if (!as_input_rows(input, info, &input_rows) || !as_weight(weight, info, &weight_row) ||
+  if (!as_input_rows(input, info, &input_rows) || !as_weight_row(weight, info, &weight_row) ||
       !as_input_rows(out, info, &out_rows) || !as_float(args[3], &eps) || !(eps >= 0) ||
       !as_optional_bool(args[4], true, &enable_pdl) || !same_shape_and_device(*input, *out) ||
       !same_device(*input, *weight) || !kernel.runs_on(input->device))
@@ -112,8 +165,8 @@ Outcome fused_add_rmsnorm(const Kernel& kernel, const TVMFFIAny* args, int num_a
   double eps;
   bool enable_pdl;
   if (!as_input_rows(input, info, &input_rows) || !residual ||
-      !as_rows(*residual, info.residual, info.hidden_size, info.alignment, &residual_rows) ||
-      !as_weight(weight, info, &weight_row) || !as_float(args[3], &eps) || !(eps >= 0) ||
+      !as_rows(*residual, info.residual, info.hidden_size, info.residual_alignment, &residual_rows) ||
+      !as_weight_row(weight, info, &weight_row) || !as_float(args[3], &eps) || !(eps >= 0) ||
       !as_optional_bool(args[4], true, &enable_pdl) || !same_shape_and_device(*input, *residual) ||
       !same_device(*input, *weight) || !kernel.runs_on(input->device))
     return Outcome::kRefused;
@@ -146,7 +199,7 @@ Outcome norm_quant_fp8(const Kernel& kernel, const DLTensor* input, const DLTens
   Rows input_rows, residual_rows{}, weight_row, out_rows, scales;
   double eps;
   bool enable_pdl;
-  if (!as_input_rows(input, info, &input_rows) || !as_weight(weight, info, &weight_row) || !out ||
+  if (!as_input_rows(input, info, &input_rows) || !as_weight_row(weight, info, &weight_row) || !out ||
       !as_rows(*out, info.output, hidden_size, info.alignment, &out_rows) ||
       !as_elements(scale, kElementType<float>, is_dynamic ? input_rows.count : 1, alignof(float), &scales) ||
       !as_float(args[3], &eps) || !(eps >= 0) || !as_optional_bool(args[4], true, &enable_pdl) ||
@@ -192,6 +245,83 @@ template <typename Kernel>
 Outcome fused_add_rmsnorm_quant_fp8(const Kernel& kernel, const TVMFFIAny* args, int num_args) {
   if (num_args != 7) return Outcome::kRefused;
   return norm_quant_fp8(kernel, as_tensor(args[0]), as_tensor(args[1]), args + 2);
+}
+
+// Sets `strides` to those of `rows`, in elements.
+inline void set_strides(const StridedRows& rows, ElementType type, index_t (&strides)[kMaxLeadingDims]) {
+  for (int dim = 0; dim < kMaxLeadingDims; dim++) strides[dim] = rows.strides[dim] / type.bytes();
+}
+
+// general_rmsnorm(input, residual, weight, bias, out, rstd, eps, enable_pdl), for kernels of policies with kIsGeneral.
+// All but input, out and eps may be None, as the policy says. With a residual, input + residual is normalised and
+// replaces the residual; `out` may be the input. src/jitnorm/general_rmsnorm.py explains refused calls.
+template <typename Kernel>
+Outcome general_rmsnorm(const Kernel& kernel, const TVMFFIAny* args, int num_args) {
+  const RMSNormInfo& info = kernel.info();
+  if (num_args != 8) return Outcome::kRefused;
+  const DLTensor *input = as_tensor(args[0]), *residual = as_tensor(args[1]), *weight = as_tensor(args[2]),
+                 *bias = as_tensor(args[3]), *out = as_tensor(args[4]), *rstd = as_tensor(args[5]);
+  double eps;
+  bool enable_pdl;
+  if (!input || !out || info.has_residual != (residual != nullptr) || info.has_weight != (weight != nullptr) ||
+      info.has_bias != (bias != nullptr) || (rstd == nullptr) != (args[5].type_index == kTVMFFINone) ||
+      !as_float(args[6], &eps) || !(eps >= 0) || !as_optional_bool(args[7], true, &enable_pdl) ||
+      !kernel.runs_on(input->device))
+    return Outcome::kRefused;
+  const DLTensor* const others[] = {residual, weight, bias, out, rstd};
+  for (const DLTensor* tensor : others)
+    if (tensor && !same_device(*input, *tensor)) return Outcome::kRefused;
+  if (!same_shape(*input, *out) || (residual && !same_shape(*input, *residual)) || (weight && weight->ndim > 2) ||
+      (bias && bias->ndim != 1))
+    return Outcome::kRefused;
+  StridedRows input_rows, residual_rows, weight_rows, bias_row, out_rows;
+  RowsArgument arguments[5] = {{input, info.input, info.alignment, &input_rows},
+                               {out, info.output, info.alignment, &out_rows}};
+  int count = 2;
+  if (residual) arguments[count++] = {residual, info.residual, info.residual_alignment, &residual_rows};
+  if (weight) arguments[count++] = {weight, info.weight, info.weight_alignment, &weight_rows};
+  if (bias) arguments[count++] = {bias, info.weight, info.weight_alignment, &bias_row};
+  if (!as_merged_rows(arguments, count, info.hidden_size)) return Outcome::kRefused;
+  if (input_rows.is_empty) return Outcome::kDone;
+  const index_t num_rows = input_rows.counts[0] * input_rows.counts[1] * input_rows.counts[2];
+  Rows rstd_elements{};
+  if (num_rows > kMaxDividend ||
+      (rstd && !as_elements(rstd, kElementType<float>, num_rows, alignof(float), &rstd_elements)))
+    return Outcome::kRefused;
+  const StridedRows rstd_row = rstd ? as_one_row(*rstd) : StridedRows{};
+  const StridedRows weight_row = weight ? as_one_row(*weight) : StridedRows{};
+  const StridedRows* const read[] = {&weight_row, &bias_row};
+  const StridedRows* const all_written[] = {&out_rows, &residual_rows, &rstd_row};
+  for (const StridedRows* written : all_written) {
+    if (written->is_empty) continue;
+    if (!rows_are_disjoint(*written)) return Outcome::kRefused;
+    for (const StridedRows* other : read)
+      if (!other->is_empty && written->data < other->end && other->data < written->end) return Outcome::kRefused;
+  }
+  if (!are_same_rows(input_rows, out_rows) && share_memory(input_rows, out_rows)) return Outcome::kRefused;
+  if (residual && (share_memory(residual_rows, input_rows) || share_memory(residual_rows, out_rows)))
+    return Outcome::kRefused;
+  const StridedRows* const rows_of_tokens[] = {&input_rows, &out_rows, &residual_rows};
+  for (const StridedRows* other : rows_of_tokens)
+    if (rstd && share_memory(rstd_row, *other)) return Outcome::kRefused;
+  GeneralRMSNormParams params{};
+  params.input = input_rows.data;
+  params.weight = weight_rows.data;
+  params.out = out_rows.data;
+  params.eps = static_cast<float>(eps);
+  params.num_rows = num_rows;
+  params.residual = residual_rows.data;
+  params.bias = bias_row.data;
+  params.rstd = reinterpret_cast<float*>(rstd_elements.data);
+  for (int dim = 0; dim < kMaxLeadingDims; dim++) {
+    params.counts[dim] = static_cast<unsigned>(input_rows.counts[dim]);
+    params.divisors[dim] = divisor_of(params.counts[dim]);
+  }
+  set_strides(input_rows, info.input, params.input_strides);
+  set_strides(out_rows, info.output, params.out_strides);
+  set_strides(residual_rows, info.residual, params.residual_strides);
+  set_strides(weight_rows, info.weight, params.weight_strides);
+  return kernel.launch(params, input->device, enable_pdl);
 }
 
 }  // namespace jitnorm

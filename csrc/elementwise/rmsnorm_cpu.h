@@ -1,4 +1,4 @@
-// The RMSNorm family on the CPU. A thread takes a row, which stays in the L1 cache between the two passes. Included by
+// The RMSNorm family on the CPU. A thread takes a row, which stays in the caches between the two passes. Included by
 // generated sources (jitnorm/jit/spec.py).
 #pragma once
 #include "elementwise/rmsnorm.h"
@@ -15,41 +15,67 @@ struct RMSNormKernel {
   using output_t = typename Policy::template output_t<T>;
   using residual_t = typename Policy::template residual_t<T>;
   using policy_t = Policy;
-  using params_t = RMSNormParams;
+  using params_t = typename RMSNormParamsOf<Policy::kIsGeneral>::type;
   using info_t = RMSNormInfo;
   static constexpr int kHiddenSize = kHiddenSize_;
   static constexpr int kRowsPerBlock = 1;
-  static constexpr unsigned kAlignment = 1;
+  static constexpr unsigned kAlignment = 1, kWeightAlignment = 1, kResidualAlignment = 1;
 
-  static constexpr index_t row_elements(const RMSNormParams&) { return kHiddenSize; }
+  static constexpr index_t row_elements(const params_t&) { return kHiddenSize; }
 
-  static void run(const RMSNormParams& p, index_t row) {
-    const T* x = static_cast<const T*>(p.input) + row * p.input_stride;
-    const W* weight = static_cast<const W*>(p.weight);
-    output_t* out = static_cast<output_t*>(p.out) + row * p.out_stride;
-    float* scale = Policy::kQuantisation == Quantisation::kDynamicPerToken ? p.scale + row : p.scale;
+  static void run(const params_t& p, index_t number) {
+    const T* x = static_cast<const T*>(p.input);
+    Factors factors{static_cast<const W*>(p.weight), nullptr};
+    output_t* out = static_cast<output_t*>(p.out);
+    residual_t* residual = static_cast<residual_t*>(p.residual);
+    if constexpr (Policy::kIsGeneral) {
+      const RowIndex index = row_index(p, number);
+      x += offset_of(index, p.input_strides);
+      residual += offset_of(index, p.residual_strides);
+      out += offset_of(index, p.out_strides);
+      factors.weight += offset_of(index, p.weight_strides);
+      factors.bias = static_cast<const W*>(p.bias);
+    } else {
+      x += number * p.input_stride;
+      residual += number * p.residual_stride;
+      out += number * p.out_stride;
+    }
+    float* scale = Policy::kQuantisation == Quantisation::kDynamicPerToken ? p.scale + number : p.scale;
     if constexpr (!Policy::kHasResidual) {
-      write(out, x, weight, rstd_of_row<kHiddenSize>(p.eps, [&](int i) { return load(x + i); }), scale);
+      const float rstd = rstd_of_row<kHiddenSize>(p.eps, [&](int i) { return load_of_row<kHiddenSize>(x, i); });
+      write(p, number, out, x, factors, rstd, scale);
       return;
     }
-    residual_t* residual = static_cast<residual_t*>(p.residual) + row * p.residual_stride;
     // With kRoundSum the stored residual is normalised; otherwise the sum in float, kept in `sum`.
     float sum[Policy::kRoundSum ? 1 : kHiddenSize];
     const float rstd = rstd_of_row<kHiddenSize>(p.eps, [&](int i) {
-      floats f = load(x + i) + load(residual + i);
-      store(residual + i, f);
-      if constexpr (Policy::kRoundSum) return load(residual + i);
-      store(sum + i, f);
+      floats f = load_of_row<kHiddenSize>(x, i) + load_of_row<kHiddenSize>(residual, i);
+      store_of_row<kHiddenSize>(residual, i, f);
+      if constexpr (Policy::kRoundSum) return load_of_row<kHiddenSize>(residual, i);
+      store_of_row<kHiddenSize>(sum, i, f);
       return f;
     });
-    if constexpr (Policy::kRoundSum) write(out, residual, weight, rstd, scale);
-    else write(out, sum, weight, rstd, scale);
+    if constexpr (Policy::kRoundSum) write(p, number, out, residual, factors, rstd, scale);
+    else write(p, number, out, sum, factors, rstd, scale);
   }
 
  private:
+  struct Factors {
+    const W *weight, *bias;
+  };
+
   template <typename V>
-  static void write(output_t* out, const V* value, const W* weight, float rstd, float* scale) {
-    auto normalised = [&](int i) { return load(value + i) * rstd * (load(weight + i) + Policy::kWeightOffset); };
+  static void write(const params_t& p, index_t row, output_t* out, const V* value, Factors factors, float rstd,
+                    float* scale) {
+    if constexpr (Policy::kIsGeneral)
+      if (p.rstd) p.rstd[row] = rstd;
+    auto normalised = [&](int i) {
+      floats f = load_of_row<kHiddenSize>(value, i) * rstd;
+      if constexpr (Policy::kRoundNormalised) f = rounded_to<T>(f);
+      if constexpr (Policy::kHasWeight) f *= load_of_row<kHiddenSize>(factors.weight, i) + Policy::kWeightOffset;
+      if constexpr (Policy::kHasBias) f += load_of_row<kHiddenSize>(factors.bias, i);
+      return f;
+    };
     if constexpr (Policy::kQuantisation == Quantisation::kDynamicPerToken) {
       floats amax{};
       for (int i = 0; i < kHiddenSize; i += kLanes) amax = max(amax, magnitude(normalised(i)));
@@ -58,8 +84,8 @@ struct RMSNormKernel {
     const float divisor = Policy::kQuantisation == Quantisation::kNone ? 1 : *scale;
 #pragma GCC unroll 4
     for (int i = 0; i < kHiddenSize; i += kLanes)
-      if constexpr (Policy::kQuantisation == Quantisation::kNone) store(out + i, normalised(i));
-      else store(out + i, normalised(i) / divisor);
+      if constexpr (Policy::kQuantisation == Quantisation::kNone) store_of_row<kHiddenSize>(out, i, normalised(i));
+      else store_of_row<kHiddenSize>(out, i, normalised(i) / divisor);
   }
 };
 

@@ -18,14 +18,13 @@ using CudaResult = int;                 // CUresult
 using CudaDevice = int;                 // CUdevice
 using CudaHandle = struct CudaObject*;  // CUcontext, CUlibrary, CUkernel, CUfunction or CUstream
 
-enum { kComputeCapabilityMajor = 75, kComputeCapabilityMinor = 76 };  // CUdevice_attribute
-enum { kRelaxedCapture = 2 };                                         // CUstreamCaptureMode
-enum { kProgrammaticStreamSerialization = 6 };                        // CUlaunchAttributeID
+enum { kComputeCapabilityMajor = 75, kComputeCapabilityMinor = 76 };   // CUdevice_attribute
+enum { kRelaxedCapture = 2 };                                          // CUstreamCaptureMode
+enum { kClusterDimension = 4, kProgrammaticStreamSerialization = 6 };  // CUlaunchAttributeID
 
 struct LaunchAttribute {  // CUlaunchAttribute
   int id;
-  alignas(8) int value;
-  char rest_of_value[60];
+  alignas(8) unsigned value[16];
 };
 
 struct LaunchConfig {  // CUlaunchConfig

@@ -30,9 +30,18 @@ class CudaModule {
       if (gpu.state == Gpu::kOtherArch) return Outcome::kRefused;
     }
     if (grid.x > kMaxGridX) return raise_error("cannot launch", "more rows than a grid has blocks for");
-    LaunchAttribute attribute;
-    attribute.id = kProgrammaticStreamSerialization;
-    attribute.value = 1;
+    LaunchAttribute attributes[2];
+    unsigned num_attributes = 0;
+    if (enable_pdl && info_.arch >= 90) {  // PDL begins with sm_90
+      attributes[num_attributes].id = kProgrammaticStreamSerialization;
+      attributes[num_attributes++].value[0] = 1;
+    }
+    if (info_.blocks_per_cluster > 1) {
+      LaunchAttribute& attribute = attributes[num_attributes++];
+      attribute.id = kClusterDimension;
+      attribute.value[0] = info_.blocks_per_cluster;
+      attribute.value[1] = attribute.value[2] = 1;
+    }
     LaunchConfig config{};
     config.grid_x = static_cast<unsigned>(grid.x);
     config.grid_y = grid.y;
@@ -41,8 +50,8 @@ class CudaModule {
     config.block_y = grid.threads_y;
     config.block_z = 1;
     config.stream = static_cast<CudaHandle>(TVMFFIEnvGetStream(kDLCUDA, device.device_id));
-    config.attributes = &attribute;
-    config.num_attributes = enable_pdl && info_.arch >= 90;  // PDL begins with sm_90
+    config.attributes = attributes;
+    config.num_attributes = num_attributes;
     void* arguments[] = {const_cast<void*>(params)};
     DeviceGuard guard(gpu.device, gpu.context);
     const CudaResult result = driver().launch(&config, gpu.functions[int(variant)], arguments, nullptr);

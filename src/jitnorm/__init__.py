@@ -12,8 +12,21 @@ if "_jitnorm_command" not in sys.modules:
 
     with collector_disabled():
         from jitnorm import cache, nn
-        from jitnorm.activation import gelu_and_mul, gelu_tanh_and_mul, silu_and_mul
+        from jitnorm.activation import (
+            fatrelu_and_mul,
+            gelu_and_mul,
+            gelu_fast,
+            gelu_new,
+            gelu_tanh_and_mul,
+            mul_and_silu,
+            quick_gelu,
+            relu2,
+            silu_and_mul,
+            silu_and_mul_with_clamp,
+            swigluoai_and_mul,
+        )
         from jitnorm.fused_add_rmsnorm import fused_add_rmsnorm, gemma_fused_add_rmsnorm
+        from jitnorm.general_rmsnorm import general_fused_add_rmsnorm, general_rmsnorm
         from jitnorm.integrations.transformers import patch_transformers, unpatch_transformers
         from jitnorm.jit import log as _log  # noqa: F401 (its import configures the logger)
         from jitnorm.qknorm import can_use_fused_inplace_qknorm, fused_inplace_qknorm
@@ -28,24 +41,34 @@ __all__ = [
     "__version__",
     "cache",
     "can_use_fused_inplace_qknorm",
+    "fatrelu_and_mul",
     "fused_add_rmsnorm",
     "fused_add_rmsnorm_quant_fp8",
     "fused_inplace_qknorm",
     "gelu_and_mul",
+    "gelu_fast",
+    "gelu_new",
     "gelu_tanh_and_mul",
     "gemma_fused_add_rmsnorm",
     "gemma_rmsnorm",
+    "general_fused_add_rmsnorm",
+    "general_rmsnorm",
+    "mul_and_silu",
     "nn",
     "patch_transformers",
     "per_tensor_quant_fp8",
     "per_token_quant_fp8",
     "qk_norm_rope_store",
+    "quick_gelu",
+    "relu2",
     "rmsnorm",
     "rmsnorm_quant_fp8",
     "rope",
     "rope_and_store",
     "silu_and_mul",
+    "silu_and_mul_with_clamp",
     "store_cache",
+    "swigluoai_and_mul",
     "unpatch_transformers",
     "warmup",
 ]

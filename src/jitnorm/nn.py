@@ -15,9 +15,16 @@ import torch.fx
 import torch.nn.functional as F
 
 from jitnorm.core import checks
-from jitnorm.core.eligibility import can_call_operators, can_normalise, has_kernel_layout
+from jitnorm.core.eligibility import (
+    can_call_operators,
+    can_normalise_any_size,
+    has_general_layout,
+    has_kernel_layout,
+    is_plain_weight,
+)
 from jitnorm.core.torch_library import needs_dispatcher, needs_grad
 from jitnorm.fused_add_rmsnorm import fused_add_rmsnorm, gemma_fused_add_rmsnorm
+from jitnorm.general_rmsnorm import general_fused_add_rmsnorm, general_rmsnorm
 from jitnorm.rmsnorm import gemma_rmsnorm, rmsnorm
 
 _HALF_DTYPES = (torch.float16, torch.bfloat16)
@@ -216,12 +223,12 @@ def rms_norm(
     if residual is not None:
         _check_residual(x, residual)
         if factor is not None and _can_fuse_residual(x, residual, factor):
-            return _fused_add(operators, x, residual, factor, _resolve_eps(eps, x))
+            return _fused_add(operators, x, residual, factor, resolve_eps(eps, x))
         total = _at_least_float32(x) + _at_least_float32(residual)
-        normalised = _torch_rms_norm(operators, total, weight, normalized_shape, _resolve_eps(eps, x))
+        normalised = _torch_rms_norm(operators, total, weight, normalized_shape, resolve_eps(eps, x))
         return normalised.to(x.dtype), total.to(x.dtype)
-    if factor is not None and can_normalise(x, factor):
-        return normalise(operators.norm, x, factor, _resolve_eps(eps, x))
+    if factor is not None and can_normalise_any_size(x, factor):
+        return normalise(operators.norm, x, factor, resolve_eps(eps, x))
     if operators.weight_offset:
         return _torch_rms_norm(operators, _at_least_float32(x), weight, normalized_shape, eps).to(x.dtype)
     return F.rms_norm(x, normalized_shape, weight, eps)
@@ -230,30 +237,44 @@ def rms_norm(
 torch.fx.wrap("rms_norm")
 
 
-def normalise(norm: Callable[..., torch.Tensor], input: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+def normalise(
+    norm: Callable[..., torch.Tensor], input: torch.Tensor, weight: torch.Tensor, eps: float, rounding: str = "once"
+) -> torch.Tensor:
     """Return `norm(input, weight, eps)` for an input of any strides.
 
     Args:
-        norm: an operator of this package.
-        input: accepted by `can_normalise`, with `weight`. It is copied only if a kernel cannot take its strides.
+        norm: `rmsnorm` or `gemma_rmsnorm` of this package.
+        input: accepted by `can_normalise_any_size`, with `weight`. It is copied only if no kernel can take its strides.
         weight: `[hidden_size]`.
         eps: added to the mean of the squares.
+        rounding: "once" or "hf", as for `general_rmsnorm`.
 
     Returns:
         A new tensor, in the order of the input's dimensions if the input was not copied.
     """
-    if has_kernel_layout(input):
-        return norm(input, weight, eps)
-    # Heads before tokens, as in q.view(b, s, h, d).transpose(1, 2): the same rows in another order.
-    if input.dim() >= 3 and has_kernel_layout(rows := input.transpose(-3, -2)):
-        return norm(rows, weight, eps).transpose(-3, -2)
-    return norm(input.clone(memory_format=torch.contiguous_format), weight, eps)
+    if rounding == "once" and is_plain_weight(input, weight):
+        if has_kernel_layout(input):
+            return norm(input, weight, eps)
+        # Heads before tokens, as in q.view(b, s, h, d).transpose(1, 2): the same rows in another order.
+        if input.dim() >= 3 and has_kernel_layout(rows := input.transpose(-3, -2)):
+            return norm(rows, weight, eps).transpose(-3, -2)
+    if not has_general_layout(input):
+        input = input.clone(memory_format=torch.contiguous_format)
+    offset = 1.0 if norm is gemma_rmsnorm else 0.0
+    return general_rmsnorm(input, weight, eps, weight_offset=offset, rounding=rounding)  # type: ignore[return-value]
 
 
 def _fused_add(
     operators: NormOperators, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Add and normalise in place, or into new tensors if a gradient is needed."""
+    if not is_plain_weight(x, weight) or not (has_kernel_layout(x) and has_kernel_layout(residual)):
+        if needs_grad(x, residual, weight):
+            functional = torch.ops.jitnorm.general_fused_add_rmsnorm_functional
+            normalised, total, _ = functional(x, residual, weight, None, eps, operators.weight_offset, "once", False)
+            return normalised, total
+        general_fused_add_rmsnorm(x, residual, weight, eps, weight_offset=operators.weight_offset)
+        return x, residual
     if needs_grad(x, residual, weight):
         return operators.fused_add_functional(x, residual, weight, eps)
     operators.fused_add(x, residual, weight, eps)
@@ -263,14 +284,14 @@ def _fused_add(
 def _can_fuse_residual(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor) -> bool:
     """Return whether a fused kernel supports these tensors without a copy, since it overwrites two of them."""
     return (
-        can_normalise(x, weight)
+        can_normalise_any_size(x, weight)
         and can_call_operators(residual, weight)
-        and all(has_kernel_layout(written) and _has_disjoint_rows(written) for written in (x, residual))
+        and all(has_general_layout(written) and _has_disjoint_rows(written) for written in (x, residual))
     )
 
 
 def _has_disjoint_rows(tensor: torch.Tensor) -> bool:
-    """Return whether no two rows share memory, unlike the rows of an expanded tensor."""
+    """Return whether rows collapse to one stride and no two share memory, unlike the rows of an expanded tensor."""
     return tensor.is_contiguous() or (checks.row_stride(tensor) or 0) >= tensor.shape[-1]
 
 
@@ -300,7 +321,8 @@ def _torch_rms_norm(
     return F.rms_norm(x, normalized_shape, factor, eps)
 
 
-def _resolve_eps(eps: float | None, x: torch.Tensor) -> float:
+def resolve_eps(eps: float | None, x: torch.Tensor) -> float:
+    """Return `eps`, or what torch.nn.RMSNorm adds for an input `x` if it is None."""
     if eps is not None:
         return eps
     return torch.finfo(torch.float32 if x.dtype in _HALF_DTYPES and _DEFAULT_EPS_IS_FLOAT32 else x.dtype).eps
@@ -309,6 +331,11 @@ def _resolve_eps(eps: float | None, x: torch.Tensor) -> float:
 def _at_least_float32(tensor: torch.Tensor) -> torch.Tensor:
     """Return `tensor` in the dtype in which sums are accumulated."""
     return tensor.float() if tensor.dtype in _HALF_DTYPES else tensor
+
+
+def is_module_of_jitnorm(module: object) -> bool:
+    """Return whether `module` is one of this file's modules."""
+    return isinstance(module, _ResidualNorm)
 
 
 def refuse_script(module: torch.nn.Module) -> NoReturn:

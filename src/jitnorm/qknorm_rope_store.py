@@ -141,6 +141,7 @@ class HeadsOperator(Operator):
     ) -> KernelSpec:
         """Return what to build for heads of `size` elements; by default all rotated, and caches of the same dtype."""
         assert size is not None
+        checks.choice("rounding", rounding, ROUNDINGS)
         types = cos_sin_dtype, cache_dtype, q_out_dtype
         variant = self.variant(
             *(size, dtype, weight_dtype, rotary_dim, *types, not interleaved, mrope, rounding == "each_step")
@@ -620,8 +621,7 @@ def _check_types(a: Arguments) -> Arguments:
     checks.enable_pdl(a.enable_pdl)
     if not isinstance(a.rounding, str):
         raise TypeError(f"rounding must be a str, got {type(a.rounding).__name__}")
-    if a.rounding not in ROUNDINGS:
-        raise ValueError(f"rounding must be {checks.enumeration(map(repr, ROUNDINGS), 'or')}, got {a.rounding!r}")
+    checks.choice("rounding", a.rounding, ROUNDINGS)
     sections = a.mrope_section
     if sections is not None:
         if isinstance(sections, (str, bytes)) or not isinstance(sections, Sequence):

@@ -12,7 +12,18 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from jitnorm.activation import GELU_AND_MUL, GELU_TANH_AND_MUL, SILU_AND_MUL
+from jitnorm.activation import (
+    FATRELU_AND_MUL,
+    GELU_AND_MUL,
+    GELU_TANH_AND_MUL,
+    MUL_AND_SILU,
+    QUICK_GELU,
+    RELU2,
+    SILU_AND_MUL,
+    SILU_AND_MUL_HF,
+    SILU_AND_MUL_WITH_CLAMP,
+    SWIGLUOAI_AND_MUL,
+)
 from jitnorm.fused_add_rmsnorm import (
     FUSED_ADD_RMSNORM,
     FUSED_ADD_RMSNORM_FP32_RESIDUAL,
@@ -52,6 +63,15 @@ KERNELS = (
     (SILU_AND_MUL, BF16, 16),
     (GELU_AND_MUL, F32, 8),  # float32 has an exponential of its own
     (GELU_TANH_AND_MUL, F16, 4),
+    (SILU_AND_MUL_HF, BF16, 16),  # rounding to bfloat16 differs before sm_80
+    (SILU_AND_MUL_HF, F16, 8),
+    (MUL_AND_SILU, F32, 16),
+    (FATRELU_AND_MUL, BF16, 8),
+    (SILU_AND_MUL_WITH_CLAMP, F16, 16),
+    (SWIGLUOAI_AND_MUL, BF16, 16),
+    (SWIGLUOAI_AND_MUL, F32, 4),  # an access has half a pair
+    (QUICK_GELU, F16, 16),
+    (RELU2, BF16, 4),
     (STORE_CACHE, 16),
     (STORE_CACHE, 4),
     # Both norms' weights, pairings, sections or one position, float8 or not, rounding, all rotated or a part, and heads

@@ -17,7 +17,7 @@ from functools import partial
 import pytest
 import torch
 
-from jitnorm.activation import MAX_WIDTH, SILU_AND_MUL
+from jitnorm.activation import MAX_WIDTH, RELU2, SILU_AND_MUL, SWIGLUOAI_AND_MUL
 from jitnorm.activation import check as check_activation
 from jitnorm.core.checks import power_of_two, vector_bytes
 from jitnorm.core.operators import OPERATORS
@@ -141,7 +141,20 @@ def activation_calls(draw):
     x, out = draw.rows(F32, shape, 2 * H), draw.rows(F32, draw.pick((shape, shape, shape, draw.leading())))
     ids = draw.pick((None, *(draw.vector(dtype, draw.pick(range(5))) for dtype in (torch.int32, torch.int64))))
     arguments = x, out, ids, draw.pick((1, 2, 3, 2**63 - 1, 0)), pdl
-    yield SILU_AND_MUL, (F32, 16), arguments, lambda: check_activation(SILU_AND_MUL.op, *arguments)
+    yield SILU_AND_MUL, (F32, 16), arguments, lambda: check_activation(SILU_AND_MUL, *arguments)
+
+
+def masked_activation_calls(draw):
+    """The same with counts; and of an activation without a product, and of one with parameters."""
+    operator = draw.pick((SILU_AND_MUL, RELU2, SWIGLUOAI_AND_MUL))
+    shape, (number, pdl) = (draw.pick((1, 2, 2, 3, 0)), draw.pick((1, 2, 2, 0))), draw.flags()
+    shape = draw.pick((*[shape] * 7, (*shape, 1), shape[:1]))
+    x, out = draw.rows(F32, shape, operator.operands * H), draw.rows(F32, draw.pick((shape, shape, shape, (2, 2))))
+    counts = draw.vector(draw.pick((torch.int32, torch.int64)), draw.pick((*[shape[0]] * 5, 2)))
+    ids = draw.pick((*[None] * 9, counts))
+    parameters = draw.pick((7.0, 7.0, 7.0, 0, math.inf, -1.0, math.nan, True)), 1.702, number
+    arguments = x, out, ids, 1, pdl, draw.pick((counts, counts, None)), *parameters[: len(operator.parameters)]
+    yield operator, (F32, 16), arguments, lambda: check_activation(operator, *arguments)
 
 
 def qknorm_calls(draw):
@@ -233,7 +246,7 @@ def rope_calls(draw):
 
 
 FAMILIES = (
-    *(norm_calls, fp32_residual_calls, quant_norm_calls, quant_calls, activation_calls),
+    *(norm_calls, fp32_residual_calls, quant_norm_calls, quant_calls, activation_calls, masked_activation_calls),
     *(qknorm_calls, store_cache_calls, rope_calls),
 )
 
@@ -260,13 +273,13 @@ def activation_limits():
     for dtype, width in itertools.product((torch.float16, F32), (*range(1, 18), *WIDE)):
         arguments = torch.empty(0, 2 * width, dtype=dtype), torch.empty(0, width, dtype=dtype), None, 1, None
         key = dtype, access(width * dtype.itemsize)
-        yield SILU_AND_MUL, key, arguments, partial(check_activation, SILU_AND_MUL.op, *arguments)
+        yield SILU_AND_MUL, key, arguments, partial(check_activation, SILU_AND_MUL, *arguments)
     x, out = torch.ones(5, 2 * H), torch.empty(5, H)
     for step in (*INTEGERS, 2, 3, 4, 5, 6):
         needed = -(-5 // step) if step > 0 else 1
         for count in (needed - 1, needed, needed + 1):
             arguments = x, out, torch.zeros(count, dtype=torch.int64), step, None
-            yield SILU_AND_MUL, (F32, 16), arguments, partial(check_activation, SILU_AND_MUL.op, *arguments)
+            yield SILU_AND_MUL, (F32, 16), arguments, partial(check_activation, SILU_AND_MUL, *arguments)
 
 
 def qknorm_limits():
@@ -347,7 +360,7 @@ def test_the_limits_are_those_of_the_messages():
     """The widest row that is accepted is the one that the message names."""
     assert power_of_two(MAX_WIDTH) == power_of_two(MAX_ROW_BYTES) == "2^30"
     with pytest.raises(RuntimeError, match=r"d = 1073741825 in float32: supported are multiples of 1 up to 2\^30"):
-        check_activation("silu_and_mul", torch.empty(0, 2 * MAX_WIDTH + 2), None, None, 1, None)
+        check_activation(SILU_AND_MUL, torch.empty(0, 2 * MAX_WIDTH + 2), None, None, 1, None)
     wide = torch.empty(0, MAX_ROW_BYTES + 4, dtype=torch.uint8)
     with pytest.raises(RuntimeError, match=r"rows of 1073741828 bytes, as of k: .* multiples of 4 up to 2\^30"):
         check_store_cache(wide, wide, wide, wide, torch.empty(0, dtype=torch.int64), 0, 0, None)

@@ -14,6 +14,7 @@ from operator_calls import forget_kernels
 
 import jitnorm
 from jitnorm import patch_transformers
+from jitnorm.core.norm_modules import GEMMA_CLASSES, LLAMA_CLASSES
 from jitnorm.core.operators import OPERATORS
 from jitnorm.integrations import transformers_norms
 from jitnorm.warmup import make_plan
@@ -171,7 +172,7 @@ def class_of(name):
     return getattr(importlib.import_module(f"transformers.models.{module}.modeling_{module}"), name)
 
 
-@pytest.mark.parametrize("name", transformers_norms.NORM_CLASSES)
+@pytest.mark.parametrize("name", LLAMA_CLASSES + GEMMA_CLASSES)
 def test_supported_classes_compute_what_the_kernels_compute(name):
     """Those of the installed transformers do."""
     module = class_of(name)(SIZE, eps=1e-3)
@@ -184,16 +185,28 @@ def test_supported_classes_compute_what_the_kernels_compute(name):
     assert relative_error(after.detach(), before.detach().double()) < 1e-6
 
 
-def test_sizes_without_a_kernel_are_left():
+def test_sizes_that_rmsnorm_refuses():
     model, ids = make("Qwen3", hidden_size=96), tokens()
     before = logits(model, ids)
-    patch = patch_transformers(model, attention=False, layers=False)
-    assert {n.rpartition(".")[2] for n in patch.replaced} == {"q_norm", "k_norm"}
-    assert {n.rpartition(".")[2] for n in patch.left} == {"input_layernorm", "post_attention_layernorm", "norm"}
-    assert set(patch.left.values()) == {"no kernel supports hidden_size 96"}
+    patch = patch_transformers(model)
+    assert {n.rpartition(".")[2] for n in patch.rules} == {
+        "q_norm",
+        "k_norm",
+        "input_layernorm",
+        "post_attention_layernorm",
+        "norm",
+    }
+    forget_kernels()
     assert relative_error(logits(model, ids), before.double()) < 1e-5
-    assert "replaced 4 modules, left 5" in repr(patch)
-    assert "model.norm: left, no kernel supports hidden_size 96" in repr(patch)
+    assert OPERATORS["general_rmsnorm"].kernels_by_spec
+    assert OPERATORS["general_fused_add_rmsnorm_round_sum"].kernels_by_spec
+
+
+def test_sizes_without_a_kernel_are_left():
+    model = torch.nn.ModuleList([class_of("LlamaRMSNorm")(65537), class_of("LlamaRMSNorm")(64)])
+    patch = patch_transformers(model)
+    assert patch.left == {"0": "no kernel supports hidden_size 65537"} and [*patch.replaced] == ["1"]
+    assert "replaced 1 modules, left 1" in repr(patch) and "0: left, no kernel supports" in repr(patch)
 
 
 class Gemma3nRMSNorm(torch.nn.Module):
@@ -203,7 +216,10 @@ class Gemma3nRMSNorm(torch.nn.Module):
 
 
 class LlamaRMSNorm(Gemma3nRMSNorm):
-    """A class of another library with the name of transformers': it has no variance_epsilon."""
+    """A class of another library with the name of transformers', which computes something else."""
+
+    def forward(self, x):
+        return x * self.weight
 
 
 @pytest.mark.parametrize("model", [None, "llama"])
@@ -220,23 +236,25 @@ def test_modules_that_are_left_have_a_reason():
     torch.nn.utils.parametrizations.weight_norm(other_weight, dim=None)
     model = torch.nn.ModuleDict(
         {
-            "torch": torch.nn.RMSNorm(SIZE),
+            "torch": torch.nn.RMSNorm(SIZE, elementwise_affine=False),
             "gemma3n": Gemma3nRMSNorm(),
             "namesake": LlamaRMSNorm(),
             "instance": instance,
             "parametrised": other_weight,
             "hooked": hooked,
+            "own": jitnorm.nn.RMSNorm(SIZE),
             "layer_norm": torch.nn.LayerNorm(SIZE),
         }
     )
     patch = patch_transformers(model)
-    assert patch.replaced == {"hooked": "LlamaRMSNorm"}
-    assert {name: reason[:32] for name, reason in patch.left.items()} == {
-        "torch": "RMSNorm is not a class that jitn",
-        "gemma3n": "Gemma3nRMSNorm is not a class th",
-        "namesake": "LlamaRMSNorm is not the class of",
-        "instance": "its forward was replaced on the ",
-        "parametrised": "ParametrizedLlamaRMSNorm is not ",
+    assert patch.replaced == {"hooked": "LlamaRMSNorm"} and patch.rules == {"hooked": "llama"}
+    assert patch.left == {
+        "torch": "RMSNorm has no weight, by which the kernels multiply",
+        "gemma3n": "the forward of Gemma3nRMSNorm raised NotImplementedError on random input",
+        "namesake": "LlamaRMSNorm computes none of the rules that jitnorm knows",
+        "instance": "its forward was replaced on the instance",
+        "parametrised": "ParametrizedLlamaRMSNorm has child modules",
+        "own": "RMSNorm is a module of jitnorm, which calls the kernels",
     }
     with pytest.warns(RuntimeWarning, match="replaced nothing in ModuleDict"):
         again = patch_transformers(model)
@@ -313,9 +331,9 @@ def test_a_class_derived_from_a_patched_one_is_left():
     [
         (torch.nn.Linear(3, 3), "in Linear: it has no RMSNorm modules"),
         (
-            torch.nn.Sequential(torch.nn.RMSNorm(SIZE), torch.nn.RMSNorm(SIZE), Gemma3nRMSNorm()),
-            "in Sequential: RMSNorm is not a class that jitnorm supports (2 modules); "
-            "Gemma3nRMSNorm is not a class that jitnorm supports (1 module)",
+            torch.nn.Sequential(LlamaRMSNorm(), LlamaRMSNorm(), Gemma3nRMSNorm()),
+            "in Sequential: LlamaRMSNorm computes none of the rules that jitnorm knows (2 modules); "
+            "the forward of Gemma3nRMSNorm raised NotImplementedError on random input (1 module)",
         ),
     ],
 )
@@ -358,3 +376,30 @@ def test_a_patched_model_compiles_without_a_graph_break():
         angles = torch.randn(2, length, 64)
         arguments = {"position_embeddings": (angles.cos(), angles.sin())}
         assert same_bits(run(hidden, **arguments), model.model.layers[0](hidden, **arguments))
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen3"])
+def test_rounding_as_transformers_gives_more_equal_bits(kind, device):
+    """rounding="hf" rounds where transformers does: most values of the first norm are equal, and more of the logits."""
+    import transformers
+
+    sizes = {"hidden_size": 192, "intermediate_size": 256, "num_hidden_layers": 2, "vocab_size": 97}
+    sizes |= {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 96}
+    config = getattr(transformers, f"{kind.capitalize()}Config")(**sizes)
+    model = getattr(transformers, f"{kind.capitalize()}ForCausalLM")(config).to(device, torch.bfloat16).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.5 if parameter.dim() == 1 else 0.1)
+    tokens = torch.randint(97, (2, 33), device=device)
+    equal = {}
+    with torch.no_grad():
+        expected = model(tokens).logits
+        for rounding in ("once", "hf"):
+            with jitnorm.patch_transformers(model, rounding=rounding) as patch:
+                assert any(rule == "llama" for rule in patch.rules.values())
+                copied = pickle.loads(pickle.dumps(model))
+                logits = model(tokens).logits
+                assert same_bits(copied(tokens).logits, logits)
+            equal[rounding] = float((logits == expected).float().mean())
+    assert equal["hf"] > equal["once"], equal
+    with pytest.raises(ValueError, match="rounding must be 'once' or 'hf', got 'twice'"):
+        jitnorm.patch_transformers(model, rounding="twice")

@@ -106,11 +106,13 @@ def longest_name() -> str:
         "q_out_dtype": ("bf16", "fp8"),
         "interleaved": (False, True),
         "mrope": (False, True),
-        "rounding": ("once", "each_step"),
+        "form": ("rows", "strided", "unaligned+no_weight+bias"),
     }
     names = set()
     for op, operator in OPS.items():
         accepted = {name: values for name, values in options.items() if name in operator.options}
+        if "rounding" in operator.options:
+            accepted["rounding"] = ("once", "hf" if "form" in operator.options else "each_step")
         size = None if operator.size_name is None else (128, 256, 16384)
         weights = ("bf16", "fp32") if operator.has_weight else None
         plan = make_plan(op, size, "bf16", weights, device="cpu", skip_unsupported=True, **accepted)

@@ -11,6 +11,7 @@ import shutil
 import signal
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -120,21 +121,23 @@ cp {self._library} "$out"
         """Starts the ranks. `rank3={...}` changes the environment of rank 3, `common={...}` that of all."""
         started = []
         for rank in range(size):
-            environment = {
-                "RANK": str(rank),
-                "WORLD_SIZE": str(size),
-                "STORE_PORT": str(self._store.port),
-                "GLOO_SOCKET_IFNAME": "lo",
-                "JITNORM_CACHE_DIR": str(self.node(rank // ranks_per_node)),
-                "JITNORM_LOG": "info",
-                "TORCH_CPP_LOG_LEVEL": "ERROR",
-                "CXX": self.compiler(),
-                **environments.get("common", {}),
-                **environments.get(f"rank{rank}", {}),
-            }
+            own = {**environments.get("common", {}), **environments.get(f"rank{rank}", {})}
+            environment = self.environment(rank, size, ranks_per_node) | own
             started.append(processes.start(JOIN, *script, **environment))
         self._started += started
         return started
+
+    def environment(self, rank: int, size: int, ranks_per_node: int = 1) -> dict[str, str]:
+        return {
+            "RANK": str(rank),
+            "WORLD_SIZE": str(size),
+            "STORE_PORT": str(self._store.port),
+            "GLOO_SOCKET_IFNAME": "lo",
+            "JITNORM_CACHE_DIR": str(self.node(rank // ranks_per_node)),
+            "JITNORM_LOG": "info",
+            "TORCH_CPP_LOG_LEVEL": "ERROR",
+            "CXX": self.compiler(),
+        }
 
     def run(self, *script: str, **options: Any) -> list[Ended]:
         return self.end(self.start(*script, **options))
@@ -214,7 +217,14 @@ def test_two_gpus_build_one_kernel_each_and_call_both(cluster):
             expected = x.double() / x.double().square().mean(-1, keepdim=True).sqrt()
             torch.testing.assert_close(out.double(), expected, rtol=2**-8, atol=0)
     """
-    ended = cluster.run(script, LEAVE, size=2, common={"CXX": shutil.which("c++"), "BACKEND": "nccl"})
+    own = {"CXX": shutil.which("c++"), "BACKEND": "nccl"}
+
+    def run(rank: int) -> Ended:  # in a new process: one that torch has been forked into cannot use CUDA
+        done = processes.run_fresh(JOIN, script, LEAVE, **cluster.environment(rank, 2) | own)
+        return Ended(done.returncode, [json.loads(line) for line in done.stdout.splitlines()], done.stderr)
+
+    with ThreadPoolExecutor(2) as pool:
+        ended = list(pool.map(run, range(2)))
     names = ["rmsnorm_128_bf16", "rmsnorm_4096_bf16"]
     assert [sorted(rank.names["built"] + rank.names["received"]) for rank in ended] == [names, names], ended
     assert [len(rank.names["built"]) for rank in ended] == [1, 1]

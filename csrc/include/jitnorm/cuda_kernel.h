@@ -3,14 +3,20 @@
 // includes no standard header. Included by rms_row.h and every elementwise/<family>.cuh.
 //
 // A CUDA kernel class has params_t and info_t with the constants that it reads, kThreads and kMinBlocksPerSM for
-// __launch_bounds__, a base or constants that say which GridVariants it has, and run<variant>(params).
+// __launch_bounds__, a base or constants that say which GridVariants it has and how many blocks a cluster has, and
+// run<variant>(params).
 #pragma once
 #include "jitnorm/kernel_info.h"
 
 namespace jitnorm {
 
-// The base of kernel classes that have only the default variant.
-struct DefaultVariantOnly {
+// The base of kernel classes without clusters.
+struct NoClusters {
+  static constexpr int kBlocksPerCluster = 1;
+};
+
+// The base of kernel classes that have only the default variant, and no clusters.
+struct DefaultVariantOnly : NoClusters {
   static constexpr unsigned kMaxSmallGrid = kNoSmallGrid, kMinLargeGrid = kNoLargeGrid;
 };
 
@@ -39,6 +45,7 @@ constexpr LaunchInfo launch_info() {
   info.threads = Kernel::kThreads;
   info.max_small_grid = Kernel::kMaxSmallGrid;
   info.min_large_grid = Kernel::kMinLargeGrid;
+  info.blocks_per_cluster = Kernel::kBlocksPerCluster;
   return info;
 }
 

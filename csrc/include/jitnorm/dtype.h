@@ -14,7 +14,8 @@
 
 namespace jitnorm {
 
-using index_t = long long;  // for row numbers and strides, which can exceed 2^31
+using index_t = long long;          // for row numbers and strides, which can exceed 2^31
+constexpr int kMaxLeadingDims = 3;  // of rows that lie under several dimensions, each with a stride of its own
 
 struct bf16_t {
   unsigned short bits;

@@ -20,6 +20,11 @@ struct Plain {
   static constexpr bool kHasResidual = false;
   static constexpr bool kRoundSum = false;     // whether to normalise the sum as stored, and not before its rounding
   static constexpr float kWeightOffset = 0.f;  // added to the weight
+  // Whether the normalised number is rounded to the input's type before the weight multiplies it.
+  static constexpr bool kRoundNormalised = false;
+  // Of General alone.
+  static constexpr bool kIsGeneral = false, kHasWeight = true, kHasBias = false;
+  static constexpr int kAccessBytes = 16;
 };
 struct Gemma : Plain {
   static constexpr float kWeightOffset = 1.f;
@@ -57,6 +62,20 @@ struct StaticFp8 : Norm {
 template <typename Norm>
 struct DynamicFp8 : StaticFp8<Norm> {
   static constexpr Quantisation kQuantisation = Quantisation::kDynamicPerToken;  // the scale makes a row's amax 448
+};
+
+// Any of these with two roundings, as in the Llama class of Hugging Face's transformers.
+template <typename Norm>
+struct RoundedNormalised : Norm {
+  static constexpr bool kRoundNormalised = true;
+};
+
+// Any of these for what the fast kernels leave out: rows under up to three leading dimensions, each with a stride of
+// its own; rows that are aligned to kAccessBytes_ alone; a weight for each head, or none; a bias; rstd as a result.
+template <typename Norm, int kAccessBytes_, bool kHasWeight_ = true, bool kHasBias_ = false>
+struct General : Norm {
+  static constexpr bool kIsGeneral = true, kHasWeight = kHasWeight_, kHasBias = kHasBias_;
+  static constexpr int kAccessBytes = kAccessBytes_;
 };
 
 }  // namespace jitnorm

@@ -12,21 +12,44 @@
 
 namespace jitnorm {
 
-template <int kThreadsPerRow_, int kRowsPerBlock_>
+// kThreadsPerRow counts the threads of all blocks of a cluster, which then has one row.
+template <int kThreadsPerRow_, int kRowsPerBlock_, int kBlocksPerCluster_ = 1>
 struct Schedule {
   static constexpr int kThreadsPerRow = kThreadsPerRow_;
   static constexpr int kRowsPerBlock = kRowsPerBlock_;
+  static constexpr int kBlocksPerCluster = kBlocksPerCluster_;
 };
 
 constexpr int min(int a, int b) { return a < b ? a : b; }
 constexpr int max(int a, int b) { return a > b ? a : b; }
 constexpr int round_up(int n, int multiple) { return (n + multiple - 1) / multiple * multiple; }
 
-// Short rows share a block that reads about 4 KiB. Smaller blocks take longer to launch than to move their bytes.
-constexpr int rows_per_block(int row_read_bytes) { return max(1, 4096 / row_read_bytes); }
+// Short rows share a block that reads about 4 KiB. Smaller blocks take longer to launch than to move their bytes. Rows
+// of a few bytes share one of up to 256 threads.
+constexpr int rows_per_block(int row_read_bytes, int threads_per_row) {
+  const int rows_per_warp = max(1, kWarpSize / threads_per_row);  // warps are whole
+  return max(1, min(4096 / row_read_bytes, 256 / threads_per_row) / rows_per_warp) * rows_per_warp;
+}
 
-// Rows of up to 256 elements: two 16-byte vectors per thread.
-constexpr int warp_threads_per_row(int row_bytes) { return row_bytes / 32; }
+// Rows of up to 256 elements: two 16-byte vectors per thread, by a power of two of threads.
+constexpr int warp_threads_per_row(int row_bytes) {
+  int threads = 1;
+  while (threads * 32 < row_bytes) threads *= 2;
+  return threads;
+}
+
+// Of whole warps that hold a row with up to max_vectors per thread, those with the fewest lanes without a vector;
+// `threads` if there are none.
+constexpr int least_idle_threads(int vectors, int max_vectors, int threads, int max_threads) {
+  int least = 1 << 30;
+  for (int n = 128; n <= max_threads; n += 32) {
+    const int per_thread = (vectors + n - 1) / n;
+    if (per_thread > max_vectors || per_thread * n >= least) continue;
+    least = per_thread * n;
+    threads = n;
+  }
+  return threads;
+}
 
 // Longer rows: two vectors per thread with up to 256 threads, then up to five, evenly if the size allows it. More
 // threads reduce the latency of a single row, but keep fewer rows in flight.
@@ -36,7 +59,21 @@ constexpr int block_threads_per_row(int row_bytes) {
   const int max_vectors = vectors <= 512 ? 2 : 5, max_threads = vectors <= 1280 ? 256 : 512;
   for (int threads = 128; threads <= max_threads; threads += 32)
     if (vectors % threads == 0 && vectors / threads <= max_vectors) return threads;
-  return round_up(vectors, 5 * 128) / 5;
+  const int threads = min(1024, round_up(vectors, 5 * 128) / 5);
+  return vectors % 32 == 0 ? threads : least_idle_threads(vectors, max_vectors, threads, max_threads);
+}
+
+// Rows of more than 32 KiB are shared by the blocks of a cluster. Where there are none, before sm_90, registers of the
+// longest rows spill.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+constexpr int kMaxBlocksPerCluster = 1;
+#else
+constexpr int kMaxBlocksPerCluster = 8;
+#endif
+constexpr int blocks_per_cluster(int row_bytes) {
+  int blocks = 1;
+  while (blocks < kMaxBlocksPerCluster && row_bytes > blocks * 32 * 1024) blocks *= 2;
+  return blocks;
 }
 
 // With a residual a thread holds two rows' vectors: one of each with up to 256 threads, then two with up to 512. The
@@ -44,7 +81,7 @@ constexpr int block_threads_per_row(int row_bytes) {
 constexpr int residual_threads_per_row(int row_bytes) {
   const int vectors = row_bytes / 16;
   const int per_thread = vectors <= 256 ? 1 : vectors <= 1024 ? 2 : round_up(vectors, 512) / 512;
-  return round_up(vectors / per_thread, 32);
+  return round_up((vectors + per_thread - 1) / per_thread, 32);
 }
 
 // The bytes of an element of input and residual; 0 for the residual of a policy without one.
@@ -58,13 +95,22 @@ struct ElementBytes {
 template <int kHiddenSize, typename T, typename Policy>
 struct DefaultSchedule {
   using Bytes = ElementBytes<T, Policy>;
-  static constexpr int kRowBytes = kHiddenSize * Bytes::kWider;
+  static constexpr int kRowBytes = round_up(kHiddenSize * Bytes::kWider, 16);
   static constexpr int kRowReadBytes = kHiddenSize * (Bytes::kInput + Bytes::kResidual);
-  static constexpr int kThreadsPerRow = kHiddenSize <= 256     ? warp_threads_per_row(kRowBytes)
-                                        : Policy::kHasResidual ? residual_threads_per_row(kRowBytes)
-                                                               : block_threads_per_row(kRowBytes);
-  using type = Schedule<kThreadsPerRow, rows_per_block(kRowReadBytes)>;
+  static constexpr int kBlocksPerCluster = blocks_per_cluster(kRowBytes);
+  static constexpr int kBlockRowBytes = round_up(kRowBytes / kBlocksPerCluster, 16);  // of a row, those of one block
+  static constexpr int kThreads = kHiddenSize <= 256     ? warp_threads_per_row(kRowBytes)
+                                  : Policy::kHasResidual ? residual_threads_per_row(kBlockRowBytes)
+                                                         : block_threads_per_row(kBlockRowBytes);
+  using type = Schedule<kThreads * kBlocksPerCluster, rows_per_block(kRowReadBytes, kThreads), kBlocksPerCluster>;
 };
+
+// The elements of a vector: those of 16 bytes, or so many fewer that a row is whole vectors.
+constexpr int elements_per_vector(int hidden_size, int element_bytes) {
+  int elements = 16 / element_bytes;
+  while (hidden_size % elements) elements /= 2;
+  return elements;
+}
 
 constexpr int kRegistersPerSM = 65536;
 // The smallest kMaxThreadsPerSM of the architectures before sm_80, and of those from sm_80 on. A larger number would
@@ -85,14 +131,20 @@ struct RMSNormKernelBase : S {
   using policy_t = Policy;
   using Bytes = ElementBytes<T, Policy>;
   static constexpr int kHiddenSize = kHiddenSize_;
-  static constexpr unsigned kAlignment = 16;
+  static constexpr int kElementsPerVector = elements_per_vector(kHiddenSize, Bytes::kWider);
+  static constexpr bool kHasWholeVectors = kElementsPerVector * Bytes::kWider == 16;
+  // Of rows of input and output, in bytes, and of the weight and the residual.
+  template <typename E>
+  static constexpr int kAlignmentOf =
+      min(Policy::kAccessBytes, kHiddenSize * sizeof(E) % 16 == 0 ? 16 : kElementsPerVector * int(sizeof(E)));
+  static constexpr unsigned kAlignment = kAlignmentOf<T>, kWeightAlignment = kAlignmentOf<W>,
+                            kResidualAlignment = kAlignmentOf<residual_t>;
   static constexpr float kInverse = 1. / kHiddenSize;
   static constexpr float kInverseResidue = 1. / kHiddenSize - kInverse;  // the rounding error of kInverse
   static constexpr int kRowBytes = kHiddenSize * Bytes::kInput;
   static constexpr int kResidualRowBytes = kHiddenSize * Bytes::kResidual;
   static constexpr int kBlockReadBytes = (kRowBytes + kResidualRowBytes) * S::kRowsPerBlock;
-  static constexpr int kThreads = S::kThreadsPerRow * S::kRowsPerBlock;
-  static constexpr int kElementsPerVector = 16 / Bytes::kWider;
+  static constexpr int kThreads = S::kThreadsPerRow * S::kRowsPerBlock / S::kBlocksPerCluster;
   static constexpr int kVectorsPerRow = kHiddenSize / kElementsPerVector;
   static constexpr int kVectorsPerThread = (kVectorsPerRow + S::kThreadsPerRow - 1) / S::kThreadsPerRow;
   // 64 KiB of rows in flight on an SM keep memory busy. Where blocks are large, kMinBlocksPerSM limits registers for
@@ -101,14 +153,17 @@ struct RMSNormKernelBase : S {
       (4 * kVectorsPerThread + 12) * kElementsPerVector * (Bytes::kInput + Bytes::kResidual + int(sizeof(W))) / 16;
   static constexpr int kMaxBlocksPerSM =
       min(kRegistersPerSM / (kRegistersPerThread * kThreads), kThreadsOnAnySM / kThreads);
-  static constexpr int kMinBlocksPerSM =
-      kBlockReadBytes < 8192 ? 1 : max(1, min(64 * 1024 / kBlockReadBytes, kMaxBlocksPerSM));
+  static constexpr int kMinBlocksPerSM = kBlockReadBytes < 8192 || !kHasWholeVectors || S::kBlocksPerCluster > 1
+                                             ? 1
+                                             : max(1, min(64 * 1024 / kBlockReadBytes, kMaxBlocksPerSM));
   // In a large grid, which reads about as much as L2 holds or more, a block prefetches into L2 the rows of the block
   // with an index kBlocksAhead larger: without that, memory is idle for 2 to 4% of the time. In a smaller grid, the
   // prefetch would delay the block's own rows.
   static constexpr int kLargeGridBytes = (Policy::kHasResidual ? 16 : 48) << 20;
   static constexpr int kBytesAhead = (Policy::kHasResidual ? 4 : 2) << 20;
-  static constexpr unsigned kMinLargeGrid = kRowBytes < 256        ? DefaultVariantOnly::kMinLargeGrid
+  static constexpr bool kHasLargeGrid = kRowBytes >= 256 && kRowBytes % 16 == 0 && kResidualRowBytes % 16 == 0 &&
+                                        S::kBlocksPerCluster == 1 && !Policy::kIsGeneral;
+  static constexpr unsigned kMinLargeGrid = !kHasLargeGrid         ? DefaultVariantOnly::kMinLargeGrid
                                             : Policy::kHasResidual ? max(1024, kLargeGridBytes / kBlockReadBytes)
                                                                    : kLargeGridBytes / kBlockReadBytes;
   static constexpr unsigned kBlocksAhead = max(128, kBytesAhead / kBlockReadBytes);
@@ -131,14 +186,14 @@ struct RowFragment {
   static constexpr int kElementsPerVector = Kernel::kElementsPerVector;
   static constexpr int kVectorsPerRow = Kernel::kVectorsPerRow;
   static constexpr int kVectorsPerThread = Kernel::kVectorsPerThread;
-  static_assert(Kernel::kHiddenSize % kElementsPerVector == 0, "a row is made of whole vectors");
   // Where a stored sum that is normalised is kept: in the registers of x or, if it is wider, of the residual.
   static constexpr bool kSumReplacesX = Policy::kRoundSum && sizeof(R) == sizeof(T);
 
   const int lane;
   Vector<T, kElementsPerVector> x[kVectorsPerThread];
   Vector<R, kElementsPerVector> residual[Policy::kHasResidual ? kVectorsPerThread : 1];
-  Vector<W, kElementsPerVector> weight[kVectorsPerThread];
+  Vector<W, kElementsPerVector> weight[Policy::kHasWeight ? kVectorsPerThread : 1];
+  Vector<W, kElementsPerVector> bias[Policy::kHasBias ? kVectorsPerThread : 1];
 
   explicit __device__ RowFragment(int lane) : lane(lane) {}
 
@@ -152,7 +207,7 @@ struct RowFragment {
   __device__ __forceinline__ void read(Vector<E, kElementsPerVector> (&dst)[kSize], const E* src) {
 #pragma unroll
     for (int i = 0; i < kSize; i++)
-      if (has(i)) dst[i] = load<E, kElementsPerVector>(src + offset(i));
+      if (has(i)) dst[i] = load_aligned_to<Policy::kAccessBytes, E, kElementsPerVector>(src + offset(i));
   }
 
   // Adds the input to the residual, and stores the sum to `dst`.
@@ -167,7 +222,7 @@ struct RowFragment {
       for (int j = 0; j < kElementsPerVector; j++) f[j] += r[j];
       Vector<R, kElementsPerVector> sum;
       from_float(f, sum);
-      store(dst + offset(i), sum);
+      store_aligned_to<Policy::kAccessBytes>(dst + offset(i), sum);
       if constexpr (kSumReplacesX) x[i] = sum;
       else if constexpr (Policy::kRoundSum) residual[i] = sum;
     }
@@ -204,10 +259,24 @@ struct RowFragment {
   __device__ __forceinline__ void normalised(int i, float rstd, float (&f)[kElementsPerVector]) const {
     float w[kElementsPerVector];
     value(i, f);
-    to_float(weight[i], w);
+    if constexpr (Policy::kHasWeight) to_float(weight[i], w);
+    if constexpr (Policy::kRoundNormalised) {
+      Vector<T, kElementsPerVector> rounded;
+#pragma unroll
+      for (int j = 0; j < kElementsPerVector; j++) f[j] *= rstd;
+      from_float(f, rounded);
+      to_float(rounded, f);
+      rstd = 1;  // so that the product below changes nothing
+    }
 #pragma unroll
     for (int j = 0; j < kElementsPerVector; j++)
-      f[j] = f[j] * rstd * (Policy::kWeightOffset == 0 ? w[j] : Policy::kWeightOffset + w[j]);
+      if constexpr (!Policy::kHasWeight) f[j] *= rstd;
+      else f[j] = f[j] * rstd * (Policy::kWeightOffset == 0 ? w[j] : Policy::kWeightOffset + w[j]);
+    if constexpr (Policy::kHasBias) {
+      to_float(bias[i], w);
+#pragma unroll
+      for (int j = 0; j < kElementsPerVector; j++) f[j] += w[j];
+    }
   }
 
   // The largest magnitude of the result.
@@ -240,7 +309,7 @@ struct RowFragment {
       for (int j = 0; j < kElementsPerVector; j++) f[j] = epilogue(f[j]);
       Vector<Out, kElementsPerVector> y;
       from_float(f, y);
-      store(out + offset(i), y);
+      store_aligned_to<Policy::kAccessBytes>(out + offset(i), y);
     }
   }
 };

@@ -112,6 +112,35 @@ inline void store(bf16_t* dst, floats f) { write(dst, to_bf16(f)); }
 inline void store(fp16_t* dst, floats f) { write(dst, to_fp16(f)); }
 inline void store(e4m3_t* dst, floats f) { write(dst, to_e4m3(f)); }
 
+// The first `count` elements, fewer than kLanes.
+template <typename T>
+inline void store_partial(T* dst, floats f, int count) {
+  T padded[kLanes];
+  store(padded, f);
+  __builtin_memcpy(dst, padded, count * sizeof(T));
+}
+
+// Of a row of kSize elements those from i on, a multiple of kLanes. Behind the last they are zeros, which are not
+// stored.
+template <int kSize, typename T>
+inline floats load_of_row(const T* row, int i) {
+  if (kSize % kLanes == 0 || i + kLanes <= kSize) return load(row + i);
+  return load_partial(row + i, kSize - i);
+}
+template <int kSize, typename T>
+inline void store_of_row(T* row, int i, floats f) {
+  if (kSize % kLanes == 0 || i + kLanes <= kSize) store(row + i, f);
+  else store_partial(row + i, f, kSize - i);
+}
+
+// Rounded to T, in float.
+template <typename T>
+inline floats rounded_to(floats f) {
+  T elements[kLanes];
+  store(elements, f);
+  return load(elements);
+}
+
 // Recursive, because GCC would compile a loop over the lanes to loads from memory.
 template <int kCount = kLanes>
 inline float sum(const floats& f, int first = 0) {
@@ -148,15 +177,15 @@ inline floats exp(floats x) {
 }
 
 // The reciprocal root mean square of a row, 1 / sqrt(mean of squares + eps). `value(i)` gives the floats of the
-// elements from i on.
+// elements from i on, and zeros behind the last.
 template <int kHiddenSize, typename Value>
 inline float rstd_of_row(float eps, Value value) {
   constexpr int kSums = 64 / kLanes;  // independent sums: in a single one, each addition would wait for the one before
-  static_assert(kHiddenSize % (kSums * kLanes) == 0, "a row is whole vectors");
   floats sums[kSums] = {};
   for (int i = 0; i < kHiddenSize; i += kSums * kLanes)
 #pragma GCC unroll 16
     for (int j = 0; j < kSums; j++) {
+      if (kHiddenSize % (kSums * kLanes) != 0 && i + j * kLanes >= kHiddenSize) break;
       floats f = value(i + j * kLanes);
       sums[j] += f * f;
     }

@@ -1,12 +1,10 @@
 // Heads in memory: tensors whose rows lie under up to three leading dimensions, each with a stride of its own, as the
-// heads of a fused projection and of a paged cache do. Host compiler only. src/jitnorm/core/checks.py has the same
-// rules in Python.
+// heads of a fused projection and of a paged cache do. Host compiler only. The same rules in Python are those of
+// src/jitnorm/core/checks.py, and for as_merged_rows those of merge() in src/jitnorm/general_rmsnorm.py.
 #pragma once
 #include "jitnorm/ffi.h"
 
 namespace jitnorm {
-
-constexpr int kMaxLeadingDims = 3;
 
 // Strides are in bytes. That of a dimension of one element is arbitrary, and set to 0 here.
 struct StridedRows {
@@ -51,6 +49,67 @@ inline bool as_strided_rows(const DLTensor* tensor, ElementType type, index_t he
   rows->end = rows->data + rows->extent();
   if (rows->is_empty) return true;
   return is_accepted && tensor->data && is_aligned(rows->data, alignment);
+}
+
+// An argument of as_merged_rows.
+struct RowsArgument {
+  const DLTensor* tensor;
+  ElementType type;
+  unsigned alignment;
+  StridedRows* rows;
+};
+
+// Tensors of one shape, [..., hidden_size], of any rank, as rows under the same leading dimensions: neighbouring
+// dimensions are merged where the strides of all tensors allow it. A tensor with fewer dimensions than the first, such
+// as a weight, is broadcast along those that it lacks. False if more than kMaxLeadingDims are left, and for tensors
+// that as_strided_rows refuses.
+inline bool as_merged_rows(const RowsArgument* arguments, int count, index_t hidden_size) {
+  const DLTensor& shape = *arguments[0].tensor;
+  const int last = shape.ndim - 1;
+  const bool is_empty = element_count(shape) == 0;  // then strides do not matter
+  for (int i = 0; i < count; i++) {
+    const DLTensor& tensor = *arguments[i].tensor;
+    StridedRows& rows = *arguments[i].rows;
+    if (tensor.ndim < 1 || tensor.ndim > shape.ndim || !has_type(tensor, arguments[i].type)) return false;
+    for (int dim = 0; dim < tensor.ndim; dim++)
+      if (tensor.shape[tensor.ndim - 1 - dim] != shape.shape[last - dim]) return false;
+    if (shape.shape[last] != hidden_size) return false;
+    if (!is_empty && hidden_size > 1 && tensor.strides[tensor.ndim - 1] != 1) return false;
+    rows = StridedRows{};
+    rows.data = data_of(tensor);
+    rows.row_bytes = hidden_size * arguments[i].type.bytes();
+    rows.is_empty = is_empty;
+  }
+  if (is_empty) return true;
+  auto stride_of = [&](const RowsArgument& argument, int dim) {
+    const DLTensor& tensor = *argument.tensor;
+    const int own = dim - (shape.ndim - tensor.ndim);
+    return own < 0 ? 0 : tensor.strides[own] * argument.type.bytes();
+  };
+  int level = kMaxLeadingDims;  // the outermost dimension so far
+  for (int dim = last - 1; dim >= 0; dim--) {
+    const index_t size = shape.shape[dim];
+    if (size == 1) continue;
+    bool merges = level < kMaxLeadingDims;
+    for (int i = 0; i < count && merges; i++) {
+      const StridedRows& rows = *arguments[i].rows;
+      merges = stride_of(arguments[i], dim) == rows.strides[level] * rows.counts[level];
+    }
+    if (!merges && --level < 0) return false;
+    for (int i = 0; i < count; i++) {
+      StridedRows& rows = *arguments[i].rows;
+      if (!merges) rows.strides[level] = stride_of(arguments[i], dim);
+      rows.counts[level] = merges ? rows.counts[level] * size : size;
+    }
+  }
+  for (int i = 0; i < count; i++) {
+    StridedRows& rows = *arguments[i].rows;
+    rows.end = rows.data + rows.extent();
+    if (!arguments[i].tensor->data || !is_aligned(rows.data, arguments[i].alignment)) return false;
+    for (int dim = 0; dim < kMaxLeadingDims; dim++)
+      if (rows.strides[dim] < 0 || !is_aligned(rows.strides[dim], arguments[i].alignment)) return false;
+  }
+  return true;
 }
 
 // One row: a tensor that is read whole, such as a weight.

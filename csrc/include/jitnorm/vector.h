@@ -5,7 +5,7 @@
 
 namespace jitnorm {
 
-// The type of one access of 16, 8 or 4 bytes; 16 for vectors of several accesses.
+// The type of one access of 16, 8, 4 or 2 bytes; 16 for vectors of several accesses.
 template <int kBytes>
 struct Access {
   using type = uint4;
@@ -18,12 +18,17 @@ template <>
 struct Access<4> {
   using type = unsigned;
 };
+template <>
+struct Access<2> {
+  using type = unsigned short;
+};
 
 // N elements that are loaded and stored together.
 template <typename T, int N>
 struct alignas(N * sizeof(T) < 16 ? N * sizeof(T) : 16) Vector {
   static constexpr int kBytes = N * sizeof(T);
-  static_assert(kBytes == 4 || kBytes == 8 || kBytes % 16 == 0, "a vector is made of accesses of one size");
+  static_assert(kBytes == 2 || kBytes == 4 || kBytes == 8 || kBytes % 16 == 0,
+                "a vector is made of accesses of one size");
   using access_t = typename Access<kBytes>::type;
   static constexpr int kAccesses = kBytes / sizeof(access_t);
   access_t words[kAccesses];
@@ -44,6 +49,42 @@ __device__ __forceinline__ void load_access(unsigned& dst, const unsigned* src) 
   asm volatile("ld.global.u32 %0, [%1];" : "=r"(dst) : "l"(src) : "memory");
 }
 
+__device__ __forceinline__ void load_access(unsigned short& dst, const unsigned short* src) {
+  asm volatile("ld.global.u16 %0, [%1];" : "=h"(dst) : "l"(src) : "memory");
+}
+
+// Parts of 2, 4 or 8 bytes to the 32-bit words that they fill, and back.
+template <int kParts>
+__device__ __forceinline__ void join(const unsigned short (&parts)[kParts], unsigned* words) {
+#pragma unroll
+  for (int i = 0; i < kParts; i += 2) words[i / 2] = parts[i] | unsigned(parts[i + 1]) << 16;
+}
+template <int kParts>
+__device__ __forceinline__ void join(const unsigned (&parts)[kParts], unsigned* words) {
+#pragma unroll
+  for (int i = 0; i < kParts; i++) words[i] = parts[i];
+}
+template <int kParts>
+__device__ __forceinline__ void join(const uint2 (&parts)[kParts], unsigned* words) {
+#pragma unroll
+  for (int i = 0; i < kParts; i++) words[2 * i] = parts[i].x, words[2 * i + 1] = parts[i].y;
+}
+template <int kParts>
+__device__ __forceinline__ void split(const unsigned* words, unsigned short (&parts)[kParts]) {
+#pragma unroll
+  for (int i = 0; i < kParts; i += 2) parts[i] = words[i / 2] & 0xffffu, parts[i + 1] = words[i / 2] >> 16;
+}
+template <int kParts>
+__device__ __forceinline__ void split(const unsigned* words, unsigned (&parts)[kParts]) {
+#pragma unroll
+  for (int i = 0; i < kParts; i++) parts[i] = words[i];
+}
+template <int kParts>
+__device__ __forceinline__ void split(const unsigned* words, uint2 (&parts)[kParts]) {
+#pragma unroll
+  for (int i = 0; i < kParts; i++) parts[i] = make_uint2(words[2 * i], words[2 * i + 1]);
+}
+
 template <typename T, int N>
 __device__ __forceinline__ Vector<T, N> load(const T* src) {
   Vector<T, N> v;
@@ -51,6 +92,25 @@ __device__ __forceinline__ Vector<T, N> load(const T* src) {
   for (int i = 0; i < v.kAccesses; i++)
     load_access(v.words[i], reinterpret_cast<const typename Vector<T, N>::access_t*>(src) + i);
   return v;
+}
+
+// The same vector from an address that is a multiple of kBytes alone, which may be less than the vector has: by more
+// and narrower accesses.
+template <int kBytes, typename T, int N>
+__device__ __forceinline__ Vector<T, N> load_aligned_to(const T* src) {
+  using V = Vector<T, N>;
+  if constexpr (kBytes >= int(sizeof(typename V::access_t))) {
+    return load<T, N>(src);
+  } else {
+    using A = typename Access<kBytes>::type;
+    constexpr int kParts = V::kBytes / kBytes;
+    A parts[kParts];
+#pragma unroll
+    for (int i = 0; i < kParts; i++) load_access(parts[i], reinterpret_cast<const A*>(src) + i);
+    V v;
+    join(parts, reinterpret_cast<unsigned*>(v.words));
+    return v;
+  }
 }
 
 __device__ __forceinline__ float load(const float* src) {
@@ -87,6 +147,22 @@ __device__ __forceinline__ void store_access(uint2* dst, const uint2& src) {
 }
 __device__ __forceinline__ void store_access(unsigned* dst, const unsigned& src) {
   asm volatile("st.global.u32 [%0], %1;" ::"l"(dst), "r"(src) : "memory");
+}
+
+// The counterpart of load_aligned_to.
+template <int kBytes, typename T, int N>
+__device__ __forceinline__ void store_aligned_to(T* dst, const Vector<T, N>& v) {
+  using V = Vector<T, N>;
+  if constexpr (kBytes >= int(sizeof(typename V::access_t))) {
+    store(dst, v);
+  } else {
+    using A = typename Access<kBytes>::type;
+    constexpr int kParts = V::kBytes / kBytes;
+    A parts[kParts];
+    split(reinterpret_cast<const unsigned*>(v.words), parts);
+#pragma unroll
+    for (int i = 0; i < kParts; i++) reinterpret_cast<A*>(dst)[i] = parts[i];
+  }
 }
 
 // As store, but surely by whole accesses. The compiler splits a store into words where its optimiser took the vector
@@ -170,6 +246,17 @@ __device__ __forceinline__ unsigned pack(const float* f, e4m3_t) {
 #endif
 }
 
+template <typename T>
+__device__ __forceinline__ void to_float(const Vector<T, 1>& v, float (&f)[1]) {
+  float pair[2];
+  unpack(v.words[0], pair, T{});
+  f[0] = pair[0];
+}
+
+__device__ __forceinline__ void to_float(const Vector<float, 1>& v, float (&f)[1]) {
+  f[0] = __uint_as_float(v.words[0]);
+}
+
 template <typename T, int N>
 __device__ __forceinline__ void to_float(const Vector<T, N>& v, float (&f)[N]) {
   const unsigned* words = reinterpret_cast<const unsigned*>(v.words);
@@ -192,6 +279,16 @@ __device__ __forceinline__ float to_float(T element) {
 }
 
 __device__ __forceinline__ float to_float(float element) { return element; }
+
+template <typename T>
+__device__ __forceinline__ void from_float(const float (&f)[1], Vector<T, 1>& v) {
+  const float pair[2] = {f[0], f[0]};
+  v.words[0] = pack(pair, T{}) & 0xffffu;
+}
+
+__device__ __forceinline__ void from_float(const float (&f)[1], Vector<float, 1>& v) {
+  v.words[0] = __float_as_uint(f[0]);
+}
 
 template <typename T, int N>
 __device__ __forceinline__ void from_float(const float (&f)[N], Vector<T, N>& v) {

@@ -234,8 +234,14 @@ def _choice(dtype: torch.dtype, hidden_size: int, device: str) -> dict[str, str 
 
 def _advice(facts: dict[str, Any]) -> list[str]:
     """Return a line for each thing that is missing: what, what does not work without it, and what to do."""
-    needed = dict.fromkeys(name for device in facts["builds"] for name in _missing(device, facts["compilers"]))
-    advice = [line for name in needed if (line := _remedy(name, facts["compilers"]))]
+    needed: dict[str, list[str]] = {}  # the devices for which nothing can be built without a tool
+    for device in facts["builds"]:
+        for name in _missing(device, facts["compilers"]):
+            needed.setdefault(name, []).append(device)
+    advice = []
+    for name, devices in needed.items():
+        if line := _remedy(name, facts["compilers"], only_cpu=devices == ["cpu"] != list(facts["builds"])):
+            advice.append(line)
     for device, build in facts["builds"].items():
         if not _missing(device, facts["compilers"]) and not build["works"]:
             advice.append(f"building for {device} {_failure(device, build)}")
@@ -311,8 +317,9 @@ def _missing(device: str, compilers: dict[str, Any]) -> list[str]:
     return launcher if has_nvcc or _has_version(compilers["nvrtc"]) else [*launcher, "nvrtc"]
 
 
-def _remedy(name: str, compilers: dict[str, Any]) -> str | None:
+def _remedy(name: str, compilers: dict[str, Any], only_cpu: bool) -> str | None:
     what, unbuilt, remedy, variable = _REMEDIES[name]
+    unbuilt = "nothing for the CPU" if only_cpu else unbuilt
     found = compilers[name]
     own = os.environ.get(variable) if variable else None
     if found and found["version"]:

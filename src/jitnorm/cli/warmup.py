@@ -12,8 +12,7 @@ from jitnorm.cli import output
 from jitnorm.cli.base import Command, several
 from jitnorm.jit import locations
 from jitnorm.jit.spec import LAUNCHER, KernelSpec
-from jitnorm.qknorm_rope_store import ROUNDINGS
-from jitnorm.warmup import CACHE_DTYPES, DTYPES, OPS, argument_problem, make_plan
+from jitnorm.warmup import ALL_ROUNDINGS, CACHE_DTYPES, DTYPES, OPS, argument_problem, make_plan
 from jitnorm.warmup.run import Result, build_all, build_launcher, default_jobs, find_cached, prepare
 
 _DTYPE, _CACHE_DTYPE = click.Choice(list(DTYPES)), click.Choice(list(CACHE_DTYPES))
@@ -60,8 +59,14 @@ _DTYPE, _CACHE_DTYPE = click.Choice(list(DTYPES)), click.Choice(list(CACHE_DTYPE
 @click.option("--mrope", is_flag=True, help="Build for three positions of each token.")
 @click.option(
     "--rounding",
-    **several(click.Choice(ROUNDINGS)),
-    help="Round once, at the end, or after each step; by default once.",
+    **several(click.Choice(ALL_ROUNDINGS)),
+    help="Round once, at the end, or after each step; for a general norm hf, before the weight multiplies. By default "
+    "once.",
+)
+@click.option(
+    "--form",
+    **several(click.STRING),
+    help="Build a general norm for rows (the default), strided or unaligned; +no_weight and +bias may follow.",
 )
 @click.option(
     "--config",
@@ -91,6 +96,7 @@ def warmup(
     interleaved: bool,
     mrope: bool,
     rounding: tuple[str, ...],
+    form: tuple[str, ...],
     config: str | None,
     device: str | None,
     arch: tuple[str, ...],
@@ -118,6 +124,7 @@ def warmup(
         "interleaved": interleaved,
         "mrope": mrope,
         "rounding": rounding,
+        "form": form,
     }
     options = {name: value for name, value in options.items() if value}
     if problem := argument_problem(op, hidden_size, weight_dtype, config, options, _spelled):

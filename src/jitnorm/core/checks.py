@@ -77,6 +77,12 @@ def enumeration(values: Iterable[object], conjunction: str = "and") -> str:
     return f"{', '.join(others)} {conjunction} {last}" if others else last
 
 
+def choice(name: str, value: object, accepted: Sequence[str]) -> None:
+    """Raise unless `value` is one of the accepted texts."""
+    if value not in accepted:
+        raise ValueError(f"{name} must be {enumeration(map(repr, accepted), 'or')}, got {value!r}")
+
+
 def storage(name: str, value: torch.Tensor) -> None:
     """Raise if `value` has elements and no storage."""
     if value.numel() and value.data_ptr() == 0:

@@ -11,7 +11,7 @@ from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.autograd import forward_ad
 
 from jitnorm.core import checks
-from jitnorm.core.norms import is_supported_hidden_size
+from jitnorm.core.norms import MAX_HIDDEN_SIZE, MAX_LEADING_DIMS, is_supported_hidden_size
 from jitnorm.core.operators import DTYPES
 from jitnorm.core.torch_library import mark_constant
 
@@ -43,19 +43,43 @@ def can_call_operators(input: Any, weight: Any) -> bool:
 
 
 def can_normalise(input: Any, weight: Any) -> bool:
-    """Return whether a norm kernel can compute a call with these tensors; the strides of `input` do not matter."""
+    """Return whether jitnorm.rmsnorm can compute a call with these tensors; the strides of `input` do not matter."""
+    return can_normalise_any_size(input, weight) and is_plain_weight(input, weight)
+
+
+def can_normalise_any_size(input: Any, weight: Any) -> bool:
+    """Return whether jitnorm.general_rmsnorm can compute a call with these tensors; the strides do not matter."""
     return (
         can_call_operators(input, weight)
         and weight.dim() == 1
         and input.dim() > 0
         and input.shape[-1] == weight.shape[0]
-        and is_supported_hidden_size(weight.shape[0])
+        and 1 <= weight.shape[0] <= MAX_HIDDEN_SIZE
         and input.dtype in DTYPES
-        and weight.dtype in (input.dtype, torch.float32)
+        and weight.dtype in DTYPES
         and weight.device == input.device
         and input.device.type in ("cpu", "cuda")
+        and weight.is_contiguous()
+    )
+
+
+def is_plain_weight(input: torch.Tensor, weight: torch.Tensor) -> bool:
+    """Return whether jitnorm.rmsnorm accepts the size, the dtype and the alignment of a weight for `input`."""
+    return (
+        is_supported_hidden_size(weight.shape[0])
+        and weight.dtype in (input.dtype, torch.float32)
         and has_kernel_layout(weight)
     )
+
+
+def has_general_layout(tensor: torch.Tensor) -> bool:
+    """Return whether jitnorm.general_rmsnorm accepts the strides of `tensor`, alone or with others like it."""
+    if tensor.is_contiguous():
+        return True
+    if tensor.stride(-1) != 1 and tensor.shape[-1] > 1:
+        return False
+    strides = [step for step, size in zip(tensor.stride()[:-1], tensor.shape[:-1], strict=True) if size > 1]
+    return len(strides) <= MAX_LEADING_DIMS and min(strides, default=0) >= 0
 
 
 def has_kernel_layout(tensor: torch.Tensor) -> bool:

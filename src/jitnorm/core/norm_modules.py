@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+# What is known by name, for layers that get modules of engines. `patch_transformers` looks at what a class computes.
 # Whole names, not endings: Gemma3n's and Gemma 4's classes, for example, multiply by the weight alone.
 LLAMA_CLASSES = (
     "LlamaRMSNorm",

@@ -15,11 +15,16 @@ from jitnorm.jit.spec import KernelSpec, Target
 
 _WARP_HIDDEN_SIZES = (64, 128, 256)
 _BLOCK_HIDDEN_SIZES = range(512, 8192 + 1, 256)
+_HIDDEN_SIZES = frozenset((*_WARP_HIDDEN_SIZES, *_BLOCK_HIDDEN_SIZES))  # dynamo can look up a symbolic size in a set
+# Of jitnorm.general_rmsnorm, which supports all sizes from 1. The leading dimensions are counted after those are merged
+# whose strides allow it.
+MAX_HIDDEN_SIZE = 65536
+MAX_LEADING_DIMS = 3
 
 
 def is_supported_hidden_size(hidden_size: int) -> bool:
     """Return whether the norms have a kernel for `hidden_size`."""
-    return hidden_size in _WARP_HIDDEN_SIZES or hidden_size in _BLOCK_HIDDEN_SIZES
+    return hidden_size in _HIDDEN_SIZES
 
 
 def kernel_class(hidden_size: int, op: str = "rmsnorm") -> str:

@@ -92,9 +92,10 @@ class Operator:
         return torch_op  # type: ignore[no-any-return]
 
     def _load(self, key: tuple[Any, ...]) -> tuple[Any, Any]:
-        library = load(self.spec(*key))
+        spec = self.spec(*key)
+        library = load(spec)
         torch_modes.set_mode_query(library)
-        return getattr(library, f"{self.binding}_fast_path"), getattr(library, self.binding)
+        return getattr(library, f"{spec.binding}_fast_path"), getattr(library, spec.binding)
 
     def try_cached(self, fast_key: tuple[Hashable, ...], *arguments: Any) -> bool:
         """Run the kernel cached for `fast_key` on unchecked arguments. False if there is none or it refuses them."""

@@ -1,13 +1,15 @@
 """RMSNorm operators that select a backend at each call: FlashInfer, this package's kernels or PyTorch.
 
-The four functions have sgl_kernel's names and signatures. The rule of the default, "auto":
+The four functions have sgl_kernel's names and signatures, followed by keyword arguments for further forms, which
+FlashInfer does not have. The rule of the default, "auto":
 
 1. FlashInfer, if it is importable and supports the call: the input is float16 or bfloat16, on the current CUDA device;
    torch.compile is not tracing; no gradient is needed; the weights have the input's dtype (FlashInfer would misread
    others without an error); the input has 2 dimensions (for rmsnorm 2 or 3), rows that FlashInfer's vector accesses
    can read, and a hidden size up to 16384.
-2. This package's kernels, if they support the hidden size (see `jitnorm.rmsnorm`).
-3. PyTorch's rms_norm in float32, for every other hidden size.
+2. This package's kernels: `jitnorm.rmsnorm` and `jitnorm.fused_add_rmsnorm` for what those take, and otherwise
+   `jitnorm.general_rmsnorm` and `jitnorm.general_fused_add_rmsnorm`, which take every hidden size from 1 to 65536.
+3. PyTorch's rms_norm in float32, for devices without kernels, larger sizes, and elements that are not adjacent.
 
 The first call whose backend depends on FlashInfer imports it. If its import or a call of it fails, it is treated as
 unavailable from then on, and one warning gives the reason. (Running out of memory, or an error during the capture of a
@@ -32,11 +34,13 @@ from typing import Any
 import torch
 import torch.fx
 
+from jitnorm.core.eligibility import has_kernel_layout, is_plain_weight
 from jitnorm.dispatch import flashinfer_backend, torch_backend
-from jitnorm.dispatch.selection import BACKENDS, backend, explain
+from jitnorm.dispatch.selection import BACKENDS, backend, explain, is_plain
 from jitnorm.dispatch.selection import select_backend as _select_backend
 from jitnorm.fused_add_rmsnorm import fused_add_rmsnorm as _jitnorm_fused_add_rmsnorm
 from jitnorm.fused_add_rmsnorm import gemma_fused_add_rmsnorm as _jitnorm_gemma_fused_add_rmsnorm
+from jitnorm.general_rmsnorm import general_fused_add_rmsnorm, general_rmsnorm
 from jitnorm.rmsnorm import gemma_rmsnorm as _jitnorm_gemma_rmsnorm
 from jitnorm.rmsnorm import rmsnorm as _jitnorm_rmsnorm
 
@@ -53,24 +57,31 @@ __all__ = [
 
 def rmsnorm(
     input: torch.Tensor,
-    weight: torch.Tensor,
+    weight: torch.Tensor | None,
     eps: float = 1e-6,
     out: torch.Tensor | None = None,
     enable_pdl: bool | None = None,
-) -> torch.Tensor:
+    *,
+    bias: torch.Tensor | None = None,
+    rounding: str = "once",
+    return_rstd: bool = False,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Compute `out = input / sqrt(mean(input^2) + eps) * weight` over the last dimension.
 
     Args:
-        input: `[..., hidden_size]`, float16, bfloat16 or float32, of any hidden size. If this package's kernels are
-            selected, it has strides that `jitnorm.rmsnorm` accepts.
-        weight: `[hidden_size]`, of the input's dtype or float32, on the same device.
+        input: `[..., hidden_size]`, float16, bfloat16 or float32, of any hidden size and strides.
+        weight: `[hidden_size]` or `[heads, hidden_size]`, float16, bfloat16 or float32, on the same device. None
+            multiplies by nothing.
         eps: added to the mean of the squares; zero or more.
         out: written; of the input's shape, dtype and device; may be the input itself. None allocates it. A call with
             `out` has no gradient.
         enable_pdl: programmatic dependent launch; None leaves it to the backend. PyTorch ignores it.
+        bias: `[hidden_size]`, of the weight's dtype; added last.
+        rounding: "once" or "hf", as for `jitnorm.general_rmsnorm`.
+        return_rstd: return the reciprocal root mean square of each row too.
 
     Returns:
-        `out`.
+        `out`; with `return_rstd` also rstd, float32 of the input's leading dimensions.
 
     Raises:
         TypeError: an argument is not a tensor, or its dtype is not accepted.
@@ -79,51 +90,72 @@ def rmsnorm(
         RuntimeError: the requested backend does not support this call; a kernel cannot be built or launched; or `out`
             was given and a gradient is needed.
     """
-    name, _ = _select_backend("rmsnorm", input, weight, out)
+    plain = is_plain(weight, bias, rounding, return_rstd)
+    name, _ = _select_backend("rmsnorm", input, weight, out, plain)
     if name == "jit":
-        return _jitnorm_rmsnorm(input, weight, eps, out, enable_pdl)
+        if plain and _is_served_by_rmsnorm(input, weight, out):
+            return _jitnorm_rmsnorm(input, weight, eps, out, enable_pdl)  # type: ignore[arg-type]
+        forms = {"bias": bias, "weight_offset": 0.0, "rounding": rounding, "return_rstd": return_rstd}
+        return general_rmsnorm(input, weight, eps, out, enable_pdl, **forms)  # type: ignore[arg-type]
     if name == "torch":
-        return torch_backend.rmsnorm("rmsnorm", 0.0, input, weight, eps, out, enable_pdl)
+        forms = {"bias": bias, "rounding": rounding, "return_rstd": return_rstd}
+        return torch_backend.rmsnorm("rmsnorm", 0.0, input, weight, eps, out, enable_pdl, **forms)  # type: ignore[arg-type]
     if name == "torch.fx":
-        return _record(rmsnorm, input, weight, eps, out, enable_pdl)  # type: ignore[no-any-return]
-    result: torch.Tensor = flashinfer_backend.call(rmsnorm, input, weight, eps=eps, out=out, enable_pdl=enable_pdl)
+        forms = {"bias": bias, "rounding": rounding, "return_rstd": return_rstd}
+        return _record(rmsnorm, input, weight, eps, out, enable_pdl, **({} if plain else forms))  # type: ignore[no-any-return]
+    result: torch.Tensor = flashinfer_backend.call(
+        rmsnorm, *_tensors(input, weight), eps=eps, out=out, enable_pdl=enable_pdl
+    )
     return result
 
 
 def gemma_rmsnorm(
     input: torch.Tensor,
-    weight: torch.Tensor,
+    weight: torch.Tensor | None,
     eps: float = 1e-6,
     out: torch.Tensor | None = None,
     enable_pdl: bool | None = None,
-) -> torch.Tensor:
+    *,
+    bias: torch.Tensor | None = None,
+    rounding: str = "once",
+    return_rstd: bool = False,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Compute `out = input / sqrt(mean(input^2) + eps) * (1 + weight)`, adding the 1 in float32.
 
     Args:
         input: `[..., hidden_size]`, float16, bfloat16 or float32, of any hidden size.
-        weight: `[hidden_size]`, of the input's dtype or float32, on the same device.
+        weight: as for `rmsnorm`.
         eps: added to the mean of the squares; zero or more.
         out: written; of the input's shape, dtype and device; may be the input itself. None allocates it. A call with
             `out` has no gradient.
         enable_pdl: programmatic dependent launch; None leaves it to the backend.
+        bias: as for `rmsnorm`.
+        rounding: as for `rmsnorm`.
+        return_rstd: as for `rmsnorm`.
 
     Returns:
-        `out`.
+        As `rmsnorm`.
 
     Raises:
         TypeError: as `rmsnorm`.
         ValueError: as `rmsnorm`.
         RuntimeError: as `rmsnorm`.
     """
-    name, _ = _select_backend("gemma_rmsnorm", input, weight, out)
+    plain = is_plain(weight, bias, rounding, return_rstd)
+    name, _ = _select_backend("gemma_rmsnorm", input, weight, out, plain)
     if name == "jit":
-        return _jitnorm_gemma_rmsnorm(input, weight, eps, out, enable_pdl)
+        if plain and _is_served_by_rmsnorm(input, weight, out):
+            return _jitnorm_gemma_rmsnorm(input, weight, eps, out, enable_pdl)  # type: ignore[arg-type]
+        forms = {"bias": bias, "weight_offset": 1.0, "rounding": rounding, "return_rstd": return_rstd}
+        return general_rmsnorm(input, weight, eps, out, enable_pdl, **forms)  # type: ignore[arg-type]
     if name == "torch":
-        return torch_backend.rmsnorm("gemma_rmsnorm", 1.0, input, weight, eps, out, enable_pdl)
+        forms = {"bias": bias, "rounding": rounding, "return_rstd": return_rstd}
+        return torch_backend.rmsnorm("gemma_rmsnorm", 1.0, input, weight, eps, out, enable_pdl, **forms)  # type: ignore[arg-type]
     if name == "torch.fx":
-        return _record(gemma_rmsnorm, input, weight, eps, out, enable_pdl)  # type: ignore[no-any-return]
+        forms = {"bias": bias, "rounding": rounding, "return_rstd": return_rstd}
+        return _record(gemma_rmsnorm, input, weight, eps, out, enable_pdl, **({} if plain else forms))  # type: ignore[no-any-return]
     result: torch.Tensor = flashinfer_backend.call(
-        gemma_rmsnorm, input, weight, eps=eps, out=out, enable_pdl=enable_pdl
+        gemma_rmsnorm, *_tensors(input, weight), eps=eps, out=out, enable_pdl=enable_pdl
     )
     return result
 
@@ -131,70 +163,136 @@ def gemma_rmsnorm(
 def fused_add_rmsnorm(
     input: torch.Tensor,
     residual: torch.Tensor,
-    weight: torch.Tensor,
+    weight: torch.Tensor | None,
     eps: float = 1e-6,
     enable_pdl: bool | None = None,
-) -> None:
+    *,
+    bias: torch.Tensor | None = None,
+    rounding: str = "once",
+    return_rstd: bool = False,
+) -> torch.Tensor | None:
     """Compute `residual += input; input = rmsnorm(residual) * weight`, both in place; the float32 sum is normalised.
 
     Args:
         input: `[..., hidden_size]`, float16, bfloat16 or float32, of any hidden size; written.
         residual: of the input's shape and device, and of its dtype or float32, sharing no memory with it; written.
-        weight: `[hidden_size]`, of the input's dtype or float32, on the same device.
+        weight: as for `rmsnorm`.
         eps: added to the mean of the squares; zero or more.
         enable_pdl: programmatic dependent launch; None leaves it to the backend.
+        bias: as for `rmsnorm`.
+        rounding: as for `rmsnorm`.
+        return_rstd: return the reciprocal root mean square of each sum.
+
+    Returns:
+        None; with `return_rstd` rstd, float32 of the input's leading dimensions.
 
     Raises:
         TypeError: as `rmsnorm`.
         ValueError: as `rmsnorm`.
         RuntimeError: as `rmsnorm`, or a leaf that requires grad would be overwritten.
     """
-    name, _ = _select_backend("fused_add_rmsnorm", input, weight, residual)
+    plain = is_plain(weight, bias, rounding, return_rstd)
+    name, _ = _select_backend("fused_add_rmsnorm", input, weight, residual, plain)
     if name == "jit":
-        return _jitnorm_fused_add_rmsnorm(input, residual, weight, eps, enable_pdl)
+        if plain and _is_served_by_rmsnorm(input, weight, residual):
+            return _jitnorm_fused_add_rmsnorm(input, residual, weight, eps, enable_pdl)  # type: ignore[arg-type, func-returns-value]
+        forms = {"bias": bias, "weight_offset": 0.0, "rounding": rounding, "return_rstd": return_rstd}
+        return general_fused_add_rmsnorm(input, residual, weight, eps, enable_pdl, **forms)  # type: ignore[arg-type]
     if name == "torch":
-        return torch_backend.fused_add_rmsnorm("fused_add_rmsnorm", 0.0, input, residual, weight, eps, enable_pdl)
+        forms = {"bias": bias, "rounding": rounding, "return_rstd": return_rstd}
+        return torch_backend.fused_add_rmsnorm(
+            "fused_add_rmsnorm",
+            0.0,
+            input,
+            residual,
+            weight,
+            eps,
+            enable_pdl,
+            **forms,  # type: ignore[arg-type]
+        )
     if name == "torch.fx":
-        return _record(fused_add_rmsnorm, input, residual, weight, eps, enable_pdl)  # type: ignore[no-any-return]
-    flashinfer_backend.call(fused_add_rmsnorm, input, residual, weight, eps=eps, enable_pdl=enable_pdl)
+        forms = {"bias": bias, "rounding": rounding, "return_rstd": return_rstd}
+        return _record(fused_add_rmsnorm, input, residual, weight, eps, enable_pdl, **({} if plain else forms))  # type: ignore[no-any-return]
+    flashinfer_backend.call(fused_add_rmsnorm, *_tensors(input, residual, weight), eps=eps, enable_pdl=enable_pdl)
     return None
 
 
 def gemma_fused_add_rmsnorm(
     input: torch.Tensor,
     residual: torch.Tensor,
-    weight: torch.Tensor,
+    weight: torch.Tensor | None,
     eps: float = 1e-6,
     enable_pdl: bool | None = None,
-) -> None:
+    *,
+    bias: torch.Tensor | None = None,
+    rounding: str = "once",
+    return_rstd: bool = False,
+) -> torch.Tensor | None:
     """Compute `residual += input; input = rmsnorm(residual) * (1 + weight)`, both in place; see `fused_add_rmsnorm`.
 
     Args:
         input: `[..., hidden_size]`, float16, bfloat16 or float32, of any hidden size; written.
         residual: of the input's shape and device, and of its dtype or float32, sharing no memory with it; written.
-        weight: `[hidden_size]`, of the input's dtype or float32, on the same device.
+        weight: as for `rmsnorm`.
         eps: added to the mean of the squares; zero or more.
         enable_pdl: programmatic dependent launch; None leaves it to the backend.
+        bias: as for `rmsnorm`.
+        rounding: as for `rmsnorm`.
+        return_rstd: return the reciprocal root mean square of each sum.
+
+    Returns:
+        None; with `return_rstd` rstd, float32 of the input's leading dimensions.
 
     Raises:
         TypeError: as `fused_add_rmsnorm`.
         ValueError: as `fused_add_rmsnorm`.
         RuntimeError: as `fused_add_rmsnorm`.
     """
-    name, _ = _select_backend("gemma_fused_add_rmsnorm", input, weight, residual)
+    plain = is_plain(weight, bias, rounding, return_rstd)
+    name, _ = _select_backend("gemma_fused_add_rmsnorm", input, weight, residual, plain)
     if name == "jit":
-        return _jitnorm_gemma_fused_add_rmsnorm(input, residual, weight, eps, enable_pdl)
+        if plain and _is_served_by_rmsnorm(input, weight, residual):
+            return _jitnorm_gemma_fused_add_rmsnorm(input, residual, weight, eps, enable_pdl)  # type: ignore[arg-type, func-returns-value]
+        forms = {"bias": bias, "weight_offset": 1.0, "rounding": rounding, "return_rstd": return_rstd}
+        return general_fused_add_rmsnorm(input, residual, weight, eps, enable_pdl, **forms)  # type: ignore[arg-type]
     if name == "torch":
-        return torch_backend.fused_add_rmsnorm("gemma_fused_add_rmsnorm", 1.0, input, residual, weight, eps, enable_pdl)
+        forms = {"bias": bias, "rounding": rounding, "return_rstd": return_rstd}
+        return torch_backend.fused_add_rmsnorm(
+            "gemma_fused_add_rmsnorm",
+            1.0,
+            input,
+            residual,
+            weight,
+            eps,
+            enable_pdl,
+            **forms,  # type: ignore[arg-type]
+        )
     if name == "torch.fx":
-        return _record(gemma_fused_add_rmsnorm, input, residual, weight, eps, enable_pdl)  # type: ignore[no-any-return]
-    flashinfer_backend.call(gemma_fused_add_rmsnorm, input, residual, weight, eps=eps, enable_pdl=enable_pdl)
+        forms = {"bias": bias, "rounding": rounding, "return_rstd": return_rstd}
+        return _record(gemma_fused_add_rmsnorm, input, residual, weight, eps, enable_pdl, **({} if plain else forms))  # type: ignore[no-any-return]
+    flashinfer_backend.call(gemma_fused_add_rmsnorm, *_tensors(input, residual, weight), eps=eps, enable_pdl=enable_pdl)
     return None
 
 
-def _record(operator: Callable[..., Any], *arguments: Any) -> Any:
+def _is_served_by_rmsnorm(input: torch.Tensor, weight: torch.Tensor | None, other: torch.Tensor | None) -> bool:
+    """Return whether `jitnorm.rmsnorm`, or the fused form of it, takes a call, whose shapes may be wrong."""
+    return (
+        weight is not None
+        and weight.dim() == 1
+        and is_plain_weight(input, weight)
+        and has_kernel_layout(input)
+        and (other is None or has_kernel_layout(other))
+    )
+
+
+def _tensors(*tensors: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
+    """Return tensors none of which is None."""
+    return tensors  # type: ignore[return-value]
+
+
+def _record(operator: Callable[..., Any], *arguments: Any, **keywords: Any) -> Any:
     """Record the call in the graph that torch.fx.symbolic_trace is making."""
-    return torch.overrides.handle_torch_function(operator, arguments[:1], *arguments)
+    return torch.overrides.handle_torch_function(operator, arguments[:1], *arguments, **keywords)
 
 
 # torch.fx must not remove these calls as dead code: they return nothing and write their arguments.

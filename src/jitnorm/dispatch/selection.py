@@ -12,15 +12,16 @@ from contextvars import ContextVar
 import torch
 import torch.fx
 
-from jitnorm.core import checks, norms
+from jitnorm.core import checks
+from jitnorm.core.eligibility import has_general_layout
+from jitnorm.core.norms import MAX_HIDDEN_SIZE
+from jitnorm.core.operators import DTYPES
 from jitnorm.core.torch_library import mark_constant
 from jitnorm.dispatch import flashinfer_backend
 
 BACKENDS = ("auto", "auto-fast", "jit", "flashinfer", "torch")
 VARIABLE = "JITNORM_BACKEND"
 
-# norms.is_supported_hidden_size as a set: a third of the time, and dynamo can look up a symbolic size in it.
-_KERNEL_SIZES = frozenset((*norms._WARP_HIDDEN_SIZES, *norms._BLOCK_HIDDEN_SIZES))
 # torch.fx.symbolic_trace records the call, and its graph selects the backend when it runs.
 _RECORDED = "torch.fx", "torch.fx is tracing"
 _is_dynamo_compiling = torch.compiler.is_dynamo_compiling
@@ -79,7 +80,9 @@ def _check_name(name: str, source: str) -> str:
     return name
 
 
-def explain(op: str, input: torch.Tensor, weight: torch.Tensor, other: torch.Tensor | None = None) -> tuple[str, str]:
+def explain(
+    op: str, input: torch.Tensor, weight: torch.Tensor | None, other: torch.Tensor | None = None, **forms: object
+) -> tuple[str, str]:
     """Return which backend a call of `op` would use now, and why.
 
     Nothing is written, built or launched; FlashInfer is imported if the answer depends on it.
@@ -89,6 +92,7 @@ def explain(op: str, input: torch.Tensor, weight: torch.Tensor, other: torch.Ten
         input: as in the call.
         weight: as in the call.
         other: the residual of a fused operator; `out` of the others, if it is given.
+        forms: `bias`, `rounding` and `return_rstd`, as in the call.
 
     Returns:
         "flashinfer", "jit" or "torch", and the reason in words.
@@ -100,11 +104,27 @@ def explain(op: str, input: torch.Tensor, weight: torch.Tensor, other: torch.Ten
     """
     if op not in flashinfer_backend.RANKS:
         raise ValueError(f"op must be one of {', '.join(flashinfer_backend.RANKS)}, got {op!r}")
-    return select_backend(op, input, weight, other)
+    return select_backend(op, input, weight, other, is_plain(weight, **forms))  # type: ignore[arg-type]
 
 
-def select_backend(op: str, input: torch.Tensor, weight: torch.Tensor, other: torch.Tensor | None) -> tuple[str, str]:
+def is_plain(
+    weight: torch.Tensor | None, bias: torch.Tensor | None = None, rounding: str = "once", return_rstd: bool = False
+) -> bool:
+    """Return whether a call has the form that all backends have."""
+    return weight is not None and bias is None and rounding == "once" and not return_rstd
+
+
+def select_backend(
+    op: str, input: torch.Tensor, weight: torch.Tensor | None, other: torch.Tensor | None, is_plain: bool
+) -> tuple[str, str]:
     """Do what `explain` documents, for an `op` that exists; every call of an operator begins with this.
+
+    Args:
+        op: as `explain`.
+        input: as `explain`.
+        weight: as `explain`.
+        other: as `explain`.
+        is_plain: what the function of this name returns.
 
     Returns:
         As `explain`, or "torch.fx" for a call that torch.fx.symbolic_trace is to record.
@@ -119,6 +139,8 @@ def select_backend(op: str, input: torch.Tensor, weight: torch.Tensor, other: to
             reason = "torch.compile is tracing"
         elif input.dtype not in (torch.float16, torch.bfloat16):
             reason = "the input is neither float16 nor bfloat16"
+        elif weight is None or not is_plain:
+            reason = "FlashInfer has neither norms without a weight nor bias, rstd or another rounding"
         else:
             reason = flashinfer_backend.unavailable_reason() or flashinfer_backend.unsupported_reason(
                 op, input, weight, other
@@ -127,9 +149,9 @@ def select_backend(op: str, input: torch.Tensor, weight: torch.Tensor, other: to
             return "flashinfer", "the input is float16 or bfloat16 on CUDA, and FlashInfer is available"
         if name == "flashinfer":
             raise _unsupported(name, op, reason)
-        if input.shape[-1] in _KERNEL_SIZES:
-            return "jit", reason
-        return "torch", f"{reason}, and {_no_kernel(input)}"
+        if lacking := _missing_kernel(input, weight, other):
+            return "torch", f"{reason}, and {lacking}"
+        return "jit", reason
     except torch.fx.proxy.TraceError:
         return _RECORDED
     except (AttributeError, IndexError):
@@ -138,7 +160,7 @@ def select_backend(op: str, input: torch.Tensor, weight: torch.Tensor, other: to
 
 
 def _select_without_flashinfer(
-    name: str, op: str, input: torch.Tensor, weight: torch.Tensor, other: torch.Tensor | None
+    name: str, op: str, input: torch.Tensor, weight: torch.Tensor | None, other: torch.Tensor | None
 ) -> tuple[str, str] | None:
     """Return what `select_backend` returns where that does not depend on FlashInfer, or else None."""
     if isinstance(input, torch.fx.Proxy):
@@ -146,10 +168,10 @@ def _select_without_flashinfer(
     if name == "torch":
         return name, "it was requested"
     if name == "jit":
-        if input.shape[-1] not in _KERNEL_SIZES:
-            raise _unsupported(name, op, _no_kernel(input))
+        if lacking := _missing_kernel(input, weight, other):
+            raise _unsupported(name, op, lacking)
         return name, "it was requested"
-    if name == "auto-fast" and _has_kernel(input, weight, other):
+    if name == "auto-fast" and not _missing_kernel(input, weight, other):
         return "jit", "auto-fast was requested, and jitnorm has a kernel"
     return None
 
@@ -161,28 +183,29 @@ def _unsupported(name: str, op: str, reason: str) -> RuntimeError:
     )
 
 
-def _no_kernel(input: torch.Tensor) -> str:
-    return f"jitnorm has no kernel for hidden size {input.shape[-1]}"
-
-
-def _has_kernel(input: torch.Tensor, weight: torch.Tensor, other: torch.Tensor | None) -> bool:
-    """Return whether a kernel of this package takes the call: it needs one stride from row to row."""
-    return (
-        input.shape[-1] in _KERNEL_SIZES
-        and weight.dtype in (input.dtype, torch.float32)
-        and _has_one_row_stride(input)
-        and (other is None or _has_one_row_stride(other))
+def _missing_kernel(input: torch.Tensor, weight: torch.Tensor | None, other: torch.Tensor | None) -> str:
+    """Return why no kernel of this package takes the call, or nothing."""
+    if not 1 <= input.shape[-1] <= MAX_HIDDEN_SIZE:
+        return f"jitnorm has no kernel for hidden size {input.shape[-1]}"
+    if input.dtype not in DTYPES or (weight is not None and weight.dtype not in DTYPES):
+        return f"jitnorm has kernels for {checks.enumeration(DTYPES)} alone"
+    if input.device.type not in ("cpu", "cuda", "meta"):
+        return f"jitnorm has no kernel for {input.device.type}"
+    are_accepted = (
+        has_general_layout(input)
+        and (other is None or has_general_layout(other))
+        and (weight is None or has_general_layout(weight))
     )
-
-
-def _has_one_row_stride(tensor: torch.Tensor) -> bool:
-    return tensor.is_contiguous() or (tensor.stride(-1) == 1 and checks.row_stride(tensor) is not None)
+    if not are_accepted:
+        return "jitnorm's kernels need adjacent elements, and rows under at most three strides"
+    return ""
 
 
 def _check_tensors(op: str, input: object, weight: object, other: object) -> None:
     """Raise for an argument that is not a tensor, or has no last dimension."""
     checks.tensor("input", input)
-    checks.tensor("weight", weight)
+    if weight is not None:
+        checks.tensor("weight", weight)
     if other is not None:
         checks.tensor(flashinfer_backend.other_name(op), other)
     if isinstance(input, torch.Tensor) and input.dim() == 0:

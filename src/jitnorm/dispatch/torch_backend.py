@@ -8,28 +8,33 @@ import torch
 import torch.nn.functional as F
 
 from jitnorm.core import checks
-from jitnorm.core.operators import DTYPES
 from jitnorm.core.torch_library import needs_dispatcher, needs_grad, refuse_unwritable
+from jitnorm.general_rmsnorm import check_metadata
 
 
 def rmsnorm(
     op: str,
     weight_offset: float,
     input: torch.Tensor,
-    weight: torch.Tensor,
+    weight: torch.Tensor | None,
     eps: float,
     out: torch.Tensor | None,
     enable_pdl: bool | None,
-) -> torch.Tensor:
-    """Return `out = input / sqrt(mean(input^2) + eps) * (weight_offset + weight)`."""
-    _check_rmsnorm(input, weight, eps, out, enable_pdl)
-    result = _normalise(input, weight, eps, weight_offset).to(input.dtype)
-    if out is None:
-        return result
-    if needs_grad(input, weight):
-        raise RuntimeError(f"{op} with out= has no gradient: call it without, or under torch.no_grad()")
-    out.detach().copy_(result)  # data, as for the kernels
-    return out
+    *,
+    bias: torch.Tensor | None = None,
+    rounding: str = "once",
+    return_rstd: bool = False,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """Return `out = input / sqrt(mean(input^2) + eps) * (weight_offset + weight) + bias`, and rstd if it is wanted."""
+    _check_rmsnorm(input, weight, eps, out, enable_pdl, bias, rounding)
+    rstd = _rstd(input, eps) if return_rstd else None
+    result = _normalise(input, input.dtype, weight, bias, eps, weight_offset, rounding).to(input.dtype)
+    if out is not None:
+        if needs_grad(input, weight, bias):
+            raise RuntimeError(f"{op} with out= has no gradient: call it without, or under torch.no_grad()")
+        out.detach().copy_(result)  # data, as for the kernels
+        result = out
+    return result if rstd is None else (result, rstd)
 
 
 def fused_add_rmsnorm(
@@ -37,39 +42,67 @@ def fused_add_rmsnorm(
     weight_offset: float,
     input: torch.Tensor,
     residual: torch.Tensor,
-    weight: torch.Tensor,
+    weight: torch.Tensor | None,
     eps: float,
     enable_pdl: bool | None,
-) -> None:
-    """Compute `residual += input; input = rmsnorm(residual) * (weight_offset + weight)`, both in place."""
-    _check_fused_add_rmsnorm(input, residual, weight, eps, enable_pdl)
-    refuse_unwritable(op, residual, weight, input=input)
+    *,
+    bias: torch.Tensor | None = None,
+    rounding: str = "once",
+    return_rstd: bool = False,
+) -> torch.Tensor | None:
+    """Compute `residual += input; input = rmsnorm(residual) * (weight_offset + weight) + bias`, both in place."""
+    _check_fused_add_rmsnorm(input, residual, weight, eps, enable_pdl, bias, rounding)
+    refuse_unwritable(op, residual, weight, bias, input=input)
     refuse_unwritable(op, input, residual=residual)
     total = input.float() + residual.float()
-    normalised = _normalise(total, weight, eps, weight_offset)
+    rstd = _rstd(total, eps) if return_rstd else None
+    normalised = _normalise(total, input.dtype, weight, bias, eps, weight_offset, rounding)
     residual.copy_(total)
     input.copy_(normalised)
+    return rstd
 
 
-def _normalise(x: torch.Tensor, weight: torch.Tensor, eps: float, weight_offset: float) -> torch.Tensor:
-    factor = weight.float() + weight_offset if weight_offset else weight.float()
-    return F.rms_norm(x.float(), (x.shape[-1],), factor, eps)
+def _normalise(
+    x: torch.Tensor,
+    dtype: torch.dtype,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    eps: float,
+    weight_offset: float,
+    rounding: str,
+) -> torch.Tensor:
+    """Return the result in float32, for inputs of `dtype`."""
+    factor = None if weight is None else weight.float() + weight_offset if weight_offset else weight.float()
+    if rounding == "once" and (factor is None or factor.dim() == 1):
+        result = F.rms_norm(x.float(), (x.shape[-1],), factor, eps)
+    else:
+        result = F.rms_norm(x.float(), (x.shape[-1],), None, eps)
+        result = result.to(dtype).float() if rounding == "hf" else result
+        result = result if factor is None else result * factor
+    return result if bias is None else result + bias.float()
 
 
-def _check_rmsnorm(input: Any, weight: Any, eps: Any, out: Any, enable_pdl: Any) -> None:
+def _rstd(x: torch.Tensor, eps: float) -> torch.Tensor:
+    return torch.rsqrt(x.detach().float().square().mean(dim=-1) + eps)
+
+
+def _check_rmsnorm(input: Any, weight: Any, eps: Any, out: Any, enable_pdl: Any, bias: Any, rounding: Any) -> None:
     """Raise for arguments that no backend accepts; any size and any strides are accepted."""
-    _check_input_and_weight(input, weight, eps, enable_pdl)
+    _check_input_and_weight(input, weight, eps, enable_pdl, bias, rounding)
     if out is not None:
         _check_like_input("out", out, input, input.dtype)
         if not needs_dispatcher(out, weight):
             checks.no_internal_overlap("out", out)
             checks.no_overlap("out", out, "input", input)
-            checks.no_shared_memory("out", out, "weight", weight)
+            if weight is not None:
+                checks.no_shared_memory("out", out, "weight", weight)
 
 
-def _check_fused_add_rmsnorm(input: Any, residual: Any, weight: Any, eps: Any, enable_pdl: Any) -> None:
+def _check_fused_add_rmsnorm(
+    input: Any, residual: Any, weight: Any, eps: Any, enable_pdl: Any, bias: Any, rounding: Any
+) -> None:
     """Raise for arguments that no backend accepts; any size and any strides are accepted."""
-    _check_input_and_weight(input, weight, eps, enable_pdl)
+    _check_input_and_weight(input, weight, eps, enable_pdl, bias, rounding)
     _check_like_input("residual", residual, input, input.dtype, torch.float32)
     if not needs_dispatcher(input, residual):
         checks.no_internal_overlap("input", input)
@@ -77,15 +110,12 @@ def _check_fused_add_rmsnorm(input: Any, residual: Any, weight: Any, eps: Any, e
         checks.no_overlap("residual", residual, "input", input, reject_identical=True)
 
 
-def _check_input_and_weight(input: Any, weight: Any, eps: Any, enable_pdl: Any) -> None:
+def _check_input_and_weight(input: Any, weight: Any, eps: Any, enable_pdl: Any, bias: Any, rounding: Any) -> None:
     checks.tensor("input", input)
-    checks.tensor("weight", weight)
-    if input.dim() == 0:
-        raise ValueError("input must have at least one dimension, got a scalar")
-    checks.dtype("input", input, DTYPES)
-    checks.dtype("weight", weight, DTYPES)
-    checks.shape("weight", weight, [input.shape[-1]], "one factor for each element of input's last dimension")
-    checks.device("weight", weight, "input", input)
+    for name, value in (("weight", weight), ("bias", bias)):
+        if value is not None:
+            checks.tensor(name, value)
+    check_metadata(input, None, weight, bias, 0.0, rounding)
     checks.eps(eps)
     checks.enable_pdl(enable_pdl)
 

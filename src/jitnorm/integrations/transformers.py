@@ -9,15 +9,18 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
+from collections.abc import Mapping
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from jitnorm.core import checks
 from jitnorm.core.norm_modules import original_class
 
 if TYPE_CHECKING:
     from jitnorm.integrations.transformers_explain import Explanation, explain
+    from jitnorm.integrations.transformers_rules import NormRule
 
 __all__ = ["Explanation", "TransformersPatch", "explain", "patch_transformers", "unpatch_transformers"]
 
@@ -37,41 +40,54 @@ class TransformersPatch:
 
     Attributes:
         replaced: the name in the model of each patched module, with the name of its original class.
+        rules: the name in the model of each patched norm, with the rule by which its class computes.
         left: the name of each other module of the kinds to patch, with the reason why it was not patched.
     """
 
     replaced: dict[str, str]
+    rules: dict[str, str]
     left: dict[str, str]
 
-    def __init__(self, model: torch.nn.Module, attention: bool, layers: bool, fuse_projections: bool) -> None:
-        from jitnorm.integrations.transformers_classes import kind_of, patched_class, reason_to_leave
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        attention: bool,
+        layers: bool,
+        fuse_projections: bool,
+        named: Mapping[type[torch.nn.Module], NormRule],
+        rounding: str,
+    ) -> None:
+        from jitnorm.integrations.transformers_classes import find_replacement, kind_of
         from jitnorm.integrations.transformers_projections import fuse_weights
 
-        self.replaced, self.left = {}, {}
-        self._originals: list[tuple[torch.nn.Module, type[torch.nn.Module]]] = []
+        self.replaced, self.rules, self.left = {}, {}, {}
+        self._originals: list[tuple[torch.nn.Module, type[torch.nn.Module], type[torch.nn.Module]]] = []
         kinds = {"norm", *(["attention"] if attention else []), *(["layer", "mlp"] if layers else [])}
         for name, module in model.named_modules():
-            kind = kind_of(module)
+            kind = kind_of(module, named)
             if kind is None or kind not in kinds:
                 continue
-            if reason := reason_to_leave(module, kind):
-                self.left[name] = reason
+            replacement = find_replacement(module, kind, named, rounding)
+            if replacement.cls is None:
+                self.left[name] = replacement.reason or ""
                 continue
             original = type(module)
-            self._originals.append((module, original))
+            self._originals.append((module, original, replacement.cls))
             self.replaced[name] = original.__name__
-            module.__class__ = patched_class(original)
+            if replacement.kernels is not None:
+                self.rules[name] = replacement.kernels.rule.name
+        # After all have been found, since an error in `named` must leave the model as it was.
+        for module, _, cls in self._originals:
+            module.__class__ = cls
         if fuse_projections:
-            for module, original in self._originals:
+            for module, original, _ in self._originals:
                 if linears := _projections(module, original):
                     fuse_weights(linears)
 
     def undo(self) -> None:
         """Restore the class of each patched module, unless it was changed again since. A second call does nothing."""
-        from jitnorm.integrations.transformers_classes import patched_class
-
-        for module, original in self._originals:
-            if type(module) is patched_class(original):
+        for module, original, cls in self._originals:
+            if type(module) is cls:
                 _restore(module, original)
         self._originals.clear()
 
@@ -85,7 +101,8 @@ class TransformersPatch:
 
     def __repr__(self) -> str:
         lines = [f"replaced {len(self.replaced)} modules, left {len(self.left)}"]
-        lines += [f"  {name or '(the model)'}: {cls}" for name, cls in self.replaced.items()]
+        rules = {name: f" (rule {rule})" for name, rule in self.rules.items()}
+        lines += [f"  {name or '(the model)'}: {cls}{rules.get(name, '')}" for name, cls in self.replaced.items()]
         lines += [f"  {name or '(the model)'}: left, {reason}" for name, reason in self.left.items()]
         return "\n".join(lines)
 
@@ -97,16 +114,21 @@ def patch_transformers(
     attention: bool = True,
     layers: bool = True,
     fuse_projections: bool = False,
+    classes: Mapping[type[torch.nn.Module], str] | None = None,
+    rounding: str = "once",
 ) -> TransformersPatch:
     """Patch modules of a Hugging Face model in place, so that this package's kernels compute them.
 
-    The RMSNorm classes of Llama, Mistral, Mixtral, Qwen 2 and 3, Phi 3 and Gemma 1 to 3 are recognised by their names
-    and attributes, wherever they are in the model: layer norms, q and k norms, the final norm. The other classes, of
-    Llama, Mistral, Qwen 2, Qwen 3 and Gemma 3 (text), are recognised by the source of their forward. `explain` says
-    what each module became.
+    RMSNorm classes are recognised by what they compute, wherever they are in the model: layer norms, q and k norms, the
+    final norm. A copy of each norm is called on random input on the CPU, and its results are compared with the rules
+    below; this takes milliseconds for each class and size. The other classes, of Llama, Mistral, Qwen 2, Qwen 3 and
+    Gemma 3 (text), are recognised by the source of their forward. `explain` says what each module became.
 
     - Norms: the kernels normalise in float32 and round once. Llama's class and similar ones also round before they
       multiply by the weight. The original forward runs if the weight and the input of a call have different dtypes.
+      The rules, of the normalised value n and the weight w, where round() is to the dtype of the input: "once",
+      round(n * w), as GPT-OSS and torch.nn.RMSNorm; "llama", round(round(n) * w); "gemma", round(n * (1 + w));
+      "gemma_weight", round(n * round(1 + w)); "gemma_llama", round(round(n) * round(1 + w)).
     - Attention: one launch normalises and rotates q and k, in float32, and rounds once, where transformers rounds up to
       five times. The rotary embedding prepares the cosines and sines once in a forward of the model. The original
       forward of a layer runs where the position embeddings do not come from the model's patched rotary embedding, as
@@ -130,13 +152,21 @@ def patch_transformers(
         fuse_projections: compute q, k and v by one GEMM, and the gate and its factor, in patched modules whose
             projections are plain linear modules. Their weights are moved into one tensor, of which the parameters
             become slices. Where that does not stay so, as after `model.to`, there are several GEMMs again.
+        classes: the rules of norm classes that are not recognised, such as `{MyNorm: "llama"}`: a class whose forward
+            does not run on the CPU, uses attributes that are no plain values, or rounds elsewhere. Subclasses do not
+            count. The norms need one weight, a float eps, and a forward of the input alone.
+        rounding: "once", as described above; or "hf" to round where transformers rounds: norms before they multiply by
+            the weight, if their rule does; MLPs after the activation; attention after norm and rotation, in eager mode.
+            Then more bits of the logits are those of the unpatched model, and the errors are as large as its errors.
 
     Returns:
         What was replaced, what was left and why. Its `undo()` restores the model, as does leaving it as a context
         manager: `with patch_transformers(model): ...`. `unpatch_transformers` restores copies of the model too.
 
     Raises:
-        TypeError: `model` is not a module, or an option is not a bool.
+        TypeError: `model` is not a module, an option is not a bool, or `classes` has keys that are no module classes.
+        ValueError: `rounding` is another word; or `classes` has a value that is no rule, or a rule that its class does
+            not compute on random input. No module was changed.
         RuntimeError: nothing was replaced, and `strict` is true.
     """
     _check_model(model)
@@ -144,7 +174,8 @@ def patch_transformers(
     for name, value in options.items():
         if not isinstance(value, bool):
             raise TypeError(f"{name} must be True or False, got {type(value).__name__}")
-    patch = TransformersPatch(model, attention, layers, fuse_projections)
+    checks.choice("rounding", rounding, ("once", "hf"))
+    patch = TransformersPatch(model, attention, layers, fuse_projections, _check_classes(classes), rounding)
     if not patch.replaced:
         message = f"patch_transformers replaced nothing in {type(model).__name__}: {_summarise(patch.left)}"
         if strict:
@@ -167,7 +198,7 @@ def unpatch_transformers(model: torch.nn.Module) -> dict[str, str]:
     Raises:
         TypeError: `model` is not a module.
     """
-    from jitnorm.integrations.transformers_classes import patched_class
+    from jitnorm.integrations.transformers_classes import is_patched_class
 
     _check_model(model)
     restored = {}
@@ -175,7 +206,7 @@ def unpatch_transformers(model: torch.nn.Module) -> dict[str, str]:
         original = original_class(module)
         if original is type(module):
             continue
-        if type(module) is not patched_class(original):
+        if not is_patched_class(type(module)):
             warnings.warn(
                 f"unpatch_transformers left {name}: {type(module).__name__} was derived from the patched class",
                 RuntimeWarning,
@@ -206,6 +237,23 @@ def _restore(module: torch.nn.Module, original: type[torch.nn.Module]) -> None:
 def _check_model(model: object) -> None:
     if not isinstance(model, torch.nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+
+
+def _check_classes(classes: Mapping[type[torch.nn.Module], str] | None) -> dict[type[torch.nn.Module], NormRule]:
+    """Return the rule for each class."""
+    from jitnorm.integrations.transformers_rules import RULES
+
+    if classes is None:
+        return {}
+    if not isinstance(classes, Mapping):
+        raise TypeError(f"classes must be a dict from module classes to rules, got {type(classes).__name__}")
+    for cls, rule in classes.items():
+        if not (isinstance(cls, type) and issubclass(cls, torch.nn.Module)):
+            raise TypeError(f"classes must have classes of torch.nn.Module as keys, got {cls!r}")
+        if not isinstance(rule, str) or rule not in RULES:
+            accepted = ", ".join(map(repr, RULES))
+            raise ValueError(f"classes[{cls.__name__}] must be one of {accepted}, got {rule!r}")
+    return {cls: RULES[rule] for cls, rule in classes.items()}
 
 
 def _summarise(left: dict[str, str]) -> str:

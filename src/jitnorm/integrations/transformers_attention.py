@@ -71,6 +71,7 @@ class PatchedAttention(torch.nn.Module):
     """The base class that a patched attention module has before the original one."""
 
     _jitnorm_original: type[torch.nn.Module]
+    _jitnorm_rounding: str
     _has_norms: bool
     _sliding_window_of: str | None
     _functions: Any
@@ -183,8 +184,9 @@ def normalise_and_rotate(
             positions,
             q_weight=None if q_norm is None else q_norm._parameters["weight"],
             k_weight=None if k_norm is None else k_norm._parameters["weight"],
-            eps=1e-6 if q_norm is None else eps_of_norm(q_norm),
+            eps=1e-6 if q_norm is None else eps_of_norm(q_norm, query),
             weight_offset=0.0 if q_norm is None else offset_of_norm(q_norm),
+            rounding="each_step" if attention._jitnorm_rounding == "hf" else "once",
         )
         return query, key
     return apply_qk_norm_rope(query, key, q_norm, k_norm, head_dim, cos_sin_cache, positions, allow_inplace=is_own)
@@ -204,7 +206,8 @@ def _are_plain(norms: tuple[Any, Any], query: torch.Tensor, head_dim: int) -> bo
             return False
         if weight.device != query.device or not has_kernel_layout(weight):
             return False
-    return eps_of_norm(norms[0]) == eps_of_norm(norms[1])
+    first, second = norms
+    return eps_of_norm(first, query) == eps_of_norm(second, query) and offset_of_norm(first) == offset_of_norm(second)
 
 
 def attention_attributes(original: type[torch.nn.Module]) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import torch
 
 from jitnorm.core.norm_modules import original_class
 from jitnorm.integrations.transformers_attention import ROTARY_CLASSES
-from jitnorm.integrations.transformers_classes import is_patched, kind_of, reason_to_leave
+from jitnorm.integrations.transformers_classes import find_replacement, is_patched, kind_of
 from jitnorm.integrations.transformers_layers import (
     MODELS,
     PatchedDecoderLayer,
@@ -18,6 +18,7 @@ from jitnorm.integrations.transformers_layers import (
     reason_of_norm,
 )
 from jitnorm.integrations.transformers_mlp import gated_activation
+from jitnorm.integrations.transformers_norms import PatchedNorm
 from jitnorm.integrations.transformers_projections import PROJECTIONS, is_fused, projections_of
 from jitnorm.integrations.transformers_state import ForwardState, is_plain
 
@@ -56,7 +57,9 @@ def explain(model: torch.nn.Module) -> Explanation:
         if is_patched(module):
             explanation[name] = f"{cls}, patched: {additions.get(module) or _describe(module, kind)}"
         else:
-            explanation[name] = f"{cls}, left: {reason_to_leave(module, kind) or 'patch_transformers can replace it'}"
+            replacement = find_replacement(module, kind)
+            rule = "" if replacement.kernels is None else f" (rule {replacement.kernels.rule.name})"
+            explanation[name] = f"{cls}, left: {replacement.reason or f'patch_transformers can replace it{rule}'}"
     return explanation
 
 
@@ -69,8 +72,9 @@ def _describe(module: torch.nn.Module, kind: str) -> str:
         return "prepares the cosines and sines for the kernels of its layers"
     if not is_plain(module) and "forward" in vars(module):
         return "but its forward was replaced on the instance since"
-    if kind == "norm":
-        return "one kernel normalises"
+    if isinstance(module, PatchedNorm):
+        rule = module._jitnorm_kernels.rule
+        return f"one kernel normalises and rounds once (rule {rule.name}: {rule.formula})"
     if kind == "attention":
         return f"one kernel rotates q and k, after their norms if there are any{_gemms(module, 'Attention')}"
     if kind == "mlp":

@@ -43,7 +43,8 @@ def fused_mlp(module: torch.nn.Module, x: torch.Tensor) -> Any:
     """Return `down_proj(act_fn(gate_proj(x)) * up_proj(x))` of an MLP: the activation and the product in one launch."""
     modules: Any = module._modules
     projections, operator = [modules["gate_proj"], modules["up_proj"]], gated_activation(modules["act_fn"])
-    return modules["down_proj"](operator(side_by_side(x, projections)))  # type: ignore[misc]
+    rounding = getattr(module, "_jitnorm_rounding", "once")
+    return modules["down_proj"](operator(side_by_side(x, projections), rounding=rounding))  # type: ignore[misc]
 
 
 def _is_supported(x: torch.Tensor, projections: list[torch.nn.Linear]) -> bool:

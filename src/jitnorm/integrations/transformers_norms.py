@@ -2,49 +2,61 @@
 
 # No `from __future__ import annotations`: torch.fx writes the annotations of forward into its code, as types, not text.
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 
-from jitnorm.core.eligibility import can_normalise, has_kernel_layout
-from jitnorm.core.norm_modules import GEMMA_CLASSES, LLAMA_CLASSES
-from jitnorm.core.norms import is_supported_hidden_size
+from jitnorm.core.eligibility import can_normalise_any_size, has_kernel_layout, is_plain_weight
+from jitnorm.core.norms import MAX_HIDDEN_SIZE
 from jitnorm.fused_add_rmsnorm import fused_add_rmsnorm, gemma_fused_add_rmsnorm
+from jitnorm.general_rmsnorm import general_fused_add_rmsnorm
+from jitnorm.integrations.transformers_rules import RULES, NormRule, input_name, recognise
 from jitnorm.integrations.transformers_state import current_state, is_plain
-from jitnorm.nn import normalise
+from jitnorm.nn import normalise, resolve_eps
 from jitnorm.rmsnorm import gemma_rmsnorm, rmsnorm
 
 _is_dynamo_compiling = torch.compiler.is_dynamo_compiling
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class NormClass:
-    """A class of RMSNorm modules in transformers.
+class NormKernels:
+    """The kernels that replace a norm, and what they need to know of it.
 
     Attributes:
-        norm: computes the same.
-        fused_add: adds and normalises the sum as rounded, in place, as the addition and the norm in transformers do.
+        rule: by which the norm computes.
         eps_attribute: the name of the attribute that has its eps.
-        weight_offset: added to the weight before it multiplies.
+        rounding: "once", or "hf" to round the normalised value too, before the weight multiplies it.
+        norm: normalises, and rounds once, where kernels with less host time serve a call.
     """
 
-    norm: Callable[..., torch.Tensor]
-    fused_add: Callable[..., None]
+    rule: NormRule
     eps_attribute: str
-    weight_offset: float
+    rounding: str
+    norm: Callable[..., torch.Tensor]
+
+    def fused_add(self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float) -> None:
+        """Add and normalise the sum as rounded, in place, as the addition and the norm in transformers do."""
+        offset = self.rule.weight_offset
+        if self.rounding == "once" and is_plain_weight(x, weight):
+            (gemma_fused_add_rmsnorm if offset else fused_add_rmsnorm)(x, residual, weight, eps, round_sum=True)
+        else:
+            options = {"weight_offset": offset, "rounding": self.rounding}
+            general_fused_add_rmsnorm(x, residual, weight, eps, round_sum=True, **options)  # type: ignore[arg-type]
 
 
-_LLAMA = NormClass(rmsnorm, partial(fused_add_rmsnorm, round_sum=True), "variance_epsilon", 0.0)
-_GEMMA = NormClass(gemma_rmsnorm, partial(gemma_fused_add_rmsnorm, round_sum=True), "eps", 1.0)
-NORM_CLASSES = {**dict.fromkeys(LLAMA_CLASSES, _LLAMA), **dict.fromkeys(GEMMA_CLASSES, _GEMMA)}
+@functools.cache
+def kernels_of(rule_name: str, eps_attribute: str, rounding: str = "once") -> NormKernels:
+    """Return the kernels for a rule of `RULES`: the same object for the same arguments."""
+    rule = RULES[rule_name]
+    return NormKernels(rule, eps_attribute, rounding, gemma_rmsnorm if rule.weight_offset else rmsnorm)
 
 
 class PatchedNorm(torch.nn.Module):
     """The base class that a patched norm class has before the original one."""
 
-    _jitnorm_class: NormClass
+    _jitnorm_kernels: NormKernels
     weight: torch.nn.Parameter
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
@@ -52,22 +64,42 @@ class PatchedNorm(torch.nn.Module):
             normalised = state.take(self, hidden_states)
             if normalised is not None:
                 return normalised
-        norm_class, weight = self._jitnorm_class, self.weight
+        weight = self.weight
         # With a weight of another dtype the original runs: Llama's class promotes the result to that dtype.
-        if can_normalise(hidden_states, weight) and weight.dtype == hidden_states.dtype:
-            return normalise(norm_class.norm, hidden_states, weight, eps_of_norm(self))
+        if can_normalise_any_size(hidden_states, weight) and weight.dtype == hidden_states.dtype:
+            kernels, eps = self._jitnorm_kernels, eps_of_norm(self, hidden_states)
+            return normalise(kernels.norm, hidden_states, weight, eps, kernels.rounding)
         return super().forward(hidden_states)  # type: ignore[no-any-return]
 
 
-def eps_of_norm(norm: PatchedNorm) -> float:
-    """Return the eps of a patched norm."""
-    eps: float = getattr(norm, norm._jitnorm_class.eps_attribute)
-    return eps
+class _PatchedNormOfX(PatchedNorm):
+    """The same for a class whose forward has another name for its input, which callers may write."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x)
+
+
+class _PatchedNormOfInput(PatchedNorm):
+    """Likewise."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return super().forward(input)
+
+
+def base_of(original: type[torch.nn.Module]) -> type[PatchedNorm]:
+    """Return the base class for a norm class, whose forward has the same name for its input if that is a usual one."""
+    return {"x": _PatchedNormOfX, "input": _PatchedNormOfInput}.get(input_name(original), PatchedNorm)
+
+
+def eps_of_norm(norm: PatchedNorm, x: torch.Tensor) -> float:
+    """Return the eps of a patched norm for an input `x`."""
+    eps: float | None = getattr(norm, norm._jitnorm_kernels.eps_attribute)
+    return resolve_eps(None, x) if eps is None else eps
 
 
 def offset_of_norm(norm: PatchedNorm) -> float:
     """Return what a patched norm adds to its weight before it multiplies."""
-    return norm._jitnorm_class.weight_offset
+    return norm._jitnorm_kernels.rule.weight_offset
 
 
 def can_add_and_normalise(norm: object, x: torch.Tensor, residual: torch.Tensor) -> bool:
@@ -90,21 +122,24 @@ def can_add_and_normalise(norm: object, x: torch.Tensor, residual: torch.Tensor)
 
 def add_and_normalise(norm: PatchedNorm, x: torch.Tensor, residual: torch.Tensor) -> None:
     """Compute `residual += x; x = norm(residual)` in one launch."""
-    norm._jitnorm_class.fused_add(x, residual, norm.weight, eps_of_norm(norm))
+    norm._jitnorm_kernels.fused_add(x, residual, norm.weight, eps_of_norm(norm, x))
 
 
-def reason_to_leave_norm(module: torch.nn.Module) -> str | None:
-    """Return why a norm cannot be patched, or None if it can."""
-    name = type(module).__name__
-    if name not in NORM_CLASSES:
-        return f"{name} is not a class that jitnorm supports"
-    eps_attribute, weight = NORM_CLASSES[name].eps_attribute, getattr(module, "weight", None)
-    if not isinstance(getattr(module, eps_attribute, None), float):
-        return f"{name} is not the class of transformers: it has no float {eps_attribute}"
-    if type(weight) is not torch.nn.Parameter or weight.dim() != 1:
-        return f"{name} is not the class of transformers: it has no one-dimensional torch.nn.Parameter weight"
-    if "forward" in vars(module):
-        return "its forward was replaced on the instance"
-    if not is_supported_hidden_size(weight.shape[0]):
+def find_kernels(module: torch.nn.Module, named: NormRule | None = None, rounding: str = "once") -> NormKernels | str:
+    """Return the kernels that compute what a norm computes, or why it is left.
+
+    Args:
+        module: the norm.
+        named: the rule that the user gives to its class.
+        rounding: "once"; or "hf" to round where the rule rounds.
+
+    Raises:
+        ValueError: the norm computes other values than the named rule.
+    """
+    found = recognise(module, named)
+    if found.rule is None:
+        return found.reason or "its rule is not known"
+    weight: torch.nn.Parameter = module.weight  # type: ignore[assignment]
+    if not 1 <= weight.shape[0] <= MAX_HIDDEN_SIZE:
         return f"no kernel supports hidden_size {weight.shape[0]}"
-    return None
+    return kernels_of(found.rule.name, found.eps_attribute, rounding if found.rule.rounds_twice else "once")

@@ -19,9 +19,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, TypeVar
 import torch
 
 from jitnorm import _operators  # noqa: F401
-from jitnorm.core.checks import DTYPE_NAMES, enumeration, number
+from jitnorm.core.checks import DTYPE_NAMES, choice, number
+from jitnorm.core.norms import is_supported_hidden_size
 from jitnorm.core.operators import OPERATORS
 from jitnorm.core.targets import resolve_target
+from jitnorm.general_rmsnorm import ROUNDINGS as NORM_ROUNDINGS
+from jitnorm.general_rmsnorm import Form
 from jitnorm.jit.spec import KernelSpec
 from jitnorm.qknorm_rope_store import E4M3, ROUNDINGS
 
@@ -46,12 +49,15 @@ OPS = OPERATORS  # the operators that can be built ahead of time, by name
 DTYPES = {name: d for d, short in DTYPE_NAMES.items() for name in (short, str(d).removeprefix("torch."))}
 CACHE_DTYPES = {**DTYPES, "fp8": E4M3, "float8_e4m3fn": E4M3}  # those of caches and of results for float8 attention
 
+ALL_ROUNDINGS = tuple(dict.fromkeys((*ROUNDINGS, *NORM_ROUNDINGS)))
+
 # What an operator without the option does not have, by the names in `Operator.options`.
 OPTIONS = {
     **dict.fromkeys(("rotary_dim", "cos_sin_dtype", "interleaved", "mrope"), "rotation"),
     "cache_dtype": "cache of another dtype",
     "q_out_dtype": "result for q of another dtype",
     "rounding": "steps to round between",
+    "form": "other form",
 }
 
 T = TypeVar("T")
@@ -91,6 +97,7 @@ def warmup(
     interleaved: bool | None = None,
     mrope: bool | None = None,
     rounding: OneOrMore[str] | None = None,
+    form: OneOrMore[str] | None = None,
     process_group: torch.distributed.ProcessGroup | None = None,
     timeout: float = 600.0,
 ) -> Result:
@@ -128,7 +135,9 @@ def warmup(
         q_out_dtype: The dtype of the result for q: the input's, for which None stands, or "fp8".
         interleaved: Whether elements 2 i and 2 i + 1 form a pair (is_neox=False). None for the config's, or else False.
         mrope: Whether tokens have three positions. None for the config's, or else False.
-        rounding: "once", for which None stands, or "each_step".
+        rounding: "once", for which None stands; "each_step" of qk_norm_rope_store and rope; "hf" of the general norms.
+        form: Of the general norms: "rows", for which None stands, "strided" for rows under several leading dimensions,
+            or "unaligned"; behind it may stand "+no_weight" and "+bias".
         process_group: The ranks that share the work, such as `torch.distributed.group.WORLD`. None for this process
             alone.
         timeout: How many seconds after its start this call waits for other ranks, whatever it waits for. What is
@@ -167,6 +176,7 @@ def warmup(
             interleaved=interleaved,
             mrope=mrope,
             rounding=rounding,
+            form=form,
         )
         cached, missing = find_cached(plan.specs)
         result = Result(cached=cached, refused=plan.refused)
@@ -220,9 +230,12 @@ def make_plan(
             sizes, missing = model.sizes_of(name)
             if not sizes:
                 refused[f"{model.path} has no {missing}, which {name} is for"] = None
-        make_spec: Callable[..., KernelSpec] = OPS[name].warmup_spec
         variants = list(_variants(OPS[name].options, model.options_of(name) if model else [{}], chosen))
         for size, d, w, target in itertools.product(sizes, dtypes or ["bf16"], weight_dtypes or [None], targets):
+            make_spec: Callable[..., KernelSpec] = OPS[name].warmup_spec
+            general = OPS.get(f"general_{name}")
+            if model and not ops and general and size and not is_supported_hidden_size(size):
+                make_spec = general.warmup_spec  # as jitnorm.dispatch and jitnorm.nn choose
             for variant in variants:
                 try:
                     specs[make_spec(size, _dtype(d), _dtype(w or d), target, **variant)] = None
@@ -287,8 +300,10 @@ def _option(name: str, value: Any) -> Any:
             raise TypeError(f"{name} must be True or False, got {value!r}")
         return value
     if name == "rounding":
-        if value not in ROUNDINGS:
-            raise ValueError(f"rounding must be {enumeration(map(repr, ROUNDINGS), 'or')}, got {value!r}")
+        choice(name, value, ALL_ROUNDINGS)
+        return value
+    if name == "form":
+        Form.parse(str(value))
         return value
     if name == "rotary_dim":
         if (number := _integer(name, value)) < 1:

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jitnorm.activation import GELU_AND_MUL, GELU_TANH_AND_MUL, SILU_AND_MUL
+from jitnorm.activation import GELU_AND_MUL, GELU_TANH_AND_MUL, RELU2, SILU_AND_MUL, Activation
 from jitnorm.core.norm_modules import PATCHABLE_FAMILIES, is_norm_family
+from jitnorm.core.operators import OPERATORS
 from jitnorm.qknorm import QKNORM
 from jitnorm.qknorm_rope_store import QK_NORM_ROPE_STORE, ROPE, STORE_HEADS
 from jitnorm.store_cache import STORE_CACHE
@@ -21,6 +22,7 @@ HIDDEN_ACTS = {
     "gelu": GELU_AND_MUL.op,
     "gelu_new": GELU_TANH_AND_MUL.op,
     "gelu_pytorch_tanh": GELU_TANH_AND_MUL.op,
+    "relu2": RELU2.op,  # of MLPs without gates, such as Nemotron's
 }
 
 # Models that normalise each head of queries and keys, with the head_dim that the config may omit; None where that is
@@ -107,7 +109,7 @@ class ModelConfig:
         kv_sizes: The elements in a token's row of the key and value caches.
         dtype: The dtype as the config spells it.
         notes: What the model may call that the config does not say.
-        is_patchable: Whether patch_transformers knows the class of its norms.
+        is_patchable: Whether the class of its norms is one that patch_transformers is known to recognise.
         has_patchable_layers: Whether it knows the classes of its attention, layers and MLPs.
         rotation: How heads are rotated; None for models without a rotation, with latent attention, or with heads of
             unknown size.
@@ -171,14 +173,17 @@ class ModelConfig:
         if names := [name for name, activation in HIDDEN_ACTS.items() if activation == op]:
             is_called = self.hidden_act is None or self.hidden_act in names
             return (self.intermediate_sizes or [None]) if is_called else [], f"hidden_act {' or '.join(names)}"
+        if isinstance(OPERATORS[op], Activation):  # of a module that the config does not name
+            return self.intermediate_sizes or [None], ""
         return self.hidden_sizes, "norms"
 
     def note_on_patching(self) -> str:
         """Return a note on which of `operators` the modules of patch_transformers do not call."""
-        if not self.is_patchable:
-            return f"{self.path}: patch_transformers replaces no module of this model_type: other code calls these"
         operators = self.operators()
-        called, what = operators[:1], "the norms alone"
+        called, what = (
+            operators[:1],
+            "the norms alone" if self.is_patchable else "the norms that it recognises",
+        )
         if self.has_patchable_layers:
             attention, activations = self._attention_operators(), HIDDEN_ACTS.values()
             called += [op for op in operators if op.endswith("_round_sum") or op in attention or op in activations]
