@@ -533,6 +533,7 @@ def test_an_out_that_requires_a_gradient_is_data(cache_dir):
         silu_and_mul(inputs(2, 16, torch.float32, "cpu"), torch.empty(2, 16).requires_grad_())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("activation", [a for a in OPERATORS.values() if isinstance(a, Activation)], ids=lambda a: a.op)
 def test_opcheck(device, activation):
     op, op_out = (getattr(torch.ops.jitnorm, activation.op + form) for form in ("", "_out"))

