@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
+import pytest
 import torch
 
 from jitnorm.core.operators import EXAMPLES, OPERATORS, Example
@@ -54,6 +55,19 @@ class Form:
 
     def _outputs(self) -> dict[str, torch.Tensor]:
         return self.example.outputs(TOKENS, HIDDEN, self.dtype) if self.with_outputs else {}
+
+
+# The operators whose tests are in `make test`, and not in `make test-slow` alone: the general norms have the kernels of
+# the others, and the code of these two.
+_QUICK_GENERAL = ("general_rmsnorm", "general_fused_add_rmsnorm")
+
+
+def parameters(ops: Iterable[str]) -> list[Any]:
+    """Return operators as parameters of a test that builds their kernels."""
+    return [
+        pytest.param(op, marks=pytest.mark.slow) if op.startswith("general_") and op not in _QUICK_GENERAL else op
+        for op in ops
+    ]
 
 
 FORMS = [

@@ -94,7 +94,11 @@ FORMS = FIRST | {
     "quick_gelu": Form(jitnorm.quick_gelu, lambda x: x * torch.sigmoid(1.702 * x), "single"),
     "relu2": Form(jitnorm.relu2, lambda x: torch.square(F.relu(x)), "single"),
 }
-operators = pytest.mark.parametrize("op", FORMS.values(), ids=FORMS)
+# Each is a build: `make test` has one of each kind of input, and `make test-slow` the others.
+QUICK = {*FIRST, "swigluoai_and_mul", "gelu_new"}
+operators = pytest.mark.parametrize(
+    "op", [pytest.param(op, marks=() if name in QUICK else pytest.mark.slow) for name, op in FORMS.items()], ids=FORMS
+)
 # Accesses of every width, rows that share a block and rows of several blocks, and the widths of models: Qwen2.5-VL's
 # 3420 has accesses of 8 bytes, 11008 fills its last block in part, 28672 is the widest.
 WIDTHS = (2, 4, 8, 768, 3420, 4104, 11008, 28672)
@@ -102,7 +106,12 @@ WIDTHS = (2, 4, 8, 768, 3420, 4104, 11008, 28672)
 FEW_WIDTHS = ((24, BF16), (3420, F16), (2050, BF16), (3, F32))
 WIDTHS_AND_DTYPES = [
     *(pytest.param(op, width, dtype) for op in FIRST.values() for width in WIDTHS for dtype in DTYPES),
-    *(pytest.param(op, *pair) for name, op in FORMS.items() if name not in FIRST for pair in FEW_WIDTHS),
+    *(
+        pytest.param(op, *pair, marks=() if i == 0 else pytest.mark.slow)
+        for name, op in FORMS.items()
+        if name not in FIRST
+        for i, pair in enumerate(FEW_WIDTHS)
+    ),
 ]
 
 

@@ -137,6 +137,7 @@ def test_no_rows_and_special_values(device):
     assert x[1, 7].isnan() and (x[1].nan_to_num() == 0).all() and x[3].isnan().all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("hidden_size", "dtype", "residual_dtype"),
     [

@@ -116,6 +116,7 @@ def test_inductor_copies_neither_q_nor_k(device):
     assert not re.search(r"cpp_fused|triton_poi|\.copy_\(|aten\.clone", code.partition("def call(")[2]), code
 
 
+@pytest.mark.slow
 def test_opcheck(device):
     a = inputs(device)
     q, k, v = (t.clone() for t in split(a.pop("qkv")))

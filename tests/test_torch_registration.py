@@ -69,6 +69,7 @@ def test_torchscript_finds_the_operators_without_torch_ops(tmp_path):
     run_python(script, tmp_path)
 
 
+@pytest.mark.slow
 def test_a_lookup_registers_what_tracers_need():
     """Of this operator alone; by name, by overload, and from several threads at once."""
     run_python(

@@ -145,6 +145,7 @@ def builds(monkeypatch):
         one.kill()
 
 
+@pytest.mark.slow
 def test_builds_are_waited_for(builds):
     """The outcome of each peer is its own, and a peer that is not in the list is not built."""
     import first_calls

@@ -39,6 +39,7 @@ def test_demo_of_a_wrong_kernel(cache_dir, monkeypatch):
     assert "is wrong: its relative error is" in run("demo", exit_code=1).stderr
 
 
+@pytest.mark.slow
 def test_demo_fails_if_the_kernel_is_not_in_the_cache(cache_dir, monkeypatch):
     monkeypatch.setattr(
         demo, "rmsnorm", lambda x, weight, eps: torch.nn.functional.rms_norm(x, x.shape[1:], weight, eps)

@@ -77,6 +77,7 @@ def test_doctor_prints(cache_dir):
     assert re.search(rf"^temporary folder\n +{tempfile.gettempdir()} +\d+\.\d GB free$", printed, re.MULTILINE)
 
 
+@pytest.mark.slow
 def test_doctor_builds_with_a_compiler_that_prints_its_version(cache_dir, tmp_path, monkeypatch, real_trial_builds):
     """A compiler may print its version and do nothing else."""
     wrapper = compiler(tmp_path, monkeypatch, "echo 'x.h:1:2: error: boom'; echo later; exit 1")

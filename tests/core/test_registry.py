@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import TOLERANCE, relative_error, same_bits
-from operator_calls import forget_kernels
+from operator_calls import forget_kernels, parameters
 from references import REFERENCES
 
 import jitnorm
@@ -23,8 +23,8 @@ ROWS, SIZE = 5, 64
 TOLERANCES = TOLERANCE | {torch.float8_e4m3fn: 4e-2}
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
-operators = pytest.mark.parametrize("op", OPERATORS)
-examples = pytest.mark.parametrize("op", EXAMPLES)
+operators = pytest.mark.parametrize("op", parameters(OPERATORS))
+examples = pytest.mark.parametrize("op", parameters(EXAMPLES))
 
 
 def run(op: str):

@@ -190,6 +190,7 @@ def test_export_for_onnx_has_pytorchs_operators_alone(strict, monkeypatch):
     modules.assert_right(program.module(), rows())
 
 
+@pytest.mark.slow
 def test_onnx():
     pytest.importorskip("onnxscript")
     from onnx.reference import ReferenceEvaluator

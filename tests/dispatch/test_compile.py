@@ -91,6 +91,7 @@ def test_an_unsupported_backend_fails_while_tracing():
             compiled(dispatch.rmsnorm, dynamic=False)(x, w)
 
 
+@pytest.mark.slow
 def test_gradients_in_a_compiled_graph():
     for hidden_size in (256, 300):
         x, _, w = inputs(hidden_size, torch.float32)

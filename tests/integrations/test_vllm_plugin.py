@@ -60,6 +60,7 @@ def test_the_environment_asks_for_the_plugin(environment, requested, monkeypatch
     assert engine_plugins.is_requested("JITNORM_VLLM", "VLLM_PLUGINS") is requested
 
 
+@pytest.mark.slow
 def test_importing_and_registering_without_a_request_imports_no_engine():
     done = run("""
         import sys, jitnorm.integrations.vllm_plugin as plugin

@@ -158,6 +158,7 @@ def test_eight_processes_build_once(cache_dir, tmp_path, watched_cxx):
     assert len(entries(cache_dir)) == 1 and not list((cache_dir / "staging").iterdir())
 
 
+@pytest.mark.slow
 @pytest.mark.nvcc
 def test_eight_processes_build_once_for_cuda(cache_dir, tmp_path, watched_nvcc):
     processes = start_together(tmp_path / "gate", 8, BUILD_CUDA, SLOW="0.5", NVCC=str(watched_nvcc.path))

@@ -206,6 +206,7 @@ def test_declarations_are_those_of_the_header(tmp_path):
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
 def test_bindings_refuse_other_arguments():
     module = load(LAUNCHER)
     a = torch.ones(2, 16)
