@@ -16,6 +16,8 @@ import jitnorm
 from core.intercept import Negated, Seen, real
 from jitnorm.core import torch_modes
 
+pytestmark = pytest.mark.slow
+
 forms = pytest.mark.parametrize("form", FORMS, ids=lambda form: form.name)
 # The first call of a kernel takes the slow path and every later one the fast path.
 first_and_later = pytest.mark.parametrize("warm", [False, True], ids=["first", "later"])

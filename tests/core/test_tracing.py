@@ -24,6 +24,8 @@ from torch.utils._pytree import tree_map
 from jitnorm import dispatch, nn, patch_transformers
 from jitnorm.layers import apply_fp8_linear, apply_qk_norm
 
+pytestmark = pytest.mark.slow
+
 transformers = pytest.importorskip("transformers")
 SIZE = 256
 

@@ -15,6 +15,8 @@ from helpers import TOLERANCE, assert_refused, compiled, relative_error, same_bi
 from jitnorm.integrations import flashinfer, sglang, vllm
 from jitnorm.qknorm_rope_store import angles_of
 
+pytestmark = pytest.mark.slow
+
 E4M3 = torch.float8_e4m3fn
 DTYPE = torch.bfloat16  # of all engines' models; the dtypes of the operators are tested with them
 TOKENS, STORED, Q_HEADS, KV_HEADS, HEAD_DIM = 5, 4, 4, 2, 64
