@@ -41,7 +41,7 @@ from jitnorm.rmsnorm import GEMMA_RMSNORM, RMSNORM
 MAX_ROWS = 2**31 - 1
 ROUNDINGS = ("once", "hf")
 LAYOUTS = ("rows", "strided", "unaligned")
-_BLOCK_SIZE = 256  # the largest hidden size of RMSNormWarpKernel
+_MAX_WARP_HIDDEN_SIZE = 256  # of RMSNormWarpKernel
 
 _is_dynamo_compiling = torch.compiler.is_dynamo_compiling
 
@@ -75,7 +75,7 @@ class Form(NamedTuple):
 
     @classmethod
     def parse(cls, text: str, rounding: str = "once") -> Form:
-        """Return the form that `str` returns as `text`. Raises ValueError if there is none."""
+        """Return the form whose `str` is `text`. Raises ValueError if there is none."""
         layout, *parts = text.split("+")
         if layout not in LAYOUTS or not {*parts} <= {"no_weight", "bias"}:
             raise ValueError(f"form must be {', '.join(LAYOUTS)}, and may end with +no_weight and +bias, got {text!r}")
@@ -125,7 +125,7 @@ class GeneralNorm(Operator):
             narrowest = min(dtype.itemsize, weight_dtype.itemsize)
             access = narrowest if form.layout == "unaligned" else checks.CUDA_ALIGNMENT
             policy = f"General<{policy}, {access}, {str(form.has_weight).lower()}, {str(form.has_bias).lower()}>"
-        cls = "RMSNormWarpKernel" if hidden_size <= _BLOCK_SIZE else "RMSNormKernel"
+        cls = "RMSNormWarpKernel" if hidden_size <= _MAX_WARP_HIDDEN_SIZE else "RMSNormKernel"
         warmup = f"--op {self.op} --hidden-size {hidden_size} --dtype {name}"
         suffix = ""
         if form.rounding != "once":
@@ -649,9 +649,9 @@ def _build(
     )
 
 
-def _rstd_like(input: torch.Tensor, is_wanted: bool) -> torch.Tensor:
-    """Return an empty tensor for rstd, without elements unless it `is_wanted`."""
-    return input.new_empty(input.shape[:-1] if is_wanted else (0,), dtype=torch.float32)
+def _rstd_like(input: torch.Tensor, is_returned: bool) -> torch.Tensor:
+    """Return an empty tensor for rstd, without elements unless it `is_returned`."""
+    return input.new_empty(input.shape[:-1] if is_returned else (0,), dtype=torch.float32)
 
 
 def _torch_rmsnorm(

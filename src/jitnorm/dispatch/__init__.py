@@ -90,23 +90,8 @@ def rmsnorm(
         RuntimeError: the requested backend does not support this call; a kernel cannot be built or launched; or `out`
             was given and a gradient is needed.
     """
-    plain = is_plain(weight, bias, rounding, return_rstd)
-    name, _ = _select_backend("rmsnorm", input, weight, out, plain)
-    if name == "jit":
-        if plain and _is_served_by_rmsnorm(input, weight, out):
-            return _jitnorm_rmsnorm(input, weight, eps, out, enable_pdl)  # type: ignore[arg-type]
-        forms = {"bias": bias, "weight_offset": 0.0, "rounding": rounding, "return_rstd": return_rstd}
-        return general_rmsnorm(input, weight, eps, out, enable_pdl, **forms)  # type: ignore[arg-type]
-    if name == "torch":
-        forms = {"bias": bias, "rounding": rounding, "return_rstd": return_rstd}
-        return torch_backend.rmsnorm("rmsnorm", 0.0, input, weight, eps, out, enable_pdl, **forms)  # type: ignore[arg-type]
-    if name == "torch.fx":
-        forms = {"bias": bias, "rounding": rounding, "return_rstd": return_rstd}
-        return _record(rmsnorm, input, weight, eps, out, enable_pdl, **({} if plain else forms))  # type: ignore[no-any-return]
-    result: torch.Tensor = flashinfer_backend.call(
-        rmsnorm, *_tensors(input, weight), eps=eps, out=out, enable_pdl=enable_pdl
-    )
-    return result
+    forms = {"bias": bias, "rounding": rounding, "return_rstd": return_rstd}
+    return _rmsnorm(rmsnorm, _jitnorm_rmsnorm, 0.0, input, weight, eps, out, enable_pdl, forms)  # type: ignore[no-any-return]
 
 
 def gemma_rmsnorm(
@@ -141,23 +126,8 @@ def gemma_rmsnorm(
         ValueError: as `rmsnorm`.
         RuntimeError: as `rmsnorm`.
     """
-    plain = is_plain(weight, bias, rounding, return_rstd)
-    name, _ = _select_backend("gemma_rmsnorm", input, weight, out, plain)
-    if name == "jit":
-        if plain and _is_served_by_rmsnorm(input, weight, out):
-            return _jitnorm_gemma_rmsnorm(input, weight, eps, out, enable_pdl)  # type: ignore[arg-type]
-        forms = {"bias": bias, "weight_offset": 1.0, "rounding": rounding, "return_rstd": return_rstd}
-        return general_rmsnorm(input, weight, eps, out, enable_pdl, **forms)  # type: ignore[arg-type]
-    if name == "torch":
-        forms = {"bias": bias, "rounding": rounding, "return_rstd": return_rstd}
-        return torch_backend.rmsnorm("gemma_rmsnorm", 1.0, input, weight, eps, out, enable_pdl, **forms)  # type: ignore[arg-type]
-    if name == "torch.fx":
-        forms = {"bias": bias, "rounding": rounding, "return_rstd": return_rstd}
-        return _record(gemma_rmsnorm, input, weight, eps, out, enable_pdl, **({} if plain else forms))  # type: ignore[no-any-return]
-    result: torch.Tensor = flashinfer_backend.call(
-        gemma_rmsnorm, *_tensors(input, weight), eps=eps, out=out, enable_pdl=enable_pdl
-    )
-    return result
+    forms = {"bias": bias, "rounding": rounding, "return_rstd": return_rstd}
+    return _rmsnorm(gemma_rmsnorm, _jitnorm_gemma_rmsnorm, 1.0, input, weight, eps, out, enable_pdl, forms)  # type: ignore[no-any-return]
 
 
 def fused_add_rmsnorm(
@@ -191,30 +161,10 @@ def fused_add_rmsnorm(
         ValueError: as `rmsnorm`.
         RuntimeError: as `rmsnorm`, or a leaf that requires grad would be overwritten.
     """
-    plain = is_plain(weight, bias, rounding, return_rstd)
-    name, _ = _select_backend("fused_add_rmsnorm", input, weight, residual, plain)
-    if name == "jit":
-        if plain and _is_served_by_rmsnorm(input, weight, residual):
-            return _jitnorm_fused_add_rmsnorm(input, residual, weight, eps, enable_pdl)  # type: ignore[arg-type, func-returns-value]
-        forms = {"bias": bias, "weight_offset": 0.0, "rounding": rounding, "return_rstd": return_rstd}
-        return general_fused_add_rmsnorm(input, residual, weight, eps, enable_pdl, **forms)  # type: ignore[arg-type]
-    if name == "torch":
-        forms = {"bias": bias, "rounding": rounding, "return_rstd": return_rstd}
-        return torch_backend.fused_add_rmsnorm(
-            "fused_add_rmsnorm",
-            0.0,
-            input,
-            residual,
-            weight,
-            eps,
-            enable_pdl,
-            **forms,  # type: ignore[arg-type]
-        )
-    if name == "torch.fx":
-        forms = {"bias": bias, "rounding": rounding, "return_rstd": return_rstd}
-        return _record(fused_add_rmsnorm, input, residual, weight, eps, enable_pdl, **({} if plain else forms))  # type: ignore[no-any-return]
-    flashinfer_backend.call(fused_add_rmsnorm, *_tensors(input, residual, weight), eps=eps, enable_pdl=enable_pdl)
-    return None
+    forms = {"bias": bias, "rounding": rounding, "return_rstd": return_rstd}
+    return _fused_add_rmsnorm(  # type: ignore[no-any-return]
+        fused_add_rmsnorm, _jitnorm_fused_add_rmsnorm, 0.0, input, residual, weight, eps, enable_pdl, forms
+    )
 
 
 def gemma_fused_add_rmsnorm(
@@ -248,29 +198,62 @@ def gemma_fused_add_rmsnorm(
         ValueError: as `fused_add_rmsnorm`.
         RuntimeError: as `fused_add_rmsnorm`.
     """
-    plain = is_plain(weight, bias, rounding, return_rstd)
-    name, _ = _select_backend("gemma_fused_add_rmsnorm", input, weight, residual, plain)
+    forms = {"bias": bias, "rounding": rounding, "return_rstd": return_rstd}
+    return _fused_add_rmsnorm(  # type: ignore[no-any-return]
+        gemma_fused_add_rmsnorm, _jitnorm_gemma_fused_add_rmsnorm, 1.0, input, residual, weight, eps, enable_pdl, forms
+    )
+
+
+def _rmsnorm(
+    operator: Callable[..., Any],
+    jitnorm_operator: Callable[..., torch.Tensor],
+    weight_offset: float,
+    input: torch.Tensor,
+    weight: torch.Tensor | None,
+    eps: float,
+    out: torch.Tensor | None,
+    enable_pdl: bool | None,
+    forms: dict[str, Any],
+) -> Any:
+    """Call the backend of `operator`, which is `rmsnorm` or `gemma_rmsnorm`, for these arguments."""
+    plain = is_plain(weight, **forms)
+    name, _ = _select_backend(operator.__name__, input, weight, out, plain)
+    if name == "jit":
+        if plain and _is_served_by_rmsnorm(input, weight, out):
+            return jitnorm_operator(input, weight, eps, out, enable_pdl)
+        return general_rmsnorm(input, weight, eps, out, enable_pdl, weight_offset=weight_offset, **forms)
+    if name == "torch":
+        arguments = input, weight, eps, out, enable_pdl
+        return torch_backend.rmsnorm(operator.__name__, weight_offset, *arguments, **forms)
+    if name == "torch.fx":
+        return _record(operator, input, weight, eps, out, enable_pdl, **({} if plain else forms))
+    return flashinfer_backend.call(operator, *_tensors(input, weight), eps=eps, out=out, enable_pdl=enable_pdl)
+
+
+def _fused_add_rmsnorm(
+    operator: Callable[..., Any],
+    jitnorm_operator: Callable[..., None],
+    weight_offset: float,
+    input: torch.Tensor,
+    residual: torch.Tensor,
+    weight: torch.Tensor | None,
+    eps: float,
+    enable_pdl: bool | None,
+    forms: dict[str, Any],
+) -> Any:
+    """Call the backend of `operator`, one of those with a residual, for these arguments."""
+    plain = is_plain(weight, **forms)
+    name, _ = _select_backend(operator.__name__, input, weight, residual, plain)
+    arguments = input, residual, weight, eps, enable_pdl
     if name == "jit":
         if plain and _is_served_by_rmsnorm(input, weight, residual):
-            return _jitnorm_gemma_fused_add_rmsnorm(input, residual, weight, eps, enable_pdl)  # type: ignore[arg-type, func-returns-value]
-        forms = {"bias": bias, "weight_offset": 1.0, "rounding": rounding, "return_rstd": return_rstd}
-        return general_fused_add_rmsnorm(input, residual, weight, eps, enable_pdl, **forms)  # type: ignore[arg-type]
+            return jitnorm_operator(*arguments)
+        return general_fused_add_rmsnorm(*arguments, weight_offset=weight_offset, **forms)
     if name == "torch":
-        forms = {"bias": bias, "rounding": rounding, "return_rstd": return_rstd}
-        return torch_backend.fused_add_rmsnorm(
-            "gemma_fused_add_rmsnorm",
-            1.0,
-            input,
-            residual,
-            weight,
-            eps,
-            enable_pdl,
-            **forms,  # type: ignore[arg-type]
-        )
+        return torch_backend.fused_add_rmsnorm(operator.__name__, weight_offset, *arguments, **forms)
     if name == "torch.fx":
-        forms = {"bias": bias, "rounding": rounding, "return_rstd": return_rstd}
-        return _record(gemma_fused_add_rmsnorm, input, residual, weight, eps, enable_pdl, **({} if plain else forms))  # type: ignore[no-any-return]
-    flashinfer_backend.call(gemma_fused_add_rmsnorm, *_tensors(input, residual, weight), eps=eps, enable_pdl=enable_pdl)
+        return _record(operator, *arguments, **({} if plain else forms))
+    flashinfer_backend.call(operator, *_tensors(input, residual, weight), eps=eps, enable_pdl=enable_pdl)
     return None
 
 

@@ -25,7 +25,7 @@ def rmsnorm(
     rounding: str = "once",
     return_rstd: bool = False,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-    """Return `out = input / sqrt(mean(input^2) + eps) * (weight_offset + weight) + bias`, and rstd if it is wanted."""
+    """Return `out = input / sqrt(mean(input^2) + eps) * (weight_offset + weight) + bias`, and perhaps rstd."""
     _check_rmsnorm(input, weight, eps, out, enable_pdl, bias, rounding)
     rstd = _rstd(input, eps) if return_rstd else None
     result = _normalise(input, input.dtype, weight, bias, eps, weight_offset, rounding).to(input.dtype)
