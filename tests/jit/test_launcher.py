@@ -95,7 +95,8 @@ def test_a_launcher_of_the_wheel_that_cannot_be_loaded(cache_dir, tmp_path, monk
 def test_a_launcher_of_other_sources_has_another_name(monkeypatch):
     name = spec_module.launcher_file().name
     read = spec_module._read
-    changed = {"elementwise/rmsnorm.h": b"// another order of the parameters"}
+    name_of_file = "elementwise/rmsnorm.h"
+    changed = {name_of_file: read(name_of_file)._replace(content=b"// another order of the parameters")}
     monkeypatch.setattr(spec_module, "_read", lambda file: changed.get(file) or read(file))
     monkeypatch.setattr(spec_module, "LAUNCHER", replace(LAUNCHER))  # without the key that was computed
     assert spec_module.launcher_file().name != name
@@ -245,7 +246,7 @@ def test_a_source_that_nvrtc_refuses(cache_dir, monkeypatch, library):
 
 @pytest.mark.nvcc
 def test_nvcc_builds_what_nvrtc_cannot(cache_dir, monkeypatch, caplog, library):
-    def fail(*_):
+    def fail(*_, **__):
         raise nvrtc.NvrtcError("out of memory")
 
     monkeypatch.setattr(nvrtc.Nvrtc, "compile", fail)

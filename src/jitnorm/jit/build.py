@@ -98,12 +98,13 @@ exit $status
 """
 
 
-def build(spec: KernelSpec, announce: bool = True) -> Entry:
+def build(spec: KernelSpec, one_of_many: bool = False) -> Entry:
     """Build `spec` into the cache, unless another process does so first.
 
     Args:
         spec: The kernel.
-        announce: Whether to log a build that takes long. False for a caller that shows its own progress.
+        one_of_many: Whether the caller builds several in parallel, and shows its progress. Otherwise a build that
+            takes long is logged, and NVRTC uses several threads.
 
     Returns:
         The entry, marked as in use.
@@ -119,7 +120,7 @@ def build(spec: KernelSpec, announce: bool = True) -> Entry:
     tools = toolchain.require(spec.target, cache)
     try:
         try:
-            return _find_or_build(spec, cache, tools, announce)
+            return _find_or_build(spec, cache, tools, one_of_many)
         except nvrtc.NvrtcError as error:
             reason = f"NVRTC cannot build {spec}: {error}"
             try:
@@ -127,19 +128,19 @@ def build(spec: KernelSpec, announce: bool = True) -> Entry:
             except RuntimeError as missing:
                 raise RuntimeError(f"{reason}. {missing}") from None
             logger.warning("%s. nvcc builds it", reason)
-            return _find_or_build(spec, cache, tools, announce)
+            return _find_or_build(spec, cache, tools, one_of_many)
     except (OSError, UntrustedPath) as error:  # a full disk, for example
         raise CacheNotWritable(f"jitnorm cannot build {spec} in {cache.root}: {error}") from error
 
 
-def _find_or_build(spec: KernelSpec, cache: Cache, tools: Toolchain, announce: bool) -> Entry:
+def _find_or_build(spec: KernelSpec, cache: Cache, tools: Toolchain, one_of_many: bool) -> Entry:
     if entry := cache.find(spec, tools.key):
         return entry
     with _lock(cache, spec, tools.key):
-        return cache.find(spec, tools.key) or _build(spec, cache, tools, announce)
+        return cache.find(spec, tools.key) or _build(spec, cache, tools, one_of_many)
 
 
-def _build(spec: KernelSpec, cache: Cache, tools: Toolchain, announce: bool) -> Entry:
+def _build(spec: KernelSpec, cache: Cache, tools: Toolchain, one_of_many: bool) -> Entry:
     cleanup.remove_abandoned(cache, _CLEANUP_LIMIT_S)
     for last_try in (False, True):
         started = time.monotonic()
@@ -148,10 +149,10 @@ def _build(spec: KernelSpec, cache: Cache, tools: Toolchain, announce: bool) -> 
             write_sources(spec, staging, tools)
             try:
                 if tools.nvrtc:
-                    content = _run_nvrtc(spec, cache, staging, tools.nvrtc.path)
+                    content = _run_nvrtc(spec, cache, staging, tools.nvrtc.path, one_of_many)
                 else:
                     child = stack.enter_context(ChildCheck()) if spec.target.device == "cpu" else None
-                    _run_ninja(spec, cache, staging, announce)
+                    _run_ninja(spec, cache, staging, announce=not one_of_many)
                     content = _checked_output(spec, staging, child)
             except _DamagedOutput as error:
                 _raise_if_full(cache, spec, str(error))
@@ -183,7 +184,7 @@ def _checked_output(spec: KernelSpec, staging: Folder, child: ChildCheck | None)
     return content
 
 
-def _run_nvrtc(spec: KernelSpec, cache: Cache, staging: Folder, path: str) -> bytes:
+def _run_nvrtc(spec: KernelSpec, cache: Cache, staging: Folder, path: str, one_of_many: bool) -> bytes:
     """Return the cubin that NVRTC makes.
 
     Raises:
@@ -192,7 +193,7 @@ def _run_nvrtc(spec: KernelSpec, cache: Cache, staging: Folder, path: str) -> by
     """
     options = [*spec.cuda_options, *NVRTC_OPTIONS, f"-I{CSRC}", f"-I{CSRC / 'include'}"]
     try:
-        content = nvrtc.load(path).compile(spec.source, spec.source_name, options)
+        content = nvrtc.load(path).compile(spec.source, spec.source_name, options, in_threads=not one_of_many)
         check_cubin(content, list(spec.symbols.values()))
     except nvrtc.CompileError as error:
         staging.write(_LOG, str(error).encode())

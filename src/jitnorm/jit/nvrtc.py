@@ -25,6 +25,10 @@ _INVALID_OPTION = 5  # NVRTC_ERROR_INVALID_OPTION
 # It takes a tenth off the time of a build and changes no byte of the result: declarations are left out that no kernel
 # uses. Older versions do not know it.
 _FASTER = ("-minimal",)
+# Optimise the kernels of a cubin in threads, which takes a fifth off the time of a build. Their order in the cubin then
+# changes from build to build.
+_IN_THREADS = ("-split-compile=0", "-Xptxas", "--split-compile=0")
+_FIRST_MAJOR_WITH_THREADS = 13  # the first whose options were tried
 # Where NVIDIA's wheels have the library, below their namespace package: from CUDA 13 on, and before.
 _IN_WHEELS = ("cu*/lib/libnvrtc.so.[0-9]*", "cuda_nvrtc/lib/libnvrtc.so.[0-9]*")
 
@@ -47,7 +51,7 @@ class Nvrtc:
             raise NvrtcError(str(error)) from None
         major, minor = ctypes.c_int(), ctypes.c_int()
         self._call("nvrtcVersion", ctypes.byref(major), ctypes.byref(minor))
-        self.version = f"{major.value}.{minor.value}"
+        self.version, self._major = f"{major.value}.{minor.value}", major.value
         count = ctypes.c_int()
         self._call("nvrtcGetNumSupportedArchs", ctypes.byref(count))
         archs = (ctypes.c_int * count.value)()
@@ -55,13 +59,14 @@ class Nvrtc:
         self.archs = tuple(archs)  # such as 90 for sm_90 and sm_90a
         self._faster: tuple[str, ...] = _FASTER
 
-    def compile(self, source: str, name: str, options: Sequence[str]) -> bytes:
+    def compile(self, source: str, name: str, options: Sequence[str], in_threads: bool = False) -> bytes:
         """Return the cubin of `source`.
 
         Args:
             source: The source, without the files that it includes.
             name: Its name in the log.
             options: NVRTC's options.
+            in_threads: Whether to compile the kernels of the source in several threads, where NVRTC can.
 
         Raises:
             CompileError: The source does not compile.
@@ -70,12 +75,13 @@ class Nvrtc:
         program = ctypes.c_void_p()
         self._call("nvrtcCreateProgram", ctypes.byref(program), source.encode(), name.encode(), 0, None, None)
         try:
-            arguments = [os.fsencode(option) for option in (*options, *self._faster)]
+            threads = _IN_THREADS if in_threads and self._major >= _FIRST_MAJOR_WITH_THREADS else ()
+            arguments = [os.fsencode(option) for option in (*options, *threads, *self._faster)]
             array = (ctypes.c_char_p * len(arguments))(*arguments)
             status = self._library.nvrtcCompileProgram(program, len(arguments), array)
             if status == _INVALID_OPTION and self._faster:
                 self._faster = ()
-                return self.compile(source, name, options)
+                return self.compile(source, name, options, in_threads)
             if status:
                 log = self._bytes("ProgramLog", program).rstrip(b"\0").decode(errors="replace")
                 if status == _COMPILATION_FAILED and "libnvrtc-builtins" not in log:

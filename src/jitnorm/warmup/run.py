@@ -170,7 +170,7 @@ def _build(spec: KernelSpec) -> Outcome:
     started = time.monotonic()
     error = None
     try:
-        build(spec, announce=False).release()  # it is not loaded, so it is not in use, and its descriptor is closed
+        build(spec, one_of_many=True).release()  # it is not loaded, so it is not in use, and its descriptor is closed
         if not find(spec, mark_in_use=False):
             error = f"{spec} was built, but the cache does not return it"
     except (RuntimeError, OSError) as problem:
