@@ -45,7 +45,7 @@ __device__ __forceinline__ void rmsnorm_block(const typename Kernel::params_t& p
   grid_dependency_wait();
   if (has_row) fragment.read(fragment.x, input);
   if (kHasResidual && has_row) fragment.read(fragment.residual, residual);
-  if constexpr (Kernel::policy_t::kHasWeight) fragment.read(fragment.weight, weight);
+  if constexpr (Kernel::policy_t::kHasWeight) fragment.read_weight(weight);
   if constexpr (Kernel::policy_t::kHasBias) fragment.read(fragment.bias, bias);
   const float static_scale = kQuantisation == Quantisation::kStatic ? load(p.scale) : 1;
   if (kVariant != GridVariant::kSmallGrid) launch_dependents();
@@ -58,6 +58,7 @@ __device__ __forceinline__ void rmsnorm_block(const typename Kernel::params_t& p
   if (kHasResidual && has_row) fragment.add_residual(residual);
   const float squares = row_sum(has_row ? fragment.sum_of_squares() : 0.f);
   if (kVariant == GridVariant::kSmallGrid) launch_dependents();
+  fragment.wait_for_weight();
   const float rstd = rstd_of<T>(mean_plus_eps<Kernel>(squares, p.eps));
   if constexpr (Kernel::policy_t::kIsGeneral)
     if (has_row && p.rstd && fragment.lane == 0) p.rstd[row] = rstd;

@@ -24,11 +24,12 @@ constexpr int min(int a, int b) { return a < b ? a : b; }
 constexpr int max(int a, int b) { return a > b ? a : b; }
 constexpr int round_up(int n, int multiple) { return (n + multiple - 1) / multiple * multiple; }
 
-// Short rows share a block that reads about 4 KiB. Smaller blocks take longer to launch than to move their bytes. Rows
-// of a few bytes share one of up to 256 threads.
-constexpr int rows_per_block(int row_read_bytes, int threads_per_row) {
+// Short rows share a block that reads about 4 KiB, or 5 where threads have unequal work. Smaller blocks take longer to
+// launch than to move their bytes. Rows of a few bytes share one of up to 256 threads.
+constexpr int rows_per_block(int row_read_bytes, int threads_per_row, bool is_even) {
   const int rows_per_warp = max(1, kWarpSize / threads_per_row);  // warps are whole
-  return max(1, min(4096 / row_read_bytes, 256 / threads_per_row) / rows_per_warp) * rows_per_warp;
+  const int block_read_bytes = is_even ? 4096 : 5120;
+  return max(1, min(block_read_bytes / row_read_bytes, 256 / threads_per_row) / rows_per_warp) * rows_per_warp;
 }
 
 // Rows of up to 256 elements: two 16-byte vectors per thread, by a power of two of threads.
@@ -52,24 +53,28 @@ constexpr int block_threads_per_row(int row_bytes) {
   return min(1024, round_up(vectors, 5 * 128) / 5);
 }
 
-// Rows of more than 32 KiB are shared by the blocks of a cluster, each with up to 24 KiB as far as there are enough.
-// Where there are no clusters, before sm_90, registers of the longest rows spill.
+// The longest rows are shared by the blocks of a cluster, as the registers of one block cannot hold them. A cluster is
+// slower than one block, as its blocks wait for each other. Before sm_90 there are none: registers of such rows spill.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
-constexpr int kMaxBlocksPerCluster = 1;
+constexpr bool kHasClusters = false;
 #else
-constexpr int kMaxBlocksPerCluster = 8;
+constexpr bool kHasClusters = true;
 #endif
-constexpr int blocks_per_cluster(int row_bytes) {
-  if (row_bytes <= 32 * 1024) return 1;
-  int blocks = 1;
-  while (blocks < kMaxBlocksPerCluster && row_bytes > blocks * 24 * 1024) blocks *= 2;
-  return blocks;
+constexpr int blocks_per_cluster(int row_bytes, bool has_residual, bool has_whole_vectors) {
+  const int max_row_bytes_of_block = (!has_whole_vectors ? 32 : has_residual ? 48 : 64) * 1024;
+  if (!kHasClusters || row_bytes <= max_row_bytes_of_block) return 1;
+  return row_bytes <= 64 * 1024 ? 2 : 8;
 }
 
+// Of each block of a cluster: four vectors per thread.
+constexpr int cluster_threads_per_row(int block_row_bytes) { return round_up((block_row_bytes / 16 + 3) / 4, 32); }
+
 // With a residual a thread holds two rows' vectors: one of each with up to 256 threads, then two with up to 512. The
-// number of vectors is that of the row with the wider elements.
-constexpr int residual_threads_per_row(int row_bytes) {
+// number of vectors is that of the row with the wider elements. Narrower vectors are more than these, and fewer threads
+// keep enough of them in flight.
+constexpr int residual_threads_per_row(int row_bytes, bool has_whole_vectors) {
   const int vectors = row_bytes / 16;
+  if (!has_whole_vectors && vectors <= 1024) return round_up((vectors + 2) / 3, 32);
   const int per_thread = vectors <= 256 ? 1 : vectors <= 1024 ? 2 : round_up(vectors, 512) / 512;
   return round_up((vectors + per_thread - 1) / per_thread, 32);
 }
@@ -87,12 +92,17 @@ struct DefaultSchedule {
   using Bytes = ElementBytes<T, Policy>;
   static constexpr int kRowBytes = round_up(kHiddenSize * Bytes::kWider, 16);
   static constexpr int kRowReadBytes = kHiddenSize * (Bytes::kInput + Bytes::kResidual);
-  static constexpr int kBlocksPerCluster = blocks_per_cluster(kRowBytes);
+  static constexpr bool kHasWholeVectors = kHiddenSize * Bytes::kWider % 16 == 0;
+  static constexpr bool kIsEven = kHasWholeVectors && kRowBytes % (16 * kWarpSize) == 0;
+  static constexpr int kBlocksPerCluster = blocks_per_cluster(kRowBytes, Policy::kHasResidual, kHasWholeVectors);
   static constexpr int kBlockRowBytes = round_up(kRowBytes / kBlocksPerCluster, 16);  // of a row, those of one block
-  static constexpr int kThreads = kHiddenSize <= 256     ? warp_threads_per_row(kRowBytes)
-                                  : Policy::kHasResidual ? residual_threads_per_row(kBlockRowBytes)
-                                                         : block_threads_per_row(kBlockRowBytes);
-  using type = Schedule<kThreads * kBlocksPerCluster, rows_per_block(kRowReadBytes, kThreads), kBlocksPerCluster>;
+  static constexpr int kThreads = kHiddenSize <= 256      ? warp_threads_per_row(kRowBytes)
+                                  : Policy::kHasResidual  ? residual_threads_per_row(kBlockRowBytes, kHasWholeVectors)
+                                  : kBlocksPerCluster > 1 ? cluster_threads_per_row(kBlockRowBytes)
+                                                          : block_threads_per_row(kBlockRowBytes);
+  static constexpr int kRowsPerBlock =
+      kBlocksPerCluster > 1 ? 1 : rows_per_block(kRowReadBytes, kThreads, kHiddenSize <= 256 || kIsEven);
+  using type = Schedule<kThreads * kBlocksPerCluster, kRowsPerBlock, kBlocksPerCluster>;
 };
 
 // The elements of a vector: those of 16 bytes, or so many fewer that a row is whole vectors.
@@ -103,6 +113,7 @@ constexpr int elements_per_vector(int hidden_size, int element_bytes) {
 }
 
 constexpr int kRegistersPerSM = 65536;
+constexpr int kMaxStagedBytes = 40 * 1024;  // of a block's 48 KiB of static shared memory
 // The smallest kMaxThreadsPerSM of the architectures before sm_80, and of those from sm_80 on. A larger number would
 // leave each thread fewer registers.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
@@ -137,14 +148,21 @@ struct RMSNormKernelBase : S {
   static constexpr int kThreads = S::kThreadsPerRow * S::kRowsPerBlock / S::kBlocksPerCluster;
   static constexpr int kVectorsPerRow = kHiddenSize / kElementsPerVector;
   static constexpr int kVectorsPerThread = (kVectorsPerRow + S::kThreadsPerRow - 1) / S::kThreadsPerRow;
-  // 64 KiB of rows in flight on an SM keep memory busy. Where blocks are large, kMinBlocksPerSM limits registers for
-  // that, as far as a thread's vectors of row, residual and weight allow. Small blocks fit an SM in any case.
+  // In a cluster the weight waits in shared memory, which leaves registers for more blocks on an SM.
+  static constexpr bool kStagesWeight = S::kBlocksPerCluster > 1 && Policy::kHasWeight && kHasWholeVectors &&
+                                        kWeightAlignment == 16 && kElementsPerVector * sizeof(W) % 16 == 0 &&
+                                        kVectorsPerThread * kElementsPerVector * int(sizeof(W)) * kThreads
+                                            <= kMaxStagedBytes;
+  // 64 KiB of rows in flight on an SM keep memory busy, and in clusters, whose kernels need more registers, more. Where
+  // blocks are large, kMinBlocksPerSM limits registers for that, as far as a thread's vectors of row, residual and
+  // weight allow. Small blocks fit an SM in any case.
   static constexpr int kRegistersPerThread =
-      (4 * kVectorsPerThread + 12) * kElementsPerVector * (Bytes::kInput + Bytes::kResidual + int(sizeof(W))) / 16;
+      kStagesWeight ? (4 * kVectorsPerThread + 32) * kElementsPerVector * (Bytes::kInput + Bytes::kResidual) / 16
+                    : (4 * kVectorsPerThread + 12) * kElementsPerVector *
+                          (Bytes::kInput + Bytes::kResidual + int(sizeof(W))) / 16;
   static constexpr int kMaxBlocksPerSM =
       min(kRegistersPerSM / (kRegistersPerThread * kThreads), kThreadsOnAnySM / kThreads);
-  // The kernels of clusters need more registers.
-  static constexpr int kBytesInFlight = (S::kBlocksPerCluster == 1 ? 64 : 48) * 1024;
+  static constexpr int kBytesInFlight = (S::kBlocksPerCluster == 1 ? 64 : kStagesWeight ? 96 : 48) * 1024;
   static constexpr int kMinBlocksPerSM =
       kBlockReadBytes < 8192 || !kHasWholeVectors ? 1 : max(1, min(kBytesInFlight / kBlockReadBytes, kMaxBlocksPerSM));
   // In a large grid, which reads about as much as L2 holds or more, a block prefetches into L2 the rows of the block
@@ -177,13 +195,14 @@ struct RowFragment {
   static constexpr int kElementsPerVector = Kernel::kElementsPerVector;
   static constexpr int kVectorsPerRow = Kernel::kVectorsPerRow;
   static constexpr int kVectorsPerThread = Kernel::kVectorsPerThread;
+  using WeightVector = Vector<W, kElementsPerVector>;
   // Where a stored sum that is normalised is kept: in the registers of x or, if it is wider, of the residual.
   static constexpr bool kSumReplacesX = Policy::kRoundSum && sizeof(R) == sizeof(T);
 
   const int lane;
   Vector<T, kElementsPerVector> x[kVectorsPerThread];
   Vector<R, kElementsPerVector> residual[Policy::kHasResidual ? kVectorsPerThread : 1];
-  Vector<W, kElementsPerVector> weight[Policy::kHasWeight ? kVectorsPerThread : 1];
+  WeightVector weight[Policy::kHasWeight && !Kernel::kStagesWeight ? kVectorsPerThread : 1];
   Vector<W, kElementsPerVector> bias[Policy::kHasBias ? kVectorsPerThread : 1];
 
   explicit __device__ RowFragment(int lane) : lane(lane) {}
@@ -199,6 +218,47 @@ struct RowFragment {
 #pragma unroll
     for (int i = 0; i < kSize; i++)
       if (has(i)) dst[i] = load_aligned_to<Policy::kAccessBytes, E, kElementsPerVector>(src + offset(i));
+  }
+
+  // Reads the weight, to registers or on to shared memory.
+  __device__ __forceinline__ void read_weight(const W* src) {
+    if constexpr (!Kernel::kStagesWeight) {
+      read(weight, src);
+    } else {
+#pragma unroll
+      for (int i = 0; i < kVectorsPerThread; i++)
+#pragma unroll
+        for (int k = 0; k < WeightVector::kAccesses; k++)
+          if (has(i)) copy_async(staged_weight(i, k), reinterpret_cast<const uint4*>(src + offset(i)) + k);
+    }
+  }
+
+  // To be called between the sum of squares and the result.
+  __device__ __forceinline__ void wait_for_weight() {
+    if constexpr (Kernel::kStagesWeight) {
+      wait_for_async_copies();
+      // Makes the compiler convert x to float again: floats kept from the sum of squares would need more registers.
+#pragma unroll
+      for (int i = 0; i < kVectorsPerThread; i++)
+        for (auto& words : x[i].words) forget_value(words);
+    }
+  }
+
+  __device__ __forceinline__ WeightVector weight_vector(int i) const {
+    if constexpr (!Kernel::kStagesWeight) {
+      return weight[i];
+    } else {
+      WeightVector w;
+#pragma unroll
+      for (int k = 0; k < WeightVector::kAccesses; k++) w.words[k] = *staged_weight(i, k);
+      return w;
+    }
+  }
+
+  // Where the thread keeps the k-th 16 bytes of its i-th vector of the weight.
+  static __device__ __forceinline__ uint4* staged_weight(int i, int k) {
+    __shared__ uint4 staged[kVectorsPerThread * WeightVector::kAccesses][Kernel::kThreads];
+    return &staged[i * WeightVector::kAccesses + k][threadIdx.x];
   }
 
   // Adds the input to the residual, and stores the sum to `dst`.
@@ -250,7 +310,7 @@ struct RowFragment {
   __device__ __forceinline__ void normalised(int i, float rstd, float (&f)[kElementsPerVector]) const {
     float w[kElementsPerVector];
     value(i, f);
-    if constexpr (Policy::kHasWeight) to_float(weight[i], w);
+    if constexpr (Policy::kHasWeight) to_float(weight_vector(i), w);
     if constexpr (Policy::kRoundNormalised) {
       Vector<T, kElementsPerVector> rounded;
 #pragma unroll

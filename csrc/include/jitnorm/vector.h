@@ -119,6 +119,26 @@ __device__ __forceinline__ float load(const float* src) {
   return f;
 }
 
+// Copies of 16 bytes to shared memory that need no registers, from sm_80 on. The thread that makes them must wait for
+// them before it reads them.
+__device__ __forceinline__ void copy_async(uint4* shared, const void* src) {
+#if __CUDA_ARCH__ >= 800
+  const unsigned address = static_cast<unsigned>(__cvta_generic_to_shared(shared));
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(address), "l"(src) : "memory");
+#endif
+}
+__device__ __forceinline__ void wait_for_async_copies() {
+#if __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.wait_all;" ::: "memory");
+#endif
+}
+
+// Makes the compiler forget what it has computed from `words`.
+__device__ __forceinline__ void forget_value(uint4& words) {
+  asm volatile("" : "+r"(words.x), "+r"(words.y), "+r"(words.z), "+r"(words.w));
+}
+__device__ __forceinline__ void forget_value(uint2& words) { asm volatile("" : "+r"(words.x), "+r"(words.y)); }
+
 // int32 or int64 indices.
 __device__ __forceinline__ index_t load_index(const void* from, index_t i, bool has_int64) {
   index_t index;
