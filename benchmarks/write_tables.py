@@ -52,6 +52,7 @@ ENGINES = {
 }
 README_MODELS, README_BATCHES = ("qwen3-0.6b", "qwen3-8b"), (1, 64)
 ENGINE_NAMES = {"vllm": "vLLM", "sglang": "SGLang"}
+SERVERS = ["vllm_serve_qwen3_0.6b"]
 ROPE_STORE_TOKENS = (1, 64, 4096, 16384)
 FEW_ROWS = (1, 16)
 CPU_SHAPES = [(64, 1), (4096, 1), (4096, 64), (4096, 4096)]
@@ -145,6 +146,31 @@ def _engine_rows(measure: str, models: tuple[str, ...] = (), batches: tuple[int,
             mode, model, batch = row.point["mode"].replace("_", "-"), row.point["model"], str(row.point["batch"])
             lines.append(_row([f"{engine} {mode}", model, batch, *times, *ratios]))
     return lines
+
+
+def servers_h200() -> list[str]:
+    """Return the times that clients of `vllm serve` measure, with the shortest and the longest sample."""
+    lines = [_row(["model", "requests", "time", "stock, ms", "plugin, ms", "plugin / stock"])]
+    lines.append(_row(["---", "---:", "---", *["---:"] * 3]))
+    for name in SERVERS:
+        for row in _read(f"{name}_h200").rows:
+            results, point = row.results(), row.point
+            times = [_milliseconds(results[line]) for line in ("stock", "plugin")]
+            ratio = f"{results['plugin'].seconds / results['stock'].seconds:.2f}"
+            lines.append(_row([point["model"], str(point["batch"]), _SERVER_TIMES[point["measure"]], *times, ratio]))
+    return lines
+
+
+_SERVER_TIMES = {
+    "first token": "to the first token",
+    "between tokens": "between tokens",
+    "all tokens": "to the last of all tokens",
+}
+
+
+def _milliseconds(result: BenchResult) -> str:
+    samples = [sample * 1e3 for samples in result.rounds for sample in samples]
+    return f"{result.seconds * 1e3:.4g} ({min(samples):.4g} to {max(samples):.4g})"
 
 
 def _with_range(result: BenchResult, has_range: bool) -> str:
@@ -292,6 +318,7 @@ TABLES: dict[str, Callable[[], list[str]]] = {
         engines_h200,
         engine_graphs_h200,
         engine_steps_h200,
+        servers_h200,
         operators_h200,
         host_overhead,
         batch_invariant_h200,
