@@ -76,6 +76,9 @@ def norm_of(name: str, size: int = HIDDEN, **options) -> torch.nn.Module:
     """Return a norm of SGLang's with a random weight."""
     module = importlib.import_module("sglang.srt.layers.layernorm")
     norm = getattr(module, name)(size, eps=EPS, **options).to(DEVICE, DTYPE)
+    norm.weight = norm.weight if isinstance(norm.weight, torch.nn.Parameter) else norm.weight.to(DEVICE, DTYPE)
+    if not isinstance(norm.weight, torch.nn.Parameter):
+        return norm
     torch.nn.init.normal_(norm.weight.data if name == "RMSNorm" else norm.weight, mean=1.0, std=0.3)
     return norm
 
@@ -231,6 +234,38 @@ class TestNorms:
         assert relative_error(out, reference) < TOLERANCE[DTYPE]
         assert relative_error(out, reference) <= 1.01 * relative_error(before[0], reference)
 
+    # What jitnorm.rmsnorm refuses: gpt-oss' size, an odd one, no weight, and the rounding of Hugging Face's classes.
+    @pytest.mark.parametrize(
+        "options",
+        [{"size": 2880}, {"size": 301}, {"has_weight": False}, {"cast_x_before_out_mul": True}],
+        ids=["2880", "301", "no_weight", "hf"],
+    )
+    def test_other_sizes_and_forms(self, args, options):
+        norm = norm_of("RMSNorm", **options)
+        x, residual = (inputs(TOKENS, norm.hidden_size) for _ in range(2))
+        weight = norm.weight.to(x) if norm.has_weight else torch.ones_like(x[0])
+        before = norm.forward_native(x.clone()), *norm.forward_native(x.clone(), residual.clone())
+        assert "general_rmsnorm" in str(installed(norm).replaced)
+        total = x.double() + residual.double()
+        results = norm(x), *norm(x, residual)
+        assert same_bits(results[2], before[2])
+        for result, stock, exact in [(results[0], before[0], None), (results[1], before[1], total)]:
+            if options.get("cast_x_before_out_mul"):
+                assert (result == stock).float().mean() > 0.98  # they add squares in another order
+            elif exact is not None:
+                reference = rmsnorm_reference(exact, weight.double(), EPS)
+                assert relative_error(result, reference) <= 1.01 * relative_error(stock, reference)
+
+    def test_strided_heads_of_other_sizes_are_not_copied(self, args, monkeypatch):
+        norm, projection = norm_of("RMSNorm", 80), inputs(TOKENS, 3 * HEADS, 80)
+        x = projection[:, HEADS : 2 * HEADS]
+        expected = rmsnorm_reference(x, norm.weight.double(), EPS)
+        installed(norm)
+        monkeypatch.setattr(torch.Tensor, "contiguous", lambda self: pytest.fail("a copy"))
+        result = norm(x)
+        monkeypatch.undo()
+        assert relative_error(result, expected) < TOLERANCE[DTYPE]
+
     def test_transposed_heads_are_copied(self, args):
         norm, x = norm_of("Gemma3RMSNorm", HEAD_DIM), inputs(TOKENS, HEADS, HEAD_DIM).transpose(0, 1)[None]
         installed(norm)
@@ -247,10 +282,8 @@ class TestNorms:
     @pytest.mark.parametrize(
         ("options", "reason"),
         [
-            ({"size": 300}, "no kernel supports a hidden size of 300"),
+            ({"size": 65537}, "no kernel supports a hidden size of 65537"),
             ({"var_hidden_size": 256}, "normalises by a part of a row"),
-            ({"has_weight": False}, "it has no weight"),
-            ({"cast_x_before_out_mul": True}, "it rounds before it multiplies"),
             ({"fp32_residual": True}, "keeps its residual in float32"),
             ({"override_orig_dtype": torch.float32}, "keeps its residual in float32"),
         ],

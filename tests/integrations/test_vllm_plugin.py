@@ -278,7 +278,7 @@ def stock(module: torch.nn.Module):
 
 @needs_vllm
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("hidden", [64, 1024, 8192])
+@pytest.mark.parametrize("hidden", [64, 1024, 2880, 301])  # the last two by the general norms
 @pytest.mark.parametrize("rows", [1, 7])
 @pytest.mark.parametrize("kind", ["RMSNorm", "GemmaRMSNorm"])
 def test_norms_are_as_exact_as_those_of_vllm(kind, rows, hidden, dtype, layers):
@@ -306,6 +306,18 @@ def test_norms_are_as_exact_as_those_of_vllm(kind, rows, hidden, dtype, layers):
             ours, left = method(x, residual)
         assert errors(ours, exact(total)) <= 1.01 * errors(theirs, exact(total))
         assert torch.equal(left, rounded)
+
+
+@needs_vllm
+def test_norms_without_a_weight(layers, bfloat16, monkeypatch):
+    from vllm.model_executor.layers.layernorm import RMSNorm
+
+    norm = activated(RMSNorm(HIDDEN, has_weight=False), torch.bfloat16)
+    x, residual = (torch.randn(7, HIDDEN) for _ in range(2))
+    expected = stock(norm)(x.clone()), stock(norm)(x.clone(), residual.clone())
+    monkeypatch.setattr(RMSNorm, "forward_native", lambda *_: pytest.fail("not the kernel"))
+    torch.testing.assert_close(norm(x), expected[0])
+    torch.testing.assert_close(norm(x, residual), expected[1])
 
 
 @needs_vllm
@@ -349,8 +361,7 @@ def test_norms_and_activations_that_are_left_have_a_reason(config, layers):
         made.pass_config = PassConfig(**passes)
         return {"compilation_config": made}
 
-    assert reasons(RMSNorm(96)) == "RMSNorm: no kernel supports hidden size 96"
-    assert reasons(RMSNorm(128, has_weight=False)) == "RMSNorm: it has no weight"
+    assert reasons(RMSNorm(65537)) == "RMSNorm: no kernel supports a hidden size of 65537"
     assert reasons(RMSNorm(128, var_hidden_size=64)) == "RMSNorm: it normalises by a part of the hidden size"
     assert reasons(RMSNorm(128), dtype=torch.float64) == "RMSNorm: the model is torch.float64"
     half = RMSNorm(128, dtype=torch.float16)

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from jitnorm.core.operators import DTYPES
-from jitnorm.integrations.sglang_plugin.layers import norm_problem
+from jitnorm.integrations.sglang_plugin.layers import engine_norm, norm_problem
 from jitnorm.integrations.sglang_plugin.replacement import Left, LoadedModel, Replacement
 from jitnorm.integrations.sglang_plugin.store import Store, find_store
 from jitnorm.integrations.sglang_plugin.tested import source_problem
@@ -107,6 +107,8 @@ def _layer_problem(module: Any, cls: type, dtype: torch.dtype) -> str | None:
     if norms:
         if reason := norm_problem(norms[0], dtype) or norm_problem(norms[1], dtype):
             return reason
+        if not all(norm.has_weight and norm.rounding == "once" for norm in (engine_norm(n, dtype) for n in norms)):
+            return "its norms have no weight, or round before they multiply by it"
         if _eps_of(norms[0]) != _eps_of(norms[1]) or norms[0].weight.dtype != norms[1].weight.dtype:
             return "its norms differ in eps or in the dtype of their weights"
     rotary_dim = module.head_dim

@@ -19,18 +19,11 @@ from jitnorm.activation import (
     gelu_tanh_and_mul,
     silu_and_mul,
 )
-from jitnorm.core.norms import is_supported_hidden_size
 from jitnorm.core.operators import DTYPES
-from jitnorm.fused_add_rmsnorm import (
-    FUSED_ADD_RMSNORM,
-    GEMMA_FUSED_ADD_RMSNORM,
-    fused_add_rmsnorm,
-    gemma_fused_add_rmsnorm,
-)
+from jitnorm.integrations.engine_norms import EngineNorm
 from jitnorm.integrations.sglang_plugin.replacement import Left, LoadedModel, Replacement
 from jitnorm.integrations.sglang_plugin.tested import source_problem
 from jitnorm.qknorm import QKNORM, can_use_fused_inplace_qknorm, fused_inplace_qknorm
-from jitnorm.rmsnorm import GEMMA_RMSNORM, RMSNORM, gemma_rmsnorm, rmsnorm
 
 _MARK = "_jitnorm_report"  # in the __dict__ of a norm that `apply_qk_norm` may compute together with another
 
@@ -71,16 +64,22 @@ def norm_problem(norm: Any, dtype: torch.dtype) -> str | None:
         return f"no kernel supports {dtype} with weights of {weight.dtype}"
     if type(norm).__name__ != "RMSNorm":
         return None
-    if not norm.has_weight or norm.variance_size_override is not None:
-        return "it has no weight, or normalises by a part of a row"
-    if norm.cast_x_before_out_mul or norm.fp32_residual or norm.override_orig_dtype is not None:
-        return "it rounds before it multiplies by the weight, or keeps its residual in float32"
+    if norm.variance_size_override is not None:
+        return "it normalises by a part of a row"
+    if norm.fp32_residual or norm.override_orig_dtype is not None:
+        return "it keeps its residual in float32"
+    if norm.cast_x_before_out_mul and norm.weight.dtype != dtype:
+        return f"it returns {norm.weight.dtype} for {dtype}"
     return None
 
 
-def _size_problem(norm: Any) -> str | None:
-    size = norm.weight.shape[-1]
-    return None if is_supported_hidden_size(size) else f"no kernel supports a hidden size of {size}"
+def engine_norm(norm: Any, dtype: torch.dtype) -> EngineNorm:
+    """Return what an RMSNorm, GemmaRMSNorm or Gemma3RMSNorm of SGLang computes for inputs of a dtype."""
+    is_gemma = type(norm).__name__ != "RMSNorm"
+    has_weight = is_gemma or norm.has_weight
+    rounding = "once" if is_gemma or not norm.cast_x_before_out_mul else "hf"
+    weight_dtype = norm.weight.dtype if has_weight else dtype
+    return EngineNorm(norm.weight.shape[-1], dtype, weight_dtype, is_gemma, has_weight, rounding)
 
 
 def _reason_to_leave(module: Any) -> str | None:
@@ -96,70 +95,76 @@ def _replace_rmsnorm(norm: Any, model: LoadedModel, is_head_norm: bool) -> Repla
 
     As on CUDA in SGLang, the sum is normalised before it is rounded, and the arguments are overwritten.
     """
-    is_gemma = type(norm).__name__ == "GemmaRMSNorm"
-    size, dtype, report = norm.weight.shape[-1], model.dtype, model.report
-    what = f"{type(norm).__name__} of {size}"
-    if reason := norm_problem(norm, dtype) or _size_problem(norm):
+    dtype, report = model.dtype, model.report
+    computed = engine_norm(norm, dtype)
+    what = f"{type(norm).__name__} of {computed.hidden_size}"
+    if reason := norm_problem(norm, dtype) or computed.problem:
         return Left(what, reason)
-    normalise, add_and_normalise = (
-        (gemma_rmsnorm, gemma_fused_add_rmsnorm) if is_gemma else (rmsnorm, fused_add_rmsnorm)
-    )
-    single, added = (GEMMA_RMSNORM, GEMMA_FUSED_ADD_RMSNORM) if is_gemma else (RMSNORM, FUSED_ADD_RMSNORM)
-    by_head = is_head_norm and not is_gemma and can_use_fused_inplace_qknorm(size, dtype)
-    operators = (single, *((QKNORM,) if by_head else () if is_head_norm else (added,)))
+    normalise, add_and_normalise = computed.functions()
+    by_head = is_head_norm and not computed.is_gemma and not computed.is_general
+    by_head = by_head and can_use_fused_inplace_qknorm(computed.hidden_size, dtype)
     parameters, eps, original = norm._parameters, norm.variance_epsilon, norm._forward_method
+    takes_strides = computed.is_general
 
     def forward(
         x: torch.Tensor, residual: torch.Tensor | None = None, post_residual_addition: torch.Tensor | None = None
     ) -> Any:
+        weight = parameters["weight"].data if "weight" in parameters else None
         try:
             if residual is None:
-                return normalise(x if x.dim() == 2 else x.contiguous(), parameters["weight"].data, eps)
+                return normalise(x if x.dim() == 2 or takes_strides else x.contiguous(), weight, eps)
             if post_residual_addition is None:
-                add_and_normalise(x, residual, parameters["weight"].data, eps)
+                add_and_normalise(x, residual, weight, eps)
                 return x, residual
         except (TypeError, ValueError) as error:  # raised before anything is written
             report.leave_call(what, error)
         return original(x, residual, post_residual_addition)
 
     def first_call() -> None:
-        weight = norm.weight.data
-        x, residual = torch.zeros(2, 1, size, dtype=dtype, device=model.device).unbind()
+        weight = norm.weight.data if computed.has_weight else None
+        x, residual = torch.zeros(2, 1, computed.hidden_size, dtype=dtype, device=model.device).unbind()
         normalise(x, weight, eps)
         if not is_head_norm:
             add_and_normalise(x, residual, weight, eps)
         elif by_head:
-            fused_inplace_qknorm(x[None], residual[None], weight, weight, eps)
+            fused_inplace_qknorm(x[None], residual[None], norm.weight.data, norm.weight.data, eps)
 
     def install() -> None:
         norm._forward_method = forward
         if by_head:
             vars(norm)[_MARK] = report
 
-    specs = tuple(operator.warmup_spec(size, dtype, norm.weight.dtype, model.target) for operator in operators)
-    return Replacement(what, " and ".join(operator.op for operator in operators), specs, first_call, install)
+    specs = [computed.spec("rmsnorm", model.target)]
+    if by_head:
+        specs.append(QKNORM.warmup_spec(computed.hidden_size, dtype, norm.weight.dtype, model.target))
+    elif not is_head_norm:
+        specs.append(computed.spec("fused_add_rmsnorm", model.target))
+    return Replacement(what, " and ".join(spec.op for spec in specs), tuple(specs), first_call, install)
 
 
 def _replace_gemma3_rmsnorm(norm: Any, model: LoadedModel, is_head_norm: bool) -> Replacement | Left:
     """Replace a Gemma3RMSNorm, which SGLang computes in plain PyTorch on CUDA too."""
-    size, dtype, report = norm.weight.shape[-1], model.dtype, model.report
-    what = f"Gemma3RMSNorm of {size}"
-    if reason := norm_problem(norm, dtype) or _size_problem(norm):
+    dtype, report = model.dtype, model.report
+    computed = engine_norm(norm, dtype)
+    what = f"Gemma3RMSNorm of {computed.hidden_size}"
+    if reason := norm_problem(norm, dtype) or computed.problem:
         return Left(what, reason)
+    normalise, _ = computed.functions()
     parameters, eps, original = norm._parameters, norm.eps, norm._forward_method
+    takes_strides = computed.is_general
 
     def forward(x: torch.Tensor) -> Any:
         try:
-            return gemma_rmsnorm(x if x.dim() == 2 else x.contiguous(), parameters["weight"].data, eps)
+            return normalise(x if x.dim() == 2 or takes_strides else x.contiguous(), parameters["weight"].data, eps)
         except (TypeError, ValueError) as error:
             report.leave_call(what, error)
         return original(x)
 
     def first_call() -> None:
-        gemma_rmsnorm(torch.zeros(1, size, dtype=dtype, device=model.device), norm.weight.data, eps)
+        normalise(torch.zeros(1, computed.hidden_size, dtype=dtype, device=model.device), norm.weight.data, eps)
 
-    specs = (GEMMA_RMSNORM.warmup_spec(size, dtype, norm.weight.dtype, model.target),)
-    return Replacement(what, GEMMA_RMSNORM.op, specs, first_call, lambda: setattr(norm, "_forward_method", forward))
+    spec = computed.spec("rmsnorm", model.target)
+    return Replacement(what, spec.op, (spec,), first_call, lambda: setattr(norm, "_forward_method", forward))
 
 
 def _replace_activation(module: Any, model: LoadedModel, _: bool) -> Replacement | Left:

@@ -30,24 +30,19 @@ from jitnorm.activation import (
     silu_and_mul,
 )
 from jitnorm.core import checks
-from jitnorm.core.norms import is_supported_hidden_size
 from jitnorm.core.operators import DTYPES
-from jitnorm.fused_add_rmsnorm import (
-    FUSED_ADD_RMSNORM,
-    FUSED_ADD_RMSNORM_FP32_RESIDUAL,
-    GEMMA_FUSED_ADD_RMSNORM,
-    GEMMA_FUSED_ADD_RMSNORM_FP32_RESIDUAL,
-    fused_add_rmsnorm,
-    gemma_fused_add_rmsnorm,
-)
+from jitnorm.fused_add_rmsnorm import fused_add_rmsnorm, gemma_fused_add_rmsnorm
+from jitnorm.general_rmsnorm import general_fused_add_rmsnorm, general_rmsnorm
+from jitnorm.integrations.engine_norms import EngineNorm
 from jitnorm.jit.spec import KernelSpec, Target
-from jitnorm.rmsnorm import GEMMA_RMSNORM, RMSNORM, gemma_rmsnorm, rmsnorm
+from jitnorm.rmsnorm import gemma_rmsnorm, rmsnorm
 
 
 class JitnormRMSNorm(RMSNorm):  # type: ignore[misc]
     """vLLM's RMSNorm by this package's kernels."""
 
     jitnorm_is_active = False
+    jitnorm_is_general = False  # whether only the general norms serve its hidden size, or its lack of a weight
     jitnorm_float32_residual = False
 
     def forward_native(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> Any:
@@ -65,10 +60,12 @@ class JitnormRMSNorm(RMSNorm):  # type: ignore[misc]
         return super().forward_cuda(x, residual)
 
     def _jitnorm_forward(self, x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor) -> Any:
+        if residual is not None and self.jitnorm_float32_residual:
+            residual = residual.float()  # copies a half-precision residual, and returns a float32 one as it is
+        if self.jitnorm_is_general:
+            return _general_norm(x, residual, weight if self.has_weight else None, self.variance_epsilon, 0.0)
         if residual is None:
             return rmsnorm(x, weight, self.variance_epsilon)
-        if self.jitnorm_float32_residual:
-            residual = residual.float()  # copies a half-precision residual, and returns a float32 one as it is
         fused_add_rmsnorm(x, residual, weight, self.variance_epsilon)
         return x, residual
 
@@ -77,6 +74,7 @@ class JitnormGemmaRMSNorm(GemmaRMSNorm):  # type: ignore[misc]
     """vLLM's GemmaRMSNorm by this package's kernels."""
 
     jitnorm_is_active = False
+    jitnorm_is_general = False  # whether only the general norms serve its hidden size, or its lack of a weight
     jitnorm_float32_residual = False
 
     def forward_native(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> Any:
@@ -84,10 +82,12 @@ class JitnormGemmaRMSNorm(GemmaRMSNorm):  # type: ignore[misc]
         weight = self.weight
         if not self.jitnorm_is_active or not _supports(x, weight, residual, self.jitnorm_float32_residual):
             return super().forward_native(x, residual)
+        if residual is not None and self.jitnorm_float32_residual:
+            residual = residual.float()
+        if self.jitnorm_is_general:
+            return _general_norm(x, residual, weight, self.variance_epsilon, 1.0)
         if residual is None:
             return gemma_rmsnorm(x, weight, self.variance_epsilon)
-        if self.jitnorm_float32_residual:
-            residual = residual.float()
         gemma_fused_add_rmsnorm(x, residual, weight, self.variance_epsilon)
         return x, residual
 
@@ -125,13 +125,17 @@ REPLACEMENTS: dict[str, list[tuple[type[Any], type[Any]]]] = {
     "norms": [(RMSNorm, JitnormRMSNorm), (GemmaRMSNorm, JitnormGemmaRMSNorm)],
     "activations": [(SiluAndMul, JitnormSiluAndMul), (GeluAndMul, JitnormGeluAndMul)],
 }
-# rmsnorm, and with a residual of the input's dtype or of float32; by whether it is Gemma's.
-_NORMS = {
-    False: (RMSNORM, FUSED_ADD_RMSNORM, FUSED_ADD_RMSNORM_FP32_RESIDUAL),
-    True: (GEMMA_RMSNORM, GEMMA_FUSED_ADD_RMSNORM, GEMMA_FUSED_ADD_RMSNORM_FP32_RESIDUAL),
-}
 CLASSES = tuple(replacement for pairs in REPLACEMENTS.values() for _, replacement in pairs)
 NORM_CLASSES = (JitnormRMSNorm, JitnormGemmaRMSNorm)
+
+
+def _general_norm(
+    x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor | None, eps: float, weight_offset: float
+) -> Any:
+    if residual is None:
+        return general_rmsnorm(x, weight, eps, weight_offset=weight_offset)
+    general_fused_add_rmsnorm(x, residual, weight, eps, weight_offset=weight_offset)
+    return x, residual
 
 
 def _supports(x: torch.Tensor, weight: torch.Tensor, residual: torch.Tensor | None, float32_residual: bool) -> bool:
@@ -165,24 +169,25 @@ def reason_to_leave(module: Any, dtype: torch.dtype) -> str | None:
     if not isinstance(module, NORM_CLASSES):
         is_enabled = getattr(module._forward_method, "__func__", None) is type(module).forward_cuda
         return None if is_enabled else "vLLM has not enabled it, and Inductor generates it as fast"
-    hidden_size = module.weight.shape[-1]
-    if isinstance(module, JitnormRMSNorm):
-        if not module.has_weight:
-            return "it has no weight"
-        if module.variance_size_override is not None:
-            return "it normalises by a part of the hidden size"
-    if not is_supported_hidden_size(hidden_size):
-        return f"no kernel supports hidden size {hidden_size}"
+    if isinstance(module, JitnormRMSNorm) and module.variance_size_override is not None:
+        return "it normalises by a part of the hidden size"
     if module.weight.dtype not in (dtype, torch.float32):
         return f"its weight is {module.weight.dtype}, and the model {dtype}"
-    return None
+    return engine_norm(module, dtype).problem
+
+
+def engine_norm(norm: Any, dtype: torch.dtype) -> EngineNorm:
+    """Return what a norm of NORM_CLASSES computes for inputs of a dtype."""
+    is_gemma = isinstance(norm, JitnormGemmaRMSNorm)
+    has_weight = is_gemma or norm.has_weight
+    return EngineNorm(norm.weight.shape[-1], dtype, norm.weight.dtype if has_weight else dtype, is_gemma, has_weight)
 
 
 def specs(module: Any, dtype: torch.dtype, target: Target) -> list[KernelSpec]:
     """Return the kernels that a module of one of CLASSES calls for inputs of a dtype."""
     if isinstance(module, NORM_CLASSES):
-        norms = _NORMS[isinstance(module, JitnormGemmaRMSNorm)][:2]
-        return [norm.spec(module.weight.shape[-1], dtype, module.weight.dtype, target) for norm in norms]
+        norm = engine_norm(module, dtype)
+        return [norm.spec(op, target) for op in ("rmsnorm", "fused_add_rmsnorm")]
     activation = SILU_AND_MUL
     if isinstance(module, JitnormGeluAndMul):
         activation = GELU_TANH_AND_MUL if module.approximate == "tanh" else GELU_AND_MUL
@@ -191,5 +196,4 @@ def specs(module: Any, dtype: torch.dtype, target: Target) -> list[KernelSpec]:
 
 def spec_with_float32_residual(norm: Any, dtype: torch.dtype, target: Target) -> KernelSpec:
     """Return the kernel that a norm calls for inputs of a half precision and a float32 residual."""
-    operator = _NORMS[isinstance(norm, JitnormGemmaRMSNorm)][2]
-    return operator.spec(norm.weight.shape[-1], dtype, norm.weight.dtype, target)
+    return engine_norm(norm, dtype).spec("fused_add_rmsnorm_fp32_residual", target)

@@ -77,6 +77,8 @@ def replace_operators(model: torch.nn.Module, config: Any) -> Report:
         elif found is None:
             module.jitnorm_is_active = True
             module.jitnorm_float32_residual = id(module) in with_float32_residual
+            if isinstance(module, layers.NORM_CLASSES):
+                module.jitnorm_is_general = layers.engine_norm(module, dtype).is_general
             report.replaced[name] = _base_name(module) + ", residual in float32" * module.jitnorm_float32_residual
         else:
             report.replaced[name] = f"{type(module).__name__} ({_LAUNCH})"
