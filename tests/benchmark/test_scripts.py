@@ -73,7 +73,7 @@ def small_bench(bench, monkeypatch):
 
 
 def test_every_file_is_here():
-    assert {*RUNS, "bench_build"} == {*FILES}
+    assert {*RUNS, "bench_build", "bench_warmup"} == {*FILES}
 
 
 @pytest.mark.parametrize("bench", FILES, indirect=True)
