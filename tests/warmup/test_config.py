@@ -274,6 +274,17 @@ def test_the_two_norms_of_latent_attention(tmp_path):
     assert plan.refused == [f"{file} has no q_lora_rank and kv_lora_rank, which dual_rmsnorm is for"]
 
 
+def test_the_models_that_the_benchmark_warms_up(tmp_path):
+    """Nothing is refused, and both norms of the hidden size are built."""
+    models = json.loads((CONFIGS.parents[1] / "benchmarks" / "model_configs.json").read_text())
+    assert len(models) == 27
+    for name, config in models.items():
+        file = config_file(tmp_path, **config)
+        plan, size = make_plan(config=file, arch="9.0a"), read_config(file).hidden_sizes[0]
+        norms = [spec for spec in plan.specs if f"rmsnorm_{size}_bf16" in spec.name]
+        assert not plan.refused and len(norms) >= 2, name
+
+
 def test_widths_of_every_layer(tmp_path):
     file = config_file(tmp_path, **{**LLAMA, "intermediate_size": [64, 64, 96]})
     assert read_config(file).intermediate_sizes == [64, 96]
