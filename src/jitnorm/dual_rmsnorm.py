@@ -146,7 +146,7 @@ def dual_rmsnorm(
                 or not torch.is_grad_enabled()
             )
             and not _kernels[input1.dtype][weight1.nbytes][weight2.nbytes](
-                *(input1, input2, weight1, weight2, result1, result2, eps, eps if eps2 is None else eps2, enable_pdl)
+                input1, input2, weight1, weight2, result1, result2, eps, eps if eps2 is None else eps2, enable_pdl
             )
         ):
             return result1, result2
