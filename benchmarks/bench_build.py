@@ -47,19 +47,11 @@ results = [
 """
 _KERNELS = """
 seconds = time.perf_counter() - start
-print(sum(len(result.built) for result in results), *(result for result in results if result.failed), file=sys.stderr)
-print(seconds)
+if failed := [result.failed for result in results if result.failed]:
+    raise SystemExit(str(failed))
+print(seconds, sum(len(result.built) for result in results))
 """
-LLAMA_8B = {
-    "model_type": "llama",
-    "hidden_size": 4096,
-    "intermediate_size": 14336,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "num_hidden_layers": 32,
-    "hidden_act": "silu",
-    "torch_dtype": "bfloat16",
-}
+CONFIGS: dict[str, dict[str, object]] = json.loads(Path(__file__).with_name("model_configs.json").read_text())
 # Where Triton is installed, `import torch` leaves a full garbage collection of 70 ms due, which the next import would
 # trigger.
 _IMPORT = """
@@ -77,22 +69,36 @@ def time_in_new_process(script: str, **environment: str) -> float:
     return float(done.stdout)
 
 
-def time_warmup(script: str, kernels: int) -> float:
-    """Return the seconds of a warm-up, which must build as many kernels as this at least, and the launcher."""
-    script = "import sys, time, torch, tvm_ffi\n" + script + _KERNELS
-    with tempfile.TemporaryDirectory() as folder:
-        environment = {**os.environ, "JITNORM_CACHE_DIR": f"{folder}/cache"}
-        done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
-    if done.returncode or int((done.stderr.split() or ["0"])[0]) < kernels:
-        raise RuntimeError(f"the warm-up did not build {kernels} kernels: {done.stderr}")
-    return float(done.stdout)
+def run_warmup(script: str, cache: str) -> tuple[float, int]:
+    """Return the seconds of a warm-up in a new process, and the number of kernels that it built beside the launcher."""
+    script = "import time, torch, tvm_ffi\n" + script + _KERNELS
+    environment = {**os.environ, "JITNORM_CACHE_DIR": cache}
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"the warm-up failed: {done.stderr.strip()}")
+    seconds, built = done.stdout.split()
+    return float(seconds), int(built)
 
 
-def time_warmup_of_llama_8b() -> float:
+def warm_up_model(name: str, folder: str) -> tuple[float, int]:
+    """Do what `run_warmup` does with the config of a model, in the cache of this folder."""
+    Path(folder, "config.json").write_text(json.dumps(CONFIGS[name]))
+    return run_warmup(_CONFIG.format(config=folder), f"{folder}/cache")
+
+
+def time_warmup_of_a_model() -> float:
     """Return the seconds of a warm-up of what Llama 3.1 8B calls."""
     with tempfile.TemporaryDirectory() as folder:
-        Path(folder, "config.json").write_text(json.dumps(LLAMA_8B))
-        return time_warmup(_CONFIG.format(config=folder), 4)
+        return warm_up_model("Llama-3.1-8B", folder)[0]
+
+
+def time_warmup_of_a_hundred() -> float:
+    """Return the seconds of a warm-up of a hundred kernels."""
+    with tempfile.TemporaryDirectory() as folder:
+        seconds, built = run_warmup(_HUNDRED, f"{folder}/cache")
+    if built < 100:
+        raise RuntimeError(f"the warm-up built {built} kernels instead of 100")
+    return seconds
 
 
 def time_first_call(script: str, warm: bool) -> float:
@@ -120,8 +126,8 @@ MEASURES = {
     "nvcc -c": time_nvcc,
     "sm_90a cold": lambda: time_first_call(_CUDA, warm=False),
     "sm_90a warm": lambda: time_first_call(_CUDA, warm=True),
-    "100 kernels": lambda: time_warmup(_HUNDRED, 100),
-    "Llama 8B": time_warmup_of_llama_8b,
+    "100 kernels": time_warmup_of_a_hundred,
+    "Llama 8B": time_warmup_of_a_model,
 }
 
 

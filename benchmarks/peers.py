@@ -5,6 +5,7 @@ fused_add_rmsnorm, gemma_fused_add_rmsnorm      (input, residual, weight); both 
   with _round_sum behind the name               the same, for peers that normalise the rounded sum
   with _fp32_residual behind the name           the same, with a float32 residual beside an input in half precision
 fused_inplace_qknorm                            (q, k, q_weight, k_weight); q and k written in place
+dual_rmsnorm                                    (input1, input2, weight1, weight2, out1, out2)
 those of ACTIVATIONS                            (input, out); the result is in `out` or returned
   with _hf behind the name                      the same, with the activation's result rounded before the product
 store_cache                                     (k, v, k_cache, v_cache, indices)
@@ -164,6 +165,8 @@ def _jitnorm(op: str) -> Call:
     function = getattr(jitnorm, op.removesuffix(ROUND_SUM).removesuffix(FP32_RESIDUAL).removesuffix(HF))
     if op in ("rmsnorm", "gemma_rmsnorm"):
         return lambda x, w, out: function(x, w, EPS, out)
+    if op == "dual_rmsnorm":
+        return lambda *tensors: function(*tensors[:4], EPS, *tensors[4:])
     if op.endswith(ROUND_SUM):
         return lambda *tensors: function(*tensors, EPS, round_sum=True)
     if "norm" in op:
@@ -186,6 +189,11 @@ def _add_norm(x: torch.Tensor, residual: torch.Tensor, w: torch.Tensor) -> None:
 def _qk_norm(q: torch.Tensor, k: torch.Tensor, q_weight: torch.Tensor, k_weight: torch.Tensor) -> None:
     q.copy_(_rms_norm(q, q_weight))
     k.copy_(_rms_norm(k, k_weight))
+
+
+def _dual_norm(x: torch.Tensor, y: torch.Tensor, w: torch.Tensor, v: torch.Tensor, *outs: torch.Tensor) -> None:
+    outs[0].copy_(_rms_norm(x, w))
+    outs[1].copy_(_rms_norm(y, v))
 
 
 def _store(k: torch.Tensor, v: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, indices: Any) -> None:
@@ -261,6 +269,7 @@ _TORCH: dict[str, Call] = {
     f"fused_add_rmsnorm{FP32_RESIDUAL}": _add_norm_fp32,
     f"gemma_fused_add_rmsnorm{FP32_RESIDUAL}": _gemma_add_norm_fp32,
     "fused_inplace_qknorm": _qk_norm,
+    "dual_rmsnorm": _dual_norm,
     "store_cache": _store,
     **{op: _returned(activation) for op, activation in ACTIVATIONS.items()},
 }

@@ -240,6 +240,18 @@ def build() -> list[str]:
     ]
 
 
+def warmup() -> list[str]:
+    """Return the seconds of warm-ups from the configs of models."""
+    cells: dict[str, dict[str, BenchResult]] = {}
+    for row in _read("warmup").rows:
+        cells.setdefault(row.point["model"], {})[row.point["caches"]] = row.results()["jitnorm"]
+    lines = [_row(["config of", "kernels", "empty cache, s", "warm cache, ms"]), _row(["---", *["---:"] * 3])]
+    for model, of in cells.items():
+        kernels = of["empty"].notes[0].removesuffix(" kernels")
+        lines.append(_row([model, kernels, f"{of['empty'].seconds:.2f}", f"{of['warm'].seconds * 1e3:.0f}"]))
+    return lines
+
+
 HOST_CALLS = {
     "jitnorm": "`jitnorm.rmsnorm`, `out` given",
     "sglang": "SGLang JIT",
@@ -324,6 +336,7 @@ TABLES: dict[str, Callable[[], list[str]]] = {
         batch_invariant_h200,
         rmsnorm_cpu,
         build,
+        warmup,
     )
 }
 

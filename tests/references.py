@@ -54,6 +54,10 @@ def _qknorm(a: Arguments) -> Results:
     return tuple(rmsnorm_reference(a[name], a[f"{name}_weight"], 1e-6) for name in ("q", "k"))
 
 
+def _dual(a: Arguments) -> Results:
+    return tuple(rmsnorm_reference(a[f"input{i}"], a[f"weight{i}"], 1e-6) for i in (1, 2))
+
+
 def mrope_axes(section: Any, is_interleaved: bool) -> torch.Tensor:
     """Return which of a token's three positions rotates each pair, as vLLM's MRotaryEmbedding chooses them."""
     if not is_interleaved:
@@ -171,6 +175,7 @@ REFERENCES: dict[str, Callable[[Arguments], Results]] = {
     "per_tensor_quant_fp8_dynamic": _per_tensor_dynamic,
     "per_token_quant_fp8": lambda a: _dynamic(a["input"].double()),
     "fused_inplace_qknorm": _qknorm,
+    "dual_rmsnorm": _dual,
     "qk_norm_rope_store": _qk_norm_rope_store,
     "rope": _qk_norm_rope_store,
     "silu_and_mul": _gated(lambda x: x / (1 + torch.exp(-x))),

@@ -2,6 +2,7 @@
 // description (kernel_info.h) comes with its cubin, so that nothing here depends on a size, a dtype or a schedule. It
 // uses only the C ABI of tvm-ffi.
 #include "elementwise/activation.h"
+#include "elementwise/dual_rmsnorm.h"
 #include "elementwise/qknorm.h"
 #include "elementwise/qknorm_rope_store.h"
 #include "elementwise/quant_fp8.h"
@@ -82,6 +83,7 @@ constexpr Binding kBindings[] = {
     binding<RMSNormInfo, general_rmsnorm<CudaKernel<RMSNormInfo>>>("general_rmsnorm"),
     binding<RMSNormInfo, rmsnorm_quant_fp8<CudaKernel<RMSNormInfo>>>("rmsnorm_quant_fp8"),
     binding<RMSNormInfo, fused_add_rmsnorm_quant_fp8<CudaKernel<RMSNormInfo>>>("fused_add_rmsnorm_quant_fp8"),
+    binding<DualRMSNormInfo, dual_rmsnorm<CudaKernel<DualRMSNormInfo>>>("dual_rmsnorm"),
     binding<QKNormInfo, fused_inplace_qknorm<CudaKernel<QKNormInfo>>>("fused_inplace_qknorm"),
     binding<QKNormRopeStoreInfo, qk_norm_rope_store<CudaKernel<QKNormRopeStoreInfo>>>("qk_norm_rope_store"),
     binding<ActivationInfo, activation<CudaKernel<ActivationInfo>>>("activation"),

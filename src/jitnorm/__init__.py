@@ -25,6 +25,7 @@ if "_jitnorm_command" not in sys.modules:
             silu_and_mul_with_clamp,
             swigluoai_and_mul,
         )
+        from jitnorm.dual_rmsnorm import dual_rmsnorm
         from jitnorm.fused_add_rmsnorm import fused_add_rmsnorm, gemma_fused_add_rmsnorm
         from jitnorm.general_rmsnorm import general_fused_add_rmsnorm, general_rmsnorm
         from jitnorm.integrations.transformers import patch_transformers, unpatch_transformers
@@ -41,6 +42,7 @@ __all__ = [
     "__version__",
     "cache",
     "can_use_fused_inplace_qknorm",
+    "dual_rmsnorm",
     "fatrelu_and_mul",
     "fused_add_rmsnorm",
     "fused_add_rmsnorm_quant_fp8",

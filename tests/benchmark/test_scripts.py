@@ -19,6 +19,7 @@ FILES = sorted(file.stem for file in FOLDER.glob("bench_*.py"))
 # The implementations that run anywhere. torch.compile takes too long for a test.
 RUNS = {
     "bench_activation": ["jitnorm", "torch"],
+    "bench_dual_rmsnorm": ["jitnorm", "separate", "torch"],
     "bench_few_rows": ["torch"],
     "bench_first_call": ["jitnorm"],
     "bench_fused_add_rmsnorm": ["jitnorm", "torch", "liger"],
@@ -72,7 +73,7 @@ def small_bench(bench, monkeypatch):
 
 
 def test_every_file_is_here():
-    assert {*RUNS, "bench_build"} == {*FILES}
+    assert {*RUNS, "bench_build", "bench_warmup"} == {*FILES}
 
 
 @pytest.mark.parametrize("bench", FILES, indirect=True)

@@ -24,6 +24,7 @@ from jitnorm.activation import (
     SILU_AND_MUL_WITH_CLAMP,
     SWIGLUOAI_AND_MUL,
 )
+from jitnorm.dual_rmsnorm import DUAL_RMSNORM
 from jitnorm.fused_add_rmsnorm import (
     FUSED_ADD_RMSNORM,
     FUSED_ADD_RMSNORM_FP32_RESIDUAL,
@@ -54,6 +55,8 @@ KERNELS = (
     (FUSED_ADD_RMSNORM_FP32_RESIDUAL, 8192, BF16, BF16),
     (QKNORM, 128, BF16, BF16),
     (QKNORM, 1024, F16, F32),
+    (DUAL_RMSNORM, 1536, 576, BF16, BF16),  # blocks with idle threads
+    (DUAL_RMSNORM, 64, 8192, F16, F32),
     (RMSNORM_QUANT_FP8, 4096, BF16, BF16),
     (FUSED_ADD_RMSNORM_QUANT_FP8_DYNAMIC, 256, F32, F32),
     (PER_TENSOR, BF16),
@@ -84,6 +87,7 @@ KERNELS = (
 FAMILIES = (
     (RMSNORM, 512, BF16, BF16),
     (QKNORM, 256, BF16, BF16),
+    (DUAL_RMSNORM, 1536, 512, BF16, BF16),
     (PER_TOKEN, F16),
     (SILU_AND_MUL, F16, 16),
     (STORE_CACHE, 8),
@@ -126,7 +130,7 @@ def test_compiles(arch, compiler, monkeypatch):
     build_together(arch, FAMILIES if arch in ("8.9", "10.0a", "12.0a") else KERNELS)
 
 
-@pytest.mark.parametrize(("arch", "kernel"), [*zip(ARCHITECTURES, FAMILIES, strict=False)])
+@pytest.mark.parametrize(("arch", "kernel"), [*zip(ARCHITECTURES * 2, FAMILIES, strict=False)])
 def test_a_build_of_one_kernel(arch, kernel):
     """As above for a source that includes the header of one family alone, and has the bindings of that family."""
     build_together(arch, [kernel])

@@ -21,6 +21,8 @@ from jitnorm.activation import MAX_WIDTH, RELU2, SILU_AND_MUL, SWIGLUOAI_AND_MUL
 from jitnorm.activation import check as check_activation
 from jitnorm.core.checks import power_of_two, vector_bytes
 from jitnorm.core.operators import OPERATORS
+from jitnorm.dual_rmsnorm import DUAL_RMSNORM
+from jitnorm.dual_rmsnorm import check as check_dual
 from jitnorm.fused_add_rmsnorm import FUSED_ADD_RMSNORM, FUSED_ADD_RMSNORM_FP32_RESIDUAL
 from jitnorm.fused_add_rmsnorm import check as check_fused_add_rmsnorm
 from jitnorm.jit.load import load
@@ -164,6 +166,16 @@ def qknorm_calls(draw):
     yield QKNORM, (H, F32, F32), arguments, lambda: check_qknorm(*arguments)
 
 
+def dual_calls(draw):
+    shape, (eps, pdl) = draw.leading(), draw.flags()
+    a, b = draw.rows(F32, shape), draw.rows(F32, draw.pick((*[shape] * 9, draw.leading())), H // 2, (H, 3 * H, 3 * H))
+    outs = draw.pick((a, a, draw.rows(F32, shape))), draw.pick((b, b, draw.rows(F32, shape, H // 2, (3 * H, H // 2))))
+    tensors = a, b, draw.vector(F32, H), draw.vector(F32, H // 2)
+    eps2 = draw.pick((*[1e-6] * 9, -1.0))
+    arguments = *tensors, *outs, eps, eps2, pdl
+    yield DUAL_RMSNORM, (H, H // 2, F32, F32), arguments, lambda: check_dual(*tensors, eps, *outs, eps2, pdl)
+
+
 def store_cache_calls(draw):
     for buffer in draw.buffers:
         buffer.zero_()  # so that every index, wherever it lies, is a slot
@@ -247,7 +259,7 @@ def rope_calls(draw):
 
 FAMILIES = (
     *(norm_calls, fp32_residual_calls, quant_norm_calls, quant_calls, activation_calls, masked_activation_calls),
-    *(qknorm_calls, store_cache_calls, rope_calls),
+    *(qknorm_calls, dual_calls, store_cache_calls, rope_calls),
 )
 
 

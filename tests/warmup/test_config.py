@@ -262,6 +262,29 @@ def test_options_replace_those_of_a_config():
     assert [s.name for s in plan.specs] == ["store_cache_heads_256_bf16_fp8_cache"]
 
 
+def test_the_two_norms_of_latent_attention(tmp_path):
+    file = config_file(tmp_path, **DEEPSEEK)
+    plan = make_plan(config=file, dtype="bf16", device="cpu")
+    assert [s.name for s in plan.specs if s.op == "dual_rmsnorm"] == ["dual_rmsnorm_1536_512_bf16"]
+    plan = make_plan(op="dual_rmsnorm", config=file, dtype="bf16", device="cpu", hidden_size2=576)
+    assert [s.name for s in plan.specs] == ["dual_rmsnorm_1536_576_bf16"]
+    file = config_file(tmp_path, **{**DEEPSEEK, "q_lora_rank": None})  # as DeepSeek V2 Lite
+    assert "dual_rmsnorm" not in read_config(file).operators()
+    plan = make_plan(op="dual_rmsnorm", config=file, dtype="bf16", device="cpu")
+    assert plan.refused == [f"{file} has no q_lora_rank and kv_lora_rank, which dual_rmsnorm is for"]
+
+
+def test_the_models_that_the_benchmark_warms_up(tmp_path):
+    """Nothing is refused, and both norms of the hidden size are built."""
+    models = json.loads((CONFIGS.parents[1] / "benchmarks" / "model_configs.json").read_text())
+    assert len(models) == 27
+    for name, config in models.items():
+        file = config_file(tmp_path, **config)
+        plan, size = make_plan(config=file, arch="9.0a"), read_config(file).hidden_sizes[0]
+        norms = [spec for spec in plan.specs if f"rmsnorm_{size}_bf16" in spec.name]
+        assert not plan.refused and len(norms) >= 2, name
+
+
 def test_widths_of_every_layer(tmp_path):
     file = config_file(tmp_path, **{**LLAMA, "intermediate_size": [64, 64, 96]})
     assert read_config(file).intermediate_sizes == [64, 96]

@@ -69,6 +69,11 @@ _DTYPE, _CACHE_DTYPE = click.Choice(list(DTYPES)), click.Choice(list(CACHE_DTYPE
     help="Build a general norm for rows (the default), strided or unaligned; +no_weight and +bias may follow.",
 )
 @click.option(
+    "--hidden-size2",
+    **several(click.INT),
+    help="Build dual_rmsnorm for this size of its second input; by default that of the first.",
+)
+@click.option(
     "--config",
     metavar="PATH",
     help="Read operators and sizes from a Hugging Face config.json, or from the folder that contains one.",
@@ -97,6 +102,7 @@ def warmup(
     mrope: bool,
     rounding: tuple[str, ...],
     form: tuple[str, ...],
+    hidden_size2: tuple[int, ...],
     config: str | None,
     device: str | None,
     arch: tuple[str, ...],
@@ -125,6 +131,7 @@ def warmup(
         "mrope": mrope,
         "rounding": rounding,
         "form": form,
+        "hidden_size2": hidden_size2,
     }
     options = {name: value for name, value in options.items() if value}
     if problem := argument_problem(op, hidden_size, weight_dtype, config, options, _spelled):

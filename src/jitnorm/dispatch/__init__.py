@@ -24,6 +24,9 @@ CUDA graph, is raised instead.) `explain` and `jitnorm doctor` show which backen
 - "jit", "flashinfer", "torch": that backend, or RuntimeError if it does not support the call.
 
 A compiled graph keeps the backend with which it was traced, which is never FlashInfer.
+
+`dual_rmsnorm`, two norms of different widths, is one launch of `jitnorm.dual_rmsnorm` where that takes the call and no
+other backend is requested, and otherwise two calls of `rmsnorm`.
 """
 
 from __future__ import annotations
@@ -34,10 +37,15 @@ from typing import Any
 import torch
 import torch.fx
 
+from jitnorm.core import checks
 from jitnorm.core.eligibility import has_kernel_layout, is_plain_weight
+from jitnorm.core.operators import DTYPES
+from jitnorm.core.torch_library import needs_dispatcher
 from jitnorm.dispatch import flashinfer_backend, torch_backend
-from jitnorm.dispatch.selection import BACKENDS, backend, explain, is_plain
+from jitnorm.dispatch.selection import BACKENDS, backend, explain, is_plain, requested_backend
 from jitnorm.dispatch.selection import select_backend as _select_backend
+from jitnorm.dual_rmsnorm import dual_rmsnorm as _jitnorm_dual_rmsnorm
+from jitnorm.dual_rmsnorm import is_supported_hidden_size as _has_dual_kernel
 from jitnorm.fused_add_rmsnorm import fused_add_rmsnorm as _jitnorm_fused_add_rmsnorm
 from jitnorm.fused_add_rmsnorm import gemma_fused_add_rmsnorm as _jitnorm_gemma_fused_add_rmsnorm
 from jitnorm.general_rmsnorm import general_fused_add_rmsnorm, general_rmsnorm
@@ -47,6 +55,7 @@ from jitnorm.rmsnorm import rmsnorm as _jitnorm_rmsnorm
 __all__ = [
     "BACKENDS",
     "backend",
+    "dual_rmsnorm",
     "explain",
     "fused_add_rmsnorm",
     "gemma_fused_add_rmsnorm",
@@ -204,6 +213,52 @@ def gemma_fused_add_rmsnorm(
     )
 
 
+def dual_rmsnorm(
+    input1: torch.Tensor,
+    input2: torch.Tensor,
+    weight1: torch.Tensor,
+    weight2: torch.Tensor,
+    eps: float = 1e-6,
+    out1: torch.Tensor | None = None,
+    out2: torch.Tensor | None = None,
+    eps2: float | None = None,
+    enable_pdl: bool | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Compute `rmsnorm` of two tensors, in one launch where `jitnorm.dual_rmsnorm` takes the call.
+
+    Otherwise, and where the backend "flashinfer" or "torch" is requested, as two calls of `rmsnorm`.
+
+    Args:
+        input1: `[..., hidden_size1]`, float16, bfloat16 or float32, of any hidden size and strides.
+        input2: `[..., hidden_size2]`, likewise.
+        weight1: `[hidden_size1]`, float16, bfloat16 or float32, on the same device.
+        weight2: `[hidden_size2]`, likewise.
+        eps: added to the mean of the squares; zero or more.
+        out1: written; of the shape, dtype and device of input1; may be input1 itself. None allocates it. A call with
+            `out1` or `out2` has no gradient.
+        out2: written; the same for input2.
+        eps2: the same as `eps`, for input2; None for `eps`.
+        enable_pdl: programmatic dependent launch; None leaves it to the backend.
+
+    Returns:
+        `out1` and `out2`.
+
+    Raises:
+        TypeError: as `rmsnorm`.
+        ValueError: as `rmsnorm`; or a result overlaps the other norm's input or result.
+        RuntimeError: as `rmsnorm`.
+    """
+    tensors = {"input1": input1, "input2": input2, "weight1": weight1, "weight2": weight2}
+    outs = {name: out for name, out in (("out1", out1), ("out2", out2)) if out is not None}
+    if not any(isinstance(tensor, torch.fx.Proxy) for tensor in tensors.values()):
+        _check_dual(tensors, outs)
+        if _is_served_by_dual_rmsnorm(*tensors.values(), *outs.values()):
+            return _jitnorm_dual_rmsnorm(input1, input2, weight1, weight2, eps, out1, out2, eps2, enable_pdl)
+    result1 = rmsnorm(input1, weight1, eps, out1, enable_pdl)
+    result2 = rmsnorm(input2, weight2, eps if eps2 is None else eps2, out2, enable_pdl)
+    return result1, result2  # type: ignore[return-value]
+
+
 def _rmsnorm(
     operator: Callable[..., Any],
     jitnorm_operator: Callable[..., torch.Tensor],
@@ -266,6 +321,45 @@ def _is_served_by_rmsnorm(input: torch.Tensor, weight: torch.Tensor | None, othe
         and has_kernel_layout(input)
         and (other is None or has_kernel_layout(other))
     )
+
+
+def _is_served_by_dual_rmsnorm(
+    input1: torch.Tensor, input2: torch.Tensor, weight1: torch.Tensor, weight2: torch.Tensor, *outs: torch.Tensor
+) -> bool:
+    """Return whether `jitnorm.dual_rmsnorm` takes a call, and may: no other backend is requested."""
+    return (
+        requested_backend() not in ("flashinfer", "torch")
+        and input1.dtype == input2.dtype
+        and weight1.dtype == weight2.dtype
+        and weight1.dtype in (input1.dtype, torch.float32)
+        and input1.shape[:-1] == input2.shape[:-1]
+        and _has_dual_kernel(input1.shape[-1], input1.dtype)
+        and _has_dual_kernel(input2.shape[-1], input2.dtype)
+        and input1.device.type in ("cpu", "cuda", "meta")
+        and all(map(has_kernel_layout, (input1, input2, weight1, weight2, *outs)))
+    )
+
+
+def _check_dual(tensors: dict[str, Any], outs: dict[str, Any]) -> None:
+    """Raise for what the second of two calls would refuse after the first has run, and for results that overlap."""
+    for name, value in (tensors | outs).items():
+        checks.tensor(name, value)
+    for number in "12":
+        input, weight = tensors[f"input{number}"], tensors[f"weight{number}"]
+        if input.dim() == 0:
+            raise ValueError(f"input{number} must have at least one dimension, got a scalar")
+        checks.dtype(f"input{number}", input, DTYPES)
+        checks.dtype(f"weight{number}", weight, DTYPES)
+        why = f"one factor for each element of the last dimension of input{number}"
+        checks.shape(f"weight{number}", weight, [input.shape[-1]], why)
+        if (out := outs.get(f"out{number}")) is not None:
+            checks.dtype(f"out{number}", out, (input.dtype,))
+            checks.shape(f"out{number}", out, input.shape, f"like input{number}")
+    if needs_dispatcher(*tensors.values()):  # without addresses
+        return
+    for name, other in (("out1", "input2"), ("out2", "input1"), ("out2", "out1")):
+        if name in outs and other in tensors | outs:
+            checks.no_overlap(name, outs[name], other, (tensors | outs)[other], reject_identical=True)
 
 
 def _tensors(*tensors: torch.Tensor | None) -> tuple[torch.Tensor, ...]:

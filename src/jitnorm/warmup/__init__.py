@@ -56,6 +56,7 @@ OPTIONS = {
     **dict.fromkeys(("rotary_dim", "cos_sin_dtype", "interleaved", "mrope"), "rotation"),
     "cache_dtype": "cache of another dtype",
     "q_out_dtype": "result for q of another dtype",
+    "hidden_size2": "second size",
     "rounding": "steps to round between",
     "form": "other form",
 }
@@ -98,6 +99,7 @@ def warmup(
     mrope: bool | None = None,
     rounding: OneOrMore[str] | None = None,
     form: OneOrMore[str] | None = None,
+    hidden_size2: OneOrMore[int] | None = None,
     process_group: torch.distributed.ProcessGroup | None = None,
     timeout: float = 600.0,
 ) -> Result:
@@ -138,6 +140,7 @@ def warmup(
         rounding: "once", for which None stands; "each_step" of qk_norm_rope_store and rope; "hf" of the general norms.
         form: Of the general norms: "rows", for which None stands, "strided" for rows under several leading dimensions,
             or "unaligned"; behind it may stand "+no_weight" and "+bias".
+        hidden_size2: Of dual_rmsnorm: the size of its second input. None for `hidden_size`, or the config's.
         process_group: The ranks that share the work, such as `torch.distributed.group.WORLD`. None for this process
             alone.
         timeout: How many seconds after its start this call waits for other ranks, whatever it waits for. What is
@@ -177,6 +180,7 @@ def warmup(
             mrope=mrope,
             rounding=rounding,
             form=form,
+            hidden_size2=hidden_size2,
         )
         cached, missing = find_cached(plan.specs)
         result = Result(cached=cached, refused=plan.refused)
@@ -305,9 +309,9 @@ def _option(name: str, value: Any) -> Any:
     if name == "form":
         Form.parse(str(value))
         return value
-    if name == "rotary_dim":
+    if name in ("rotary_dim", "hidden_size2"):
         if (number := _integer(name, value)) < 1:
-            raise ValueError(f"rotary_dim must be 1 or more, got {number}")
+            raise ValueError(f"{name} must be 1 or more, got {number}")
         return number
     return _dtype(value, name, DTYPES if name == "cos_sin_dtype" else CACHE_DTYPES)
 

@@ -11,6 +11,7 @@ from typing import Any
 from jitnorm.activation import GELU_AND_MUL, GELU_TANH_AND_MUL, RELU2, SILU_AND_MUL, Activation
 from jitnorm.core.norm_modules import PATCHABLE_FAMILIES, is_norm_family
 from jitnorm.core.operators import OPERATORS
+from jitnorm.dual_rmsnorm import DUAL_RMSNORM
 from jitnorm.qknorm import QKNORM
 from jitnorm.qknorm_rope_store import QK_NORM_ROPE_STORE, ROPE, STORE_HEADS
 from jitnorm.store_cache import STORE_CACHE
@@ -103,6 +104,7 @@ class ModelConfig:
         path: The config.json.
         hidden_sizes: All sizes that are normalised; the hidden size is the first.
         head_dims: Those among them that are normalised head by head, in queries and keys.
+        latent_ranks: Those of latent attention, of queries and of keys and values; empty where one is missing.
         intermediate_sizes: The sizes of its feed-forward layers, dense and of experts.
         hidden_act: Their activation.
         is_gemma: Whether norms multiply by 1 + weight.
@@ -118,6 +120,7 @@ class ModelConfig:
     path: Path
     hidden_sizes: list[int]
     head_dims: list[int]
+    latent_ranks: list[int]
     intermediate_sizes: list[int]
     hidden_act: str | None
     is_gemma: bool
@@ -133,6 +136,7 @@ class ModelConfig:
         norm, fused_norm = "rmsnorm", "fused_add_rmsnorm"
         norms = [f"gemma_{norm}", f"gemma_{fused_norm}"] if self.is_gemma else [norm, fused_norm]
         heads = [QKNORM.op] if self.head_dims and not self.is_gemma else []
+        heads += [DUAL_RMSNORM.op] if self.latent_ranks and not self.is_gemma else []
         has_activation = self.hidden_act in HIDDEN_ACTS and self.intermediate_sizes
         activations = [HIDDEN_ACTS[self.hidden_act]] if has_activation and self.hidden_act else []
         norms += [f"{norms[1]}_round_sum"] if self.has_patchable_layers else []  # as transformers adds and normalises
@@ -146,6 +150,8 @@ class ModelConfig:
 
     def options_of(self, op: str) -> list[dict[str, Any]]:
         """Return the options of `Operator.warmup_spec` for each kernel of `op` that the model calls."""
+        if op == DUAL_RMSNORM.op and self.latent_ranks:
+            return [{"hidden_size2": self.latent_ranks[1]}]
         rotation = self.rotation
         if rotation is None or op not in (QK_NORM_ROPE_STORE.op, ROPE.op):
             return [{}]
@@ -160,6 +166,8 @@ class ModelConfig:
         """
         if op == QKNORM.op:
             return self.head_dims, "norms of single heads"
+        if op == DUAL_RMSNORM.op:
+            return self.latent_ranks[:1], "q_lora_rank and kv_lora_rank"
         if op in (QK_NORM_ROPE_STORE.op, ROPE.op, STORE_HEADS.op):
             if self.rotation is None:
                 return [], "rotated heads of known size"
@@ -290,6 +298,7 @@ def read_config(path: str | os.PathLike[str]) -> ModelConfig:
         path=file,
         hidden_sizes=list(dict.fromkeys([hidden_size, *per_head, *per_projection, *latents])),
         head_dims=per_head,
+        latent_ranks=latents if len(latents) == len(_LATENT_RANKS) else [],
         intermediate_sizes=intermediate_sizes,
         hidden_act=hidden_act,
         is_gemma=config.family in _GEMMA_NORMS,
