@@ -6,6 +6,7 @@ the package.
 
 import jitnorm.activation
 import jitnorm.fused_add_rmsnorm
+import jitnorm.gated_rmsnorm
 import jitnorm.general_rmsnorm
 import jitnorm.qknorm
 import jitnorm.qknorm_rope_store

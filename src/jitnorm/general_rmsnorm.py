@@ -125,7 +125,6 @@ class GeneralNorm(Operator):
             narrowest = min(dtype.itemsize, weight_dtype.itemsize)
             access = narrowest if form.layout == "unaligned" else checks.CUDA_ALIGNMENT
             policy = f"General<{policy}, {access}, {str(form.has_weight).lower()}, {str(form.has_bias).lower()}>"
-        cls = "RMSNormWarpKernel" if hidden_size <= _MAX_WARP_HIDDEN_SIZE else "RMSNormKernel"
         warmup = f"--op {self.op} --hidden-size {hidden_size} --dtype {name}"
         suffix = ""
         if form.rounding != "once":
@@ -139,7 +138,7 @@ class GeneralNorm(Operator):
             family=self.norm.family,
             binding=self.binding if form.is_general else self.norm.binding,
             name=f"{self.op}_{hidden_size}_{name}{suffix}",
-            kernel=f"{cls}<{hidden_size}, {CPP_TYPES[dtype]}, {CPP_TYPES[weight_dtype]}, {policy}>",
+            kernel=f"{kernel_class(hidden_size)}<{hidden_size}, {CPP_TYPES[dtype]}, {CPP_TYPES[weight_dtype]}, {policy}>",
             target=target,
             warmup=warmup,
         )
@@ -412,11 +411,16 @@ def _run(
 def _layout(*tensors: torch.Tensor | None) -> str:
     """Return the layout of tensors that have been checked. That of traced ones is as if they were aligned."""
     given = [tensor for tensor in tensors if tensor is not None]
-    if given[0].is_cuda and not all(map(_is_aligned(given), given)):
+    if given[0].is_cuda and not are_aligned(given):
         return "unaligned"
     if all(t.stride(-1) == 1 and (t.numel() == 0 or checks.row_stride(t) is not None) for t in given):
         return "rows"
     return "strided"
+
+
+def are_aligned(tensors: list[torch.Tensor]) -> bool:
+    """Return whether tensors are as aligned as kernels with the widest accesses need them. Traced ones count as so."""
+    return all(map(_is_aligned(tensors), tensors))
 
 
 def _is_aligned(tensors: list[torch.Tensor]) -> Callable[[torch.Tensor], bool]:
@@ -439,6 +443,11 @@ def _is_aligned(tensors: list[torch.Tensor]) -> Callable[[torch.Tensor], bool]:
 
 
 # The rest is called only by the slow path.
+
+
+def kernel_class(hidden_size: int) -> str:
+    """Return the class in csrc/elementwise for rows of any strides, and of a size that `check_hidden_size` accepts."""
+    return "RMSNormWarpKernel" if hidden_size <= _MAX_WARP_HIDDEN_SIZE else "RMSNormKernel"
 
 
 def check_hidden_size(op: str, hidden_size: int) -> None:
@@ -506,14 +515,9 @@ def check(
         checks.device("out", out, "input", input)
     if input.numel() == 0:
         return
-    merged = _check_layouts(tensors, ("out",))
-    if out is not None and not checks.are_same_rows(merged["out"], merged["input"]):
-        try:
-            checks.no_shared_heads("out", merged["out"], "input", merged["input"])
-        except ValueError:
-            raise ValueError(
-                "out must be input itself or share no memory with input, got a view that overlaps it"
-            ) from None
+    merged = check_layouts(tensors, ("out",))
+    if out is not None:
+        check_in_place(merged)
 
 
 def check_fused(
@@ -534,7 +538,7 @@ def check_fused(
     _check_common("general_fused_add_rmsnorm", tensors, eps, weight_offset, rounding, enable_pdl)
     if input.numel() == 0:
         return
-    merged = _check_layouts(tensors, ("input", "residual"))
+    merged = check_layouts(tensors, ("input", "residual"))
     checks.no_shared_heads("residual", merged["residual"], "input", merged["input"])
 
 
@@ -557,7 +561,7 @@ def _check_common(
         checks.elements("rstd", rstd, input.numel() // input.shape[-1], "one for each row", rstd.element_size())
 
 
-def _check_layouts(tensors: dict[str, torch.Tensor], written: tuple[str, ...]) -> dict[str, torch.Tensor]:
+def check_layouts(tensors: dict[str, torch.Tensor], written: tuple[str, ...]) -> dict[str, torch.Tensor]:
     """Raise for strides and overlaps, except of input with residual or out. Return what `merge` does."""
     rows = {name: value for name, value in tensors.items() if name != "rstd"}
     for name, value in rows.items():
@@ -581,6 +585,17 @@ def _check_layouts(tensors: dict[str, torch.Tensor], written: tuple[str, ...]) -
         for name, value in rows.items():
             checks.no_shared_memory("rstd", tensors["rstd"], name, value)
     return merged
+
+
+def check_in_place(merged: dict[str, torch.Tensor]) -> None:
+    """Raise if out shares memory with input and is not the input itself. Takes what `check_layouts` returns."""
+    if not checks.are_same_rows(merged["out"], merged["input"]):
+        try:
+            checks.no_shared_heads("out", merged["out"], "input", merged["input"])
+        except ValueError:
+            raise ValueError(
+                "out must be input itself or share no memory with input, got a view that overlaps it"
+            ) from None
 
 
 def merge(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

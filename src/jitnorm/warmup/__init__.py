@@ -24,7 +24,6 @@ from jitnorm.core.norms import is_supported_hidden_size
 from jitnorm.core.operators import OPERATORS
 from jitnorm.core.targets import resolve_target
 from jitnorm.general_rmsnorm import ROUNDINGS as NORM_ROUNDINGS
-from jitnorm.general_rmsnorm import Form
 from jitnorm.jit.spec import KernelSpec
 from jitnorm.qknorm_rope_store import E4M3, ROUNDINGS
 
@@ -303,8 +302,7 @@ def _option(name: str, value: Any) -> Any:
         choice(name, value, ALL_ROUNDINGS)
         return value
     if name == "form":
-        Form.parse(str(value))
-        return value
+        return str(value)  # of which the operator knows the meaning
     if name == "rotary_dim":
         if (number := _integer(name, value)) < 1:
             raise ValueError(f"rotary_dim must be 1 or more, got {number}")
