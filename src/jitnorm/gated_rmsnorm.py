@@ -12,7 +12,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 
 from jitnorm.core import checks, norms
-from jitnorm.core.norms import MAX_HIDDEN_SIZE
+from jitnorm.core.norms import MAX_HIDDEN_SIZE, MAX_LEADING_DIMS
 from jitnorm.core.operators import CPP_TYPES, DTYPES, EXAMPLES, Example, Operator, Shape
 from jitnorm.core.targets import target_of
 from jitnorm.core.torch_library import (
@@ -24,7 +24,7 @@ from jitnorm.core.torch_library import (
     register,
     register_autograd,
 )
-from jitnorm.general_rmsnorm import ROUNDINGS, are_aligned, check_in_place, check_layouts, kernel_class
+from jitnorm.general_rmsnorm import ROUNDINGS, are_aligned, check_in_place, check_layouts, kernel_class, merged_dims
 from jitnorm.jit.spec import KernelSpec, Target
 
 ACTIVATIONS = {"silu": "GateActivation::kSilu", "sigmoid": "GateActivation::kSigmoid"}
@@ -311,8 +311,21 @@ def _layout(size: int, *tensors: torch.Tensor | None) -> str:
     return "unaligned" if views[0].is_cuda and not are_aligned(views) else "strided"
 
 
-def check_size(size: int, name: str = "hidden_size") -> None:
-    """Raise RuntimeError for a row, or a group, of a size without a kernel."""
+def has_kernel(input: torch.Tensor, group_size: int | None, *others: torch.Tensor | None) -> bool:
+    """Return whether a kernel takes the size and the strides of `input`, and of those others that are not None."""
+    size = input.shape[-1] if group_size is None else group_size
+    tensors = [input, *(other for other in others if other is not None)]
+    if not 1 <= size <= MAX_HIDDEN_SIZE or any(t.stride(-1) != 1 and t.shape[-1] > 1 for t in tensors):
+        return False
+    if all(tensor.is_contiguous() for tensor in tensors):
+        return True
+    views = {str(i): grouped(tensor, size) for i, tensor in enumerate(tensors)}
+    return len(merged_dims(views)) <= MAX_LEADING_DIMS
+
+
+def check_size(size: int, group_size: int | None = None) -> None:
+    """Raise RuntimeError for rows, or groups, of a size without a kernel."""
+    name, size = ("hidden_size", size) if group_size is None else ("group_size", group_size)
     if not 1 <= size <= MAX_HIDDEN_SIZE:
         raise RuntimeError(f"gated_rmsnorm does not support {name} {size}: supported are 1 to {MAX_HIDDEN_SIZE}")
 
@@ -336,12 +349,8 @@ def check_metadata(input: torch.Tensor, gate: torch.Tensor, weight: Any, group_s
     checks.shape("gate", gate, input.shape, "like input")
     checks.device("gate", gate, "input", input)
     hidden_size = input.shape[-1]
-    if group_size is None:
-        check_size(hidden_size)
-    else:
-        check_size(group_size, "group_size")
-        if hidden_size == 0 or hidden_size % group_size:
-            raise ValueError(f"group_size must divide input's last dimension of {hidden_size}, got {group_size}")
+    if group_size is not None and (group_size < 1 or hidden_size == 0 or hidden_size % group_size):
+        raise ValueError(f"group_size must divide input's last dimension of {hidden_size}, got {group_size}")
     if weight is not None:
         checks.dtype("weight", weight, DTYPES)
         if group_size is None or weight.shape != (group_size,):
@@ -369,6 +378,7 @@ def check(
         checks.tensor(name, value)
     check_options(group_size, norm_before_gate, activation, rounding)
     check_metadata(input, gate, weight, group_size)
+    check_size(input.shape[-1], group_size)
     checks.supported_device("input", input)
     checks.eps(eps)
     checks.enable_pdl(enable_pdl)
@@ -427,6 +437,7 @@ def _build(input: Any, gate: Any, weight: Any, *options: Any) -> None:
     check_options(*options)
     group_size, norm_before_gate, activation, rounding = options
     check_metadata(input, gate, weight, group_size)
+    check_size(input.shape[-1], group_size)
     key = _key(input, gate, weight, group_size, activation, rounding)
     size, dtype, _, weight_dtype, *_ = key
     layout = _layout(size, input, gate, weight)

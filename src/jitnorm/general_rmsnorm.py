@@ -606,21 +606,12 @@ def merge(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     Raises:
         ValueError: more dimensions are left.
     """
-    first_name, first = next(iter(tensors.items()))
-    strides = {name: [0] * (first.dim() - value.dim()) + list(value.stride()) for name, value in tensors.items()}
-    dims: list[tuple[int, dict[str, int]]] = []  # size and strides, innermost first
-    for dim in reversed(range(first.dim() - 1)):
-        size, steps = int(first.shape[dim]), {name: own[dim] for name, own in strides.items()}
-        if size == 1:
-            continue
-        if dims and all(steps[name] == inner * dims[-1][0] for name, inner in dims[-1][1].items()):
-            dims[-1] = dims[-1][0] * size, dims[-1][1]
-        else:
-            dims.append((size, steps))
+    dims = merged_dims(tensors)
     if len(dims) > MAX_LEADING_DIMS:
         layouts = "; ".join(f"{name} {list(t.shape)} with strides {list(t.stride())}" for name, t in tensors.items())
         raise ValueError(
-            f"{first_name} must have leading dimensions that merge to at most {MAX_LEADING_DIMS} strides, got {layouts}"
+            f"{next(iter(tensors))} must have leading dimensions that merge to at most {MAX_LEADING_DIMS} strides, "
+            f"got {layouts}"
         )
     while len(dims) < MAX_LEADING_DIMS:
         dims.append((1, dict.fromkeys(tensors, 0)))
@@ -631,6 +622,22 @@ def merge(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         )
         for name, value in tensors.items()
     }
+
+
+def merged_dims(tensors: dict[str, torch.Tensor]) -> list[tuple[int, dict[str, int]]]:
+    """Return size and strides of the leading dimensions, innermost first, after merging those that `merge` does."""
+    first = next(iter(tensors.values()))
+    strides = {name: [0] * (first.dim() - value.dim()) + list(value.stride()) for name, value in tensors.items()}
+    dims: list[tuple[int, dict[str, int]]] = []
+    for dim in reversed(range(first.dim() - 1)):
+        size, steps = int(first.shape[dim]), {name: own[dim] for name, own in strides.items()}
+        if size == 1:
+            continue
+        if dims and all(steps[name] == inner * dims[-1][0] for name, inner in dims[-1][1].items()):
+            dims[-1] = dims[-1][0] * size, dims[-1][1]
+        else:
+            dims.append((size, steps))
+    return dims
 
 
 def _gradients(
