@@ -1,6 +1,7 @@
 """RMSNorm beside a gate: `norm(input) * weight * silu(gate)` or `norm(input * silu(gate)) * weight`.
 
-The norm is over whole rows, or over groups of adjacent elements with a mean of squares each: Mamba 2's and Qwen3-Next's.
+The norm is over whole rows, as in Qwen3-Next, or over groups of adjacent elements with a mean of squares each, as in
+Mamba 2.
 """
 
 from __future__ import annotations
@@ -61,7 +62,8 @@ class GatedForm(NamedTuple):
         layout, *parts = text.split("+")
         if layout not in LAYOUTS or not {*parts} <= {"no_weight", "fp32_gate", "sigmoid"}:
             raise ValueError(
-                f"form must be {' or '.join(LAYOUTS)}, and may end with +no_weight, +fp32_gate and +sigmoid, got {text!r}"
+                f"form must be {' or '.join(LAYOUTS)}, and may end with +no_weight, +fp32_gate and +sigmoid, "
+                f"got {text!r}"
             )
         activation = "sigmoid" if "sigmoid" in parts else "silu"
         return cls(layout, "no_weight" not in parts, "fp32_gate" in parts, activation, rounding)
@@ -93,7 +95,7 @@ class GatedNorm(Operator):
         check_size(size)
         if dtype not in DTYPES or weight_dtype not in DTYPES:
             raise TypeError(
-                f"{self.op} takes {checks.enumeration(DTYPES)}, with weights of the same, "
+                f"{self.op} takes {checks.enumeration(DTYPES)}, with weights of {checks.enumeration(DTYPES)}, "
                 f"got {dtype} with weights of {weight_dtype}"
             )
         form = form._replace(has_float_gate=form.has_float_gate or dtype == torch.float32)
@@ -184,8 +186,8 @@ def gated_rmsnorm(
 ) -> torch.Tensor:
     """Normalise the input and multiply by an activated gate: `out = norm(input) * weight * silu(gate)`.
 
-    With `norm_before_gate=False`, `out = norm(input * silu(gate)) * weight`. The norm divides by the root mean square of
-    a row, or of each group of `group_size` adjacent elements of it. This is `rms_norm_ref` of mamba_ssm's
+    With `norm_before_gate=False`, `out = norm(input * silu(gate)) * weight`. The norm divides by the root mean square
+    of a row, or of each group of `group_size` adjacent elements of it. This is `rms_norm_ref` of mamba_ssm's
     ops/triton/layernorm_gated.py, and `forward_static` of vLLM's RMSNormGated.
 
     Everything is computed in float32. rounding="once" rounds the result alone, as mamba_ssm, vLLM's RMSNormGated and
@@ -200,10 +202,10 @@ def gated_rmsnorm(
         input: `[..., hidden_size]`, float16, bfloat16 or float32, on the CPU or a CUDA device. Elements of a row are
             adjacent. The leading dimensions, and that of the groups, may have any strides that merge to at most three
             with those of `gate` and `out`.
-        gate: of the input's shape and device, with strides of its own, such as those of a slice of the projection that
-            `input` is a slice of; of the input's dtype or float32. Not written.
-        weight: `[hidden_size]`, or `[group_size]` for all groups alike; float16, bfloat16 or float32. None multiplies by
-            nothing.
+        gate: of the input's shape and device, and of its dtype or float32, with strides of its own, as a slice of the
+            projection of which `input` is another slice has them. Not written.
+        weight: `[hidden_size]`, or `[group_size]` for all groups alike; float16, bfloat16 or float32. None multiplies
+            by nothing.
         eps: added to the mean of the squares; zero or more.
         out: written; of the input's shape, dtype and device, with any strides as above. It may be the input itself, and
             otherwise shares no memory with input, gate or weight. Allocated if None. A call with `out` has no gradient.
@@ -217,7 +219,7 @@ def gated_rmsnorm(
         `out`.
 
     Raises:
-        TypeError: an argument is not a tensor, or has another dtype; norm_before_gate is not a bool, or group_size no int.
+        TypeError: an argument is not a tensor, or has another dtype; norm_before_gate is no bool, or group_size no int.
         ValueError: a shape, stride, device or overlap is not accepted; or eps, group_size, activation or rounding.
         RuntimeError: hidden_size or group_size is not supported (nothing is built then), the kernel cannot be built or
             launched, or `out` is given and a gradient is needed.
@@ -441,9 +443,7 @@ def _build(input: Any, gate: Any, weight: Any, *options: Any) -> None:
     key = _key(input, gate, weight, group_size, activation, rounding)
     size, dtype, _, weight_dtype, *_ = key
     layout = _layout(size, input, gate, weight)
-    build_while_tracing(
-        _VARIANTS[norm_before_gate], input, int(size), dtype, weight_dtype or dtype, _form(key, layout)
-    )
+    build_while_tracing(_VARIANTS[norm_before_gate], input, int(size), dtype, weight_dtype or dtype, _form(key, layout))
 
 
 def _torch_gated_rmsnorm(
@@ -562,9 +562,7 @@ def _arguments(shape: Shape) -> dict[str, Any]:
 for _operator in _VARIANTS.values():
     EXAMPLES[_operator.op] = Example(
         gated_rmsnorm,
-        _arguments
-        if _operator.norm_before_gate
-        else (lambda shape: _arguments(shape) | {"norm_before_gate": False}),
+        _arguments if _operator.norm_before_gate else (lambda shape: _arguments(shape) | {"norm_before_gate": False}),
         per_row=("input", "gate"),
         sizes=(100, 2880, 12288),
         make_outputs=lambda shape: {"out": shape.zeros()},

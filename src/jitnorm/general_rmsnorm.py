@@ -125,6 +125,7 @@ class GeneralNorm(Operator):
             narrowest = min(dtype.itemsize, weight_dtype.itemsize)
             access = narrowest if form.layout == "unaligned" else checks.CUDA_ALIGNMENT
             policy = f"General<{policy}, {access}, {str(form.has_weight).lower()}, {str(form.has_bias).lower()}>"
+        cls = kernel_class(hidden_size)
         warmup = f"--op {self.op} --hidden-size {hidden_size} --dtype {name}"
         suffix = ""
         if form.rounding != "once":
@@ -138,7 +139,7 @@ class GeneralNorm(Operator):
             family=self.norm.family,
             binding=self.binding if form.is_general else self.norm.binding,
             name=f"{self.op}_{hidden_size}_{name}{suffix}",
-            kernel=f"{kernel_class(hidden_size)}<{hidden_size}, {CPP_TYPES[dtype]}, {CPP_TYPES[weight_dtype]}, {policy}>",
+            kernel=f"{cls}<{hidden_size}, {CPP_TYPES[dtype]}, {CPP_TYPES[weight_dtype]}, {policy}>",
             target=target,
             warmup=warmup,
         )

@@ -1,7 +1,8 @@
-"""RMSNorm modules: a drop-in replacement for `torch.nn.RMSNorm`, and Gemma's, both with an optional residual; gated norms.
+"""RMSNorm modules: a drop-in replacement for `torch.nn.RMSNorm`, Gemma's, both with an optional residual, and a gated one.
 
 A module accepts every input that `torch.nn.RMSNorm` accepts, under every tracer and transform: PyTorch computes what
-the kernels do not support, such as other sizes and dtypes or several normalised dimensions, with the same meaning.
+the kernels do not support, such as other sizes and dtypes or several normalised dimensions, with the same meaning. The
+gated norm normalises the last dimension.
 """
 
 # No `from __future__ import annotations`: torch.fx writes the annotations of forward into its code, as types, not text.

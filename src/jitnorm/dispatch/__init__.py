@@ -1,7 +1,8 @@
 """RMSNorm operators that select a backend at each call: FlashInfer, this package's kernels or PyTorch.
 
 Four functions have sgl_kernel's names and signatures, followed by keyword arguments for further forms, which FlashInfer
-does not have. `gated_rmsnorm`, which FlashInfer lacks too, has the signature of `jitnorm.gated_rmsnorm`. The rule of the default, "auto":
+does not have. `gated_rmsnorm`, which FlashInfer lacks too, has the signature of `jitnorm.gated_rmsnorm`. The rule of
+the default, "auto":
 
 1. FlashInfer, if it is importable and supports the call: the input is float16 or bfloat16, on the current CUDA device;
    torch.compile is not tracing; no gradient is needed; the weights have the input's dtype (FlashInfer would misread
@@ -244,7 +245,7 @@ def gated_rmsnorm(
         ValueError: as `rmsnorm`, and for a group_size, activation or rounding that is not accepted.
         RuntimeError: as `rmsnorm`.
     """
-    options = {"group_size": group_size, "norm_before_gate": norm_before_gate}
+    options: dict[str, Any] = {"group_size": group_size, "norm_before_gate": norm_before_gate}
     options |= {"activation": activation, "rounding": rounding}
     arguments = input, gate, weight, eps, out, enable_pdl
     name, _ = _select_backend("gated_rmsnorm", input, weight, gate, False)
@@ -256,7 +257,7 @@ def gated_rmsnorm(
         torch_backend.check_gated_arguments(*arguments, **options)
         if not _has_gated_kernel(input, group_size, gate, out, weight):
             return torch_backend.gated_rmsnorm(*arguments, **options)
-    return _jitnorm_gated_rmsnorm(*arguments, **options)  # type: ignore[arg-type]
+    return _jitnorm_gated_rmsnorm(*arguments, **options)
 
 
 def _rmsnorm(

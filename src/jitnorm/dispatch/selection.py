@@ -141,7 +141,7 @@ def select_backend(
         elif input.dtype not in (torch.float16, torch.bfloat16):
             reason = "the input is neither float16 nor bfloat16"
         elif op not in flashinfer_backend.RANKS:
-            reason = f"FlashInfer has no {op}"
+            reason = "FlashInfer has no norm beside a gate"
         elif weight is None or not is_plain:
             reason = "FlashInfer has neither norms without a weight nor bias, rstd or another rounding"
         else:

@@ -85,7 +85,10 @@ def gated_rmsnorm(
             if weight is not None:
                 checks.no_shared_memory("out", out, "weight", weight)
     result = gated_rmsnorm_in_torch(input, gate, weight, eps, **options)
-    return result if out is None else out.detach().copy_(result)
+    if out is None:
+        return result
+    out.detach().copy_(result)  # data, as for the kernels
+    return out
 
 
 def check_gated_arguments(

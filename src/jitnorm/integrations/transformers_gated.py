@@ -153,9 +153,7 @@ def find_gated_kernels(module: torch.nn.Module, rounding: str = "once") -> Gated
     rule, eps_attribute, group_size = found
     if group_size > MAX_HIDDEN_SIZE:
         return f"no kernel supports group_size {group_size}"
-    return gated_kernels_of(
-        rule.name, eps_attribute, rounding if rule.rounds_before_end else "once", group_size
-    )
+    return gated_kernels_of(rule.name, eps_attribute, rounding if rule.rounds_before_end else "once", group_size)
 
 
 # The rule, the name of the attribute for eps, and the group size; or why there is none.

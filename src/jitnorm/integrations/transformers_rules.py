@@ -106,10 +106,10 @@ def recognise(module: torch.nn.Module, named: NormRule | None = None) -> Recogni
         return found
     name = type(module).__name__
     if found.same_values is None:
-        eps_names = eps_names(module)
-        if len(eps_names) > 1 and eps_names[0] not in _EPS_NAMES:
-            return Recognition(reason=f"{name} has several attributes for eps: {', '.join(eps_names)}")
-        return Recognition(named, eps_names[0])
+        names_of_eps = eps_names(module)
+        if len(names_of_eps) > 1 and names_of_eps[0] not in _EPS_NAMES:
+            return Recognition(reason=f"{name} has several attributes for eps: {', '.join(names_of_eps)}")
+        return Recognition(named, names_of_eps[0])
     for rule, eps_attribute in found.same_values:
         if rule is named:
             return Recognition(rule, eps_attribute)
@@ -251,9 +251,9 @@ def frozen(value: Any) -> Any:
 
 
 def _probe(module: torch.nn.Module, attributes: dict[str, Any], size: int) -> Recognition:
-    name, eps_names = type(module).__name__, eps_names(module)
-    candidates = [(rule, key) for rule in RULES.values() for key in eps_names]
-    known_eps = {key: PROBE_EPS * (i + 1) for i, key in enumerate(eps_names)}
+    name, names_of_eps = type(module).__name__, eps_names(module)
+    candidates = [(rule, key) for rule in RULES.values() for key in names_of_eps]
+    known_eps = {key: PROBE_EPS * (i + 1) for i, key in enumerate(names_of_eps)}
     values: tuple[tuple[NormRule, str], ...] | None = None
     try:
         with isolated():
@@ -265,7 +265,7 @@ def _probe(module: torch.nn.Module, attributes: dict[str, Any], size: int) -> Re
                 (torch.bfloat16, 3, {}, False),
                 (torch.float16, 3, {}, False),
             ):
-                case = run_probe(module, {**attributes, **changes}, training, size, eps_names[0], dtype, dimensions)
+                case = run_probe(module, {**attributes, **changes}, training, size, names_of_eps[0], dtype, dimensions)
                 if isinstance(case, str):
                     return Recognition(reason=f"the forward of {name} {case}", same_values=())
                 candidates = [(rule, key) for rule, key in candidates if case.agrees(rule, key)]
@@ -388,7 +388,11 @@ def run_probe(
         return "does not return a tensor of its input's shape and dtype"
     if not torch.equal(given[0], x) or (gate is not None and not torch.equal(given[1], gate)):
         return "changes its input"
-    if frozen(plain_attributes(probe)) != before or not _has_only_weight(probe, weight) or probe.training is not training:
+    if (
+        frozen(plain_attributes(probe)) != before
+        or not _has_only_weight(probe, weight)
+        or probe.training is not training
+    ):
         return "changes the module"
     return Case(attributes, x, weight, out, gate)
 
