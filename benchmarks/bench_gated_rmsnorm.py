@@ -12,11 +12,12 @@ import jitnorm
 from jitnorm.benchmark import marker
 
 Call = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], object]
-# Rows as models have them: the size of a row, that of a group, and the order. Qwen3-Next has 32 heads of 128 elements;
+OPS = {"gated_rmsnorm": True, "gated_rmsnorm_gate_first": False}  # with the norm_before_gate of each
+# Rows as models have them, with the size of a row and that of a group. Qwen3-Next has 32 heads of 128 elements;
 # Mamba 2 2.7B one group, Zamba 2 7B two, and Nemotron-H 8B eight.
-SHAPES = [(128, 128, True), (5120, 5120, False), (7168, 3584, False), (8192, 1024, False)]
-TOKENS = (1, 64, 1024, 8192)
-ROWS = [(size, group, before, n * (32 if size == 128 else 1)) for n in TOKENS for size, group, before in SHAPES]
+SHAPES = {"gated_rmsnorm": [(128, 128)], "gated_rmsnorm_gate_first": [(5120, 5120), (7168, 3584), (8192, 1024)]}
+TOKENS = (64, 8192, 1, 1024)  # those that tell most come first: a run may be cut short
+ROWS = [(op, size, group, n * (32 if size == 128 else 1)) for n in TOKENS for op in OPS for size, group in SHAPES[op]]
 
 
 def definition(x: torch.Tensor, gate: torch.Tensor, weight: torch.Tensor, group: int, before: bool) -> torch.Tensor:
@@ -81,13 +82,14 @@ PEERS = {
 }
 
 
-@marker.parametrize("hidden_size,group_size,norm_before_gate,num_rows", ROWS, [(128, 128, True, 2048)])
+@marker.parametrize("op,hidden_size,group_size,num_rows", ROWS, [("gated_rmsnorm", 128, 128, 2048)])
 @marker.benchmark("impl", list(PEERS))
-def bench(hidden_size: int, group_size: int, norm_before_gate: bool, num_rows: int, impl: str) -> marker.BenchResult:
+def bench(op: str, hidden_size: int, group_size: int, num_rows: int, impl: str) -> marker.BenchResult:
     """Measure RMSNorm beside a gate, of Mamba 2's groups and Qwen3-Next's heads, its peers and a copy."""
+    norm_before_gate = OPS[op]
     x, gate = marker.create_random(num_rows, hidden_size), marker.create_random(num_rows, hidden_size)
     weight, out = marker.create_random(hidden_size), marker.create_empty(num_rows, hidden_size)
-    call = create(lambda _: PEERS[impl](group_size, norm_before_gate), "gated_rmsnorm", impl)
+    call = create(lambda _: PEERS[impl](group_size, norm_before_gate), op, impl)
     if isinstance(call, str):
         marker.skip(call)
 

@@ -1,4 +1,4 @@
-"""RMSNorm modules: a drop-in replacement for `torch.nn.RMSNorm`, Gemma's, both with an optional residual, and a gated one.
+"""RMSNorm modules: drop-in replacements for `torch.nn.RMSNorm` and Gemma's with an optional residual, and a gated one.
 
 A module accepts every input that `torch.nn.RMSNorm` accepts, under every tracer and transform: PyTorch computes what
 the kernels do not support, such as other sizes and dtypes or several normalised dimensions, with the same meaning. The
