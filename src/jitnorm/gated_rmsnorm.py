@@ -229,7 +229,12 @@ def gated_rmsnorm(
         try:
             key = _key(input, gate, weight, group_size, activation, rounding)
             operator = _VARIANTS[norm_before_gate]
-            is_known = norm_before_gate.__class__ is bool and (group_size is None or group_size.__class__ is int)
+            # A key would be the same for True and 1, and the bindings take tensors of other libraries.
+            is_known = (
+                norm_before_gate.__class__ is bool
+                and (group_size is None or group_size.__class__ is int)
+                and (out is None or isinstance(out, torch.Tensor))
+            )
             if is_known and key in operator.functions and not needs_grad(input, gate, weight):
                 result = norms.new_like(input) if out is None else out
                 if operator.try_fast_path(key, input, gate, weight, result, eps, enable_pdl):

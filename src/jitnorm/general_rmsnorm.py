@@ -267,6 +267,7 @@ def general_rmsnorm(
             key = _key(input, weight, bias, needs_general, rounding)
             operator = _VARIANTS["gemma_rmsnorm" if weight_offset else "rmsnorm"]
             is_known = weight_offset.__class__ in (float, int) and weight_offset in (0.0, 1.0)
+            is_known = is_known and (out is None or isinstance(out, torch.Tensor))  # the bindings take others too
             if key in operator.functions and is_known and not needs_grad(input, weight, bias):
                 result = norms.new_like(input) if out is None else out
                 rstd = input.new_empty(input.shape[:-1], dtype=torch.float32) if return_rstd else None
