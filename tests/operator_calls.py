@@ -84,6 +84,7 @@ FORMS = [
             "num_tokens_per_expert": lambda: torch.tensor([1, 2]),
         },
     ),
+    Form("gated_rmsnorm_gate_first", with_outputs=True, more={"group_size": lambda: HIDDEN // 4}),
     # Results in tensors of their own and three positions for each token; float8 results.
     Form(
         "qk_norm_rope_store",

@@ -141,6 +141,25 @@ def _mul_and_silu(a: Arguments) -> Results:
     return (gate * up / (1 + torch.exp(-up)),)
 
 
+def gated_norm(a: Arguments) -> Results:
+    """Return a norm beside a gate in float64; with rounding="hf" after each step in which transformers rounds."""
+    x, gate, weight = a["input"].double(), a["gate"].double(), a.get("weight")
+    sigmoid = 1 / (1 + torch.exp(-gate))
+    activated = sigmoid if a.get("activation") == "sigmoid" else gate * sigmoid
+    norm_before_gate, dtype = a.get("norm_before_gate", True), a["input"].dtype
+    groups = (x if norm_before_gate else x * activated).unflatten(-1, (-1, a.get("group_size") or x.shape[-1]))
+    y = (groups / torch.sqrt((groups * groups).mean(-1, keepdim=True) + a.get("eps", 1e-6))).flatten(-2)
+
+    def step(y: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        return y.to(dtype).double() if a.get("rounding") == "hf" else y
+
+    y = step(y, dtype)
+    if weight is not None:
+        y = y * weight.double().repeat(x.shape[-1] // weight.shape[-1])
+        y = step(y, dtype) if weight.dtype == dtype else y
+    return (y * activated if norm_before_gate else y,)
+
+
 def _gelu(x: torch.Tensor) -> torch.Tensor:
     return x * (1 + torch.erf(x / 2**0.5)) / 2
 
@@ -167,6 +186,8 @@ REFERENCES: dict[str, Callable[[Arguments], Results]] = {
     "gemma_fused_add_rmsnorm": lambda a: (_norm(a, _sum(a), 1.0), _sum(a)),
     "gemma_fused_add_rmsnorm_round_sum": lambda a: (_norm(a, _rounded_sum(a), 1.0), _rounded_sum(a)),
     "gemma_fused_add_rmsnorm_fp32_residual": lambda a: (_norm(a, _sum(a), 1.0), _sum(a)),
+    "gated_rmsnorm": gated_norm,
+    "gated_rmsnorm_gate_first": gated_norm,
     "rmsnorm_quant_fp8": lambda a: _static(_norm(a, a["input"]), a["scale"]),
     "rmsnorm_quant_fp8_dynamic": lambda a: _dynamic(_norm(a, a["input"])),
     "fused_add_rmsnorm_quant_fp8": lambda a: (*_static(_norm(a, _sum(a)), a["scale"]), _sum(a)),

@@ -276,7 +276,7 @@ def test_every_registered_operator_is_checked():
             if example.function.__module__ == "jitnorm.activation"
             for form in ("", "_out")
         ),
-        *(f"jitnorm::general_rmsnorm{form}" for form in ("", "_out")),
+        *(f"jitnorm::{op}{form}" for op in ("general_rmsnorm", "gated_rmsnorm") for form in ("", "_out")),
         *(f"jitnorm::general_fused_add_rmsnorm{form}" for form in ("", "_functional")),
         *(
             f"jitnorm::{op}{form}"

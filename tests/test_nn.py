@@ -7,7 +7,8 @@ import pickle
 
 import pytest
 import torch
-from helpers import relative_error, rmsnorm_reference, same_bits
+from helpers import compiled, relative_error, rmsnorm_reference, same_bits
+from references import gated_norm
 
 import jitnorm
 from jitnorm import nn
@@ -312,3 +313,79 @@ def test_modules_compile_without_a_graph_break(cls, device):
 def test_export_keeps_the_operator():
     program = torch.export.export(nn.RMSNorm(256).requires_grad_(False), (torch.randn(3, 256),))
     assert "jitnorm.rmsnorm" in program.graph_module.code
+
+
+def gated_twins(size=300, **options):
+    """Return a gated norm with a random weight, and its definition in float64."""
+    module = randomised(nn.RMSNormGated, size, **options)
+    shape = {name: getattr(module, name) for name in ("eps", "group_size", "norm_before_gate", "activation")}
+    weight = module.weight.detach()
+    return module, lambda x, gate: gated_norm({"input": x, "gate": gate, "weight": weight, **shape})[0]
+
+
+GATED_OPTIONS = [{}, {"group_size": 100, "norm_before_gate": False}, {"eps": 0.1, "activation": "sigmoid"}]
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("options", GATED_OPTIONS, ids=str)
+def test_a_gated_norm(options, dtype, device):
+    module, expected = gated_twins(device=device, dtype=dtype, **options)
+    x, gate = (torch.randn(4, 3, 300, device=device).to(dtype) for _ in range(2))
+    out = module(x, gate)
+    assert out.dtype == dtype and relative_error(out.detach(), expected(x, gate)) < TOLERANCE[dtype]
+    # Strides without a kernel, or with another; and a gate of another dtype.
+    for a, b in ((x.transpose(0, 1), gate.transpose(0, 1)), (x.flip(-1).mT.contiguous().mT, gate), (x, gate.float())):
+        assert relative_error(module(a, b).detach(), expected(a, b)) < TOLERANCE[dtype]
+
+
+def test_kernels_compute_gated_norms(device, monkeypatch):
+    called, operator = [], nn.gated_rmsnorm
+    monkeypatch.setattr(nn, "gated_rmsnorm", lambda *a, **options: called.append(1) or operator(*a, **options))
+    module, _ = gated_twins(device=device)
+    x = torch.randn(3, 300, device=device)
+    module(x, x)
+    assert len(called) == 1
+    with torch.device("meta"):
+        assert nn.RMSNormGated(300)(torch.ones(3, 300), torch.ones(3, 300)).is_meta
+    module.double()(x.double(), x.double())
+    torch.func.vmap(module.float())(x, x)
+    assert len(called) == 1
+
+
+def test_gradients_of_a_gated_norm(device):
+    module, expected = gated_twins(group_size=100, norm_before_gate=False, device=device)
+    leaves = [torch.randn(4, 300, device=device).requires_grad_() for _ in range(2)]
+    module(*leaves).square().sum().backward()
+    doubles = [leaf.detach().double().requires_grad_() for leaf in leaves]
+    expected(*doubles).square().sum().backward()
+    for leaf, double in zip(leaves, doubles, strict=True):
+        assert relative_error(leaf.grad, double.grad) < 1e-5
+
+
+def test_a_gated_norm_compiles_without_a_graph_break(device):
+    module, _ = gated_twins(group_size=100, device=device)
+    x, gate = torch.randn(4, 300, device=device), torch.randn(4, 300, device=device)
+    assert same_bits(compiled(module)(x, gate).detach(), module(x, gate).detach())
+    graph = torch.fx.symbolic_trace(module)
+    assert same_bits(graph(x, gate).detach(), module(x, gate).detach())
+    assert repr(module) == ("RMSNormGated(300, eps=1e-05, group_size=100, norm_before_gate=True, activation='silu')")
+    copied = pickle.loads(pickle.dumps(module))
+    assert same_bits(copied(x, gate).detach(), module(x, gate).detach())
+    with pytest.raises(RuntimeError, match=r"torch.jit.script cannot compile jitnorm's RMSNormGated"):
+        torch.jit.script(module)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"group_size": 7}, ValueError, "group_size must divide hidden_size 300, got 7"),
+        ({"group_size": 0}, ValueError, "group_size must divide hidden_size 300, got 0"),
+        ({"group_size": 1.0}, TypeError, "group_size must be an int, got float"),
+        ({"eps": -1.0}, ValueError, "eps must be zero or more"),
+        ({"activation": "gelu"}, ValueError, "activation must be 'silu' or 'sigmoid', got 'gelu'"),
+        ({"norm_before_gate": None}, TypeError, "norm_before_gate must be True or False, got NoneType"),
+    ],
+)
+def test_bad_options_of_a_gated_norm_are_refused(options, error, message):
+    with pytest.raises(error, match=message):
+        nn.RMSNormGated(300, **options)

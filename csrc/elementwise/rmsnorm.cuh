@@ -15,6 +15,7 @@ __device__ __forceinline__ void rmsnorm_block(const typename Kernel::params_t& p
   using W = typename Kernel::weight_t;
   using Out = typename Kernel::output_t;
   constexpr bool kHasResidual = Kernel::policy_t::kHasResidual;
+  constexpr Gating kGating = Kernel::policy_t::kGating;
   constexpr Quantisation kQuantisation = Kernel::policy_t::kQuantisation;
   constexpr int kBlocksPerCluster = Kernel::kBlocksPerCluster;
   constexpr int kThreadsOfBlock = Kernel::kThreadsPerRow / kBlocksPerCluster;  // those that share a row
@@ -55,7 +56,11 @@ __device__ __forceinline__ void rmsnorm_block(const typename Kernel::params_t& p
     prefetch<Kernel::kRowBytes>(input + kRowsAhead * p.input_stride);
     if constexpr (kHasResidual) prefetch<Kernel::kResidualRowBytes>(residual + kRowsAhead * p.residual_stride);
   }
-  if (kHasResidual && has_row) fragment.add_residual(residual);
+  if constexpr (kGating == Gating::kBeforeNorm) {
+    if (has_row) fragment.multiply_input_by_gate();
+  } else if constexpr (kGating == Gating::kNone) {
+    if (kHasResidual && has_row) fragment.add_residual(residual);
+  }
   const float squares = row_sum(has_row ? fragment.sum_of_squares() : 0.f);
   if (kVariant == GridVariant::kSmallGrid) launch_dependents();
   fragment.wait_for_weight();

@@ -69,7 +69,7 @@ struct RMSNormInfo {
   int hidden_size;
   int rows_per_block;
   Quantisation quantisation;
-  bool has_residual, has_weight, has_bias;
+  bool has_residual, has_weight, has_bias, has_gate;  // the gate is given as a residual, and not written
 
   template <typename Kernel>
   static constexpr RMSNormInfo of() {
@@ -89,6 +89,7 @@ struct RMSNormInfo {
     info.has_residual = Policy::kHasResidual;
     info.has_weight = Policy::kHasWeight;
     info.has_bias = Policy::kHasBias;
+    info.has_gate = Policy::kGating != Gating::kNone;
     return info;
   }
 };
@@ -293,13 +294,14 @@ Outcome general_rmsnorm(const Kernel& kernel, const TVMFFIAny* args, int num_arg
   const StridedRows* const read[] = {&weight_row, &bias_row};
   const StridedRows* const all_written[] = {&out_rows, &residual_rows, &rstd_row};
   for (const StridedRows* written : all_written) {
-    if (written->is_empty) continue;
+    if (written->is_empty || (written == &residual_rows && info.has_gate)) continue;
     if (!rows_are_disjoint(*written)) return Outcome::kRefused;
     for (const StridedRows* other : read)
       if (!other->is_empty && written->data < other->end && other->data < written->end) return Outcome::kRefused;
   }
   if (!are_same_rows(input_rows, out_rows) && share_memory(input_rows, out_rows)) return Outcome::kRefused;
-  if (residual && (share_memory(residual_rows, input_rows) || share_memory(residual_rows, out_rows)))
+  if (residual &&
+      ((!info.has_gate && share_memory(residual_rows, input_rows)) || share_memory(residual_rows, out_rows)))
     return Outcome::kRefused;
   const StridedRows* const rows_of_tokens[] = {&input_rows, &out_rows, &residual_rows};
   for (const StridedRows* other : rows_of_tokens)
@@ -322,6 +324,31 @@ Outcome general_rmsnorm(const Kernel& kernel, const TVMFFIAny* args, int num_arg
   set_strides(residual_rows, info.residual, params.residual_strides);
   set_strides(weight_rows, info.weight, params.weight_strides);
   return kernel.launch(params, input->device, enable_pdl);
+}
+
+// gated_rmsnorm(input, gate, weight, out, eps, enable_pdl), for kernels of Gated, whose rows are groups of adjacent
+// elements of the last dimension. The weight is that of the whole dimension, of each group alike, or None.
+// src/jitnorm/gated_rmsnorm.py explains refused calls.
+template <typename Kernel>
+Outcome gated_rmsnorm(const Kernel& kernel, const TVMFFIAny* args, int num_args) {
+  if (num_args != 6 || !kernel.info().has_gate) return Outcome::kRefused;
+  const DLTensor *input = as_tensor(args[0]), *weight = as_tensor(args[2]);
+  if ((weight == nullptr) != (args[2].type_index == kTVMFFINone)) return Outcome::kRefused;
+  if (input && weight && (weight->ndim != 1 || input->ndim < 1)) return Outcome::kRefused;
+  GroupedTensor groups[4];
+  TVMFFIAny tensors[4];
+  for (int i = 0; i < 4; i++) {
+    tensors[i] = args[i];
+    const DLTensor* tensor = as_tensor(args[i]);
+    if (!tensor) continue;
+    if (!groups[i].set(*tensor, kernel.info().hidden_size)) return Outcome::kRefused;
+    tensors[i].type_index = kTVMFFIDLTensorPtr;
+    tensors[i].v_ptr = &groups[i].tensor;
+  }
+  TVMFFIAny none{};
+  none.type_index = kTVMFFINone;
+  const TVMFFIAny general[] = {tensors[0], tensors[1], tensors[2], none, tensors[3], none, args[4], args[5]};
+  return general_rmsnorm(kernel, general, 8);
 }
 
 }  // namespace jitnorm

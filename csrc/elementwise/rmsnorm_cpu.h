@@ -25,7 +25,7 @@ struct RMSNormKernel {
 
   static void run(const params_t& p, index_t number) {
     const T* x = static_cast<const T*>(p.input);
-    Factors factors{static_cast<const W*>(p.weight), nullptr};
+    Factors factors{static_cast<const W*>(p.weight), nullptr, nullptr};
     output_t* out = static_cast<output_t*>(p.out);
     residual_t* residual = static_cast<residual_t*>(p.residual);
     if constexpr (Policy::kIsGeneral) {
@@ -41,16 +41,22 @@ struct RMSNormKernel {
       out += number * p.out_stride;
     }
     float* scale = Policy::kQuantisation == Quantisation::kDynamicPerToken ? p.scale + number : p.scale;
-    if constexpr (!Policy::kHasResidual) {
+    factors.gate = residual;
+    if constexpr (!Policy::kHasResidual || Policy::kGating == Gating::kAfterNorm) {
       const float rstd = rstd_of_row<kHiddenSize>(p.eps, [&](int i) { return load_of_row<kHiddenSize>(x, i); });
       write(p, number, out, x, factors, rstd, scale);
       return;
     }
-    // With kRoundSum the stored residual is normalised; otherwise the sum in float, kept in `sum`.
+    // With kRoundSum the stored residual is normalised; otherwise the sum or product in float, kept in `sum`.
     float sum[Policy::kRoundSum ? 1 : kHiddenSize];
     const float rstd = rstd_of_row<kHiddenSize>(p.eps, [&](int i) {
-      floats f = load_of_row<kHiddenSize>(x, i) + load_of_row<kHiddenSize>(residual, i);
-      store_of_row<kHiddenSize>(residual, i, f);
+      floats f = load_of_row<kHiddenSize>(x, i);
+      if constexpr (Policy::kGating == Gating::kBeforeNorm) {
+        f *= activated(residual, i);
+      } else {
+        f += load_of_row<kHiddenSize>(residual, i);
+        store_of_row<kHiddenSize>(residual, i, f);
+      }
       if constexpr (Policy::kRoundSum) return load_of_row<kHiddenSize>(residual, i);
       store_of_row<kHiddenSize>(sum, i, f);
       return f;
@@ -62,7 +68,15 @@ struct RMSNormKernel {
  private:
   struct Factors {
     const W *weight, *bias;
+    const residual_t* gate;
   };
+
+  // The activation of the elements of a gate from i on. Behind the last they are finite numbers.
+  static floats activated(const residual_t* gate, int i) {
+    const floats g = load_of_row<kHiddenSize>(gate, i);
+    const floats numerator = Policy::kGateActivation == GateActivation::kSilu ? g : floats{} + 1.f;
+    return numerator / (1.f + exp(-g));
+  }
 
   template <typename V>
   static void write(const params_t& p, index_t row, output_t* out, const V* value, Factors factors, float rstd,
@@ -74,6 +88,11 @@ struct RMSNormKernel {
       if constexpr (Policy::kRoundNormalised) f = rounded_to<T>(f);
       if constexpr (Policy::kHasWeight) f *= load_of_row<kHiddenSize>(factors.weight, i) + Policy::kWeightOffset;
       if constexpr (Policy::kHasBias) f += load_of_row<kHiddenSize>(factors.bias, i);
+      if constexpr (Policy::kGating == Gating::kAfterNorm) {
+        // A weight of another type makes the product float32.
+        if constexpr (Policy::kRoundNormalised && Policy::kHasWeight && kIsSame<T, W>) f = rounded_to<T>(f);
+        f *= activated(factors.gate, i);
+      }
       return f;
     };
     if constexpr (Policy::kQuantisation == Quantisation::kDynamicPerToken) {

@@ -27,6 +27,7 @@ if "_jitnorm_command" not in sys.modules:
         )
         from jitnorm.dual_rmsnorm import dual_rmsnorm
         from jitnorm.fused_add_rmsnorm import fused_add_rmsnorm, gemma_fused_add_rmsnorm
+        from jitnorm.gated_rmsnorm import gated_rmsnorm
         from jitnorm.general_rmsnorm import general_fused_add_rmsnorm, general_rmsnorm
         from jitnorm.integrations.transformers import patch_transformers, unpatch_transformers
         from jitnorm.jit import log as _log  # noqa: F401 (its import configures the logger)
@@ -47,6 +48,7 @@ __all__ = [
     "fused_add_rmsnorm",
     "fused_add_rmsnorm_quant_fp8",
     "fused_inplace_qknorm",
+    "gated_rmsnorm",
     "gelu_and_mul",
     "gelu_fast",
     "gelu_new",

@@ -7,6 +7,7 @@ the package.
 import jitnorm.activation
 import jitnorm.dual_rmsnorm
 import jitnorm.fused_add_rmsnorm
+import jitnorm.gated_rmsnorm
 import jitnorm.general_rmsnorm
 import jitnorm.qknorm
 import jitnorm.qknorm_rope_store

@@ -125,7 +125,7 @@ class GeneralNorm(Operator):
             narrowest = min(dtype.itemsize, weight_dtype.itemsize)
             access = narrowest if form.layout == "unaligned" else checks.CUDA_ALIGNMENT
             policy = f"General<{policy}, {access}, {str(form.has_weight).lower()}, {str(form.has_bias).lower()}>"
-        cls = "RMSNormWarpKernel" if hidden_size <= _MAX_WARP_HIDDEN_SIZE else "RMSNormKernel"
+        cls = kernel_class(hidden_size)
         warmup = f"--op {self.op} --hidden-size {hidden_size} --dtype {name}"
         suffix = ""
         if form.rounding != "once":
@@ -267,6 +267,7 @@ def general_rmsnorm(
             key = _key(input, weight, bias, needs_general, rounding)
             operator = _VARIANTS["gemma_rmsnorm" if weight_offset else "rmsnorm"]
             is_known = weight_offset.__class__ in (float, int) and weight_offset in (0.0, 1.0)
+            is_known = is_known and (out is None or isinstance(out, torch.Tensor))  # the bindings take others too
             if key in operator.functions and is_known and not needs_grad(input, weight, bias):
                 result = norms.new_like(input) if out is None else out
                 rstd = input.new_empty(input.shape[:-1], dtype=torch.float32) if return_rstd else None
@@ -412,11 +413,16 @@ def _run(
 def _layout(*tensors: torch.Tensor | None) -> str:
     """Return the layout of tensors that have been checked. That of traced ones is as if they were aligned."""
     given = [tensor for tensor in tensors if tensor is not None]
-    if given[0].is_cuda and not all(map(_is_aligned(given), given)):
+    if given[0].is_cuda and not are_aligned(given):
         return "unaligned"
     if all(t.stride(-1) == 1 and (t.numel() == 0 or checks.row_stride(t) is not None) for t in given):
         return "rows"
     return "strided"
+
+
+def are_aligned(tensors: list[torch.Tensor]) -> bool:
+    """Return whether tensors are as aligned as kernels with the widest accesses need them. Traced ones count as so."""
+    return all(map(_is_aligned(tensors), tensors))
 
 
 def _is_aligned(tensors: list[torch.Tensor]) -> Callable[[torch.Tensor], bool]:
@@ -439,6 +445,11 @@ def _is_aligned(tensors: list[torch.Tensor]) -> Callable[[torch.Tensor], bool]:
 
 
 # The rest is called only by the slow path.
+
+
+def kernel_class(hidden_size: int) -> str:
+    """Return the class in csrc/elementwise for rows of any strides, and of a size that `check_hidden_size` accepts."""
+    return "RMSNormWarpKernel" if hidden_size <= _MAX_WARP_HIDDEN_SIZE else "RMSNormKernel"
 
 
 def check_hidden_size(op: str, hidden_size: int) -> None:
@@ -506,14 +517,9 @@ def check(
         checks.device("out", out, "input", input)
     if input.numel() == 0:
         return
-    merged = _check_layouts(tensors, ("out",))
-    if out is not None and not checks.are_same_rows(merged["out"], merged["input"]):
-        try:
-            checks.no_shared_heads("out", merged["out"], "input", merged["input"])
-        except ValueError:
-            raise ValueError(
-                "out must be input itself or share no memory with input, got a view that overlaps it"
-            ) from None
+    merged = check_layouts(tensors, ("out",))
+    if out is not None:
+        check_in_place(merged)
 
 
 def check_fused(
@@ -534,7 +540,7 @@ def check_fused(
     _check_common("general_fused_add_rmsnorm", tensors, eps, weight_offset, rounding, enable_pdl)
     if input.numel() == 0:
         return
-    merged = _check_layouts(tensors, ("input", "residual"))
+    merged = check_layouts(tensors, ("input", "residual"))
     checks.no_shared_heads("residual", merged["residual"], "input", merged["input"])
 
 
@@ -557,7 +563,7 @@ def _check_common(
         checks.elements("rstd", rstd, input.numel() // input.shape[-1], "one for each row", rstd.element_size())
 
 
-def _check_layouts(tensors: dict[str, torch.Tensor], written: tuple[str, ...]) -> dict[str, torch.Tensor]:
+def check_layouts(tensors: dict[str, torch.Tensor], written: tuple[str, ...]) -> dict[str, torch.Tensor]:
     """Raise for strides and overlaps, except of input with residual or out. Return what `merge` does."""
     rows = {name: value for name, value in tensors.items() if name != "rstd"}
     for name, value in rows.items():
@@ -583,6 +589,17 @@ def _check_layouts(tensors: dict[str, torch.Tensor], written: tuple[str, ...]) -
     return merged
 
 
+def check_in_place(merged: dict[str, torch.Tensor]) -> None:
+    """Raise if out shares memory with input and is not the input itself. Takes what `check_layouts` returns."""
+    if not checks.are_same_rows(merged["out"], merged["input"]):
+        try:
+            checks.no_shared_heads("out", merged["out"], "input", merged["input"])
+        except ValueError:
+            raise ValueError(
+                "out must be input itself or share no memory with input, got a view that overlaps it"
+            ) from None
+
+
 def merge(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Return the tensors with three leading dimensions each, after merging neighbours where all strides allow it.
 
@@ -591,21 +608,12 @@ def merge(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     Raises:
         ValueError: more dimensions are left.
     """
-    first_name, first = next(iter(tensors.items()))
-    strides = {name: [0] * (first.dim() - value.dim()) + list(value.stride()) for name, value in tensors.items()}
-    dims: list[tuple[int, dict[str, int]]] = []  # size and strides, innermost first
-    for dim in reversed(range(first.dim() - 1)):
-        size, steps = int(first.shape[dim]), {name: own[dim] for name, own in strides.items()}
-        if size == 1:
-            continue
-        if dims and all(steps[name] == inner * dims[-1][0] for name, inner in dims[-1][1].items()):
-            dims[-1] = dims[-1][0] * size, dims[-1][1]
-        else:
-            dims.append((size, steps))
+    dims = merged_dims(tensors)
     if len(dims) > MAX_LEADING_DIMS:
         layouts = "; ".join(f"{name} {list(t.shape)} with strides {list(t.stride())}" for name, t in tensors.items())
         raise ValueError(
-            f"{first_name} must have leading dimensions that merge to at most {MAX_LEADING_DIMS} strides, got {layouts}"
+            f"{next(iter(tensors))} must have leading dimensions that merge to at most {MAX_LEADING_DIMS} strides, "
+            f"got {layouts}"
         )
     while len(dims) < MAX_LEADING_DIMS:
         dims.append((1, dict.fromkeys(tensors, 0)))
@@ -616,6 +624,22 @@ def merge(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         )
         for name, value in tensors.items()
     }
+
+
+def merged_dims(tensors: dict[str, torch.Tensor]) -> list[tuple[int, dict[str, int]]]:
+    """Return size and strides of the leading dimensions, innermost first, after merging those that `merge` does."""
+    first = next(iter(tensors.values()))
+    strides = {name: [0] * (first.dim() - value.dim()) + list(value.stride()) for name, value in tensors.items()}
+    dims: list[tuple[int, dict[str, int]]] = []
+    for dim in reversed(range(first.dim() - 1)):
+        size, steps = int(first.shape[dim]), {name: own[dim] for name, own in strides.items()}
+        if size == 1:
+            continue
+        if dims and all(steps[name] == inner * dims[-1][0] for name, inner in dims[-1][1].items()):
+            dims[-1] = dims[-1][0] * size, dims[-1][1]
+        else:
+            dims.append((size, steps))
+    return dims
 
 
 def _gradients(

@@ -1,7 +1,8 @@
-"""RMSNorm modules: a drop-in replacement for `torch.nn.RMSNorm`, and Gemma's, both with an optional residual.
+"""RMSNorm modules: drop-in replacements for `torch.nn.RMSNorm` and Gemma's with an optional residual, and a gated one.
 
 A module accepts every input that `torch.nn.RMSNorm` accepts, under every tracer and transform: PyTorch computes what
-the kernels do not support, such as other sizes and dtypes or several normalised dimensions, with the same meaning.
+the kernels do not support, such as other sizes and dtypes or several normalised dimensions, with the same meaning. The
+gated norm normalises the last dimension.
 """
 
 # No `from __future__ import annotations`: torch.fx writes the annotations of forward into its code, as types, not text.
@@ -22,8 +23,10 @@ from jitnorm.core.eligibility import (
     has_kernel_layout,
     is_plain_weight,
 )
+from jitnorm.core.operators import DTYPES
 from jitnorm.core.torch_library import needs_dispatcher, needs_grad
 from jitnorm.fused_add_rmsnorm import fused_add_rmsnorm, gemma_fused_add_rmsnorm
+from jitnorm.gated_rmsnorm import check_options, gated_rmsnorm, gated_rmsnorm_in_torch, has_kernel
 from jitnorm.general_rmsnorm import general_fused_add_rmsnorm, general_rmsnorm
 from jitnorm.rmsnorm import gemma_rmsnorm, rmsnorm
 
@@ -193,6 +196,147 @@ class GemmaRMSNorm(_ResidualNorm):
         return f"{self.normalized_shape}, eps={self.eps}"
 
 
+class RMSNormGated(torch.nn.Module):
+    """RMSNorm beside a gate, as in Mamba 2 and Qwen3-Next: `jitnorm.gated_rmsnorm` with the weight of a module.
+
+    The arguments are those of mamba_ssm's RMSNorm in ops/triton/layernorm_gated.py, and `activation`.
+
+    Args:
+        hidden_size: the size of the last dimension.
+        eps: added to the mean of the squares.
+        group_size: how many adjacent elements are normalised together; it divides hidden_size. None for all.
+        norm_before_gate: whether the gate multiplies the result, or the input before it is normalised.
+        device: of the weight, which is initialised with ones.
+        dtype: of the weight.
+        activation: of the gate: "silu" or "sigmoid".
+
+    Raises:
+        TypeError: eps is not a number, group_size no int, or norm_before_gate no bool.
+        ValueError: eps is negative, group_size does not divide hidden_size, or there is no such activation.
+    """
+
+    weight: torch.nn.Parameter
+
+    def __init__(
+        self,
+        hidden_size: int,
+        eps: float = 1e-5,
+        group_size: int | None = None,
+        norm_before_gate: bool = True,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+        *,
+        activation: str = "silu",
+    ) -> None:
+        checks.eps(eps)
+        check_options(group_size, norm_before_gate, activation, "once")
+        if group_size is not None and (group_size < 1 or hidden_size % group_size):
+            raise ValueError(f"group_size must divide hidden_size {hidden_size}, got {group_size}")
+        super().__init__()
+        self.eps, self.group_size = eps, group_size
+        self.norm_before_gate, self.activation = norm_before_gate, activation
+        self.weight = torch.nn.Parameter(torch.empty(hidden_size, device=device, dtype=dtype))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Set the weight to ones."""
+        torch.nn.init.ones_(self.weight)
+
+    def forward(self, x: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
+        """Normalise `x` and multiply by the activation of `gate`.
+
+        Args:
+            x: `[..., hidden_size]`, of any floating-point dtype and any strides.
+            gate: of `x`'s shape.
+
+        Returns:
+            A new tensor like `x`.
+
+        Raises:
+            RuntimeError: as PyTorch's operators, for tensors that do not fit each other; or a kernel cannot be built.
+        """
+        options = self.eps, self.group_size, self.norm_before_gate, self.activation
+        return gated_rms_norm(x, gate, self.weight, *options)
+
+    def extra_repr(self) -> str:
+        """Return the arguments that the module's repr shows."""
+        return (
+            f"{self.weight.shape[0]}, eps={self.eps}, group_size={self.group_size}, "
+            f"norm_before_gate={self.norm_before_gate}, activation={self.activation!r}"
+        )
+
+    def __prepare_scriptable__(self) -> NoReturn:
+        refuse_script(self)
+
+
+def gated_rms_norm(
+    x: torch.Tensor,
+    gate: torch.Tensor,
+    weight: torch.Tensor,
+    eps: float,
+    group_size: int | None,
+    norm_before_gate: bool,
+    activation: str,
+) -> torch.Tensor:
+    """Compute what RMSNormGated documents. torch.fx.symbolic_trace records calls of this function.
+
+    Args:
+        x: argument of forward.
+        gate: argument of forward.
+        weight: the module's parameter.
+        eps: the module's.
+        group_size: the module's.
+        norm_before_gate: the module's.
+        activation: the module's.
+
+    Returns:
+        A new tensor like `x`.
+
+    Raises:
+        RuntimeError: as the module's forward method.
+    """
+    if not can_normalise_gated(x, gate, weight, group_size):
+        return gated_rmsnorm_in_torch(x, gate, weight, eps, group_size, norm_before_gate, activation)
+    return gated_rmsnorm(
+        *(x, gate, weight, eps),
+        group_size=group_size,
+        norm_before_gate=norm_before_gate,
+        activation=activation,
+    )
+
+
+torch.fx.wrap("gated_rms_norm")
+
+
+def can_normalise_gated(x: torch.Tensor, gate: torch.Tensor, weight: torch.Tensor, group_size: int | None) -> bool:
+    """Return whether `jitnorm.gated_rmsnorm` can compute a call with these tensors.
+
+    Args:
+        x: the input.
+        gate: the gate.
+        weight: `[hidden_size]`.
+        group_size: as for `jitnorm.gated_rmsnorm`.
+
+    Returns:
+        Whether it can, without a copy.
+    """
+    return (
+        can_call_operators(x, weight)
+        and can_call_operators(gate, weight)
+        and x.dim() > 0
+        and gate.shape == x.shape
+        and weight.shape == x.shape[-1:]
+        and x.shape[-1] > 0
+        and x.shape[-1] % (group_size or x.shape[-1]) == 0
+        and x.dtype in DTYPES
+        and gate.dtype in (x.dtype, torch.float32)
+        and weight.dtype in DTYPES
+        and x.device == gate.device == weight.device
+        and x.device.type in ("cpu", "cuda")
+        and has_kernel(x, group_size, gate, weight)
+    )
+
+
 def rms_norm(
     variant: str,
     x: torch.Tensor,
@@ -335,7 +479,7 @@ def _at_least_float32(tensor: torch.Tensor) -> torch.Tensor:
 
 def is_module_of_jitnorm(module: object) -> bool:
     """Return whether `module` is one of this file's modules."""
-    return isinstance(module, _ResidualNorm)
+    return isinstance(module, (_ResidualNorm, RMSNormGated))
 
 
 def refuse_script(module: torch.nn.Module) -> NoReturn:

@@ -26,6 +26,11 @@ constexpr bool kIsBf16 = false;
 template <>
 constexpr bool kIsBf16<bf16_t> = true;
 
+template <typename A, typename B>
+constexpr bool kIsSame = false;
+template <typename T>
+constexpr bool kIsSame<T, T> = true;
+
 struct fp16_t {
   unsigned short bits;
 };

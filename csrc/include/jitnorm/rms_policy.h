@@ -8,6 +8,10 @@ namespace jitnorm {
 
 enum class Quantisation { kNone, kStatic, kDynamicPerToken };
 
+// What the activation of a gate multiplies: nothing, without a gate; the input before it is normalised; or the result.
+enum class Gating { kNone, kBeforeNorm, kAfterNorm };
+enum class GateActivation { kSilu, kSigmoid };
+
 // rmsnorm: out = normalised input * weight. With a residual, input and residual are updated in place:
 // residual += input, then input = normalised residual * weight.
 struct Plain {
@@ -25,6 +29,9 @@ struct Plain {
   // Of General alone.
   static constexpr bool kIsGeneral = false, kHasWeight = true, kHasBias = false;
   static constexpr int kAccessBytes = 16;
+  // Of Gated alone.
+  static constexpr Gating kGating = Gating::kNone;
+  static constexpr GateActivation kGateActivation = GateActivation::kSilu;
 };
 struct Gemma : Plain {
   static constexpr float kWeightOffset = 1.f;
@@ -64,7 +71,19 @@ struct DynamicFp8 : StaticFp8<Norm> {
   static constexpr Quantisation kQuantisation = Quantisation::kDynamicPerToken;  // the scale makes a row's amax 448
 };
 
-// Any of these with two roundings, as in the Llama class of Hugging Face's transformers.
+// gated_rmsnorm: out = norm(input) * weight * activation(gate), or norm(input * activation(gate)) * weight. The gate
+// takes the place of a residual, and is not written.
+template <typename Gate, Gating kGating_, GateActivation kGateActivation_>
+struct Gated : Plain {
+  template <typename T>
+  using residual_t = Gate;
+  static constexpr bool kHasResidual = true;
+  static constexpr Gating kGating = kGating_;
+  static constexpr GateActivation kGateActivation = kGateActivation_;
+};
+
+// Any of these with two roundings, as in the Llama class of Hugging Face's transformers. Of Gated, a weight's product
+// is rounded too before a gate multiplies it.
 template <typename Norm>
 struct RoundedNormalised : Norm {
   static constexpr bool kRoundNormalised = true;

@@ -6,6 +6,7 @@
 // benchmarks/tune_rmsnorm.py compares schedules on a GPU; docs/contributing/decisions.md has its results.
 #pragma once
 #include "jitnorm/cuda_kernel.h"
+#include "jitnorm/device_math.h"
 #include "jitnorm/reduce.h"
 #include "jitnorm/rms_policy.h"
 #include "jitnorm/vector.h"
@@ -198,12 +199,15 @@ struct RowFragment {
   using WeightVector = Vector<W, kElementsPerVector>;
   // Where a stored sum that is normalised is kept: in the registers of x or, if it is wider, of the residual.
   static constexpr bool kSumReplacesX = Policy::kRoundSum && sizeof(R) == sizeof(T);
+  static constexpr bool kHasProduct = Policy::kGating == Gating::kBeforeNorm;
 
   const int lane;
   Vector<T, kElementsPerVector> x[kVectorsPerThread];
   Vector<R, kElementsPerVector> residual[Policy::kHasResidual ? kVectorsPerThread : 1];
   WeightVector weight[Policy::kHasWeight && !Kernel::kStagesWeight ? kVectorsPerThread : 1];
   Vector<W, kElementsPerVector> bias[Policy::kHasBias ? kVectorsPerThread : 1];
+  // Of a gate before the norm. It takes the registers of x and residual, which hold the gate.
+  Vector<float, kElementsPerVector> product[kHasProduct ? kVectorsPerThread : 1];
 
   explicit __device__ RowFragment(int lane) : lane(lane) {}
 
@@ -279,12 +283,34 @@ struct RowFragment {
     }
   }
 
+  // Multiplies f by the activation of the i-th vector of the gate.
+  __device__ __forceinline__ void multiply_by_gate(int i, float (&f)[kElementsPerVector]) const {
+    float g[kElementsPerVector];
+    to_float(residual[i], g);
+#pragma unroll
+    for (int j = 0; j < kElementsPerVector; j++)
+      f[j] *= DeviceMath<T>::times_sigmoid(Policy::kGateActivation == GateActivation::kSilu ? g[j] : 1.f, g[j]);
+  }
+
+  // Computes what is normalised where a gate multiplies the input.
+  __device__ __forceinline__ void multiply_input_by_gate() {
+#pragma unroll
+    for (int i = 0; i < kVectorsPerThread; i++) {
+      if (!has(i)) continue;
+      float f[kElementsPerVector];
+      to_float(x[i], f);
+      multiply_by_gate(i, f);
+      from_float(f, product[i]);
+    }
+  }
+
   // The i-th vector of what is normalised. An unrounded sum is computed again at each use: registers to keep it would
   // cost more.
   __device__ __forceinline__ void value(int i, float (&f)[kElementsPerVector]) const {
+    if constexpr (kHasProduct) return to_float(product[i], f);
     if constexpr (Policy::kRoundSum && !kSumReplacesX) return to_float(residual[i], f);
     to_float(x[i], f);
-    if (!Policy::kHasResidual || Policy::kRoundSum) return;
+    if (!Policy::kHasResidual || Policy::kRoundSum || Policy::kGating != Gating::kNone) return;
     float r[kElementsPerVector];
     to_float(residual[i], r);
 #pragma unroll
@@ -306,17 +332,22 @@ struct RowFragment {
     return sum;
   }
 
+  // Rounds to the input's type.
+  static __device__ __forceinline__ void round(float (&f)[kElementsPerVector]) {
+    Vector<T, kElementsPerVector> rounded;
+    from_float(f, rounded);
+    to_float(rounded, f);
+  }
+
   // The i-th vector of the result, in float. `rstd` is the reciprocal root mean square of the row.
   __device__ __forceinline__ void normalised(int i, float rstd, float (&f)[kElementsPerVector]) const {
     float w[kElementsPerVector];
     value(i, f);
     if constexpr (Policy::kHasWeight) to_float(weight_vector(i), w);
     if constexpr (Policy::kRoundNormalised) {
-      Vector<T, kElementsPerVector> rounded;
 #pragma unroll
       for (int j = 0; j < kElementsPerVector; j++) f[j] *= rstd;
-      from_float(f, rounded);
-      to_float(rounded, f);
+      round(f);
       rstd = 1;  // so that the product below changes nothing
     }
 #pragma unroll
@@ -327,6 +358,11 @@ struct RowFragment {
       to_float(bias[i], w);
 #pragma unroll
       for (int j = 0; j < kElementsPerVector; j++) f[j] += w[j];
+    }
+    if constexpr (Policy::kGating == Gating::kAfterNorm) {
+      // A weight of another type makes the product float32.
+      if constexpr (Policy::kRoundNormalised && Policy::kHasWeight && kIsSame<T, W>) round(f);
+      multiply_by_gate(i, f);
     }
   }
 

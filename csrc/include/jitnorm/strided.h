@@ -112,6 +112,32 @@ inline bool as_merged_rows(const RowsArgument* arguments, int count, index_t hid
   return true;
 }
 
+// A tensor whose last dimension is made of groups of adjacent elements: [..., groups, size] instead of
+// [..., groups * size], without the dimension where there is one group.
+struct GroupedTensor {
+  static constexpr int kMaxDims = 64;  // torch's
+  DLTensor tensor;
+
+  // False if the last dimension of `whole` is no groups, or its elements are not adjacent.
+  bool set(const DLTensor& whole, index_t size) {
+    tensor = whole;
+    const int last = whole.ndim - 1;
+    if (last < 0 || last >= kMaxDims || whole.shape[last] < 1 || whole.shape[last] % size) return false;
+    if (whole.shape[last] == size) return true;
+    if (element_count(whole) != 0 && whole.strides[last] != 1) return false;
+    for (int i = 0; i < last; i++) shape_[i] = whole.shape[i], strides_[i] = whole.strides[i];
+    shape_[last] = whole.shape[last] / size, strides_[last] = size;
+    shape_[last + 1] = size, strides_[last + 1] = 1;
+    tensor.ndim++;
+    tensor.shape = shape_;
+    tensor.strides = strides_;
+    return true;
+  }
+
+ private:
+  int64_t shape_[kMaxDims + 1], strides_[kMaxDims + 1];
+};
+
 // One row: a tensor that is read whole, such as a weight.
 inline StridedRows as_one_row(const DLTensor& tensor) {
   StridedRows rows;

@@ -79,7 +79,7 @@ def has_general_layout(tensor: torch.Tensor) -> bool:
     if tensor.stride(-1) != 1 and tensor.shape[-1] > 1:
         return False
     strides = [step for step, size in zip(tensor.stride()[:-1], tensor.shape[:-1], strict=True) if size > 1]
-    return len(strides) <= MAX_LEADING_DIMS and min(strides, default=0) >= 0
+    return len(strides) <= MAX_LEADING_DIMS  # torch has no negative ones
 
 
 def has_kernel_layout(tensor: torch.Tensor) -> bool:

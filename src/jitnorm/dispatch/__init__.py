@@ -1,14 +1,16 @@
 """RMSNorm operators that select a backend at each call: FlashInfer, this package's kernels or PyTorch.
 
-The four functions have sgl_kernel's names and signatures, followed by keyword arguments for further forms, which
-FlashInfer does not have. The rule of the default, "auto":
+Four functions have sgl_kernel's names and signatures, followed by keyword arguments for further forms, which FlashInfer
+does not have. `gated_rmsnorm`, which FlashInfer lacks too, has the signature of `jitnorm.gated_rmsnorm`. The rule of
+the default, "auto":
 
 1. FlashInfer, if it is importable and supports the call: the input is float16 or bfloat16, on the current CUDA device;
    torch.compile is not tracing; no gradient is needed; the weights have the input's dtype (FlashInfer would misread
    others without an error); the input has 2 dimensions (for rmsnorm 2 or 3), rows that FlashInfer's vector accesses
    can read, and a hidden size up to 16384.
 2. This package's kernels: `jitnorm.rmsnorm` and `jitnorm.fused_add_rmsnorm` for what those take, and otherwise
-   `jitnorm.general_rmsnorm` and `jitnorm.general_fused_add_rmsnorm`, which take every hidden size from 1 to 65536.
+   `jitnorm.general_rmsnorm` and `jitnorm.general_fused_add_rmsnorm`, which take every hidden size from 1 to 65536; and
+   `jitnorm.gated_rmsnorm`.
 3. PyTorch's rms_norm in float32, for devices without kernels, larger sizes, and elements that are not adjacent.
 
 The first call whose backend depends on FlashInfer imports it. If its import or a call of it fails, it is treated as
@@ -48,6 +50,8 @@ from jitnorm.dual_rmsnorm import dual_rmsnorm as _jitnorm_dual_rmsnorm
 from jitnorm.dual_rmsnorm import is_supported_hidden_size as _has_dual_kernel
 from jitnorm.fused_add_rmsnorm import fused_add_rmsnorm as _jitnorm_fused_add_rmsnorm
 from jitnorm.fused_add_rmsnorm import gemma_fused_add_rmsnorm as _jitnorm_gemma_fused_add_rmsnorm
+from jitnorm.gated_rmsnorm import gated_rmsnorm as _jitnorm_gated_rmsnorm
+from jitnorm.gated_rmsnorm import has_kernel as _has_gated_kernel
 from jitnorm.general_rmsnorm import general_fused_add_rmsnorm, general_rmsnorm
 from jitnorm.rmsnorm import gemma_rmsnorm as _jitnorm_gemma_rmsnorm
 from jitnorm.rmsnorm import rmsnorm as _jitnorm_rmsnorm
@@ -58,6 +62,7 @@ __all__ = [
     "dual_rmsnorm",
     "explain",
     "fused_add_rmsnorm",
+    "gated_rmsnorm",
     "gemma_fused_add_rmsnorm",
     "gemma_rmsnorm",
     "rmsnorm",
@@ -259,6 +264,57 @@ def dual_rmsnorm(
     return result1, result2  # type: ignore[return-value]
 
 
+def gated_rmsnorm(
+    input: torch.Tensor,
+    gate: torch.Tensor,
+    weight: torch.Tensor | None = None,
+    eps: float = 1e-6,
+    out: torch.Tensor | None = None,
+    enable_pdl: bool | None = None,
+    *,
+    group_size: int | None = None,
+    norm_before_gate: bool = True,
+    activation: str = "silu",
+    rounding: str = "once",
+) -> torch.Tensor:
+    """Compute `out = norm(input) * weight * silu(gate)`, or `norm(input * silu(gate)) * weight`.
+
+    Args:
+        input: `[..., hidden_size]`, float16, bfloat16 or float32, of any hidden size and strides.
+        gate: of the input's shape and device, and of its dtype or float32; any strides.
+        weight: `[hidden_size]` or `[group_size]`, float16, bfloat16 or float32. None multiplies by nothing.
+        eps: added to the mean of the squares; zero or more.
+        out: written; of the input's shape, dtype and device; may be the input itself. None allocates it. A call with
+            `out` has no gradient.
+        enable_pdl: programmatic dependent launch; None leaves it to the backend. PyTorch ignores it.
+        group_size: how many adjacent elements are normalised together; it divides hidden_size. None for whole rows.
+        norm_before_gate: as for `jitnorm.gated_rmsnorm`.
+        activation: "silu" or "sigmoid".
+        rounding: "once" or "hf", as for `jitnorm.gated_rmsnorm`.
+
+    Returns:
+        `out`.
+
+    Raises:
+        TypeError: as `rmsnorm`, and for a norm_before_gate or a group_size of another type.
+        ValueError: as `rmsnorm`, and for a group_size, activation or rounding that is not accepted.
+        RuntimeError: as `rmsnorm`.
+    """
+    options: dict[str, Any] = {"group_size": group_size, "norm_before_gate": norm_before_gate}
+    options |= {"activation": activation, "rounding": rounding}
+    arguments = input, gate, weight, eps, out, enable_pdl
+    name, _ = _select_backend("gated_rmsnorm", input, weight, gate, False)
+    if name == "torch.fx":
+        return _record(gated_rmsnorm, *arguments, **options)  # type: ignore[no-any-return]
+    if name == "torch":
+        return torch_backend.gated_rmsnorm(*arguments, **options)
+    if requested_backend() != "jit" and not _are_contiguous(input, gate, out):
+        torch_backend.check_gated_arguments(*arguments, **options)
+        if not _has_gated_kernel(input, group_size, gate, out, weight):
+            return torch_backend.gated_rmsnorm(*arguments, **options)
+    return _jitnorm_gated_rmsnorm(*arguments, **options)
+
+
 def _rmsnorm(
     operator: Callable[..., Any],
     jitnorm_operator: Callable[..., torch.Tensor],
@@ -310,6 +366,10 @@ def _fused_add_rmsnorm(
         return _record(operator, *arguments, **({} if plain else forms))
     flashinfer_backend.call(operator, *_tensors(input, residual, weight), eps=eps, enable_pdl=enable_pdl)
     return None
+
+
+def _are_contiguous(*tensors: object) -> bool:
+    return all(tensor.is_contiguous() for tensor in tensors if isinstance(tensor, torch.Tensor))
 
 
 def _is_served_by_rmsnorm(input: torch.Tensor, weight: torch.Tensor | None, other: torch.Tensor | None) -> bool:

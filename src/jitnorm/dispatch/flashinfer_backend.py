@@ -115,7 +115,7 @@ def unsupported_reason(op: str, input: torch.Tensor, weight: torch.Tensor, other
 
 def other_name(op: str) -> str:
     """Return the name that `op` has for the tensor that it reads or writes besides `input` and `weight`."""
-    return "residual" if "fused" in op else "out"
+    return "residual" if "fused" in op else "gate" if "gated" in op else "out"
 
 
 def _has_aligned_rows(tensor: torch.Tensor, hidden_size: int) -> bool:

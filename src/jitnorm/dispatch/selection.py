@@ -20,6 +20,7 @@ from jitnorm.core.torch_library import mark_constant
 from jitnorm.dispatch import flashinfer_backend
 
 BACKENDS = ("auto", "auto-fast", "jit", "flashinfer", "torch")
+OPS = (*flashinfer_backend.RANKS, "gated_rmsnorm")
 VARIABLE = "JITNORM_BACKEND"
 
 # torch.fx.symbolic_trace records the call, and its graph selects the backend when it runs.
@@ -88,10 +89,10 @@ def explain(
     Nothing is written, built or launched; FlashInfer is imported if the answer depends on it.
 
     Args:
-        op: "rmsnorm", "gemma_rmsnorm", "fused_add_rmsnorm" or "gemma_fused_add_rmsnorm".
+        op: "rmsnorm", "gemma_rmsnorm", "fused_add_rmsnorm", "gemma_fused_add_rmsnorm" or "gated_rmsnorm".
         input: as in the call.
         weight: as in the call.
-        other: the residual of a fused operator; `out` of the others, if it is given.
+        other: the residual of a fused operator, or the gate; `out` of the others, if it is given.
         forms: `bias`, `rounding` and `return_rstd`, as in the call.
 
     Returns:
@@ -102,8 +103,8 @@ def explain(
         ValueError: there is no operator `op`, or JITNORM_BACKEND names no backend.
         TypeError: an argument is not a tensor.
     """
-    if op not in flashinfer_backend.RANKS:
-        raise ValueError(f"op must be one of {', '.join(flashinfer_backend.RANKS)}, got {op!r}")
+    if op not in OPS:
+        raise ValueError(f"op must be one of {', '.join(OPS)}, got {op!r}")
     return select_backend(op, input, weight, other, is_plain(weight, **forms))  # type: ignore[arg-type]
 
 
@@ -139,6 +140,8 @@ def select_backend(
             reason = "torch.compile is tracing"
         elif input.dtype not in (torch.float16, torch.bfloat16):
             reason = "the input is neither float16 nor bfloat16"
+        elif op not in flashinfer_backend.RANKS:
+            reason = "FlashInfer has no norm beside a gate"
         elif weight is None or not is_plain:
             reason = "FlashInfer has neither norms without a weight nor bias, rstd or another rounding"
         else:

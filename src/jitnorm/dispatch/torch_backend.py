@@ -9,6 +9,8 @@ import torch.nn.functional as F
 
 from jitnorm.core import checks
 from jitnorm.core.torch_library import needs_dispatcher, needs_grad, refuse_unwritable
+from jitnorm.gated_rmsnorm import check_metadata as check_gated_metadata
+from jitnorm.gated_rmsnorm import check_options, gated_rmsnorm_in_torch
 from jitnorm.general_rmsnorm import check_metadata
 
 
@@ -60,6 +62,48 @@ def fused_add_rmsnorm(
     residual.copy_(total)
     input.copy_(normalised)
     return rstd
+
+
+def gated_rmsnorm(
+    input: torch.Tensor,
+    gate: torch.Tensor,
+    weight: torch.Tensor | None,
+    eps: float,
+    out: torch.Tensor | None,
+    enable_pdl: bool | None,
+    **options: Any,
+) -> torch.Tensor:
+    """Return what `jitnorm.gated_rmsnorm` does. Any size and any strides are accepted."""
+    check_gated_arguments(input, gate, weight, eps, out, enable_pdl, **options)
+    if out is not None:
+        if needs_grad(input, gate, weight):
+            raise RuntimeError("gated_rmsnorm with out= has no gradient: call it without, or under torch.no_grad()")
+        if not needs_dispatcher(out, gate, weight):
+            checks.no_internal_overlap("out", out)
+            checks.no_overlap("out", out, "input", input)
+            checks.no_overlap("out", out, "gate", gate, reject_identical=True)
+            if weight is not None:
+                checks.no_shared_memory("out", out, "weight", weight)
+    result = gated_rmsnorm_in_torch(input, gate, weight, eps, **options)
+    if out is None:
+        return result
+    out.detach().copy_(result)  # data, as for the kernels
+    return out
+
+
+def check_gated_arguments(
+    input: Any, gate: Any, weight: Any, eps: Any, out: Any, enable_pdl: Any, **options: Any
+) -> None:
+    """Raise for arguments that no backend accepts; whether `out` overlaps others depends on the backend."""
+    for name, value in (("input", input), ("gate", gate), ("weight", weight)):
+        if value is not None or name != "weight":
+            checks.tensor(name, value)
+    check_options(**options)
+    check_gated_metadata(input, gate, weight, options["group_size"])
+    checks.eps(eps)
+    checks.enable_pdl(enable_pdl)
+    if out is not None:
+        _check_like_input("out", out, input, input.dtype)
 
 
 def _normalise(

@@ -129,6 +129,10 @@ def patch_transformers(
       The rules, of the normalised value n and the weight w, where round() is to the dtype of the input: "once",
       round(n * w), as GPT-OSS and torch.nn.RMSNorm; "llama", round(round(n) * w); "gemma", round(n * (1 + w));
       "gemma_weight", round(n * round(1 + w)); "gemma_llama", round(round(n) * round(1 + w)).
+    - Gated norms, whose forward takes hidden_states and gate, as Qwen3-Next's and Mamba 2's: one launch computes the
+      norm, of rows or groups, and the product with the activated gate, in float32, and rounds once. Their rules are
+      those of `transformers_gated.GATED_RULES`. The original forward runs if there is no gate, or if input, gate and
+      weight have different dtypes.
     - Attention: one launch normalises and rotates q and k, in float32, and rounds once, where transformers rounds up to
       five times. The rotary embedding prepares the cosines and sines once in a forward of the model. The original
       forward of a layer runs where the position embeddings do not come from the model's patched rotary embedding, as

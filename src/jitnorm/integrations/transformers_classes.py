@@ -16,6 +16,13 @@ from jitnorm.integrations.transformers_attention import (
     attention_attributes,
     reason_to_leave_attention,
 )
+from jitnorm.integrations.transformers_gated import (
+    GATED_RULES,
+    GatedKernels,
+    PatchedGatedNorm,
+    find_gated_kernels,
+    gated_kernels_of,
+)
 from jitnorm.integrations.transformers_layers import (
     DECODER_LAYERS,
     MODELS,
@@ -26,7 +33,7 @@ from jitnorm.integrations.transformers_layers import (
 )
 from jitnorm.integrations.transformers_mlp import MLP_CLASSES, PatchedMLP, reason_to_leave_mlp
 from jitnorm.integrations.transformers_norms import NormKernels, PatchedNorm, base_of, find_kernels, kernels_of
-from jitnorm.integrations.transformers_rules import NormRule
+from jitnorm.integrations.transformers_rules import NormRule, takes_gate
 from jitnorm.nn import refuse_script
 
 # Why a module of each kind but norms is left, or None.
@@ -35,7 +42,8 @@ _REASONS: dict[str, Callable[[torch.nn.Module], str | None]] = {
     "layer": reason_to_leave_layer,
     "mlp": reason_to_leave_mlp,
 }
-_classes: dict[tuple[type[torch.nn.Module], NormKernels | None, str], type[torch.nn.Module]] = {}
+Kernels = NormKernels | GatedKernels
+_classes: dict[tuple[type[torch.nn.Module], Kernels | None, str], type[torch.nn.Module]] = {}
 _NO_NAMES: Mapping[type[torch.nn.Module], NormRule] = {}
 
 
@@ -74,7 +82,7 @@ class Replacement(NamedTuple):
 
     cls: type[torch.nn.Module] | None
     reason: str | None = None
-    kernels: NormKernels | None = None
+    kernels: Kernels | None = None
 
 
 def find_replacement(
@@ -98,7 +106,11 @@ def find_replacement(
         return Replacement(None, "already replaced")
     kernels = None
     if kind == "norm":
-        found = find_kernels(module, named.get(type(module)), rounding)
+        rule = named.get(type(module))
+        if rule is None and takes_gate(type(module)):
+            found: Kernels | str = find_gated_kernels(module, rounding)
+        else:
+            found = find_kernels(module, rule, rounding)
         if isinstance(found, str):
             return Replacement(None, found)
         kernels = found
@@ -113,7 +125,7 @@ def is_patched_class(cls: type[torch.nn.Module]) -> bool:
 
 
 def patched_class(
-    original: type[torch.nn.Module], kernels: NormKernels | None = None, rounding: str = "once"
+    original: type[torch.nn.Module], kernels: Kernels | None = None, rounding: str = "once"
 ) -> type[torch.nn.Module]:
     """Return the class to which a module of a class is changed. It is created once.
 
@@ -139,9 +151,11 @@ def patched_class(
 
 
 def _bases_and_attributes(
-    original: type[torch.nn.Module], kernels: NormKernels | None
+    original: type[torch.nn.Module], kernels: Kernels | None
 ) -> tuple[tuple[type[torch.nn.Module], ...], dict[str, Any]]:
     name = original.__name__
+    if isinstance(kernels, GatedKernels):
+        return (PatchedGatedNorm,), {"_jitnorm_kernels": kernels}
     if kernels is not None:
         return (base_of(original),), {"_jitnorm_kernels": kernels}
     if name in ATTENTION_CLASSES:
@@ -157,12 +171,12 @@ def _bases_and_attributes(
 
 def _reduce(module: torch.nn.Module, protocol: Any) -> Any:
     # Pickle looks classes up by name, and a patched class is created at run time.
-    kernels = module._jitnorm_kernels if isinstance(module, PatchedNorm) else None
-    rule = () if kernels is None else (kernels.rule.name, kernels.eps_attribute, kernels.rounding)
+    rule = module._jitnorm_kernels.arguments if isinstance(module, (PatchedNorm, PatchedGatedNorm)) else ()
     patched: Any = type(module)
     return _rebuild, (original_class(module), patched._jitnorm_rounding, *rule), module.__dict__
 
 
-def _rebuild(original: type[torch.nn.Module], rounding: str, *rule: str) -> torch.nn.Module:
-    cls = patched_class(original, kernels_of(*rule) if rule else None, rounding)
+def _rebuild(original: type[torch.nn.Module], rounding: str, *rule: Any) -> torch.nn.Module:
+    find = gated_kernels_of if rule and rule[0] in GATED_RULES else kernels_of
+    cls = patched_class(original, find(*rule) if rule else None, rounding)
     return cls.__new__(cls)

@@ -10,6 +10,7 @@ import torch
 from jitnorm.core.norm_modules import original_class
 from jitnorm.integrations.transformers_attention import ROTARY_CLASSES
 from jitnorm.integrations.transformers_classes import find_replacement, is_patched, kind_of
+from jitnorm.integrations.transformers_gated import PatchedGatedNorm
 from jitnorm.integrations.transformers_layers import (
     MODELS,
     PatchedDecoderLayer,
@@ -72,7 +73,7 @@ def _describe(module: torch.nn.Module, kind: str) -> str:
         return "prepares the cosines and sines for the kernels of its layers"
     if not is_plain(module) and "forward" in vars(module):
         return "but its forward was replaced on the instance since"
-    if isinstance(module, PatchedNorm):
+    if isinstance(module, (PatchedNorm, PatchedGatedNorm)):
         rule = module._jitnorm_kernels.rule
         return f"one kernel normalises and rounds once (rule {rule.name}: {rule.formula})"
     if kind == "attention":

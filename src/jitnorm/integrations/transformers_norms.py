@@ -36,6 +36,11 @@ class NormKernels:
     rounding: str
     norm: Callable[..., torch.Tensor]
 
+    @property
+    def arguments(self) -> tuple[str, ...]:
+        """Return those of `kernels_of`, for pickle."""
+        return self.rule.name, self.eps_attribute, self.rounding
+
     def fused_add(self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float) -> None:
         """Add and normalise the sum as rounded, in place, as the addition and the norm in transformers do."""
         offset = self.rule.weight_offset

@@ -61,8 +61,8 @@ RULES = {
 _EPS_NAMES = ("variance_epsilon", "eps")
 # float32 results differ from float64 by a few roundings, of 2^-24 each. A rounding to bfloat16 is 2^-9.
 _TOLERANCE = 2.0**-20
-_FACTORS = (1 - _TOLERANCE, 1 + _TOLERANCE)
-_PROBE_EPS = 0.0371  # and multiples, large enough to change all but the last bits of a result
+FACTORS = (1 - _TOLERANCE, 1 + _TOLERANCE)
+PROBE_EPS = 0.0371  # and multiples, large enough to change all but the last bits of a result
 _MIN_ELEMENTS, _MAX_COLUMNS = 4096, 512
 _PLAIN_TYPES = (
     *(type(None), bool, int, float, str, bytes, type, torch.dtype, torch.device, torch.Size),
@@ -99,17 +99,17 @@ def recognise(module: torch.nn.Module, named: NormRule | None = None) -> Recogni
     Raises:
         ValueError: the module computes other values than the named rule.
     """
-    if reason := _reason_of_structure(module):
+    if reason := reason_of_structure(module):
         return Recognition(reason=reason)
     found = _probe_cached(module)
     if named is None:
         return found
     name = type(module).__name__
     if found.same_values is None:
-        eps_names = _eps_names(module)
-        if len(eps_names) > 1 and eps_names[0] not in _EPS_NAMES:
-            return Recognition(reason=f"{name} has several attributes for eps: {', '.join(eps_names)}")
-        return Recognition(named, eps_names[0])
+        names_of_eps = eps_names(module)
+        if len(names_of_eps) > 1 and names_of_eps[0] not in _EPS_NAMES:
+            return Recognition(reason=f"{name} has several attributes for eps: {', '.join(names_of_eps)}")
+        return Recognition(named, names_of_eps[0])
     for rule, eps_attribute in found.same_values:
         if rule is named:
             return Recognition(rule, eps_attribute)
@@ -119,8 +119,8 @@ def recognise(module: torch.nn.Module, named: NormRule | None = None) -> Recogni
     )
 
 
-def _reason_of_structure(module: torch.nn.Module) -> str | None:
-    """Return why a module is no RMSNorm with one weight and one input, or None."""
+def reason_of_structure(module: torch.nn.Module, has_gate: bool = False) -> str | None:
+    """Return why a module is no RMSNorm with one weight and one input, or None. It may have a gate with `has_gate`."""
     name = type(module).__name__
     if is_module_of_jitnorm(module):
         return f"{name} is a module of jitnorm, which calls the kernels"
@@ -138,14 +138,14 @@ def _reason_of_structure(module: torch.nn.Module) -> str | None:
     weight = parameters["weight"]
     if type(weight) is not torch.nn.Parameter or weight.dim() != 1 or not weight.shape[0]:
         return f"{name} has no one-dimensional torch.nn.Parameter weight"
-    if not _eps_names(module):
+    if not eps_names(module):
         return f"{name} has no float attribute for eps"
-    if others := _further_parameters(type(module)):
+    if not has_gate and (others := _further_parameters(type(module))):
         return f"the forward of {name} takes more than the input: {', '.join(others)}"
     return None
 
 
-def _eps_names(module: torch.nn.Module) -> list[str]:
+def eps_names(module: torch.nn.Module) -> list[str]:
     """Return the names of attributes that may be the eps. It may be None, which torch.nn.RMSNorm takes."""
     attributes = vars(module)
     names = [key for key, value in attributes.items() if "eps" in key.lower() and type(value) is float]
@@ -157,6 +157,11 @@ def _eps_names(module: torch.nn.Module) -> list[str]:
 def _further_parameters(cls: type[torch.nn.Module]) -> list[str]:
     """Return the names of the parameters of a forward after its input."""
     return [p.name for p in _parameters(cls)[1:] if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+
+
+def takes_gate(cls: type[torch.nn.Module]) -> bool:
+    """Return whether the forward of a class takes hidden states and a gate, by the names of transformers."""
+    return [p.name for p in _parameters(cls)] == ["hidden_states", "gate"]
 
 
 def input_name(cls: type[torch.nn.Module]) -> str:
@@ -177,17 +182,28 @@ _recognised: dict[Any, Recognition] = {}
 
 def _probe_cached(module: torch.nn.Module) -> Recognition:
     """Probe a module of one weight, unless one with the same class, forward, size and attributes was probed."""
-    cls, attributes = type(module), _attributes(module)
-    if hasattr(cls.forward, "_torchdynamo_orig_callable"):
-        return Recognition(reason=f"the forward of {cls.__name__} is compiled")
+    attributes = plain_attributes(module)
+    if reason := reason_of_compiled(type(module)):
+        return Recognition(reason=reason)
     size = module._parameters["weight"].shape[0]  # type: ignore[union-attr]
-    key = cls, cls.forward, size, _frozen(attributes), tuple(module._parameters), tuple(module._buffers)
+    key = probe_key(module, attributes, size)
     if key not in _recognised:
         _recognised[key] = _probe(module, attributes, size)
     return _recognised[key]
 
 
-class _UnknownError(Exception):
+def reason_of_compiled(cls: type[torch.nn.Module]) -> str | None:
+    """Return why a class is not probed whose forward would be compiled for each probe, or None."""
+    return f"the forward of {cls.__name__} is compiled" if hasattr(cls.forward, "_torchdynamo_orig_callable") else None
+
+
+def probe_key(module: torch.nn.Module, attributes: dict[str, Any], size: int) -> tuple[Any, ...]:
+    """Return what is the same for all modules for which one probe suffices."""
+    cls = type(module)
+    return cls, cls.forward, size, frozen(attributes), tuple(module._parameters), tuple(module._buffers)
+
+
+class UnknownAttributeError(Exception):
     """The forward of a probe uses an attribute of which the probe has no copy."""
 
 
@@ -195,16 +211,16 @@ class _Unknown:
     """Stands for an attribute that is no plain value, such as a config, which a probe must not share with the norm."""
 
     def __getattr__(self, name: str) -> NoReturn:
-        raise _UnknownError
+        raise UnknownAttributeError
 
     def __call__(self, *args: Any, **kwargs: Any) -> NoReturn:
-        raise _UnknownError
+        raise UnknownAttributeError
 
     def __bool__(self) -> NoReturn:
-        raise _UnknownError
+        raise UnknownAttributeError
 
     def __getitem__(self, key: Any) -> NoReturn:
-        raise _UnknownError
+        raise UnknownAttributeError
 
     def __deepcopy__(self, memo: Any) -> _Unknown:
         return self
@@ -213,7 +229,7 @@ class _Unknown:
 _UNKNOWN = _Unknown()
 
 
-def _attributes(module: torch.nn.Module) -> dict[str, Any]:
+def plain_attributes(module: torch.nn.Module) -> dict[str, Any]:
     """Return the attributes that a module has besides those of every module, with `_UNKNOWN` for no plain values."""
     own = {key: value for key, value in vars(module).items() if key not in _MODULE_ATTRIBUTES}
     return {key: value if value is _UNKNOWN or _is_plain(value) else _UNKNOWN for key, value in own.items()}
@@ -225,22 +241,22 @@ def _is_plain(value: Any) -> bool:
     return isinstance(value, _PLAIN_TYPES) or (isinstance(value, (tuple, list, set)) and all(map(_is_plain, value)))
 
 
-def _frozen(value: Any) -> Any:
+def frozen(value: Any) -> Any:
     """Return a plain value as one that can be a key and differs from every other value."""
     if isinstance(value, dict):
-        return dict, tuple((_frozen(key), _frozen(part)) for key, part in value.items())
+        return dict, tuple((frozen(key), frozen(part)) for key, part in value.items())
     if isinstance(value, (tuple, list)):
-        return type(value), tuple(map(_frozen, value))
-    return (set, frozenset(map(_frozen, value))) if isinstance(value, set) else (type(value), value)
+        return type(value), tuple(map(frozen, value))
+    return (set, frozenset(map(frozen, value))) if isinstance(value, set) else (type(value), value)
 
 
 def _probe(module: torch.nn.Module, attributes: dict[str, Any], size: int) -> Recognition:
-    name, eps_names = type(module).__name__, _eps_names(module)
-    candidates = [(rule, key) for rule in RULES.values() for key in eps_names]
-    known_eps = {key: _PROBE_EPS * (i + 1) for i, key in enumerate(eps_names)}
+    name, names_of_eps = type(module).__name__, eps_names(module)
+    candidates = [(rule, key) for rule in RULES.values() for key in names_of_eps]
+    known_eps = {key: PROBE_EPS * (i + 1) for i, key in enumerate(names_of_eps)}
     values: tuple[tuple[NormRule, str], ...] | None = None
     try:
-        with _isolated():
+        with isolated():
             # Each with the number of dimensions of the input, and what is set on the copy.
             for dtype, dimensions, changes, training in (
                 (torch.float32, 3, known_eps, False),
@@ -249,7 +265,7 @@ def _probe(module: torch.nn.Module, attributes: dict[str, Any], size: int) -> Re
                 (torch.bfloat16, 3, {}, False),
                 (torch.float16, 3, {}, False),
             ):
-                case = _run(module, {**attributes, **changes}, training, size, eps_names[0], dtype, dimensions)
+                case = run_probe(module, {**attributes, **changes}, training, size, names_of_eps[0], dtype, dimensions)
                 if isinstance(case, str):
                     return Recognition(reason=f"the forward of {name} {case}", same_values=())
                 candidates = [(rule, key) for rule, key in candidates if case.agrees(rule, key)]
@@ -257,7 +273,7 @@ def _probe(module: torch.nn.Module, attributes: dict[str, Any], size: int) -> Re
                     values = tuple(candidates)
                 if not candidates:
                     return Recognition(reason=f"{name} {case.difference()}", same_values=values)
-    except _UnknownError:
+    except UnknownAttributeError:
         return Recognition(reason=f"the forward of {name} uses an attribute that is no plain value", same_values=values)
     except Exception as error:  # whatever the forward of another library raises
         raised = f"the forward of {name} raised {type(error).__name__} on random input"
@@ -266,7 +282,7 @@ def _probe(module: torch.nn.Module, attributes: dict[str, Any], size: int) -> Re
 
 
 @contextmanager
-def _isolated() -> Iterator[None]:
+def isolated() -> Iterator[None]:
     """Let nothing of the caller's modes and devices into a probe, and nothing of a probe into the random numbers."""
     with ExitStack() as stack:
         stack.enter_context(_disable_current_modes())
@@ -278,7 +294,7 @@ def _isolated() -> Iterator[None]:
 
 
 @dataclass(frozen=True)
-class _Case:
+class Case:
     """A call of a probe.
 
     Attributes:
@@ -286,12 +302,14 @@ class _Case:
         x: the input.
         weight: the weight, of the input's dtype.
         out: the result, of the input's shape and dtype.
+        gate: the gate, of the input's shape and dtype, or None.
     """
 
     attributes: dict[str, Any]
     x: torch.Tensor
     weight: torch.Tensor
     out: torch.Tensor
+    gate: torch.Tensor | None = None
 
     def agrees(self, rule: NormRule, eps_attribute: str) -> bool:
         """Return whether the result is that of a rule, with any roundings in float32 before those of the rule.
@@ -300,10 +318,15 @@ class _Case:
         one that is a little larger, bound the result: they are apart only where n is next to a tie.
         """
         columns, dtype = self._columns(), self.x.dtype
-        w, result = self.weight[columns].double(), self.out[..., columns].double()
+        w = self.weight[columns].double()
         n = self._normalise(self.x.double(), eps_attribute)[..., columns]
-        low, high = (rule.compute(n * factor, w, lambda t: t.to(dtype).double()) for factor in _FACTORS)
-        slack = _TOLERANCE * high.abs() if dtype == torch.float32 else 0
+        low, high = (rule.compute(n * factor, w, lambda t: t.to(dtype).double()) for factor in FACTORS)
+        return self.is_within(low, high, columns)
+
+    def is_within(self, low: torch.Tensor, high: torch.Tensor, columns: Any = slice(None)) -> bool:
+        """Return whether the result is between two bounds in some columns, in float32 but for a few roundings."""
+        result = self.out[..., columns].double()
+        slack = _TOLERANCE * high.abs() if self.x.dtype == torch.float32 else 0
         return bool(((result >= torch.minimum(low, high) - slack) & (result <= torch.maximum(low, high) + slack)).all())
 
     def difference(self) -> str:
@@ -328,7 +351,7 @@ class _Case:
         return torch.arange(0, size, -(-size // _MAX_COLUMNS))
 
 
-def _run(
+def run_probe(
     module: torch.nn.Module,
     attributes: dict[str, Any],
     training: bool,
@@ -336,7 +359,8 @@ def _run(
     eps_attribute: str,
     dtype: torch.dtype,
     dimensions: int,
-) -> _Case | str:
+    has_gate: bool = False,
+) -> Case | str:
     """Return what a copy of a module computes for random input, or how it behaves unlike a norm.
 
     Args:
@@ -347,21 +371,30 @@ def _run(
         eps_attribute: the eps, for the size of the input.
         dtype: of the input and the weight.
         dimensions: of the input.
+        has_gate: whether the forward takes a gate.
     """
     generator = torch.Generator("cpu").manual_seed(0)
     weight = (1 + 0.5 * torch.randn(size, generator=generator, dtype=torch.float32)).to(dtype)
     x = _input(size, dtype, dimensions, resolve_eps(attributes[eps_attribute], weight), generator)
     probe = _copy(module, attributes, training)
     probe._parameters["weight"] = torch.nn.Parameter(weight.clone(), requires_grad=False)
-    given, before = x.clone(), _frozen(_attributes(probe))
-    out = probe.forward(given)
+    gate = 2 * torch.randn(x.shape, generator=generator, dtype=torch.float32) if has_gate else None
+    given, before = [x.clone()], frozen(plain_attributes(probe))
+    if gate is not None:
+        gate = gate.to(dtype)
+        given.append(gate.clone())
+    out = probe.forward(*given)
     if type(out) is not torch.Tensor or out.shape != x.shape or out.dtype != dtype:
         return "does not return a tensor of its input's shape and dtype"
-    if not torch.equal(given, x):
+    if not torch.equal(given[0], x) or (gate is not None and not torch.equal(given[1], gate)):
         return "changes its input"
-    if _frozen(_attributes(probe)) != before or not _has_only_weight(probe, weight) or probe.training is not training:
+    if (
+        frozen(plain_attributes(probe)) != before
+        or not _has_only_weight(probe, weight)
+        or probe.training is not training
+    ):
         return "changes the module"
-    return _Case(attributes, x, weight, out)
+    return Case(attributes, x, weight, out, gate)
 
 
 def _has_only_weight(probe: torch.nn.Module, weight: torch.Tensor) -> bool:

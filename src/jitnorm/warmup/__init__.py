@@ -24,7 +24,6 @@ from jitnorm.core.norms import is_supported_hidden_size
 from jitnorm.core.operators import OPERATORS
 from jitnorm.core.targets import resolve_target
 from jitnorm.general_rmsnorm import ROUNDINGS as NORM_ROUNDINGS
-from jitnorm.general_rmsnorm import Form
 from jitnorm.jit.spec import KernelSpec
 from jitnorm.qknorm_rope_store import E4M3, ROUNDINGS
 
@@ -119,8 +118,9 @@ def warmup(
     Args:
         op: The operator's name. None for all that a forward pass of the config's model calls, its norms with and
             without a residual, its activation and its cache among them; without a config, for "rmsnorm".
-        hidden_size: The size of the normalised dimension; head_dim for operators on heads (fused_inplace_qknorm,
-            qk_norm_rope_store, rope, store_cache_heads), d for activations, and the elements in a row for store_cache.
+        hidden_size: The size of the normalised dimension, or of a group of gated_rmsnorm; head_dim for operators on
+            heads (fused_inplace_qknorm, qk_norm_rope_store, rope, store_cache_heads), d for activations, and the
+            elements in a row for store_cache.
             The last two do not need one: without it they are built for sizes of whole 16 bytes, as nearly all are.
             Quantisation alone takes none: one kernel serves all sizes.
         dtype: The input's dtype, such as "bf16", "bfloat16" or torch.bfloat16. None for the config's own, or else
@@ -137,9 +137,11 @@ def warmup(
         q_out_dtype: The dtype of the result for q: the input's, for which None stands, or "fp8".
         interleaved: Whether elements 2 i and 2 i + 1 form a pair (is_neox=False). None for the config's, or else False.
         mrope: Whether tokens have three positions. None for the config's, or else False.
-        rounding: "once", for which None stands; "each_step" of qk_norm_rope_store and rope; "hf" of the general norms.
+        rounding: "once", for which None stands; "each_step" of qk_norm_rope_store and rope; "hf" of the general norms
+            and the gated ones.
         form: Of the general norms: "rows", for which None stands, "strided" for rows under several leading dimensions,
-            or "unaligned"; behind it may stand "+no_weight" and "+bias".
+            or "unaligned"; behind it may stand "+no_weight" and "+bias". Of the gated norms: "strided", for which None
+            stands, or "unaligned"; behind it may stand "+no_weight", "+fp32_gate" and "+sigmoid".
         hidden_size2: Of dual_rmsnorm: the size of its second input. None for `hidden_size`, or the config's.
         process_group: The ranks that share the work, such as `torch.distributed.group.WORLD`. None for this process
             alone.
@@ -307,8 +309,7 @@ def _option(name: str, value: Any) -> Any:
         choice(name, value, ALL_ROUNDINGS)
         return value
     if name == "form":
-        Form.parse(str(value))
-        return value
+        return str(value)  # of which the operator knows the meaning
     if name in ("rotary_dim", "hidden_size2"):
         if (number := _integer(name, value)) < 1:
             raise ValueError(f"{name} must be 1 or more, got {number}")
