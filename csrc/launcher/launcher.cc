@@ -80,6 +80,7 @@ constexpr Binding kBindings[] = {
     binding<RMSNormInfo, rmsnorm<CudaKernel<RMSNormInfo>>>("rmsnorm"),
     binding<RMSNormInfo, fused_add_rmsnorm<CudaKernel<RMSNormInfo>>>("fused_add_rmsnorm"),
     binding<RMSNormInfo, general_rmsnorm<CudaKernel<RMSNormInfo>>>("general_rmsnorm"),
+    binding<RMSNormInfo, layernorm<CudaKernel<RMSNormInfo>>>("layernorm"),
     binding<RMSNormInfo, rmsnorm_quant_fp8<CudaKernel<RMSNormInfo>>>("rmsnorm_quant_fp8"),
     binding<RMSNormInfo, fused_add_rmsnorm_quant_fp8<CudaKernel<RMSNormInfo>>>("fused_add_rmsnorm_quant_fp8"),
     binding<QKNormInfo, fused_inplace_qknorm<CudaKernel<QKNormInfo>>>("fused_inplace_qknorm"),

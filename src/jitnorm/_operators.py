@@ -7,6 +7,7 @@ the package.
 import jitnorm.activation
 import jitnorm.fused_add_rmsnorm
 import jitnorm.general_rmsnorm
+import jitnorm.layernorm
 import jitnorm.qknorm
 import jitnorm.qknorm_rope_store
 import jitnorm.quant_fp8

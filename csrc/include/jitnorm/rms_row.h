@@ -123,12 +123,15 @@ struct RMSNormKernelBase : S {
   static constexpr int kHiddenSize = kHiddenSize_;
   static constexpr int kElementsPerVector = elements_per_vector(kHiddenSize, Bytes::kWider);
   static constexpr bool kHasWholeVectors = kElementsPerVector * Bytes::kWider == 16;
-  // Of rows of input and output, in bytes, and of the weight and the residual.
+  // The widest access to rows of E, in bytes.
+  template <typename E>
+  static constexpr int kAccessBytesOf = Policy::kAccessBytes == 0 ? sizeof(E) : Policy::kAccessBytes;
+  // Of rows of the input, in bytes, and of the others.
   template <typename E>
   static constexpr int kAlignmentOf =
-      min(Policy::kAccessBytes, kHiddenSize * sizeof(E) % 16 == 0 ? 16 : kElementsPerVector * int(sizeof(E)));
+      min(kAccessBytesOf<E>, kHiddenSize * sizeof(E) % 16 == 0 ? 16 : kElementsPerVector * int(sizeof(E)));
   static constexpr unsigned kAlignment = kAlignmentOf<T>, kWeightAlignment = kAlignmentOf<W>,
-                            kResidualAlignment = kAlignmentOf<residual_t>;
+                            kResidualAlignment = kAlignmentOf<residual_t>, kOutputAlignment = kAlignmentOf<output_t>;
   static constexpr float kInverse = 1. / kHiddenSize;
   static constexpr float kInverseResidue = 1. / kHiddenSize - kInverse;  // the rounding error of kInverse
   static constexpr int kRowBytes = kHiddenSize * Bytes::kInput;
@@ -181,6 +184,7 @@ struct RowFragment {
   static constexpr bool kSumReplacesX = Policy::kRoundSum && sizeof(R) == sizeof(T);
 
   const int lane;
+  float mean;  // subtracted by `value`; of policies with kSubtractsMean alone
   Vector<T, kElementsPerVector> x[kVectorsPerThread];
   Vector<R, kElementsPerVector> residual[Policy::kHasResidual ? kVectorsPerThread : 1];
   Vector<W, kElementsPerVector> weight[Policy::kHasWeight ? kVectorsPerThread : 1];
@@ -198,7 +202,7 @@ struct RowFragment {
   __device__ __forceinline__ void read(Vector<E, kElementsPerVector> (&dst)[kSize], const E* src) {
 #pragma unroll
     for (int i = 0; i < kSize; i++)
-      if (has(i)) dst[i] = load_aligned_to<Policy::kAccessBytes, E, kElementsPerVector>(src + offset(i));
+      if (has(i)) dst[i] = load_aligned_to<Kernel::template kAccessBytesOf<E>, E, kElementsPerVector>(src + offset(i));
   }
 
   // Adds the input to the residual, and stores the sum to `dst`.
@@ -224,11 +228,31 @@ struct RowFragment {
   __device__ __forceinline__ void value(int i, float (&f)[kElementsPerVector]) const {
     if constexpr (Policy::kRoundSum && !kSumReplacesX) return to_float(residual[i], f);
     to_float(x[i], f);
+    if constexpr (Policy::kSubtractsMean) {
+      static_assert(!Policy::kHasResidual, "LayerNorm has no residual");
+#pragma unroll
+      for (int j = 0; j < kElementsPerVector; j++) f[j] -= mean;
+    }
     if (!Policy::kHasResidual || Policy::kRoundSum) return;
     float r[kElementsPerVector];
     to_float(residual[i], r);
 #pragma unroll
     for (int j = 0; j < kElementsPerVector; j++) f[j] += r[j];
+  }
+
+  // Of the input, for the mean.
+  __device__ __forceinline__ float sum() const {
+    float sum = 0;
+#pragma unroll
+    for (int i = 0; i < kVectorsPerThread; i++) {
+      if (!has(i)) continue;
+      float f[kElementsPerVector], elements = 0;  // one sum per vector, as in sum_of_squares
+      to_float(x[i], f);
+#pragma unroll
+      for (int j = 0; j < kElementsPerVector; j++) elements += f[j];
+      sum += elements;
+    }
+    return sum;
   }
 
   __device__ __forceinline__ float sum_of_squares() const {
@@ -246,7 +270,7 @@ struct RowFragment {
     return sum;
   }
 
-  // The i-th vector of the result, in float. `rstd` is the reciprocal root mean square of the row.
+  // The i-th vector of the result, in float. `rstd` is the reciprocal root mean square of the row's values.
   __device__ __forceinline__ void normalised(int i, float rstd, float (&f)[kElementsPerVector]) const {
     float w[kElementsPerVector];
     value(i, f);
@@ -300,12 +324,12 @@ struct RowFragment {
       for (int j = 0; j < kElementsPerVector; j++) f[j] = epilogue(f[j]);
       Vector<Out, kElementsPerVector> y;
       from_float(f, y);
-      store_aligned_to<Policy::kAccessBytes>(out + offset(i), y);
+      store_aligned_to<Kernel::template kAccessBytesOf<Out>>(out + offset(i), y);
     }
   }
 };
 
-// The mean of squares plus eps, with one rounding even if 1 / kHiddenSize is not exact in float. kInverseResidue may be
+// The mean of a row's numbers plus eps, from their sum, with one rounding even if 1 / kHiddenSize is not exact in float. kInverseResidue may be
 // negative, so it never multiplies an infinite sum: inf - inf would be NaN.
 template <typename Kernel>
 __device__ __forceinline__ float mean_plus_eps(float sum, float eps) {
