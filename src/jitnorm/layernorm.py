@@ -310,8 +310,9 @@ def _torch_layernorm(
     input: Any, weight: Any, bias: Any, eps: float, return_stats: bool, enable_pdl: bool | None = None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     out, (mean, rstd) = norms.new_like(input), _new_stats(input, return_stats)
-    stats = (mean, rstd) if return_stats else (None, None)
-    _torch_layernorm_out(input, weight, bias, out, *stats, eps, enable_pdl)
+    _torch_layernorm_out(
+        *(input, weight, bias, out, mean if return_stats else None, rstd if return_stats else None), eps, enable_pdl
+    )
     return out, mean, rstd
 
 

@@ -142,8 +142,10 @@ struct RMSNormKernelBase : S {
   static constexpr int kVectorsPerThread = (kVectorsPerRow + S::kThreadsPerRow - 1) / S::kThreadsPerRow;
   // 64 KiB of rows in flight on an SM keep memory busy. Where blocks are large, kMinBlocksPerSM limits registers for
   // that, as far as a thread's vectors of row, residual and weight allow. Small blocks fit an SM in any case.
+  // LayerNorm nearly always has a bias, whose vectors would spill.
+  static constexpr int kFactorBytes = sizeof(W) * (Policy::kSubtractsMean && Policy::kHasBias ? 2 : 1);
   static constexpr int kRegistersPerThread =
-      (4 * kVectorsPerThread + 12) * kElementsPerVector * (Bytes::kInput + Bytes::kResidual + int(sizeof(W))) / 16;
+      (4 * kVectorsPerThread + 12) * kElementsPerVector * (Bytes::kInput + Bytes::kResidual + kFactorBytes) / 16;
   static constexpr int kMaxBlocksPerSM =
       min(kRegistersPerSM / (kRegistersPerThread * kThreads), kThreadsOnAnySM / kThreads);
   // The kernels of clusters need more registers.
@@ -217,7 +219,7 @@ struct RowFragment {
       for (int j = 0; j < kElementsPerVector; j++) f[j] += r[j];
       Vector<R, kElementsPerVector> sum;
       from_float(f, sum);
-      store_aligned_to<Policy::kAccessBytes>(dst + offset(i), sum);
+      store_aligned_to<Kernel::template kAccessBytesOf<R>>(dst + offset(i), sum);
       if constexpr (kSumReplacesX) x[i] = sum;
       else if constexpr (Policy::kRoundSum) residual[i] = sum;
     }

@@ -21,6 +21,7 @@ from jitnorm.dispatch import flashinfer_backend
 
 BACKENDS = ("auto", "auto-fast", "jit", "flashinfer", "torch")
 VARIABLE = "JITNORM_BACKEND"
+OPS = (*flashinfer_backend.RANKS, "layernorm")
 
 # torch.fx.symbolic_trace records the call, and its graph selects the backend when it runs.
 _RECORDED = "torch.fx", "torch.fx is tracing"
@@ -88,11 +89,11 @@ def explain(
     Nothing is written, built or launched; FlashInfer is imported if the answer depends on it.
 
     Args:
-        op: "rmsnorm", "gemma_rmsnorm", "fused_add_rmsnorm" or "gemma_fused_add_rmsnorm".
+        op: "rmsnorm", "gemma_rmsnorm", "fused_add_rmsnorm", "gemma_fused_add_rmsnorm" or "layernorm".
         input: as in the call.
         weight: as in the call.
         other: the residual of a fused operator; `out` of the others, if it is given.
-        forms: `bias`, `rounding` and `return_rstd`, as in the call.
+        forms: `bias`, `rounding` and `return_rstd`, or `return_stats`, as in the call.
 
     Returns:
         "flashinfer", "jit" or "torch", and the reason in words.
@@ -102,9 +103,10 @@ def explain(
         ValueError: there is no operator `op`, or JITNORM_BACKEND names no backend.
         TypeError: an argument is not a tensor.
     """
-    if op not in flashinfer_backend.RANKS:
-        raise ValueError(f"op must be one of {', '.join(flashinfer_backend.RANKS)}, got {op!r}")
-    return select_backend(op, input, weight, other, is_plain(weight, **forms))  # type: ignore[arg-type]
+    if op not in OPS:
+        raise ValueError(f"op must be one of {', '.join(OPS)}, got {op!r}")
+    plain = op in flashinfer_backend.RANKS and is_plain(weight, **forms)  # type: ignore[arg-type]
+    return select_backend(op, input, weight, other, plain)
 
 
 def is_plain(
@@ -139,6 +141,8 @@ def select_backend(
             reason = "torch.compile is tracing"
         elif input.dtype not in (torch.float16, torch.bfloat16):
             reason = "the input is neither float16 nor bfloat16"
+        elif op not in flashinfer_backend.RANKS:
+            reason = f"jitnorm.dispatch calls no {op} of FlashInfer"
         elif weight is None or not is_plain:
             reason = "FlashInfer has neither norms without a weight nor bias, rstd or another rounding"
         else:
