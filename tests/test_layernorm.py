@@ -308,7 +308,9 @@ def test_opcheck(device):
     check("layernorm_out", rows(3, 5, 60), rows(60), None, rows(3, 5, 60), *stats, EPS)
     check("layernorm_out", rows(3, 5, 60), None, rows(60), rows(3, 5, 60), None, None, EPS, True)
     scale, out = torch.ones(1, device=device), torch.zeros(3, 5, 60, device=device).to(E4M3)
-    check_operator(torch.ops.jitnorm.layernorm_quant_fp8.default, (rows(3, 5, 60), rows(60), rows(60), out, scale, EPS))
+    check_operator(
+        torch.ops.jitnorm.layernorm_quant_fp8.default, (rows(3, 5, 60), rows(60), rows(60), out, scale, EPS, None)
+    )
 
 
 # Refused calls
@@ -498,7 +500,7 @@ def test_module_calls_the_kernel_where_it_serves(device, monkeypatch):
     nn.LayerNorm([7, 300], device=device)(x)
     torch.func.grad(lambda x: ours(x).square().sum())(x)
     with torch.autocast(device, torch.bfloat16):
-        assert ours(x.bfloat16()).dtype == theirs(x.bfloat16()).dtype == torch.float32
+        assert ours(x.bfloat16()).dtype == theirs(x.bfloat16()).dtype  # float32 on CUDA
     assert len(called) == 7
 
 

@@ -268,7 +268,7 @@ def layer_norm(
     if (
         len(normalized_shape) == 1
         and can_call_layernorm(input, weight, bias, normalized_shape[0])
-        and not torch.is_autocast_enabled(input.device.type)  # where F.layer_norm returns float32
+        and not torch.is_autocast_enabled(input.device.type)  # where F.layer_norm returns float32 on CUDA
     ):
         if not has_general_layout(input):
             input = input.clone(memory_format=torch.contiguous_format)
