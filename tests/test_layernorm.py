@@ -391,7 +391,7 @@ def test_stats_that_are_refused():
         (ValueError, "mean must have 4 elements", (mean[:3], rstd)),
         (ValueError, "rstd must have 4 elements", (mean, rstd[:3])),
         (ValueError, "mean must share no memory with rstd", (mean, mean)),
-        (ValueError, "mean must share no memory with input", (x[0, :4], rstd)),
+        (ValueError, "input must share no memory with mean", (x[0, :4], rstd)),
         (ValueError, "mean must be contiguous", (stats.t().contiguous()[:, 0], rstd)),
     ):
         with pytest.raises(kind, match=pattern):

@@ -57,8 +57,7 @@ __device__ __forceinline__ void rmsnorm_block(const typename Kernel::params_t& p
     if constexpr (kHasResidual) prefetch<Kernel::kResidualRowBytes>(residual + kRowsAhead * p.residual_stride);
   }
   if (kHasResidual && has_row) fragment.add_residual(residual);
-  if constexpr (kSubtractsMean)
-    fragment.mean = mean_plus_eps<Kernel>(row_sum(has_row ? fragment.sum() : 0.f, 0), 0.f);
+  if constexpr (kSubtractsMean) fragment.mean = mean_plus_eps<Kernel>(row_sum(has_row ? fragment.sum() : 0.f, 0), 0.f);
   const float squares = row_sum(has_row ? fragment.sum_of_squares() : 0.f, kSubtractsMean);
   if (kVariant == GridVariant::kSmallGrid) launch_dependents();
   const float rstd = rstd_of<T>(mean_plus_eps<Kernel>(squares, p.eps));

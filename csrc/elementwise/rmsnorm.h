@@ -265,9 +265,8 @@ Outcome general_norm(const Kernel& kernel, const TVMFFIAny* args, const DLTensor
   bool enable_pdl;
   if (!input || !out || info.has_residual != (residual != nullptr) || info.has_weight != (weight != nullptr) ||
       info.has_bias != (bias != nullptr) || (rstd == nullptr) != (args[5].type_index == kTVMFFINone) ||
-      (info.quantisation == Quantisation::kStatic) != (scale != nullptr) ||
-      !as_float(args[6], &eps) || !(eps >= 0) || !as_optional_bool(args[7], true, &enable_pdl) ||
-      !kernel.runs_on(input->device))
+      (info.quantisation == Quantisation::kStatic) != (scale != nullptr) || !as_float(args[6], &eps) || !(eps >= 0) ||
+      !as_optional_bool(args[7], true, &enable_pdl) || !kernel.runs_on(input->device))
     return Outcome::kRefused;
   const DLTensor* const others[] = {residual, weight, bias, out, rstd, mean, scale};
   for (const DLTensor* tensor : others)
@@ -283,14 +282,14 @@ Outcome general_norm(const Kernel& kernel, const TVMFFIAny* args, const DLTensor
   if (weight) arguments[count++] = {weight, info.weight, info.weight_alignment, &weight_rows};
   if (bias) arguments[count++] = {bias, info.weight, info.weight_alignment, &bias_row};
   if (!as_merged_rows(arguments, count, info.hidden_size)) return Outcome::kRefused;
-  if (input_rows.is_empty) return Outcome::kDone;
-  const index_t num_rows = input_rows.counts[0] * input_rows.counts[1] * input_rows.counts[2];
+  const index_t num_rows = input_rows.is_empty ? 0 : input_rows.counts[0] * input_rows.counts[1] * input_rows.counts[2];
   Rows rstd_elements{}, mean_elements{}, scale_element{};
   if (num_rows > kMaxDividend ||
       (rstd && !as_elements(rstd, kElementType<float>, num_rows, alignof(float), &rstd_elements)) ||
       (mean && !as_elements(mean, kElementType<float>, num_rows, alignof(float), &mean_elements)) ||
       (scale && !as_elements(scale, kElementType<float>, 1, alignof(float), &scale_element)))
     return Outcome::kRefused;
+  if (input_rows.is_empty) return Outcome::kDone;
   const StridedRows rstd_row = rstd ? as_one_row(*rstd) : StridedRows{};
   const StridedRows mean_row = mean ? as_one_row(*mean) : StridedRows{};
   const StridedRows scale_row = scale ? as_one_row(*scale) : StridedRows{};

@@ -262,9 +262,12 @@ def check(input: Any, weight: Any, bias: Any, out: Any, mean: Any, rstd: Any, ep
         return
     merged = _check_layouts({name: value for name, value in tensors.items() if name != "mean"}, ("out",))
     if mean is not None:
-        for name, value in tensors.items():
-            if name != "mean":
-                checks.no_shared_memory("mean", mean, name, value)
+        for name in ("weight", "bias", "rstd"):
+            if name in tensors:
+                checks.no_shared_memory("mean", mean, name, tensors[name])
+        for name in ("input", "out"):
+            if name in merged:
+                checks.no_shared_heads(name, merged[name], "mean", mean, has_heads=False)
     if out is not None and not checks.are_same_rows(merged["out"], merged["input"]):
         try:
             checks.no_shared_heads("out", merged["out"], "input", merged["input"])

@@ -27,7 +27,8 @@ struct Plain {
   static constexpr bool kIsGeneral = false, kHasWeight = true, kHasBias = false;
   static constexpr int kAccessBytes = 16;
 };
-// layernorm: out = (input - mean) * rstd * weight, where rstd is the reciprocal standard deviation. General adds a bias.
+// layernorm: out = (input - mean) * rstd * weight, where rstd is the reciprocal standard deviation. General adds a
+// bias.
 struct LayerNorm : Plain {
   static constexpr bool kSubtractsMean = true;
 };

@@ -331,8 +331,8 @@ struct RowFragment {
   }
 };
 
-// The mean of a row's numbers plus eps, from their sum, with one rounding even if 1 / kHiddenSize is not exact in float. kInverseResidue may be
-// negative, so it never multiplies an infinite sum: inf - inf would be NaN.
+// The mean of a row's numbers plus eps, from their sum, with one rounding even if 1 / kHiddenSize is not exact in
+// float. kInverseResidue may be negative, so it never multiplies an infinite sum: inf - inf would be NaN.
 template <typename Kernel>
 __device__ __forceinline__ float mean_plus_eps(float sum, float eps) {
   constexpr float kMaxFloat = 3.402823466e38f;

@@ -66,7 +66,8 @@ _DTYPE, _CACHE_DTYPE = click.Choice(list(DTYPES)), click.Choice(list(CACHE_DTYPE
 @click.option(
     "--form",
     **several(click.STRING),
-    help="Build a general norm for rows (the default), strided or unaligned; +no_weight and +bias may follow.",
+    help="Build a general norm for rows (the default), strided or unaligned; +no_weight and +bias may follow. The "
+    "default of LayerNorm is strided+bias.",
 )
 @click.option(
     "--config",

@@ -137,7 +137,8 @@ def warmup(
         mrope: Whether tokens have three positions. None for the config's, or else False.
         rounding: "once", for which None stands; "each_step" of qk_norm_rope_store and rope; "hf" of the general norms.
         form: Of the general norms: "rows", for which None stands, "strided" for rows under several leading dimensions,
-            or "unaligned"; behind it may stand "+no_weight" and "+bias".
+            or "unaligned"; behind it may stand "+no_weight" and "+bias". Of LayerNorm None stands for "strided+bias",
+            and "rows" are "strided".
         process_group: The ranks that share the work, such as `torch.distributed.group.WORLD`. None for this process
             alone.
         timeout: How many seconds after its start this call waits for other ranks, whatever it waits for. What is
