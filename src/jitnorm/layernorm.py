@@ -36,6 +36,7 @@ from jitnorm.jit.spec import KernelSpec, Target
 
 _E4M3 = torch.float8_e4m3fn
 _is_dynamo_compiling = torch.compiler.is_dynamo_compiling
+_Tensor = torch.Tensor
 
 
 @dataclass(eq=False, repr=False)
@@ -118,7 +119,9 @@ def layernorm(
     if not traced:
         try:
             key = _key(input, weight, bias, True, "once")
-            if key in LAYERNORM.functions and not needs_grad(input, weight, bias):
+            # A kernel would accept tensors of other packages. `key` has their dtype only for input and weight.
+            are_tensors = (bias is None or isinstance(bias, _Tensor)) and (out is None or isinstance(out, _Tensor))
+            if key in LAYERNORM.functions and are_tensors and not needs_grad(input, weight, bias):
                 result = norms.new_like(input) if out is None else out
                 mean, rstd = _new_stats(input) if return_stats else (None, None)
                 arguments = input, None, weight, bias, result, rstd, eps, enable_pdl, mean, None
@@ -192,7 +195,9 @@ def layernorm_quant_fp8(
     if not traced:
         try:
             key = _key(input, weight, bias, True, "once")
-            if key in LAYERNORM_QUANT_FP8.functions and not needs_grad(input, weight, bias, scale):
+            are_tensors = (bias is None or isinstance(bias, _Tensor)) and (out is None or isinstance(out, _Tensor))
+            are_tensors = are_tensors and isinstance(scale, _Tensor)
+            if key in LAYERNORM_QUANT_FP8.functions and are_tensors and not needs_grad(input, weight, bias, scale):
                 result = norms.new_like(input, _E4M3) if out is None else out
                 arguments = input, None, weight, bias, result, None, eps, enable_pdl, None, scale
                 if LAYERNORM_QUANT_FP8.try_fast_path(key, arguments, ()):
