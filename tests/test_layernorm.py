@@ -451,6 +451,15 @@ def test_dispatch_on_a_device_without_kernels(no_backend, monkeypatch):
         dispatch.layernorm(x, w, b, out=torch.empty_like(x))
 
 
+@pytest.mark.slow
+def test_dispatch_compiles_into_one_graph(device, no_backend):
+    x, w, b = inputs(5, 300, dtype=FP32, device=device)
+    for tensors in ((x, w, b), (x.double(), w.double(), b.double())):
+        found = compiled(lambda *t: dispatch.layernorm(*t, return_stats=True))(*tensors)
+        for one, other in zip(found, dispatch.layernorm(*tensors, return_stats=True), strict=True):
+            assert same_bits(one, other)
+
+
 def test_dispatch_is_recorded_by_fx(no_backend):
     w = torch.randn(300)
     graph = torch.fx.symbolic_trace(lambda x: dispatch.layernorm(x, w))

@@ -45,7 +45,7 @@ def cubin() -> bytes:
 
 
 def test_a_cubin_describes_its_kernel(cubin):
-    """The fields of LaunchInfo, the types, the alignments and the hidden size, as csrc/include/jitnorm declares them."""
+    """The fields of LaunchInfo, the types, the alignments and the hidden size, as csrc/include/jitnorm has them."""
     info = Elf(cubin).variable(KERNEL_INFO)
     arch, threads, _, _, blocks_per_cluster = struct.unpack_from("<IIIII", info)
     assert arch == 90 and threads % 32 == 0 and blocks_per_cluster == 1
