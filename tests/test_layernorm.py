@@ -8,7 +8,7 @@ import pickle
 import pytest
 import torch
 import torch.nn.functional as F
-from fp8_reference import check_operator, codes, encode, quotient
+from fp8_reference import check_operator, codes, decode, encode, quotient
 from helpers import DTYPES, TOLERANCE, compiled, relative_error, same_bits
 from operator_calls import forget_kernels
 
@@ -29,7 +29,7 @@ BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 SIZES = [1, 2, 3, 100, 250, 257, 300, 768, 1001, 2880, 5000, 12288]
 LONG_SIZES = [16384, 20481, 32768, 40004, 65535, 65536]
 PAIRS = [(BF16, BF16), (FP16, FP32), (FP32, BF16)]
-QUANT_ERROR = 4e-6  # of the normalised float32 number, relative to its terms: two sums, the root, and two products
+QUANT_ERROR = 2e-6  # of the normalised float32 number, relative to its terms: two sums, the root, and two products
 
 
 def sizes_and_dtypes(cpu_sizes):
@@ -105,8 +105,8 @@ def test_a_large_mean_costs_no_variance(device, hidden_size):
     x = torch.randn(5, hidden_size, device=device) + 1000
     out, mean, rstd = layernorm(x, return_stats=True)
     expected, exact_mean, exact_rstd = reference(x)
-    assert relative_error(mean, exact_mean) <= 3e-7 and relative_error(rstd, exact_rstd) <= 1e-6
-    assert relative_error(out, expected) <= 3e-4  # of the mean's rounding: half an ulp of 1000 is 3e-5
+    assert relative_error(mean, exact_mean) <= 5e-7 and relative_error(rstd, exact_rstd) <= 1e-6
+    assert relative_error(out, expected) <= 6e-4  # of the mean, whose ulp is 6e-5
 
 
 def test_rows_of_one_number_become_the_bias(device):
@@ -214,11 +214,14 @@ def test_float8_matches_the_definition(device, hidden_size, dtypes):
     for weight, bias in ((w, b), (None, None)):
         q, s = layernorm_quant_fp8(x, weight, bias, scale, EPS, out)
         assert q is out and s is scale and same_bits(x, before)
-        y, *_ = reference(x, weight, bias)
-        terms = y.abs() if bias is None else (y - bias.double()).abs() + bias.double().abs()
-        one, other = (encode(quotient(y + sign * QUANT_ERROR * terms, scale)) for sign in (-1, 1))
-        assert ((codes(q) == one) | (codes(q) == other)).all()
-        assert (one == other).double().mean() > 0.9  # otherwise the comparison would be empty
+        y, mean, rstd = reference(x, weight, bias)
+        terms = (x.double().abs() + mean.abs().unsqueeze(-1)) * rstd.unsqueeze(-1)  # of which one may cancel the other
+        terms = terms if weight is None else terms * weight.double().abs() + bias.double().abs()
+        low, high = (decode(encode(quotient(y + sign * QUANT_ERROR * terms, scale)).long()) for sign in (-1, 1))
+        found = decode(codes(q).long()).view(33, hidden_size)
+        assert ((low <= found) & (found <= high)).all()
+        # Otherwise the comparison would be empty. Equal numbers, as those of a row of one, have a large rstd.
+        assert hidden_size < 3 or (low == high).double().mean() > 0.98
 
 
 def test_float8_saturates(device):
