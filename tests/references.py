@@ -35,6 +35,14 @@ def _row_scales(y: torch.Tensor) -> torch.Tensor:
     return (y.abs().amax(-1, keepdim=True) / E4M3_MAX).clamp(min=MIN_ROW_SCALE)
 
 
+def _layernorm(a: Arguments) -> torch.Tensor:
+    """Return LayerNorm in float64, from its definition."""
+    x = a["input"].double()
+    differences = x - x.mean(-1, keepdim=True)
+    y = differences / torch.sqrt((differences**2).mean(-1, keepdim=True) + 1e-6)
+    return y * a["weight"].double() + a["bias"].double()
+
+
 def _static(y: torch.Tensor, scale: torch.Tensor) -> Results:
     return (y / scale.double()).clamp(-E4M3_MAX, E4M3_MAX), scale
 
@@ -192,6 +200,8 @@ REFERENCES: dict[str, Callable[[Arguments], Results]] = {
     "rmsnorm_quant_fp8_dynamic": lambda a: _dynamic(_norm(a, a["input"])),
     "fused_add_rmsnorm_quant_fp8": lambda a: (*_static(_norm(a, _sum(a)), a["scale"]), _sum(a)),
     "fused_add_rmsnorm_quant_fp8_dynamic": lambda a: (*_dynamic(_norm(a, _sum(a))), _sum(a)),
+    "layernorm": lambda a: (_layernorm(a),),
+    "layernorm_quant_fp8": lambda a: _static(_layernorm(a), a["scale"]),
     "per_tensor_quant_fp8": lambda a: _static(a["input"].double(), a["output_s"])[:1],
     "per_tensor_quant_fp8_dynamic": _per_tensor_dynamic,
     "per_token_quant_fp8": lambda a: _dynamic(a["input"].double()),

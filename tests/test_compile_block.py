@@ -277,6 +277,7 @@ def test_every_registered_operator_is_checked():
             for form in ("", "_out")
         ),
         *(f"jitnorm::{op}{form}" for op in ("general_rmsnorm", "gated_rmsnorm") for form in ("", "_out")),
+        *(f"jitnorm::layernorm{form}" for form in ("", "_out", "_quant_fp8")),
         *(f"jitnorm::general_fused_add_rmsnorm{form}" for form in ("", "_functional")),
         *(
             f"jitnorm::{op}{form}"

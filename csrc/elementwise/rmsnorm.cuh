@@ -7,14 +7,15 @@
 
 namespace jitnorm {
 
-// The work of a block, for both kernel classes. `row_sum` and `row_max` reduce one float over the threads of a row.
+// The work of a block, for both kernel classes. `row_sum` and `row_max` reduce one float over the threads of a row;
+// `row_sum` also takes how many sums came before.
 template <typename Kernel, GridVariant kVariant, typename RowSum, typename RowMax>
 __device__ __forceinline__ void rmsnorm_block(const typename Kernel::params_t& p, RowSum row_sum, RowMax row_max) {
   using T = typename Kernel::input_t;
   using R = typename Kernel::residual_t;
   using W = typename Kernel::weight_t;
   using Out = typename Kernel::output_t;
-  constexpr bool kHasResidual = Kernel::policy_t::kHasResidual;
+  constexpr bool kHasResidual = Kernel::policy_t::kHasResidual, kSubtractsMean = Kernel::policy_t::kSubtractsMean;
   constexpr Gating kGating = Kernel::policy_t::kGating;
   constexpr Quantisation kQuantisation = Kernel::policy_t::kQuantisation;
   constexpr int kBlocksPerCluster = Kernel::kBlocksPerCluster;
@@ -61,12 +62,15 @@ __device__ __forceinline__ void rmsnorm_block(const typename Kernel::params_t& p
   } else if constexpr (kGating == Gating::kNone) {
     if (kHasResidual && has_row) fragment.add_residual(residual);
   }
-  const float squares = row_sum(has_row ? fragment.sum_of_squares() : 0.f);
+  if constexpr (kSubtractsMean) fragment.mean = mean_plus_eps<Kernel>(row_sum(has_row ? fragment.sum() : 0.f, 0), 0.f);
+  const float squares = row_sum(has_row ? fragment.sum_of_squares() : 0.f, kSubtractsMean);
   if (kVariant == GridVariant::kSmallGrid) launch_dependents();
   fragment.wait_for_weight();
   const float rstd = rstd_of<T>(mean_plus_eps<Kernel>(squares, p.eps));
   if constexpr (Kernel::policy_t::kIsGeneral)
     if (has_row && p.rstd && fragment.lane == 0) p.rstd[row] = rstd;
+  if constexpr (kSubtractsMean)
+    if (has_row && p.mean && fragment.lane == 0) p.mean[row] = fragment.mean;
   if constexpr (kQuantisation == Quantisation::kNone) {
     if (has_row) fragment.write(out, rstd);
   } else if constexpr (kQuantisation == Quantisation::kStatic) {
@@ -87,7 +91,7 @@ struct RMSNormWarpKernel : RMSNormKernelBase<kHiddenSize, T, W, Policy, S> {
   template <GridVariant kVariant>
   static __device__ __forceinline__ void run(const params_t& params) {
     rmsnorm_block<RMSNormWarpKernel, kVariant>(
-        params, [](float value) { return warp_sum<S::kThreadsPerRow>(value); },
+        params, [](float value, int) { return warp_sum<S::kThreadsPerRow>(value); },
         [](float value) { return warp_max<S::kThreadsPerRow>(value); });
   }
 };
@@ -104,18 +108,20 @@ struct RMSNormKernel : RMSNormKernelBase<kHiddenSize, T, W, Policy, S> {
     constexpr int kBlocks = S::kBlocksPerCluster;
     static_assert(kBlocks == 1 || Policy::kQuantisation != Quantisation::kDynamicPerToken, "there is no cluster_max");
     constexpr int kWarps = S::kThreadsPerRow / kBlocks / kWarpSize;
-    __shared__ float block_sums[kBlocks];
+    // Each sum has memory of its own, as other threads may still read that of the one before.
+    constexpr int kSums = Policy::kSubtractsMean ? 2 : 1;
+    __shared__ float block_sums[kSums][kBlocks];
     if constexpr (kBlocks > 1) cluster_arrive();
-    __shared__ alignas(16) float partial_sums[S::kRowsPerBlock][kWarps];
+    __shared__ alignas(16) float partial_sums[kSums][S::kRowsPerBlock][kWarps];
     __shared__ alignas(16) float partial_max[S::kRowsPerBlock][kWarps];
     rmsnorm_block<RMSNormKernel, kVariant>(
         params,
-        [&](float value) {
+        [&](float value, int sums_before) {
           const int warp = threadIdx.x / kWarpSize;
-          const float sum = block_sum<kWarps>(value, partial_sums[warp / kWarps], warp % kWarps);
+          const float sum = block_sum<kWarps>(value, partial_sums[sums_before][warp / kWarps], warp % kWarps);
           if constexpr (kBlocks == 1) return sum;
-          cluster_wait();
-          return cluster_sum<kBlocks>(sum, block_sums, blockIdx.x % kBlocks);
+          if (sums_before == 0) cluster_wait();
+          return cluster_sum<kBlocks>(sum, block_sums[sums_before], blockIdx.x % kBlocks);
         },
         [&](float value) {
           const int warp = threadIdx.x / kWarpSize;

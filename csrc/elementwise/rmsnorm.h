@@ -29,6 +29,7 @@ struct GeneralRMSNormParams : RMSNormParams {
   UnsignedDivisor divisors[kMaxLeadingDims];
   index_t input_strides[kMaxLeadingDims], out_strides[kMaxLeadingDims], residual_strides[kMaxLeadingDims];
   index_t weight_strides[kMaxLeadingDims];  // 0 where one weight serves the whole dimension
+  float* mean;                              // as rstd, of policies with kSubtractsMean
 };
 
 template <bool kIsGeneral>
@@ -65,7 +66,8 @@ JITNORM_HOST_DEVICE index_t offset_of(const RowIndex& index, const index_t (&str
 struct RMSNormInfo {
   LaunchInfo launch;
   ElementType input, weight, residual, output;
-  unsigned alignment, weight_alignment, residual_alignment;  // in bytes; `alignment` is that of input and output
+  // In bytes; `alignment` is that of the input, and of outputs of policies without kIsGeneral.
+  unsigned alignment, weight_alignment, residual_alignment, output_alignment;
   int hidden_size;
   int rows_per_block;
   Quantisation quantisation;
@@ -83,6 +85,7 @@ struct RMSNormInfo {
     info.alignment = Kernel::kAlignment;
     info.weight_alignment = Kernel::kWeightAlignment;
     info.residual_alignment = Kernel::kResidualAlignment;
+    info.output_alignment = Kernel::kOutputAlignment;
     info.hidden_size = Kernel::kHiddenSize;
     info.rows_per_block = Kernel::kRowsPerBlock;
     info.quantisation = Policy::kQuantisation;
@@ -253,23 +256,20 @@ inline void set_strides(const StridedRows& rows, ElementType type, index_t (&str
   for (int dim = 0; dim < kMaxLeadingDims; dim++) strides[dim] = rows.strides[dim] / type.bytes();
 }
 
-// general_rmsnorm(input, residual, weight, bias, out, rstd, eps, enable_pdl), for kernels of policies with kIsGeneral.
-// All but input, out and eps may be None, as the policy says. With a residual, input + residual is normalised and
-// replaces the residual; `out` may be the input. src/jitnorm/general_rmsnorm.py explains refused calls.
+// The norms of policies with kIsGeneral. `args` are those of general_rmsnorm; `mean` and `scale` may be null.
 template <typename Kernel>
-Outcome general_rmsnorm(const Kernel& kernel, const TVMFFIAny* args, int num_args) {
+Outcome general_norm(const Kernel& kernel, const TVMFFIAny* args, const DLTensor* mean, const DLTensor* scale) {
   const RMSNormInfo& info = kernel.info();
-  if (num_args != 8) return Outcome::kRefused;
   const DLTensor *input = as_tensor(args[0]), *residual = as_tensor(args[1]), *weight = as_tensor(args[2]),
                  *bias = as_tensor(args[3]), *out = as_tensor(args[4]), *rstd = as_tensor(args[5]);
   double eps;
   bool enable_pdl;
   if (!input || !out || info.has_residual != (residual != nullptr) || info.has_weight != (weight != nullptr) ||
       info.has_bias != (bias != nullptr) || (rstd == nullptr) != (args[5].type_index == kTVMFFINone) ||
-      !as_float(args[6], &eps) || !(eps >= 0) || !as_optional_bool(args[7], true, &enable_pdl) ||
-      !kernel.runs_on(input->device))
+      (info.quantisation == Quantisation::kStatic) != (scale != nullptr) || !as_float(args[6], &eps) || !(eps >= 0) ||
+      !as_optional_bool(args[7], true, &enable_pdl) || !kernel.runs_on(input->device))
     return Outcome::kRefused;
-  const DLTensor* const others[] = {residual, weight, bias, out, rstd};
+  const DLTensor* const others[] = {residual, weight, bias, out, rstd, mean, scale};
   for (const DLTensor* tensor : others)
     if (tensor && !same_device(*input, *tensor)) return Outcome::kRefused;
   if (!same_shape(*input, *out) || (residual && !same_shape(*input, *residual)) || (weight && weight->ndim > 2) ||
@@ -277,22 +277,26 @@ Outcome general_rmsnorm(const Kernel& kernel, const TVMFFIAny* args, int num_arg
     return Outcome::kRefused;
   StridedRows input_rows, residual_rows, weight_rows, bias_row, out_rows;
   RowsArgument arguments[5] = {{input, info.input, info.alignment, &input_rows},
-                               {out, info.output, info.alignment, &out_rows}};
+                               {out, info.output, info.output_alignment, &out_rows}};
   int count = 2;
   if (residual) arguments[count++] = {residual, info.residual, info.residual_alignment, &residual_rows};
   if (weight) arguments[count++] = {weight, info.weight, info.weight_alignment, &weight_rows};
   if (bias) arguments[count++] = {bias, info.weight, info.weight_alignment, &bias_row};
   if (!as_merged_rows(arguments, count, info.hidden_size)) return Outcome::kRefused;
-  if (input_rows.is_empty) return Outcome::kDone;
-  const index_t num_rows = input_rows.counts[0] * input_rows.counts[1] * input_rows.counts[2];
-  Rows rstd_elements{};
+  const index_t num_rows = input_rows.is_empty ? 0 : input_rows.counts[0] * input_rows.counts[1] * input_rows.counts[2];
+  Rows rstd_elements{}, mean_elements{}, scale_element{};
   if (num_rows > kMaxDividend ||
-      (rstd && !as_elements(rstd, kElementType<float>, num_rows, alignof(float), &rstd_elements)))
+      (rstd && !as_elements(rstd, kElementType<float>, num_rows, alignof(float), &rstd_elements)) ||
+      (mean && !as_elements(mean, kElementType<float>, num_rows, alignof(float), &mean_elements)) ||
+      (scale && !as_elements(scale, kElementType<float>, 1, alignof(float), &scale_element)))
     return Outcome::kRefused;
+  if (input_rows.is_empty) return Outcome::kDone;
   const StridedRows rstd_row = rstd ? as_one_row(*rstd) : StridedRows{};
+  const StridedRows mean_row = mean ? as_one_row(*mean) : StridedRows{};
+  const StridedRows scale_row = scale ? as_one_row(*scale) : StridedRows{};
   const StridedRows weight_row = weight ? as_one_row(*weight) : StridedRows{};
-  const StridedRows* const read[] = {&weight_row, &bias_row};
-  const StridedRows* const all_written[] = {&out_rows, &residual_rows, &rstd_row};
+  const StridedRows* const read[] = {&weight_row, &bias_row, &scale_row};
+  const StridedRows* const all_written[] = {&out_rows, &residual_rows, &rstd_row, &mean_row};
   for (const StridedRows* written : all_written) {
     if (written->is_empty || (written == &residual_rows && info.has_gate)) continue;
     if (!rows_are_disjoint(*written)) return Outcome::kRefused;
@@ -305,7 +309,8 @@ Outcome general_rmsnorm(const Kernel& kernel, const TVMFFIAny* args, int num_arg
     return Outcome::kRefused;
   const StridedRows* const rows_of_tokens[] = {&input_rows, &out_rows, &residual_rows};
   for (const StridedRows* other : rows_of_tokens)
-    if (rstd && share_memory(rstd_row, *other)) return Outcome::kRefused;
+    if ((rstd && share_memory(rstd_row, *other)) || (mean && share_memory(mean_row, *other))) return Outcome::kRefused;
+  if (mean && share_memory(mean_row, rstd_row)) return Outcome::kRefused;
   GeneralRMSNormParams params{};
   params.input = input_rows.data;
   params.weight = weight_rows.data;
@@ -315,6 +320,8 @@ Outcome general_rmsnorm(const Kernel& kernel, const TVMFFIAny* args, int num_arg
   params.residual = residual_rows.data;
   params.bias = bias_row.data;
   params.rstd = reinterpret_cast<float*>(rstd_elements.data);
+  params.mean = reinterpret_cast<float*>(mean_elements.data);
+  params.scale = reinterpret_cast<float*>(scale_element.data);
   for (int dim = 0; dim < kMaxLeadingDims; dim++) {
     params.counts[dim] = static_cast<unsigned>(input_rows.counts[dim]);
     params.divisors[dim] = divisor_of(params.counts[dim]);
@@ -324,6 +331,14 @@ Outcome general_rmsnorm(const Kernel& kernel, const TVMFFIAny* args, int num_arg
   set_strides(residual_rows, info.residual, params.residual_strides);
   set_strides(weight_rows, info.weight, params.weight_strides);
   return kernel.launch(params, input->device, enable_pdl);
+}
+
+// general_rmsnorm(input, residual, weight, bias, out, rstd, eps, enable_pdl). All but input, out and eps may be None,
+// as the policy says. With a residual, input + residual is normalised and replaces the residual; `out` may be the
+// input. src/jitnorm/general_rmsnorm.py explains refused calls.
+template <typename Kernel>
+Outcome general_rmsnorm(const Kernel& kernel, const TVMFFIAny* args, int num_args) {
+  return num_args == 8 ? general_norm(kernel, args, nullptr, nullptr) : Outcome::kRefused;
 }
 
 // gated_rmsnorm(input, gate, weight, out, eps, enable_pdl), for kernels of Gated, whose rows are groups of adjacent
@@ -349,6 +364,16 @@ Outcome gated_rmsnorm(const Kernel& kernel, const TVMFFIAny* args, int num_args)
   none.type_index = kTVMFFINone;
   const TVMFFIAny general[] = {tensors[0], tensors[1], tensors[2], none, tensors[3], none, args[4], args[5]};
   return general_rmsnorm(kernel, general, 8);
+}
+
+// layernorm(input, None, weight, bias, out, rstd, eps, enable_pdl, mean, scale), for policies with kSubtractsMean. The
+// scale is None unless the output is e4m3. src/jitnorm/layernorm.py explains refused calls.
+template <typename Kernel>
+Outcome layernorm(const Kernel& kernel, const TVMFFIAny* args, int num_args) {
+  if (num_args != 10) return Outcome::kRefused;
+  const DLTensor *mean = as_tensor(args[8]), *scale = as_tensor(args[9]);
+  if ((mean == nullptr) != (args[8].type_index == kTVMFFINone)) return Outcome::kRefused;
+  return general_norm(kernel, args, mean, scale);
 }
 
 }  // namespace jitnorm

@@ -19,7 +19,7 @@ struct RMSNormKernel {
   using info_t = RMSNormInfo;
   static constexpr int kHiddenSize = kHiddenSize_;
   static constexpr int kRowsPerBlock = 1;
-  static constexpr unsigned kAlignment = 1, kWeightAlignment = 1, kResidualAlignment = 1;
+  static constexpr unsigned kAlignment = 1, kWeightAlignment = 1, kResidualAlignment = 1, kOutputAlignment = 1;
 
   static constexpr index_t row_elements(const params_t&) { return kHiddenSize; }
 
@@ -41,6 +41,18 @@ struct RMSNormKernel {
       out += number * p.out_stride;
     }
     float* scale = Policy::kQuantisation == Quantisation::kDynamicPerToken ? p.scale + number : p.scale;
+    if constexpr (Policy::kSubtractsMean) {
+      static_assert(!Policy::kHasResidual, "LayerNorm has no residual");
+      const float mean = mean_of_row<kHiddenSize>([&](int i) { return load_of_row<kHiddenSize>(x, i); });
+      if (p.mean) p.mean[number] = mean;
+      float centred[kHiddenSize];
+      const float rstd = rstd_of_row<kHiddenSize>(p.eps, [&](int i) {
+        store_of_row<kHiddenSize>(centred, i, load_of_row<kHiddenSize>(x, i) - mean);
+        return load_of_row<kHiddenSize>(centred, i);
+      });
+      write(p, number, out, centred, factors, rstd, scale);
+      return;
+    }
     factors.gate = residual;
     if constexpr (!Policy::kHasResidual || Policy::kGating == Gating::kAfterNorm) {
       const float rstd = rstd_of_row<kHiddenSize>(p.eps, [&](int i) { return load_of_row<kHiddenSize>(x, i); });

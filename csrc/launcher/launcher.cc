@@ -82,6 +82,7 @@ constexpr Binding kBindings[] = {
     binding<RMSNormInfo, fused_add_rmsnorm<CudaKernel<RMSNormInfo>>>("fused_add_rmsnorm"),
     binding<RMSNormInfo, general_rmsnorm<CudaKernel<RMSNormInfo>>>("general_rmsnorm"),
     binding<RMSNormInfo, gated_rmsnorm<CudaKernel<RMSNormInfo>>>("gated_rmsnorm"),
+    binding<RMSNormInfo, layernorm<CudaKernel<RMSNormInfo>>>("layernorm"),
     binding<RMSNormInfo, rmsnorm_quant_fp8<CudaKernel<RMSNormInfo>>>("rmsnorm_quant_fp8"),
     binding<RMSNormInfo, fused_add_rmsnorm_quant_fp8<CudaKernel<RMSNormInfo>>>("fused_add_rmsnorm_quant_fp8"),
     binding<DualRMSNormInfo, dual_rmsnorm<CudaKernel<DualRMSNormInfo>>>("dual_rmsnorm"),

@@ -31,6 +31,7 @@ if "_jitnorm_command" not in sys.modules:
         from jitnorm.general_rmsnorm import general_fused_add_rmsnorm, general_rmsnorm
         from jitnorm.integrations.transformers import patch_transformers, unpatch_transformers
         from jitnorm.jit import log as _log  # noqa: F401 (its import configures the logger)
+        from jitnorm.layernorm import layernorm, layernorm_quant_fp8
         from jitnorm.qknorm import can_use_fused_inplace_qknorm, fused_inplace_qknorm
         from jitnorm.qknorm_rope_store import qk_norm_rope_store, rope, rope_and_store
         from jitnorm.quant_fp8 import per_tensor_quant_fp8, per_token_quant_fp8
@@ -57,6 +58,8 @@ __all__ = [
     "gemma_rmsnorm",
     "general_fused_add_rmsnorm",
     "general_rmsnorm",
+    "layernorm",
+    "layernorm_quant_fp8",
     "mul_and_silu",
     "nn",
     "patch_transformers",

@@ -9,6 +9,7 @@ import jitnorm.dual_rmsnorm
 import jitnorm.fused_add_rmsnorm
 import jitnorm.gated_rmsnorm
 import jitnorm.general_rmsnorm
+import jitnorm.layernorm
 import jitnorm.qknorm
 import jitnorm.qknorm_rope_store
 import jitnorm.quant_fp8

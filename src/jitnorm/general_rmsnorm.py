@@ -83,13 +83,10 @@ class Form(NamedTuple):
 
 
 @dataclass(eq=False, repr=False)
-class GeneralNorm(Operator):
-    """A norm, or one of its variants, in every form."""
-
-    norm: Norm = field(kw_only=True)
+class FormOperator(Operator):
+    """An operator whose kernels of one size and dtype differ by `Form`."""
 
     has_weight: ClassVar[bool] = True
-    options: ClassVar[tuple[str, ...]] = ("rounding", "form")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -100,62 +97,6 @@ class GeneralNorm(Operator):
     def tables(self) -> tuple[dict[Any, Any], ...]:
         """Return the operator's tables of kernels, for tests that clear them."""
         return (*super().tables, self.functions)
-
-    @property
-    def dtypes(self) -> tuple[torch.dtype, ...]:
-        """Return the dtypes of the input."""
-        return self.norm.dtypes
-
-    def spec(
-        self, hidden_size: int, dtype: torch.dtype, weight_dtype: torch.dtype, form: Form, target: Target
-    ) -> KernelSpec:
-        """Return what to build. RuntimeError for an unsupported size, TypeError for an unsupported dtype."""
-        check_hidden_size(self.op, hidden_size)
-        if dtype not in self.dtypes or weight_dtype not in DTYPES:
-            raise TypeError(
-                f"{self.op} takes {checks.enumeration(self.dtypes)}, with weights of {checks.enumeration(DTYPES)}, "
-                f"got {dtype} with weights of {weight_dtype}"
-            )
-        is_plain = not form.is_general and form.rounding == "once"
-        if is_plain and norms.is_supported_hidden_size(hidden_size) and weight_dtype in (dtype, torch.float32):
-            return self.norm.spec(hidden_size, dtype, weight_dtype, target)
-        name, weight_name = checks.DTYPE_NAMES[dtype], checks.DTYPE_NAMES[weight_dtype]
-        policy = f"RoundedNormalised<{self.norm.policy}>" if form.rounding == "hf" else self.norm.policy
-        if form.is_general:
-            narrowest = min(dtype.itemsize, weight_dtype.itemsize)
-            access = narrowest if form.layout == "unaligned" else checks.CUDA_ALIGNMENT
-            policy = f"General<{policy}, {access}, {str(form.has_weight).lower()}, {str(form.has_bias).lower()}>"
-        cls = kernel_class(hidden_size)
-        warmup = f"--op {self.op} --hidden-size {hidden_size} --dtype {name}"
-        suffix = ""
-        if form.rounding != "once":
-            warmup, suffix = f"{warmup} --rounding {form.rounding}", f"_{form.rounding}"
-        if form.is_general:
-            warmup, suffix = f"{warmup} --form {form}", f"{suffix}_{str(form).replace('+', '_')}"
-        if weight_name != name:
-            warmup, suffix = f"{warmup} --weight-dtype {weight_name}", f"{suffix}_{weight_name}_weight"
-        return KernelSpec(
-            op=self.op,
-            family=self.norm.family,
-            binding=self.binding if form.is_general else self.norm.binding,
-            name=f"{self.op}_{hidden_size}_{name}{suffix}",
-            kernel=f"{cls}<{hidden_size}, {CPP_TYPES[dtype]}, {CPP_TYPES[weight_dtype]}, {policy}>",
-            target=target,
-            warmup=warmup,
-        )
-
-    def warmup_spec(
-        self,
-        size: int | None,
-        dtype: torch.dtype,
-        weight_dtype: torch.dtype,
-        target: Target,
-        rounding: str = "once",
-        form: str = "rows",
-    ) -> KernelSpec:
-        """Return what to build for a size, in one form. Raises as `spec`, and ValueError for another rounding."""
-        checks.choice("rounding", rounding, ROUNDINGS)
-        return self.spec(int(size or 0), dtype, weight_dtype, Form.parse(form, rounding), target)
 
     def try_fast_path(self, key: tuple[Any, ...], general: tuple[Any, ...], plain: tuple[Any, ...]) -> bool:
         """Run the kernel that was last used for `key` and the layout of the arguments. False if it refuses them.
@@ -190,6 +131,89 @@ class GeneralNorm(Operator):
         self.functions.setdefault(key, [None] * len(LAYOUTS))[LAYOUTS.index(layout)] = fast_path
         if torch_op(*(general if form.is_general else plain)):
             raise RuntimeError(f"jitnorm: {self.op} refused arguments that its checks accept; please report this")
+
+    def _spec_of_policy(
+        self,
+        binding: str,
+        policy: str,
+        hidden_size: int,
+        dtype: torch.dtype,
+        weight_dtype: torch.dtype,
+        form: Form,
+        target: Target,
+    ) -> KernelSpec:
+        """Return what to build for a policy of the kernel classes in csrc/elementwise/rmsnorm.cuh."""
+        name, weight_name = checks.DTYPE_NAMES[dtype], checks.DTYPE_NAMES[weight_dtype]
+        cls = kernel_class(hidden_size)
+        warmup = f"--op {self.op} --hidden-size {hidden_size} --dtype {name}"
+        suffix = ""
+        if form.rounding != "once":
+            warmup, suffix = f"{warmup} --rounding {form.rounding}", f"_{form.rounding}"
+        if form.is_general:
+            warmup, suffix = f"{warmup} --form {form}", f"{suffix}_{str(form).replace('+', '_')}"
+        if weight_name != name:
+            warmup, suffix = f"{warmup} --weight-dtype {weight_name}", f"{suffix}_{weight_name}_weight"
+        return KernelSpec(
+            op=self.op,
+            family="rmsnorm",
+            binding=binding,
+            name=f"{self.op}_{hidden_size}_{name}{suffix}",
+            kernel=f"{cls}<{hidden_size}, {CPP_TYPES[dtype]}, {CPP_TYPES[weight_dtype]}, {policy}>",
+            target=target,
+            warmup=warmup,
+        )
+
+    def _check_spec(self, hidden_size: int, dtype: torch.dtype, weight_dtype: torch.dtype) -> None:
+        """Raise RuntimeError for a size without kernels, TypeError for such dtypes."""
+        check_hidden_size(self.op, hidden_size)
+        if dtype not in self.dtypes or weight_dtype not in DTYPES:
+            raise TypeError(
+                f"{self.op} takes {checks.enumeration(self.dtypes)}, with weights of {checks.enumeration(DTYPES)}, "
+                f"got {dtype} with weights of {weight_dtype}"
+            )
+
+
+@dataclass(eq=False, repr=False)
+class GeneralNorm(FormOperator):
+    """A norm, or one of its variants, in every form."""
+
+    norm: Norm = field(kw_only=True)
+
+    options: ClassVar[tuple[str, ...]] = ("rounding", "form")
+
+    @property
+    def dtypes(self) -> tuple[torch.dtype, ...]:
+        """Return the dtypes of the input."""
+        return self.norm.dtypes
+
+    def spec(
+        self, hidden_size: int, dtype: torch.dtype, weight_dtype: torch.dtype, form: Form, target: Target
+    ) -> KernelSpec:
+        """Return what to build. RuntimeError for an unsupported size, TypeError for an unsupported dtype."""
+        self._check_spec(hidden_size, dtype, weight_dtype)
+        is_plain = not form.is_general and form.rounding == "once"
+        if is_plain and norms.is_supported_hidden_size(hidden_size) and weight_dtype in (dtype, torch.float32):
+            return self.norm.spec(hidden_size, dtype, weight_dtype, target)
+        policy = f"RoundedNormalised<{self.norm.policy}>" if form.rounding == "hf" else self.norm.policy
+        if form.is_general:
+            narrowest = min(dtype.itemsize, weight_dtype.itemsize)
+            access = narrowest if form.layout == "unaligned" else checks.CUDA_ALIGNMENT
+            policy = f"General<{policy}, {access}, {str(form.has_weight).lower()}, {str(form.has_bias).lower()}>"
+        binding = self.binding if form.is_general else self.norm.binding
+        return self._spec_of_policy(binding, policy, hidden_size, dtype, weight_dtype, form, target)
+
+    def warmup_spec(
+        self,
+        size: int | None,
+        dtype: torch.dtype,
+        weight_dtype: torch.dtype,
+        target: Target,
+        rounding: str = "once",
+        form: str = "rows",
+    ) -> KernelSpec:
+        """Return what to build for a size, in one form. Raises as `spec`, and ValueError for another rounding."""
+        checks.choice("rounding", rounding, ROUNDINGS)
+        return self.spec(int(size or 0), dtype, weight_dtype, Form.parse(form, rounding), target)
 
 
 def _first_layout(has_weight: bool, has_bias: bool, needs_general: bool) -> int:
@@ -468,18 +492,24 @@ def _check_types(eps: object, weight_offset: object, rounding: object, enable_pd
 
 
 def check_metadata(
-    input: torch.Tensor, residual: Any, weight: Any, bias: Any, weight_offset: object, rounding: object
+    input: torch.Tensor,
+    residual: Any,
+    weight: Any,
+    bias: Any,
+    weight_offset: object,
+    rounding: object,
+    dtypes: tuple[torch.dtype, ...] = DTYPES,
 ) -> None:
     """Raise for what is wrong with dtypes, shapes, devices and options, except the size. Works on fake tensors too."""
     if input.dim() == 0:
         raise ValueError("input must have at least one dimension, got a scalar")
-    checks.dtype("input", input, DTYPES)
+    checks.dtype("input", input, dtypes)
     if residual is not None:
         checks.dtype("residual", residual, (input.dtype, torch.float32))
         checks.shape("residual", residual, input.shape, "like input")
         checks.device("residual", residual, "input", input)
     if weight is not None:
-        checks.dtype("weight", weight, DTYPES)
+        checks.dtype("weight", weight, dtypes)
         if weight.dim() == 2 and input.dim() >= 2:
             checks.shape("weight", weight, input.shape[-2:], "a row of factors for each of input's heads")
         else:
@@ -487,7 +517,7 @@ def check_metadata(
             checks.shape("weight", weight, [input.shape[-1]], why)
         checks.device("weight", weight, "input", input)
     if bias is not None:
-        checks.dtype("bias", bias, DTYPES if weight is None else (weight.dtype,))
+        checks.dtype("bias", bias, dtypes if weight is None else (weight.dtype,))
         checks.shape("bias", bias, [input.shape[-1]], "one term for each element of input's last dimension")
         checks.device("bias", bias, "input", input)
     checks.number("weight_offset", weight_offset)

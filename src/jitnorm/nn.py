@@ -1,6 +1,6 @@
-"""RMSNorm modules: drop-in replacements for `torch.nn.RMSNorm` and Gemma's with an optional residual, and a gated one.
+"""Norms as modules: drop-ins for `torch.nn.RMSNorm` and `torch.nn.LayerNorm`, Gemma's RMSNorm, and a gated one.
 
-A module accepts every input that `torch.nn.RMSNorm` accepts, under every tracer and transform: PyTorch computes what
+A module accepts every input that torch's module accepts, under every tracer and transform: PyTorch computes what
 the kernels do not support, such as other sizes and dtypes or several normalised dimensions, with the same meaning. The
 gated norm normalises the last dimension.
 """
@@ -17,6 +17,7 @@ import torch.nn.functional as F
 
 from jitnorm.core import checks
 from jitnorm.core.eligibility import (
+    can_call_layernorm,
     can_call_operators,
     can_normalise_any_size,
     has_general_layout,
@@ -28,6 +29,7 @@ from jitnorm.core.torch_library import needs_dispatcher, needs_grad
 from jitnorm.fused_add_rmsnorm import fused_add_rmsnorm, gemma_fused_add_rmsnorm
 from jitnorm.gated_rmsnorm import check_options, gated_rmsnorm, gated_rmsnorm_in_torch, has_kernel
 from jitnorm.general_rmsnorm import general_fused_add_rmsnorm, general_rmsnorm
+from jitnorm.layernorm import layernorm
 from jitnorm.rmsnorm import gemma_rmsnorm, rmsnorm
 
 _HALF_DTYPES = (torch.float16, torch.bfloat16)
@@ -194,6 +196,90 @@ class GemmaRMSNorm(_ResidualNorm):
     def extra_repr(self) -> str:
         """Return the arguments that the module's repr shows."""
         return f"{self.normalized_shape}, eps={self.eps}"
+
+
+class LayerNorm(torch.nn.LayerNorm):
+    """`torch.nn.LayerNorm`, computed by this package's kernels wherever they support the call.
+
+    The constructor, the state dict and the repr are torch's own.
+
+    Args:
+        normalized_shape: the size of the last dimension, or the sizes of several (which PyTorch computes).
+        eps: added to the variance.
+        elementwise_affine: False for neither a weight nor a bias.
+        bias: False for no bias.
+        device: of weight and bias, which are initialised with ones and zeros.
+        dtype: of weight and bias.
+
+    Raises:
+        TypeError: eps is not a number.
+        ValueError: eps is negative.
+    """
+
+    def __init__(
+        self,
+        normalized_shape: int | list[int] | torch.Size,
+        eps: float = 1e-5,
+        elementwise_affine: bool = True,
+        bias: bool = True,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        checks.eps(eps)
+        super().__init__(normalized_shape, eps, elementwise_affine, bias, device, dtype)
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """Normalise `input` into a new tensor.
+
+        Args:
+            input: `[..., *normalized_shape]`, of any dtype and strides that `F.layer_norm` takes.
+
+        Returns:
+            The normalised tensor.
+
+        Raises:
+            RuntimeError: as `F.layer_norm`; or a kernel cannot be built.
+        """
+        return layer_norm(input, self.weight, self.bias, self.normalized_shape, self.eps)
+
+    def __prepare_scriptable__(self) -> NoReturn:
+        refuse_script(self)
+
+
+def layer_norm(
+    input: torch.Tensor,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    normalized_shape: tuple[int, ...],
+    eps: float,
+) -> torch.Tensor:
+    """Compute what `LayerNorm` documents. torch.fx.symbolic_trace records calls of this function.
+
+    Args:
+        input: argument of forward.
+        weight: the module's parameter, or None.
+        bias: the module's parameter, or None.
+        normalized_shape: the module's.
+        eps: the module's.
+
+    Returns:
+        The normalised tensor.
+
+    Raises:
+        RuntimeError: as the module's forward method.
+    """
+    if (
+        len(normalized_shape) == 1
+        and can_call_layernorm(input, weight, bias, normalized_shape[0])
+        and not torch.is_autocast_enabled(input.device.type)  # where F.layer_norm returns float32 on CUDA
+    ):
+        if not has_general_layout(input):
+            input = input.clone(memory_format=torch.contiguous_format)
+        return layernorm(input, weight, bias, eps)  # type: ignore[return-value]
+    return F.layer_norm(input, normalized_shape, weight, bias, eps)
+
+
+torch.fx.wrap("layer_norm")
 
 
 class RMSNormGated(torch.nn.Module):

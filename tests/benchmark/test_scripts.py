@@ -26,6 +26,7 @@ RUNS = {
     "bench_gated_rmsnorm": ["jitnorm", "torch"],
     "bench_general_rmsnorm": ["jitnorm", "torch"],
     "bench_host_overhead": ["jitnorm", "torch", "define+impl", "custom_op", "empty_like"],
+    "bench_layernorm": ["jitnorm", "torch"],
     "bench_llama_layer": ["jitnorm", "torch"],
     "bench_matmul": ["jitnorm", "torch", "triton"],
     "bench_qknorm": ["jitnorm", "torch"],

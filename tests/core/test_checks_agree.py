@@ -25,8 +25,12 @@ from jitnorm.dual_rmsnorm import DUAL_RMSNORM
 from jitnorm.dual_rmsnorm import check as check_dual
 from jitnorm.fused_add_rmsnorm import FUSED_ADD_RMSNORM, FUSED_ADD_RMSNORM_FP32_RESIDUAL
 from jitnorm.fused_add_rmsnorm import check as check_fused_add_rmsnorm
+from jitnorm.general_rmsnorm import Form
 from jitnorm.jit.load import load
 from jitnorm.jit.spec import Target
+from jitnorm.layernorm import LAYERNORM, LAYERNORM_QUANT_FP8
+from jitnorm.layernorm import check as check_layernorm
+from jitnorm.layernorm import check_quant as check_layernorm_quant
 from jitnorm.qknorm import QKNORM
 from jitnorm.qknorm import check as check_qknorm
 from jitnorm.qknorm_rope_store import QK_NORM_ROPE_STORE, ROPE, Arguments, Variant
@@ -127,6 +131,26 @@ def quant_norm_calls(draw):
         tensors = [t for t in (x, residual, w, q, scale) if t is not None]
         check = check_quant_norm, (norm, x, residual, w, q, scale, eps, pdl)
         yield norm, (H, F32, F32), (*tensors, eps, pdl), lambda check=check: check[0](*check[1])
+
+
+def layernorm_calls(draw):
+    operator = draw.pick((LAYERNORM, LAYERNORM_QUANT_FP8))
+    is_quantised, shape = operator is LAYERNORM_QUANT_FP8, draw.leading()
+    x = draw.rows(F32, shape)
+    out = draw.rows(E4M3 if is_quantised else F32, draw.pick((shape, shape, shape, draw.leading())))
+    out = out if is_quantised else draw.pick((out, out, x))
+    w, b = (draw.pick((None, draw.vector(F32, H))) for _ in range(2))
+    eps, pdl = draw.flags()
+    form = Form("strided", w is not None, b is not None, True)
+    if is_quantised:
+        scale = draw.vector(F32, 1)
+        arguments = x, None, w, b, out, None, eps, pdl, None, scale
+        check = partial(check_layernorm_quant, x, w, b, out, scale, eps, pdl)
+    else:
+        mean, rstd = draw.pick((None, draw.vector(F32, x.numel() // H))), draw.pick((None, torch.empty(x.numel() // H)))
+        arguments = x, None, w, b, out, rstd, eps, pdl, mean, None
+        check = partial(check_layernorm, x, w, b, out, mean, rstd, eps, pdl)
+    yield operator, (H, F32, F32, form), arguments, check
 
 
 def quant_calls(draw):
@@ -259,7 +283,7 @@ def rope_calls(draw):
 
 FAMILIES = (
     *(norm_calls, fp32_residual_calls, quant_norm_calls, quant_calls, activation_calls, masked_activation_calls),
-    *(qknorm_calls, dual_calls, store_cache_calls, rope_calls),
+    *(layernorm_calls, qknorm_calls, dual_calls, store_cache_calls, rope_calls),
 )
 
 

@@ -28,6 +28,8 @@ for count in (0, 1, 17, 64):
     jitnorm.per_token_quant_fp8(rows, rows.to(torch.float8_e4m3fn), torch.empty(count, 1))
     jitnorm.silu_and_mul(torch.randn(count, 2 * 13))
     jitnorm.rmsnorm_quant_fp8(torch.randn(count, 64), torch.ones(64))
+    jitnorm.layernorm(torch.randn(count, 13), bias=torch.ones(13), return_stats=True)
+    jitnorm.layernorm_quant_fp8(torch.randn(count, 13), None, None, torch.ones(1))
 """
 
 

@@ -45,13 +45,13 @@ def cubin() -> bytes:
 
 
 def test_a_cubin_describes_its_kernel(cubin):
-    """The fields of LaunchInfo, the types, the alignment and the hidden size, as csrc/include/jitnorm declares them."""
+    """The fields of LaunchInfo, the types, the alignments and the hidden size, as csrc/include/jitnorm has them."""
     info = Elf(cubin).variable(KERNEL_INFO)
     arch, threads, _, _, blocks_per_cluster = struct.unpack_from("<IIIII", info)
     assert arch == 90 and threads % 32 == 0 and blocks_per_cluster == 1
     bfloat16 = (4, 16, 1)
     assert [struct.unpack_from("<BBH", info, 20 + 4 * i) for i in range(4)] == [bfloat16] * 4
-    assert struct.unpack_from("<IIIi", info, 36) == (16, 16, 16, 512)
+    assert struct.unpack_from("<IIIIi", info, 36) == (16, 16, 16, 16, 512)
 
 
 def test_a_module_refuses_what_is_not_on_a_gpu(cubin):

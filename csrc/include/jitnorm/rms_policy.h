@@ -26,12 +26,18 @@ struct Plain {
   static constexpr float kWeightOffset = 0.f;  // added to the weight
   // Whether the normalised number is rounded to the input's type before the weight multiplies it.
   static constexpr bool kRoundNormalised = false;
+  static constexpr bool kSubtractsMean = false;  // whether the row's mean is subtracted first: LayerNorm
   // Of General alone.
   static constexpr bool kIsGeneral = false, kHasWeight = true, kHasBias = false;
   static constexpr int kAccessBytes = 16;
   // Of Gated alone.
   static constexpr Gating kGating = Gating::kNone;
   static constexpr GateActivation kGateActivation = GateActivation::kSilu;
+};
+// layernorm: out = (input - mean) * rstd * weight, where rstd is the reciprocal standard deviation. General adds a
+// bias.
+struct LayerNorm : Plain {
+  static constexpr bool kSubtractsMean = true;
 };
 struct Gemma : Plain {
   static constexpr float kWeightOffset = 1.f;
@@ -90,7 +96,8 @@ struct RoundedNormalised : Norm {
 };
 
 // Any of these for what the fast kernels leave out: rows under up to three leading dimensions, each with a stride of
-// its own; rows that are aligned to kAccessBytes_ alone; a weight for each head, or none; a bias; rstd as a result.
+// its own; rows that are aligned to kAccessBytes_ alone, or where that is 0, to their elements; a weight for each head,
+// or none; a bias; mean and rstd as results.
 template <typename Norm, int kAccessBytes_, bool kHasWeight_ = true, bool kHasBias_ = false>
 struct General : Norm {
   static constexpr bool kIsGeneral = true, kHasWeight = kHasWeight_, kHasBias = kHasBias_;

@@ -135,12 +135,15 @@ struct RMSNormKernelBase : S {
   static constexpr int kHiddenSize = kHiddenSize_;
   static constexpr int kElementsPerVector = elements_per_vector(kHiddenSize, Bytes::kWider);
   static constexpr bool kHasWholeVectors = kElementsPerVector * Bytes::kWider == 16;
-  // Of rows of input and output, in bytes, and of the weight and the residual.
+  // The widest access to rows of E, in bytes.
+  template <typename E>
+  static constexpr int kAccessBytesOf = Policy::kAccessBytes == 0 ? sizeof(E) : Policy::kAccessBytes;
+  // Of rows of the input, in bytes, and of the others.
   template <typename E>
   static constexpr int kAlignmentOf =
-      min(Policy::kAccessBytes, kHiddenSize * sizeof(E) % 16 == 0 ? 16 : kElementsPerVector * int(sizeof(E)));
+      min(kAccessBytesOf<E>, kHiddenSize * sizeof(E) % 16 == 0 ? 16 : kElementsPerVector * int(sizeof(E)));
   static constexpr unsigned kAlignment = kAlignmentOf<T>, kWeightAlignment = kAlignmentOf<W>,
-                            kResidualAlignment = kAlignmentOf<residual_t>;
+                            kResidualAlignment = kAlignmentOf<residual_t>, kOutputAlignment = kAlignmentOf<output_t>;
   static constexpr float kInverse = 1. / kHiddenSize;
   static constexpr float kInverseResidue = 1. / kHiddenSize - kInverse;  // the rounding error of kInverse
   static constexpr int kRowBytes = kHiddenSize * Bytes::kInput;
@@ -156,11 +159,12 @@ struct RMSNormKernelBase : S {
                                             <= kMaxStagedBytes;
   // 64 KiB of rows in flight on an SM keep memory busy, and in clusters, whose kernels need more registers, more. Where
   // blocks are large, kMinBlocksPerSM limits registers for that, as far as a thread's vectors of row, residual and
-  // weight allow. Small blocks fit an SM in any case.
+  // weight allow. Small blocks fit an SM in any case. LayerNorm nearly always has a bias, whose vectors would spill.
+  static constexpr int kFactorBytes = sizeof(W) * (Policy::kSubtractsMean && Policy::kHasBias ? 2 : 1);
   static constexpr int kRegistersPerThread =
-      kStagesWeight ? (4 * kVectorsPerThread + 32) * kElementsPerVector * (Bytes::kInput + Bytes::kResidual) / 16
-                    : (4 * kVectorsPerThread + 12) * kElementsPerVector *
-                          (Bytes::kInput + Bytes::kResidual + int(sizeof(W))) / 16;
+      kStagesWeight
+          ? (4 * kVectorsPerThread + 32) * kElementsPerVector * (Bytes::kInput + Bytes::kResidual) / 16
+          : (4 * kVectorsPerThread + 12) * kElementsPerVector * (Bytes::kInput + Bytes::kResidual + kFactorBytes) / 16;
   static constexpr int kMaxBlocksPerSM =
       min(kRegistersPerSM / (kRegistersPerThread * kThreads), kThreadsOnAnySM / kThreads);
   static constexpr int kBytesInFlight = (S::kBlocksPerCluster == 1 ? 64 : kStagesWeight ? 96 : 48) * 1024;
@@ -202,6 +206,7 @@ struct RowFragment {
   static constexpr bool kHasProduct = Policy::kGating == Gating::kBeforeNorm;
 
   const int lane;
+  float mean;  // subtracted by `value`; of policies with kSubtractsMean alone
   Vector<T, kElementsPerVector> x[kVectorsPerThread];
   Vector<R, kElementsPerVector> residual[Policy::kHasResidual ? kVectorsPerThread : 1];
   WeightVector weight[Policy::kHasWeight && !Kernel::kStagesWeight ? kVectorsPerThread : 1];
@@ -221,7 +226,7 @@ struct RowFragment {
   __device__ __forceinline__ void read(Vector<E, kElementsPerVector> (&dst)[kSize], const E* src) {
 #pragma unroll
     for (int i = 0; i < kSize; i++)
-      if (has(i)) dst[i] = load_aligned_to<Policy::kAccessBytes, E, kElementsPerVector>(src + offset(i));
+      if (has(i)) dst[i] = load_aligned_to<Kernel::template kAccessBytesOf<E>, E, kElementsPerVector>(src + offset(i));
   }
 
   // Reads the weight, to registers or on to shared memory.
@@ -277,7 +282,7 @@ struct RowFragment {
       for (int j = 0; j < kElementsPerVector; j++) f[j] += r[j];
       Vector<R, kElementsPerVector> sum;
       from_float(f, sum);
-      store_aligned_to<Policy::kAccessBytes>(dst + offset(i), sum);
+      store_aligned_to<Kernel::template kAccessBytesOf<R>>(dst + offset(i), sum);
       if constexpr (kSumReplacesX) x[i] = sum;
       else if constexpr (Policy::kRoundSum) residual[i] = sum;
     }
@@ -310,11 +315,31 @@ struct RowFragment {
     if constexpr (kHasProduct) return to_float(product[i], f);
     if constexpr (Policy::kRoundSum && !kSumReplacesX) return to_float(residual[i], f);
     to_float(x[i], f);
+    if constexpr (Policy::kSubtractsMean) {
+      static_assert(!Policy::kHasResidual, "LayerNorm has no residual");
+#pragma unroll
+      for (int j = 0; j < kElementsPerVector; j++) f[j] -= mean;
+    }
     if (!Policy::kHasResidual || Policy::kRoundSum || Policy::kGating != Gating::kNone) return;
     float r[kElementsPerVector];
     to_float(residual[i], r);
 #pragma unroll
     for (int j = 0; j < kElementsPerVector; j++) f[j] += r[j];
+  }
+
+  // Of the input, for the mean.
+  __device__ __forceinline__ float sum() const {
+    float sum = 0;
+#pragma unroll
+    for (int i = 0; i < kVectorsPerThread; i++) {
+      if (!has(i)) continue;
+      float f[kElementsPerVector], elements = 0;  // one sum per vector, as in sum_of_squares
+      to_float(x[i], f);
+#pragma unroll
+      for (int j = 0; j < kElementsPerVector; j++) elements += f[j];
+      sum += elements;
+    }
+    return sum;
   }
 
   __device__ __forceinline__ float sum_of_squares() const {
@@ -339,7 +364,7 @@ struct RowFragment {
     to_float(rounded, f);
   }
 
-  // The i-th vector of the result, in float. `rstd` is the reciprocal root mean square of the row.
+  // The i-th vector of the result, in float. `rstd` is the reciprocal root mean square of the row's values.
   __device__ __forceinline__ void normalised(int i, float rstd, float (&f)[kElementsPerVector]) const {
     float w[kElementsPerVector];
     value(i, f);
@@ -396,13 +421,13 @@ struct RowFragment {
       for (int j = 0; j < kElementsPerVector; j++) f[j] = epilogue(f[j]);
       Vector<Out, kElementsPerVector> y;
       from_float(f, y);
-      store_aligned_to<Policy::kAccessBytes>(out + offset(i), y);
+      store_aligned_to<Kernel::template kAccessBytesOf<Out>>(out + offset(i), y);
     }
   }
 };
 
-// The mean of squares plus eps, with one rounding even if 1 / kHiddenSize is not exact in float. kInverseResidue may be
-// negative, so it never multiplies an infinite sum: inf - inf would be NaN.
+// The mean of a row's numbers plus eps, from their sum, with one rounding even if 1 / kHiddenSize is not exact in
+// float. kInverseResidue may be negative, so it never multiplies an infinite sum: inf - inf would be NaN.
 template <typename Kernel>
 __device__ __forceinline__ float mean_plus_eps(float sum, float eps) {
   constexpr float kMaxFloat = 3.402823466e38f;

@@ -1,5 +1,6 @@
 // Vectors of floats on the CPU, one SIMD register each, in the vector extensions of GCC and Clang: loads, stores,
-// conversions, reductions, exp, and the RMS of a row. Included by every elementwise/<family>_cpu.h that computes.
+// conversions, reductions, exp, and the RMS and the mean of a row. Included by every elementwise/<family>_cpu.h that
+// computes.
 //
 // immintrin.h would double the time of a build. Half-precision conversions are builtins, or written out for machines
 // without such instructions: compilers do not vectorise a loop over _Float16. exp is written out, because compilers
@@ -191,6 +192,21 @@ inline float rstd_of_row(float eps, Value value) {
     }
   for (int j = 1; j < kSums; j++) sums[0] += sums[j];
   return 1. / __builtin_sqrt(double(sum(sums[0])) / kHiddenSize + eps);
+}
+
+// The mean of a row. `value` is as for rstd_of_row.
+template <int kHiddenSize, typename Value>
+inline float mean_of_row(Value value) {
+  constexpr int kSums = 64 / kLanes;  // as in rstd_of_row
+  floats sums[kSums] = {};
+  for (int i = 0; i < kHiddenSize; i += kSums * kLanes)
+#pragma GCC unroll 16
+    for (int j = 0; j < kSums; j++) {
+      if (kHiddenSize % (kSums * kLanes) != 0 && i + j * kLanes >= kHiddenSize) break;
+      sums[j] += value(i + j * kLanes);
+    }
+  for (int j = 1; j < kSums; j++) sums[0] += sums[j];
+  return double(sum(sums[0])) / kHiddenSize;
 }
 
 }  // namespace jitnorm

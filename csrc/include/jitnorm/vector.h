@@ -5,7 +5,7 @@
 
 namespace jitnorm {
 
-// The type of one access of 16, 8, 4 or 2 bytes; 16 for vectors of several accesses.
+// The type of one access of 16, 8, 4, 2 or 1 bytes; 16 for vectors of several accesses.
 template <int kBytes>
 struct Access {
   using type = uint4;
@@ -22,12 +22,16 @@ template <>
 struct Access<2> {
   using type = unsigned short;
 };
+template <>
+struct Access<1> {
+  using type = unsigned char;
+};
 
 // N elements that are loaded and stored together.
 template <typename T, int N>
 struct alignas(N * sizeof(T) < 16 ? N * sizeof(T) : 16) Vector {
   static constexpr int kBytes = N * sizeof(T);
-  static_assert(kBytes == 2 || kBytes == 4 || kBytes == 8 || kBytes % 16 == 0,
+  static_assert(kBytes == 1 || kBytes == 2 || kBytes == 4 || kBytes == 8 || kBytes % 16 == 0,
                 "a vector is made of accesses of one size");
   using access_t = typename Access<kBytes>::type;
   static constexpr int kAccesses = kBytes / sizeof(access_t);
@@ -53,7 +57,7 @@ __device__ __forceinline__ void load_access(unsigned short& dst, const unsigned 
   asm volatile("ld.global.u16 %0, [%1];" : "=h"(dst) : "l"(src) : "memory");
 }
 
-// Parts of 2, 4 or 8 bytes to the 32-bit words that they fill, and back.
+// Parts of 2, 4 or 8 bytes to the 32-bit words that they fill, and back. Parts of 1 byte may fill a shorter word.
 template <int kParts>
 __device__ __forceinline__ void join(const unsigned short (&parts)[kParts], unsigned* words) {
 #pragma unroll
@@ -68,6 +72,12 @@ template <int kParts>
 __device__ __forceinline__ void join(const uint2 (&parts)[kParts], unsigned* words) {
 #pragma unroll
   for (int i = 0; i < kParts; i++) words[2 * i] = parts[i].x, words[2 * i + 1] = parts[i].y;
+}
+template <typename Word, int kParts>
+__device__ __forceinline__ void split(const Word* words, unsigned char (&parts)[kParts]) {
+  constexpr int kBytes = sizeof(Word);
+#pragma unroll
+  for (int i = 0; i < kParts; i++) parts[i] = words[i / kBytes] >> i % kBytes * 8 & 0xffu;
 }
 template <int kParts>
 __device__ __forceinline__ void split(const unsigned* words, unsigned short (&parts)[kParts]) {
@@ -179,7 +189,8 @@ __device__ __forceinline__ void store_aligned_to(T* dst, const Vector<T, N>& v) 
     using A = typename Access<kBytes>::type;
     constexpr int kParts = V::kBytes / kBytes;
     A parts[kParts];
-    split(reinterpret_cast<const unsigned*>(v.words), parts);
+    using Word = typename Access<(V::kBytes < 4 ? V::kBytes : 4)>::type;
+    split(reinterpret_cast<const Word*>(v.words), parts);
 #pragma unroll
     for (int i = 0; i < kParts; i++) reinterpret_cast<A*>(dst)[i] = parts[i];
   }
@@ -327,6 +338,14 @@ __device__ __forceinline__ void from_float(const float (&f)[N], Vector<float, N>
 __device__ __forceinline__ e4m3_t to_e4m3(float f) {
   const float pair[2] = {f, f};
   return {static_cast<unsigned char>(pack(pair, e4m3_t{}))};
+}
+
+__device__ __forceinline__ void from_float(const float (&f)[1], Vector<e4m3_t, 1>& v) {
+  v.words[0] = to_e4m3(f[0]).bits;
+}
+
+__device__ __forceinline__ void from_float(const float (&f)[2], Vector<e4m3_t, 2>& v) {
+  v.words[0] = pack(f, e4m3_t{});
 }
 
 template <int N>

@@ -67,7 +67,8 @@ _DTYPE, _CACHE_DTYPE = click.Choice(list(DTYPES)), click.Choice(list(CACHE_DTYPE
     "--form",
     **several(click.STRING),
     help="Build a general norm for rows (the default), strided or unaligned; +no_weight and +bias may follow. Or a "
-    "gated norm for strided (the default) or unaligned; +no_weight, +fp32_gate and +sigmoid may follow.",
+    "gated norm for strided (the default) or unaligned; +no_weight, +fp32_gate and +sigmoid may follow. The "
+    "default of LayerNorm is strided+bias.",
 )
 @click.option(
     "--hidden-size2",

@@ -63,6 +63,31 @@ def can_normalise_any_size(input: Any, weight: Any) -> bool:
     )
 
 
+def can_call_layernorm(input: Any, weight: Any, bias: Any, hidden_size: int) -> bool:
+    """Return whether jitnorm.layernorm can compute a call of `torch.nn.LayerNorm`; the strides do not matter.
+
+    Args:
+        input: a tensor.
+        weight: a tensor or None.
+        bias: a tensor or None.
+        hidden_size: the size that the module normalises.
+    """
+    factors = [t for t in (weight, bias) if t is not None]
+    if factors:
+        return (
+            all(can_normalise_any_size(input, t) and t.dtype == factors[0].dtype for t in factors)
+            and factors[0].shape[0] == hidden_size
+        )
+    return (
+        can_call_operators(input, input)
+        and input.dim() > 0
+        and input.shape[-1] == hidden_size
+        and 1 <= hidden_size <= MAX_HIDDEN_SIZE
+        and input.dtype in DTYPES
+        and input.device.type in ("cpu", "cuda")
+    )
+
+
 def is_plain_weight(input: torch.Tensor, weight: torch.Tensor) -> bool:
     """Return whether jitnorm.rmsnorm accepts the size, the dtype and the alignment of a weight for `input`."""
     return (

@@ -1,8 +1,8 @@
-"""RMSNorm operators that select a backend at each call: FlashInfer, this package's kernels or PyTorch.
+"""Norms that select a backend at each call: FlashInfer, this package's kernels or PyTorch.
 
-Four functions have sgl_kernel's names and signatures, followed by keyword arguments for further forms, which FlashInfer
-does not have. `gated_rmsnorm`, which FlashInfer lacks too, has the signature of `jitnorm.gated_rmsnorm`. The rule of
-the default, "auto":
+The four functions of RMSNorm have sgl_kernel's names and signatures, followed by keyword arguments for further forms,
+which FlashInfer does not have. `gated_rmsnorm`, which FlashInfer lacks too, has the signature of
+`jitnorm.gated_rmsnorm`. The rule of the default, "auto":
 
 1. FlashInfer, if it is importable and supports the call: the input is float16 or bfloat16, on the current CUDA device;
    torch.compile is not tracing; no gradient is needed; the weights have the input's dtype (FlashInfer would misread
@@ -12,6 +12,8 @@ the default, "auto":
    `jitnorm.general_rmsnorm` and `jitnorm.general_fused_add_rmsnorm`, which take every hidden size from 1 to 65536; and
    `jitnorm.gated_rmsnorm`.
 3. PyTorch's rms_norm in float32, for devices without kernels, larger sizes, and elements that are not adjacent.
+
+`layernorm` selects between `jitnorm.layernorm` and PyTorch, which also serves float64.
 
 The first call whose backend depends on FlashInfer imports it. If its import or a call of it fails, it is treated as
 unavailable from then on, and one warning gives the reason. (Running out of memory, or an error during the capture of a
@@ -53,6 +55,7 @@ from jitnorm.fused_add_rmsnorm import gemma_fused_add_rmsnorm as _jitnorm_gemma_
 from jitnorm.gated_rmsnorm import gated_rmsnorm as _jitnorm_gated_rmsnorm
 from jitnorm.gated_rmsnorm import has_kernel as _has_gated_kernel
 from jitnorm.general_rmsnorm import general_fused_add_rmsnorm, general_rmsnorm
+from jitnorm.layernorm import layernorm as _jitnorm_layernorm
 from jitnorm.rmsnorm import gemma_rmsnorm as _jitnorm_gemma_rmsnorm
 from jitnorm.rmsnorm import rmsnorm as _jitnorm_rmsnorm
 
@@ -65,6 +68,7 @@ __all__ = [
     "gated_rmsnorm",
     "gemma_fused_add_rmsnorm",
     "gemma_rmsnorm",
+    "layernorm",
     "rmsnorm",
 ]
 
@@ -216,6 +220,46 @@ def gemma_fused_add_rmsnorm(
     return _fused_add_rmsnorm(  # type: ignore[no-any-return]
         gemma_fused_add_rmsnorm, _jitnorm_gemma_fused_add_rmsnorm, 1.0, input, residual, weight, eps, enable_pdl, forms
     )
+
+
+def layernorm(
+    input: torch.Tensor,
+    weight: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    eps: float = 1e-6,
+    out: torch.Tensor | None = None,
+    enable_pdl: bool | None = None,
+    *,
+    return_stats: bool = False,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Compute `out = (input - mean) / sqrt(variance + eps) * weight + bias` over the last dimension.
+
+    Args:
+        input: `[..., hidden_size]`, float16, bfloat16, float32 or float64, of any hidden size and strides.
+        weight: `[hidden_size]` or `[heads, hidden_size]`, of any of these dtypes, on the same device. None multiplies
+            by nothing.
+        bias: `[hidden_size]`, of the weight's dtype. None adds nothing.
+        eps: added to the variance; zero or more.
+        out: written; of the input's shape, dtype and device; may be the input itself. None allocates it. A call with
+            `out` has no gradient.
+        enable_pdl: programmatic dependent launch; None leaves it to the backend. PyTorch ignores it.
+        return_stats: return the mean and the reciprocal standard deviation of each row too.
+
+    Returns:
+        `out`; with `return_stats` also mean and rstd of the input's leading dimensions, float32, or float64 for
+        float64.
+
+    Raises:
+        TypeError: as `rmsnorm`.
+        ValueError: as `rmsnorm`.
+        RuntimeError: as `rmsnorm`.
+    """
+    name, _ = _select_backend("layernorm", input, weight, out, False)
+    if name == "jit":
+        return _jitnorm_layernorm(input, weight, bias, eps, out, enable_pdl, return_stats=return_stats)
+    if name == "torch":
+        return torch_backend.layernorm(input, weight, bias, eps, out, enable_pdl, return_stats)
+    return _record(layernorm, input, weight, bias, eps, out, enable_pdl, return_stats=return_stats)  # type: ignore[no-any-return]
 
 
 def dual_rmsnorm(

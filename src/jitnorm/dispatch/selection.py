@@ -20,8 +20,8 @@ from jitnorm.core.torch_library import mark_constant
 from jitnorm.dispatch import flashinfer_backend
 
 BACKENDS = ("auto", "auto-fast", "jit", "flashinfer", "torch")
-OPS = (*flashinfer_backend.RANKS, "gated_rmsnorm")
 VARIABLE = "JITNORM_BACKEND"
+OPS = (*flashinfer_backend.RANKS, "gated_rmsnorm", "layernorm")
 
 # torch.fx.symbolic_trace records the call, and its graph selects the backend when it runs.
 _RECORDED = "torch.fx", "torch.fx is tracing"
@@ -89,11 +89,12 @@ def explain(
     Nothing is written, built or launched; FlashInfer is imported if the answer depends on it.
 
     Args:
-        op: "rmsnorm", "gemma_rmsnorm", "fused_add_rmsnorm", "gemma_fused_add_rmsnorm" or "gated_rmsnorm".
+        op: "rmsnorm", "gemma_rmsnorm", "fused_add_rmsnorm", "gemma_fused_add_rmsnorm", "gated_rmsnorm" or
+            "layernorm".
         input: as in the call.
         weight: as in the call.
         other: the residual of a fused operator, or the gate; `out` of the others, if it is given.
-        forms: `bias`, `rounding` and `return_rstd`, as in the call.
+        forms: `bias`, `rounding` and `return_rstd`, or `return_stats`, as in the call.
 
     Returns:
         "flashinfer", "jit" or "torch", and the reason in words.
@@ -105,7 +106,8 @@ def explain(
     """
     if op not in OPS:
         raise ValueError(f"op must be one of {', '.join(OPS)}, got {op!r}")
-    return select_backend(op, input, weight, other, is_plain(weight, **forms))  # type: ignore[arg-type]
+    plain = op in flashinfer_backend.RANKS and is_plain(weight, **forms)  # type: ignore[arg-type]
+    return select_backend(op, input, weight, other, plain)
 
 
 def is_plain(
@@ -141,7 +143,7 @@ def select_backend(
         elif input.dtype not in (torch.float16, torch.bfloat16):
             reason = "the input is neither float16 nor bfloat16"
         elif op not in flashinfer_backend.RANKS:
-            reason = "FlashInfer has no norm beside a gate"
+            reason = f"jitnorm.dispatch calls no {op} of FlashInfer"
         elif weight is None or not is_plain:
             reason = "FlashInfer has neither norms without a weight nor bias, rstd or another rounding"
         else:

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from jitnorm.core import checks
+from jitnorm.core.operators import DTYPES
 from jitnorm.core.torch_library import needs_dispatcher, needs_grad, refuse_unwritable
 from jitnorm.gated_rmsnorm import check_metadata as check_gated_metadata
 from jitnorm.gated_rmsnorm import check_options, gated_rmsnorm_in_torch
@@ -106,6 +107,34 @@ def check_gated_arguments(
         _check_like_input("out", out, input, input.dtype)
 
 
+def layernorm(
+    input: torch.Tensor,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    eps: float,
+    out: torch.Tensor | None,
+    enable_pdl: bool | None,
+    return_stats: bool,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return `out = (input - mean) / sqrt(variance + eps) * weight + bias`, and perhaps mean and rstd."""
+    _check_rmsnorm(input, weight, eps, out, enable_pdl, bias, "once", (*DTYPES, torch.float64))
+    dtype = torch.promote_types(input.dtype, torch.float32)
+    x, w, b = (None if t is None else t.to(dtype) for t in (input, weight, bias))
+    variance, mean = torch.var_mean(x.detach(), dim=-1, correction=0) if return_stats else (None, None)  # type: ignore[union-attr]
+    if w is None or w.dim() == 1:
+        result = F.layer_norm(x, input.shape[-1:], w, b, eps)  # type: ignore[arg-type]
+    else:
+        result = F.layer_norm(x, input.shape[-1:], None, None, eps) * w  # type: ignore[arg-type]
+        result = result if b is None else result + b
+    result = result.to(input.dtype)
+    if out is not None:
+        if needs_grad(input, weight, bias):
+            raise RuntimeError("layernorm with out= has no gradient: call it without, or under torch.no_grad()")
+        out.detach().copy_(result)  # data, as for the kernels
+        result = out
+    return result if variance is None else (result, mean, torch.rsqrt(variance + eps))  # type: ignore[return-value]
+
+
 def _normalise(
     x: torch.Tensor,
     dtype: torch.dtype,
@@ -130,9 +159,18 @@ def _rstd(x: torch.Tensor, eps: float) -> torch.Tensor:
     return torch.rsqrt(x.detach().float().square().mean(dim=-1) + eps)
 
 
-def _check_rmsnorm(input: Any, weight: Any, eps: Any, out: Any, enable_pdl: Any, bias: Any, rounding: Any) -> None:
+def _check_rmsnorm(
+    input: Any,
+    weight: Any,
+    eps: Any,
+    out: Any,
+    enable_pdl: Any,
+    bias: Any,
+    rounding: Any,
+    dtypes: tuple[torch.dtype, ...] = DTYPES,
+) -> None:
     """Raise for arguments that no backend accepts; any size and any strides are accepted."""
-    _check_input_and_weight(input, weight, eps, enable_pdl, bias, rounding)
+    _check_input_and_weight(input, weight, eps, enable_pdl, bias, rounding, dtypes)
     if out is not None:
         _check_like_input("out", out, input, input.dtype)
         if not needs_dispatcher(out, weight):
@@ -154,12 +192,20 @@ def _check_fused_add_rmsnorm(
         checks.no_overlap("residual", residual, "input", input, reject_identical=True)
 
 
-def _check_input_and_weight(input: Any, weight: Any, eps: Any, enable_pdl: Any, bias: Any, rounding: Any) -> None:
+def _check_input_and_weight(
+    input: Any,
+    weight: Any,
+    eps: Any,
+    enable_pdl: Any,
+    bias: Any,
+    rounding: Any,
+    dtypes: tuple[torch.dtype, ...] = DTYPES,
+) -> None:
     checks.tensor("input", input)
     for name, value in (("weight", weight), ("bias", bias)):
         if value is not None:
             checks.tensor(name, value)
-    check_metadata(input, None, weight, bias, 0.0, rounding)
+    check_metadata(input, None, weight, bias, 0.0, rounding, dtypes)
     checks.eps(eps)
     checks.enable_pdl(enable_pdl)
 

@@ -141,7 +141,8 @@ def warmup(
             and the gated ones.
         form: Of the general norms: "rows", for which None stands, "strided" for rows under several leading dimensions,
             or "unaligned"; behind it may stand "+no_weight" and "+bias". Of the gated norms: "strided", for which None
-            stands, or "unaligned"; behind it may stand "+no_weight", "+fp32_gate" and "+sigmoid".
+            stands, or "unaligned"; behind it may stand "+no_weight", "+fp32_gate" and "+sigmoid". Of LayerNorm None
+            stands for "strided+bias", and "rows" are "strided".
         hidden_size2: Of dual_rmsnorm: the size of its second input. None for `hidden_size`, or the config's.
         process_group: The ranks that share the work, such as `torch.distributed.group.WORLD`. None for this process
             alone.
