@@ -35,7 +35,10 @@ PEERS = {
     "torch": "torch",
 }
 GPU_COLUMNS = {COPY: COPY, "jitnorm": "jitnorm"} | PEERS
-OPERATORS = ("rmsnorm", "fused_add_rmsnorm", "qknorm", "qknorm_rope_store", "activation", "store_cache", "quant_fp8")
+OPERATORS = (
+    *("rmsnorm", "fused_add_rmsnorm", "general_rmsnorm", "general_fused_add_rmsnorm", "gated_rmsnorm", "qknorm"),
+    *("qknorm_rope_store", "activation", "store_cache", "quant_fp8"),
+)
 # The files of engines, and the modes that the tables have from each.
 ENGINES = {
     "vllm_qwen3_0.6b": ["default"],
@@ -170,7 +173,10 @@ _SERVER_TIMES = {
 
 def _milliseconds(result: BenchResult) -> str:
     samples = [sample * 1e3 for samples in result.rounds for sample in samples]
-    return f"{result.seconds * 1e3:.4g} ({min(samples):.4g} to {max(samples):.4g})"
+    middle, least, most = (
+        f"{ms:.0f}" if ms >= 1000 else f"{ms:.4g}" for ms in (result.seconds * 1e3, min(samples), max(samples))
+    )
+    return f"{middle} ({least} to {most})"
 
 
 def _with_range(result: BenchResult, has_range: bool) -> str:
@@ -194,7 +200,7 @@ def operators_h200() -> list[str]:
             present = {line for row in part.rows for line in row.results()} - {COPY, summary.subject}
             peers = ", ".join(title for line, title in PEERS.items() if line in present)
             cells = (
-                op,
+                f"general_{op}" if name.startswith("general_") else op,
                 len(summary.vs_best),
                 won,
                 format_range(summary.vs_best),
@@ -249,6 +255,16 @@ def warmup() -> list[str]:
     for model, of in cells.items():
         kernels = of["empty"].notes[0].removesuffix(" kernels")
         lines.append(_row([model, kernels, f"{of['empty'].seconds:.2f}", f"{of['warm'].seconds * 1e3:.0f}"]))
+    return lines
+
+
+def first_call_h200() -> list[str]:
+    """Return the times of first calls, and of the processes that make them."""
+    rows = {row.point["what"]: row.results() for row in _read("first_call_h200").rows}
+    lines = [_row(["rmsnorm by", "first call, ms", "process, ms"]), _row(["---", "---:", "---:"])]
+    for line, call in rows["call"].items():
+        title = "jitnorm" if line == "jitnorm" else PEERS[line]
+        lines.append(_row([title, _milliseconds(call), _milliseconds(rows["process"][line])]))
     return lines
 
 
@@ -336,6 +352,7 @@ TABLES: dict[str, Callable[[], list[str]]] = {
         batch_invariant_h200,
         rmsnorm_cpu,
         build,
+        first_call_h200,
         warmup,
     )
 }
