@@ -30,8 +30,11 @@ FORMS = list(itertools.product((True, False), ("silu", "sigmoid"), ("once", "hf"
 
 
 def sizes_and_dtypes(cpu_sizes):
-    """Parametrise by device, size and dtypes. A CPU kernel is the same loop for all sizes, and each is a build."""
-    cpu = [("cpu", size, TRIPLES[i % len(TRIPLES)]) for i, size in enumerate(cpu_sizes)]
+    """Parametrise by device, size and dtypes. A CPU kernel is the same loop for all sizes: the first two are not slow."""
+    cpu = [
+        pytest.param("cpu", size, TRIPLES[i % len(TRIPLES)], marks=pytest.mark.slow if i > 1 else ())
+        for i, size in enumerate(cpu_sizes)
+    ]
     cuda = [pytest.param("cuda", size, triple, marks=pytest.mark.gpu) for size in SIZES for triple in TRIPLES]
     return pytest.mark.parametrize(("device", "size", "dtypes"), [*cpu, *cuda])
 
@@ -158,7 +161,9 @@ def test_slices_of_one_projection(device, size, groups):
     assert same_bits(gated_rmsnorm(x, one, w, **options), gated_rmsnorm(x, one.contiguous(), w, **options))
 
 
-@pytest.mark.parametrize(("size", "dtype"), [(300, torch.bfloat16), (20481, torch.float32)])
+@pytest.mark.parametrize(
+    ("size", "dtype"), [(300, torch.bfloat16), pytest.param(20481, torch.float32, marks=pytest.mark.slow)]
+)
 def test_the_same_bits_in_any_batch(device, size, dtype):
     x, gate, w = inputs(131, size, dtype=dtype, device=device)
     everything = gated_rmsnorm(x, gate, w, norm_before_gate=False)
@@ -227,7 +232,10 @@ def test_special_values_stay_in_their_group(device):
         assert int(out[3].isnan().sum()) == (1 if norm_before_gate else 100)
 
 
-@pytest.mark.parametrize(("norm_before_gate", "activation"), [form[:2] for form in FORMS[::2]])
+@pytest.mark.parametrize(
+    ("norm_before_gate", "activation"),
+    [(True, "silu"), *(pytest.param(*form[:2], marks=pytest.mark.slow) for form in FORMS[2::2])],
+)
 def test_gradients(device, norm_before_gate, activation):
     x, gate, w = inputs(4, 3, 60, dtype=torch.float32, device=device)
     for weight, group_size in ((w, None), (w, 20), (w[:20].clone(), 20), (None, 20)):
@@ -253,6 +261,7 @@ def test_gradients_have_the_dtypes_of_their_tensors(device):
         gated_rmsnorm(*leaves, out=torch.empty_like(x))
 
 
+@pytest.mark.slow
 def test_second_derivatives(device):
     leaves = [torch.randn(shape, device=device).requires_grad_() for shape in ((3, 20), (3, 20), (20,))]
     second = []
@@ -462,9 +471,9 @@ def test_warm_up_builds_what_calls_load(cache_dir, monkeypatch):
 @pytest.mark.parametrize(  # the oldest architecture, the first with clusters, and the newest; each with a dtype
     ("arch", "size", "dtype", "form"),
     [
-        ("7.5", 128, torch.float16, "strided"),
+        pytest.param("7.5", 128, torch.float16, "strided", marks=pytest.mark.slow),
         ("9.0a", 65536, torch.bfloat16, "unaligned+fp32_gate"),
-        ("12.0a", 1001, torch.float32, "strided+no_weight+sigmoid"),
+        pytest.param("12.0a", 1001, torch.float32, "strided+no_weight+sigmoid", marks=pytest.mark.slow),
     ],
 )
 def test_compiles_for(arch, size, dtype, form):

@@ -33,8 +33,11 @@ QUANT_ERROR = 2e-6  # of the normalised float32 number, relative to its terms: t
 
 
 def sizes_and_dtypes(cpu_sizes):
-    """Parametrise by device, size and dtypes. A CPU kernel is the same loop for all sizes, and each is a build."""
-    cpu = [("cpu", size, PAIRS[i % len(PAIRS)]) for i, size in enumerate(cpu_sizes)]
+    """Parametrise by device, size and dtypes. A CPU kernel is the same loop for all sizes: the first two are not slow."""
+    cpu = [
+        pytest.param("cpu", size, PAIRS[i % len(PAIRS)], marks=pytest.mark.slow if i > 1 else ())
+        for i, size in enumerate(cpu_sizes)
+    ]
     cuda = [pytest.param("cuda", size, pair, marks=pytest.mark.gpu) for size in SIZES + LONG_SIZES for pair in PAIRS]
     return pytest.mark.parametrize(("device", "hidden_size", "dtypes"), [*cpu, *cuda])
 
@@ -176,7 +179,7 @@ def test_unaligned_rows_beside_factors_of_another_dtype(hidden_size, dtype, weig
     assert same_bits(layernorm_quant_fp8(shifted, w, b, scale, out=out)[0], quantised)
 
 
-@pytest.mark.parametrize(("hidden_size", "dtype"), [(300, BF16), (20481, FP32)])
+@pytest.mark.parametrize(("hidden_size", "dtype"), [(300, BF16), pytest.param(20481, FP32, marks=pytest.mark.slow)])
 def test_the_same_bits_in_any_batch(device, hidden_size, dtype):
     x, w, b = inputs(515, hidden_size, dtype=dtype, device=device)
     scale = torch.full((1,), 0.1, device=device)
@@ -254,6 +257,7 @@ def test_gradients(device, has_weight):
         assert found is None or relative_error(found.grad, expected.grad) <= 1e-5
 
 
+@pytest.mark.slow
 def test_gradients_in_half_precision(device):
     leaves = [t.requires_grad_() for t in inputs(33, 768, dtype=BF16, device=device)]
     layernorm(*leaves).float().square().sum().backward()
@@ -263,6 +267,7 @@ def test_gradients_in_half_precision(device):
         assert found.grad.dtype == BF16 and relative_error(found.grad, expected.grad) <= 1e-2
 
 
+@pytest.mark.slow
 def test_second_derivatives(device):
     x, w = (torch.randn(shape, device=device).requires_grad_() for shape in ((3, 20), (20,)))
     found = []
@@ -541,6 +546,7 @@ def test_module_trains_and_compiles(device):
     assert same_bits(graph(x), ours(x))
 
 
+@pytest.mark.slow
 def test_warm_up_builds_what_calls_load(cache_dir, monkeypatch):
     forget_kernels()
     forms = ["strided", "strided+bias", "strided+no_weight"]
@@ -564,7 +570,13 @@ def test_warm_up_builds_what_calls_load(cache_dir, monkeypatch):
 
 @pytest.mark.nvcc
 @pytest.mark.parametrize(  # the oldest architecture, the first with e4m3 conversions, clusters, and the newest
-    ("arch", "dtype", "hidden_size"), [("7.5", FP16, 6), ("8.9", BF16, 1001), ("9.0a", FP32, 65536), ("12.0a", BF16, 2)]
+    ("arch", "dtype", "hidden_size"),
+    [
+        pytest.param("7.5", FP16, 6, marks=pytest.mark.slow),
+        pytest.param("8.9", BF16, 1001, marks=pytest.mark.slow),
+        ("9.0a", FP32, 65536),
+        pytest.param("12.0a", BF16, 2, marks=pytest.mark.slow),
+    ],
 )
 @pytest.mark.parametrize("form", ["strided+bias", "unaligned+no_weight"])
 def test_compiles_for(arch, dtype, hidden_size, form):
