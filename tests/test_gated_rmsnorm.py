@@ -30,7 +30,7 @@ FORMS = list(itertools.product((True, False), ("silu", "sigmoid"), ("once", "hf"
 
 
 def sizes_and_dtypes(cpu_sizes):
-    """Parametrise by device, size and dtypes. A CPU kernel is the same loop for all sizes: the first two are not slow."""
+    """Parametrise by device, size and dtypes. A CPU kernel is one loop for all sizes: the first two are not slow."""
     cpu = [
         pytest.param("cpu", size, TRIPLES[i % len(TRIPLES)], marks=pytest.mark.slow if i > 1 else ())
         for i, size in enumerate(cpu_sizes)

@@ -33,7 +33,7 @@ QUANT_ERROR = 2e-6  # of the normalised float32 number, relative to its terms: t
 
 
 def sizes_and_dtypes(cpu_sizes):
-    """Parametrise by device, size and dtypes. A CPU kernel is the same loop for all sizes: the first two are not slow."""
+    """Parametrise by device, size and dtypes. A CPU kernel is one loop for all sizes: the first two are not slow."""
     cpu = [
         pytest.param("cpu", size, PAIRS[i % len(PAIRS)], marks=pytest.mark.slow if i > 1 else ())
         for i, size in enumerate(cpu_sizes)
