@@ -7,7 +7,7 @@ import json
 import pytest
 
 from jitnorm.warmup import make_plan
-from jitnorm.warmup.config import read_config
+from jitnorm.warmup.config import HIDDEN_ACTS, read_config
 
 from .commands import CONFIGS, DEEPSEEK, LLAMA, OLMO2, command, config_file
 
@@ -299,3 +299,21 @@ def test_bad_configs_are_one_clear_line(tmp_path, content):
     assert "\n" not in str(raised.value)
     with pytest.raises(ValueError, match=r"elsewhere.*No such file"):
         read_config(tmp_path / "elsewhere")
+
+
+@pytest.mark.parametrize(
+    ("config", "operator", "sizes"),
+    [
+        # gpt-oss' config says "silu", which is the function within its clamped product.
+        ({"model_type": "gpt_oss", "hidden_act": "silu", "intermediate_size": 2880}, "swigluoai_and_mul", [2880]),
+        (
+            {"model_type": "nemotron_h", "mlp_hidden_act": "relu2", "moe_shared_expert_intermediate_size": 3712},
+            "relu2",
+            [3712],
+        ),
+    ],
+)
+def test_activations_under_other_names(tmp_path, config, operator, sizes):
+    (tmp_path / "config.json").write_text(json.dumps({"hidden_size": 256, "num_attention_heads": 4, **config}))
+    found = read_config(tmp_path / "config.json")
+    assert HIDDEN_ACTS[found.hidden_act] == operator and found.intermediate_sizes == sizes and not found.notes

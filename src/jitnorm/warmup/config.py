@@ -8,7 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jitnorm.activation import GELU_AND_MUL, GELU_TANH_AND_MUL, RELU2, SILU_AND_MUL, Activation
+from jitnorm.activation import (
+    GELU_AND_MUL,
+    GELU_TANH_AND_MUL,
+    RELU2,
+    SILU_AND_MUL,
+    SWIGLUOAI_AND_MUL,
+    Activation,
+)
 from jitnorm.core.norm_modules import PATCHABLE_FAMILIES, is_norm_family
 from jitnorm.core.operators import OPERATORS
 from jitnorm.dual_rmsnorm import DUAL_RMSNORM
@@ -24,6 +31,7 @@ HIDDEN_ACTS = {
     "gelu_new": GELU_TANH_AND_MUL.op,
     "gelu_pytorch_tanh": GELU_TANH_AND_MUL.op,
     "relu2": RELU2.op,  # of MLPs without gates, such as Nemotron's
+    "swigluoai": SWIGLUOAI_AND_MUL.op,  # of gpt-oss, whose config calls it "silu"
 }
 
 # Models that normalise each head of queries and keys, with the head_dim that the config may omit; None where that is
@@ -52,14 +60,14 @@ _INTERLEAVED = {"chatglm", "cohere", "cohere2", "ernie45", "ernie45moe", "glm", 
 # The part of a head that is rotated, of models whose config may omit it.
 _PARTIAL_ROTATIONS = {"glm": 0.5, "glm4": 0.5, "glm4moe": 0.5, "qwen3next": 0.25, "recurrentgemma": 0.5}
 # Known models without a rotation.
-_NO_ROTATION = {"jamba", "mamba", "mamba2"}
+_NO_ROTATION = {"jamba", "mamba", "mamba2", "nemotronh"}
 # Models whose norms multiply by 1 + weight.
 _GEMMA_NORMS = {"gemma", "gemma2", "gemma3", "qwen3next", "recurrentgemma", "vaultgemma"}
 # Models without norms of queries and keys, or whose config says whether they have them.
 _PLAIN = {
     "arcee", "bitnet", "deepseekv2", "deepseekv3", "ernie45", "ernie45moe", "glm", "glm4", "glm4moe", "gptoss",
     "granite", "granitemoe", "granitemoeshared", "jamba", "kimik2", "llama", "mamba", "mamba2", "ministral", "mistral",
-    "mistral3", "mixtral", "phi3", "qwen2", "qwen2moe", "qwen2vl", "qwen25vl", "seedoss", "smollm3",
+    "mistral3", "mixtral", "nemotronh", "phi3", "qwen2", "qwen2moe", "qwen2vl", "qwen25vl", "seedoss", "smollm3",
 }  # fmt: skip
 _KNOWN = {*_PER_HEAD, *_PER_PROJECTION, *_GEMMA_NORMS, *_PLAIN}
 # The activations of families whose config may omit it.
@@ -70,7 +78,12 @@ _DEFAULT_ACTS = {
 # The ranks of latent attention (DeepSeek and others), which are normalised.
 _LATENT_RANKS = ("q_lora_rank", "kv_lora_rank")
 # The widths of feed-forward layers.
-_INTERMEDIATE_SIZES = ("intermediate_size", "moe_intermediate_size", "shared_expert_intermediate_size")
+_INTERMEDIATE_SIZES = (
+    *("intermediate_size", "moe_intermediate_size"),
+    *("shared_expert_intermediate_size", "moe_shared_expert_intermediate_size"),
+)
+# The keys of the activation, the most specific first.
+_ACTIVATION_KEYS = ("hidden_activation", "hidden_act", "mlp_hidden_act")
 # The keys of a rotary embedding: one of them shows that an unknown model has one.
 _ROTATION_KEYS = ("rope_parameters", "rope_scaling", "rope_theta", "rotary_dim", "partial_rotary_factor")
 # The keys under which multimodal models describe their language model.
@@ -293,7 +306,8 @@ def read_config(path: str | os.PathLike[str]) -> ModelConfig:
     rotation = _rotation(config, bool(per_head))
     latents = [rank for key in _LATENT_RANKS for rank in config.integers(key)]
     intermediate_sizes = list(dict.fromkeys(size for key in _INTERMEDIATE_SIZES for size in config.integers(key)))
-    hidden_act = config.text("hidden_activation") or config.text("hidden_act") or _default_act(config.family)
+    named_act = next((act for act in map(config.text, _ACTIVATION_KEYS) if act), None)
+    hidden_act = "swigluoai" if config.family == "gptoss" else named_act or _default_act(config.family)
     return ModelConfig(
         path=file,
         hidden_sizes=list(dict.fromkeys([hidden_size, *per_head, *per_projection, *latents])),
