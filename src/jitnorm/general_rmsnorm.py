@@ -112,7 +112,7 @@ class FormOperator(Operator):
             if function is not None:
                 if not function(*(plain if layout == 0 else general)):
                     return True
-            elif layout >= first and LAYOUTS.index(_layout(*general[:5])) <= layout:
+            elif layout >= first and LAYOUTS.index(layout_of(*general[:5])) <= layout:
                 return False  # a faster kernel than the next could run
         return False
 
@@ -288,7 +288,7 @@ def general_rmsnorm(
     if not traced:
         try:
             needs_general = return_rstd or (weight is not None and weight.dim() != 1)
-            key = _key(input, weight, bias, needs_general, rounding)
+            key = key_of(input, weight, bias, needs_general, rounding)
             operator = _VARIANTS["gemma_rmsnorm" if weight_offset else "rmsnorm"]
             is_known = weight_offset.__class__ in (float, int) and weight_offset in (0.0, 1.0)
             is_known = is_known and (out is None or isinstance(out, torch.Tensor))  # the bindings take others too
@@ -366,7 +366,7 @@ def general_fused_add_rmsnorm(
     if not traced:
         try:
             needs_general = return_rstd or (weight is not None and weight.dim() != 1)
-            key = _key(input, weight, bias, needs_general, rounding)
+            key = key_of(input, weight, bias, needs_general, rounding)
             is_known = weight_offset.__class__ in (float, int) and weight_offset in (0.0, 1.0)
             operator = _variant(weight_offset, residual, input, round_sum)
             if residual is not None and is_known and key in operator.functions:
@@ -400,7 +400,7 @@ def general_fused_add_rmsnorm(
     return rstd
 
 
-def _key(
+def key_of(
     input: torch.Tensor,
     weight: torch.Tensor | None,
     bias: torch.Tensor | None,
@@ -428,13 +428,13 @@ def _run(
     """Run the right kernel on arguments that have been checked."""
     operator = _variant(weight_offset, residual, input, round_sum)
     needs_general = rstd is not None or (weight is not None and weight.dim() != 1)
-    key = _key(input, weight, bias, needs_general, rounding)
+    key = key_of(input, weight, bias, needs_general, rounding)
     general = input, residual, weight, bias, out, rstd, eps, enable_pdl
     plain = (input, weight, out, eps, enable_pdl) if residual is None else (input, residual, weight, eps, enable_pdl)
-    operator.run(key, _layout(input, residual, weight, bias, out), general, plain)
+    operator.run(key, layout_of(input, residual, weight, bias, out), general, plain)
 
 
-def _layout(*tensors: torch.Tensor | None) -> str:
+def layout_of(*tensors: torch.Tensor | None) -> str:
     """Return the layout of tensors that have been checked. That of traced ones is as if they were aligned."""
     given = [tensor for tensor in tensors if tensor is not None]
     if given[0].is_cuda and not are_aligned(given):
@@ -540,7 +540,7 @@ def check(
     """Raise for arguments without a residual that the bindings function `general_rmsnorm` in rmsnorm.h refuses."""
     optional = {"out": out, "weight": weight, "bias": bias, "rstd": rstd}
     tensors = {"input": input} | {name: value for name, value in optional.items() if value is not None}
-    _check_common("general_rmsnorm", tensors, eps, weight_offset, rounding, enable_pdl)
+    check_arguments("general_rmsnorm", tensors, eps, weight_offset, rounding, enable_pdl)
     if out is not None:
         checks.dtype("out", out, (input.dtype,))
         checks.shape("out", out, input.shape, "like input")
@@ -567,14 +567,14 @@ def check_fused(
     optional = {"weight": weight, "bias": bias, "rstd": rstd}
     tensors = {"input": input, "residual": residual}
     tensors |= {name: value for name, value in optional.items() if value is not None}
-    _check_common("general_fused_add_rmsnorm", tensors, eps, weight_offset, rounding, enable_pdl)
+    check_arguments("general_fused_add_rmsnorm", tensors, eps, weight_offset, rounding, enable_pdl)
     if input.numel() == 0:
         return
     merged = check_layouts(tensors, ("input", "residual"))
     checks.no_shared_heads("residual", merged["residual"], "input", merged["input"])
 
 
-def _check_common(
+def check_arguments(
     op: str, tensors: dict[str, Any], eps: Any, weight_offset: Any, rounding: Any, enable_pdl: Any
 ) -> None:
     """Raise for types, dtypes, shapes, devices and options."""
@@ -672,7 +672,7 @@ def merged_dims(tensors: dict[str, torch.Tensor]) -> list[tuple[int, dict[str, i
     return dims
 
 
-def _gradients(
+def gradients(
     x: torch.Tensor,
     weight: torch.Tensor | None,
     bias: torch.Tensor | None,
@@ -697,9 +697,9 @@ def _build(
     check_metadata(input, residual, weight, bias, weight_offset, rounding)
     operator = _variant(weight_offset, residual, input, round_sum)
     needs_general = has_rstd or (weight is not None and weight.dim() != 1)
-    size, dtype, weight_dtype, *form = _key(input, weight, bias, needs_general, rounding)
+    size, dtype, weight_dtype, *form = key_of(input, weight, bias, needs_general, rounding)
     build_while_tracing(
-        operator, input, int(size), dtype, weight_dtype, Form(_layout(input, residual, weight, bias), *form)
+        operator, input, int(size), dtype, weight_dtype, Form(layout_of(input, residual, weight, bias), *form)
     )
 
 
@@ -834,7 +834,7 @@ def _rstd_for_gradient(x: torch.Tensor, rstd: torch.Tensor, eps: float) -> torch
 def _backward(ctx: Any, grad: torch.Tensor, _: Any) -> tuple[torch.Tensor | None, ...]:
     x, weight, bias, rstd = ctx.saved_tensors
     rstd = _rstd_for_gradient(x, rstd, ctx.eps)
-    grad_x, grad_weight, grad_bias = _gradients(x, weight, bias, rstd, ctx.weight_offset, grad)
+    grad_x, grad_weight, grad_bias = gradients(x, weight, bias, rstd, ctx.weight_offset, grad)
     return grad_x.to(x.dtype), grad_weight, grad_bias, None, None, None, None, None
 
 
@@ -848,7 +848,7 @@ def _save_fused_add(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tenso
 def _backward_fused_add(ctx: Any, grad: torch.Tensor, grad_total: torch.Tensor, _: Any) -> tuple[Any, ...]:
     total, weight, bias, rstd = ctx.saved_tensors
     rstd = _rstd_for_gradient(total, rstd, ctx.eps)
-    grad_x, grad_weight, grad_bias = _gradients(total, weight, bias, rstd, ctx.weight_offset, grad)
+    grad_x, grad_weight, grad_bias = gradients(total, weight, bias, rstd, ctx.weight_offset, grad)
     grad_residual = (grad_x + grad_total.float()).to(total.dtype)
     return grad_residual.to(grad.dtype), grad_residual, grad_weight, grad_bias, None, None, None, None, None
 

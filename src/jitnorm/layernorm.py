@@ -25,12 +25,12 @@ from jitnorm.core.torch_library import (
 from jitnorm.general_rmsnorm import (
     Form,
     FormOperator,
-    _check_common,
-    _gradients,
-    _key,
-    _layout,
+    check_arguments,
     check_layouts,
     check_metadata,
+    gradients,
+    key_of,
+    layout_of,
 )
 from jitnorm.jit.spec import KernelSpec, Target
 
@@ -118,7 +118,7 @@ def layernorm(
     traced = _is_dynamo_compiling() or needs_dispatcher(input, weight, bias, out)
     if not traced:
         try:
-            key = _key(input, weight, bias, True, "once")
+            key = key_of(input, weight, bias, True, "once")
             # A kernel would accept tensors of other packages. `key` has their dtype only for input and weight.
             are_tensors = (bias is None or isinstance(bias, _Tensor)) and (out is None or isinstance(out, _Tensor))
             if key in LAYERNORM.functions and are_tensors and not needs_grad(input, weight, bias):
@@ -194,7 +194,7 @@ def layernorm_quant_fp8(
     traced = _is_dynamo_compiling() or needs_dispatcher(input, weight, bias, scale, out)
     if not traced:
         try:
-            key = _key(input, weight, bias, True, "once")
+            key = key_of(input, weight, bias, True, "once")
             are_tensors = (bias is None or isinstance(bias, _Tensor)) and (out is None or isinstance(out, _Tensor))
             are_tensors = are_tensors and isinstance(scale, _Tensor)
             if key in LAYERNORM_QUANT_FP8.functions and are_tensors and not needs_grad(input, weight, bias, scale):
@@ -233,7 +233,7 @@ def _run(
 ) -> None:
     """Run the right kernel on arguments that have been checked."""
     arguments = input, None, weight, bias, out, rstd, eps, enable_pdl, mean, scale
-    operator.run(_key(input, weight, bias, True, "once"), _layout(input, weight, bias, out), arguments, ())
+    operator.run(key_of(input, weight, bias, True, "once"), layout_of(input, weight, bias, out), arguments, ())
 
 
 def _new_stats(input: torch.Tensor, is_returned: bool = True) -> tuple[torch.Tensor, torch.Tensor]:
@@ -254,7 +254,7 @@ def check(input: Any, weight: Any, bias: Any, out: Any, mean: Any, rstd: Any, ep
     """Raise for arguments that the bindings function `layernorm` in csrc/elementwise/rmsnorm.h refuses."""
     optional = {"out": out, "weight": weight, "bias": bias, "rstd": rstd, "mean": mean}
     tensors = {"input": input} | {name: value for name, value in optional.items() if value is not None}
-    _check_common("layernorm", tensors, eps, 0.0, "once", enable_pdl)
+    check_arguments("layernorm", tensors, eps, 0.0, "once", enable_pdl)
     if mean is not None:
         checks.dtype("mean", mean, (torch.float32,))
         checks.device("mean", mean, "input", input)
@@ -287,7 +287,7 @@ def check_quant(input: Any, weight: Any, bias: Any, out: Any, scale: Any, eps: A
     optional = {"out": out, "weight": weight, "bias": bias}
     tensors = {"input": input} | {name: value for name, value in optional.items() if value is not None}
     checks.tensor("scale", scale)
-    _check_common("layernorm_quant_fp8", tensors, eps, 0.0, "once", enable_pdl)
+    check_arguments("layernorm_quant_fp8", tensors, eps, 0.0, "once", enable_pdl)
     _check_quant_metadata(input, out, scale)
     checks.elements("scale", scale, 1, "one scale for all", scale.element_size())
     if input.numel() == 0:
@@ -310,8 +310,8 @@ def _check_quant_metadata(input: torch.Tensor, out: torch.Tensor | None, scale: 
 def _build(operator: LayerNorm, input: Any, weight: Any, bias: Any) -> None:
     """Check what can be checked while tracing, and build the kernel."""
     check_metadata(input, None, weight, bias, 0.0, "once")
-    size, dtype, weight_dtype, *form = _key(input, weight, bias, True, "once")
-    build_while_tracing(operator, input, int(size), dtype, weight_dtype, Form(_layout(input, weight, bias), *form))
+    size, dtype, weight_dtype, *form = key_of(input, weight, bias, True, "once")
+    build_while_tracing(operator, input, int(size), dtype, weight_dtype, Form(layout_of(input, weight, bias), *form))
 
 
 def _torch_layernorm(
@@ -380,7 +380,7 @@ def _backward(ctx: Any, grad: torch.Tensor, *_: Any) -> tuple[torch.Tensor | Non
         rstd = torch.rsqrt(variance + ctx.eps)
     # The gradient of RMSNorm is that of the differences from the mean, from which the mean's own gradient is left out.
     differences = x.float() - mean.unsqueeze(-1)
-    grad_differences, grad_weight, grad_bias = _gradients(differences, weight, bias, rstd, 0.0, grad)
+    grad_differences, grad_weight, grad_bias = gradients(differences, weight, bias, rstd, 0.0, grad)
     grad_x = grad_differences - grad_differences.mean(dim=-1, keepdim=True)
     return grad_x.to(x.dtype), grad_weight, grad_bias, None, None, None
 
