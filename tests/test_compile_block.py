@@ -276,7 +276,11 @@ def test_every_registered_operator_is_checked():
             if example.function.__module__ == "jitnorm.activation"
             for form in ("", "_out")
         ),
-        *(f"jitnorm::{op}{form}" for op in ("general_rmsnorm", "gated_rmsnorm") for form in ("", "_out")),
+        *(
+            f"jitnorm::{op}{form}"
+            for op in ("general_rmsnorm", "gated_rmsnorm", "dual_rmsnorm")
+            for form in ("", "_out")
+        ),
         *(f"jitnorm::layernorm{form}" for form in ("", "_out", "_quant_fp8")),
         *(f"jitnorm::general_fused_add_rmsnorm{form}" for form in ("", "_functional")),
         *(

@@ -376,7 +376,11 @@ def compare(calls) -> Iterator[tuple[str, bool]]:
         yield operator.op, refused
 
 
-@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.__name__)
+@pytest.mark.parametrize(
+    "family",
+    [pytest.param(f, marks=pytest.mark.slow if f in (layernorm_calls, dual_calls) else ()) for f in FAMILIES],
+    ids=lambda family: family.__name__,
+)
 def test_checks_and_bindings_agree(family):
     draw, decisions = Draw(), Counter()
     for _ in range(DRAWS):

@@ -45,6 +45,7 @@ def test_flashinfer_has_none(flashinfer):
         dispatch.gated_rmsnorm(x, gate, weight)
 
 
+@pytest.mark.slow
 def test_strides_without_a_kernel_go_to_pytorch(device):
     x, gate, weight = tensors(4, 2, 3, device=device)
     options = {"group_size": 100}

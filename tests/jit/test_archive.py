@@ -111,6 +111,8 @@ def longest_name() -> str:
     names = set()
     for op, operator in OPS.items():
         accepted = {name: values for name, values in options.items() if name in operator.options}
+        if op.startswith("gated_"):
+            accepted["form"] = ("strided", "unaligned+no_weight+fp32_gate+sigmoid")
         if "rounding" in operator.options:
             accepted["rounding"] = ("once", "hf" if "form" in operator.options else "each_step")
         size = None if operator.size_name is None else (128, 256, 16384)
