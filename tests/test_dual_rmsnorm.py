@@ -292,12 +292,30 @@ def test_dispatch_is_one_launch_where_it_can_be(device):
     for out1, out2, pattern in (
         (b.new_empty(5, 7), None, "out1 must have shape"),
         (None, a[:, :512], "out2 must share no memory with input1"),
+        (None, w1[:512].expand(5, 512), "out2 must"),
     ):
         for name in ("auto", "torch"):
             before = a.clone()
             with dispatch.backend(name), pytest.raises(ValueError, match=pattern):
                 dispatch.dual_rmsnorm(a, b, w1, w2, out1=out1, out2=out2)
             assert same_bits(a, before)
+
+
+def test_dispatch_writes_nothing_that_a_second_launch_would_refuse():
+    """Of sizes without one kernel, which are two launches. The first result lies where the second weight does."""
+    buffer = torch.randn(5 * 41 + 23)
+    a, b, w1, w2 = torch.randn(5, 41), torch.randn(5, 23), torch.randn(41), buffer[100:123]
+    kept = a.clone(), buffer.clone()
+    leaf = torch.randn(23, requires_grad=True)
+    for kind, pattern, weight, options in (
+        (ValueError, "out1 must share no memory with weight2", w2, {"out1": buffer[: 5 * 41].view(5, 41)}),
+        (ValueError, "eps2 must be", w2, {"out1": a, "eps2": -1.0}),
+        (RuntimeError, "has no gradient", leaf, {"out1": a}),
+        (ValueError, "out2 must", w2, {"out1": a, "out2": b[:1].clone().expand(5, 23)}),
+    ):
+        with pytest.raises(kind, match=pattern):
+            dispatch.dual_rmsnorm(a, b, w1, weight, **options)
+        assert same_bits(a, kept[0]) and same_bits(buffer, kept[1])
 
 
 def test_warm_up_builds_what_calls_load(cache_dir, monkeypatch):

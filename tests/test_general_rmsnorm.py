@@ -433,3 +433,16 @@ def test_every_size():
             x, w = inputs(3, size, dtype=dtype, device="cuda")
             out = general_rmsnorm(x, w, out=poisoned(x))
             assert relative_error(out, reference(x, w)[0]) <= tolerance(dtype, size), (size, dtype)
+
+
+def test_a_later_call_refuses_tensors_of_other_packages():
+    """Which the bindings would take. The first call of a form always checks."""
+    x, residual, w, bias = torch.randn(3, 100), torch.randn(3, 100), torch.randn(100), torch.randn(100)
+    general_rmsnorm(x, w, bias=bias)
+    general_fused_add_rmsnorm(x, residual, w)
+    before = residual.clone()
+    with pytest.raises(TypeError, match=r"bias must be a torch\.Tensor"):
+        general_rmsnorm(x, w, bias=bias.numpy())
+    with pytest.raises(TypeError, match=r"residual must be a torch\.Tensor"):
+        general_fused_add_rmsnorm(x, residual.numpy(), w)
+    assert same_bits(residual, before)

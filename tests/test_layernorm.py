@@ -450,6 +450,13 @@ def test_dispatch_selects_a_kernel_or_pytorch(device, no_backend):
         dispatch.layernorm(x, w, b)
 
 
+def test_dispatch_computes_other_biases_in_pytorch(no_backend):
+    x, bias = torch.randn(3, 100), torch.randn(200)[::2]
+    for given in (bias, bias.double()):
+        expected = F.layer_norm(x.double(), (100,), None, given.double(), 1e-6)
+        assert relative_error(dispatch.layernorm(x, None, given), expected) <= 1e-6
+
+
 def test_dispatch_on_a_device_without_kernels(no_backend, monkeypatch):
     monkeypatch.setattr(dispatch.selection, "_missing_kernel", lambda *_: "jitnorm has no kernel for npu")
     x, w, b = inputs(3, 300, dtype=FP32, device="cpu")

@@ -389,3 +389,9 @@ def test_a_gated_norm_compiles_without_a_graph_break(device):
 def test_bad_options_of_a_gated_norm_are_refused(options, error, message):
     with pytest.raises(error, match=message):
         nn.RMSNormGated(300, **options)
+
+
+@pytest.mark.parametrize(("x", "gate"), [((4, 80), (4, 80)), ((4, 40), (40,)), ((40,), (4, 40))])
+def test_a_gated_norm_of_another_size_is_refused(x, gate):
+    with pytest.raises(RuntimeError, match="x and gate must have one shape"):
+        nn.RMSNormGated(40)(torch.randn(x), torch.randn(gate))

@@ -172,7 +172,7 @@ def _slow_path(
     if traced:
         outs = {name: out for name, out in (("out1", out1), ("out2", out2)) if out is not None}
         checks.types(eps, enable_pdl, input1=input1, input2=input2, weight1=weight1, weight2=weight2, **outs)
-        _check_eps2(eps2)
+        check_eps2(eps2)
         refuse_torch_func(DUAL_RMSNORM.op, *tensors)
     else:
         check(*tensors, eps, out1, out2, eps2, enable_pdl)
@@ -223,7 +223,7 @@ def check(
     _check_metadata(input1, input2, weight1, weight2, **outs)
     checks.supported_device("input1", input1)
     checks.eps(eps)
-    _check_eps2(eps2)
+    check_eps2(eps2)
     checks.enable_pdl(enable_pdl)
     for name, value in (inputs | weights | outs).items():
         checks.rows(name, value)
@@ -237,7 +237,15 @@ def check(
         checks.no_overlap("out2", out2, "out1", out1, reject_identical=True)
 
 
-def _check_eps2(eps2: object) -> None:
+def refuse_gradient(*tensors: torch.Tensor) -> None:
+    """Raise for a call with results that are given, if it needs a gradient."""
+    if needs_grad(*tensors):
+        raise RuntimeError(
+            f"{DUAL_RMSNORM.op} with out1= or out2= has no gradient: call it without, or under torch.no_grad()"
+        )
+
+
+def check_eps2(eps2: object) -> None:
     if eps2 is None:
         return
     checks.number("eps2", eps2)
@@ -289,10 +297,7 @@ def _call_torch_op(
     if out1 is None and out2 is None:
         result: tuple[torch.Tensor, torch.Tensor] = torch.ops.jitnorm.dual_rmsnorm(*tensors, eps, eps2, enable_pdl)
         return result
-    if needs_grad(*tensors):
-        raise RuntimeError(
-            f"{DUAL_RMSNORM.op} with out1= or out2= has no gradient: call it without, or under torch.no_grad()"
-        )
+    refuse_gradient(*tensors)
     out1 = norms.new_like(input1) if out1 is None else out1
     out2 = norms.new_like(input2) if out2 is None else out2
     torch.ops.jitnorm.dual_rmsnorm_out(*tensors, out1, out2, eps, eps2, enable_pdl)

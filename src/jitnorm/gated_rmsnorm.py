@@ -308,8 +308,7 @@ def _run(
 
 def grouped(tensor: torch.Tensor, size: int) -> torch.Tensor:
     """Return a view of `[..., groups * size]` as `[..., groups, size]`, or the tensor if it has one group."""
-    groups = tensor.shape[-1] // size
-    return tensor if groups == 1 else tensor.unflatten(-1, (groups, size))
+    return tensor if tensor.shape[-1] == size else tensor.unflatten(-1, (tensor.shape[-1] // size, size))
 
 
 def _layout(size: int, *tensors: torch.Tensor | None) -> str:

@@ -291,7 +291,9 @@ def general_rmsnorm(
             key = key_of(input, weight, bias, needs_general, rounding)
             operator = _VARIANTS["gemma_rmsnorm" if weight_offset else "rmsnorm"]
             is_known = weight_offset.__class__ in (float, int) and weight_offset in (0.0, 1.0)
-            is_known = is_known and (out is None or isinstance(out, torch.Tensor))  # the bindings take others too
+            # The bindings take tensors of other packages too, which the checks refuse.
+            is_known = is_known and (out is None or isinstance(out, torch.Tensor))
+            is_known = is_known and (bias is None or isinstance(bias, torch.Tensor))
             if key in operator.functions and is_known and not needs_grad(input, weight, bias):
                 result = norms.new_like(input) if out is None else out
                 rstd = input.new_empty(input.shape[:-1], dtype=torch.float32) if return_rstd else None
@@ -369,7 +371,10 @@ def general_fused_add_rmsnorm(
             key = key_of(input, weight, bias, needs_general, rounding)
             is_known = weight_offset.__class__ in (float, int) and weight_offset in (0.0, 1.0)
             operator = _variant(weight_offset, residual, input, round_sum)
-            if residual is not None and is_known and key in operator.functions:
+            is_known = (
+                is_known and isinstance(residual, torch.Tensor) and (bias is None or isinstance(bias, torch.Tensor))
+            )
+            if is_known and key in operator.functions:
                 rstd = input.new_empty(input.shape[:-1], dtype=torch.float32) if return_rstd else None
                 general = input, residual, weight, bias, input, rstd, eps, enable_pdl
                 plain = input, residual, weight, eps, enable_pdl

@@ -381,6 +381,10 @@ def gated_rms_norm(
     Raises:
         RuntimeError: as the module's forward method.
     """
+    if x.shape[-1:] != weight.shape or gate.shape != x.shape:
+        raise RuntimeError(
+            f"x and gate must have one shape [..., {weight.shape[0]}], got {list(x.shape)} and {list(gate.shape)}"
+        )
     if not can_normalise_gated(x, gate, weight, group_size):
         return gated_rmsnorm_in_torch(x, gate, weight, eps, group_size, norm_before_gate, activation)
     return gated_rmsnorm(

@@ -105,3 +105,8 @@ def test_bad_arguments_are_refused(name):
     ):
         with dispatch.backend(name), pytest.raises(error, match=pattern):
             call()
+
+
+def test_rows_of_no_elements():
+    empty = torch.empty(4, 0)
+    assert dispatch.gated_rmsnorm(empty, empty).shape == empty.shape

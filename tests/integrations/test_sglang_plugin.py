@@ -256,15 +256,12 @@ class TestNorms:
                 reference = rmsnorm_reference(exact, weight.double(), EPS)
                 assert relative_error(result, reference) <= 1.01 * relative_error(stock, reference)
 
-    def test_strided_heads_of_other_sizes_are_not_copied(self, args, monkeypatch):
-        norm, projection = norm_of("RMSNorm", 80), inputs(TOKENS, 3 * HEADS, 80)
-        x = projection[:, HEADS : 2 * HEADS]
-        expected = rmsnorm_reference(x, norm.weight.double(), EPS)
-        installed(norm)
-        monkeypatch.setattr(torch.Tensor, "contiguous", lambda self: pytest.fail("a copy"))
-        result = norm(x)
-        monkeypatch.undo()
-        assert relative_error(result, expected) < TOLERANCE[DTYPE]
+    def test_heads_of_other_sizes_call_the_kernel_that_was_built(self, args, monkeypatch):
+        norm, x = norm_of("RMSNorm", 80), inputs(TOKENS, 3 * HEADS, 80)[:, HEADS : 2 * HEADS]
+        model = loaded(norm)
+        replacement.install(layers.layer_replacements(model), model.report)
+        monkeypatch.setenv("JITNORM_DISABLE_JIT", "1")
+        assert relative_error(norm(x), rmsnorm_reference(x, norm.weight.double(), EPS)) < TOLERANCE[DTYPE]
 
     def test_transposed_heads_are_copied(self, args):
         norm, x = norm_of("Gemma3RMSNorm", HEAD_DIM), inputs(TOKENS, HEADS, HEAD_DIM).transpose(0, 1)[None]

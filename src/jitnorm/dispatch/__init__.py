@@ -42,12 +42,13 @@ import torch
 import torch.fx
 
 from jitnorm.core import checks
-from jitnorm.core.eligibility import has_kernel_layout, is_plain_weight
+from jitnorm.core.eligibility import has_general_layout, has_kernel_layout, is_plain_weight
 from jitnorm.core.operators import DTYPES
 from jitnorm.core.torch_library import needs_dispatcher
 from jitnorm.dispatch import flashinfer_backend, torch_backend
 from jitnorm.dispatch.selection import BACKENDS, backend, explain, is_plain, requested_backend
 from jitnorm.dispatch.selection import select_backend as _select_backend
+from jitnorm.dual_rmsnorm import check_eps2, refuse_gradient
 from jitnorm.dual_rmsnorm import dual_rmsnorm as _jitnorm_dual_rmsnorm
 from jitnorm.dual_rmsnorm import is_supported_hidden_size as _has_dual_kernel
 from jitnorm.fused_add_rmsnorm import fused_add_rmsnorm as _jitnorm_fused_add_rmsnorm
@@ -255,6 +256,8 @@ def layernorm(
         RuntimeError: as `rmsnorm`.
     """
     name, _ = _select_backend("layernorm", input, weight, out, False)
+    if name == "jit" and requested_backend() != "jit" and not _is_served_bias(bias):
+        name = "torch"
     if name == "jit":
         return _jitnorm_layernorm(input, weight, bias, eps, out, enable_pdl, return_stats=return_stats)
     if name == "torch":
@@ -300,7 +303,7 @@ def dual_rmsnorm(
     tensors = {"input1": input1, "input2": input2, "weight1": weight1, "weight2": weight2}
     outs = {name: out for name, out in (("out1", out1), ("out2", out2)) if out is not None}
     if not any(isinstance(tensor, torch.fx.Proxy) for tensor in tensors.values()):
-        _check_dual(tensors, outs)
+        _check_dual(tensors, outs, eps, eps2, enable_pdl)
         if _is_served_by_dual_rmsnorm(*tensors.values(), *outs.values()):
             return _jitnorm_dual_rmsnorm(input1, input2, weight1, weight2, eps, out1, out2, eps2, enable_pdl)
     result1 = rmsnorm(input1, weight1, eps, out1, enable_pdl)
@@ -416,6 +419,11 @@ def _are_contiguous(*tensors: object) -> bool:
     return all(tensor.is_contiguous() for tensor in tensors if isinstance(tensor, torch.Tensor))
 
 
+def _is_served_bias(bias: object) -> bool:
+    """Return whether a kernel takes a bias, if it is one at all."""
+    return not isinstance(bias, torch.Tensor) or (bias.dtype in DTYPES and has_general_layout(bias))
+
+
 def _is_served_by_rmsnorm(input: torch.Tensor, weight: torch.Tensor | None, other: torch.Tensor | None) -> bool:
     """Return whether `jitnorm.rmsnorm`, or the fused form of it, takes a call, whose shapes may be wrong."""
     return (
@@ -444,7 +452,7 @@ def _is_served_by_dual_rmsnorm(
     )
 
 
-def _check_dual(tensors: dict[str, Any], outs: dict[str, Any]) -> None:
+def _check_dual(tensors: dict[str, Any], outs: dict[str, Any], eps: Any, eps2: Any, enable_pdl: Any) -> None:
     """Raise for what the second of two calls would refuse after the first has run, and for results that overlap."""
     for name, value in (tensors | outs).items():
         checks.tensor(name, value)
@@ -459,8 +467,21 @@ def _check_dual(tensors: dict[str, Any], outs: dict[str, Any]) -> None:
         if (out := outs.get(f"out{number}")) is not None:
             checks.dtype(f"out{number}", out, (input.dtype,))
             checks.shape(f"out{number}", out, input.shape, f"like input{number}")
+    for name, value in (tensors | outs).items():
+        checks.device(name, value, "input1", tensors["input1"])
+    checks.eps(eps)
+    if eps2 is not None:
+        check_eps2(eps2)
+    checks.enable_pdl(enable_pdl)
+    if outs:
+        refuse_gradient(*tensors.values())
     if needs_dispatcher(*tensors.values()):  # without addresses
         return
+    for name, out in outs.items():
+        checks.no_internal_overlap(name, out)
+        checks.no_overlap(name, out, f"input{name[-1]}", tensors[f"input{name[-1]}"])
+        for weight in ("weight1", "weight2"):
+            checks.no_shared_memory(name, out, weight, tensors[weight])
     for name, other in (("out1", "input2"), ("out2", "input1"), ("out2", "out1")):
         if name in outs and other in tensors | outs:
             checks.no_overlap(name, outs[name], other, (tensors | outs)[other], reject_identical=True)

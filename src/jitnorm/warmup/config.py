@@ -312,7 +312,7 @@ def read_config(path: str | os.PathLike[str]) -> ModelConfig:
         path=file,
         hidden_sizes=list(dict.fromkeys([hidden_size, *per_head, *per_projection, *latents])),
         head_dims=per_head,
-        latent_ranks=latents if len(latents) == len(_LATENT_RANKS) else [],
+        latent_ranks=latents if all(len(config.integers(key)) == 1 for key in _LATENT_RANKS) else [],
         intermediate_sizes=intermediate_sizes,
         hidden_act=hidden_act,
         is_gemma=config.family in _GEMMA_NORMS,

@@ -104,7 +104,6 @@ def _replace_rmsnorm(norm: Any, model: LoadedModel, is_head_norm: bool) -> Repla
     by_head = is_head_norm and not computed.is_gemma and not computed.is_general
     by_head = by_head and can_use_fused_inplace_qknorm(computed.hidden_size, dtype)
     parameters, eps, original = norm._parameters, norm.variance_epsilon, norm._forward_method
-    takes_strides = computed.is_general
 
     def forward(
         x: torch.Tensor, residual: torch.Tensor | None = None, post_residual_addition: torch.Tensor | None = None
@@ -112,7 +111,7 @@ def _replace_rmsnorm(norm: Any, model: LoadedModel, is_head_norm: bool) -> Repla
         weight = parameters["weight"].data if "weight" in parameters else None
         try:
             if residual is None:
-                return normalise(x if x.dim() == 2 or takes_strides else x.contiguous(), weight, eps)
+                return normalise(x if x.dim() == 2 else x.contiguous(), weight, eps)
             if post_residual_addition is None:
                 add_and_normalise(x, residual, weight, eps)
                 return x, residual
@@ -151,11 +150,10 @@ def _replace_gemma3_rmsnorm(norm: Any, model: LoadedModel, is_head_norm: bool) -
         return Left(what, reason)
     normalise, _ = computed.functions()
     parameters, eps, original = norm._parameters, norm.eps, norm._forward_method
-    takes_strides = computed.is_general
 
     def forward(x: torch.Tensor) -> Any:
         try:
-            return normalise(x if x.dim() == 2 or takes_strides else x.contiguous(), parameters["weight"].data, eps)
+            return normalise(x if x.dim() == 2 else x.contiguous(), parameters["weight"].data, eps)
         except (TypeError, ValueError) as error:
             report.leave_call(what, error)
         return original(x)
