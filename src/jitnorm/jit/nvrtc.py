@@ -51,8 +51,7 @@ class Nvrtc:
             raise NvrtcError(str(error)) from None
         major, minor = ctypes.c_int(), ctypes.c_int()
         self._call("nvrtcVersion", ctypes.byref(major), ctypes.byref(minor))
-        self.version = f"{major.value}.{minor.value}"
-        self._has_threads = major.value >= _FIRST_MAJOR_WITH_THREADS
+        self.version, self._major = f"{major.value}.{minor.value}", major.value
         count = ctypes.c_int()
         self._call("nvrtcGetNumSupportedArchs", ctypes.byref(count))
         archs = (ctypes.c_int * count.value)()
@@ -76,15 +75,12 @@ class Nvrtc:
         program = ctypes.c_void_p()
         self._call("nvrtcCreateProgram", ctypes.byref(program), source.encode(), name.encode(), 0, None, None)
         try:
-            threads = _IN_THREADS if in_threads and self._has_threads else ()
+            threads = _IN_THREADS if in_threads and self._major >= _FIRST_MAJOR_WITH_THREADS else ()
             arguments = [os.fsencode(option) for option in (*options, *threads, *self._faster)]
             array = (ctypes.c_char_p * len(arguments))(*arguments)
             status = self._library.nvrtcCompileProgram(program, len(arguments), array)
-            if status == _INVALID_OPTION and (threads or self._faster):
-                if threads:
-                    self._has_threads = False
-                else:
-                    self._faster = ()
+            if status == _INVALID_OPTION and self._faster:
+                self._faster = ()
                 return self.compile(source, name, options, in_threads)
             if status:
                 log = self._bytes("ProgramLog", program).rstrip(b"\0").decode(errors="replace")
