@@ -118,7 +118,7 @@ struct GroupedTensor {
   static constexpr int kMaxDims = 64;  // torch's
   DLTensor tensor;
 
-  // False if the last dimension of `whole` is no groups, or its elements are not adjacent.
+  // False if the last dimension of `whole` does not divide into groups, or its elements are not adjacent.
   bool set(const DLTensor& whole, index_t size) {
     tensor = whole;
     const int last = whole.ndim - 1;
