@@ -12,7 +12,6 @@ from collections.abc import Iterator
 
 import processes
 import pytest
-import torch
 
 # Set before anything is built. Workers of pytest-xdist inherit the folder from the process that starts them, which
 # removes it. Tests of the cache itself use a folder of their own: see `cache_dir`.
@@ -23,13 +22,9 @@ _CACHE = os.environ["JITNORM_CACHE_DIR"]
 for name in ("JITNORM_PREBUILT_DIR", "JITNORM_DISABLE_JIT", "JITNORM_REMOTE_CACHE"):
     os.environ.pop(name, None)
 
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported, which torch may do at any time
-    # The workers of pytest-xdist keep all processors busy. Inductor would start more processes, each of which imports
-    # torch, and threads that wait in a loop for the next parallel region would take the time of other workers.
-    # OpenMP reads its variable when it is loaded, so it applies to the workers and to what tests start.
-    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+# Threads that wait in a loop for the next parallel region would take the time of other workers. OpenMP reads this when
+# it is loaded, with torch: it applies to the workers and to what tests start.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 # Another number gives every test other random data: CONTRIBUTING says when to use it.
 _SEED = os.environ.get("JITNORM_TEST_SEED", "0")
@@ -54,12 +49,26 @@ _LONGEST_FILES = (
 )
 
 
+def pytest_sessionstart(session: pytest.Session) -> None:
+    """Set what is read when torch and Triton are imported. The process that starts workers imports neither."""
+    if session.config.getoption("numprocesses", None) and not _IS_WORKER:
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported, which torch may do at any time
+        # The workers keep all processors busy. Inductor would start more processes, each of which imports torch.
+        os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
+
+
 def pytest_unconfigure() -> None:
     if not _IS_WORKER:
         shutil.rmtree(_CACHE, ignore_errors=True)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    import torch
+
     from jitnorm.jit.toolchain import find_nvcc
 
     lacking = {}
@@ -90,8 +99,12 @@ def _close_servers() -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def _seed(request: pytest.FixtureRequest) -> None:
     """Seed the generators from the test's name: its data does not depend on the tests that ran before it."""
+    import torch
+
     seed = zlib.crc32(f"{_SEED}:{request.node.nodeid}".encode())
-    torch.manual_seed(seed)
+    torch.default_generator.manual_seed(seed)  # torch.manual_seed takes a millisecond, for devices that are not there
+    if torch.cuda.is_available():
+        torch.cuda.manual_seed_all(seed)
     random.seed(seed)
 
 
@@ -124,3 +137,16 @@ def cache_dir(tmp_path, monkeypatch):
         table.clear()
         table.update(content)
     _jit_rmsnorm_module.cache_clear()
+
+
+@pytest.fixture
+def cache_with_launcher(cache_dir, monkeypatch):
+    """Return the path of a cache of the test's own that has the launcher, the part that takes longest to build."""
+    from jitnorm.jit.build import build
+    from jitnorm.jit.spec import LAUNCHER
+
+    monkeypatch.setenv("JITNORM_CACHE_DIR", _CACHE)
+    folder = build(LAUNCHER).path
+    monkeypatch.setenv("JITNORM_CACHE_DIR", str(cache_dir))
+    shutil.copytree(folder, cache_dir / folder.relative_to(_CACHE))
+    return cache_dir

@@ -18,10 +18,14 @@ def sizes_and_dtypes(sizes: Sequence[int], dtypes: Sequence[tuple[torch.dtype, .
     """Parametrise a test by device, hidden size, dtype and the dtype of the weight.
 
     On CUDA every size is tested in every pair of dtypes, because both decide how a row is divided among threads. A CPU
-    kernel is the same loop for all sizes and each is a build, so there each size has one pair, and each pair a size.
+    kernel is the same loop for all sizes and each is a build, so there each size has one pair, and each pair a size,
+    and those after the third are slow tests.
     """
     count = max(len(sizes), len(dtypes))
-    cpu = [("cpu", sizes[i % len(sizes)], *dtypes[i % len(dtypes)]) for i in range(count)]
+    cpu = [
+        pytest.param("cpu", sizes[i % len(sizes)], *dtypes[i % len(dtypes)], marks=pytest.mark.slow if i > 2 else ())
+        for i in range(count)
+    ]
     cuda = [pytest.param("cuda", size, *pair, marks=pytest.mark.gpu) for size in sizes for pair in dtypes]
     return pytest.mark.parametrize(("device", "hidden_size", "dtype", "weight_dtype"), [*cpu, *cuda])
 

@@ -105,9 +105,14 @@ WIDTHS = (2, 4, 8, 768, 3420, 4104, 11008, 28672)
 # Of the others each access once, of 16, 8 and 4 bytes: all have the schedule of the first.
 FEW_WIDTHS = ((24, BF16), (3420, F16), (2050, BF16), (3, F32))
 WIDTHS_AND_DTYPES = [
-    *(pytest.param(op, width, dtype) for op in FIRST.values() for width in WIDTHS for dtype in DTYPES),
+    *(  # float16 is converted in the same places as bfloat16: one function of it is not slow
+        pytest.param(op, width, dtype, marks=pytest.mark.slow if i and dtype == F16 else ())
+        for i, op in enumerate(FIRST.values())
+        for width in WIDTHS
+        for dtype in DTYPES
+    ),
     *(
-        pytest.param(op, *pair, marks=() if i == 0 else pytest.mark.slow)
+        pytest.param(op, *pair, marks=() if i == 0 and name in QUICK else pytest.mark.slow)
         for name, op in FORMS.items()
         if name not in FIRST
         for i, pair in enumerate(FEW_WIDTHS)

@@ -146,7 +146,7 @@ def test_gradients_of_a_compiled_block(device):
 
 @pytest.mark.parametrize("op", FUSED)
 @pytest.mark.parametrize("round_sum", [False, True])
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("backend", [pytest.param("aot_eager", marks=pytest.mark.slow), "inductor"])
 def test_writes_are_visible_through_every_view(op, round_sum, backend, device):
     """Functionalisation replaces writes by new tensors, which the base and all views must show."""
     w = torch.randn(64, device=device)

@@ -31,8 +31,11 @@ PAIRS = [(torch.bfloat16, torch.bfloat16), (torch.float16, torch.float32), (torc
 
 
 def sizes_and_dtypes(cpu_sizes):
-    """Parametrise by device, sizes and dtypes. A CPU kernel is the same loop for all sizes, and each is a build."""
-    cpu = [("cpu", sizes, WEIGHTS[i]) for i, sizes in enumerate(cpu_sizes)]
+    """Parametrise by device, sizes and dtypes. A CPU kernel is one loop for all sizes: the first three are not slow."""
+    cpu = [
+        pytest.param("cpu", sizes, WEIGHTS[i], marks=pytest.mark.slow if i > 2 else ())
+        for i, sizes in enumerate(cpu_sizes)
+    ]
     cuda = [pytest.param("cuda", sizes, pair, marks=pytest.mark.gpu) for sizes in SIZES for pair in PAIRS]
     return pytest.mark.parametrize(("device", "sizes", "dtypes"), [*cpu, *cuda])
 

@@ -113,7 +113,10 @@ def mamba_2(x, gate, weight):
 
 @pytest.mark.parametrize(
     ("class_of_transformers", "size", "options"),
-    [(qwen3_next, 128, {}), (mamba_2, 384, {"norm_before_gate": False, "group_size": 128})],
+    [
+        (qwen3_next, 128, {}),
+        pytest.param(mamba_2, 384, {"norm_before_gate": False, "group_size": 128}, marks=pytest.mark.slow),
+    ],
 )
 def test_the_roundings_of_transformers(device, class_of_transformers, size, options):
     """rounding="hf" has every bit of the class but where rsqrt or the exponential is off by a bit; "once" has not."""

@@ -20,8 +20,11 @@ PAIRS = [(torch.bfloat16, torch.bfloat16), (torch.float16, torch.float32), (torc
 
 
 def sizes_and_dtypes(cpu_sizes):
-    """Parametrise by device, size and dtypes. A CPU kernel is the same loop for all sizes, and each is a build."""
-    cpu = [("cpu", size, PAIRS[i % len(PAIRS)]) for i, size in enumerate(cpu_sizes)]
+    """Parametrise by device, size and dtypes. A CPU kernel is one loop for all sizes: the first three are not slow."""
+    cpu = [
+        pytest.param("cpu", size, PAIRS[i % len(PAIRS)], marks=pytest.mark.slow if i > 2 else ())
+        for i, size in enumerate(cpu_sizes)
+    ]
     cuda = [pytest.param("cuda", size, pair, marks=pytest.mark.gpu) for size in SIZES + LONG_SIZES for pair in PAIRS]
     return pytest.mark.parametrize(("device", "hidden_size", "dtypes"), [*cpu, *cuda])
 
@@ -211,7 +214,7 @@ def test_special_values_stay_in_their_row(device):
     assert out[1, 7].isnan() and out[3].isnan().all()
 
 
-@pytest.mark.parametrize("has_weight", [True, False])
+@pytest.mark.parametrize("has_weight", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_gradients(device, has_weight):
     hidden_size = 60
     x, w = inputs(4, 3, hidden_size, dtype=torch.float32, device=device)
@@ -244,6 +247,7 @@ def test_gradients(device, has_weight):
         assert found is None or relative_error(found.grad, expected.grad) <= 1e-5
 
 
+@pytest.mark.slow
 def test_second_derivatives(device):
     x, w = (torch.randn(shape, device=device).requires_grad_() for shape in ((3, 20), (20,)))
 

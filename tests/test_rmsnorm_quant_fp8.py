@@ -20,14 +20,22 @@ MIN_SCALE = float(torch.tensor(1 / (448 * 512)))
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 CASES = [(size, BF16, BF16) for size in (64, 256, 512, 1280, 4096, 8192)]
 CASES += [(128, FP32, FP32), (2304, FP32, FP32), (512, FP16, FP16), (256, FP16, FP32), (4096, BF16, FP32)]
-# On the CPU each is a build: every case is tested in one of the four variants, and each pair of dtypes in several.
+# On the CPU each is a build: every case is tested in one of the four variants. Four sizes and the other two dtypes are
+# not slow.
 _VARIANTS = [(has_residual, given) for has_residual in (False, True) for given in (0.013, None)]
 cases = pytest.mark.parametrize(
     ("device", "hidden_size", "dtype", "weight_dtype", "has_residual", "given"),
-    [("cpu", *case, *_VARIANTS[i % 4]) for i, case in enumerate(CASES)]
+    [
+        pytest.param("cpu", *case, *_VARIANTS[i % 4], marks=() if i < 4 or i in (6, 8) else pytest.mark.slow)
+        for i, case in enumerate(CASES)
+    ]
     + [pytest.param("cuda", *case, *variant, marks=pytest.mark.gpu) for case in CASES for variant in _VARIANTS],
 )
 forms = pytest.mark.parametrize("has_residual", [False, True], ids=["plain", "fused_add"])
+# For what takes long and concerns torch: the registrations differ in their arguments alone.
+forms_for_torch = pytest.mark.parametrize(
+    "has_residual", [pytest.param(False, marks=pytest.mark.slow), True], ids=["plain", "fused_add"]
+)
 scalings = pytest.mark.parametrize("given", [0.013, None], ids=["static", "dynamic"])
 
 
@@ -82,7 +90,7 @@ def test_matches_the_definition(device, hidden_size, dtype, weight_dtype, has_re
 
 @forms
 @scalings
-@pytest.mark.parametrize("hidden_size", [128, 4096])
+@pytest.mark.parametrize("hidden_size", [128, pytest.param(4096, marks=pytest.mark.slow)])
 def test_the_same_bits_in_any_batch(device, hidden_size, has_residual, given):
     x, residual = (rows(1025, hidden_size, torch.bfloat16, device, seed) for seed in (0, 1))
     w = torch.randn(hidden_size, device=device).bfloat16()
@@ -149,7 +157,7 @@ def test_scales_of_any_shape(device):
         assert s is scales and same_bits(s.flatten(), expected.flatten())
 
 
-@forms
+@forms_for_torch
 @scalings
 def test_torch_sees_the_operators(device, has_residual, given):
     x, residual = torch.randn(3, 256, device=device), torch.randn(3, 256, device=device)
@@ -160,7 +168,7 @@ def test_torch_sees_the_operators(device, has_residual, given):
     check_operator(operator, (*tensors, poisoned(3, 256, device=device), scale, EPS, None))
 
 
-@forms
+@forms_for_torch
 @scalings
 def test_compiles_without_a_graph_break(device, has_residual, given):
     w = torch.randn(256, device=device)

@@ -24,6 +24,7 @@ class Block(torch.nn.Module):
         return jitnorm.rmsnorm(x, weight), residual
 
 
+@pytest.mark.slow
 def test_an_exported_program_runs_in_a_process_that_only_imports_jitnorm(tmp_path):
     """The graph names torch.ops.jitnorm, and the process calls nothing of jitnorm before it is loaded."""
     inputs = tuple(torch.randn(*shape) for shape in ((2, 64), (2, 64), (64,)))

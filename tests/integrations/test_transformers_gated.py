@@ -65,7 +65,7 @@ def test_each_rule_is_told_from_the_others(rule, size, groups):
     assert found.rounding == ("hf" if rule.endswith("hf") else "once")
 
 
-@pytest.mark.parametrize("rounding", ["once", "hf"])
+@pytest.mark.parametrize("rounding", [pytest.param("once", marks=pytest.mark.slow), "hf"])
 @pytest.mark.parametrize("rule", ["gated", "gated_hf", "gate_first_hf", "gated_sigmoid"])
 def test_a_patched_norm_computes_the_same(rule, rounding):
     norm = gated_class(rule=GATED_RULES[rule])().bfloat16()

@@ -74,13 +74,13 @@ def test_modules_that_cannot_be_made(cubin):
         CudaModule(launcher, "rmsnorm", cubin.replace(b"\0jitnorm_info\0", b"\0another_name\0"), spec().symbols)
 
 
-def test_the_wheels_launcher_is_used_and_none_is_built(cache_dir, tmp_path, monkeypatch):
+def test_the_wheels_launcher_is_used_and_none_is_built(cache_with_launcher, tmp_path, monkeypatch):
     own = build(LAUNCHER)
     file = tmp_path / "launcher.so"
     file.write_bytes(own.verify())
-    shutil.rmtree(cache_dir)
+    shutil.rmtree(cache_with_launcher)
     monkeypatch.setattr(find, "launcher_file", lambda: file)
-    assert loaded.load(LAUNCHER).make_kernel and not cache_dir.exists()
+    assert loaded.load(LAUNCHER).make_kernel and not cache_with_launcher.exists()
 
 
 @pytest.mark.slow

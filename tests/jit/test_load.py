@@ -24,7 +24,7 @@ from jitnorm.jit import load as loaded
 from jitnorm.jit.build import build
 from jitnorm.jit.environment import import_tvm_ffi
 from jitnorm.jit.library import BadLibrary
-from jitnorm.jit.spec import LAUNCHER, Target
+from jitnorm.jit.spec import Target
 from jitnorm.rmsnorm import _jit_rmsnorm_module, rmsnorm, rmsnorm_spec
 from jitnorm.warmup.run import find_cached
 
@@ -85,9 +85,8 @@ def test_a_hit_with_a_compiler_starts_no_process_either(cache_dir):
 
 
 @pytest.mark.nvcc
-def test_a_cubin_loads_without_a_driver_or_a_compiler(cache_dir):
+def test_a_cubin_loads_without_a_driver_or_a_compiler(cache_with_launcher):
     entry = build(cuda_spec())
-    build(LAUNCHER)
     script = """
         from jitnorm.rmsnorm import _jit_rmsnorm_module
         module = _jit_rmsnorm_module(512, torch.bfloat16, device="cuda", arch="9.0a")
@@ -242,7 +241,11 @@ DAMAGE = [
 ]
 
 
-@pytest.mark.parametrize("damage", DAMAGE)
+# Whatever is found, the same code rebuilds it: one damage of each kind of check is not slow.
+QUICK = (flip_a_bit, remove, put_another_kernel_there)
+
+
+@pytest.mark.parametrize("damage", [pytest.param(d, marks=() if d in QUICK else pytest.mark.slow) for d in DAMAGE])
 def test_a_damaged_entry_is_rebuilt_and_said_once(cache_dir, damage):
     damage(build(cpu_spec()).library)
     done = run(ONE_CALL)

@@ -209,7 +209,7 @@ def test_the_setting_and_the_argument(fused_calls):
 
 
 @pytest.mark.parametrize("compiler", ["eager", "inductor"])
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_compiles_without_a_graph_break(compiler, backend, device):
     qkv, *_ = projection(6, dtype=torch.bfloat16, device=device)
     norms = [jitnorm.nn.RMSNorm(D, 1e-5, device=device, dtype=torch.bfloat16) for _ in range(2)]

@@ -248,7 +248,7 @@ def test_gradients_flow(kernel_calls, device):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("stores", [False, True])
+@pytest.mark.parametrize("stores", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_a_compiled_graph_has_one_operator_and_no_copy(stores, device):
     """The operator writes new tensors, so that nothing has to copy slices back into the projection."""
     qkv, *_ = projection(6, dtype=torch.bfloat16, device=device)

@@ -213,7 +213,7 @@ def test_as_a_module(cache_dir):
 
 
 @pytest.mark.nvcc
-def test_cuda_without_a_gpu(cache_dir):
+def test_cuda_without_a_gpu(cache_with_launcher):
     result = jitnorm.warmup(op="rmsnorm", hidden_size=4096, dtype="bf16", device="cuda", arch="9.0a")
     assert [s.target.sm for s in result.built] == ["sm_90a"] and not result.failed
     said = command("--hidden-size", 4096, "--dtype", "bf16", "--arch", "9.0a", "--arch", "9.9", exit_code=1)

@@ -231,7 +231,16 @@ def written_outputs(arguments, before):
     return [t for t in written if t.shape[0] > 1]
 
 
-@pytest.mark.parametrize("op", REGISTERED)
+def one_of_each_family():
+    """Return the operators as parameters: the first of each family, and the others as slow tests."""
+    families = set()
+    for op in REGISTERED:
+        family = registry.EXAMPLES[op].function.__module__
+        yield pytest.param(op, marks=pytest.mark.slow if family in families else ())
+        families.add(family)
+
+
+@pytest.mark.parametrize("op", one_of_each_family())
 def test_a_broken_kernel_is_caught(op, monkeypatch):
     """In batches of 5 and more rows, one output has another bit in each element, and is caught for every output."""
     function = registry.EXAMPLES[op].function
