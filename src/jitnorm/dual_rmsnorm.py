@@ -246,6 +246,7 @@ def refuse_gradient(*tensors: torch.Tensor) -> None:
 
 
 def check_eps2(eps2: object) -> None:
+    """Raise unless it is None or a number that is zero or more."""
     if eps2 is None:
         return
     checks.number("eps2", eps2)

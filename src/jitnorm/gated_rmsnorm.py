@@ -6,7 +6,6 @@ Mamba 2.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple
 
@@ -14,7 +13,7 @@ import torch
 
 from jitnorm.core import checks, norms
 from jitnorm.core.norms import MAX_HIDDEN_SIZE, MAX_LEADING_DIMS
-from jitnorm.core.operators import CPP_TYPES, DTYPES, EXAMPLES, Example, Operator, Shape
+from jitnorm.core.operators import CPP_TYPES, DTYPES, EXAMPLES, Example, LayoutOperator, Shape
 from jitnorm.core.targets import target_of
 from jitnorm.core.torch_library import (
     build_while_tracing,
@@ -25,7 +24,15 @@ from jitnorm.core.torch_library import (
     register,
     register_autograd,
 )
-from jitnorm.general_rmsnorm import ROUNDINGS, are_aligned, check_in_place, check_layouts, kernel_class, merged_dims
+from jitnorm.general_rmsnorm import (
+    ROUNDINGS,
+    are_aligned,
+    check_dtypes,
+    check_in_place,
+    check_layouts,
+    merged_dims,
+    spec_of_policy,
+)
 from jitnorm.jit.spec import KernelSpec, Target
 
 ACTIVATIONS = {"silu": "GateActivation::kSilu", "sigmoid": "GateActivation::kSigmoid"}
@@ -70,37 +77,22 @@ class GatedForm(NamedTuple):
 
 
 @dataclass(eq=False, repr=False)
-class GatedNorm(Operator):
+class GatedNorm(LayoutOperator):
     """The norm with the gate before it or after it. The size of its kernels is that of a group."""
 
     norm_before_gate: bool = field(kw_only=True)
 
-    has_weight: ClassVar[bool] = True
     options: ClassVar[tuple[str, ...]] = ("rounding", "form")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        # By what kernels differ by, except the layout and the device: the functions for each of LAYOUTS, or None.
-        self.functions: dict[tuple[Any, ...], list[Callable[..., int] | None]] = {}
-
-    @property
-    def tables(self) -> tuple[dict[Any, Any], ...]:
-        """Return the operator's tables of kernels, for tests that clear them."""
-        return (*super().tables, self.functions)
+    layouts = LAYOUTS
 
     def spec(
         self, size: int, dtype: torch.dtype, weight_dtype: torch.dtype, form: GatedForm, target: Target
     ) -> KernelSpec:
         """Return what to build. RuntimeError for an unsupported size, TypeError for an unsupported dtype."""
         check_size(size)
-        if dtype not in DTYPES or weight_dtype not in DTYPES:
-            raise TypeError(
-                f"{self.op} takes {checks.enumeration(DTYPES)}, with weights of {checks.enumeration(DTYPES)}, "
-                f"got {dtype} with weights of {weight_dtype}"
-            )
+        check_dtypes(self, dtype, weight_dtype)
         form = form._replace(has_float_gate=form.has_float_gate or dtype == torch.float32)
         gate_dtype = torch.float32 if form.has_float_gate else dtype
-        name, weight_name = checks.DTYPE_NAMES[dtype], checks.DTYPE_NAMES[weight_dtype]
         gating = "Gating::kAfterNorm" if self.norm_before_gate else "Gating::kBeforeNorm"
         policy = f"Gated<{CPP_TYPES[gate_dtype]}, {gating}, {ACTIVATIONS[form.activation]}>"
         if form.rounding == "hf":
@@ -109,22 +101,8 @@ class GatedNorm(Operator):
         access = narrowest if form.layout == "unaligned" else checks.CUDA_ALIGNMENT
         policy = f"General<{policy}, {access}, {str(form.has_weight).lower()}>"
         text = str(form._replace(has_float_gate=gate_dtype != dtype))
-        warmup, suffix = f"--op {self.op} --hidden-size {size} --dtype {name}", ""
-        if form.rounding != "once":
-            warmup, suffix = f"{warmup} --rounding {form.rounding}", f"_{form.rounding}"
-        if text != LAYOUTS[0]:
-            warmup, suffix = f"{warmup} --form {text}", f"{suffix}_{text.replace('+', '_')}"
-        if weight_name != name:
-            warmup, suffix = f"{warmup} --weight-dtype {weight_name}", f"{suffix}_{weight_name}_weight"
-        return KernelSpec(
-            op=self.op,
-            family="rmsnorm",
-            binding=self.binding,
-            name=f"{self.op}_{size}_{name}{suffix}",
-            kernel=f"{kernel_class(size)}<{size}, {CPP_TYPES[dtype]}, {CPP_TYPES[weight_dtype]}, {policy}>",
-            target=target,
-            warmup=warmup,
-        )
+        text = "" if text == LAYOUTS[0] else text
+        return spec_of_policy(self, self.binding, policy, size, dtype, weight_dtype, form.rounding, text, target)
 
     def warmup_spec(
         self,
@@ -153,15 +131,8 @@ class GatedNorm(Operator):
         size, dtype, _, weight_dtype, *_ = key
         layout = _layout(size, *arguments[:4])
         spec_key = size, dtype, weight_dtype or dtype, _form(key, layout), target_of(arguments[0])
-        if spec_key not in self.kernels_by_spec:
-            functions = self._load(spec_key)
-            for function in functions:
-                function.release_gil = False  # as in Operator.kernel
-            self.kernels_by_spec[spec_key] = functions
-        fast_path, torch_op = self.kernels_by_spec[spec_key]
-        self.functions.setdefault(key, [None] * len(LAYOUTS))[LAYOUTS.index(layout)] = fast_path
-        if torch_op(*arguments):
-            raise RuntimeError(f"jitnorm: {self.op} refused arguments that its checks accept; please report this")
+        if self.kernel_of_layout(key, layout, spec_key)(*arguments):
+            raise self.refused()
 
 
 # By norm_before_gate.

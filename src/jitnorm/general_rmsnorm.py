@@ -15,7 +15,7 @@ import torch
 
 from jitnorm.core import checks, norms
 from jitnorm.core.norms import MAX_HIDDEN_SIZE, MAX_LEADING_DIMS, Norm
-from jitnorm.core.operators import CPP_TYPES, DTYPES, EXAMPLES, Example, Operator, Shape
+from jitnorm.core.operators import CPP_TYPES, DTYPES, EXAMPLES, Example, LayoutOperator, Shape
 from jitnorm.core.targets import target_of
 from jitnorm.core.torch_library import (
     build_while_tracing,
@@ -83,20 +83,10 @@ class Form(NamedTuple):
 
 
 @dataclass(eq=False, repr=False)
-class FormOperator(Operator):
+class FormOperator(LayoutOperator):
     """An operator whose kernels of one size and dtype differ by `Form`."""
 
-    has_weight: ClassVar[bool] = True
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        # By what kernels differ by, except the layout and the device: the functions for each of LAYOUTS, or None.
-        self.functions: dict[tuple[Any, ...], list[Callable[..., int] | None]] = {}
-
-    @property
-    def tables(self) -> tuple[dict[Any, Any], ...]:
-        """Return the operator's tables of kernels, for tests that clear them."""
-        return (*super().tables, self.functions)
+    layouts = LAYOUTS
 
     def try_fast_path(self, key: tuple[Any, ...], general: tuple[Any, ...], plain: tuple[Any, ...]) -> bool:
         """Run the kernel that was last used for `key` and the layout of the arguments. False if it refuses them.
@@ -122,55 +112,60 @@ class FormOperator(Operator):
         layout = LAYOUTS[max(LAYOUTS.index(layout), _first_layout(has_weight, has_bias, needs_general))]
         form = Form(layout, has_weight, has_bias, needs_general, rounding)
         spec_key = hidden_size, dtype, weight_dtype, form, target_of(general[0])
-        if spec_key not in self.kernels_by_spec:
-            functions = self._load(spec_key)
-            for function in functions:
-                function.release_gil = False  # as in Operator.kernel
-            self.kernels_by_spec[spec_key] = functions
-        fast_path, torch_op = self.kernels_by_spec[spec_key]
-        self.functions.setdefault(key, [None] * len(LAYOUTS))[LAYOUTS.index(layout)] = fast_path
-        if torch_op(*(general if form.is_general else plain)):
-            raise RuntimeError(f"jitnorm: {self.op} refused arguments that its checks accept; please report this")
+        if self.kernel_of_layout(key, layout, spec_key)(*(general if form.is_general else plain)):
+            raise self.refused()
 
-    def _spec_of_policy(
-        self,
-        binding: str,
-        policy: str,
-        hidden_size: int,
-        dtype: torch.dtype,
-        weight_dtype: torch.dtype,
-        form: Form,
-        target: Target,
-    ) -> KernelSpec:
-        """Return what to build for a policy of the kernel classes in csrc/elementwise/rmsnorm.cuh."""
-        name, weight_name = checks.DTYPE_NAMES[dtype], checks.DTYPE_NAMES[weight_dtype]
-        cls = kernel_class(hidden_size)
-        warmup = f"--op {self.op} --hidden-size {hidden_size} --dtype {name}"
-        suffix = ""
-        if form.rounding != "once":
-            warmup, suffix = f"{warmup} --rounding {form.rounding}", f"_{form.rounding}"
-        if form.is_general:
-            warmup, suffix = f"{warmup} --form {form}", f"{suffix}_{str(form).replace('+', '_')}"
-        if weight_name != name:
-            warmup, suffix = f"{warmup} --weight-dtype {weight_name}", f"{suffix}_{weight_name}_weight"
-        return KernelSpec(
-            op=self.op,
-            family="rmsnorm",
-            binding=binding,
-            name=f"{self.op}_{hidden_size}_{name}{suffix}",
-            kernel=f"{cls}<{hidden_size}, {CPP_TYPES[dtype]}, {CPP_TYPES[weight_dtype]}, {policy}>",
-            target=target,
-            warmup=warmup,
+
+def spec_of_policy(
+    operator: LayoutOperator,
+    binding: str,
+    policy: str,
+    size: int,
+    dtype: torch.dtype,
+    weight_dtype: torch.dtype,
+    rounding: str,
+    form: str,
+    target: Target,
+) -> KernelSpec:
+    """Return what to build for a policy of the kernel classes in csrc/elementwise/rmsnorm.cuh.
+
+    Args:
+        operator: whose warm-up builds it.
+        binding: the bindings function.
+        policy: in C++.
+        size: that of a row.
+        dtype: of the input.
+        weight_dtype: of the weight.
+        rounding: one of ROUNDINGS.
+        form: as in the option of warm-up; empty for the one that needs no option.
+        target: what to build for.
+    """
+    name, weight_name = checks.DTYPE_NAMES[dtype], checks.DTYPE_NAMES[weight_dtype]
+    warmup, suffix = f"--op {operator.op} --hidden-size {size} --dtype {name}", ""
+    if rounding != "once":
+        warmup, suffix = f"{warmup} --rounding {rounding}", f"_{rounding}"
+    if form:
+        warmup, suffix = f"{warmup} --form {form}", f"{suffix}_{form.replace('+', '_')}"
+    if weight_name != name:
+        warmup, suffix = f"{warmup} --weight-dtype {weight_name}", f"{suffix}_{weight_name}_weight"
+    return KernelSpec(
+        op=operator.op,
+        family="rmsnorm",
+        binding=binding,
+        name=f"{operator.op}_{size}_{name}{suffix}",
+        kernel=f"{kernel_class(size)}<{size}, {CPP_TYPES[dtype]}, {CPP_TYPES[weight_dtype]}, {policy}>",
+        target=target,
+        warmup=warmup,
+    )
+
+
+def check_dtypes(operator: LayoutOperator, dtype: torch.dtype, weight_dtype: torch.dtype) -> None:
+    """Raise TypeError for dtypes without kernels."""
+    if dtype not in operator.dtypes or weight_dtype not in DTYPES:
+        raise TypeError(
+            f"{operator.op} takes {checks.enumeration(operator.dtypes)}, with weights of {checks.enumeration(DTYPES)}, "
+            f"got {dtype} with weights of {weight_dtype}"
         )
-
-    def _check_spec(self, hidden_size: int, dtype: torch.dtype, weight_dtype: torch.dtype) -> None:
-        """Raise RuntimeError for a size without kernels, TypeError for such dtypes."""
-        check_hidden_size(self.op, hidden_size)
-        if dtype not in self.dtypes or weight_dtype not in DTYPES:
-            raise TypeError(
-                f"{self.op} takes {checks.enumeration(self.dtypes)}, with weights of {checks.enumeration(DTYPES)}, "
-                f"got {dtype} with weights of {weight_dtype}"
-            )
 
 
 @dataclass(eq=False, repr=False)
@@ -190,7 +185,8 @@ class GeneralNorm(FormOperator):
         self, hidden_size: int, dtype: torch.dtype, weight_dtype: torch.dtype, form: Form, target: Target
     ) -> KernelSpec:
         """Return what to build. RuntimeError for an unsupported size, TypeError for an unsupported dtype."""
-        self._check_spec(hidden_size, dtype, weight_dtype)
+        check_hidden_size(self.op, hidden_size)
+        check_dtypes(self, dtype, weight_dtype)
         is_plain = not form.is_general and form.rounding == "once"
         if is_plain and norms.is_supported_hidden_size(hidden_size) and weight_dtype in (dtype, torch.float32):
             return self.norm.spec(hidden_size, dtype, weight_dtype, target)
@@ -200,7 +196,8 @@ class GeneralNorm(FormOperator):
             access = narrowest if form.layout == "unaligned" else checks.CUDA_ALIGNMENT
             policy = f"General<{policy}, {access}, {str(form.has_weight).lower()}, {str(form.has_bias).lower()}>"
         binding = self.binding if form.is_general else self.norm.binding
-        return self._spec_of_policy(binding, policy, hidden_size, dtype, weight_dtype, form, target)
+        text = str(form) if form.is_general else ""
+        return spec_of_policy(self, binding, policy, hidden_size, dtype, weight_dtype, form.rounding, text, target)
 
     def warmup_spec(
         self,

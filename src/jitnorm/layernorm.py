@@ -26,11 +26,15 @@ from jitnorm.general_rmsnorm import (
     Form,
     FormOperator,
     check_arguments,
+    check_dtypes,
+    check_hidden_size,
+    check_in_place,
     check_layouts,
     check_metadata,
     gradients,
     key_of,
     layout_of,
+    spec_of_policy,
 )
 from jitnorm.jit.spec import KernelSpec, Target
 
@@ -51,11 +55,14 @@ class LayerNorm(FormOperator):
         self, hidden_size: int, dtype: torch.dtype, weight_dtype: torch.dtype, form: Form, target: Target
     ) -> KernelSpec:
         """Return what to build. RuntimeError for an unsupported size, TypeError for an unsupported dtype."""
-        self._check_spec(hidden_size, dtype, weight_dtype)
+        check_hidden_size(self.op, hidden_size)
+        check_dtypes(self, dtype, weight_dtype)
         form = form._replace(needs_general=True)  # there is no faster kernel for aligned rows
         access = 0 if form.layout == "unaligned" else checks.CUDA_ALIGNMENT  # 0: that of an element
         policy = f"General<{self.policy}, {access}, {str(form.has_weight).lower()}, {str(form.has_bias).lower()}>"
-        return self._spec_of_policy(self.binding, policy, hidden_size, dtype, weight_dtype, form, target)
+        return spec_of_policy(
+            self, self.binding, policy, hidden_size, dtype, weight_dtype, form.rounding, str(form), target
+        )
 
     def warmup_spec(
         self,
@@ -273,13 +280,8 @@ def check(input: Any, weight: Any, bias: Any, out: Any, mean: Any, rstd: Any, ep
         for name in ("input", "out"):
             if name in merged:
                 checks.no_shared_heads(name, merged[name], "mean", mean, has_heads=False)
-    if out is not None and not checks.are_same_rows(merged["out"], merged["input"]):
-        try:
-            checks.no_shared_heads("out", merged["out"], "input", merged["input"])
-        except ValueError:
-            raise ValueError(
-                "out must be input itself or share no memory with input, got a view that overlaps it"
-            ) from None
+    if out is not None:
+        check_in_place(merged)
 
 
 def check_quant(input: Any, weight: Any, bias: Any, out: Any, scale: Any, eps: Any, enable_pdl: Any) -> None:

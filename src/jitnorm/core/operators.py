@@ -79,10 +79,6 @@ class Operator:
         functions = self.kernels_by_spec.get(key)
         if functions is None:
             functions = self.kernels_by_spec[key] = self._load(key)
-        # A launch takes microseconds: if another thread took the GIL meanwhile, this one would wait for it afterwards.
-        # CPU libraries release the GIL themselves if the work takes long enough.
-        for function in functions:
-            function.release_gil = False
         fast_path, torch_op = functions
         *outer, last = fast_key
         table = self.fast_cache
@@ -95,7 +91,12 @@ class Operator:
         spec = self.spec(*key)
         library = load(spec)
         torch_modes.set_mode_query(library)
-        return getattr(library, f"{spec.binding}_fast_path"), getattr(library, spec.binding)
+        functions = getattr(library, f"{spec.binding}_fast_path"), getattr(library, spec.binding)
+        # A launch takes microseconds: if another thread took the GIL meanwhile, this one would wait for it afterwards.
+        # CPU libraries release the GIL themselves if the work takes long enough.
+        for function in functions:
+            function.release_gil = False
+        return functions
 
     def try_cached(self, fast_key: tuple[Hashable, ...], *arguments: Any) -> bool:
         """Run the kernel cached for `fast_key` on unchecked arguments. False if there is none or it refuses them."""
@@ -105,7 +106,41 @@ class Operator:
     def call(self, fast_key: tuple[Hashable, ...], key: tuple[Any, ...], *arguments: Any) -> None:
         """Run the kernel for `spec(*key)` on arguments that have been checked."""
         if self.kernel(fast_key, key)(*arguments):
-            raise RuntimeError(f"jitnorm: {self.op} refused arguments that its checks accept; please report this")
+            raise self.refused()
+
+    def refused(self) -> RuntimeError:
+        """Return the error of a kernel that refuses arguments that have been checked."""
+        return RuntimeError(f"jitnorm: {self.op} refused arguments that its checks accept; please report this")
+
+
+@dataclass(eq=False, repr=False)
+class LayoutOperator(Operator):
+    """An operator with a kernel for each layout of its arguments, in the order of their speed.
+
+    Attributes:
+        functions: by what kernels differ by, except the layout and the device: the function for each of `layouts`, or
+            None for a layout that has not been called.
+    """
+
+    has_weight: ClassVar[bool] = True
+    layouts: ClassVar[tuple[str, ...]]
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.functions: dict[tuple[Any, ...], list[Callable[..., int] | None]] = {}
+
+    @property
+    def tables(self) -> tuple[dict[Any, Any], ...]:
+        """Return the operator's tables of kernels, for tests that clear them."""
+        return (*super().tables, self.functions)
+
+    def kernel_of_layout(self, key: tuple[Any, ...], layout: str, spec_key: tuple[Any, ...]) -> Callable[..., int]:
+        """Return the function for `spec(*spec_key)`, built and loaded if need be, and cache it under `key`."""
+        if spec_key not in self.kernels_by_spec:
+            self.kernels_by_spec[spec_key] = self._load(spec_key)
+        fast_path, torch_op = self.kernels_by_spec[spec_key]
+        self.functions.setdefault(key, [None] * len(self.layouts))[self.layouts.index(layout)] = fast_path
+        return torch_op  # type: ignore[no-any-return]
 
 
 class Shape(NamedTuple):
