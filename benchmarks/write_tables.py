@@ -36,7 +36,8 @@ PEERS = {
 }
 GPU_COLUMNS = {COPY: COPY, "jitnorm": "jitnorm"} | PEERS
 OPERATORS = (
-    *("rmsnorm", "fused_add_rmsnorm", "general_rmsnorm", "general_fused_add_rmsnorm", "gated_rmsnorm", "qknorm"),
+    *("rmsnorm", "fused_add_rmsnorm", "general_rmsnorm", "general_rmsnorm_flashinfer", "general_rmsnorm_fp16"),
+    *("general_rmsnorm_fp32", "general_fused_add_rmsnorm", "gated_rmsnorm", "layernorm", "dual_rmsnorm", "qknorm"),
     *("qknorm_rope_store", "activation", "store_cache", "quant_fp8"),
 )
 # The files of engines, and the modes that the tables have from each.
@@ -199,8 +200,10 @@ def operators_h200() -> list[str]:
             won = sum(ratio < 1 for ratio, _ in summary.vs_best)
             present = {line for row in part.rows for line in row.results()} - {COPY, summary.subject}
             peers = ", ".join(title for line, title in PEERS.items() if line in present)
+            title = f"general_{op}" if name.startswith("general_") else op
+            dtype = report.settings["dtype"]
             cells = (
-                f"general_{op}" if name.startswith("general_") else op,
+                title if dtype == "bfloat16" else f"{title}, {dtype}",
                 len(summary.vs_best),
                 won,
                 format_range(summary.vs_best),
