@@ -24,7 +24,7 @@ E4M3 = torch.float8_e4m3fn
 EPS = 1e-6
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 # By vector width in 16 bits: 1 (one element, odd sizes), 2, 4 and 8 elements; sizes of both kernel classes; and, on
-# CUDA, rows of clusters of 2, 4 and 8 blocks, of sizes that divide among them and that do not. In a cluster each of the
+# CUDA, rows of clusters of 2 and 8 blocks, of sizes that divide among them and that do not. In a cluster each of the
 # two sums goes through the memory of all blocks.
 SIZES = [1, 2, 3, 100, 250, 257, 300, 768, 1001, 2880, 5000, 12288]
 LONG_SIZES = [16384, 20481, 32768, 40004, 65535, 65536]
