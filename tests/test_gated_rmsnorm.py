@@ -18,7 +18,7 @@ from jitnorm.jit.load import load
 from jitnorm.jit.spec import Target
 
 # By vector width in 16 bits: 1 (one element, odd sizes), 2, 4 and 8 elements; both kernel classes; and, on CUDA, rows
-# of clusters of 2 and 8 blocks.
+# in shared memory and of clusters.
 SIZES = [1, 3, 100, 128, 250, 300, 1001, 2880, 5000, 12288, 16384, 20481, 40004, 65536]
 # Of input, gate and weight.
 TRIPLES = [

@@ -13,9 +13,10 @@ from jitnorm.core.operators import OPERATORS
 from jitnorm.general_rmsnorm import Form, general_fused_add_rmsnorm, general_rmsnorm
 
 # By vector width in 16 bits: 1 (one element, odd sizes), 2, 4 and 8 elements; sizes of both kernel classes; and, on
-# CUDA, rows of clusters of 2 and 8 blocks, of sizes that divide among them and that do not.
+# CUDA, rows in shared memory, and of clusters of 2, 4 and 8 blocks, of sizes that divide among the threads and that do
+# not.
 SIZES = [1, 3, 100, 250, 257, 300, 576, 1001, 2880, 5000, 12288]
-LONG_SIZES = [16384, 20481, 32768, 40004, 65535, 65536]
+LONG_SIZES = [16384, 20481, 32768, 40004, 40008, 53248, 65535, 65536]
 PAIRS = [(torch.bfloat16, torch.bfloat16), (torch.float16, torch.float32), (torch.float32, torch.bfloat16)]
 
 

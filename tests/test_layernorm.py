@@ -24,10 +24,10 @@ E4M3 = torch.float8_e4m3fn
 EPS = 1e-6
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 # By vector width in 16 bits: 1 (one element, odd sizes), 2, 4 and 8 elements; sizes of both kernel classes; and, on
-# CUDA, rows of clusters of 2 and 8 blocks, of sizes that divide among them and that do not. In a cluster each of the
-# two sums goes through the memory of all blocks.
+# CUDA, rows in shared memory, and of clusters of 2, 4 and 8 blocks, of sizes that divide among the threads and that do
+# not. In a cluster each of the two sums goes through the memory of all blocks.
 SIZES = [1, 2, 3, 100, 250, 257, 300, 768, 1001, 2880, 5000, 12288]
-LONG_SIZES = [16384, 20481, 32768, 40004, 65535, 65536]
+LONG_SIZES = [16384, 20481, 32768, 40004, 40008, 53248, 65535, 65536]
 PAIRS = [(BF16, BF16), (FP16, FP32), (FP32, BF16)]
 QUANT_ERROR = 2e-6  # of the normalised float32 number, relative to its terms: two sums, the root, and two products
 
@@ -85,10 +85,25 @@ def test_matches_the_definition(device, hidden_size, dtypes):
         assert same_bits(x, before)
 
 
+# By where a row waits: in registers (of one of many rows of a warp, of a warp, of a block, by narrow accesses), in
+# shared memory, in a cluster.
+@pytest.mark.gpu
+@pytest.mark.parametrize("hidden_size", [100, 768, 1001, 4096, 12288, 20481, 65536])
+@pytest.mark.parametrize("dtype", [BF16, FP32])
+def test_a_large_grid_has_the_same_bits(dtype, hidden_size):
+    """There weight and bias are read only when a row is written."""
+    num_rows = max(600, (1 << 23) // hidden_size)
+    x, w, b = inputs(num_rows, hidden_size, dtype=dtype, device="cuda", weight_dtype=FP32)
+    out = layernorm(x, w, b, out=poisoned(x))
+    assert relative_error(out, reference(x, w, b)[0]) <= tolerance(dtype, hidden_size)
+    for first in (0, num_rows // 2, num_rows - 7):
+        assert same_bits(layernorm(x[first : first + 7], w, b), out[first : first + 7])
+
+
 # On the GPU each class of kernels, and clusters.
 @pytest.mark.parametrize(
     ("device", "hidden_size"),
-    [("cpu", 300), *(pytest.param("cuda", n, marks=pytest.mark.gpu) for n in (64, 300, 4096, 20481))],
+    [("cpu", 300), *(pytest.param("cuda", n, marks=pytest.mark.gpu) for n in (64, 300, 4096, 12288, 20481, 65536))],
 )
 def test_forms_and_stats(device, hidden_size):
     for dtype in (BF16, FP32)[: 1 + (device == "cuda")]:

@@ -49,7 +49,7 @@ struct NormOfDual : RMSNormKernelBase<kHiddenSize, T, W, Plain, S> {
     if (has_row) fragment.read(fragment.x, input);
     fragment.read(fragment.weight, weight);
     if (kVariant != GridVariant::kSmallGrid) launch_dependents();
-    if constexpr (kVariant == GridVariant::kLargeGrid && Norm::kHasLargeGrid)
+    if constexpr (kVariant == GridVariant::kLargeGrid && Norm::kHasPrefetch)
       if (has_row && fragment.lane == 0 && block + Norm::kBlocksAhead < num_blocks - 1)
         prefetch<Norm::kRowBytes>(input + index_t(Norm::kBlocksAhead) * S::kRowsPerBlock * p.input_stride);
     const float squares = row_sum(has_row ? fragment.sum_of_squares() : 0.f);
@@ -98,7 +98,7 @@ struct DualRMSNormKernel : NoClusters {
   static constexpr int kBlockReadBytes = index_t(First::kRowBytes + Second::kRowBytes) * First::kRowsPerBlock *
                                          Second::kRowsPerBlock / (First::kRowsPerBlock + Second::kRowsPerBlock);
   static constexpr unsigned kMinLargeGrid =
-      First::kHasLargeGrid || Second::kHasLargeGrid ? First::kLargeGridBytes / kBlockReadBytes : kNoLargeGrid;
+      First::kHasPrefetch || Second::kHasPrefetch ? First::kLargeGridBytes / kBlockReadBytes : kNoLargeGrid;
 
   template <GridVariant kVariant>
   static __device__ __forceinline__ void run(const DualRMSNormParams& p) {

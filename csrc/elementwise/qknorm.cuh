@@ -14,6 +14,7 @@ struct QKNormKernel : RMSNormKernelBase<kHeadDim, T, W, Plain, S> {
   // To find its row, a thread needs two registers more than in the kernels of the other norms, so that only 10 blocks
   // instead of 12 would fit an SM. Asking for 48 KiB of rows in flight limits the registers again.
   static constexpr int kMinBlocksPerSM = max(1, min(48 * 1024 / Base::kBlockReadBytes, Base::kMaxBlocksPerSM));
+  static constexpr int kMinBlocksPerSMOfLargeGrid = kMinBlocksPerSM;
 
   template <GridVariant kVariant>
   static __device__ __forceinline__ void run(const QKNormParams& p) {

@@ -29,7 +29,7 @@ struct WeightOrInput<NoNorm, T> {
 
 template <int kHeadDim, int kRotaryDim_, typename T, typename W, typename C, typename Cache, typename QOut,
           typename Rotation_, bool kRoundsEachStep_>
-struct QKNormRopeStoreKernel {
+struct QKNormRopeStoreKernel : DefaultVariantOnly {
   using input_t = T;
   using weight_t = W;
   using cos_sin_t = C;
@@ -68,9 +68,7 @@ struct QKNormRopeStoreKernel {
   // In a grid of up to so many blocks the next kernel may start before the loads: 16 tokens took 1.55 us instead of
   // 1.74. Blocks that wait beside a larger grid would slow it down by 2 to 5%.
   static constexpr unsigned kMaxBlocksToLaunchAtOnce = 512;
-  static constexpr int kBlocksPerCluster = 1;
-  static constexpr unsigned kMaxSmallGrid = DefaultVariantOnly::kMaxSmallGrid;
-  static constexpr unsigned kMinLargeGrid = 1;  // there is one; kMinLargeHeads chooses it
+  static constexpr unsigned kMinLargeGrid = 1;  // there is a variant for it; kMinLargeHeads chooses it
   static_assert(kHeadDim % (2 * kElementsPerVector) == 0 && kRotaryDim % (2 * kElementsPerVector) == 0,
                 "a head is pairs of vectors");
 

@@ -20,7 +20,9 @@ __device__ __forceinline__ void rmsnorm_block(const typename Kernel::params_t& p
   constexpr Quantisation kQuantisation = Kernel::policy_t::kQuantisation;
   constexpr int kBlocksPerCluster = Kernel::kBlocksPerCluster;
   constexpr int kThreadsOfBlock = Kernel::kThreadsPerRow / kBlocksPerCluster;  // those that share a row
-  RowFragment<Kernel> fragment(threadIdx.x % kThreadsOfBlock + blockIdx.x % kBlocksPerCluster * kThreadsOfBlock);
+  constexpr bool kIsLate = Kernel::kReadsFactorsLate && (!kSubtractsMean || kVariant == GridVariant::kLargeGrid);
+  RowFragment<Kernel, kIsLate> fragment(threadIdx.x % kThreadsOfBlock +
+                                        blockIdx.x % kBlocksPerCluster * kThreadsOfBlock);
   const index_t row = index_t(blockIdx.x / kBlocksPerCluster) * Kernel::kRowsPerBlock + threadIdx.x / kThreadsOfBlock;
   const T* input = static_cast<const T*>(p.input);
   R* residual = static_cast<R*>(p.residual);
@@ -45,18 +47,19 @@ __device__ __forceinline__ void rmsnorm_block(const typename Kernel::params_t& p
   // eps >= 0 is always true. The condition makes the compiler load the parameters before griddepcontrol.wait.
   if (has_row && p.eps >= 0) prefetch_before_wait(input, weight, kHasResidual ? static_cast<void*>(residual) : out);
   grid_dependency_wait();
-  if (has_row) fragment.read(fragment.x, input);
-  if (kHasResidual && has_row) fragment.read(fragment.residual, residual);
-  if constexpr (Kernel::policy_t::kHasWeight) fragment.read_weight(weight);
-  if constexpr (Kernel::policy_t::kHasBias) fragment.read(fragment.bias, bias);
+  if (has_row) fragment.read_input(input);
+  if (kHasResidual && has_row) fragment.read_residual(residual);
+  fragment.read_factors(weight, bias);
   const float static_scale = kQuantisation == Quantisation::kStatic ? load(p.scale) : 1;
   if (kVariant != GridVariant::kSmallGrid) launch_dependents();
   // Not of the last block, which may have fewer rows.
-  if (kVariant == GridVariant::kLargeGrid && fragment.lane == 0 && blockIdx.x + Kernel::kBlocksAhead < gridDim.x - 1) {
+  if (kVariant == GridVariant::kLargeGrid && Kernel::kHasPrefetch && fragment.lane == 0 &&
+      blockIdx.x + Kernel::kBlocksAhead < gridDim.x - 1) {
     constexpr index_t kRowsAhead = index_t(Kernel::kBlocksAhead) * Kernel::kRowsPerBlock;
     prefetch<Kernel::kRowBytes>(input + kRowsAhead * p.input_stride);
     if constexpr (kHasResidual) prefetch<Kernel::kResidualRowBytes>(residual + kRowsAhead * p.residual_stride);
   }
+  fragment.wait_for_row();
   if constexpr (kGating == Gating::kBeforeNorm) {
     if (has_row) fragment.multiply_input_by_gate();
   } else if constexpr (kGating == Gating::kNone) {
@@ -65,7 +68,7 @@ __device__ __forceinline__ void rmsnorm_block(const typename Kernel::params_t& p
   if constexpr (kSubtractsMean) fragment.mean = mean_plus_eps<Kernel>(row_sum(has_row ? fragment.sum() : 0.f, 0), 0.f);
   const float squares = row_sum(has_row ? fragment.sum_of_squares() : 0.f, kSubtractsMean);
   if (kVariant == GridVariant::kSmallGrid) launch_dependents();
-  fragment.wait_for_weight();
+  fragment.allow_late_reads();
   const float rstd = rstd_of<T>(mean_plus_eps<Kernel>(squares, p.eps));
   if constexpr (Kernel::policy_t::kIsGeneral)
     if (has_row && p.rstd && fragment.lane == 0) p.rstd[row] = rstd;

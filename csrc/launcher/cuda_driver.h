@@ -19,6 +19,7 @@ using CudaDevice = int;                 // CUdevice
 using CudaHandle = struct CudaObject*;  // CUcontext, CUlibrary, CUkernel, CUfunction or CUstream
 
 enum { kComputeCapabilityMajor = 75, kComputeCapabilityMinor = 76 };   // CUdevice_attribute
+enum { kMaxDynamicSharedBytes = 8 };                                   // CUfunction_attribute
 enum { kRelaxedCapture = 2 };                                          // CUstreamCaptureMode
 enum { kClusterDimension = 4, kProgrammaticStreamSerialization = 6 };  // CUlaunchAttributeID
 
@@ -49,6 +50,7 @@ struct Driver {
                              unsigned) = find("cuLibraryLoadData");
   CudaResult (*library_kernel)(CudaHandle*, CudaHandle, const char*) = find("cuLibraryGetKernel");
   CudaResult (*kernel_function)(CudaHandle*, CudaHandle) = find("cuKernelGetFunction");
+  CudaResult (*set_function_attribute)(CudaHandle, int, int) = find("cuFuncSetAttribute");
   CudaResult (*launch)(const LaunchConfig*, CudaHandle, void**, void**) = find("cuLaunchKernelEx");
 
   // A symbol, which converts to any pointer to a function.

@@ -49,6 +49,7 @@ class CudaModule {
     config.block_x = grid.threads_x;
     config.block_y = grid.threads_y;
     config.block_z = 1;
+    config.shared_bytes = info_.shared_bytes;
     config.stream = static_cast<CudaHandle>(TVMFFIEnvGetStream(kDLCUDA, device.device_id));
     config.attributes = attributes;
     config.num_attributes = num_attributes;
@@ -59,6 +60,8 @@ class CudaModule {
   }
 
  private:
+  static constexpr unsigned kMaxSharedBytesByDefault = 48 * 1024;
+
   // The state of one GPU. Two threads may call prepare() at once; both write the same values.
   struct Gpu {
     enum State : int { kUnprepared = 0, kReady, kOtherArch };
@@ -109,6 +112,13 @@ class CudaModule {
     return *stored;
   }
 
+  // Makes the function of a kernel for the current context.
+  CudaResult get_function(CudaHandle kernel, CudaHandle* function) const {
+    const CudaResult result = driver().kernel_function(function, kernel);
+    if (result != 0 || info_.shared_bytes <= kMaxSharedBytesByDefault) return result;
+    return driver().set_function_attribute(*function, kMaxDynamicSharedBytes, int(info_.shared_bytes));
+  }
+
   // Loads the functions for one GPU; returns why it cannot, or null. This may happen inside a graph capture: nothing
   // here is an operation of the captured stream.
   [[gnu::cold, gnu::noinline]] const char* prepare(Gpu& gpu, int index) {
@@ -134,7 +144,7 @@ class CudaModule {
       const Loaded& loaded = load();
       result = loaded.result;
       for (int i = 0; i < kNumGridVariants; i++)
-        if (loaded.kernels[i] && result == 0) result = d.kernel_function(&gpu.functions[i], loaded.kernels[i]);
+        if (loaded.kernels[i] && result == 0) result = get_function(loaded.kernels[i], &gpu.functions[i]);
       d.exchange_capture_mode(&mode);
     }
     if (result != 0) return message_of(result);

@@ -47,11 +47,11 @@ def cubin() -> bytes:
 def test_a_cubin_describes_its_kernel(cubin):
     """The fields of LaunchInfo, the types, the alignments and the hidden size, as csrc/include/jitnorm has them."""
     info = Elf(cubin).variable(KERNEL_INFO)
-    arch, threads, _, _, blocks_per_cluster = struct.unpack_from("<IIIII", info)
-    assert arch == 90 and threads % 32 == 0 and blocks_per_cluster == 1
+    arch, threads, _, _, blocks_per_cluster, shared_bytes = struct.unpack_from("<IIIIII", info)
+    assert arch == 90 and threads % 32 == 0 and blocks_per_cluster == 1 and shared_bytes == 0
     bfloat16 = (4, 16, 1)
-    assert [struct.unpack_from("<BBH", info, 20 + 4 * i) for i in range(4)] == [bfloat16] * 4
-    assert struct.unpack_from("<IIIIi", info, 36) == (16, 16, 16, 16, 512)
+    assert [struct.unpack_from("<BBH", info, 24 + 4 * i) for i in range(4)] == [bfloat16] * 4
+    assert struct.unpack_from("<IIIIi", info, 40) == (16, 16, 16, 16, 512)
 
 
 def test_a_module_refuses_what_is_not_on_a_gpu(cubin):
@@ -134,17 +134,20 @@ def test_the_drivers_interface_is_that_of_cuda_h(tmp_path):
         "library_load": "cuLibraryLoadData",
         "library_kernel": "cuLibraryGetKernel",
         "kernel_function": "cuKernelGetFunction",
+        "set_function_attribute": "cuFuncSetAttribute",
         "launch": "cuLaunchKernelEx",
     }
     numbers = {
         "kComputeCapabilityMajor": "CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR",
         "kComputeCapabilityMinor": "CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR",
+        "kMaxDynamicSharedBytes": "CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES",
         "kRelaxedCapture": "CU_STREAM_CAPTURE_MODE_RELAXED",
+        "kClusterDimension": "CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION",
         "kProgrammaticStreamSerialization": "CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION",
         "CUDA_SUCCESS": "0",
     }
     fields = {"grid_x": "gridDimX", "block_z": "blockDimZ", "stream": "hStream", "attributes": "attrs"}
-    fields |= {"num_attributes": "numAttrs"}
+    fields |= {"num_attributes": "numAttrs", "shared_bytes": "sharedMemBytes"}
     lines = ['#include <cuda.h>\n#include "launcher/cuda_driver.h"\nusing namespace jitnorm;']
     lines += ["template <typename R, typename... A> constexpr int count(R (*)(A...)) { return sizeof...(A); }"]
     lines += [f"static_assert(int({ours}) == int({theirs}));" for ours, theirs in numbers.items()]

@@ -3,19 +3,20 @@
 // includes no standard header. Included by rms_row.h and every elementwise/<family>.cuh.
 //
 // A CUDA kernel class has params_t and info_t with the constants that it reads, kThreads and kMinBlocksPerSM for
-// __launch_bounds__, a base or constants that say which GridVariants it has and how many blocks a cluster has, and
-// run<variant>(params).
+// __launch_bounds__, a base or constants that say which GridVariants it has, how many blocks a cluster has and how
+// much dynamic shared memory a block has, and run<variant>(params).
 #pragma once
 #include "jitnorm/kernel_info.h"
 
 namespace jitnorm {
 
-// The base of kernel classes without clusters.
+// The base of kernel classes without clusters and dynamic shared memory.
 struct NoClusters {
-  static constexpr int kBlocksPerCluster = 1;
+  static constexpr int kBlocksPerCluster = 1, kSharedBytes = 0;
+  static constexpr int kMinBlocksPerSMOfLargeGrid = 0;  // kMinBlocksPerSM
 };
 
-// The base of kernel classes that have only the default variant, and no clusters.
+// The base of those that have only the default variant too.
 struct DefaultVariantOnly : NoClusters {
   static constexpr unsigned kMaxSmallGrid = kNoSmallGrid, kMinLargeGrid = kNoLargeGrid;
 };
@@ -24,6 +25,11 @@ template <typename Kernel, GridVariant kVariant>
 constexpr bool kHasVariant = kVariant == GridVariant::kSmallGrid   ? Kernel::kMaxSmallGrid != kNoSmallGrid
                              : kVariant == GridVariant::kLargeGrid ? Kernel::kMinLargeGrid != kNoLargeGrid
                                                                    : true;
+
+template <typename Kernel, GridVariant kVariant>
+constexpr int kMinBlocksPerSMOf =
+    kVariant == GridVariant::kLargeGrid && Kernel::kMinBlocksPerSMOfLargeGrid != 0 ? Kernel::kMinBlocksPerSMOfLargeGrid
+                                                                                   : Kernel::kMinBlocksPerSM;
 
 // The maximum number of resident threads on an SM.
 #if !defined(__CUDA_ARCH__)
@@ -46,6 +52,7 @@ constexpr LaunchInfo launch_info() {
   info.max_small_grid = Kernel::kMaxSmallGrid;
   info.min_large_grid = Kernel::kMinLargeGrid;
   info.blocks_per_cluster = Kernel::kBlocksPerCluster;
+  info.shared_bytes = Kernel::kSharedBytes;
   return info;
 }
 
@@ -57,10 +64,10 @@ constexpr LaunchInfo launch_info() {
 
 // Defines the __global__ function SYMBOL, which runs one variant of the kernel class KERNEL, and does nothing if KERNEL
 // has no such variant.
-#define JITNORM_DEFINE_KERNEL(SYMBOL, KERNEL, VARIANT)                                    \
-  extern "C" __global__ void __launch_bounds__(KERNEL::kThreads, KERNEL::kMinBlocksPerSM) \
-      SYMBOL(const __grid_constant__ KERNEL::params_t params) {                           \
-    jitnorm::run_variant<KERNEL, VARIANT>(params);                                        \
+#define JITNORM_DEFINE_KERNEL(SYMBOL, KERNEL, VARIANT)                                                          \
+  extern "C" __global__ void __launch_bounds__(KERNEL::kThreads, (jitnorm::kMinBlocksPerSMOf<KERNEL, VARIANT>)) \
+      SYMBOL(const __grid_constant__ KERNEL::params_t params) {                                                 \
+    jitnorm::run_variant<KERNEL, VARIANT>(params);                                                              \
   }
 
 namespace jitnorm {

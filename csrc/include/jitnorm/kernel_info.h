@@ -40,6 +40,7 @@ struct LaunchInfo {
   unsigned threads;                         // of a block, or the most of one
   unsigned max_small_grid, min_large_grid;  // see GridVariant
   unsigned blocks_per_cluster;              // 1 for a kernel without clusters
+  unsigned shared_bytes;                    // the dynamic shared memory of a block
 };
 
 // The LaunchInfo of a kernel class. Defined by cuda_kernel.h for CUDA and by parallel.h for the CPU.

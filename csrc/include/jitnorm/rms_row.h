@@ -13,12 +13,14 @@
 
 namespace jitnorm {
 
-// kThreadsPerRow counts the threads of all blocks of a cluster, which then has one row.
-template <int kThreadsPerRow_, int kRowsPerBlock_, int kBlocksPerCluster_ = 1>
+// kThreadsPerRow counts the threads of all blocks of a cluster, which then has one row. kStagesRow says whether a row
+// waits in shared memory between its read and its write, and not in registers.
+template <int kThreadsPerRow_, int kRowsPerBlock_, int kBlocksPerCluster_ = 1, bool kStagesRow_ = false>
 struct Schedule {
   static constexpr int kThreadsPerRow = kThreadsPerRow_;
   static constexpr int kRowsPerBlock = kRowsPerBlock_;
   static constexpr int kBlocksPerCluster = kBlocksPerCluster_;
+  static constexpr bool kStagesRow = kStagesRow_;
 };
 
 constexpr int min(int a, int b) { return a < b ? a : b; }
@@ -54,21 +56,19 @@ constexpr int block_threads_per_row(int row_bytes) {
   return min(1024, round_up(vectors, 5 * 128) / 5);
 }
 
-// The longest rows are shared by the blocks of a cluster, as the registers of one block cannot hold them. A cluster is
-// slower than one block, as its blocks wait for each other. Before sm_90 there are none: registers of such rows spill.
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
-constexpr bool kHasClusters = false;
-#else
-constexpr bool kHasClusters = true;
-#endif
-constexpr int blocks_per_cluster(int row_bytes, bool has_residual, bool has_whole_vectors) {
-  const int max_row_bytes_of_block = (!has_whole_vectors ? 32 : has_residual ? 48 : 64) * 1024;
-  if (!kHasClusters || row_bytes <= max_row_bytes_of_block) return 1;
-  return row_bytes <= 64 * 1024 ? 2 : 8;
+// LayerNorm, whose threads compute two sums: up to five vectors per thread, evenly if a few more threads allow it, and
+// blocks that read 8 KiB.
+constexpr int layernorm_threads_per_row(int row_bytes) {
+  const int vectors = row_bytes / 16, fewest = round_up((vectors + 4) / 5, 32);
+  for (int threads = fewest; threads <= min(1024, 2 * fewest); threads += 32)
+    if (vectors % threads == 0) return threads;
+  return min(1024, fewest);
 }
-
-// Of each block of a cluster: four vectors per thread.
-constexpr int cluster_threads_per_row(int block_row_bytes) { return round_up((block_row_bytes / 16 + 3) / 4, 32); }
+constexpr int layernorm_rows_per_block(int row_bytes, int threads_per_row) {
+  int rows = 1;
+  while (rows * row_bytes < 8192 && 2 * rows * threads_per_row <= 256) rows *= 2;
+  return rows;
+}
 
 // With a residual a thread holds two rows' vectors: one of each with up to 256 threads, then two with up to 512. The
 // number of vectors is that of the row with the wider elements. Narrower vectors are more than these, and fewer threads
@@ -78,6 +78,52 @@ constexpr int residual_threads_per_row(int row_bytes, bool has_whole_vectors) {
   if (!has_whole_vectors && vectors <= 1024) return round_up((vectors + 2) / 3, 32);
   const int per_thread = vectors <= 256 ? 1 : vectors <= 1024 ? 2 : round_up(vectors, 512) / 512;
   return round_up((vectors + per_thread - 1) / per_thread, 32);
+}
+
+// Long rows do not fit the registers of one block beside the weight. They wait in its shared memory: they are staged.
+// Still longer rows are shared by the blocks of a cluster, which is slower, as the blocks wait for each other and must
+// be launched together. Before sm_90 there is neither; registers spill.
+struct LongRow {
+  int blocks, threads;  // blocks of the cluster, and threads of a block
+  bool is_staged;
+};
+
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+constexpr bool kHasClusters = false;
+#else
+constexpr bool kHasClusters = true;
+#endif
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1200
+constexpr int kMaxStagedBytes = 96 * 1024;  // of a block's 99 KiB
+#else
+constexpr int kMaxStagedBytes = 192 * 1024;  // of a block's 227 KiB
+#endif
+
+constexpr int blocks_per_cluster(int row_bytes, int max_block_bytes) {
+  int blocks = 1;
+  while (blocks < 8 && row_bytes > blocks * max_block_bytes) blocks *= 2;
+  return blocks;
+}
+
+// `row_bytes` counts the residual too. A block's registers hold 128 KiB of a row, if weight and bias are read late.
+constexpr LongRow long_row(int row_bytes, bool may_be_staged) {
+  if (may_be_staged && row_bytes <= kMaxStagedBytes) return {1, 1024, true};
+  return {blocks_per_cluster(row_bytes, 128 * 1024), 1024, false};
+}
+
+// LayerNorm mostly waits for weight and bias, which are longer than the row. Several blocks on an SM hide that.
+constexpr LongRow long_layernorm_row(int row_bytes) {
+  if (row_bytes <= 64 * 1024) return {1, row_bytes <= 32 * 1024 ? 384 : 512, true};
+  return {blocks_per_cluster(row_bytes, 32 * 1024), 256, true};
+}
+
+// Rows that are read by accesses of less than 16 bytes, which cannot be staged. `row_bytes` is that of the wider of
+// input and residual.
+constexpr LongRow long_narrow_row(int row_bytes, bool has_residual, bool has_whole_vectors) {
+  const int blocks = row_bytes <= 64 * 1024 ? 2 : 8, block_row_bytes = round_up(row_bytes / blocks, 16);
+  const int threads = has_residual ? residual_threads_per_row(block_row_bytes, has_whole_vectors)
+                                   : round_up((block_row_bytes / 16 + 3) / 4, 32);
+  return {blocks, threads, false};
 }
 
 // The bytes of an element of input and residual; 0 for the residual of a policy without one.
@@ -94,16 +140,30 @@ struct DefaultSchedule {
   static constexpr int kRowBytes = round_up(kHiddenSize * Bytes::kWider, 16);
   static constexpr int kRowReadBytes = kHiddenSize * (Bytes::kInput + Bytes::kResidual);
   static constexpr bool kHasWholeVectors = kHiddenSize * Bytes::kWider % 16 == 0;
+  static constexpr bool kHasWideAccesses = kHasWholeVectors && Policy::kAccessBytes == 16;
   static constexpr bool kIsEven = kHasWholeVectors && kRowBytes % (16 * kWarpSize) == 0;
-  static constexpr int kBlocksPerCluster = blocks_per_cluster(kRowBytes, Policy::kHasResidual, kHasWholeVectors);
-  static constexpr int kBlockRowBytes = round_up(kRowBytes / kBlocksPerCluster, 16);  // of a row, those of one block
-  static constexpr int kThreads = kHiddenSize <= 256      ? warp_threads_per_row(kRowBytes)
-                                  : Policy::kHasResidual  ? residual_threads_per_row(kBlockRowBytes, kHasWholeVectors)
-                                  : kBlocksPerCluster > 1 ? cluster_threads_per_row(kBlockRowBytes)
-                                                          : block_threads_per_row(kBlockRowBytes);
-  static constexpr int kRowsPerBlock =
-      kBlocksPerCluster > 1 ? 1 : rows_per_block(kRowReadBytes, kThreads, kHiddenSize <= 256 || kIsEven);
-  using type = Schedule<kThreads * kBlocksPerCluster, kRowsPerBlock, kBlocksPerCluster>;
+  static constexpr bool kIsLayerNorm = Policy::kSubtractsMean && kHasWholeVectors && kHiddenSize > 256;
+  static constexpr int kMaxRowKiB = !kHasWholeVectors                  ? 32
+                                    : kIsLayerNorm && kHasWideAccesses ? 20
+                                    : Policy::kHasResidual             ? 48
+                                                                       : 64;
+  static constexpr bool kIsLong = kHasClusters && kRowBytes > kMaxRowKiB * 1024;
+  // A gated row is not staged, as its product needs registers in any case.
+  static constexpr LongRow kLongRow = !kIsLong ? LongRow{1, 0, false}
+                                      : !kHasWideAccesses
+                                          ? long_narrow_row(kRowBytes, Policy::kHasResidual, kHasWholeVectors)
+                                      : kIsLayerNorm ? long_layernorm_row(kRowReadBytes)
+                                                     : long_row(kRowReadBytes, Policy::kGating != Gating::kBeforeNorm);
+  static constexpr int kThreads = kHiddenSize <= 256     ? warp_threads_per_row(kRowBytes)
+                                  : kIsLong              ? kLongRow.threads
+                                  : Policy::kHasResidual ? residual_threads_per_row(kRowBytes, kHasWholeVectors)
+                                  : kIsLayerNorm         ? layernorm_threads_per_row(kRowBytes)
+                                                         : block_threads_per_row(kRowBytes);
+  static constexpr int kRowsPerBlock = kIsLong ? 1
+                                       : kIsLayerNorm
+                                           ? layernorm_rows_per_block(kRowBytes, kThreads)
+                                           : rows_per_block(kRowReadBytes, kThreads, kHiddenSize <= 256 || kIsEven);
+  using type = Schedule<kThreads * kLongRow.blocks, kRowsPerBlock, kLongRow.blocks, kLongRow.is_staged>;
 };
 
 // The elements of a vector: those of 16 bytes, or so many fewer that a row is whole vectors.
@@ -114,7 +174,7 @@ constexpr int elements_per_vector(int hidden_size, int element_bytes) {
 }
 
 constexpr int kRegistersPerSM = 65536;
-constexpr int kMaxStagedBytes = 40 * 1024;  // of a block's 48 KiB of static shared memory
+constexpr int kSharedBytesPerSM = 200 * 1024;  // that staged rows may fill, where an SM has as much
 // The smallest kMaxThreadsPerSM of the architectures before sm_80, and of those from sm_80 on. A larger number would
 // leave each thread fewer registers.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
@@ -133,8 +193,10 @@ struct RMSNormKernelBase : S {
   using policy_t = Policy;
   using Bytes = ElementBytes<T, Policy>;
   static constexpr int kHiddenSize = kHiddenSize_;
-  static constexpr int kElementsPerVector = elements_per_vector(kHiddenSize, Bytes::kWider);
-  static constexpr bool kHasWholeVectors = kElementsPerVector * Bytes::kWider == 16;
+  // The bytes of the widest element of a vector. LayerNorm reads so much of weight and bias that they count too.
+  static constexpr int kWidest = Policy::kSubtractsMean ? max(Bytes::kWider, sizeof(W)) : Bytes::kWider;
+  static constexpr int kElementsPerVector = elements_per_vector(kHiddenSize, kWidest);
+  static constexpr bool kHasWholeVectors = kElementsPerVector * kWidest == 16;
   // The widest access to rows of E, in bytes.
   template <typename E>
   static constexpr int kAccessBytesOf = Policy::kAccessBytes == 0 ? sizeof(E) : Policy::kAccessBytes;
@@ -152,45 +214,55 @@ struct RMSNormKernelBase : S {
   static constexpr int kThreads = S::kThreadsPerRow * S::kRowsPerBlock / S::kBlocksPerCluster;
   static constexpr int kVectorsPerRow = kHiddenSize / kElementsPerVector;
   static constexpr int kVectorsPerThread = (kVectorsPerRow + S::kThreadsPerRow - 1) / S::kThreadsPerRow;
-  // In a cluster the weight waits in shared memory, which leaves registers for more blocks on an SM.
-  static constexpr bool kStagesWeight = S::kBlocksPerCluster > 1 && Policy::kHasWeight && kHasWholeVectors &&
-                                        kWeightAlignment == 16 && kElementsPerVector * sizeof(W) % 16 == 0 &&
-                                        kVectorsPerThread * kElementsPerVector * int(sizeof(W)) * kThreads
-                                            <= kMaxStagedBytes;
-  // 64 KiB of rows in flight on an SM keep memory busy, and in clusters, whose kernels need more registers, more. Where
+  // The dynamic shared memory of a block.
+  static constexpr int kSharedBytes =
+      S::kStagesRow ? kVectorsPerThread * kThreads * kElementsPerVector * (Bytes::kInput + Bytes::kResidual) : 0;
+  // A row of 32 to 64 KiB leaves half of an SM's registers to another block.
+  static constexpr bool kSharesSM = !S::kStagesRow && !Policy::kHasResidual && kBlockReadBytes > 32 * 1024 &&
+                                    kBlockReadBytes < 64 * 1024 && kThreads <= 512;
+  // Where weight and bias would take registers that rows in flight need, they are read when the row is written.
+  // LayerNorm does so in a large grid: in another one its latency would suffer.
+  static constexpr bool kReadsFactorsLate =
+      Policy::kSubtractsMean || kSharesSM || (!S::kStagesRow && kBlockReadBytes > 96 * 1024);
+  // 64 KiB of rows in flight on an SM keep memory busy; the kernels of clusters need too many registers for it. Where
   // blocks are large, kMinBlocksPerSM limits registers for that, as far as a thread's vectors of row, residual and
-  // weight allow. Small blocks fit an SM in any case. LayerNorm nearly always has a bias, whose vectors would spill.
-  static constexpr int kFactorBytes = sizeof(W) * (Policy::kSubtractsMean && Policy::kHasBias ? 2 : 1);
-  static constexpr int kRegistersPerThread =
-      kStagesWeight
-          ? (4 * kVectorsPerThread + 32) * kElementsPerVector * (Bytes::kInput + Bytes::kResidual) / 16
-          : (4 * kVectorsPerThread + 12) * kElementsPerVector * (Bytes::kInput + Bytes::kResidual + kFactorBytes) / 16;
+  // weight allow. Small blocks fit an SM in any case.
+  static constexpr int kRegistersPerThread = (4 * kVectorsPerThread + 12) * kElementsPerVector *
+                                             (Bytes::kInput + Bytes::kResidual + (kReadsFactorsLate ? 0 : sizeof(W))) /
+                                             16;
   static constexpr int kMaxBlocksPerSM =
       min(kRegistersPerSM / (kRegistersPerThread * kThreads), kThreadsOnAnySM / kThreads);
-  static constexpr int kBytesInFlight = (S::kBlocksPerCluster == 1 ? 64 : kStagesWeight ? 96 : 48) * 1024;
-  static constexpr int kMinBlocksPerSM =
-      kBlockReadBytes < 8192 || !kHasWholeVectors ? 1 : max(1, min(kBytesInFlight / kBlockReadBytes, kMaxBlocksPerSM));
+  static constexpr int kBytesInFlight = (S::kBlocksPerCluster == 1 ? 64 : 48) * 1024;
+  static constexpr int kWantedBlocksPerSM =
+      S::kStagesRow ? max(1, min(kSharedBytesPerSM / kSharedBytes, kThreadsOnAnySM / kThreads))
+      : kBlockReadBytes < 8192 || !kHasWholeVectors
+          ? 1
+          : max(1, min(kSharesSM ? 2 : kBytesInFlight / kBlockReadBytes, kMaxBlocksPerSM));
+  static constexpr int kMinBlocksPerSM = Policy::kSubtractsMean ? 1 : kWantedBlocksPerSM;
+  static constexpr int kMinBlocksPerSMOfLargeGrid = kWantedBlocksPerSM;
   // In a large grid, which reads about as much as L2 holds or more, a block prefetches into L2 the rows of the block
   // with an index kBlocksAhead larger: without that, memory is idle for 2 to 4% of the time. In a smaller grid, the
   // prefetch would delay the block's own rows.
   static constexpr int kLargeGridBytes = (Policy::kHasResidual ? 16 : 48) << 20;
   static constexpr int kBytesAhead = (Policy::kHasResidual ? 4 : 2) << 20;
-  static constexpr bool kHasLargeGrid = kRowBytes >= 256 && kRowBytes % 16 == 0 && kResidualRowBytes % 16 == 0 &&
-                                        S::kBlocksPerCluster == 1 && !Policy::kIsGeneral;
-  static constexpr unsigned kMinLargeGrid = !kHasLargeGrid         ? DefaultVariantOnly::kMinLargeGrid
+  static constexpr bool kHasPrefetch = kRowBytes >= 256 && kRowBytes % 16 == 0 && kResidualRowBytes % 16 == 0 &&
+                                       S::kBlocksPerCluster == 1 && !S::kStagesRow && !Policy::kIsGeneral;
+  static constexpr unsigned kBlocksAhead = max(128, kBytesAhead / kBlockReadBytes);
+  // In a large grid LayerNorm reads weight and bias late.
+  static constexpr unsigned kMinLargeGrid = Policy::kSubtractsMean ? (S::kStagesRow ? 129 : 1025)
+                                            : !kHasPrefetch        ? kNoLargeGrid
                                             : Policy::kHasResidual ? max(1024, kLargeGridBytes / kBlockReadBytes)
                                                                    : kLargeGridBytes / kBlockReadBytes;
-  static constexpr unsigned kBlocksAhead = max(128, kBytesAhead / kBlockReadBytes);
   // In a small grid, a block launches its dependents late if threads have much to compute after their loads: the next
   // kernel's blocks would slow that down.
   static constexpr unsigned kMaxSmallGrid =
-      kVectorsPerThread > 3 && !Policy::kHasResidual ? 16 : DefaultVariantOnly::kMaxSmallGrid;
+      kVectorsPerThread > 3 && !Policy::kHasResidual && !Policy::kSubtractsMean ? 16 : kNoSmallGrid;
 };
 
 // The vectors of a row that one thread holds: every kThreadsPerRow-th, beginning with number `lane`, the thread's index
 // within its row. Beside a float residual, a vector of 16-bit inputs has 8 bytes: then the warp's accesses to either
 // have no gaps, and its stores fill whole sectors.
-template <typename Kernel>
+template <typename Kernel, bool kReadsFactorsLate = false>
 struct RowFragment {
   using T = typename Kernel::input_t;
   using R = typename Kernel::residual_t;
@@ -200,6 +272,8 @@ struct RowFragment {
   static constexpr int kElementsPerVector = Kernel::kElementsPerVector;
   static constexpr int kVectorsPerRow = Kernel::kVectorsPerRow;
   static constexpr int kVectorsPerThread = Kernel::kVectorsPerThread;
+  using InputVector = Vector<T, kElementsPerVector>;
+  using ResidualVector = Vector<R, kElementsPerVector>;
   using WeightVector = Vector<W, kElementsPerVector>;
   // Where a stored sum that is normalised is kept: in the registers of x or, if it is wider, of the residual.
   static constexpr bool kSumReplacesX = Policy::kRoundSum && sizeof(R) == sizeof(T);
@@ -207,10 +281,11 @@ struct RowFragment {
 
   const int lane;
   float mean;  // subtracted by `value`; of policies with kSubtractsMean alone
-  Vector<T, kElementsPerVector> x[kVectorsPerThread];
-  Vector<R, kElementsPerVector> residual[Policy::kHasResidual ? kVectorsPerThread : 1];
-  WeightVector weight[Policy::kHasWeight && !Kernel::kStagesWeight ? kVectorsPerThread : 1];
-  Vector<W, kElementsPerVector> bias[Policy::kHasBias ? kVectorsPerThread : 1];
+  InputVector x[Kernel::kStagesRow ? 1 : kVectorsPerThread];
+  ResidualVector residual[Policy::kHasResidual && !Kernel::kStagesRow ? kVectorsPerThread : 1];
+  const W *weight_row, *bias_row;  // of factors that are read late
+  WeightVector weight[Policy::kHasWeight && !kReadsFactorsLate ? kVectorsPerThread : 1];
+  WeightVector bias[Policy::kHasBias && !kReadsFactorsLate ? kVectorsPerThread : 1];
   // Of a gate before the norm. It takes the registers of x and residual, which hold the gate.
   Vector<float, kElementsPerVector> product[kHasProduct ? kVectorsPerThread : 1];
 
@@ -229,45 +304,80 @@ struct RowFragment {
       if (has(i)) dst[i] = load_aligned_to<Kernel::template kAccessBytesOf<E>, E, kElementsPerVector>(src + offset(i));
   }
 
-  // Reads the weight, to registers or on to shared memory.
-  __device__ __forceinline__ void read_weight(const W* src) {
-    if constexpr (!Kernel::kStagesWeight) {
-      read(weight, src);
-    } else {
+  // Reads the vectors of the row: to registers or, without waiting, to shared memory.
+  __device__ __forceinline__ void read_input(const T* src) {
+    if constexpr (Kernel::kStagesRow) {
 #pragma unroll
       for (int i = 0; i < kVectorsPerThread; i++)
-#pragma unroll
-        for (int k = 0; k < WeightVector::kAccesses; k++)
-          if (has(i)) copy_async(staged_weight(i, k), reinterpret_cast<const uint4*>(src + offset(i)) + k);
+        if (has(i)) copy_async(staged_input(i), src + offset(i));
+    } else {
+      read(x, src);
     }
   }
-
-  // To be called between the sum of squares and the result.
-  __device__ __forceinline__ void wait_for_weight() {
-    if constexpr (Kernel::kStagesWeight) {
-      wait_for_async_copies();
-      // Makes the compiler convert x to float again: floats kept from the sum of squares would need more registers.
+  __device__ __forceinline__ void read_residual(const R* src) {
+    if constexpr (Kernel::kStagesRow) {
 #pragma unroll
       for (int i = 0; i < kVectorsPerThread; i++)
-        for (auto& words : x[i].words) forget_value(words);
-    }
-  }
-
-  __device__ __forceinline__ WeightVector weight_vector(int i) const {
-    if constexpr (!Kernel::kStagesWeight) {
-      return weight[i];
+        if (has(i)) copy_async(staged_residual(i), src + offset(i));
     } else {
-      WeightVector w;
-#pragma unroll
-      for (int k = 0; k < WeightVector::kAccesses; k++) w.words[k] = *staged_weight(i, k);
-      return w;
+      read(residual, src);
     }
   }
+  // To be called before the row is used.
+  __device__ __forceinline__ void wait_for_row() const {
+    if constexpr (Kernel::kStagesRow) wait_for_async_copies();
+  }
 
-  // Where the thread keeps the k-th 16 bytes of its i-th vector of the weight.
-  static __device__ __forceinline__ uint4* staged_weight(int i, int k) {
-    __shared__ uint4 staged[kVectorsPerThread * WeightVector::kAccesses][Kernel::kThreads];
-    return &staged[i * WeightVector::kAccesses + k][threadIdx.x];
+  // Where the thread keeps its i-th vectors of a row that is staged. No other thread reads them.
+  static __device__ __forceinline__ InputVector* staged_input(int i) {
+    extern __shared__ uint4 staged_rows[];
+    return reinterpret_cast<InputVector*>(staged_rows) + i * Kernel::kThreads + threadIdx.x;
+  }
+  static __device__ __forceinline__ ResidualVector* staged_residual(int i) {
+    extern __shared__ uint4 staged_rows[];
+    return reinterpret_cast<ResidualVector*>(reinterpret_cast<InputVector*>(staged_rows) +
+                                             kVectorsPerThread * Kernel::kThreads) +
+           i * Kernel::kThreads + threadIdx.x;
+  }
+
+  __device__ __forceinline__ const InputVector& input_vector(int i) const {
+    if constexpr (Kernel::kStagesRow) return *staged_input(i);
+    else return x[i];
+  }
+  __device__ __forceinline__ const ResidualVector& residual_vector(int i) const {
+    if constexpr (Kernel::kStagesRow) return *staged_residual(i);
+    else return residual[i];
+  }
+  __device__ __forceinline__ void set_input_vector(int i, const InputVector& v) {
+    if constexpr (Kernel::kStagesRow) *staged_input(i) = v;
+    else x[i] = v;
+  }
+  __device__ __forceinline__ void set_residual_vector(int i, const ResidualVector& v) {
+    if constexpr (Kernel::kStagesRow) *staged_residual(i) = v;
+    else residual[i] = v;
+  }
+
+  // Reads the vectors of weight and bias, now or when they are used.
+  __device__ __forceinline__ void read_factors(const W* of_weight, const W* of_bias) {
+    if constexpr (kReadsFactorsLate) {
+      weight_row = of_weight;
+      bias_row = of_bias;
+    } else {
+      if constexpr (Policy::kHasWeight) read(weight, of_weight);
+      if constexpr (Policy::kHasBias) read(bias, of_bias);
+    }
+  }
+  // To be called when the sums are known. Before, the compiler must not read late factors: they would take registers,
+  // or be read before grid_dependency_wait.
+  __device__ __forceinline__ void allow_late_reads() {
+    if constexpr (kReadsFactorsLate) forget_value(weight_row), forget_value(bias_row);
+  }
+  template <int kSize>
+  __device__ __forceinline__ WeightVector factor(const WeightVector (&early)[kSize], const W* late, int i) const {
+    if constexpr (!kReadsFactorsLate) return early[i];
+    else
+      return load_aligned_to<Kernel::template kAccessBytesOf<W>, W, kElementsPerVector, ConstantLoads>(late +
+                                                                                                       offset(i));
   }
 
   // Adds the input to the residual, and stores the sum to `dst`.
@@ -276,22 +386,22 @@ struct RowFragment {
     for (int i = 0; i < kVectorsPerThread; i++) {
       if (!has(i)) continue;
       float f[kElementsPerVector], r[kElementsPerVector];
-      to_float(x[i], f);
-      to_float(residual[i], r);
+      to_float(input_vector(i), f);
+      to_float(residual_vector(i), r);
 #pragma unroll
       for (int j = 0; j < kElementsPerVector; j++) f[j] += r[j];
-      Vector<R, kElementsPerVector> sum;
+      ResidualVector sum;
       from_float(f, sum);
       store_aligned_to<Kernel::template kAccessBytesOf<R>>(dst + offset(i), sum);
-      if constexpr (kSumReplacesX) x[i] = sum;
-      else if constexpr (Policy::kRoundSum) residual[i] = sum;
+      if constexpr (kSumReplacesX) set_input_vector(i, sum);
+      else if constexpr (Policy::kRoundSum) set_residual_vector(i, sum);
     }
   }
 
   // Multiplies f by the activation of the i-th vector of the gate.
   __device__ __forceinline__ void multiply_by_gate(int i, float (&f)[kElementsPerVector]) const {
     float g[kElementsPerVector];
-    to_float(residual[i], g);
+    to_float(residual_vector(i), g);
 #pragma unroll
     for (int j = 0; j < kElementsPerVector; j++)
       f[j] *= DeviceMath<T>::times_sigmoid(Policy::kGateActivation == GateActivation::kSilu ? g[j] : 1.f, g[j]);
@@ -303,7 +413,7 @@ struct RowFragment {
     for (int i = 0; i < kVectorsPerThread; i++) {
       if (!has(i)) continue;
       float f[kElementsPerVector];
-      to_float(x[i], f);
+      to_float(input_vector(i), f);
       multiply_by_gate(i, f);
       from_float(f, product[i]);
     }
@@ -313,8 +423,8 @@ struct RowFragment {
   // cost more.
   __device__ __forceinline__ void value(int i, float (&f)[kElementsPerVector]) const {
     if constexpr (kHasProduct) return to_float(product[i], f);
-    if constexpr (Policy::kRoundSum && !kSumReplacesX) return to_float(residual[i], f);
-    to_float(x[i], f);
+    if constexpr (Policy::kRoundSum && !kSumReplacesX) return to_float(residual_vector(i), f);
+    to_float(input_vector(i), f);
     if constexpr (Policy::kSubtractsMean) {
       static_assert(!Policy::kHasResidual, "LayerNorm has no residual");
 #pragma unroll
@@ -322,7 +432,7 @@ struct RowFragment {
     }
     if (!Policy::kHasResidual || Policy::kRoundSum || Policy::kGating != Gating::kNone) return;
     float r[kElementsPerVector];
-    to_float(residual[i], r);
+    to_float(residual_vector(i), r);
 #pragma unroll
     for (int j = 0; j < kElementsPerVector; j++) f[j] += r[j];
   }
@@ -334,7 +444,7 @@ struct RowFragment {
     for (int i = 0; i < kVectorsPerThread; i++) {
       if (!has(i)) continue;
       float f[kElementsPerVector], elements = 0;  // one sum per vector, as in sum_of_squares
-      to_float(x[i], f);
+      to_float(input_vector(i), f);
 #pragma unroll
       for (int j = 0; j < kElementsPerVector; j++) elements += f[j];
       sum += elements;
@@ -368,7 +478,7 @@ struct RowFragment {
   __device__ __forceinline__ void normalised(int i, float rstd, float (&f)[kElementsPerVector]) const {
     float w[kElementsPerVector];
     value(i, f);
-    if constexpr (Policy::kHasWeight) to_float(weight_vector(i), w);
+    if constexpr (Policy::kHasWeight) to_float(factor(weight, weight_row, i), w);
     if constexpr (Policy::kRoundNormalised) {
 #pragma unroll
       for (int j = 0; j < kElementsPerVector; j++) f[j] *= rstd;
@@ -380,7 +490,7 @@ struct RowFragment {
       if constexpr (!Policy::kHasWeight) f[j] *= rstd;
       else f[j] = f[j] * rstd * (Policy::kWeightOffset == 0 ? w[j] : Policy::kWeightOffset + w[j]);
     if constexpr (Policy::kHasBias) {
-      to_float(bias[i], w);
+      to_float(factor(bias, bias_row, i), w);
 #pragma unroll
       for (int j = 0; j < kElementsPerVector; j++) f[j] += w[j];
     }

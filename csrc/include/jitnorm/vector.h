@@ -57,6 +57,34 @@ __device__ __forceinline__ void load_access(unsigned short& dst, const unsigned 
   asm volatile("ld.global.u16 %0, [%1];" : "=h"(dst) : "l"(src) : "memory");
 }
 
+// Loads of what nothing writes while the kernel runs. The compiler may move them.
+__device__ __forceinline__ void load_constant_access(uint4& dst, const uint4* src) {
+  asm("ld.global.nc.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(dst.x), "=r"(dst.y), "=r"(dst.z), "=r"(dst.w) : "l"(src));
+}
+__device__ __forceinline__ void load_constant_access(uint2& dst, const uint2* src) {
+  asm("ld.global.nc.v2.u32 {%0, %1}, [%2];" : "=r"(dst.x), "=r"(dst.y) : "l"(src));
+}
+__device__ __forceinline__ void load_constant_access(unsigned& dst, const unsigned* src) {
+  asm("ld.global.nc.u32 %0, [%1];" : "=r"(dst) : "l"(src));
+}
+__device__ __forceinline__ void load_constant_access(unsigned short& dst, const unsigned short* src) {
+  asm("ld.global.nc.u16 %0, [%1];" : "=h"(dst) : "l"(src));
+}
+
+// How `load` and load_aligned_to load.
+struct OrderedLoads {
+  template <typename A>
+  static __device__ __forceinline__ void load(A& dst, const A* src) {
+    load_access(dst, src);
+  }
+};
+struct ConstantLoads {
+  template <typename A>
+  static __device__ __forceinline__ void load(A& dst, const A* src) {
+    load_constant_access(dst, src);
+  }
+};
+
 // Parts of 2, 4 or 8 bytes to the 32-bit words that they fill, and back. Parts of 1 byte may fill a shorter word.
 template <int kParts>
 __device__ __forceinline__ void join(const unsigned short (&parts)[kParts], unsigned* words) {
@@ -95,28 +123,28 @@ __device__ __forceinline__ void split(const unsigned* words, uint2 (&parts)[kPar
   for (int i = 0; i < kParts; i++) parts[i] = make_uint2(words[2 * i], words[2 * i + 1]);
 }
 
-template <typename T, int N>
+template <typename T, int N, typename Loads = OrderedLoads>
 __device__ __forceinline__ Vector<T, N> load(const T* src) {
   Vector<T, N> v;
 #pragma unroll
   for (int i = 0; i < v.kAccesses; i++)
-    load_access(v.words[i], reinterpret_cast<const typename Vector<T, N>::access_t*>(src) + i);
+    Loads::load(v.words[i], reinterpret_cast<const typename Vector<T, N>::access_t*>(src) + i);
   return v;
 }
 
 // The same vector from an address that is a multiple of kBytes alone, which may be less than the vector has: by more
 // and narrower accesses.
-template <int kBytes, typename T, int N>
+template <int kBytes, typename T, int N, typename Loads = OrderedLoads>
 __device__ __forceinline__ Vector<T, N> load_aligned_to(const T* src) {
   using V = Vector<T, N>;
   if constexpr (kBytes >= int(sizeof(typename V::access_t))) {
-    return load<T, N>(src);
+    return load<T, N, Loads>(src);
   } else {
     using A = typename Access<kBytes>::type;
     constexpr int kParts = V::kBytes / kBytes;
     A parts[kParts];
 #pragma unroll
-    for (int i = 0; i < kParts; i++) load_access(parts[i], reinterpret_cast<const A*>(src) + i);
+    for (int i = 0; i < kParts; i++) Loads::load(parts[i], reinterpret_cast<const A*>(src) + i);
     V v;
     join(parts, reinterpret_cast<unsigned*>(v.words));
     return v;
@@ -129,12 +157,17 @@ __device__ __forceinline__ float load(const float* src) {
   return f;
 }
 
-// Copies of 16 bytes to shared memory that need no registers, from sm_80 on. The thread that makes them must wait for
-// them before it reads them.
-__device__ __forceinline__ void copy_async(uint4* shared, const void* src) {
+// Copies a vector of 16 or 8 bytes to shared memory without a register, from sm_80 on. The thread that does it must
+// wait before it reads the vector.
+template <typename T, int N>
+__device__ __forceinline__ void copy_async(Vector<T, N>* shared, const T* src) {
 #if __CUDA_ARCH__ >= 800
+  constexpr int kBytes = Vector<T, N>::kBytes;
+  static_assert(kBytes == 16 || kBytes == 8, "a copy has one access");
   const unsigned address = static_cast<unsigned>(__cvta_generic_to_shared(shared));
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(address), "l"(src) : "memory");
+  if constexpr (kBytes == 16)
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(address), "l"(src) : "memory");
+  else asm volatile("cp.async.ca.shared.global [%0], [%1], 8;" ::"r"(address), "l"(src) : "memory");
 #endif
 }
 __device__ __forceinline__ void wait_for_async_copies() {
@@ -143,11 +176,11 @@ __device__ __forceinline__ void wait_for_async_copies() {
 #endif
 }
 
-// Makes the compiler forget what it has computed from `words`.
-__device__ __forceinline__ void forget_value(uint4& words) {
-  asm volatile("" : "+r"(words.x), "+r"(words.y), "+r"(words.z), "+r"(words.w));
+// Makes the compiler forget what it knows of a pointer's value.
+template <typename T>
+__device__ __forceinline__ void forget_value(const T*& pointer) {
+  asm volatile("" : "+l"(pointer)::"memory");
 }
-__device__ __forceinline__ void forget_value(uint2& words) { asm volatile("" : "+r"(words.x), "+r"(words.y)); }
 
 // int32 or int64 indices.
 __device__ __forceinline__ index_t load_index(const void* from, index_t i, bool has_int64) {
