@@ -60,8 +60,6 @@ class CudaModule {
   }
 
  private:
-  static constexpr unsigned kMaxSharedBytesByDefault = 48 * 1024;
-
   // The state of one GPU. Two threads may call prepare() at once; both write the same values.
   struct Gpu {
     enum State : int { kUnprepared = 0, kReady, kOtherArch };
@@ -112,10 +110,11 @@ class CudaModule {
     return *stored;
   }
 
-  // Makes the function of a kernel for the current context.
+  // Makes the function of a kernel for the current context. Without the attribute, a block has 48 KiB at most, and
+  // dynamic and static shared memory count together.
   CudaResult get_function(CudaHandle kernel, CudaHandle* function) const {
     const CudaResult result = driver().kernel_function(function, kernel);
-    if (result != 0 || info_.shared_bytes <= kMaxSharedBytesByDefault) return result;
+    if (result != 0 || info_.shared_bytes == 0) return result;
     return driver().set_function_attribute(*function, kMaxDynamicSharedBytes, int(info_.shared_bytes));
   }
 
