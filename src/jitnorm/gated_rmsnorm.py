@@ -135,11 +135,9 @@ class GatedNorm(LayoutOperator):
             raise self.refused()
 
 
-# By norm_before_gate.
-_VARIANTS = {
-    before: GatedNorm(f"gated_rmsnorm{'' if before else '_gate_first'}", "gated_rmsnorm", norm_before_gate=before)
-    for before in (True, False)
-}
+GATED_RMSNORM = GatedNorm("gated_rmsnorm", "gated_rmsnorm", norm_before_gate=True)
+GATED_RMSNORM_GATE_FIRST = GatedNorm("gated_rmsnorm_gate_first", "gated_rmsnorm", norm_before_gate=False)
+_VARIANTS = {True: GATED_RMSNORM, False: GATED_RMSNORM_GATE_FIRST}  # by norm_before_gate
 
 
 def gated_rmsnorm(

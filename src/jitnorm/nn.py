@@ -472,21 +472,26 @@ torch.fx.wrap("rms_norm")
 
 
 def normalise(
-    norm: Callable[..., torch.Tensor], input: torch.Tensor, weight: torch.Tensor, eps: float, rounding: str = "once"
+    norm: Callable[..., torch.Tensor],
+    input: torch.Tensor,
+    weight: torch.Tensor | None,
+    eps: float,
+    rounding: str = "once",
 ) -> torch.Tensor:
     """Return `norm(input, weight, eps)` for an input of any strides.
 
     Args:
         norm: `rmsnorm` or `gemma_rmsnorm` of this package.
-        input: accepted by `can_normalise_any_size`, with `weight`. It is copied only if no kernel can take its strides.
-        weight: `[hidden_size]`.
+        input: accepted by `can_normalise_any_size`, with `weight`, or by `can_normalise_without_weight`. It is copied
+            only if no kernel can take its strides.
+        weight: `[hidden_size]`, or None.
         eps: added to the mean of the squares.
         rounding: "once" or "hf", as for `general_rmsnorm`.
 
     Returns:
         A new tensor, in the order of the input's dimensions if the input was not copied.
     """
-    if rounding == "once" and is_plain_weight(input, weight):
+    if weight is not None and rounding == "once" and is_plain_weight(input, weight):
         if has_kernel_layout(input):
             return norm(input, weight, eps)
         # Heads before tokens, as in q.view(b, s, h, d).transpose(1, 2): the same rows in another order.

@@ -35,6 +35,18 @@ def test_both_backends_agree_with_the_definition(options, device):
                 assert dispatch.explain("gated_rmsnorm", x, weight, gate) == (name, "it was requested")
 
 
+def test_long_rows_of_short_groups_have_a_kernel():
+    x, gate, weight = torch.randn(3, 1 << 17).unbind()
+    assert dispatch.explain("gated_rmsnorm", x, weight, gate, group_size=1 << 10)[0] == "jit"
+    assert dispatch.explain("gated_rmsnorm", x, weight, gate)[0] == "torch"
+    with dispatch.backend("jit"):
+        out = dispatch.gated_rmsnorm(x, gate, weight, group_size=1 << 10)
+    expected = gated_norm({"input": x, "gate": gate, "weight": weight, "group_size": 1 << 10})[0]
+    assert relative_error(out, expected) <= 1e-6
+    with pytest.raises(ValueError, match="group_size"):
+        dispatch.gated_rmsnorm(x, gate, weight, group_size=3000)
+
+
 def test_flashinfer_has_none(flashinfer):
     x, gate, weight = tensors(4)
     assert dispatch.explain("gated_rmsnorm", x, weight, gate)[0] == "jit"

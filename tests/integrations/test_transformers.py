@@ -236,7 +236,7 @@ def test_modules_that_are_left_have_a_reason():
     torch.nn.utils.parametrizations.weight_norm(other_weight, dim=None)
     model = torch.nn.ModuleDict(
         {
-            "torch": torch.nn.RMSNorm(SIZE, elementwise_affine=False),
+            "two_dimensions": torch.nn.RMSNorm((SIZE, SIZE), elementwise_affine=False),
             "gemma3n": Gemma3nRMSNorm(),
             "namesake": LlamaRMSNorm(),
             "instance": instance,
@@ -249,7 +249,7 @@ def test_modules_that_are_left_have_a_reason():
     patch = patch_transformers(model)
     assert patch.replaced == {"hooked": "LlamaRMSNorm"} and patch.rules == {"hooked": "llama"}
     assert patch.left == {
-        "torch": "RMSNorm has no weight, by which the kernels multiply",
+        "two_dimensions": "the forward of RMSNorm raised RuntimeError on random input",
         "gemma3n": "the forward of Gemma3nRMSNorm raised NotImplementedError on random input",
         "namesake": "LlamaRMSNorm computes none of the rules that jitnorm knows",
         "instance": "its forward was replaced on the instance",

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import relative_error, same_bits
+from helpers import TOLERANCE, relative_error, same_bits
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import jitnorm
@@ -219,7 +219,6 @@ def with_changes(**changes):
         (with_changes(child=torch.nn.Identity()), "Norm has child modules"),
         (with_changes(eps=torch.tensor(1e-6)), "Norm has no float attribute for eps"),
         (with_changes(eps=1), "Norm has no float attribute for eps"),
-        (with_changes(weight=None), "Norm has no weight, by which the kernels multiply"),
         (
             with_changes(weight=torch.nn.Parameter(torch.ones(2, 4))),
             "Norm has no one-dimensional torch.nn.Parameter weight",
@@ -448,14 +447,68 @@ def test_known_classes_of_transformers(name, rule):
     [
         ("cohere.CohereLayerNorm", "CohereLayerNorm subtracts the mean, as a LayerNorm does"),
         ("nemotron.NemotronLayerNorm1P", "NemotronLayerNorm1P has other parameters than a weight: bias"),
-        ("llama4.Llama4TextL2Norm", "Llama4TextL2Norm has no weight, by which the kernels multiply"),
+        (  # it rounds the reciprocal root
+            "deepseek_v4.DeepseekV4UnweightedRMSNorm",
+            "DeepseekV4UnweightedRMSNorm rounds elsewhere than the rules that jitnorm knows, in bf16",
+        ),
     ],
 )
 def test_classes_of_transformers_that_are_left(name, reason):
-    cls = class_of(name)
-    norm = cls(1e-6) if name.endswith("L2Norm") else cls(SIZE)
+    norm = class_of(name)(1e-6 if "Unweighted" in name else SIZE)
     with pytest.warns(RuntimeWarning):
         assert patch_transformers(norm).left == {"": reason}
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [
+        ("llama4.Llama4TextL2Norm", {}),
+        ("nanochat.NanoChatRMSNorm", {}),
+        ("gemma3n.Gemma3nRMSNorm", {"dim": SIZE, "with_scale": False}),
+    ],
+)
+def test_classes_without_a_weight(name, arguments):
+    """They take rows of any size."""
+    norm = class_of(name)(eps=1e-3, **arguments)
+    original, inputs = type(norm), [torch.randn(3, 5, size) * 0.1 for size in (SIZE, 1, 77)]
+    before = [norm(x) for x in inputs]
+    with patch_transformers(norm) as patch:
+        assert patch.rules == {"": "once"}
+        for x, expected in zip(inputs, before, strict=True):
+            assert relative_error(norm(x), expected.double()) < 1e-6
+        half = torch.randn(3, 5, SIZE).bfloat16()
+        assert relative_error(norm(half), reference_without_weight(half, 1e-3)) < TOLERANCE[torch.bfloat16]
+        for copied in (copy.deepcopy(norm), pickle.loads(pickle.dumps(norm))):
+            assert same_bits(copied(half), norm(half))
+        x = half.float().requires_grad_()
+        (norm(x) * torch.arange(SIZE)).sum().backward()
+        y = x.detach().double().requires_grad_()
+        (reference_without_weight(y, 1e-3) * torch.arange(SIZE)).sum().backward()
+        assert relative_error(x.grad, y.grad) < 1e-5
+    assert type(norm) is original and same_bits(norm(inputs[0]), before[0])
+
+
+def test_a_norm_of_torch_without_a_weight():
+    """It takes rows of one size alone."""
+    norm, x = torch.nn.RMSNorm(SIZE, eps=1e-3, elementwise_affine=False), torch.randn(3, SIZE)
+    with patch_transformers(norm) as patch:
+        assert patch.rules == {"": "once"}
+        assert relative_error(norm(x), reference_without_weight(x, 1e-3)) < 1e-6
+        with pytest.raises(RuntimeError, match="normalized_shape"):
+            norm(torch.randn(3, 2 * SIZE))
+
+
+def reference_without_weight(x, eps):
+    wide = x.double()
+    return wide / torch.sqrt(wide.square().mean(-1, keepdim=True) + eps)
+
+
+def test_a_norm_that_loses_its_weight_runs_its_original_forward():
+    norm = Norm()
+    with patch_transformers(norm):
+        norm.weight = None
+        with pytest.raises(AttributeError):  # as the class itself
+            norm(torch.randn(2, SIZE))
 
 
 def test_t5():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
 
 from jitnorm.warmup import make_plan
 from jitnorm.warmup.config import HIDDEN_ACTS, read_config
@@ -272,6 +273,71 @@ def test_the_two_norms_of_latent_attention(tmp_path):
     assert "dual_rmsnorm" not in read_config(file).operators()
     plan = make_plan(op="dual_rmsnorm", config=file, dtype="bf16", device="cpu")
     assert plan.refused == [f"{file} has no q_lora_rank and kv_lora_rank, which dual_rmsnorm is for"]
+
+
+# Configs of models with gated norms, without what does not matter to these, and the operator and size of the norm.
+MAMBA = {"hidden_size": 256, "num_hidden_layers": 1, "num_attention_heads": 4, "vocab_size": 32}
+MIXERS = [
+    ({"model_type": "mamba2", "num_heads": 8, "head_dim": 64, "n_groups": 4}, "gated_rmsnorm_gate_first", 128),
+    ({"model_type": "mamba2", "num_heads": 16, "head_dim": 64, "expand": 4}, "gated_rmsnorm_gate_first", 128),
+    ({"model_type": "bamba", "mamba_n_heads": 8}, "gated_rmsnorm_gate_first", 512),
+    ({"model_type": "zamba2", "n_mamba_heads": 8, "mamba_ngroups": 2}, "gated_rmsnorm_gate_first", 256),
+    ({"model_type": "granitemoehybrid", "mamba_n_heads": 8}, "gated_rmsnorm_gate_first", 512),
+    (
+        {"model_type": "nemotron_h", "mamba_num_heads": 8, "mamba_head_dim": 48, "n_groups": 2},
+        "gated_rmsnorm_gate_first",
+        192,
+    ),
+    ({"model_type": "falcon_h1", "mamba_d_ssm": 512, "mamba_n_heads": 8, "mamba_rms_norm": True}, "gated_rmsnorm", 512),
+    (
+        {
+            "model_type": "falcon_h1",
+            "mamba_d_ssm": None,
+            "mamba_n_heads": 8,
+            "mamba_n_groups": 2,
+            "mamba_rms_norm": True,
+            "mamba_norm_before_gate": False,
+        },
+        "gated_rmsnorm_gate_first",
+        256,
+    ),
+    ({"model_type": "qwen3_next", "linear_value_head_dim": 64}, "gated_rmsnorm", 64),
+    ({"model_type": "kimi_linear", "linear_head_dim": 32}, "gated_rmsnorm", 32),
+]
+
+
+@pytest.mark.parametrize(("config", "op", "size"), MIXERS)
+def test_gated_norms(tmp_path, config, op, size):
+    file = config_file(tmp_path, **MAMBA, **config)
+    specs = [s for s in make_plan(config=file, dtype="bf16", device="cpu").specs if s.op.startswith("gated")]
+    sigmoid = "_strided_sigmoid" if config["model_type"] == "kimi_linear" else ""
+    assert [s.name for s in specs] == [f"{op}_{size}_bf16{sigmoid}"]
+
+
+@pytest.mark.parametrize(("config", "op", "size"), [MIXERS[0], MIXERS[5], MIXERS[8]])
+def test_gated_norms_are_those_of_the_models(config, op, size):
+    """As patch_transformers recognises the norms of a model by what they compute."""
+    transformers = pytest.importorskip("transformers")
+    from jitnorm.integrations.transformers_gated import GatedKernels, find_gated_kernels
+
+    layers = {"layer_types": ["linear_attention"]} if config["model_type"] == "qwen3_next" else {}
+    layers |= {"layers_block_type": ["mamba"]} if config["model_type"] == "nemotron_h" else {}
+    options = {**MAMBA, **{key: value for key, value in config.items() if key != "model_type"}, **layers}
+    with torch.device("meta"):
+        model = transformers.AutoModel.from_config(transformers.AutoConfig.for_model(config["model_type"], **options))
+    norms = [module for name, module in model.named_modules() if type(module).__name__.endswith("RMSNormGated")]
+    found = [find_gated_kernels(module) for module in norms]
+    assert found and all(isinstance(kernels, GatedKernels) and kernels.group_size == size for kernels in found)
+    assert all(kernels.rule.norm_before_gate == (op == "gated_rmsnorm") for kernels in found)
+
+
+def test_models_without_gated_norms(tmp_path):
+    file = config_file(tmp_path, **MAMBA, model_type="falcon_h1")  # its mamba_rms_norm is off
+    assert read_config(file).mixer_norm is None
+    plan = make_plan(op="gated_rmsnorm", config=file, dtype="bf16", device="cpu")
+    assert plan.refused == [f"{file} has no norm beside a gate of this order, which gated_rmsnorm is for"]
+    plan = make_plan(op="gated_rmsnorm", hidden_size=96, dtype="bf16", device="cpu")
+    assert [s.name for s in plan.specs] == ["gated_rmsnorm_96_bf16"]
 
 
 def test_the_models_that_the_benchmark_warms_up(tmp_path):

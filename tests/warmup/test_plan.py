@@ -149,7 +149,7 @@ def test_config_brings_its_dtype():
         ),
         (
             "qwen3_next.json",
-            "gemma_rmsnorm_2048 gemma_rmsnorm_256 gemma_fused_add_rmsnorm_2048 "
+            "gemma_rmsnorm_2048 gemma_rmsnorm_256 gemma_fused_add_rmsnorm_2048 gated_rmsnorm_128 "
             "qk_norm_rope_store_256_fp16_rotary_64 silu_and_mul",
         ),
         (

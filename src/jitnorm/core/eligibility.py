@@ -63,6 +63,17 @@ def can_normalise_any_size(input: Any, weight: Any) -> bool:
     )
 
 
+def can_normalise_without_weight(input: Any) -> bool:
+    """Return the same for a call without a weight."""
+    return (
+        can_call_operators(input, input)
+        and input.dim() > 0
+        and 1 <= input.shape[-1] <= MAX_HIDDEN_SIZE
+        and input.dtype in DTYPES
+        and input.device.type in ("cpu", "cuda")
+    )
+
+
 def can_call_layernorm(input: Any, weight: Any, bias: Any, hidden_size: int) -> bool:
     """Return whether jitnorm.layernorm can compute a call of `torch.nn.LayerNorm`; the strides do not matter.
 
@@ -78,14 +89,7 @@ def can_call_layernorm(input: Any, weight: Any, bias: Any, hidden_size: int) -> 
             all(can_normalise_any_size(input, t) and t.dtype == factors[0].dtype for t in factors)
             and factors[0].shape[0] == hidden_size
         )
-    return (
-        can_call_operators(input, input)
-        and input.dim() > 0
-        and input.shape[-1] == hidden_size
-        and 1 <= hidden_size <= MAX_HIDDEN_SIZE
-        and input.dtype in DTYPES
-        and input.device.type in ("cpu", "cuda")
-    )
+    return can_normalise_without_weight(input) and input.shape[-1] == hidden_size
 
 
 def is_plain_weight(input: torch.Tensor, weight: torch.Tensor) -> bool:

@@ -350,7 +350,7 @@ def gated_rmsnorm(
     options: dict[str, Any] = {"group_size": group_size, "norm_before_gate": norm_before_gate}
     options |= {"activation": activation, "rounding": rounding}
     arguments = input, gate, weight, eps, out, enable_pdl
-    name, _ = _select_backend("gated_rmsnorm", input, weight, gate, False)
+    name, _ = _select_backend("gated_rmsnorm", input, weight, gate, False, group_size)
     if name == "torch.fx":
         return _record(gated_rmsnorm, *arguments, **options)  # type: ignore[no-any-return]
     if name == "torch":

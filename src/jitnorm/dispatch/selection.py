@@ -94,7 +94,7 @@ def explain(
         input: as in the call.
         weight: as in the call.
         other: the residual of a fused operator, or the gate; `out` of the others, if it is given.
-        forms: `bias`, `rounding` and `return_rstd`, or `return_stats`, as in the call.
+        forms: `bias`, `rounding` and `return_rstd`, `return_stats`, or `group_size`, as in the call.
 
     Returns:
         "flashinfer", "jit" or "torch", and the reason in words.
@@ -107,7 +107,7 @@ def explain(
     if op not in OPS:
         raise ValueError(f"op must be one of {', '.join(OPS)}, got {op!r}")
     plain = op in flashinfer_backend.RANKS and is_plain(weight, **forms)  # type: ignore[arg-type]
-    return select_backend(op, input, weight, other, plain)
+    return select_backend(op, input, weight, other, plain, forms.get("group_size"))
 
 
 def is_plain(
@@ -118,7 +118,12 @@ def is_plain(
 
 
 def select_backend(
-    op: str, input: torch.Tensor, weight: torch.Tensor | None, other: torch.Tensor | None, is_plain: bool
+    op: str,
+    input: torch.Tensor,
+    weight: torch.Tensor | None,
+    other: torch.Tensor | None,
+    is_plain: bool,
+    group_size: object = None,
 ) -> tuple[str, str]:
     """Do what `explain` documents, for an `op` that exists; every call of an operator begins with this.
 
@@ -128,13 +133,14 @@ def select_backend(
         weight: as `explain`.
         other: as `explain`.
         is_plain: what the function of this name returns.
+        group_size: how many elements of a row are normalised together; None for all of them.
 
     Returns:
         As `explain`, or "torch.fx" for a call that torch.fx.symbolic_trace is to record.
     """
     name = requested_backend()
     try:
-        if name != "auto" and (selection := _select_without_flashinfer(name, op, input, weight, other)):
+        if name != "auto" and (selection := _select_without_flashinfer(name, op, input, weight, other, group_size)):
             return selection
         if not input.is_cuda:
             reason = "the input is not on CUDA"
@@ -154,7 +160,7 @@ def select_backend(
             return "flashinfer", "the input is float16 or bfloat16 on CUDA, and FlashInfer is available"
         if name == "flashinfer":
             raise _unsupported(name, op, reason)
-        if lacking := _missing_kernel(input, weight, other):
+        if lacking := _missing_kernel(input, weight, other, group_size):
             return "torch", f"{reason}, and {lacking}"
         return "jit", reason
     except torch.fx.proxy.TraceError:
@@ -165,7 +171,12 @@ def select_backend(
 
 
 def _select_without_flashinfer(
-    name: str, op: str, input: torch.Tensor, weight: torch.Tensor | None, other: torch.Tensor | None
+    name: str,
+    op: str,
+    input: torch.Tensor,
+    weight: torch.Tensor | None,
+    other: torch.Tensor | None,
+    group_size: object,
 ) -> tuple[str, str] | None:
     """Return what `select_backend` returns where that does not depend on FlashInfer, or else None."""
     if isinstance(input, torch.fx.Proxy):
@@ -173,10 +184,10 @@ def _select_without_flashinfer(
     if name == "torch":
         return name, "it was requested"
     if name == "jit":
-        if lacking := _missing_kernel(input, weight, other):
+        if lacking := _missing_kernel(input, weight, other, group_size):
             raise _unsupported(name, op, lacking)
         return name, "it was requested"
-    if name == "auto-fast" and not _missing_kernel(input, weight, other):
+    if name == "auto-fast" and not _missing_kernel(input, weight, other, group_size):
         return "jit", "auto-fast was requested, and jitnorm has a kernel"
     return None
 
@@ -188,9 +199,13 @@ def _unsupported(name: str, op: str, reason: str) -> RuntimeError:
     )
 
 
-def _missing_kernel(input: torch.Tensor, weight: torch.Tensor | None, other: torch.Tensor | None) -> str:
+def _missing_kernel(
+    input: torch.Tensor, weight: torch.Tensor | None, other: torch.Tensor | None, group_size: object
+) -> str:
     """Return why no kernel of this package takes the call, or nothing."""
-    if not 1 <= input.shape[-1] <= MAX_HIDDEN_SIZE:
+    # The operator raises for a group size that is no number, or does not divide the row.
+    has_groups = isinstance(group_size, int) and 1 <= group_size <= MAX_HIDDEN_SIZE
+    if not has_groups and not 1 <= input.shape[-1] <= MAX_HIDDEN_SIZE:
         return f"jitnorm has no kernel for hidden size {input.shape[-1]}"
     if input.dtype not in DTYPES or (weight is not None and weight.dtype not in DTYPES):
         return f"jitnorm has kernels for {checks.enumeration(DTYPES)} alone"

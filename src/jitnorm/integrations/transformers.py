@@ -127,8 +127,9 @@ def patch_transformers(
     - Norms: the kernels normalise in float32 and round once. Llama's class and similar ones also round before they
       multiply by the weight. The original forward runs if the weight and the input of a call have different dtypes.
       The rules, of the normalised value n and the weight w, where round() is to the dtype of the input: "once",
-      round(n * w), as GPT-OSS and torch.nn.RMSNorm; "llama", round(round(n) * w); "gemma", round(n * (1 + w));
-      "gemma_weight", round(n * round(1 + w)); "gemma_llama", round(round(n) * round(1 + w)).
+      round(n * w), as GPT-OSS and torch.nn.RMSNorm, or round(n) without a weight; "llama", round(round(n) * w);
+      "gemma", round(n * (1 + w)); "gemma_weight", round(n * round(1 + w)); "gemma_llama",
+      round(round(n) * round(1 + w)).
     - Gated norms, whose forward takes hidden_states and gate, as Qwen3-Next's and Mamba 2's: one launch computes the
       norm, of rows or groups, and the product with the activated gate, in float32, and rounds once. Their rules are
       those of `transformers_gated.GATED_RULES`. The original forward runs if there is no gate, or if input, gate and
@@ -158,7 +159,7 @@ def patch_transformers(
             become slices. Where that does not stay so, as after `model.to`, there are several GEMMs again.
         classes: the rules of norm classes that are not recognised, such as `{MyNorm: "llama"}`: a class whose forward
             does not run on the CPU, uses attributes that are no plain values, or rounds elsewhere. Subclasses do not
-            count. The norms need one weight, a float eps, and a forward of the input alone.
+            count. The norms need at most one weight, a float eps, and a forward of the input alone.
         rounding: "once", as described above; or "hf" to round where transformers rounds: norms before they multiply by
             the weight, if their rule does; MLPs after the activation; attention after norm and rotation, in eager mode.
             Then more bits of the logits are those of the unpatched model, and the errors are as large as its errors.

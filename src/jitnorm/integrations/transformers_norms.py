@@ -8,11 +8,16 @@ from dataclasses import dataclass
 
 import torch
 
-from jitnorm.core.eligibility import can_normalise_any_size, has_kernel_layout, is_plain_weight
+from jitnorm.core.eligibility import (
+    can_normalise_any_size,
+    can_normalise_without_weight,
+    has_kernel_layout,
+    is_plain_weight,
+)
 from jitnorm.core.norms import MAX_HIDDEN_SIZE
 from jitnorm.fused_add_rmsnorm import fused_add_rmsnorm, gemma_fused_add_rmsnorm
 from jitnorm.general_rmsnorm import general_fused_add_rmsnorm
-from jitnorm.integrations.transformers_rules import RULES, NormRule, input_name, recognise
+from jitnorm.integrations.transformers_rules import RULES, NormRule, input_name, recognise, size_of, weight_of
 from jitnorm.integrations.transformers_state import current_state, is_plain
 from jitnorm.nn import normalise, resolve_eps
 from jitnorm.rmsnorm import gemma_rmsnorm, rmsnorm
@@ -28,18 +33,20 @@ class NormKernels:
         rule: by which the norm computes.
         eps_attribute: the name of the attribute that has its eps.
         rounding: "once", or "hf" to round the normalised value too, before the weight multiplies it.
+        size_without_weight: of a norm without a weight, the elements of its rows, or 0 for any; None with a weight.
         norm: normalises, and rounds once, where kernels with less host time serve a call.
     """
 
     rule: NormRule
     eps_attribute: str
     rounding: str
+    size_without_weight: int | None
     norm: Callable[..., torch.Tensor]
 
     @property
-    def arguments(self) -> tuple[str, ...]:
+    def arguments(self) -> tuple[str | int | None, ...]:
         """Return those of `kernels_of`, for pickle."""
-        return self.rule.name, self.eps_attribute, self.rounding
+        return self.rule.name, self.eps_attribute, self.rounding, self.size_without_weight
 
     def fused_add(self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float) -> None:
         """Add and normalise the sum as rounded, in place, as the addition and the norm in transformers do."""
@@ -52,27 +59,33 @@ class NormKernels:
 
 
 @functools.cache
-def kernels_of(rule_name: str, eps_attribute: str, rounding: str = "once") -> NormKernels:
-    """Return the kernels for a rule of `RULES`: the same object for the same arguments."""
+def kernels_of(
+    rule_name: str, eps_attribute: str, rounding: str = "once", size_without_weight: int | None = None
+) -> NormKernels:
+    """Return the kernels for a rule of `RULES`: the same object for the same positional arguments."""
     rule = RULES[rule_name]
-    return NormKernels(rule, eps_attribute, rounding, gemma_rmsnorm if rule.weight_offset else rmsnorm)
+    norm = gemma_rmsnorm if rule.weight_offset else rmsnorm
+    return NormKernels(rule, eps_attribute, rounding, size_without_weight, norm)
 
 
 class PatchedNorm(torch.nn.Module):
     """The base class that a patched norm class has before the original one."""
 
     _jitnorm_kernels: NormKernels
-    weight: torch.nn.Parameter
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         if not _is_dynamo_compiling() and (state := current_state.get()) is not None:
             normalised = state.take(self, hidden_states)
             if normalised is not None:
                 return normalised
-        weight = self.weight
-        # With a weight of another dtype the original runs: Llama's class promotes the result to that dtype.
-        if can_normalise_any_size(hidden_states, weight) and weight.dtype == hidden_states.dtype:
-            kernels, eps = self._jitnorm_kernels, eps_of_norm(self, hidden_states)
+        kernels, weight = self._jitnorm_kernels, getattr(self, "weight", None)
+        if weight is None:
+            size = kernels.size_without_weight
+            can_normalise = can_normalise_without_weight(hidden_states) and size in (0, hidden_states.shape[-1])
+        else:  # With a weight of another dtype the original runs: Llama's class promotes the result to that dtype.
+            can_normalise = can_normalise_any_size(hidden_states, weight) and weight.dtype == hidden_states.dtype
+        if can_normalise:
+            eps = eps_of_norm(self, hidden_states)
             return normalise(kernels.norm, hidden_states, weight, eps, kernels.rounding)
         return super().forward(hidden_states)  # type: ignore[no-any-return]
 
@@ -127,7 +140,8 @@ def can_add_and_normalise(norm: object, x: torch.Tensor, residual: torch.Tensor)
 
 def add_and_normalise(norm: PatchedNorm, x: torch.Tensor, residual: torch.Tensor) -> None:
     """Compute `residual += x; x = norm(residual)` in one launch."""
-    norm._jitnorm_kernels.fused_add(x, residual, norm.weight, eps_of_norm(norm, x))
+    weight = norm._parameters["weight"]
+    norm._jitnorm_kernels.fused_add(x, residual, weight, eps_of_norm(norm, x))  # type: ignore[arg-type]  # checked before
 
 
 def find_kernels(module: torch.nn.Module, named: NormRule | None = None, rounding: str = "once") -> NormKernels | str:
@@ -144,7 +158,8 @@ def find_kernels(module: torch.nn.Module, named: NormRule | None = None, roundin
     found = recognise(module, named)
     if found.rule is None:
         return found.reason or "its rule is not known"
-    weight: torch.nn.Parameter = module.weight  # type: ignore[assignment]
-    if not 1 <= weight.shape[0] <= MAX_HIDDEN_SIZE:
-        return f"no kernel supports hidden_size {weight.shape[0]}"
-    return kernels_of(found.rule.name, found.eps_attribute, rounding if found.rule.rounds_twice else "once")
+    size, has_weight = size_of(module), weight_of(module) is not None
+    if size > MAX_HIDDEN_SIZE:
+        return f"no kernel supports hidden_size {size}"
+    rounding = rounding if found.rule.rounds_twice else "once"
+    return kernels_of(found.rule.name, found.eps_attribute, rounding, None if has_weight else size)

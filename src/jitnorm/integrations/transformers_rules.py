@@ -1,7 +1,8 @@
 """Recognise the rule by which an RMSNorm module computes, from what its forward returns for random input.
 
-A probe is a copy of the module on the CPU with a random weight. Its results are compared with each rule in float64:
-those in float32 tell what is computed, those in bfloat16 and float16 where it is rounded. The module is not called.
+A probe is a copy of the module on the CPU with a random weight, if the module has one. Its results are compared with
+each rule in float64: those in float32 tell what is computed, those in bfloat16 and float16 where it is rounded. The
+module is not called.
 """
 
 from __future__ import annotations
@@ -64,6 +65,7 @@ _TOLERANCE = 2.0**-20
 FACTORS = (1 - _TOLERANCE, 1 + _TOLERANCE)
 PROBE_EPS = 0.0371  # and multiples, large enough to change all but the last bits of a result
 _MIN_ELEMENTS, _MAX_COLUMNS = 4096, 512
+_ANY_SIZES = (128, 96)  # with which a norm is probed that takes rows of any size
 _PLAIN_TYPES = (
     *(type(None), bool, int, float, str, bytes, type, torch.dtype, torch.device, torch.Size),
     *(FunctionType, BuiltinFunctionType),
@@ -120,7 +122,10 @@ def recognise(module: torch.nn.Module, named: NormRule | None = None) -> Recogni
 
 
 def reason_of_structure(module: torch.nn.Module, has_gate: bool = False) -> str | None:
-    """Return why a module is no RMSNorm with one weight and one input, or None. It may have a gate with `has_gate`."""
+    """Return why a module is no RMSNorm with one input and at most one weight, or None.
+
+    With `has_gate` it has a gate too, and must have a weight.
+    """
     name = type(module).__name__
     if is_module_of_jitnorm(module):
         return f"{name} is a module of jitnorm, which calls the kernels"
@@ -133,10 +138,10 @@ def reason_of_structure(module: torch.nn.Module, has_gate: bool = False) -> str 
     parameters = {key: parameter for key, parameter in module._parameters.items() if parameter is not None}
     if others := [key for key in parameters if key != "weight"]:
         return f"{name} has other parameters than a weight: {', '.join(others)}"
-    if not parameters:
-        return f"{name} has no weight, by which the kernels multiply"
-    weight = parameters["weight"]
-    if type(weight) is not torch.nn.Parameter or weight.dim() != 1 or not weight.shape[0]:
+    if has_gate and not parameters:
+        return f"{name} has no weight"
+    weight = parameters.get("weight")
+    if parameters and (type(weight) is not torch.nn.Parameter or weight.dim() != 1 or not weight.shape[0]):
         return f"{name} has no one-dimensional torch.nn.Parameter weight"
     if not eps_names(module):
         return f"{name} has no float attribute for eps"
@@ -181,15 +186,31 @@ _recognised: dict[Any, Recognition] = {}
 
 
 def _probe_cached(module: torch.nn.Module) -> Recognition:
-    """Probe a module of one weight, unless one with the same class, forward, size and attributes was probed."""
+    """Probe a module, unless one with the same class, forward, size and attributes was probed."""
     attributes = plain_attributes(module)
     if reason := reason_of_compiled(type(module)):
         return Recognition(reason=reason)
-    size = module._parameters["weight"].shape[0]  # type: ignore[union-attr]
+    size = size_of(module)
     key = probe_key(module, attributes, size)
     if key not in _recognised:
-        _recognised[key] = _probe(module, attributes, size)
+        for any_size in _ANY_SIZES if size == 0 else (size,):
+            _recognised[key] = _probe(module, attributes, any_size)
+            if _recognised[key].rule is None:
+                break
     return _recognised[key]
+
+
+def weight_of(module: torch.nn.Module) -> torch.nn.Parameter | None:
+    """Return the weight of a norm, or None if it has none."""
+    return module._parameters.get("weight")
+
+
+def size_of(module: torch.nn.Module) -> int:
+    """Return how many elements the rows of a norm have, or 0 for a norm without a weight that takes any."""
+    if (weight := weight_of(module)) is not None:
+        return int(weight.shape[0])
+    shape = vars(module).get("normalized_shape")  # of torch.nn.RMSNorm
+    return int(shape[0]) if isinstance(shape, tuple) and len(shape) == 1 else 0
 
 
 def reason_of_compiled(cls: type[torch.nn.Module]) -> str | None:
@@ -200,7 +221,8 @@ def reason_of_compiled(cls: type[torch.nn.Module]) -> str | None:
 def probe_key(module: torch.nn.Module, attributes: dict[str, Any], size: int) -> tuple[Any, ...]:
     """Return what is the same for all modules for which one probe suffices."""
     cls = type(module)
-    return cls, cls.forward, size, frozen(attributes), tuple(module._parameters), tuple(module._buffers)
+    has_weight = weight_of(module) is not None
+    return cls, cls.forward, size, has_weight, frozen(attributes), tuple(module._parameters), tuple(module._buffers)
 
 
 class UnknownAttributeError(Exception):
@@ -252,7 +274,9 @@ def frozen(value: Any) -> Any:
 
 def _probe(module: torch.nn.Module, attributes: dict[str, Any], size: int) -> Recognition:
     name, names_of_eps = type(module).__name__, eps_names(module)
-    candidates = [(rule, key) for rule in RULES.values() for key in names_of_eps]
+    # Without a weight all rules without an offset are the same.
+    rules = [RULES["once"]] if weight_of(module) is None else RULES.values()
+    candidates = [(rule, key) for rule in rules for key in names_of_eps]
     known_eps = {key: PROBE_EPS * (i + 1) for i, key in enumerate(names_of_eps)}
     values: tuple[tuple[NormRule, str], ...] | None = None
     try:
@@ -300,7 +324,7 @@ class Case:
     Attributes:
         attributes: of the probe, among them its eps.
         x: the input.
-        weight: the weight, of the input's dtype.
+        weight: the weight, of the input's dtype; ones if there is none.
         out: the result, of the input's shape and dtype.
         gate: the gate, of the input's shape and dtype, or None.
     """
@@ -367,17 +391,21 @@ def run_probe(
         module: the original.
         attributes: of the copy.
         training: the mode of the copy.
-        size: the size of the weight and of a row.
+        size: the size of a row, and of the weight if the module has one.
         eps_attribute: the eps, for the size of the input.
         dtype: of the input and the weight.
         dimensions: of the input.
         has_gate: whether the forward takes a gate.
     """
     generator = torch.Generator("cpu").manual_seed(0)
-    weight = (1 + 0.5 * torch.randn(size, generator=generator, dtype=torch.float32)).to(dtype)
+    has_weight = weight_of(module) is not None
+    weight = torch.ones(size, dtype=dtype)
+    if has_weight:
+        weight = (1 + 0.5 * torch.randn(size, generator=generator, dtype=torch.float32)).to(dtype)
     x = _input(size, dtype, dimensions, resolve_eps(attributes[eps_attribute], weight), generator)
     probe = _copy(module, attributes, training)
-    probe._parameters["weight"] = torch.nn.Parameter(weight.clone(), requires_grad=False)
+    if has_weight:
+        probe._parameters["weight"] = torch.nn.Parameter(weight.clone(), requires_grad=False)
     gate = 2 * torch.randn(x.shape, generator=generator, dtype=torch.float32) if has_gate else None
     given, before = [x.clone()], frozen(plain_attributes(probe))
     if gate is not None:
@@ -390,18 +418,20 @@ def run_probe(
         return "changes its input"
     if (
         frozen(plain_attributes(probe)) != before
-        or not _has_only_weight(probe, weight)
+        or not _has_only(probe, weight if has_weight else None)
         or probe.training is not training
     ):
         return "changes the module"
     return Case(attributes, x, weight, out, gate)
 
 
-def _has_only_weight(probe: torch.nn.Module, weight: torch.Tensor) -> bool:
-    """Return whether the one tensor or child of a probe is still its weight, with the same values."""
+def _has_only(probe: torch.nn.Module, weight: torch.Tensor | None) -> bool:
+    """Return whether the one tensor or child of a probe is still its weight, with the same values, or it has none."""
     parts = *probe._parameters.values(), *probe._buffers.values(), *probe._modules.values()
     kept = [part for part in parts if part is not None]
-    return len(kept) == 1 and kept[0] is probe._parameters["weight"] and torch.equal(kept[0], weight)
+    if weight is None:
+        return not kept
+    return len(kept) == 1 and kept[0] is weight_of(probe) and torch.equal(kept[0], weight)
 
 
 def _copy(module: torch.nn.Module, attributes: dict[str, Any], training: bool) -> torch.nn.Module:

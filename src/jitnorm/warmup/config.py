@@ -19,6 +19,7 @@ from jitnorm.activation import (
 from jitnorm.core.norm_modules import PATCHABLE_FAMILIES, is_norm_family
 from jitnorm.core.operators import OPERATORS
 from jitnorm.dual_rmsnorm import DUAL_RMSNORM
+from jitnorm.gated_rmsnorm import GATED_RMSNORM, GATED_RMSNORM_GATE_FIRST, GatedForm
 from jitnorm.qknorm import QKNORM
 from jitnorm.qknorm_rope_store import QK_NORM_ROPE_STORE, ROPE, STORE_HEADS
 from jitnorm.store_cache import STORE_CACHE
@@ -59,6 +60,11 @@ _NORMS_AFTER_ROTATION = {"hunyuanv1dense", "hunyuanv1moe", "llama4"}
 _INTERLEAVED = {"chatglm", "cohere", "cohere2", "ernie45", "ernie45moe", "glm", "glm4", "gptj"}
 # The part of a head that is rotated, of models whose config may omit it.
 _PARTIAL_ROTATIONS = {"glm": 0.5, "glm4": 0.5, "glm4moe": 0.5, "qwen3next": 0.25, "recurrentgemma": 0.5}
+# Models with gated norms of the heads of linear attention, and the head's size where the config omits it.
+_GATED_HEADS = {"olmohybrid": None, "qwen35": 128, "qwen35moe": 128, "qwen3next": 128}
+# Models with Mamba 2's norm of groups after the gate, and the number of groups where the config omits it.
+_GATED_GROUPS = {"bamba": 1, "granitemoehybrid": 1, "mamba2": 8, "nemotronh": 8, "zamba2": 1}
+_GROUPS_KEYS = ("n_groups", "mamba_n_groups", "mamba_ngroups")
 # Known models without a rotation.
 _NO_ROTATION = {"jamba", "mamba", "mamba2", "nemotronh"}
 # Models whose norms multiply by 1 + weight.
@@ -110,6 +116,21 @@ class Rotation:
 
 
 @dataclass(frozen=True)
+class MixerNorm:
+    """The gated norm of linear attention, or of a Mamba 2 mixer.
+
+    Attributes:
+        op: The operator.
+        size: The elements that are normalised together.
+        activation: That of the gate: "silu" or "sigmoid".
+    """
+
+    op: str
+    size: int
+    activation: str = "silu"
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """The sizes and operators of a model.
 
@@ -128,6 +149,7 @@ class ModelConfig:
         has_patchable_layers: Whether it knows the classes of its attention, layers and MLPs.
         rotation: How heads are rotated; None for models without a rotation, with latent attention, or with heads of
             unknown size.
+        mixer_norm: The gated norm of its linear attention or mixers, or None.
     """
 
     path: Path
@@ -143,6 +165,7 @@ class ModelConfig:
     is_patchable: bool
     has_patchable_layers: bool
     rotation: Rotation | None
+    mixer_norm: MixerNorm | None
 
     def operators(self) -> list[str]:
         """Return the names of the operators that a forward pass calls."""
@@ -153,7 +176,8 @@ class ModelConfig:
         has_activation = self.hidden_act in HIDDEN_ACTS and self.intermediate_sizes
         activations = [HIDDEN_ACTS[self.hidden_act]] if has_activation and self.hidden_act else []
         norms += [f"{norms[1]}_round_sum"] if self.has_patchable_layers else []  # as transformers adds and normalises
-        return [*norms, *heads, *self._attention_operators(), *activations, STORE_CACHE.op]
+        gated = [self.mixer_norm.op] if self.mixer_norm else []
+        return [*norms, *gated, *heads, *self._attention_operators(), *activations, STORE_CACHE.op]
 
     def _attention_operators(self) -> list[str]:
         """Return the name of the operator between the projection of queries, keys and values and attention."""
@@ -165,6 +189,8 @@ class ModelConfig:
         """Return the options of `Operator.warmup_spec` for each kernel of `op` that the model calls."""
         if op == DUAL_RMSNORM.op and self.latent_ranks:
             return [{"hidden_size2": self.latent_ranks[1]}]
+        if self.mixer_norm and op == self.mixer_norm.op:
+            return [{"form": str(GatedForm(activation=self.mixer_norm.activation))}]
         rotation = self.rotation
         if rotation is None or op not in (QK_NORM_ROPE_STORE.op, ROPE.op):
             return [{}]
@@ -181,6 +207,9 @@ class ModelConfig:
             return self.head_dims, "norms of single heads"
         if op == DUAL_RMSNORM.op:
             return self.latent_ranks[:1], "q_lora_rank and kv_lora_rank"
+        if op in (GATED_RMSNORM.op, GATED_RMSNORM_GATE_FIRST.op):
+            norm = self.mixer_norm
+            return [norm.size] if norm and op == norm.op else [], "norm beside a gate of this order"
         if op in (QK_NORM_ROPE_STORE.op, ROPE.op, STORE_HEADS.op):
             if self.rotation is None:
                 return [], "rotated heads of known size"
@@ -209,6 +238,7 @@ class ModelConfig:
             attention, activations = self._attention_operators(), HIDDEN_ACTS.values()
             called += [op for op in operators if op.endswith("_round_sum") or op in attention or op in activations]
             what = "norms, attention, layers and MLPs"
+        called += [self.mixer_norm.op] if self.mixer_norm else []
         rest = [op for op in operators if op not in called]
         return f"{self.path}: patch_transformers replaces {what}, which call {', '.join(called)}: other code calls " + (
             ", ".join(rest)
@@ -326,6 +356,7 @@ def read_config(path: str | os.PathLike[str]) -> ModelConfig:
         is_patchable=is_norm_family(config.family),
         has_patchable_layers=config.family in map(str.lower, PATCHABLE_FAMILIES),
         rotation=rotation,
+        mixer_norm=_mixer_norm(config),
     )
 
 
@@ -374,6 +405,37 @@ def _qk_norm_sizes(config: _Keys) -> tuple[list[int], list[int]]:
     if config.family in _PER_HEAD or config.values.get("use_qk_norm"):  # GLM-4.5 and others say it themselves
         return [head_dim] if head_dim else [], []
     return [], []
+
+
+def _mixer_norm(config: _Keys) -> MixerNorm | None:
+    """Return the gated norm of linear attention, or of a Mamba 2 mixer, as the model's class in transformers has it."""
+    family = config.family
+    if family in _GATED_HEADS:
+        size = config.integer("linear_value_head_dim") or _GATED_HEADS[family]
+        return MixerNorm(GATED_RMSNORM.op, size) if size else None
+    if family == "kimilinear":
+        keys = config.inner("linear_attn_config")
+        size = keys.integer("head_dim") or config.integer("linear_head_dim") or 128
+        return MixerNorm(GATED_RMSNORM.op, size, "sigmoid")
+    if family in _GATED_GROUPS:
+        op, width = GATED_RMSNORM_GATE_FIRST.op, _mixer_width(config)
+    elif family == "falconh1" and config.values.get("mamba_rms_norm"):
+        is_first = config.values.get("mamba_norm_before_gate") is False
+        op = GATED_RMSNORM_GATE_FIRST.op if is_first else GATED_RMSNORM.op
+        width = config.integer("mamba_d_ssm") or _mixer_width(config)
+    else:
+        return None
+    groups = next((n for n in map(config.integer, _GROUPS_KEYS) if n), _GATED_GROUPS.get(family, 1))
+    return MixerNorm(op, width // groups) if width % groups == 0 else None
+
+
+def _mixer_width(config: _Keys) -> int:
+    """Return the elements of a token in a Mamba 2 mixer."""
+    heads, head_dim = config.integer("mamba_num_heads"), config.integer("mamba_head_dim")
+    if heads and head_dim:
+        return heads * head_dim
+    expand = config.integer("mamba_expand") or config.integer("expand") or 2
+    return expand * (config.integer("hidden_size") or 0)
 
 
 def _has_rotation(config: _Keys) -> bool:
