@@ -314,6 +314,7 @@ def test_gated_norms(tmp_path, config, op, size):
     assert [s.name for s in specs] == [f"{op}_{size}_bf16{sigmoid}"]
 
 
+@pytest.mark.slow  # it imports the models' classes
 @pytest.mark.parametrize(("config", "op", "size"), [MIXERS[0], MIXERS[5], MIXERS[8]])
 def test_gated_norms_are_those_of_the_models(config, op, size):
     """As patch_transformers recognises the norms of a model by what they compute."""
