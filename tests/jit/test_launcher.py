@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import platform
 import shutil
 import struct
 import subprocess
+import sys
 import types
 from dataclasses import replace
 from pathlib import Path
@@ -198,10 +200,41 @@ def library() -> nvrtc.Nvrtc:
         pytest.skip(f"no NVRTC: {error}")
 
 
+KERNEL = 'extern "C" __global__ void f() {}'
+
+
 def test_nvrtc_compiles(library):
-    cubin = library.compile('extern "C" __global__ void f() {}', "f.cu", ["-arch=sm_90a"])
+    cubin = library.compile(KERNEL, "f.cu", ["-arch=sm_90a"])
     assert "f" in Elf(cubin).symbols()
     assert 90 in library.archs and float(library.version) >= 12
+
+
+def test_options_that_an_older_nvrtc_does_not_know(library, monkeypatch):
+    monkeypatch.setattr(library, "_optional", ("-an-option-of-tomorrow",))
+    assert "f" in Elf(library.compile(KERNEL, "f.cu", ["-arch=sm_90"])).symbols()
+    assert library._optional == ()
+
+
+COMPILE_IN_A_PROCESS = f"""
+import ctypes
+from jitnorm.jit import nvrtc
+nvrtc.Nvrtc(nvrtc.find()).compile({KERNEL!r}, "f.cu", ["-arch=sm_90"])
+print(ctypes.CDLL("libcuda.so.1").cuDeviceGetCount(ctypes.byref(ctypes.c_int())))
+"""
+
+
+@pytest.mark.gpu
+def test_nvrtc_initialises_no_cuda(library, tmp_path):
+    """It would for its own cache, which is below the home folder."""
+    done = subprocess.run(
+        [sys.executable, "-c", COMPILE_IN_A_PROCESS],
+        env={**os.environ, "HOME": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert int(done.stdout) == 3  # CUDA_ERROR_NOT_INITIALIZED
+    assert not (tmp_path / ".nv").exists()
 
 
 def test_nvrtc_names_the_line_of_an_error(library):
