@@ -157,7 +157,8 @@ def test_a_weight_for_each_head(device):
         general_rmsnorm(heads_first, w)
 
 
-@pytest.mark.parametrize("hidden_size", [128, 1001])  # whole vectors of 16 bytes, and one element in each
+# Whole vectors of 16 bytes, and one element in each; and, on CUDA, rows that wait in shared memory.
+@pytest.mark.parametrize("hidden_size", [128, 1001, pytest.param(40000, marks=pytest.mark.slow)])
 def test_the_same_bits_in_every_layout(device, hidden_size):
     x, w = inputs(4, 6, 5, hidden_size, dtype=torch.bfloat16, device=device)
     expected = general_rmsnorm(x, w)
@@ -393,9 +394,13 @@ def test_warm_up_builds_what_calls_load(cache_dir, monkeypatch):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("hidden_size", [300, 1001, 65536])  # the last is that of a cluster
-def test_reads_nothing_before_the_kernel_before_it_has_written(hidden_size):
-    x, w = inputs(3, hidden_size, dtype=torch.bfloat16, device="cuda")
+# The last two are rows in shared memory, and of clusters.
+@pytest.mark.parametrize(
+    ("hidden_size", "dtype"),
+    [(300, torch.bfloat16), (1001, torch.bfloat16), (65536, torch.bfloat16), (65536, torch.float32)],
+)
+def test_reads_nothing_before_the_kernel_before_it_has_written(hidden_size, dtype):
+    x, w = inputs(3, hidden_size, dtype=dtype, device="cuda")
     for _ in range(10):
         results = []
         for pdl in (True, False):
@@ -412,6 +417,23 @@ def test_reads_nothing_before_the_kernel_before_it_has_written(hidden_size):
                 chain()
             graph.replay()
             results.append(a)
+        assert same_bits(*results)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(  # whose kernels read the weight when they write the row
+    ("hidden_size", "dtype"), [(20480, torch.bfloat16), (65536, torch.float32)]
+)
+def test_reads_no_weight_before_the_kernel_before_it_has_written(hidden_size, dtype):
+    x, first_weight = inputs(300, hidden_size, dtype=dtype, device="cuda")
+    for _ in range(10):
+        results = []
+        for pdl in (True, False):
+            w, out = first_weight.clone(), poisoned(x)
+            for i in range(20):
+                general_rmsnorm(x, w, out=out, enable_pdl=pdl)
+                general_rmsnorm(out[i : i + 1], first_weight, out=w.unsqueeze(0), enable_pdl=pdl)
+            results.append(out)
         assert same_bits(*results)
 
 

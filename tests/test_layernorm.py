@@ -100,6 +100,32 @@ def test_a_large_grid_has_the_same_bits(dtype, hidden_size):
         assert same_bits(layernorm(x[first : first + 7], w, b), out[first : first + 7])
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize(("hidden_size", "dtype"), [(4096, BF16), (18432, BF16), (65536, BF16), (65536, FP32)])
+def test_unaligned_rows_have_the_same_bits(hidden_size, dtype):
+    for num_rows in (3, 1100):  # in a small grid, and in a large one
+        x, w, b = inputs(num_rows, hidden_size, dtype=dtype, device="cuda")
+        wide = torch.zeros(num_rows, hidden_size + 1, device="cuda", dtype=dtype)
+        view = wide[:, 1:]
+        view.copy_(x)
+        assert same_bits(layernorm(view, w, b), layernorm(x, w, b))
+
+
+@pytest.mark.gpu
+def test_reads_no_weight_before_the_kernel_before_it_has_written():
+    """In a large grid, whose kernel reads it when it writes the row."""
+    x, first_weight, b = inputs(1100, 4096, dtype=BF16, device="cuda")
+    for _ in range(10):
+        results = []
+        for pdl in (True, False):
+            w, out = first_weight.clone(), poisoned(x)
+            for i in range(20):
+                layernorm(x, w, b, out=out, enable_pdl=pdl)
+                layernorm(out[i : i + 1], first_weight, b, out=w.unsqueeze(0), enable_pdl=pdl)
+            results.append(out)
+        assert same_bits(*results)
+
+
 # On the GPU each class of kernels, and clusters.
 @pytest.mark.parametrize(
     ("device", "hidden_size"),

@@ -19,7 +19,7 @@ constexpr int threads_of_norm() {
 template <int kHiddenSize, typename T, int kBlockThreads>
 struct ScheduleOfDual {
   using Alone = typename DefaultSchedule<kHiddenSize, T, Plain>::type;
-  static_assert(Alone::kBlocksPerCluster == 1, "a row belongs to one block");
+  static_assert(Alone::kBlocksPerCluster == 1 && !Alone::kStagesRow, "a row is in the registers of one block");
   using type = Schedule<Alone::kThreadsPerRow, kBlockThreads / Alone::kThreadsPerRow>;
 };
 

@@ -39,6 +39,9 @@ def test_long_rows_of_short_groups_have_a_kernel():
     x, gate, weight = torch.randn(3, 1 << 17).unbind()
     assert dispatch.explain("gated_rmsnorm", x, weight, gate, group_size=1 << 10)[0] == "jit"
     assert dispatch.explain("gated_rmsnorm", x, weight, gate)[0] == "torch"
+    assert "group size 131072" in dispatch.explain("gated_rmsnorm", x, weight, gate, group_size=1 << 17)[1]
+    with pytest.raises(ValueError, match="group_size must be None for rmsnorm, got 4"):
+        dispatch.explain("rmsnorm", x, weight, group_size=4)
     with dispatch.backend("jit"):
         out = dispatch.gated_rmsnorm(x, gate, weight, group_size=1 << 10)
     expected = gated_norm({"input": x, "gate": gate, "weight": weight, "group_size": 1 << 10})[0]

@@ -249,7 +249,7 @@ def test_modules_that_are_left_have_a_reason():
     patch = patch_transformers(model)
     assert patch.replaced == {"hooked": "LlamaRMSNorm"} and patch.rules == {"hooked": "llama"}
     assert patch.left == {
-        "two_dimensions": "the forward of RMSNorm raised RuntimeError on random input",
+        "two_dimensions": "RMSNorm normalises 2 dimensions",
         "gemma3n": "the forward of Gemma3nRMSNorm raised NotImplementedError on random input",
         "namesake": "LlamaRMSNorm computes none of the rules that jitnorm knows",
         "instance": "its forward was replaced on the instance",

@@ -503,6 +503,20 @@ def reference_without_weight(x, eps):
     return wide / torch.sqrt(wide.square().mean(-1, keepdim=True) + eps)
 
 
+def test_a_rule_for_a_class_without_a_weight():
+    """All rules without an offset are the same then."""
+    llama, unknown = norm_class(RIGHT["llama"])(), Norm()
+    bare = norm_class(lambda self, x: self.normalise(x).to(x.dtype))()
+    bare.weight = None
+    with patch_transformers(bare, classes={type(bare): "llama"}) as patch:
+        assert patch.rules == {"": "once"}
+    with pytest.warns(RuntimeWarning):
+        left = patch_transformers(bare, classes={type(bare): "gemma"}).left
+    assert left == {"": "MyRMSNorm has no weight, to which the rule gemma adds"}
+    both = torch.nn.ModuleList([llama, unknown])
+    assert patch_transformers(both, classes={type(llama): "llama"}).rules == {"0": "llama", "1": "once"}
+
+
 def test_a_norm_that_loses_its_weight_runs_its_original_forward():
     norm = Norm()
     with patch_transformers(norm):

@@ -303,14 +303,24 @@ MIXERS = [
     ),
     ({"model_type": "qwen3_next", "linear_value_head_dim": 64}, "gated_rmsnorm", 64),
     ({"model_type": "kimi_linear", "linear_head_dim": 32}, "gated_rmsnorm", 32),
+    # The defaults of the classes.
+    ({"model_type": "falcon_h1", "mamba_rms_norm": True}, "gated_rmsnorm", 1024),
+    ({"model_type": "nemotron_h", "mamba_num_heads": 64}, "gated_rmsnorm_gate_first", 512),
+    ({"model_type": "mamba2", "expand": 4.0}, "gated_rmsnorm_gate_first", 128),
+    ({"model_type": "qwen3_5_text"}, "gated_rmsnorm", 128),
+    ({"model_type": "qwen4_exp_text", "output_gate_type": "sigmoid"}, "gated_rmsnorm", 128),
+    ({"model_type": "bailing_hybrid"}, "gated_rmsnorm", 128),
+    ({"model_type": "glm5_next_text", "linear_attn_config": {"head_dim": 96}}, "gated_rmsnorm", 96),
+    ({"model_type": "olmo_hybrid"}, "gated_rmsnorm", 96),
 ]
+SIGMOID = ("kimi", "qwen4", "bailing", "glm5")
 
 
 @pytest.mark.parametrize(("config", "op", "size"), MIXERS)
 def test_gated_norms(tmp_path, config, op, size):
     file = config_file(tmp_path, **MAMBA, **config)
     specs = [s for s in make_plan(config=file, dtype="bf16", device="cpu").specs if s.op.startswith("gated")]
-    sigmoid = "_strided_sigmoid" if config["model_type"] == "kimi_linear" else ""
+    sigmoid = "_strided_sigmoid" if config["model_type"].startswith(SIGMOID) else ""
     assert [s.name for s in specs] == [f"{op}_{size}_bf16{sigmoid}"]
 
 

@@ -10,10 +10,11 @@
 
 namespace jitnorm {
 
-// The base of kernel classes without clusters and dynamic shared memory.
+// The base of kernel classes without clusters and dynamic shared memory, and with the same limit of registers in all
+// variants.
 struct NoClusters {
   static constexpr int kBlocksPerCluster = 1, kSharedBytes = 0;
-  static constexpr int kMinBlocksPerSMOfLargeGrid = 0;  // kMinBlocksPerSM
+  static constexpr int kMinBlocksPerSMOfLargeGrid = 0;  // no other than kMinBlocksPerSM
 };
 
 // The base of those that have only the default variant too.

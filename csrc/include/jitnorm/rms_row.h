@@ -1,6 +1,6 @@
 // RMSNorm of rows on CUDA: the schedule of a row over threads, the constants of a kernel class, and RowFragment, the
-// part of a row that a thread holds in registers between one read and one write. Included by elementwise/rmsnorm.cuh
-// and elementwise/qknorm.cuh.
+// part of a row that a thread holds between one read and one write, in registers or in shared memory. Included by
+// elementwise/rmsnorm.cuh, elementwise/qknorm.cuh and elementwise/dual_rmsnorm.cuh.
 //
 // Hidden size and dtype fix the schedule, never the number of rows: a row's bits are the same in any batch.
 // benchmarks/tune_rmsnorm.py compares schedules on a GPU; docs/contributing/decisions.md has its results.
@@ -56,8 +56,8 @@ constexpr int block_threads_per_row(int row_bytes) {
   return min(1024, round_up(vectors, 5 * 128) / 5);
 }
 
-// LayerNorm, whose threads compute two sums: up to five vectors per thread, evenly if a few more threads allow it, and
-// blocks that read 8 KiB.
+// LayerNorm, whose threads compute two sums: up to five times 16 bytes of a row per thread, evenly if a few more
+// threads allow it, and blocks that read 8 to 16 KiB.
 constexpr int layernorm_threads_per_row(int row_bytes) {
   const int vectors = row_bytes / 16, fewest = round_up((vectors + 4) / 5, 32);
   for (int threads = fewest; threads <= min(1024, 2 * fewest); threads += 32)
@@ -117,12 +117,11 @@ constexpr LongRow long_layernorm_row(int row_bytes) {
   return {blocks_per_cluster(row_bytes, 32 * 1024), 256, true};
 }
 
-// Rows that are read by accesses of less than 16 bytes, which cannot be staged. `row_bytes` is that of the wider of
-// input and residual.
-constexpr LongRow long_narrow_row(int row_bytes, bool has_residual, bool has_whole_vectors) {
+// Rows of no whole vectors of 16 bytes, which are not staged. `row_bytes` is that of the wider of input and residual.
+constexpr LongRow long_narrow_row(int row_bytes, bool has_residual) {
   const int blocks = row_bytes <= 64 * 1024 ? 2 : 8, block_row_bytes = round_up(row_bytes / blocks, 16);
-  const int threads = has_residual ? residual_threads_per_row(block_row_bytes, has_whole_vectors)
-                                   : round_up((block_row_bytes / 16 + 3) / 4, 32);
+  const int threads =
+      has_residual ? residual_threads_per_row(block_row_bytes, false) : round_up((block_row_bytes / 16 + 3) / 4, 32);
   return {blocks, threads, false};
 }
 
@@ -140,18 +139,13 @@ struct DefaultSchedule {
   static constexpr int kRowBytes = round_up(kHiddenSize * Bytes::kWider, 16);
   static constexpr int kRowReadBytes = kHiddenSize * (Bytes::kInput + Bytes::kResidual);
   static constexpr bool kHasWholeVectors = kHiddenSize * Bytes::kWider % 16 == 0;
-  static constexpr bool kHasWideAccesses = kHasWholeVectors && Policy::kAccessBytes == 16;
   static constexpr bool kIsEven = kHasWholeVectors && kRowBytes % (16 * kWarpSize) == 0;
   static constexpr bool kIsLayerNorm = Policy::kSubtractsMean && kHasWholeVectors && kHiddenSize > 256;
-  static constexpr int kMaxRowKiB = !kHasWholeVectors                  ? 32
-                                    : kIsLayerNorm && kHasWideAccesses ? 20
-                                    : Policy::kHasResidual             ? 48
-                                                                       : 64;
+  static constexpr int kMaxRowKiB = !kHasWholeVectors ? 32 : kIsLayerNorm ? 20 : Policy::kHasResidual ? 48 : 64;
   static constexpr bool kIsLong = kHasClusters && kRowBytes > kMaxRowKiB * 1024;
   // A gated row is not staged, as its product needs registers in any case.
-  static constexpr LongRow kLongRow = !kIsLong ? LongRow{1, 0, false}
-                                      : !kHasWideAccesses
-                                          ? long_narrow_row(kRowBytes, Policy::kHasResidual, kHasWholeVectors)
+  static constexpr LongRow kLongRow = !kIsLong            ? LongRow{1, 0, false}
+                                      : !kHasWholeVectors ? long_narrow_row(kRowBytes, Policy::kHasResidual)
                                       : kIsLayerNorm ? long_layernorm_row(kRowReadBytes)
                                                      : long_row(kRowReadBytes, Policy::kGating != Gating::kBeforeNorm);
   static constexpr int kThreads = kHiddenSize <= 256     ? warp_threads_per_row(kRowBytes)
@@ -174,7 +168,7 @@ constexpr int elements_per_vector(int hidden_size, int element_bytes) {
 }
 
 constexpr int kRegistersPerSM = 65536;
-constexpr int kSharedBytesPerSM = 200 * 1024;  // that staged rows may fill, where an SM has as much
+constexpr int kSharedBytesPerSM = kMaxStagedBytes + 4 * 1024;  // that staged rows may fill
 // The smallest kMaxThreadsPerSM of the architectures before sm_80, and of those from sm_80 on. A larger number would
 // leave each thread fewer registers.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
@@ -194,9 +188,9 @@ struct RMSNormKernelBase : S {
   using Bytes = ElementBytes<T, Policy>;
   static constexpr int kHiddenSize = kHiddenSize_;
   // The bytes of the widest element of a vector. LayerNorm reads so much of weight and bias that they count too.
-  static constexpr int kWidest = Policy::kSubtractsMean ? max(Bytes::kWider, sizeof(W)) : Bytes::kWider;
-  static constexpr int kElementsPerVector = elements_per_vector(kHiddenSize, kWidest);
-  static constexpr bool kHasWholeVectors = kElementsPerVector * kWidest == 16;
+  static constexpr int kWidestBytes = Policy::kSubtractsMean ? max(Bytes::kWider, sizeof(W)) : Bytes::kWider;
+  static constexpr int kElementsPerVector = elements_per_vector(kHiddenSize, kWidestBytes);
+  static constexpr bool kHasWholeVectors = kElementsPerVector * kWidestBytes == 16;
   // The widest access to rows of E, in bytes.
   template <typename E>
   static constexpr int kAccessBytesOf = Policy::kAccessBytes == 0 ? sizeof(E) : Policy::kAccessBytes;
@@ -248,7 +242,8 @@ struct RMSNormKernelBase : S {
   static constexpr bool kHasPrefetch = kRowBytes >= 256 && kRowBytes % 16 == 0 && kResidualRowBytes % 16 == 0 &&
                                        S::kBlocksPerCluster == 1 && !S::kStagesRow && !Policy::kIsGeneral;
   static constexpr unsigned kBlocksAhead = max(128, kBytesAhead / kBlockReadBytes);
-  // In a large grid LayerNorm reads weight and bias late.
+  // In a large grid LayerNorm reads weight and bias late: from 1,025 blocks on, or 129 where rows are staged, which
+  // fill an SM in smaller numbers.
   static constexpr unsigned kMinLargeGrid = Policy::kSubtractsMean ? (S::kStagesRow ? 129 : 1025)
                                             : !kHasPrefetch        ? kNoLargeGrid
                                             : Policy::kHasResidual ? max(1024, kLargeGridBytes / kBlockReadBytes)
@@ -262,7 +257,7 @@ struct RMSNormKernelBase : S {
 // The vectors of a row that one thread holds: every kThreadsPerRow-th, beginning with number `lane`, the thread's index
 // within its row. Beside a float residual, a vector of 16-bit inputs has 8 bytes: then the warp's accesses to either
 // have no gaps, and its stores fill whole sectors.
-template <typename Kernel, bool kReadsFactorsLate = false>
+template <typename Kernel, bool kIsLate = false>
 struct RowFragment {
   using T = typename Kernel::input_t;
   using R = typename Kernel::residual_t;
@@ -284,8 +279,8 @@ struct RowFragment {
   InputVector x[Kernel::kStagesRow ? 1 : kVectorsPerThread];
   ResidualVector residual[Policy::kHasResidual && !Kernel::kStagesRow ? kVectorsPerThread : 1];
   const W *weight_row, *bias_row;  // of factors that are read late
-  WeightVector weight[Policy::kHasWeight && !kReadsFactorsLate ? kVectorsPerThread : 1];
-  WeightVector bias[Policy::kHasBias && !kReadsFactorsLate ? kVectorsPerThread : 1];
+  WeightVector weight[Policy::kHasWeight && !kIsLate ? kVectorsPerThread : 1];
+  WeightVector bias[Policy::kHasBias && !kIsLate ? kVectorsPerThread : 1];
   // Of a gate before the norm. It takes the registers of x and residual, which hold the gate.
   Vector<float, kElementsPerVector> product[kHasProduct ? kVectorsPerThread : 1];
 
@@ -304,12 +299,12 @@ struct RowFragment {
       if (has(i)) dst[i] = load_aligned_to<Kernel::template kAccessBytesOf<E>, E, kElementsPerVector>(src + offset(i));
   }
 
-  // Reads the vectors of the row: to registers or, without waiting, to shared memory.
+  // Reads the vectors of the row: to registers or to shared memory, without waiting where accesses are wide.
   __device__ __forceinline__ void read_input(const T* src) {
     if constexpr (Kernel::kStagesRow) {
 #pragma unroll
       for (int i = 0; i < kVectorsPerThread; i++)
-        if (has(i)) copy_async(staged_input(i), src + offset(i));
+        if (has(i)) stage(staged_input(i), src + offset(i));
     } else {
       read(x, src);
     }
@@ -318,10 +313,16 @@ struct RowFragment {
     if constexpr (Kernel::kStagesRow) {
 #pragma unroll
       for (int i = 0; i < kVectorsPerThread; i++)
-        if (has(i)) copy_async(staged_residual(i), src + offset(i));
+        if (has(i)) stage(staged_residual(i), src + offset(i));
     } else {
       read(residual, src);
     }
+  }
+  template <typename E>
+  static __device__ __forceinline__ void stage(Vector<E, kElementsPerVector>* dst, const E* src) {
+    constexpr int kBytes = Kernel::template kAccessBytesOf<E>;
+    if constexpr (kBytes == 16) copy_async(dst, src);
+    else *dst = load_aligned_to<kBytes, E, kElementsPerVector>(src);
   }
   // To be called before the row is used.
   __device__ __forceinline__ void wait_for_row() const {
@@ -359,7 +360,7 @@ struct RowFragment {
 
   // Reads the vectors of weight and bias, now or when they are used.
   __device__ __forceinline__ void read_factors(const W* of_weight, const W* of_bias) {
-    if constexpr (kReadsFactorsLate) {
+    if constexpr (kIsLate) {
       weight_row = of_weight;
       bias_row = of_bias;
     } else {
@@ -370,11 +371,11 @@ struct RowFragment {
   // To be called when the sums are known. Before, the compiler must not read late factors: they would take registers,
   // or be read before grid_dependency_wait.
   __device__ __forceinline__ void allow_late_reads() {
-    if constexpr (kReadsFactorsLate) forget_value(weight_row), forget_value(bias_row);
+    if constexpr (kIsLate) forget_value(weight_row), forget_value(bias_row);
   }
   template <int kSize>
   __device__ __forceinline__ WeightVector factor(const WeightVector (&early)[kSize], const W* late, int i) const {
-    if constexpr (!kReadsFactorsLate) return early[i];
+    if constexpr (!kIsLate) return early[i];
     else
       return load_aligned_to<Kernel::template kAccessBytesOf<W>, W, kElementsPerVector, ConstantLoads>(late +
                                                                                                        offset(i));

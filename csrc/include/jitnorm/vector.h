@@ -57,7 +57,8 @@ __device__ __forceinline__ void load_access(unsigned short& dst, const unsigned 
   asm volatile("ld.global.u16 %0, [%1];" : "=h"(dst) : "l"(src) : "memory");
 }
 
-// Loads of what nothing writes while the kernel runs. The compiler may move them.
+// Loads of what nothing writes after grid_dependency_wait, at an address that is not known before (forget_value). The
+// compiler may move them.
 __device__ __forceinline__ void load_constant_access(uint4& dst, const uint4* src) {
   asm("ld.global.nc.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(dst.x), "=r"(dst.y), "=r"(dst.z), "=r"(dst.w) : "l"(src));
 }

@@ -82,7 +82,13 @@ def _check_name(name: str, source: str) -> str:
 
 
 def explain(
-    op: str, input: torch.Tensor, weight: torch.Tensor | None, other: torch.Tensor | None = None, **forms: object
+    op: str,
+    input: torch.Tensor,
+    weight: torch.Tensor | None,
+    other: torch.Tensor | None = None,
+    *,
+    group_size: int | None = None,
+    **forms: object,
 ) -> tuple[str, str]:
     """Return which backend a call of `op` would use now, and why.
 
@@ -94,20 +100,23 @@ def explain(
         input: as in the call.
         weight: as in the call.
         other: the residual of a fused operator, or the gate; `out` of the others, if it is given.
-        forms: `bias`, `rounding` and `return_rstd`, `return_stats`, or `group_size`, as in the call.
+        group_size: of gated_rmsnorm, as in the call.
+        forms: `bias`, `rounding` and `return_rstd`, or `return_stats`, as in the call.
 
     Returns:
         "flashinfer", "jit" or "torch", and the reason in words.
 
     Raises:
         RuntimeError: the requested backend does not support this call.
-        ValueError: there is no operator `op`, or JITNORM_BACKEND names no backend.
+        ValueError: there is no operator `op`, it takes no group_size, or JITNORM_BACKEND names no backend.
         TypeError: an argument is not a tensor.
     """
     if op not in OPS:
         raise ValueError(f"op must be one of {', '.join(OPS)}, got {op!r}")
+    if group_size is not None and op != "gated_rmsnorm":
+        raise ValueError(f"group_size must be None for {op}, got {group_size!r}: only gated_rmsnorm takes it")
     plain = op in flashinfer_backend.RANKS and is_plain(weight, **forms)  # type: ignore[arg-type]
-    return select_backend(op, input, weight, other, plain, forms.get("group_size"))
+    return select_backend(op, input, weight, other, plain, group_size)
 
 
 def is_plain(
@@ -203,10 +212,13 @@ def _missing_kernel(
     input: torch.Tensor, weight: torch.Tensor | None, other: torch.Tensor | None, group_size: object
 ) -> str:
     """Return why no kernel of this package takes the call, or nothing."""
-    # The operator raises for a group size that is no number, or does not divide the row.
-    has_groups = isinstance(group_size, int) and 1 <= group_size <= MAX_HIDDEN_SIZE
-    if not has_groups and not 1 <= input.shape[-1] <= MAX_HIDDEN_SIZE:
-        return f"jitnorm has no kernel for hidden size {input.shape[-1]}"
+    size: object = input.shape[-1]
+    what = "hidden size"
+    if group_size is not None and size:
+        size, what = group_size, "group size"
+    # The operator raises for a group size that is no number, too small, or does not divide the row.
+    if not input.shape[-1] or (isinstance(size, int) and size > MAX_HIDDEN_SIZE):
+        return f"jitnorm has no kernel for {what} {size}"
     if input.dtype not in DTYPES or (weight is not None and weight.dtype not in DTYPES):
         return f"jitnorm has kernels for {checks.enumeration(DTYPES)} alone"
     if input.device.type not in ("cpu", "cuda", "meta"):

@@ -107,6 +107,10 @@ def recognise(module: torch.nn.Module, named: NormRule | None = None) -> Recogni
     if named is None:
         return found
     name = type(module).__name__
+    if weight_of(module) is None:
+        if named.weight_offset:
+            return Recognition(reason=f"{name} has no weight, to which the rule {named.name} adds")
+        named = RULES["once"]  # all rules without an offset are the same
     if found.same_values is None:
         names_of_eps = eps_names(module)
         if len(names_of_eps) > 1 and names_of_eps[0] not in _EPS_NAMES:
@@ -143,6 +147,9 @@ def reason_of_structure(module: torch.nn.Module, has_gate: bool = False) -> str 
     weight = parameters.get("weight")
     if parameters and (type(weight) is not torch.nn.Parameter or weight.dim() != 1 or not weight.shape[0]):
         return f"{name} has no one-dimensional torch.nn.Parameter weight"
+    shape = vars(module).get("normalized_shape")  # of torch.nn.RMSNorm
+    if isinstance(shape, tuple) and len(shape) != 1:
+        return f"{name} normalises {len(shape)} dimensions"
     if not eps_names(module):
         return f"{name} has no float attribute for eps"
     if not has_gate and (others := _further_parameters(type(module))):
@@ -209,8 +216,8 @@ def size_of(module: torch.nn.Module) -> int:
     """Return how many elements the rows of a norm have, or 0 for a norm without a weight that takes any."""
     if (weight := weight_of(module)) is not None:
         return int(weight.shape[0])
-    shape = vars(module).get("normalized_shape")  # of torch.nn.RMSNorm
-    return int(shape[0]) if isinstance(shape, tuple) and len(shape) == 1 else 0
+    shape = vars(module).get("normalized_shape")
+    return int(shape[0]) if isinstance(shape, tuple) else 0
 
 
 def reason_of_compiled(cls: type[torch.nn.Module]) -> str | None:
@@ -274,7 +281,6 @@ def frozen(value: Any) -> Any:
 
 def _probe(module: torch.nn.Module, attributes: dict[str, Any], size: int) -> Recognition:
     name, names_of_eps = type(module).__name__, eps_names(module)
-    # Without a weight all rules without an offset are the same.
     rules = [RULES["once"]] if weight_of(module) is None else RULES.values()
     candidates = [(rule, key) for rule in rules for key in names_of_eps]
     known_eps = {key: PROBE_EPS * (i + 1) for i, key in enumerate(names_of_eps)}

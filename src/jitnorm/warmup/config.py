@@ -19,7 +19,7 @@ from jitnorm.activation import (
 from jitnorm.core.norm_modules import PATCHABLE_FAMILIES, is_norm_family
 from jitnorm.core.operators import OPERATORS
 from jitnorm.dual_rmsnorm import DUAL_RMSNORM
-from jitnorm.gated_rmsnorm import GATED_RMSNORM, GATED_RMSNORM_GATE_FIRST, GatedForm
+from jitnorm.gated_rmsnorm import ACTIVATIONS, GATED_RMSNORM, GATED_RMSNORM_GATE_FIRST, GatedForm
 from jitnorm.qknorm import QKNORM
 from jitnorm.qknorm_rope_store import QK_NORM_ROPE_STORE, ROPE, STORE_HEADS
 from jitnorm.store_cache import STORE_CACHE
@@ -60,8 +60,11 @@ _NORMS_AFTER_ROTATION = {"hunyuanv1dense", "hunyuanv1moe", "llama4"}
 _INTERLEAVED = {"chatglm", "cohere", "cohere2", "ernie45", "ernie45moe", "glm", "glm4", "gptj"}
 # The part of a head that is rotated, of models whose config may omit it.
 _PARTIAL_ROTATIONS = {"glm": 0.5, "glm4": 0.5, "glm4moe": 0.5, "qwen3next": 0.25, "recurrentgemma": 0.5}
-# Models with gated norms of the heads of linear attention, and the head's size where the config omits it.
-_GATED_HEADS = {"olmohybrid": None, "qwen35": 128, "qwen35moe": 128, "qwen3next": 128}
+# Models with gated norms of the heads of linear attention, by the activation of the gate.
+_GATED_HEADS = {
+    **dict.fromkeys(("olmohybrid", "qwen35", "qwen35moe", "qwen3next", "qwen4exp"), "silu"),
+    **dict.fromkeys(("bailinghybrid", "glm5next", "kimilinear"), "sigmoid"),
+}
 # Models with Mamba 2's norm of groups after the gate, and the number of groups where the config omits it.
 _GATED_GROUPS = {"bamba": 1, "granitemoehybrid": 1, "mamba2": 8, "nemotronh": 8, "zamba2": 1}
 _GROUPS_KEYS = ("n_groups", "mamba_n_groups", "mamba_ngroups")
@@ -262,6 +265,13 @@ class _Keys:
         value = self.values.get(key) or []
         return [self._positive(key, v) for v in (value if isinstance(value, list) else [value])]
 
+    def number(self, key: str) -> float | None:
+        """Return a number above 0, or None if the key is missing."""
+        value = self.values.get(key)
+        if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float)) or value <= 0):
+            raise ValueError(f"{self.file}: {key} must be a number above 0, got {value!r}")
+        return value
+
     def fraction(self, key: str) -> float | None:
         """Return a number above 0 and up to 1, or None if the key is missing."""
         value = self.values.get(key)
@@ -411,31 +421,41 @@ def _mixer_norm(config: _Keys) -> MixerNorm | None:
     """Return the gated norm of linear attention, or of a Mamba 2 mixer, as the model's class in transformers has it."""
     family = config.family
     if family in _GATED_HEADS:
-        size = config.integer("linear_value_head_dim") or _GATED_HEADS[family]
-        return MixerNorm(GATED_RMSNORM.op, size) if size else None
-    if family == "kimilinear":
-        keys = config.inner("linear_attn_config")
-        size = keys.integer("head_dim") or config.integer("linear_head_dim") or 128
-        return MixerNorm(GATED_RMSNORM.op, size, "sigmoid")
+        activation = config.text("output_gate_type") or _GATED_HEADS[family]  # the former is Qwen 4's
+        return MixerNorm(GATED_RMSNORM.op, _linear_head_dim(config), activation) if activation in ACTIVATIONS else None
     if family in _GATED_GROUPS:
-        op, width = GATED_RMSNORM_GATE_FIRST.op, _mixer_width(config)
+        op = GATED_RMSNORM_GATE_FIRST.op
     elif family == "falconh1" and config.values.get("mamba_rms_norm"):
         is_first = config.values.get("mamba_norm_before_gate") is False
         op = GATED_RMSNORM_GATE_FIRST.op if is_first else GATED_RMSNORM.op
-        width = config.integer("mamba_d_ssm") or _mixer_width(config)
     else:
         return None
+    width = _mixer_width(config)
     groups = next((n for n in map(config.integer, _GROUPS_KEYS) if n), _GATED_GROUPS.get(family, 1))
     return MixerNorm(op, width // groups) if width % groups == 0 else None
 
 
+def _linear_head_dim(config: _Keys) -> int:
+    """Return the size of a head of values in linear attention."""
+    if size := config.integer("linear_value_head_dim"):
+        return size
+    if config.family == "olmohybrid":
+        heads = config.integer("linear_num_key_heads") or config.integer("num_attention_heads") or 1
+        key_size = config.integer("linear_key_head_dim") or int(0.75 * (config.integer("hidden_size") or 0) / heads)
+        return 2 * key_size
+    if config.family == "bailinghybrid":
+        return config.integer("head_dim") or 128
+    return config.inner("linear_attn_config").integer("head_dim") or config.integer("linear_head_dim") or 128
+
+
 def _mixer_width(config: _Keys) -> int:
     """Return the elements of a token in a Mamba 2 mixer."""
-    heads, head_dim = config.integer("mamba_num_heads"), config.integer("mamba_head_dim")
-    if heads and head_dim:
-        return heads * head_dim
-    expand = config.integer("mamba_expand") or config.integer("expand") or 2
-    return expand * (config.integer("hidden_size") or 0)
+    if config.family == "nemotronh":
+        return (config.integer("mamba_num_heads") or 128) * (config.integer("mamba_head_dim") or 64)
+    if config.family == "falconh1" and config.values.get("mamba_d_ssm", 1024) is not None:
+        return config.integer("mamba_d_ssm") or 1024
+    expand = next((n for n in map(config.number, ("mamba_expand", "expand")) if n), 2)
+    return int(expand * (config.integer("hidden_size") or 0))
 
 
 def _has_rotation(config: _Keys) -> bool:
