@@ -216,24 +216,15 @@ def test_options_that_an_older_nvrtc_does_not_know(library, monkeypatch):
 
 
 COMPILE_IN_A_PROCESS = f"""
-import ctypes
 from jitnorm.jit import nvrtc
 nvrtc.Nvrtc(nvrtc.find()).compile({KERNEL!r}, "f.cu", ["-arch=sm_90"])
-print(ctypes.CDLL("libcuda.so.1").cuDeviceGetCount(ctypes.byref(ctypes.c_int())))
 """
 
 
 @pytest.mark.gpu
-def test_nvrtc_initialises_no_cuda(library, tmp_path):
-    """It would for its own cache, which is below the home folder."""
-    done = subprocess.run(
-        [sys.executable, "-c", COMPILE_IN_A_PROCESS],
-        env={**os.environ, "HOME": str(tmp_path)},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert int(done.stdout) == 3  # CUDA_ERROR_NOT_INITIALIZED
+def test_nvrtc_fills_no_cache_of_its_own(library, tmp_path):
+    environment = {**os.environ, "HOME": str(tmp_path)}
+    subprocess.run([sys.executable, "-c", COMPILE_IN_A_PROCESS], env=environment, check=True)
     assert not (tmp_path / ".nv").exists()
 
 
