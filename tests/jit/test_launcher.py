@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 import platform
 import shutil
 import struct
 import subprocess
-import sys
 import types
 from dataclasses import replace
 from pathlib import Path
@@ -213,19 +211,6 @@ def test_options_that_an_older_nvrtc_does_not_know(library, monkeypatch):
     monkeypatch.setattr(library, "_optional", ("-an-option-of-tomorrow",))
     assert "f" in Elf(library.compile(KERNEL, "f.cu", ["-arch=sm_90"])).symbols()
     assert library._optional == ()
-
-
-COMPILE_IN_A_PROCESS = f"""
-from jitnorm.jit import nvrtc
-nvrtc.Nvrtc(nvrtc.find()).compile({KERNEL!r}, "f.cu", ["-arch=sm_90"])
-"""
-
-
-@pytest.mark.gpu
-def test_nvrtc_fills_no_cache_of_its_own(library, tmp_path):
-    environment = {**os.environ, "HOME": str(tmp_path)}
-    subprocess.run([sys.executable, "-c", COMPILE_IN_A_PROCESS], env=environment, check=True)
-    assert not (tmp_path / ".nv").exists()
 
 
 def test_nvrtc_names_the_line_of_an_error(library):

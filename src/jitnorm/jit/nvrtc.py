@@ -25,11 +25,6 @@ _INVALID_OPTION = 5  # NVRTC_ERROR_INVALID_OPTION
 # It takes a tenth off the time of a build and changes no byte of the result: declarations are left out that no kernel
 # uses. Older versions do not know it.
 _FASTER = ("-minimal",)
-# Newer versions have a cache of their own below the home folder, which this package's cache makes superfluous. It needs
-# the CUDA driver: on an H200's host a first compilation, even of an empty kernel, spent 0.18 s in the operating system,
-# in a process that had not initialised CUDA, and none where the result is one that is not cached.
-_NO_CACHE = "-no-cache"
-_FIRST_WITH_CACHE = (12, 9)
 # Optimise the kernels of a cubin in threads, which takes a fifth off the time of a build. Their order in the cubin then
 # changes from build to build.
 _IN_THREADS = ("-split-compile=0", "-Xptxas", "--split-compile=0")
@@ -57,13 +52,12 @@ class Nvrtc:
         major, minor = ctypes.c_int(), ctypes.c_int()
         self._call("nvrtcVersion", ctypes.byref(major), ctypes.byref(minor))
         self.version, self._major = f"{major.value}.{minor.value}", major.value
-        has_cache = (major.value, minor.value) >= _FIRST_WITH_CACHE
         count = ctypes.c_int()
         self._call("nvrtcGetNumSupportedArchs", ctypes.byref(count))
         archs = (ctypes.c_int * count.value)()
         self._call("nvrtcGetSupportedArchs", archs)
         self.archs = tuple(archs)  # such as 90 for sm_90 and sm_90a
-        self._optional: tuple[str, ...] = (*_FASTER, _NO_CACHE) if has_cache else _FASTER
+        self._optional: tuple[str, ...] = _FASTER
 
     def compile(self, source: str, name: str, options: Sequence[str], in_threads: bool = False) -> bytes:
         """Return the cubin of `source`.
