@@ -123,6 +123,7 @@ def test_variants_have_an_environment_each(script, tmp_path):
     assert {module.ENGINE.modes[0]} == {"default"}
 
 
+@pytest.mark.slow
 def test_measures_variants_in_turns(tiny, monkeypatch, capsys, models, tmp_path):
     """Run all measures; the report has them with their ratios, and the stock's bits differ."""
     file = tmp_path / "tiny.json"

@@ -89,6 +89,7 @@ def log_level():
     logger.setLevel(level)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("log_level")
 @pytest.mark.filterwarnings("ignore:no cache metrics")  # the benchmarking guide asks a server that is not there
 @pytest.mark.parametrize(("page", "snippet"), SNIPPETS)
