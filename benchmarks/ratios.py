@@ -3,7 +3,7 @@
     python benchmarks/ratios.py benchmarks/results/matmul_h200.json torch
 
 A ratio of 1 is as fast, 0.5 takes twice the time. The reference "best" compares the first implementation with the
-fastest of the others. The copy is left out.
+fastest of the others. Copies are left out.
 """
 
 from __future__ import annotations
@@ -13,19 +13,19 @@ from pathlib import Path
 
 from table_output import create_parser, print_table
 
-from jitnorm.benchmark.results import COPY, Report
+from jitnorm.benchmark.results import COPIES, Report
 
 COLUMNS = ["implementation", "geometric mean", "rows", "worst", "worst row"]
 
 
 def ratio_rows(report: Report, reference: str) -> list[list[object]]:
     """Return COLUMNS for each implementation that has rows in common with the reference."""
-    lines = [line for line in report.lines if line not in (COPY, reference)]
+    lines = [line for line in report.lines if line not in (*COPIES, reference)]
     rows: list[list[object]] = []
     for line in lines if reference != "best" else lines[:1]:
         ratios = []
         for row in report.rows:
-            times = {name: result.seconds for name, result in row.results().items() if name != COPY}
+            times = {name: result.seconds for name, result in row.results().items() if name not in COPIES}
             own = times.get(line)
             others = [t for name, t in times.items() if name == reference or (reference == "best" and name != line)]
             if own and others:

@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from jitnorm.benchmark.compare import format_range, summarize_peers
-from jitnorm.benchmark.results import COPY, BenchResult, Report
+from jitnorm.benchmark.results import COPIES, COPY, BenchResult, Report
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "docs" / "performance.md"]  # each table is in one of them
@@ -79,7 +79,7 @@ def rmsnorm_h200() -> list[str]:
     lines = _header(["hidden", "tokens", *columns.values()])
     for shape in GPU_SHAPES:
         us = {line: result.seconds * 1e6 for line, result in rows[shape].items()}
-        best = min(time for line, time in us.items() if line != "copy")
+        best = min(time for line, time in us.items() if line not in COPIES)
         cells = [_us(us[line], us[line] == best) if line in us else "-" for line in columns]
         lines.append(_row([*map(str, shape), *cells]))
     machine = report.machine
@@ -96,7 +96,7 @@ def qknorm_rope_store_h200() -> list[str]:
     for row in report.rows:
         point, us = row.point, {line: result.seconds * 1e6 for line, result in row.results().items()}
         if point["num_tokens"] in ROPE_STORE_TOKENS:
-            best = min(time for line, time in us.items() if line != COPY)
+            best = min(time for line, time in us.items() if line not in COPIES)
             cells = [_us(us[line], us[line] == best) if line in us else "-" for line in columns]
             heads = f"{point['num_q_heads']} + {point['num_kv_heads']}"
             lines.append(_row([heads, str(point["head_dim"]), str(point["num_tokens"]), *cells]))
@@ -198,7 +198,7 @@ def operators_h200() -> list[str]:
             part = _only(report, op=op) if "op" in report.axes else report
             summary = summarize_peers(part)
             won = sum(ratio < 1 for ratio, _ in summary.vs_best)
-            present = {line for row in part.rows for line in row.results()} - {COPY, summary.subject}
+            present = {line for row in part.rows for line in row.results()} - {*COPIES, summary.subject}
             peers = ", ".join(title for line, title in PEERS.items() if line in present)
             title = f"general_{op}" if name.startswith("general_") else op
             dtype = report.settings["dtype"]

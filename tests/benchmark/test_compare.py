@@ -12,7 +12,7 @@ from dataclasses import replace
 import pytest
 from click.testing import CliRunner
 
-from jitnorm.benchmark.compare import Verdict, compare, differing_conditions, judge
+from jitnorm.benchmark.compare import Verdict, compare, differing_conditions, judge, summarize_peers
 from jitnorm.benchmark.results import BenchResult, Failed, Report, Row, Skipped, quantile
 from jitnorm.cli import main
 
@@ -248,3 +248,14 @@ def test_json_keeps_everything(tmp_path):
     assert replace(again, rounds=()) == replace(cell, rounds=())
     for one, other in zip(again.rounds, cell.rounds, strict=True):
         assert one == pytest.approx(other, rel=1e-4)
+
+
+@pytest.mark.parametrize(("has_row_copy", "of_copy"), [(False, 1.5), (True, 0.75)])
+def test_copies_are_not_ranked(has_row_copy, of_copy):
+    """Expect the peers' summary to ignore the times of copies, and a copy by rows to be the baseline where it ran."""
+    seconds = {"copy": 1e-6, "jitnorm": 1.5e-6, "peer": 3e-6} | ({"row_copy": 2e-6} if has_row_copy else {})
+    cells = {line: replace(BenchResult.of([[s] * 5] * 5), memory_footprint=200_000_000) for line, s in seconds.items()}
+    summary = summarize_peers(Report("x", "us", ["n"], [*cells], rows=[Row({"n": 1}, cells)]))
+    assert summary.subject == "jitnorm"
+    assert [ratio for ratio, _ in summary.vs_best] == pytest.approx([0.5])
+    assert [ratio for ratio, _ in summary.vs_copy] == pytest.approx([of_copy])

@@ -44,12 +44,12 @@ constexpr int warp_threads_per_row(int row_bytes) {
 
 // Longer rows: two vectors per thread with up to 256 threads, then up to five, evenly if the size allows it. More
 // threads reduce the latency of a single row, but keep fewer rows in flight.
-constexpr int block_threads_per_row(int row_bytes) {
+constexpr int block_threads_per_row(int row_bytes, bool has_whole_vectors) {
   const int vectors = row_bytes / 16;
-  if (vectors <= 128) return vectors <= 64 ? 32 : 64;
+  if (vectors <= 128) return vectors <= 80 ? 32 : 64;  // with 64, most of the second warp would have one vector
   // Whole warps that vectors cannot be divided among evenly: as few as can hold them, for more rows in flight.
   if (vectors <= 256) return vectors % 32 == 0 ? 128 : round_up((vectors + 1) / 2, 32);
-  const int max_vectors = vectors <= 512 ? 2 : 5, max_threads = vectors <= 1280 ? 256 : 512;
+  const int max_vectors = vectors > 512 ? 5 : has_whole_vectors ? 2 : 3, max_threads = vectors <= 1280 ? 256 : 512;
   for (int threads = 128; threads <= max_threads; threads += 32)
     if (vectors % threads == 0 && vectors / threads <= max_vectors) return threads;
   if (vectors % 32 != 0) return min(1024, max(128, round_up((vectors + max_vectors - 1) / max_vectors, 32)));
@@ -75,7 +75,7 @@ constexpr int layernorm_rows_per_block(int row_bytes, int threads_per_row) {
 // keep enough of them in flight.
 constexpr int residual_threads_per_row(int row_bytes, bool has_whole_vectors) {
   const int vectors = row_bytes / 16;
-  if (!has_whole_vectors && vectors <= 1024) return round_up((vectors + 2) / 3, 32);
+  if (!has_whole_vectors && vectors <= 1024) return round_up((vectors + 2) / 3, vectors > 96 ? 64 : 32);
   const int per_thread = vectors <= 256 ? 1 : vectors <= 1024 ? 2 : round_up(vectors, 512) / 512;
   return round_up((vectors + per_thread - 1) / per_thread, 32);
 }
@@ -152,7 +152,7 @@ struct DefaultSchedule {
                                   : kIsLong              ? kLongRow.threads
                                   : Policy::kHasResidual ? residual_threads_per_row(kRowBytes, kHasWholeVectors)
                                   : kIsLayerNorm         ? layernorm_threads_per_row(kRowBytes)
-                                                         : block_threads_per_row(kRowBytes);
+                                                         : block_threads_per_row(kRowBytes, kHasWholeVectors);
   static constexpr int kRowsPerBlock = kIsLong ? 1
                                        : kIsLayerNorm
                                            ? layernorm_rows_per_block(kRowBytes, kThreads)
@@ -239,7 +239,9 @@ struct RMSNormKernelBase : S {
   // prefetch would delay the block's own rows.
   static constexpr int kLargeGridBytes = (Policy::kHasResidual ? 16 : 48) << 20;
   static constexpr int kBytesAhead = (Policy::kHasResidual ? 4 : 2) << 20;
-  static constexpr bool kHasPrefetch = kRowBytes >= 256 && kRowBytes % 16 == 0 && kResidualRowBytes % 16 == 0 &&
+  // Rows without a residual that are read by accesses of 4 or 8 bytes have no gain from it.
+  static constexpr bool kHasPrefetch = kRowBytes >= 256 &&
+                                       (kRowBytes % 16 == 0 || Policy::kHasResidual || kAlignment == 2) &&
                                        S::kBlocksPerCluster == 1 && !S::kStagesRow && !Policy::kIsGeneral;
   static constexpr unsigned kBlocksAhead = max(128, kBytesAhead / kBlockReadBytes);
   // In a large grid LayerNorm reads weight and bias late: from 1,025 blocks on, or 129 where rows are staged, which

@@ -239,12 +239,17 @@ __device__ __forceinline__ void store_whole(T* dst, const Vector<T, N>& v) {
     store_access(reinterpret_cast<typename Vector<T, N>::access_t*>(dst) + i, v.words[i]);
 }
 
-// Prefetches kBytes, a multiple of 16, into L2. This may come before an earlier kernel's writes, which go through L2
-// too.
+// Prefetches kBytes into L2. This may come before an earlier kernel's writes, which go through L2 too. The instruction
+// takes multiples of 16: of a row that begins or ends elsewhere, the bytes outside of them are left out.
 template <int kBytes>
 __device__ __forceinline__ void prefetch(const void* src) {
 #if __CUDA_ARCH__ >= 900
-  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(src), "n"(kBytes));
+  if constexpr (kBytes % 16 == 0) {
+    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(src), "n"(kBytes));
+  } else {
+    const void* aligned = reinterpret_cast<const void*>((reinterpret_cast<unsigned long long>(src) + 15) / 16 * 16);
+    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(aligned), "n"((kBytes - 15) / 16 * 16));
+  }
 #endif
 }
 // Likewise, for a number of bytes that is known at run time.

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from jitnorm.benchmark.results import COPY, UNITS, BenchResult, Cell, Failed, Report, Row
+from jitnorm.benchmark.results import COPIES, COPY, ROW_COPY, UNITS, BenchResult, Cell, Failed, Report, Row
 
 THRESHOLD = 0.02
 LARGE_TRAFFIC = 100e6  # bytes read and written: more than any cache holds
@@ -143,7 +143,8 @@ class PeerSummary:
     Attributes:
         subject: the implementation.
         vs_best: its time over the best time of the others, for each row where there is one.
-        vs_copy: its time over the copy's, for each row that moves more than LARGE_TRAFFIC.
+        vs_copy: its time over the copy's, for each row that moves more than LARGE_TRAFFIC. Where ROW_COPY was measured,
+            this is the copy.
     """
 
     subject: str
@@ -172,7 +173,7 @@ def format_range(ratios: Iterable[tuple[float, Row]]) -> str:
 
 def summarize_peers(report: Report) -> PeerSummary | None:
     """Return the summary of a report; None where there is nothing to compare with."""
-    subject = next((line for line in report.lines if line != COPY), None)
+    subject = next((line for line in report.lines if line not in COPIES), None)
     if subject is None:
         return None
     summary = PeerSummary(subject, [*_ratios_to_best(report, subject)], [*_ratios_to_copy(report, subject)])
@@ -182,7 +183,7 @@ def summarize_peers(report: Report) -> PeerSummary | None:
 def _ratios_to_best(report: Report, subject: str) -> Iterator[tuple[float, Row]]:
     for row in report.rows:
         results = row.results()
-        others = [result.seconds for line, result in results.items() if line not in (COPY, subject)]
+        others = [result.seconds for line, result in results.items() if line not in (*COPIES, subject)]
         if subject in results and others:
             yield results[subject].seconds / min(others), row
 
@@ -190,5 +191,6 @@ def _ratios_to_best(report: Report, subject: str) -> Iterator[tuple[float, Row]]
 def _ratios_to_copy(report: Report, subject: str) -> Iterator[tuple[float, Row]]:
     for row in report.rows:
         results = row.results()
-        if subject in results and COPY in results and results[subject].memory_footprint > LARGE_TRAFFIC:
-            yield results[subject].seconds / results[COPY].seconds, row
+        copy = results.get(ROW_COPY) or results.get(COPY)
+        if subject in results and copy and results[subject].memory_footprint > LARGE_TRAFFIC:
+            yield results[subject].seconds / copy.seconds, row

@@ -31,7 +31,7 @@ from jitnorm.benchmark.call import create_empty, create_random
 from jitnorm.benchmark.measure import do_bench
 from jitnorm.benchmark.options import format_option
 from jitnorm.benchmark.report import create_figure, format_csv, format_table, save_plot
-from jitnorm.benchmark.results import COPY, UNITS, BenchResult, Report
+from jitnorm.benchmark.results import COPIES, COPY, UNITS, BenchResult, Report
 from jitnorm.core.checks import DTYPE_NAMES
 from jitnorm.jit.files import write_text
 
@@ -293,7 +293,7 @@ def command(benchmark: Benchmark, copy: bool) -> click.Command:
             raise click.ClickException(str(error)) from error
         if report.failed:
             raise click.exceptions.Exit(1)
-        if not any(isinstance(cell, BenchResult) for _, line, cell in report.cells() if line != COPY):
+        if not any(isinstance(cell, BenchResult) for _, line, cell in report.cells() if line not in COPIES):
             raise click.ClickException("nothing was measured: no implementation is available here")
 
     return run

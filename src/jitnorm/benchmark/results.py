@@ -22,6 +22,9 @@ NOISE_TARGET = 0.005  # relative noise at which a measurement needs no more roun
 MIN_ROUNDS = 5
 FORMAT = 1  # of JSON files
 COPY = "copy"  # the implementation that the framework adds
+# An implementation that a benchmark may have: a copy by rows, with accesses no wider than the rows' alignment.
+ROW_COPY = "row_copy"
+COPIES = (COPY, ROW_COPY)  # they compute nothing, and are not ranked
 UNITS = {"ns": 1e-9, "us": 1e-6, "ms": 1e-3, "s": 1.0}
 
 Metric = float | str  # a quantile between 0 and 1, or a key of _NAMED_METRICS
