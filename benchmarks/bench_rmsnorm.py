@@ -7,7 +7,7 @@ from peers import IMPLS, find, rmsnorm_reference
 
 from jitnorm.benchmark import marker
 
-# (hidden size, rows): decode batches, prefill, q/k heads, and more than 100 MB each way where it fits.
+# (hidden size, rows): decode batches, prefill, q/k heads, over 100 MB each way where it fits, and odd row counts.
 SHAPES = [
     *((64, n) for n in (64, 1048576)),
     *((128, n) for n in (64, 4096, 1048576)),
@@ -19,6 +19,7 @@ SHAPES = [
     *((5120, n) for n in (64, 32768)),
     *((7168, n) for n in (64, 16384)),
     *((8192, n) for n in (1, 64, 1024, 16384)),
+    *((size, 3001) for size in (768, 3584)),
 ]
 
 

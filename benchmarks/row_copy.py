@@ -26,7 +26,7 @@ else:
         + [(1, block, max(2, min(8, block // 256))) for block in (512, 1024, 2048, 4096, 8192)]
     ]
 
-    @triton.autotune(_CONFIGS, key=["width"])
+    @triton.autotune(_CONFIGS, key=["num_rows", "width"])
     @triton.jit
     def _copy_rows_kernel(x, out, num_rows, width, SWAP: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
         row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]).to(tl.int64)

@@ -47,6 +47,7 @@ constexpr int warp_threads_per_row(int row_bytes) {
 constexpr int block_threads_per_row(int row_bytes, bool has_whole_vectors) {
   const int vectors = row_bytes / 16;
   if (vectors <= 128) return vectors <= 80 ? 32 : 64;  // with 64, most of the second warp would have one vector
+  if (vectors == 448) return 256;  // unevenly, as an SM has four schedulers for the warps, and 224 threads are seven
   // Whole warps that vectors cannot be divided among evenly: as few as can hold them, for more rows in flight.
   if (vectors <= 256) return vectors % 32 == 0 ? 128 : round_up((vectors + 1) / 2, 32);
   const int max_vectors = vectors > 512 ? 5 : has_whole_vectors ? 2 : 3, max_threads = vectors <= 1280 ? 256 : 512;
@@ -80,9 +81,9 @@ constexpr int residual_threads_per_row(int row_bytes, bool has_whole_vectors) {
   return round_up((vectors + per_thread - 1) / per_thread, 32);
 }
 
-// Long rows do not fit the registers of one block beside the weight. They wait in its shared memory: they are staged.
-// Still longer rows are shared by the blocks of a cluster, which is slower, as the blocks wait for each other and must
-// be launched together. Before sm_90 there is neither; registers spill.
+// Long rows do not fit the registers of one block beside weight and bias, which are read late, or they do not fit at
+// all and wait in its shared memory: they are staged. Still longer rows are shared by the blocks of a cluster, which is
+// slower, as the blocks wait for each other and must be launched together. Before sm_90 registers spill.
 struct LongRow {
   int blocks, threads;  // blocks of the cluster, and threads of a block
   bool is_staged;
@@ -105,10 +106,14 @@ constexpr int blocks_per_cluster(int row_bytes, int max_block_bytes) {
   return blocks;
 }
 
-// `row_bytes` counts the residual too. A block's registers hold 128 KiB of a row, if weight and bias are read late.
-constexpr LongRow long_row(int row_bytes, bool may_be_staged) {
-  if (may_be_staged && row_bytes <= kMaxStagedBytes) return {1, 1024, true};
-  return {blocks_per_cluster(row_bytes, 128 * 1024), 1024, false};
+// `row_bytes` counts the residual too. A block's registers hold 128 KiB of a row. But of more than 32 elements a
+// thread, or with a gate after the norm, they hold less, as the compiler keeps floats. A row with a gate before the
+// norm is not staged, as its product needs registers in any case.
+constexpr LongRow long_row(int hidden_size, int row_bytes, Gating gating) {
+  constexpr int kMaxBytes = 128 * 1024, kMaxElements = 32 * 1024;
+  const bool fits_registers = gating == Gating::kNone && row_bytes <= kMaxBytes && hidden_size <= kMaxElements;
+  if (gating != Gating::kBeforeNorm && !fits_registers && row_bytes <= kMaxStagedBytes) return {1, 1024, true};
+  return {blocks_per_cluster(row_bytes, kMaxBytes), 1024, false};
 }
 
 // LayerNorm mostly waits for weight and bias, which are longer than the row. Several blocks on an SM hide that.
@@ -143,11 +148,10 @@ struct DefaultSchedule {
   static constexpr bool kIsLayerNorm = Policy::kSubtractsMean && kHasWholeVectors && kHiddenSize > 256;
   static constexpr int kMaxRowKiB = !kHasWholeVectors ? 32 : kIsLayerNorm ? 20 : Policy::kHasResidual ? 48 : 64;
   static constexpr bool kIsLong = kHasClusters && kRowBytes > kMaxRowKiB * 1024;
-  // A gated row is not staged, as its product needs registers in any case.
   static constexpr LongRow kLongRow = !kIsLong            ? LongRow{1, 0, false}
                                       : !kHasWholeVectors ? long_narrow_row(kRowBytes, Policy::kHasResidual)
-                                      : kIsLayerNorm ? long_layernorm_row(kRowReadBytes)
-                                                     : long_row(kRowReadBytes, Policy::kGating != Gating::kBeforeNorm);
+                                      : kIsLayerNorm      ? long_layernorm_row(kRowReadBytes)
+                                                          : long_row(kHiddenSize, kRowReadBytes, Policy::kGating);
   static constexpr int kThreads = kHiddenSize <= 256     ? warp_threads_per_row(kRowBytes)
                                   : kIsLong              ? kLongRow.threads
                                   : Policy::kHasResidual ? residual_threads_per_row(kRowBytes, kHasWholeVectors)
@@ -214,10 +218,11 @@ struct RMSNormKernelBase : S {
   // A row of 32 to 64 KiB leaves half of an SM's registers to another block.
   static constexpr bool kSharesSM = !S::kStagesRow && !Policy::kHasResidual && kBlockReadBytes > 32 * 1024 &&
                                     kBlockReadBytes < 64 * 1024 && kThreads <= 512;
+  // A long row that is not staged fills them.
+  static constexpr bool kFillsRegisters = !S::kStagesRow && kBlockReadBytes > (Policy::kHasResidual ? 96 : 64) * 1024;
   // Where weight and bias would take registers that rows in flight need, they are read when the row is written.
   // LayerNorm does so in a large grid: in another one its latency would suffer.
-  static constexpr bool kReadsFactorsLate =
-      Policy::kSubtractsMean || kSharesSM || (!S::kStagesRow && kBlockReadBytes > 96 * 1024);
+  static constexpr bool kReadsFactorsLate = Policy::kSubtractsMean || kSharesSM || kFillsRegisters;
   // 64 KiB of rows in flight on an SM keep memory busy; the kernels of clusters need too many registers for it. Where
   // blocks are large, kMinBlocksPerSM limits registers for that, as far as a thread's vectors of row, residual and
   // weight allow. Small blocks fit an SM in any case.
@@ -239,10 +244,10 @@ struct RMSNormKernelBase : S {
   // prefetch would delay the block's own rows.
   static constexpr int kLargeGridBytes = (Policy::kHasResidual ? 16 : 48) << 20;
   static constexpr int kBytesAhead = (Policy::kHasResidual ? 4 : 2) << 20;
-  // Rows without a residual that are read by accesses of 4 or 8 bytes have no gain from it.
-  static constexpr bool kHasPrefetch = kRowBytes >= 256 &&
-                                       (kRowBytes % 16 == 0 || Policy::kHasResidual || kAlignment == 2) &&
-                                       S::kBlocksPerCluster == 1 && !S::kStagesRow && !Policy::kIsGeneral;
+  // Rows without a residual that are read by accesses of 4 or 8 bytes have no gain from it, and long rows a loss.
+  static constexpr bool kHasPrefetch =
+      kRowBytes >= 256 && (kRowBytes % 16 == 0 || Policy::kHasResidual || kAlignment == 2) &&
+      S::kBlocksPerCluster == 1 && !S::kStagesRow && !kFillsRegisters && !Policy::kIsGeneral;
   static constexpr unsigned kBlocksAhead = max(128, kBytesAhead / kBlockReadBytes);
   // In a large grid LayerNorm reads weight and bias late: from 1,025 blocks on, or 129 where rows are staged, which
   // fill an SM in smaller numbers.
