@@ -13,10 +13,10 @@ from jitnorm.core.operators import OPERATORS
 from jitnorm.general_rmsnorm import Form, general_fused_add_rmsnorm, general_rmsnorm
 
 # By vector width in 16 bits: 1 (one element, odd sizes), 2, 4 and 8 elements; sizes of both kernel classes; and, on
-# CUDA, rows in shared memory, and of clusters of 2, 4 and 8 blocks, of sizes that divide among the threads and that do
-# not.
+# CUDA, rows that fill the registers of a block, rows in shared memory, and of clusters of 2, 4 and 8 blocks, of sizes
+# that divide among the threads and that do not.
 SIZES = [1, 3, 100, 250, 257, 300, 576, 1001, 2880, 5000, 12288]
-LONG_SIZES = [16384, 20481, 32768, 40004, 40008, 53248, 65535, 65536]
+LONG_SIZES = [3001, 16384, 20481, 32768, 40004, 40008, 53248, 65535, 65536]
 PAIRS = [(torch.bfloat16, torch.bfloat16), (torch.float16, torch.float32), (torch.float32, torch.bfloat16)]
 
 
@@ -185,6 +185,22 @@ def test_the_same_bits_in_any_batch(device, hidden_size, dtype):
     for rows in (slice(0, 1), slice(514, 515), slice(7, 40), slice(1, 515)):
         assert same_bits(general_rmsnorm(x[rows], w), everything[rows])
         assert same_bits(general_rmsnorm(x[rows].clone(), w, enable_pdl=False), everything[rows])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("hidden_size", [300, 601, 1001])
+def test_large_grids_of_rows_without_whole_vectors(hidden_size):
+    """Expect rows of grids large enough for prefetches to have the bits that they have in small grids."""
+    x, w = inputs(30001, hidden_size, dtype=torch.bfloat16, device="cuda")
+    out, residual = general_rmsnorm(x, w, out=poisoned(x)), torch.randn_like(x)
+    sums, added = residual.clone(), x.clone()
+    general_fused_add_rmsnorm(added, sums, w)
+    for rows in (slice(0, 5), slice(14999, 15004), slice(29996, 30001)):
+        assert same_bits(general_rmsnorm(x[rows], w), out[rows])
+        expected, total = x[rows].clone(), residual[rows].clone()
+        general_fused_add_rmsnorm(expected, total, w)
+        assert same_bits(expected, added[rows]) and same_bits(total, sums[rows])
+    assert relative_error(out, reference(x, w)[0]) <= TOLERANCE[torch.bfloat16]
 
 
 def test_is_rmsnorm_where_that_serves_the_size(device):
@@ -422,7 +438,7 @@ def test_reads_nothing_before_the_kernel_before_it_has_written(hidden_size, dtyp
 
 @pytest.mark.gpu
 @pytest.mark.parametrize(  # whose kernels read the weight when they write the row
-    ("hidden_size", "dtype"), [(20480, torch.bfloat16), (65536, torch.float32)]
+    ("hidden_size", "dtype"), [(20480, torch.bfloat16), (20480, torch.float32), (65536, torch.float32)]
 )
 def test_reads_no_weight_before_the_kernel_before_it_has_written(hidden_size, dtype):
     x, first_weight = inputs(300, hidden_size, dtype=dtype, device="cuda")
