@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 from peers import EPS, FP32_RESIDUAL, IMPLS, ROUND_SUM, Call, find, rmsnorm_reference
-from row_copy import find_row_copy
+from row_copy import bench_row_copy
 
 import jitnorm
 from jitnorm.benchmark import marker
@@ -23,8 +23,6 @@ SHAPES = [(size, n or ELEMENTS // size) for n in (64, None, 1, 1024) for size in
 
 
 def find_norm(op: str, impl: str) -> Call:
-    if impl == ROW_COPY:
-        return find_row_copy("fused_add" in op)
     if impl != "jitnorm":
         return find(op, impl)
     offset, round_sum = float("gemma" in op), op.endswith(ROUND_SUM)
@@ -40,23 +38,23 @@ def find_norm(op: str, impl: str) -> Call:
 @marker.benchmark("impl", [*IMPLS, ROW_COPY])
 def bench(op: str, hidden_size: int, num_tokens: int, impl: str) -> marker.BenchResult:
     """Measure RMSNorm of sizes that jitnorm.rmsnorm refuses, with and without a residual, its peers and copies."""
-    x, weight = marker.create_random(num_tokens, hidden_size), marker.create_random(hidden_size)
     is_fused = "fused_add" in op
+    if impl == ROW_COPY and op.endswith(FP32_RESIDUAL):
+        marker.skip("the rows of input and residual have accesses of different width")
+    if impl == ROW_COPY:
+        return bench_row_copy(num_tokens * (2 if is_fused else 1), hidden_size)
+    x, weight = marker.create_random(num_tokens, hidden_size), marker.create_random(hidden_size)
     other = marker.create_random(num_tokens, hidden_size) if is_fused else marker.create_empty(num_tokens, hidden_size)
     if op.endswith(FP32_RESIDUAL):
         other = other.float()
     factor = 1 + weight.double() if "gemma" in op else weight.double()
 
     def reference(*tensors: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-        if impl == ROW_COPY:
-            return (tensors[1], tensors[0]) if is_fused else tensors[0]
         if not is_fused:
             return rmsnorm_reference(tensors[0], factor)
         total = tensors[0].double() + tensors[1].double()
         return rmsnorm_reference(total.to(x.dtype) if op.endswith(ROUND_SUM) else total, factor), total
 
-    if impl == ROW_COPY and hidden_size * min(x.itemsize, other.itemsize) % 16 == 0:
-        marker.skip("all accesses may have 16 bytes, as those of the copy")
     call = find_norm(op, impl)
     if impl != "jitnorm":
         try:

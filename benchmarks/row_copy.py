@@ -1,12 +1,10 @@
-"""Copy rows as an operator has to read them: with accesses no wider than the rows are aligned.
+"""Measure copies of rows with accesses as wide as an operator's: no wider than the rows are aligned.
 
-`out.copy_(x)` of contiguous tensors ignores rows, and has accesses of 16 bytes for any row size.
-`find_row_copy` returns a call of a Triton kernel, each program of which copies one row, or a few short ones.
+`out.copy_(x)` of contiguous tensors ignores rows, and has accesses of 16 bytes for any row size. Here a program of a
+Triton kernel copies one row, or a few short ones.
 """
 
 from __future__ import annotations
-
-from collections.abc import Callable
 
 import torch
 
@@ -28,35 +26,37 @@ else:
 
     @triton.autotune(_CONFIGS, key=["num_rows", "width"])
     @triton.jit
-    def _copy_rows_kernel(x, out, num_rows, width, SWAP: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    def _copy_rows_kernel(x, out, num_rows, width, ROWS: tl.constexpr, BLOCK: tl.constexpr):
         row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]).to(tl.int64)
         for start in range(0, width, BLOCK):
             column = start + tl.arange(0, BLOCK)[None, :]
             at, mask = row * width + column, (row < num_rows) & (column < width)
-            values = tl.load(x + at, mask)
-            if SWAP:
-                tl.store(x + at, tl.load(out + at, mask), mask)
-            tl.store(out + at, values, mask)
+            tl.store(out + at, tl.load(x + at, mask), mask)
 
 
-def find_row_copy(has_residual: bool) -> Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None]:
-    """Return a function of a norm's tensors that moves as many bytes as the norm. They have a shape [num_rows, size].
+def _copy_rows(x: torch.Tensor, out: torch.Tensor) -> None:
+    """Copy contiguous `x` [num_rows, size] to `out`."""
+    num_rows, row_bytes = x.shape[0], x.shape[1] * x.itemsize
+    integer = _INTEGERS[next(width for width in _INTEGERS if row_bytes % width == 0)]
+    x, out = x.view(integer), out.view(integer)
+    _copy_rows_kernel[lambda config: (triton.cdiv(num_rows, config["ROWS"]),)](x, out, num_rows, x.shape[1])
 
-    Args:
-        has_residual: False for (input, weight, out): copies input to out. True for (input, residual, weight), both of
-            which a norm writes: exchanges input and residual.
+
+def bench_row_copy(num_rows: int, size: int) -> marker.BenchResult:
+    """Measure a copy of `num_rows` rows of `size` elements, or skip the cell where the rows have whole 16-byte vectors.
+
+    A norm with a residual moves as many bytes as a copy of twice as many rows.
     """
     if triton is None:
         marker.skip("triton is not installed")
-
-    def copy_rows(x: torch.Tensor, second: torch.Tensor, third: torch.Tensor) -> None:
-        out = second if has_residual else third
-        if x.dtype != out.dtype:
-            marker.skip(f"copies of {x.dtype} and {out.dtype} differ")
-        num_rows, row_bytes = x.shape[0], x.shape[1] * x.itemsize
-        integer = _INTEGERS[next(width for width in _INTEGERS if row_bytes % width == 0)]
-        x, out = x.view(integer), out.view(integer)
-        grid = lambda config: (triton.cdiv(num_rows, config["ROWS"]),)  # noqa: E731
-        _copy_rows_kernel[grid](x, out, num_rows, x.shape[1], SWAP=has_residual)
-
-    return copy_rows
+    x, out = marker.create_random(num_rows, size), marker.create_empty(num_rows, size)
+    if size * x.itemsize % 16 == 0:
+        marker.skip("all accesses may have 16 bytes, as those of `copy`")
+    return marker.do_bench(
+        _copy_rows,
+        input_args=(x, out),
+        memory_args=(x,),
+        memory_output=(out,),
+        metrics=(0.5,),
+        check=lambda x, out: x,
+    )

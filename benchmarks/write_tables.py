@@ -36,9 +36,9 @@ PEERS = {
 }
 GPU_COLUMNS = {COPY: COPY, "jitnorm": "jitnorm"} | PEERS
 OPERATORS = (
-    *("rmsnorm", "fused_add_rmsnorm", "general_rmsnorm", "general_rmsnorm_flashinfer", "general_rmsnorm_fp16"),
-    *("general_rmsnorm_fp32", "general_fused_add_rmsnorm", "gated_rmsnorm", "layernorm", "dual_rmsnorm", "qknorm"),
-    *("qknorm_rope_store", "activation", "store_cache", "quant_fp8"),
+    *("rmsnorm", "fused_add_rmsnorm", "general_rmsnorm", "general_gemma_rmsnorm", "general_rmsnorm_fp16"),
+    *("general_rmsnorm_fp32", "general_fused_add_rmsnorm", "general_fused_add_rmsnorm_round_sum", "gated_rmsnorm"),
+    *("layernorm", "dual_rmsnorm", "qknorm", "qknorm_rope_store", "activation", "store_cache", "quant_fp8"),
 )
 # The files of engines, and the modes that the tables have from each.
 ENGINES = {
