@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 
 from jitnorm.benchmark import marker
+from jitnorm.benchmark.settings import current_settings
 
 _INTEGERS = {8: torch.int64, 4: torch.int32, 2: torch.int16}  # by the bytes of an access
 
@@ -47,11 +48,12 @@ def bench_row_copy(num_rows: int, size: int) -> marker.BenchResult:
 
     A norm with a residual moves as many bytes as a copy of twice as many rows.
     """
-    if triton is None:
-        marker.skip("triton is not installed")
-    x, out = marker.create_random(num_rows, size), marker.create_empty(num_rows, size)
-    if size * x.itemsize % 16 == 0:
+    settings = current_settings()
+    if triton is None or settings.device.type != "cuda":
+        marker.skip("it is a Triton kernel, for CUDA")
+    if size * settings.dtype.itemsize % 16 == 0:
         marker.skip("all accesses may have 16 bytes, as those of `copy`")
+    x, out = marker.create_random(num_rows, size), marker.create_empty(num_rows, size)
     return marker.do_bench(
         _copy_rows,
         input_args=(x, out),

@@ -14,7 +14,7 @@ from jitnorm.general_rmsnorm import Form, general_fused_add_rmsnorm, general_rms
 
 # By vector width in 16 bits: 1 (one element, odd sizes), 2, 4 and 8 elements; sizes of both kernel classes; and, on
 # CUDA, rows that fill the registers of a block, rows in shared memory, and of clusters of 2, 4 and 8 blocks, of sizes
-# that divide among the threads and that do not.
+# that divide among the threads and that do not; and 3001, whose accesses of 2 bytes have a schedule of their own.
 SIZES = [1, 3, 100, 250, 257, 300, 576, 1001, 2880, 5000, 12288]
 LONG_SIZES = [3001, 16384, 20481, 32768, 40004, 40008, 53248, 65535, 65536]
 PAIRS = [(torch.bfloat16, torch.bfloat16), (torch.float16, torch.float32), (torch.float32, torch.bfloat16)]
@@ -157,12 +157,20 @@ def test_a_weight_for_each_head(device):
         general_rmsnorm(heads_first, w)
 
 
-# Whole vectors of 16 bytes, and one element in each; and, on CUDA, rows that wait in shared memory.
-@pytest.mark.parametrize("hidden_size", [128, 1001, pytest.param(40000, marks=pytest.mark.slow)])
-def test_the_same_bits_in_every_layout(device, hidden_size):
-    x, w = inputs(4, 6, 5, hidden_size, dtype=torch.bfloat16, device=device)
+# Whole vectors of 16 bytes, and one element in each; and, on CUDA, rows that wait in shared memory, and that fill the
+# registers of a block.
+@pytest.mark.parametrize(
+    ("hidden_size", "dtype"),
+    [
+        (128, torch.bfloat16),
+        (1001, torch.bfloat16),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in [(40000, torch.bfloat16), (20480, torch.float32)]),
+    ],
+)
+def test_the_same_bits_in_every_layout(device, hidden_size, dtype):
+    x, w = inputs(4, 6, 5, hidden_size, dtype=dtype, device=device)
     expected = general_rmsnorm(x, w)
-    wide = torch.randn(4, 6, 5, 2 * hidden_size + 24, device=device).bfloat16()
+    wide = torch.randn(4, 6, 5, 2 * hidden_size + 24, device=device).to(dtype)
     for first in (0, 8, 1):  # aligned as far as the size is, and not at all
         view = wide[..., first : first + hidden_size]
         view.copy_(x)
@@ -174,7 +182,7 @@ def test_the_same_bits_in_every_layout(device, hidden_size):
         assert general_rmsnorm(view, w, out=view) is view
         before[..., first : first + hidden_size] = expected
         assert same_bits(wide, before)  # nothing beside the rows was written
-    shifted = torch.empty(hidden_size + 1, device=device).bfloat16()[1:]
+    shifted = torch.empty(hidden_size + 1, device=device, dtype=dtype)[1:]
     assert same_bits(general_rmsnorm(x, shifted.copy_(w)), expected)
 
 
@@ -188,19 +196,23 @@ def test_the_same_bits_in_any_batch(device, hidden_size, dtype):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("hidden_size", [300, 601, 1001])
-def test_large_grids_of_rows_without_whole_vectors(hidden_size):
+@pytest.mark.parametrize("residual_dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("hidden_size", [300, 601, 602, 1001])  # accesses of 8, 2, 4 and 2 bytes
+def test_large_grids_of_rows_without_whole_vectors(hidden_size, residual_dtype):
     """Expect rows of grids large enough for prefetches to have the bits that they have in small grids."""
-    x, w = inputs(30001, hidden_size, dtype=torch.bfloat16, device="cuda")
-    out, residual = general_rmsnorm(x, w, out=poisoned(x)), torch.randn_like(x)
-    sums, added = residual.clone(), x.clone()
+    num_rows, stride = 60001, hidden_size + 4  # rows are as aligned as contiguous ones, and the last ends the memory
+    memory = torch.randn((num_rows - 1) * stride + hidden_size, device="cuda").bfloat16()
+    w = torch.randn(hidden_size, device="cuda").bfloat16()
+    x, added = (m.as_strided((num_rows, hidden_size), (stride, 1)) for m in (memory, memory.clone()))
+    residual = torch.randn(num_rows, hidden_size, device="cuda").to(residual_dtype)
+    out, sums = general_rmsnorm(x, w, out=poisoned(x)), residual.clone()
     general_fused_add_rmsnorm(added, sums, w)
-    for rows in (slice(0, 5), slice(14999, 15004), slice(29996, 30001)):
+    assert relative_error(out, reference(x, w)[0]) <= TOLERANCE[torch.bfloat16]
+    for rows in (slice(0, 5), slice(29999, 30004), slice(59996, 60001)):
         assert same_bits(general_rmsnorm(x[rows], w), out[rows])
         expected, total = x[rows].clone(), residual[rows].clone()
         general_fused_add_rmsnorm(expected, total, w)
         assert same_bits(expected, added[rows]) and same_bits(total, sums[rows])
-    assert relative_error(out, reference(x, w)[0]) <= TOLERANCE[torch.bfloat16]
 
 
 def test_is_rmsnorm_where_that_serves_the_size(device):

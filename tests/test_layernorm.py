@@ -27,7 +27,7 @@ BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 # CUDA, rows in shared memory, and of clusters of 2, 4 and 8 blocks, of sizes that divide among the threads and that do
 # not. In a cluster each of the two sums goes through the memory of all blocks.
 SIZES = [1, 2, 3, 100, 250, 257, 300, 768, 1001, 2880, 5000, 12288]
-LONG_SIZES = [16384, 20481, 32768, 40004, 40008, 53248, 65535, 65536]
+LONG_SIZES = [3001, 16384, 20481, 32768, 40004, 40008, 53248, 65535, 65536]
 PAIRS = [(BF16, BF16), (FP16, FP32), (FP32, BF16)]
 QUANT_ERROR = 2e-6  # of the normalised float32 number, relative to its terms: two sums, the root, and two products
 

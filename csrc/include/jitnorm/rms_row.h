@@ -43,14 +43,18 @@ constexpr int warp_threads_per_row(int row_bytes) {
 }
 
 // Longer rows: two vectors per thread with up to 256 threads, then up to five, evenly if the size allows it. More
-// threads reduce the latency of a single row, but keep fewer rows in flight.
-constexpr int block_threads_per_row(int row_bytes, bool has_whole_vectors) {
+// threads reduce the latency of a single row, but keep fewer rows in flight. `access_bytes` is the widest access to the
+// row's wider elements.
+constexpr int block_threads_per_row(int row_bytes, int access_bytes) {
   const int vectors = row_bytes / 16;
-  if (vectors <= 128) return vectors <= 80 ? 32 : 64;  // with 64, most of the second warp would have one vector
-  if (vectors == 448) return 256;  // unevenly, as an SM has four schedulers for the warps, and 224 threads are seven
+  if (vectors <= 128) return vectors <= 80 ? 32 : 64;  // of 64, at most 16 would have a second vector
+  // Accesses of 2 bytes are so many that a third vector's bytes do not delay the row, and more rows are in flight.
+  if (access_bytes == 2 && vectors > 256 && vectors <= 512) return round_up((vectors + 2) / 3, 32);
+  // Unevenly, as an SM has four schedulers for the warps, and 224 threads are seven warps.
+  if (access_bytes == 16 && vectors == 448) return 256;
   // Whole warps that vectors cannot be divided among evenly: as few as can hold them, for more rows in flight.
   if (vectors <= 256) return vectors % 32 == 0 ? 128 : round_up((vectors + 1) / 2, 32);
-  const int max_vectors = vectors > 512 ? 5 : has_whole_vectors ? 2 : 3, max_threads = vectors <= 1280 ? 256 : 512;
+  const int max_vectors = vectors <= 512 ? 2 : 5, max_threads = vectors <= 1280 ? 256 : 512;
   for (int threads = 128; threads <= max_threads; threads += 32)
     if (vectors % threads == 0 && vectors / threads <= max_vectors) return threads;
   if (vectors % 32 != 0) return min(1024, max(128, round_up((vectors + max_vectors - 1) / max_vectors, 32)));
@@ -73,17 +77,18 @@ constexpr int layernorm_rows_per_block(int row_bytes, int threads_per_row) {
 
 // With a residual a thread holds two rows' vectors: one of each with up to 256 threads, then two with up to 512. The
 // number of vectors is that of the row with the wider elements. Narrower vectors are more than these, and fewer threads
-// keep enough of them in flight.
+// keep enough of them in flight; of long rows, an even number of warps.
 constexpr int residual_threads_per_row(int row_bytes, bool has_whole_vectors) {
   const int vectors = row_bytes / 16;
-  if (!has_whole_vectors && vectors <= 1024) return round_up((vectors + 2) / 3, vectors > 96 ? 64 : 32);
+  if (!has_whole_vectors && vectors <= 1024) return round_up((vectors + 2) / 3, vectors > 512 ? 64 : 32);
   const int per_thread = vectors <= 256 ? 1 : vectors <= 1024 ? 2 : round_up(vectors, 512) / 512;
   return round_up((vectors + per_thread - 1) / per_thread, 32);
 }
 
-// Long rows do not fit the registers of one block beside weight and bias, which are read late, or they do not fit at
-// all and wait in its shared memory: they are staged. Still longer rows are shared by the blocks of a cluster, which is
-// slower, as the blocks wait for each other and must be launched together. Before sm_90 registers spill.
+// Long rows do not fit the registers of one block beside weight and bias. Where they fit without those, weight and bias
+// are read late. Longer ones wait in the block's shared memory: they are staged. The longest are shared by the blocks
+// of a cluster, which is slower, as the blocks wait for each other and must be launched together. Before sm_90 there is
+// neither; registers spill.
 struct LongRow {
   int blocks, threads;  // blocks of the cluster, and threads of a block
   bool is_staged;
@@ -100,20 +105,21 @@ constexpr int kMaxStagedBytes = 96 * 1024;  // of a block's 99 KiB
 constexpr int kMaxStagedBytes = 192 * 1024;  // of a block's 227 KiB
 #endif
 
-constexpr int blocks_per_cluster(int row_bytes, int max_block_bytes) {
+// The blocks that share `count` bytes or elements of a row.
+constexpr int blocks_per_cluster(int count, int max_of_block) {
   int blocks = 1;
-  while (blocks < 8 && row_bytes > blocks * max_block_bytes) blocks *= 2;
+  while (blocks < 8 && count > blocks * max_of_block) blocks *= 2;
   return blocks;
 }
 
-// `row_bytes` counts the residual too. A block's registers hold 128 KiB of a row. But of more than 32 elements a
-// thread, or with a gate after the norm, they hold less, as the compiler keeps floats. A row with a gate before the
-// norm is not staged, as its product needs registers in any case.
+// `row_bytes` counts the residual too. The registers of a block hold 128 KiB of a row, and at most 32 elements a
+// thread, as the compiler keeps floats; a gate after the norm is more of these. A row with a gate before the norm is
+// not staged, as its product needs registers in any case.
 constexpr LongRow long_row(int hidden_size, int row_bytes, Gating gating) {
-  constexpr int kMaxBytes = 128 * 1024, kMaxElements = 32 * 1024;
-  const bool fits_registers = gating == Gating::kNone && row_bytes <= kMaxBytes && hidden_size <= kMaxElements;
+  const int blocks = max(blocks_per_cluster(row_bytes, 128 * 1024), blocks_per_cluster(hidden_size, 32 * 1024));
+  const bool fits_registers = blocks == 1 && gating != Gating::kAfterNorm;
   if (gating != Gating::kBeforeNorm && !fits_registers && row_bytes <= kMaxStagedBytes) return {1, 1024, true};
-  return {blocks_per_cluster(row_bytes, kMaxBytes), 1024, false};
+  return {blocks, 1024, false};
 }
 
 // LayerNorm mostly waits for weight and bias, which are longer than the row. Several blocks on an SM hide that.
@@ -130,6 +136,13 @@ constexpr LongRow long_narrow_row(int row_bytes, bool has_residual) {
   return {blocks, threads, false};
 }
 
+// The elements of a vector: those of 16 bytes, or so many fewer that a row is whole vectors.
+constexpr int elements_per_vector(int hidden_size, int element_bytes) {
+  int elements = 16 / element_bytes;
+  while (hidden_size % elements) elements /= 2;
+  return elements;
+}
+
 // The bytes of an element of input and residual; 0 for the residual of a policy without one.
 template <typename T, typename Policy>
 struct ElementBytes {
@@ -143,7 +156,8 @@ struct DefaultSchedule {
   using Bytes = ElementBytes<T, Policy>;
   static constexpr int kRowBytes = round_up(kHiddenSize * Bytes::kWider, 16);
   static constexpr int kRowReadBytes = kHiddenSize * (Bytes::kInput + Bytes::kResidual);
-  static constexpr bool kHasWholeVectors = kHiddenSize * Bytes::kWider % 16 == 0;
+  static constexpr int kAccessBytes = elements_per_vector(kHiddenSize, Bytes::kWider) * Bytes::kWider;
+  static constexpr bool kHasWholeVectors = kAccessBytes == 16;
   static constexpr bool kIsEven = kHasWholeVectors && kRowBytes % (16 * kWarpSize) == 0;
   static constexpr bool kIsLayerNorm = Policy::kSubtractsMean && kHasWholeVectors && kHiddenSize > 256;
   static constexpr int kMaxRowKiB = !kHasWholeVectors ? 32 : kIsLayerNorm ? 20 : Policy::kHasResidual ? 48 : 64;
@@ -156,20 +170,13 @@ struct DefaultSchedule {
                                   : kIsLong              ? kLongRow.threads
                                   : Policy::kHasResidual ? residual_threads_per_row(kRowBytes, kHasWholeVectors)
                                   : kIsLayerNorm         ? layernorm_threads_per_row(kRowBytes)
-                                                         : block_threads_per_row(kRowBytes, kHasWholeVectors);
+                                                         : block_threads_per_row(kRowBytes, kAccessBytes);
   static constexpr int kRowsPerBlock = kIsLong ? 1
                                        : kIsLayerNorm
                                            ? layernorm_rows_per_block(kRowBytes, kThreads)
                                            : rows_per_block(kRowReadBytes, kThreads, kHiddenSize <= 256 || kIsEven);
   using type = Schedule<kThreads * kLongRow.blocks, kRowsPerBlock, kLongRow.blocks, kLongRow.is_staged>;
 };
-
-// The elements of a vector: those of 16 bytes, or so many fewer that a row is whole vectors.
-constexpr int elements_per_vector(int hidden_size, int element_bytes) {
-  int elements = 16 / element_bytes;
-  while (hidden_size % elements) elements /= 2;
-  return elements;
-}
 
 constexpr int kRegistersPerSM = 65536;
 constexpr int kSharedBytesPerSM = kMaxStagedBytes + 4 * 1024;  // that staged rows may fill
@@ -218,8 +225,9 @@ struct RMSNormKernelBase : S {
   // A row of 32 to 64 KiB leaves half of an SM's registers to another block.
   static constexpr bool kSharesSM = !S::kStagesRow && !Policy::kHasResidual && kBlockReadBytes > 32 * 1024 &&
                                     kBlockReadBytes < 64 * 1024 && kThreads <= 512;
-  // A long row that is not staged fills them.
-  static constexpr bool kFillsRegisters = !S::kStagesRow && kBlockReadBytes > (Policy::kHasResidual ? 96 : 64) * 1024;
+  // Of a long row that is not staged.
+  static constexpr bool kFillsRegisters =
+      !S::kStagesRow && kBlockReadBytes > (Policy::kHasResidual && kThreads <= 512 ? 96 : 64) * 1024;
   // Where weight and bias would take registers that rows in flight need, they are read when the row is written.
   // LayerNorm does so in a large grid: in another one its latency would suffer.
   static constexpr bool kReadsFactorsLate = Policy::kSubtractsMean || kSharesSM || kFillsRegisters;

@@ -240,7 +240,7 @@ __device__ __forceinline__ void store_whole(T* dst, const Vector<T, N>& v) {
 }
 
 // Prefetches kBytes into L2. This may come before an earlier kernel's writes, which go through L2 too. The instruction
-// takes multiples of 16: of a row that begins or ends elsewhere, the bytes outside of them are left out.
+// takes multiples of 16: of a row that begins or ends elsewhere, up to 30 bytes at its ends are left out.
 template <int kBytes>
 __device__ __forceinline__ void prefetch(const void* src) {
 #if __CUDA_ARCH__ >= 900

@@ -138,18 +138,19 @@ def comparison_rows(comparisons: list[Comparison], unit: str) -> list[list[str]]
 
 @dataclass(frozen=True)
 class PeerSummary:
-    """The first implementation of a report, compared with the other implementations and with the copy.
+    """The first implementation of a report, compared with the other implementations and with copies.
 
     Attributes:
         subject: the implementation.
         vs_best: its time over the best time of the others, for each row where there is one.
-        vs_copy: its time over the copy's, for each row that moves more than LARGE_TRAFFIC. Where ROW_COPY was measured,
-            this is the copy.
+        vs_copy: its time over the copy's, for each row that moves more than LARGE_TRAFFIC.
+        vs_row_copy: likewise over ROW_COPY's, where that was measured.
     """
 
     subject: str
     vs_best: list[tuple[float, Row]]
     vs_copy: list[tuple[float, Row]]
+    vs_row_copy: list[tuple[float, Row]]
 
     def __str__(self) -> str:
         lines = []
@@ -162,6 +163,10 @@ class PeerSummary:
             )
         if self.vs_copy:
             lines.append(f"above 100 MB of traffic it takes {format_range(self.vs_copy)} of the copy's time")
+        if self.vs_row_copy:
+            lines.append(
+                f"there it takes {format_range(self.vs_row_copy)} of the time of a copy with as narrow accesses"
+            )
         return "\n".join(lines)
 
 
@@ -176,7 +181,8 @@ def summarize_peers(report: Report) -> PeerSummary | None:
     subject = next((line for line in report.lines if line not in COPIES), None)
     if subject is None:
         return None
-    summary = PeerSummary(subject, [*_ratios_to_best(report, subject)], [*_ratios_to_copy(report, subject)])
+    vs_copy, vs_row_copy = ([*_ratios_to_copy(report, subject, copy)] for copy in (COPY, ROW_COPY))
+    summary = PeerSummary(subject, [*_ratios_to_best(report, subject)], vs_copy, vs_row_copy)
     return summary if summary.vs_best or summary.vs_copy else None
 
 
@@ -188,9 +194,8 @@ def _ratios_to_best(report: Report, subject: str) -> Iterator[tuple[float, Row]]
             yield results[subject].seconds / min(others), row
 
 
-def _ratios_to_copy(report: Report, subject: str) -> Iterator[tuple[float, Row]]:
+def _ratios_to_copy(report: Report, subject: str, copy: str) -> Iterator[tuple[float, Row]]:
     for row in report.rows:
         results = row.results()
-        copy = results.get(ROW_COPY) or results.get(COPY)
-        if subject in results and copy and results[subject].memory_footprint > LARGE_TRAFFIC:
-            yield results[subject].seconds / copy.seconds, row
+        if subject in results and copy in results and results[subject].memory_footprint > LARGE_TRAFFIC:
+            yield results[subject].seconds / results[copy].seconds, row

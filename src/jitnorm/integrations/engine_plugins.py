@@ -1,4 +1,6 @@
-"""What the plugins of vLLM and SGLang share: when one is active, hashes of the engine's code, and builds of kernels."""
+"""What the plugins of vLLM and SGLang share: when one is active and what it skips, hashes of the engine's code, and
+builds of kernels.
+"""
 
 from __future__ import annotations
 
@@ -16,6 +18,8 @@ from jitnorm.jit.spec import KernelSpec
 from jitnorm.warmup.run import build_all, find_cached, prepare
 
 NAME = "jitnorm"  # of the entry points
+SKIP = "JITNORM_PLUGIN_SKIP"
+PARTS = ("norms", "activations", "attention", "linear_layers", "batch_invariant")  # that SKIP can name
 
 
 def is_requested(variable: str, selection: str) -> bool:
@@ -28,6 +32,23 @@ def is_requested(variable: str, selection: str) -> bool:
     if os.environ.get(variable):
         return is_on(variable)
     return NAME in (name.strip() for name in os.environ.get(selection, "").split(","))
+
+
+def skipped_parts() -> set[str]:
+    """Return the PARTS that the environment tells the plugins to leave to the engine.
+
+    Raises:
+        ValueError: JITNORM_PLUGIN_SKIP names anything else.
+    """
+    names = {name.strip() for name in os.environ.get(SKIP, "").split(",")} - {""}
+    if unknown := names - {*PARTS}:
+        raise ValueError(f"{SKIP} must be names of {', '.join(PARTS)} with commas between, got {sorted(unknown)[0]!r}")
+    return names
+
+
+def reason_to_skip(part: str) -> str | None:
+    """Return why one of PARTS is left to the engine, or None."""
+    return f"{SKIP} names {part}" if part in skipped_parts() else None
 
 
 def source_hash(code: Any) -> str:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from jitnorm.core.targets import target_of
-from jitnorm.integrations.engine_plugins import is_requested
+from jitnorm.integrations.engine_plugins import is_requested, reason_to_skip, skipped_parts
 from jitnorm.integrations.sglang_plugin import deterministic
 from jitnorm.integrations.sglang_plugin.attention import attention_replacements, head_norms
 from jitnorm.integrations.sglang_plugin.layers import apply_qk_norm, layer_replacements
@@ -36,6 +36,9 @@ def register() -> None:
 
     It does nothing unless JITNORM_SGLANG is on, or SGLANG_PLUGINS names `jitnorm` and JITNORM_SGLANG is not set; nor
     with a version of SGLang that jitnorm does not support. A second call changes nothing.
+
+    Raises:
+        ValueError: JITNORM_PLUGIN_SKIP names an unknown part.
     """
     global _status
     if _status is None:
@@ -43,6 +46,7 @@ def register() -> None:
     if not is_requested("JITNORM_SGLANG", "SGLANG_PLUGINS"):
         _status = "the plugin is off: set JITNORM_SGLANG=1, or name jitnorm in SGLANG_PLUGINS"
         return
+    skipped_parts()
     import sglang
 
     problem = version_problem(sglang.__version__) or source_problem("ModelRunner")
@@ -72,7 +76,8 @@ def report() -> str:
 
 def _enable_mode(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """Put jitnorm's operators in place before SGLang enables its deterministic mode."""
-    if reason := _rl_problem() or ("jitnorm has no kernels for ROCm" if torch.version.hip else None):
+    reason = reason_to_skip("batch_invariant") or _rl_problem()
+    if reason := reason or ("jitnorm has no kernels for ROCm" if torch.version.hip else None):
         _parts_left["deterministic mode"] = reason
     else:
         deterministic.replace_operators()

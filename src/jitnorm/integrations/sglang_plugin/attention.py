@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from jitnorm.core.operators import DTYPES
+from jitnorm.integrations.engine_plugins import reason_to_skip
 from jitnorm.integrations.sglang_plugin.layers import engine_norm, norm_problem
 from jitnorm.integrations.sglang_plugin.replacement import Left, LoadedModel, Replacement
 from jitnorm.integrations.sglang_plugin.store import Store, find_store
@@ -74,7 +75,7 @@ def attention_replacements(runner: Any, model: LoadedModel) -> Iterator[tuple[An
             yield module, Left(name, "the server has --forward-hooks")
             continue
         if name not in problems:
-            problems[name] = source_problem(name) or source_problem("attention")
+            problems[name] = reason_to_skip("attention") or source_problem(name) or source_problem("attention")
         if reason := problems[name] or _layer_problem(module, cls, model.dtype):
             yield module, Left(name, reason)
             continue

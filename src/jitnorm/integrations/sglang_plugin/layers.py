@@ -21,6 +21,7 @@ from jitnorm.activation import (
 )
 from jitnorm.core.operators import DTYPES
 from jitnorm.integrations.engine_norms import EngineNorm
+from jitnorm.integrations.engine_plugins import reason_to_skip
 from jitnorm.integrations.sglang_plugin.replacement import Left, LoadedModel, Replacement
 from jitnorm.integrations.sglang_plugin.tested import source_problem
 from jitnorm.qknorm import QKNORM, can_use_fused_inplace_qknorm, fused_inplace_qknorm
@@ -50,7 +51,8 @@ def layer_replacements(model: LoadedModel, fused: Collection[torch.nn.Module] = 
         if make is None or id(module) in skipped:
             continue
         if cls.__name__ not in problems:
-            problems[cls.__name__] = source_problem(cls.__name__)
+            part = "activations" if make is _replace_activation else "norms"
+            problems[cls.__name__] = reason_to_skip(part) or source_problem(cls.__name__)
         if reason := problems[cls.__name__] or _reason_to_leave(module):
             yield Left(cls.__name__, reason)
         else:

@@ -9,6 +9,7 @@ from sglang.srt.layers.linear import MergedColumnParallelLinear, QKVParallelLine
 from sglang.srt.layers.quantization.unquant import UnquantizedLinearMethod, get_bf16_gemm_backend
 
 from jitnorm.integrations import engine_gemms
+from jitnorm.integrations.engine_plugins import reason_to_skip
 from jitnorm.integrations.sglang_plugin.replacement import Report
 from jitnorm.integrations.sglang_plugin.tested import source_problem
 
@@ -52,7 +53,7 @@ def replace(runner: Any, report: Report) -> None:
     ]
     if not modules:
         return
-    if reason := source_problem("linear layers"):
+    if reason := reason_to_skip("linear_layers") or source_problem("linear layers"):
         report.left["linear layers", reason] += len(modules)
         return
     selection = engine_gemms.select([module.weight for module in modules])

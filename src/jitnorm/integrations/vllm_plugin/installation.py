@@ -17,6 +17,7 @@ from types import ModuleType
 from typing import Any
 
 from jitnorm._version import __version__
+from jitnorm.integrations.engine_plugins import reason_to_skip, skipped_parts
 from jitnorm.integrations.vllm_plugin import compatibility
 from jitnorm.integrations.vllm_plugin.report import REPORTS, publish
 from jitnorm.jit.log import logger
@@ -29,7 +30,12 @@ _are_layers_replaced = False
 
 
 def install() -> None:
-    """Change what a compiled graph depends on now, and the rest as soon as vLLM loads a model."""
+    """Change what a compiled graph depends on now, and the rest as soon as vLLM loads a model.
+
+    Raises:
+        ValueError: JITNORM_PLUGIN_SKIP names an unknown part.
+    """
+    skipped_parts()
     if problem := compatibility.changed("configuration"):
         logger.warning("jitnorm's plugin replaces nothing in vLLM: %s", problem)
         return
@@ -64,7 +70,7 @@ def replace_layers() -> None:
 
     if not batch_invariant_mode.is_mode_requested():
         return
-    if problem := compatibility.changed("batch-invariant mode"):
+    if problem := reason_to_skip("batch_invariant") or compatibility.changed("batch-invariant mode"):
         _notes.append(f"left the operators of vLLM's batch-invariant mode: {problem}")
     else:
         batch_invariant_mode.install(set_attribute)
@@ -124,7 +130,7 @@ def _register_layers() -> list[str]:
 
     left = []
     for part, pairs in REPLACEMENTS.items():
-        problem = compatibility.changed(part)
+        problem = reason_to_skip(part) or compatibility.changed(part)
         for original, replacement in pairs:
             name = original.__name__
             if problem or name in custom_op.op_registry_oot:

@@ -15,6 +15,7 @@ from vllm.model_executor.layers.linear import (
 )
 
 from jitnorm.integrations import engine_gemms
+from jitnorm.integrations.engine_plugins import reason_to_skip
 from jitnorm.integrations.vllm_plugin import batch_invariant_mode, compatibility
 from jitnorm.integrations.vllm_plugin.report import Report
 from jitnorm.jit.log import logger
@@ -39,7 +40,10 @@ def replace(model: torch.nn.Module, config: Any, report: Report) -> None:
 
     What is replaced does not depend on the times, since a compiled graph does.
     """
-    if not _may_replace(config) or compatibility.changed("linear layers"):
+    if not _may_replace(config):
+        return
+    if problem := reason_to_skip("linear_layers") or compatibility.changed("linear layers"):
+        report.notes.append(f"left linear layers: {problem}")
         return
     ranks = config.parallel_config.tensor_parallel_size
     compiled = _modules_of_compiled_code(model)

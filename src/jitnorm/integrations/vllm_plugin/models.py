@@ -8,7 +8,7 @@ import torch
 
 from jitnorm.core.operators import DTYPES
 from jitnorm.core.targets import target_of
-from jitnorm.integrations.engine_plugins import build_and_load
+from jitnorm.integrations.engine_plugins import build_and_load, reason_to_skip
 from jitnorm.integrations.vllm_plugin import attention, compatibility, fusion, layers, linears, residuals
 from jitnorm.integrations.vllm_plugin.report import Report
 from jitnorm.jit.spec import KernelSpec, Target
@@ -38,7 +38,8 @@ def replace_operators(model: torch.nn.Module, config: Any) -> Report:
     for name, module in model.named_modules():
         if part := fusion.part_of(module):
             of_attention |= {id(getattr(module, norm, None)) for norm in ("q_norm", "k_norm")}
-            found: Any = reason or compatibility.changed(part) or compatibility.changed("attention")
+            found: Any = reason or reason_to_skip("attention")
+            found = found or compatibility.changed(part) or compatibility.changed("attention")
             found = found or fusion.find_fusion(module, dtype, config)
             if isinstance(found, str):
                 report.left[name] = f"{type(module).__name__}: {found}"
@@ -68,8 +69,10 @@ def replace_operators(model: torch.nn.Module, config: Any) -> Report:
     ]
     failures = build_and_load([*(spec for _, _, _, specs in planned for spec in specs), *float32_specs])
     active = {id(module) for _, module, _, specs in planned if not failures.keys() & {*specs}}
-    # A norm of vLLM's among them would return the residual in half precision.
-    if failures.keys() & {*float32_specs} or not with_float32_residual <= active:
+    if failed := next((failures[spec] for spec in float32_specs if spec in failures), None):
+        report.notes.append(f"residual in {dtype}, not in float32: {failed}")
+        with_float32_residual = set()
+    elif not with_float32_residual <= active:  # a norm of vLLM's would return the residual in half precision
         with_float32_residual = set()
     for name, module, found, specs in planned:
         if failed := next((failures[spec] for spec in specs if spec in failures), None):
