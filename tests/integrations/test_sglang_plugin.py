@@ -291,6 +291,15 @@ class TestNorms:
         assert reason in given
         assert norm._forward_method == norm.dispatch_forward()
 
+    @pytest.mark.parametrize("part", ["norms", "activations"])
+    def test_parts_that_the_environment_skips_are_left(self, args, part, monkeypatch):
+        activation = importlib.import_module("sglang.srt.layers.activation").SiluAndMul()
+        modules = torch.nn.ModuleDict({"norm": norm_of("RMSNorm"), "activation": activation})
+        monkeypatch.setenv("JITNORM_PLUGIN_SKIP", part)
+        report = installed(modules)
+        what = "RMSNorm" if part == "norms" else "SiluAndMul"
+        assert list(report.left) == [(what, f"JITNORM_PLUGIN_SKIP names {part}")] and len(report.replaced) == 1
+
     def test_a_method_that_sglang_has_chosen_is_left(self, args):
         norm = norm_of("RMSNorm")
         norm.enter_torch_compile(1)
@@ -654,6 +663,11 @@ class TestAttention:
         report = self.replaced(attention_of("Qwen3Attention"), args, pool_of())
         assert list(report.left) == [("Qwen3Attention", "the server has --forward-hooks")]
 
+    def test_the_environment_skips_it(self, args, monkeypatch):
+        monkeypatch.setenv("JITNORM_PLUGIN_SKIP", "attention")
+        report = self.replaced(attention_of("Qwen3Attention"), args, pool_of())
+        assert list(report.left) == [("Qwen3Attention", "JITNORM_PLUGIN_SKIP names attention")]
+
 
 class TestDeterministicMode:
     @pytest.fixture
@@ -725,6 +739,14 @@ class TestDeterministicMode:
         assert ops.matmul_persistent is own
         assert "requires the bits of a trainer" in sglang_plugin._parts_left["deterministic mode"]
 
+    def test_the_environment_skips_it(self, ops, monkeypatch):
+        monkeypatch.setattr(sglang_plugin, "_parts_left", {})
+        monkeypatch.setenv("JITNORM_PLUGIN_SKIP", "batch_invariant")
+        own = ops.matmul_persistent
+        sglang_plugin._enable_mode(lambda: None)
+        assert ops.matmul_persistent is own
+        assert sglang_plugin._parts_left == {"deterministic mode": "JITNORM_PLUGIN_SKIP names batch_invariant"}
+
     def test_the_hook_replaces_before_the_mode_begins(self, ops, monkeypatch):
         monkeypatch.setattr(sglang_plugin, "_parts_left", {})
         seen = sglang_plugin._enable_mode(lambda: ops.mm_batch_invariant)
@@ -786,4 +808,8 @@ def test_linear_layers_of_cuda_graphs_call_the_operator(args, monkeypatch):
     lora = ({"lora": True}, {"lora_paths": ["adapter"]})
     for changes in ({"is_draft_worker": True}, {"backend": "disabled"}, {"deterministic": True}, *lora):
         linears.replace(runner(**changes), report)
+    assert len(timed) == 4 and len(report.replaced) == 1
+    monkeypatch.setenv("JITNORM_PLUGIN_SKIP", "linear_layers")
+    linears.replace(runner(), report)
+    assert report.left == {("linear layers", "JITNORM_PLUGIN_SKIP names linear_layers"): 4}
     assert len(timed) == 4 and len(report.replaced) == 1

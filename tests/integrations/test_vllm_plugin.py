@@ -236,6 +236,39 @@ def test_a_part_with_another_source_is_left(config, monkeypatch):
 
 
 @needs_vllm
+def test_parts_that_the_environment_skips_are_left(config, monkeypatch):
+    from vllm import envs
+    from vllm.model_executor.custom_op import op_registry_oot
+    from vllm.model_executor.layers import linear
+
+    from jitnorm.integrations.vllm_plugin import installation
+
+    monkeypatch.setattr(envs, "VLLM_BATCH_INVARIANT", True, raising=False)
+    monkeypatch.setenv(engine_plugins.SKIP, "norms,batch_invariant")
+    try:
+        reinstall(installation)
+        assert "RMSNorm" not in op_registry_oot and "SiluAndMul" in op_registry_oot
+        assert linear.linear_batch_invariant.__module__.startswith("vllm")
+        reason = "JITNORM_PLUGIN_SKIP names {}".format
+        assert installation._notes == [
+            *(f"left {cls}: {reason('norms')}" for cls in ("RMSNorm", "GemmaRMSNorm")),
+            f"left the operators of vLLM's batch-invariant mode: {reason('batch_invariant')}",
+        ]
+    finally:
+        monkeypatch.undo()
+        reinstall(installation)
+
+
+@needs_vllm
+def test_an_unknown_part_to_skip_is_refused(config, monkeypatch):
+    from jitnorm.integrations.vllm_plugin import installation
+
+    monkeypatch.setenv(engine_plugins.SKIP, "norm")
+    with pytest.raises(ValueError, match="got 'norm'"):
+        installation.install()
+
+
+@needs_vllm
 def test_a_class_that_another_plugin_replaces_is_left(config):
     from vllm.model_executor.custom_op import op_registry_oot
     from vllm.model_executor.layers.layernorm import RMSNorm
@@ -679,6 +712,9 @@ def test_attention_that_is_left_has_a_reason(config, attention, monkeypatch):
     assert "its rotary embedding is" in reason(lambda m: setattr(m, "rotary_emb", torch.nn.Identity()))
     assert "no kernel rotates 20" in reason(rotary_dim(20))
     assert "no kernel supports head_dim 40" in reason(attn(head_size=40, head_size_v=40))
+    monkeypatch.setenv(engine_plugins.SKIP, "attention")
+    assert reason() == "JITNORM_PLUGIN_SKIP names attention"
+    monkeypatch.delenv(engine_plugins.SKIP)
     monkeypatch.setattr(fusion, "BACKENDS", {})
     assert reason() == "the attention backend FLASH_ATTN is not supported"
 
@@ -750,12 +786,16 @@ def test_residuals_stay_in_float32(family, layers, bfloat16):
 
 @needs_vllm
 @pytest.mark.parametrize(
-    "case", ["pipeline", "speculation", "auxiliary states", "another layer", "a norm that is left", "another source"]
+    "case",
+    [
+        *("pipeline", "speculation", "auxiliary states", "another layer", "a norm that is left", "another source"),
+        "no kernel",
+    ],
 )
 def test_residuals_that_others_may_read_keep_their_dtype(case, layers, bfloat16, monkeypatch):
     from vllm.config import CompilationConfig
 
-    from jitnorm.integrations.vllm_plugin import compatibility
+    from jitnorm.integrations.vllm_plugin import compatibility, models
     from jitnorm.integrations.vllm_plugin.models import replace_operators
 
     model, changes = model_of_norms("qwen3"), {}
@@ -771,11 +811,17 @@ def test_residuals_that_others_may_read_keep_their_dtype(case, layers, bfloat16,
         layer.__class__ = type("Other", (type(layer),), {"forward": lambda self, *arguments: arguments})
     elif case == "a norm that is left":
         model.layers[2].input_layernorm.weight.data = torch.ones(256, dtype=torch.float16)
+    elif case == "no kernel":
+        monkeypatch.setattr(
+            models, "build_and_load", lambda specs: {s: "no compiler" for s in specs if "fp32_residual" in s.op}
+        )
     else:
         changed = compatibility.changed
         monkeypatch.setattr(compatibility, "changed", lambda part: "changed" if part == "residuals" else changed(part))
     report = replace_operators(model, settings(compilation_config=CompilationConfig(), **changes))
     assert report.replaced and not [what for what in report.replaced.values() if "float32" in what]
+    note = "residual in torch.bfloat16, not in float32: no compiler"
+    assert report.notes == [note] * (case == "no kernel")
     x, residual = torch.randn(2, 3, 256, dtype=torch.bfloat16)
     with torch.no_grad():
         assert model.layers[0].input_layernorm(x, residual)[1].dtype == torch.bfloat16
@@ -1437,4 +1483,8 @@ def test_linear_layers_of_cuda_graphs_call_the_operator(config, layers, bfloat16
         linears.replace(made(), configured(**changes), report)
         assert not report.replaced and not report.notes, changes
     linears.replace(made(do_not_compile=True), configured(), report)
+    report = Report("Tiny")
+    monkeypatch.setenv(engine_plugins.SKIP, "linear_layers")
+    linears.replace(made(), configured(), report)
+    assert report.notes == ["left linear layers: JITNORM_PLUGIN_SKIP names linear_layers"]
     assert not report.replaced and len(timed) == 4

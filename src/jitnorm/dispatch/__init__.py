@@ -22,9 +22,8 @@ CUDA graph, is raised instead.) `explain` and `jitnorm doctor` show which backen
 `with backend(name):` overrides the rule. JITNORM_BACKEND does so too, and is read once, at the first call:
 
 - "auto": the rule above.
-- "auto-fast": this package's kernels if they support the call, else as "auto". On an H200 with bfloat16 they were
-  faster than both of FlashInfer's implementations in all 25 rows of benchmarks/results/rmsnorm_h200.json, by 1% in the
-  closest, and in 5 of 6 of fused_add_rmsnorm_h200.json, where one took 0.7% longer.
+- "auto-fast": this package's kernels if they support the call, else as "auto". docs/performance.md compares them with
+  both of FlashInfer's implementations.
 - "jit", "flashinfer", "torch": that backend, or RuntimeError if it does not support the call.
 
 A compiled graph keeps the backend with which it was traced, which is never FlashInfer.
