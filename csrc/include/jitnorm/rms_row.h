@@ -225,7 +225,7 @@ struct RMSNormKernelBase : S {
   // A row of 32 to 64 KiB leaves half of an SM's registers to another block.
   static constexpr bool kSharesSM = !S::kStagesRow && !Policy::kHasResidual && kBlockReadBytes > 32 * 1024 &&
                                     kBlockReadBytes < 64 * 1024 && kThreads <= 512;
-  // Of a long row that is not staged.
+  // Of a long row that is not staged. Shorter rows have up to 64 KiB, or with a residual 96 KiB and up to 512 threads.
   static constexpr bool kFillsRegisters =
       !S::kStagesRow && kBlockReadBytes > (Policy::kHasResidual && kThreads <= 512 ? 96 : 64) * 1024;
   // Where weight and bias would take registers that rows in flight need, they are read when the row is written.

@@ -24,7 +24,7 @@ _COMPILATION_FAILED = 6  # NVRTC_ERROR_COMPILATION; other errors do not come fro
 _INVALID_OPTION = 5  # NVRTC_ERROR_INVALID_OPTION
 # It takes a tenth off the time of a build and changes no byte of the result: declarations are left out that no kernel
 # uses. Older versions do not know it.
-_FASTER = ("-minimal",)
+_OPTIONAL = ("-minimal",)
 # Optimise the kernels of a cubin in threads, which takes a fifth off the time of a build. Their order in the cubin then
 # changes from build to build.
 _IN_THREADS = ("-split-compile=0", "-Xptxas", "--split-compile=0")
@@ -57,7 +57,7 @@ class Nvrtc:
         archs = (ctypes.c_int * count.value)()
         self._call("nvrtcGetSupportedArchs", archs)
         self.archs = tuple(archs)  # such as 90 for sm_90 and sm_90a
-        self._optional: tuple[str, ...] = _FASTER
+        self._optional: tuple[str, ...] = _OPTIONAL
 
     def compile(self, source: str, name: str, options: Sequence[str], in_threads: bool = False) -> bytes:
         """Return the cubin of `source`.

@@ -76,8 +76,8 @@ def report() -> str:
 
 def _enable_mode(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """Put jitnorm's operators in place before SGLang enables its deterministic mode."""
-    reason = reason_to_skip("batch_invariant") or _rl_problem()
-    if reason := reason or ("jitnorm has no kernels for ROCm" if torch.version.hip else None):
+    no_kernels = "jitnorm has no kernels for ROCm" if torch.version.hip else None
+    if reason := reason_to_skip("batch_invariant") or _rl_problem() or no_kernels:
         _parts_left["deterministic mode"] = reason
     else:
         deterministic.replace_operators()
