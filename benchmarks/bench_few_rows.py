@@ -1,20 +1,22 @@
-"""Measure products of a few rows and the weights of linear layers: by jitnorm, torch, and cuBLASLt without split k."""
+"""Measure products of a few rows and the weights of linear layers.
+
+By jitnorm's two kernels, torch, and cuBLASLt without split k.
+"""
 
 from __future__ import annotations
-
-from collections.abc import Callable
 
 import torch
 
 from jitnorm.batch_invariant.matmul import cublaslt
 from jitnorm.batch_invariant.matmul.problem import Gemm, Problem
 from jitnorm.benchmark import marker
-from jitnorm.integrations import few_rows
+from jitnorm.integrations.few_rows import REGISTERS, WGMMA
 
-# (n, k) of those layers that are small enough for the kernel: qkv, o, gate_up and down
+# (n, k) of qkv, o, gate_up and down
 QWEN3_06B = [(4096, 1024), (1024, 2048), (6144, 1024), (1024, 3072)]
-LLAMA_1B = [(3072, 2048), (2048, 2048), (2048, 8192)]
-QWEN3_8B = [(4096, 4096)]
+LLAMA_1B = [(3072, 2048), (2048, 2048), (16384, 2048), (2048, 8192)]
+QWEN3_8B = [(6144, 4096), (4096, 4096), (24576, 4096), (4096, 12288)]
+KERNELS = {"registers": REGISTERS, "wgmma": WGMMA}
 
 
 def by_cublaslt(weight: torch.Tensor) -> Gemm:
@@ -22,18 +24,27 @@ def by_cublaslt(weight: torch.Tensor) -> Gemm:
     return cublaslt.gemm(Problem(weight.device, n, k, dtype, dtype, True, k, False, False))
 
 
-GEMMS: dict[str, Callable[[torch.Tensor], Gemm]] = {"jitnorm": few_rows.gemm, "cublaslt": by_cublaslt}
+def gemm_of(impl: str, weight: torch.Tensor, num_tokens: int) -> Gemm | None:
+    """Return the GEMM of an implementation; None is torch's."""
+    if impl == "torch":
+        return None
+    if not weight.is_cuda:
+        marker.skip("it needs CUDA")
+    if impl == "cublaslt":
+        return by_cublaslt(weight)
+    kernel = KERNELS[impl]
+    if num_tokens > kernel.max_rows or not kernel.is_supported(weight):
+        marker.skip("not supported")
+    return kernel.gemm(weight)
 
 
 @marker.parametrize("n,k", QWEN3_06B + LLAMA_1B + QWEN3_8B, [(1024, 2048)])
-@marker.parametrize("num_tokens", [1, 4, 16], [16])
-@marker.benchmark("impl", ["jitnorm", "torch", "cublaslt"])
+@marker.parametrize("num_tokens", [1, 4, 16, 32, 64], [16])
+@marker.benchmark("impl", [*KERNELS, "torch", "cublaslt"])
 def bench(n: int, k: int, num_tokens: int, impl: str) -> marker.BenchResult:
-    """Measure products of a few rows and the weights of linear layers: by jitnorm, torch, and cuBLASLt."""
+    """Measure products of a few rows and the weights of linear layers: by jitnorm's two kernels, torch and cuBLASLt."""
     x, weight = marker.create_random(num_tokens, k), marker.create_random(n, k)
-    if impl in GEMMS and not weight.is_cuda:
-        marker.skip("it needs CUDA")
-    gemm = GEMMS[impl](weight) if impl in GEMMS else None
+    gemm = gemm_of(impl, weight, num_tokens)
 
     def call(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         if gemm is None:

@@ -58,7 +58,7 @@ README_MODELS, README_BATCHES = ("qwen3-0.6b", "qwen3-8b"), (1, 64)
 ENGINE_NAMES = {"vllm": "vLLM", "sglang": "SGLang"}
 SERVERS = ["vllm_serve_qwen3_0.6b"]
 ROPE_STORE_TOKENS = (1, 64, 4096, 16384)
-FEW_ROWS = (1, 16)
+FEW_ROWS = (1, 16, 64)
 CPU_SHAPES = [(64, 1), (4096, 1), (4096, 64), (4096, 4096)]
 CPU_COLUMNS = {"torch": "F.rms_norm", "jitnorm": "jitnorm, out given", "allocated": "jitnorm"}
 # Bandwidth grows with the number of rows: one size each.
@@ -105,12 +105,13 @@ def qknorm_rope_store_h200() -> list[str]:
 
 def few_rows_h200() -> list[str]:
     """Return the microseconds of products of a few rows."""
-    columns = {"jitnorm": "jitnorm", "torch": "torch", "cublaslt": "cuBLASLt without split k"}
+    columns = {"registers": "jitnorm, registers", "wgmma": "jitnorm, wgmma", "torch": "torch"}
+    columns["cublaslt"] = "cuBLASLt without split k"
     lines = _header(["n", "k", "rows", *columns.values()])
     for row in _read("few_rows_h200").rows:
         point, us = row.point, {line: result.seconds * 1e6 for line, result in row.results().items()}
         if point["num_tokens"] in FEW_ROWS:
-            cells = [_us(us[line], us[line] == min(us.values())) for line in columns]
+            cells = [_us(us[line], us[line] == min(us.values())) if line in us else "-" for line in columns]
             lines.append(_row([*(str(point[name]) for name in ("n", "k", "num_tokens")), *cells]))
     return lines
 

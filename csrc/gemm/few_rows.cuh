@@ -37,6 +37,7 @@ struct FewRowsGemmKernel : DefaultVariantOnly {
     return warps;
   }
   static constexpr int kTiles = tiles_per_block(), kWarps = warps_per_block();
+  static constexpr int kColumns = kTiles * kColumnsPerTile;
   static constexpr int kThreads = 32 * kWarps;
   static constexpr int kStepsPerWarp = kSteps / kWarps;
   static constexpr int kStepsAhead = kStepsPerWarp < 8 / kTiles ? kStepsPerWarp : 8 / kTiles;  // 256 bytes of a thread
@@ -46,7 +47,7 @@ struct FewRowsGemmKernel : DefaultVariantOnly {
   static __device__ __forceinline__ void run(const FewRowsGemmParams& p) {
     __shared__ float sums[kWarps][kTiles][kMaxRows][kColumnsPerTile];
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, group = lane / 4, quad = lane % 4;
-    const int column = blockIdx.x * kTiles * kColumnsPerTile;
+    const int column = blockIdx.x * kColumns;
     const T* weight = static_cast<const T*>(p.weight) + index_t(column + group) * kK + warp * kStep + quad * 8;
     uint4 w[kStepsAhead][kTiles][2];
 #pragma unroll
@@ -78,7 +79,7 @@ struct FewRowsGemmKernel : DefaultVariantOnly {
       *reinterpret_cast<float2*>(&sums[warp][t][group + 8][2 * quad]) = make_float2(sum[t][2], sum[t][3]);
     }
     __syncthreads();
-    constexpr int kPairsPerRow = kTiles * kColumnsPerTile / 2;
+    constexpr int kPairsPerRow = kColumns / 2;
     for (int i = threadIdx.x; i < p.num_rows * kPairsPerRow; i += kThreads) {
       const int row = i / kPairsPerRow, pair = i % kPairsPerRow, t = pair / 4, at = pair % 4 * 2;
       float total[2] = {};

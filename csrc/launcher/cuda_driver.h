@@ -22,6 +22,9 @@ enum { kComputeCapabilityMajor = 75, kComputeCapabilityMinor = 76 };   // CUdevi
 enum { kMaxDynamicSharedBytes = 8 };                                   // CUfunction_attribute
 enum { kRelaxedCapture = 2 };                                          // CUstreamCaptureMode
 enum { kClusterDimension = 4, kProgrammaticStreamSerialization = 6 };  // CUlaunchAttributeID
+enum { kTensorMapUint16 = 1 };                                         // CUtensorMapDataType
+enum { kTensorMapSwizzle128B = 3 };                                    // CUtensorMapSwizzle
+enum { kTensorMapPromotion128B = 2 };                                  // CUtensorMapL2promotion
 
 struct LaunchAttribute {  // CUlaunchAttribute
   int id;
@@ -52,6 +55,9 @@ struct Driver {
   CudaResult (*kernel_function)(CudaHandle*, CudaHandle) = find("cuKernelGetFunction");
   CudaResult (*set_function_attribute)(CudaHandle, int, int) = find("cuFuncSetAttribute");
   CudaResult (*launch)(const LaunchConfig*, CudaHandle, void**, void**) = find("cuLaunchKernelEx");
+  CudaResult (*encode_tensor_map)(void*, int, unsigned, void*, const unsigned long long*, const unsigned long long*,
+                                  const unsigned*, const unsigned*, int, int, int,
+                                  int) = find("cuTensorMapEncodeTiled");
 
   // A symbol, which converts to any pointer to a function.
   struct Symbol {

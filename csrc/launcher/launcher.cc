@@ -10,6 +10,7 @@
 #include "elementwise/store_cache.h"
 #include "gemm/cublaslt.h"
 #include "gemm/few_rows.h"
+#include "gemm/few_rows_wgmma.h"
 #include "launcher/cuda_module.h"
 
 namespace jitnorm {
@@ -31,6 +32,19 @@ class CudaKernel {
 
   const Info& info() const { return info_; }
   bool runs_on(DLDevice device) const { return module_.runs_on(device); }
+
+  // Describes rows of 16-bit elements, and boxes of them that TMA copies swizzled by 128 bytes. Returns whether it
+  // could.
+  bool encode_tensor_map(const Rows& rows, int columns, int box_columns, int box_rows, TensorMap* map) const {
+    const unsigned long long sizes[] = {static_cast<unsigned long long>(columns),
+                                        static_cast<unsigned long long>(rows.count)};
+    const unsigned long long strides[] = {static_cast<unsigned long long>(rows.count > 1 ? rows.stride : columns) * 2};
+    const unsigned box[] = {static_cast<unsigned>(box_columns), static_cast<unsigned>(box_rows)};
+    const unsigned element_strides[] = {1, 1};
+    return driver().encode_tensor_map &&
+           driver().encode_tensor_map(map, kTensorMapUint16, 2, rows.data, sizes, strides, box, element_strides, 0,
+                                      kTensorMapSwizzle128B, kTensorMapPromotion128B, 0) == 0;
+  }
 
   template <typename Params>
   Outcome launch(const Params& params, DLDevice device, bool enable_pdl) const {
@@ -93,6 +107,7 @@ constexpr Binding kBindings[] = {
     binding<QuantFp8Info, per_tensor_quant_fp8<CudaKernel<QuantFp8Info>>>("per_tensor_quant_fp8"),
     binding<QuantFp8Info, per_token_quant_fp8<CudaKernel<QuantFp8Info>>>("per_token_quant_fp8"),
     binding<FewRowsGemmInfo, few_rows_gemm<CudaKernel<FewRowsGemmInfo>>>("few_rows_gemm"),
+    binding<FewRowsGemmInfo, few_rows_wgmma<CudaKernel<FewRowsGemmInfo>>>("few_rows_wgmma"),
 };
 
 inline int raise(const char* message) {

@@ -1,6 +1,8 @@
-"""The choice between torch's GEMM, this package's and cuBLASLt without split k for a few rows."""
+"""The choice between torch's GEMM, this package's two and cuBLASLt without split k for a few rows."""
 
 from __future__ import annotations
+
+from dataclasses import fields
 
 import pytest
 import torch
@@ -78,12 +80,12 @@ def test_candidates(device):
 def test_what_cannot_be_timed_is_left_to_torch(monkeypatch):
     weight, x = torch.randn(64, 128), torch.randn(3, 128)
 
-    def choose(gemms, weights):
+    def choose(gemms, weights, after_norm):
         raise torch.OutOfMemoryError("no memory")
 
-    monkeypatch.setattr(engine_gemms, "_candidates", lambda weight, has_kernel: {"a GEMM": engine_gemms._mm})
+    monkeypatch.setattr(engine_gemms, "_candidates", lambda weight, kernels: {"a GEMM": engine_gemms._mm})
     monkeypatch.setattr(engine_gemms, "_choose", choose)
-    assert engine_gemms.select([weight]) == ({engine_gemms.shape_of(weight)}, []) and not engine_gemms._chosen
+    assert engine_gemms.select([weight], []) == ({engine_gemms.shape_of(weight)}, []) and not engine_gemms._chosen
     assert same_bits(engine_gemms.linear(x, weight), torch.nn.functional.linear(x, weight))
 
 
@@ -97,22 +99,29 @@ def test_an_unsupported_number_of_rows_is_left_to_torch(monkeypatch):
     assert same_bits(engine_gemms.linear(x, weight), torch.nn.functional.linear(x, weight))
 
 
-def test_the_fastest_is_chosen(monkeypatch):
+@pytest.mark.parametrize("after_norm", [True, False])
+def test_the_fastest_is_chosen(monkeypatch, after_norm):
     """For each number of rows; a GEMM that does not take them is left out, and a small gain is noise."""
+    norms = []
+    rmsnorm = engine_gemms.dispatch.rmsnorm
+    monkeypatch.setattr(engine_gemms.dispatch, "rmsnorm", lambda *a, **k: norms.append(a) or rmsnorm(*a, **k))
     seconds = {
         "torch": dict.fromkeys(engine_gemms.ROWS, 1.0),
-        "few_rows": {1: 0.5, 2: 0.94, 4: 0.96, 8: 0.9, 16: 0.99},
+        "few_rows_gemm": {1: 0.5, 2: 0.94, 4: 0.96, 8: 0.9, 16: 0.99},
         "cuBLASLt without split k": {1: 0.6, 2: 0.93, 4: 0.97, 8: 1.2, 16: 0.9, 32: 0.8, 64: 0.96},
     }
     gemms = {name: (lambda *operands, name=name: name) for name in seconds}
     order = [*gemms.values()]
     monkeypatch.setattr(engine_gemms, "_mm", gemms["torch"])
     others = {name: gemm for name, gemm in gemms.items() if name != "torch"}
-    monkeypatch.setattr(engine_gemms, "_candidates", lambda weight, has_kernel: others)
+    monkeypatch.setattr(engine_gemms, "_candidates", lambda weight, kernels: others)
     taken = []
 
-    def measure(gemm, x, weights, out):
+    def measure(gemm, x, weights, out, write_x):
         assert x.shape == (len(x), 128) and out.shape == (len(x), 64) and len(weights) == 3
+        x.fill_(float("nan"))
+        write_x()
+        assert x.isfinite().all()
         name = gemm()
         taken.append(order.index(gemm))
         if len(x) not in seconds[name]:
@@ -122,27 +131,38 @@ def test_the_fastest_is_chosen(monkeypatch):
     monkeypatch.setattr(engine_gemms, "_seconds", measure)
     monkeypatch.setattr(engine_gemms.torch.cuda, "device", lambda device: torch.no_grad())
     weights = [torch.randn(64, 128) for _ in range(3)]
-    shapes, said = engine_gemms.select(weights)
+    shapes, said = engine_gemms.select(*((weights, []) if after_norm else (weights[:1], weights[1:])))
     assert shapes == {engine_gemms.shape_of(weights[0])}
-    assert said == ["n=64 k=128, numbers of rows: few_rows for 1, 8; cuBLASLt without split k for 2, 16, 32"]
+    assert said == ["n=64 k=128, numbers of rows: few_rows_gemm for 1, 8; cuBLASLt without split k for 2, 16, 32"]
     (chosen,) = engine_gemms._chosen.values()
+    assert bool(norms) == after_norm
     names = {rows: gemm() for rows, gemm in chosen.items()}
-    assert names == dict.fromkeys((1, 8), "few_rows") | dict.fromkeys((2, 16, 32), "cuBLASLt without split k")
+    assert names == dict.fromkeys((1, 8), "few_rows_gemm") | dict.fromkeys((2, 16, 32), "cuBLASLt without split k")
 
 
 @pytest.mark.parametrize("has_cublaslt", [True, False])
 def test_a_kernel_that_cannot_be_built_is_left_out(has_cublaslt, cache_dir, monkeypatch):
     """It is tried once, and a shape without any other GEMM than torch's is not replaced."""
     weight = torch.randn(64, 128)
-    spec = engine_gemms.few_rows.spec(64, 128, BF16, Target.cuda("9.0a"))
+
+    class Kernel(engine_gemms.FewRowsKernel):
+        def is_supported(self, weight):
+            return True
+
+        def spec_of(self, weight):
+            return self.spec(64, 128, BF16, Target.cuda("9.0a"))
+
+        def gemm(self, weight):
+            pytest.fail("it was not built")
+
+    kernel = engine_gemms.few_rows.REGISTERS
+    kernel = Kernel(**{field.name: getattr(kernel, field.name) for field in fields(kernel)})
     monkeypatch.setenv("JITNORM_DISABLE_JIT", "1")
-    monkeypatch.setattr(engine_gemms.few_rows, "is_supported", lambda weight: True)
-    monkeypatch.setattr(engine_gemms.few_rows, "spec_of", lambda weight: spec)
-    monkeypatch.setattr(engine_gemms.few_rows, "gemm", lambda weight: pytest.fail("it was not built"))
+    monkeypatch.setattr(engine_gemms.few_rows, "KERNELS", (kernel,))
     monkeypatch.setattr(engine_gemms.cublaslt, "library_version", lambda: 130000 * has_cublaslt)
     monkeypatch.setattr(engine_gemms.cublaslt, "gemm", lambda problem: engine_gemms._mm)
-    monkeypatch.setattr(engine_gemms, "_choose", lambda gemms, weights: {name: [2] for name in gemms})
-    shapes, said = engine_gemms.select([weight, weight])
+    monkeypatch.setattr(engine_gemms, "_choose", lambda gemms, weights, after_norm: {name: [2] for name in gemms})
+    shapes, said = engine_gemms.select([weight], [weight])
     assert shapes == ({engine_gemms.shape_of(weight)} if has_cublaslt else set())
     assert said[0].startswith("few_rows_gemm_64x128_bf16: its kernel cannot be built: ") and "DISABLE_JIT" in said[0]
     found = ["n=64 k=128, numbers of rows: cuBLASLt without split k for 2"] if has_cublaslt else []
@@ -170,3 +190,28 @@ def test_all_gemms_on_the_gpu(monkeypatch):
             captured.fill_(float("nan"))
             graph.replay()
             assert same_bits(captured, got)
+
+
+def test_a_norm_without_a_kernel_is_replaced_by_a_kernel_of_torch(monkeypatch):
+    def rmsnorm(*args, **kwargs):
+        raise RuntimeError("no kernel")
+
+    monkeypatch.setattr(engine_gemms.dispatch, "rmsnorm", rmsnorm)
+    x = torch.full((3, 64), float("nan"))
+    engine_gemms._kernel_before(x, True)()
+    assert x.isfinite().all()
+
+
+def test_as_many_weights_are_timed_as_exceed_an_l2(monkeypatch):
+    monkeypatch.setattr(engine_gemms, "_MAX_TIMED_BYTES", 5 * 64 * 128 * 4 - 1)
+    monkeypatch.setattr(engine_gemms.torch.cuda, "device", lambda device: torch.no_grad())
+    counts = set()
+
+    def measure(gemm, x, weights, out, write_x):
+        counts.add(len(weights))
+        return 1.0
+
+    monkeypatch.setattr(engine_gemms, "_seconds", measure)
+    for weights in ([torch.randn(64, 128)] * 9, [torch.randn(64, 128)] * 3, [torch.randn(640, 128)] * 3):
+        engine_gemms._choose({}, weights, False)
+    assert counts == {5, 3, 2}

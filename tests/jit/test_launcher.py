@@ -136,6 +136,7 @@ def test_the_drivers_interface_is_that_of_cuda_h(tmp_path):
         "kernel_function": "cuKernelGetFunction",
         "set_function_attribute": "cuFuncSetAttribute",
         "launch": "cuLaunchKernelEx",
+        "encode_tensor_map": "cuTensorMapEncodeTiled",
     }
     numbers = {
         "kComputeCapabilityMajor": "CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR",
@@ -144,6 +145,11 @@ def test_the_drivers_interface_is_that_of_cuda_h(tmp_path):
         "kRelaxedCapture": "CU_STREAM_CAPTURE_MODE_RELAXED",
         "kClusterDimension": "CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION",
         "kProgrammaticStreamSerialization": "CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION",
+        "kTensorMapUint16": "CU_TENSOR_MAP_DATA_TYPE_UINT16",
+        "kTensorMapSwizzle128B": "CU_TENSOR_MAP_SWIZZLE_128B",
+        "kTensorMapPromotion128B": "CU_TENSOR_MAP_L2_PROMOTION_L2_128B",
+        "CU_TENSOR_MAP_INTERLEAVE_NONE": "0",
+        "CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE": "0",
         "CUDA_SUCCESS": "0",
     }
     fields = {"grid_x": "gridDimX", "block_z": "blockDimZ", "stream": "hStream", "attributes": "attrs"}
@@ -163,9 +169,14 @@ def test_the_drivers_interface_is_that_of_cuda_h(tmp_path):
         "static_assert(sizeof(LaunchConfig) == sizeof(CUlaunchConfig) && sizeof(LaunchAttribute) == "
         "sizeof(CUlaunchAttribute) && offsetof(LaunchAttribute, value) == offsetof(CUlaunchAttribute, value));"
     ]
+    lines += [
+        '#include "jitnorm/kernel_info.h"\n'
+        "static_assert(sizeof(TensorMap) == sizeof(CUtensorMap) && alignof(TensorMap) >= alignof(CUtensorMap));"
+    ]
     source = tmp_path / "check.cc"
     source.write_text("\n".join(lines))
-    command = [toolchain.find_cxx(), "-std=c++17", "-fsyntax-only", f"-I{include}", f"-I{CSRC}", str(source)]
+    command = [toolchain.find_cxx(), "-std=c++17", "-fsyntax-only", f"-I{include}", f"-I{CSRC}", f"-I{CSRC}/include"]
+    command += [str(source)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 

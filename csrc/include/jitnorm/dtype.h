@@ -1,5 +1,5 @@
-// Element types, row indices, and the specifier of functions that both compilers see. Every other header includes this
-// one.
+// Element types, row indices, min and max, and the specifier of functions that both compilers see. Every other header
+// includes this one.
 //
 // An element type is only a name and a size. vector.h (CUDA) and simd.h (CPU) convert it to float: including
 // cuda_bf16.h and cuda_fp16.h would double the time of a build.
@@ -16,6 +16,9 @@ namespace jitnorm {
 
 using index_t = long long;          // for row numbers and strides, which can exceed 2^31
 constexpr int kMaxLeadingDims = 3;  // of rows that lie under several dimensions, each with a stride of its own
+
+constexpr int min(int a, int b) { return a < b ? a : b; }
+constexpr int max(int a, int b) { return a > b ? a : b; }
 
 struct bf16_t {
   unsigned short bits;

@@ -43,6 +43,11 @@ struct LaunchInfo {
   unsigned shared_bytes;                    // the dynamic shared memory of a block
 };
 
+// A CUtensorMap, for the parameters of a kernel: a matrix in global memory, and the box of it that one TMA copy takes.
+struct alignas(128) TensorMap {
+  unsigned char bytes[128];
+};
+
 // The LaunchInfo of a kernel class. Defined by cuda_kernel.h for CUDA and by parallel.h for the CPU.
 template <typename Kernel>
 constexpr LaunchInfo launch_info();

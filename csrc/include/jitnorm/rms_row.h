@@ -23,8 +23,6 @@ struct Schedule {
   static constexpr bool kStagesRow = kStagesRow_;
 };
 
-constexpr int min(int a, int b) { return a < b ? a : b; }
-constexpr int max(int a, int b) { return a > b ? a : b; }
 constexpr int round_up(int n, int multiple) { return (n + multiple - 1) / multiple * multiple; }
 
 // Short rows share a block that reads about 4 KiB, or 5 where threads have unequal work. Smaller blocks take longer to

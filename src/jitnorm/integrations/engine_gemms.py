@@ -1,9 +1,9 @@
-"""A few rows of an engine's linear layers by the fastest of three GEMMs, all of which are timed when a model is loaded.
+"""A few rows of an engine's linear layers by the fastest of four GEMMs, all of which are timed when a model is loaded.
 
-They are torch's, this package's for up to 16 rows (few_rows.py), and cuBLASLt without split k. torch takes the first
-kernel that cuBLASLt proposes, which for few rows and columns is often not the fastest: on an H200 one row with
-n = 1024, k = 2048 took 12.9 us, where 16 rows took 6.1 by another kernel; 64 rows with n = 4096, k = 12288 took
-32.7 us, and 28.3 without split k.
+They are torch's, this package's two (few_rows.py), and cuBLASLt without split k. torch takes the first kernel that
+cuBLASLt proposes, which for few rows and columns is often not the fastest: on an H200 one row with n = 1024, k = 2048
+took 12.9 us, where 16 rows took 6.1 by another kernel; 64 rows with n = 4096, k = 12288 took 32.7 us, and 28.3 without
+split k.
 
 Two processes may choose differently, where the times are close. So a layer whose result must be the same on all ranks
 of tensor parallelism, such as the router of experts, must not be among the weights.
@@ -11,16 +11,18 @@ of tensor parallelism, such as the router of experts, must not be among the weig
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 
+from jitnorm import dispatch
 from jitnorm.batch_invariant.matmul import cublaslt
 from jitnorm.batch_invariant.matmul.problem import Gemm, Problem, UnsupportedProblem
 from jitnorm.integrations import few_rows
 from jitnorm.integrations.engine_plugins import build_and_load
+from jitnorm.integrations.few_rows import FewRowsKernel
 from jitnorm.jit.log import logger
 
 ROWS = (1, 2, 4, 8, 16, 32, 64)  # at which all are timed; other numbers of rows count as the next of these
@@ -28,6 +30,7 @@ _MAX_CUBLASLT_COLUMNS = 4096  # with more, or with more than k, cuBLASLt took ab
 _MAX_RATIO = 0.95  # of the times: a smaller gain may be noise
 _SAMPLES = 3
 _SLEEP_CYCLES = 2_000_000  # about a millisecond, in which the host launches all GEMMs of a sample
+_MAX_TIMED_BYTES = 1 << 28  # of the weights of a shape: several times what an L2 holds
 
 Shape = tuple[int, int, torch.dtype, int | None]  # n, k, and the device's index
 # For each shape that has been timed: the numbers of rows for which a GEMM is faster than torch's, and that GEMM.
@@ -44,8 +47,12 @@ def is_candidate(weight: object) -> bool:
         and weight.is_contiguous()
         and weight.numel() > 0
         and not weight.data_ptr() % 16
-        and (few_rows.is_supported(weight) or _suits_cublaslt(weight))
+        and (bool(_kernels_for(weight)) or _suits_cublaslt(weight))
     )
+
+
+def _kernels_for(weight: torch.Tensor) -> list[FewRowsKernel]:
+    return [kernel for kernel in few_rows.KERNELS if kernel.is_supported(weight)]
 
 
 def _suits_cublaslt(weight: torch.Tensor) -> bool:
@@ -65,27 +72,34 @@ class Selection(NamedTuple):
     notes: list[str]
 
 
-def select(weights: Iterable[torch.Tensor]) -> Selection:
+def select(after_norm: Iterable[torch.Tensor], others: Iterable[torch.Tensor]) -> Selection:
     """Time all GEMMs on the weights of a model, and let `linear` use the fastest.
 
     Kernels that are not in the cache are built, and left out where they cannot be.
 
     Args:
-        weights: candidates. Those of one shape are read in turns, as a model does, so that they are not in the L2.
+        after_norm: candidates that multiply the result of a norm of this package. These norms let the GEMM after them
+            be launched before they have ended, which kernels of few_rows.py use.
+        others: all other candidates.
     """
     by_shape: dict[Shape, list[torch.Tensor]] = {}
-    for weight in weights:
+    shapes_of_others = set()
+    for weight in after_norm:
         by_shape.setdefault(shape_of(weight), []).append(weight.detach())
-    specs = {shape: few_rows.spec_of(same[0]) for shape, same in by_shape.items() if few_rows.is_supported(same[0])}
+    for weight in others:
+        by_shape.setdefault(shape_of(weight), []).append(weight.detach())
+        shapes_of_others.add(shape_of(weight))
+    kernels = {shape: _kernels_for(same[0]) for shape, same in by_shape.items()}
+    specs = {(shape, each): each.spec_of(by_shape[shape][0]) for shape in kernels for each in kernels[shape]}
     failures = build_and_load([*specs.values()])
     found = Selection(set(), [f"{spec.name}: {why}" for spec, why in failures.items()])
     for shape, same in by_shape.items():
-        is_built = shape in specs and specs[shape] not in failures
-        if not (gemms := _candidates(same[0], is_built)):
+        built = [each for each in kernels[shape] if specs[shape, each] not in failures]
+        if not (gemms := _candidates(same[0], built)):
             continue
         found.shapes.add(shape)
         try:
-            rows_by_name = _choose(gemms, same)
+            rows_by_name = _choose(gemms, same, shape not in shapes_of_others)
         except RuntimeError as error:  # out of memory, for instance: torch's GEMM stays
             logger.debug("no GEMM was timed for %s: %s", shape, error)
             continue
@@ -120,11 +134,9 @@ def shape_of(weight: torch.Tensor) -> Shape:
     return weight.shape[0], weight.shape[1], weight.dtype, weight.device.index
 
 
-def _candidates(weight: torch.Tensor, has_kernel: bool) -> dict[str, Gemm]:
-    """Return the GEMMs beside torch's that there are for a weight; with `has_kernel` also few_rows, which is built."""
-    found: dict[str, Gemm] = {}
-    if has_kernel:
-        found["few_rows"] = few_rows.gemm(weight)
+def _candidates(weight: torch.Tensor, kernels: Iterable[FewRowsKernel]) -> dict[str, Gemm]:
+    """Return the GEMMs beside torch's that there are for a weight: by `kernels`, which are built, and cuBLASLt's."""
+    found = {kernel.name: kernel.gemm(weight) for kernel in kernels}
     if _suits_cublaslt(weight) and cublaslt.library_version() > 0:
         n, k, dtype, _ = shape_of(weight)
         problem = Problem(weight.device, n, k, dtype, dtype, True, k, False, False)
@@ -132,20 +144,23 @@ def _candidates(weight: torch.Tensor, has_kernel: bool) -> dict[str, Gemm]:
     return found
 
 
-def _choose(gemms: dict[str, Gemm], weights: Sequence[torch.Tensor]) -> dict[str, list[int]]:
+def _choose(gemms: dict[str, Gemm], weights: Sequence[torch.Tensor], after_norm: bool) -> dict[str, list[int]]:
     """Return the numbers of rows for which each GEMM is faster than the others and torch's."""
     n, k, dtype, _ = shape_of(weights[0])
     device = weights[0].device
+    # They are read in turns, as a model does, so that they are not in the L2.
+    weights = weights[: max(2, -(-_MAX_TIMED_BYTES // weights[0].nbytes))]
     found: dict[str, list[int]] = {name: [] for name in gemms}
     with torch.no_grad(), torch.cuda.device(device):
         for count in ROWS:
             x, out = (torch.zeros(count, size, dtype=dtype, device=device) for size in (k, n))
+            write_x = _kernel_before(x, after_norm)
             running = {"torch": _mm, **gemms}
             samples: dict[str, list[float]] = {name: [] for name in running}
             for _ in range(1 + _SAMPLES):  # in turns, as clocks and temperature change
                 for name, gemm in list(running.items()):
                     try:
-                        samples[name].append(_seconds(gemm, x, weights, out))
+                        samples[name].append(_seconds(gemm, x, weights, out, write_x))
                     except UnsupportedProblem:
                         del running[name]
             seconds = {name: min(samples[name][1:]) for name in running}
@@ -155,22 +170,37 @@ def _choose(gemms: dict[str, Gemm], weights: Sequence[torch.Tensor]) -> dict[str
     return found
 
 
+def _kernel_before(x: torch.Tensor, after_norm: bool) -> Callable[[], object]:
+    """Return what launches a kernel that writes x: a norm, or one that has ended when the GEMM begins."""
+    source = torch.randn_like(x)
+    if after_norm:
+        ones = torch.ones_like(x[0])
+        try:
+            dispatch.rmsnorm(source, ones, out=x)
+            return lambda: dispatch.rmsnorm(source, ones, out=x)
+        except RuntimeError as error:  # its kernel is missing, with JITNORM_DISABLE_JIT=1
+            logger.debug("GEMMs are timed after a kernel of torch: %s", error)
+    return lambda: torch.mul(source, 1, out=x)
+
+
 def _mm(a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor) -> None:
     torch.mm(a, b, out=out)
 
 
-def _seconds(gemm: Gemm, x: torch.Tensor, weights: Sequence[torch.Tensor], out: torch.Tensor) -> float:
+def _seconds(
+    gemm: Gemm, x: torch.Tensor, weights: Sequence[torch.Tensor], out: torch.Tensor, write_x: Callable[[], object]
+) -> float:
     """Return the GPU's time for a GEMM with each weight, and a kernel that writes x before each, as in a model.
 
-    Without that, few_rows would load a weight during the GEMM before. The GPU waits until the host has launched all, as
-    a launch may take the host longer than the GEMM. A CUDA graph would do the same, but its workspaces of cuBLAS might
-    be those of the engine's graphs.
+    Without that, a kernel of few_rows.py would load a weight during the GEMM before. The GPU waits until the host has
+    launched all, as a launch may take the host longer than the GEMM. A CUDA graph would do the same, but its workspaces
+    of cuBLAS might be those of the engine's graphs.
     """
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     torch.cuda._sleep(_SLEEP_CYCLES)
     start.record()
     for weight in weights:
-        x.zero_()
+        write_x()
         gemm(x, weight.t(), None, out)
     end.record()
     end.synchronize()

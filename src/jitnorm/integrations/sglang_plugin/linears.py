@@ -15,7 +15,8 @@ from jitnorm.integrations.sglang_plugin.tested import source_problem
 
 # Those around attention and of an MLP. Ranks of tensor parallelism have different columns or summands of them, except
 # for columns of k and v where there are more ranks than heads, each of which a rank keeps for itself.
-_CLASSES = (QKVParallelLinear, MergedColumnParallelLinear, RowParallelLinear)
+_AFTER_NORM = (QKVParallelLinear, MergedColumnParallelLinear)
+_CLASSES = (*_AFTER_NORM, RowParallelLinear)
 
 
 class JitnormLinearMethod(UnquantizedLinearMethod):  # type: ignore[misc]
@@ -56,7 +57,10 @@ def replace(runner: Any, report: Report) -> None:
     if reason := reason_to_skip("linear_layers") or source_problem("linear layers"):
         report.left["linear layers", reason] += len(modules)
         return
-    selection = engine_gemms.select([module.weight for module in modules])
+    selection = engine_gemms.select(
+        [module.weight for module in modules if type(module) in _AFTER_NORM],
+        [module.weight for module in modules if type(module) not in _AFTER_NORM],
+    )
     replaced = [module for module in modules if engine_gemms.shape_of(module.weight) in selection.shapes]
     for module in replaced:
         module.quant_method = JitnormLinearMethod()

@@ -22,7 +22,8 @@ from jitnorm.jit.log import logger
 
 # Those around attention and of an MLP. Ranks of tensor parallelism have different columns or summands of them, except
 # for columns of k and v where there are more ranks than heads, each of which a rank keeps for itself.
-_CLASSES = (QKVParallelLinear, MergedColumnParallelLinear, RowParallelLinear)
+_AFTER_NORM = (QKVParallelLinear, MergedColumnParallelLinear)
+_CLASSES = (*_AFTER_NORM, RowParallelLinear)
 
 
 class JitnormLinearMethod(UnquantizedLinearMethod):  # type: ignore[misc]
@@ -52,10 +53,12 @@ def replace(model: torch.nn.Module, config: Any, report: Report) -> None:
         for name, module in model.named_modules()
         if module in compiled and type(module) in _CLASSES and _is_candidate(module, ranks)
     }
-    weights: list[Any] = [module.weight for module in candidates.values()]
-    selection = engine_gemms.select(weights)
-    for (name, module), weight in zip(candidates.items(), weights, strict=True):
-        if engine_gemms.shape_of(weight) in selection.shapes:
+    selection = engine_gemms.select(
+        [module.weight for module in candidates.values() if type(module) in _AFTER_NORM],
+        [module.weight for module in candidates.values() if type(module) not in _AFTER_NORM],
+    )
+    for name, module in candidates.items():
+        if engine_gemms.shape_of(module.weight) in selection.shapes:
             module.quant_method = JitnormLinearMethod()
             report.replaced[name] = f"{type(module).__name__} for up to {engine_gemms.ROWS[-1]} rows"
     report.notes.extend(selection.notes)
