@@ -141,7 +141,11 @@ struct FewRowsWgmmaKernel {
   static constexpr int kWeightBytes = kBoxesPerStep * kWeightBoxBytes;
   static constexpr int kStageBytes = kWeightBytes + kBoxesPerStep * kRowsBoxBytes;
   static constexpr int kMaxSharedBytes = 227 * 1024, kBarrierBytes = 1024, kMaxStages = 32;
-  static constexpr int kStages = min(min((kMaxSharedBytes - kBarrierBytes) / kStageBytes, kMaxStages), kSteps);
+  // Either all steps have a stage of their own, or a stage always belongs to the same warpgroup: copies complete in any
+  // order, and a warpgroup that waited for the next but one use of a stage could not tell it from the one before.
+  static constexpr int kStagesThatFit = min((kMaxSharedBytes - kBarrierBytes) / kStageBytes, kMaxStages);
+  static constexpr int kStages = kSteps <= kStagesThatFit ? kSteps : kStagesThatFit / kWarpgroups * kWarpgroups;
+  static_assert(kStages == kSteps || kStages >= 2 * kWarpgroups, "a stage is released a step later");
   static constexpr int kPitch = (kColumns + 31) / 32 * 32 + 8;  // a warp's stores have no bank conflicts
   static constexpr int kSumsBytes = kWarpgroups * kMaxRows * kPitch * int(sizeof(float));
   static constexpr int kSharedBytes = kBarrierBytes + max(kStages * kStageBytes, kSumsBytes);
@@ -164,24 +168,24 @@ struct FewRowsWgmmaKernel {
       asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     }
     __syncthreads();
-    float* sums = reinterpret_cast<float*>(shared + kBarrierBytes);
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, group = warp / kWarpsPerGroup;
+    Accumulator<T, kColumns> sum;
     if (warp < kWeightWarp) {
-      Accumulator<T, kColumns> sum;
-      multiply(block, warp / kWarpsPerGroup, lane, sum);
-      __syncthreads();  // all stages have been read
-      const int row = warp % kWarpsPerGroup * 16 + lane / 4;
-      sum.template store<kPitch>(sums + (warp / kWarpsPerGroup * kMaxRows + row) * kPitch + lane % 4 * 2,
-                                 row < p.num_rows, row + 8 < p.num_rows);
+      multiply(block, group, lane, sum);
+    } else if (warp == kWeightWarp) {
+      if (lane == 0) copy_weight(p, block);
     } else {
-      if (warp == kWeightWarp) {
-        if (lane == 0) copy_weight(p, block);
-      } else {
-        grid_dependency_wait();
-        launch_dependents();
-        if (lane == 0) copy_rows(p, block);
-      }
-      __syncthreads();
+      grid_dependency_wait();
+      launch_dependents();
+      if (lane == 0) copy_rows(p, block);
+    }
+    __syncwarp();     // the barriers of blocks and clusters are for whole warps
+    __syncthreads();  // all stages have been read
+    float* sums = reinterpret_cast<float*>(shared + kBarrierBytes);
+    if (warp < kWeightWarp) {
+      const int row = warp % kWarpsPerGroup * 16 + lane / 4;
+      sum.template store<kPitch>(sums + (group * kMaxRows + row) * kPitch + lane % 4 * 2, row < p.num_rows,
+                                 row + 8 < p.num_rows);
     }
     if constexpr (kSplitsK) {
       cluster_arrive();
