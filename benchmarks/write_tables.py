@@ -50,8 +50,10 @@ ENGINES = {
     "vllm_batch_invariant_llama_3.2_1b": ["batch_invariant"],
     "vllm_batch_invariant_qwen3_8b": ["batch_invariant"],
     "vllm_batch_invariant_llama_3.1_8b": ["batch_invariant"],
-    "sglang_qwen3_0.6b": ["default", "deterministic"],
-    "sglang_qwen3_8b": ["default", "deterministic"],
+    "sglang_default_qwen3_0.6b": ["default"],
+    "sglang_qwen3_0.6b": ["deterministic"],
+    "sglang_default_qwen3_8b": ["default"],
+    "sglang_qwen3_8b": ["deterministic"],
     "sglang_llama_3.1_8b": ["default", "deterministic"],
 }
 README_MODELS, README_BATCHES = ("qwen3-0.6b", "qwen3-8b"), (1, 64)

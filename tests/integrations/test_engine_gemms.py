@@ -218,3 +218,34 @@ def test_as_many_weights_are_timed_as_exceed_an_l2(monkeypatch):
     for weights in ([torch.randn(64, 128)] * 9, [torch.randn(64, 128)] * 3, [torch.randn(640, 128)] * 3):
         engine_gemms._choose({}, weights, False)
     assert counts == {5, 3, 2}
+
+
+@pytest.mark.parametrize("host_seconds", [0.0005, 0.003, 1.0])
+def test_a_sample_is_taken_again_if_the_gpu_waited_for_the_host(monkeypatch, host_seconds):
+    slept, clock = [], iter(range(1000))
+
+    class Event:
+        def __init__(self, enable_timing):
+            self.at = 0.0
+
+        def record(self):
+            self.at = sum(slept) + 0.001 * len(calls)
+
+        def synchronize(self):
+            pass
+
+        def elapsed_time(self, other):
+            return other.at - self.at
+
+    calls = []
+    for name, fake in {
+        "Event": Event,
+        "synchronize": lambda: None,
+        "_sleep": lambda cycles: slept.append(cycles / 2e6),
+    }.items():
+        monkeypatch.setattr(engine_gemms.torch.cuda, name, fake)
+    monkeypatch.setattr(engine_gemms.time, "perf_counter", lambda: next(clock) * host_seconds)
+    weights = [torch.randn(64, 128)] * 5
+    got = engine_gemms._seconds(lambda *operands: calls.append(operands), None, weights, None, list, list)
+    assert slept == {0.0005: [1], 0.003: [1, 2, 4], 1.0: [1, 2, 4, 8]}[host_seconds]
+    assert got == pytest.approx(5e-6) and len(calls) == 5 * len(slept)

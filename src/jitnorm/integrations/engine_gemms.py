@@ -11,6 +11,7 @@ of tensor parallelism, such as the router of experts, must not be among the weig
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
@@ -29,7 +30,7 @@ ROWS = (1, 2, 4, 8, 16, 32, 64)  # at which all are timed; other numbers of rows
 _MAX_CUBLASLT_COLUMNS = 4096  # with more, or with more than k, cuBLASLt took about the same time as torch
 _MAX_RATIO = 0.97  # of the times, with the kernels before and after: a smaller gain may be noise
 _SAMPLES = 3
-_SLEEP_CYCLES = 2_000_000  # about a millisecond, in which the host launches all GEMMs of a sample
+_SLEEP_CYCLES, _MAX_SLEEP_CYCLES = 2_000_000, 16_000_000  # 1 to 8 ms, in which the host launches all of a sample
 _MAX_TIMED_BYTES = 1 << 27  # of the weights of a shape: more than an L2 holds
 
 Shape = tuple[int, int, torch.dtype, int | None]  # n, k, and the device's index
@@ -202,13 +203,21 @@ def _seconds(
     launched all, as a launch may take the host longer than the GEMM. A CUDA graph would do the same, but its workspaces
     of cuBLAS might be those of the engine's graphs.
     """
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    torch.cuda._sleep(_SLEEP_CYCLES)
-    start.record()
-    for weight in weights:
-        write_x()
-        gemm(x, weight.t(), None, out)
-        read_out()
-    end.record()
-    end.synchronize()
-    return float(start.elapsed_time(end)) / 1e3
+    cycles = _SLEEP_CYCLES
+    while True:
+        asleep, start, end = (torch.cuda.Event(enable_timing=True) for _ in range(3))
+        torch.cuda.synchronize()
+        began = time.perf_counter()
+        asleep.record()
+        torch.cuda._sleep(cycles)
+        start.record()
+        for weight in weights:
+            write_x()
+            gemm(x, weight.t(), None, out)
+            read_out()
+        end.record()
+        launched = time.perf_counter() - began
+        end.synchronize()
+        if launched < asleep.elapsed_time(start) / 1e3 or cycles >= _MAX_SLEEP_CYCLES:
+            return float(start.elapsed_time(end)) / 1e3
+        cycles *= 2  # the GPU waited for the host
