@@ -1,7 +1,8 @@
-// The product of up to 64 rows and the transpose of a weight, for Hopper's wgmma and TMA. Such a product takes as long
-// as it takes to read the weight, if its reads do not wait for anything else: one wave of blocks has all columns, and
-// as much of its weight is on the way as shared memory holds. One warp copies boxes of the weight to shared memory and
-// another one boxes of x, by TMA; two warpgroups multiply them, each every second step of k.
+// The product of up to 64 rows and the transpose of a weight, for Hopper's wgmma and TMA. Such a product takes as long as
+// it takes to read the weight, if its reads do not wait for anything else: on an H100 SXM or H200 one wave of blocks has
+// all columns of weights of up to 28,672, and as many copies are under way as shared memory holds. One warp copies boxes
+// of the weight to shared memory and another one boxes of x, by TMA; two warpgroups multiply them, each every second
+// step of k.
 //
 // The first boxes of the weight are copied before the wait for the kernel before this one: no kernel that writes the
 // weight may still be running. Included by generated sources (jitnorm/jit/spec.py).
@@ -18,15 +19,15 @@ __device__ __forceinline__ void init_barrier(unsigned barrier, int arrivals) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
 }
 
-__device__ __forceinline__ void arrive(unsigned barrier) {
+__device__ __forceinline__ void barrier_arrive(unsigned barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
 
-__device__ __forceinline__ void arrive_and_expect(unsigned barrier, int bytes) {
+__device__ __forceinline__ void barrier_arrive_and_expect(unsigned barrier, int bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
 }
 
-__device__ __forceinline__ void wait(unsigned barrier, unsigned parity) {
+__device__ __forceinline__ void barrier_wait(unsigned barrier, unsigned parity) {
   asm volatile(
       "{.reg .pred done; again: mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1; @!done bra again;}" ::"r"(
           barrier),
@@ -45,7 +46,7 @@ __device__ __forceinline__ void copy_box(unsigned to, const TensorMap& map, int 
 
 // d += a b, by a warpgroup: a has 64 rows, b `n` columns, and both 16 elements of k in shared memory, which descriptors
 // tell. Without `accumulate`, d = a b. In d, a thread has what it has in the result of mma.m16n8k16, for rows of its
-// warp and each 8 columns.
+// warp and each 8 columns. D, A, B and P are the numbers of the operands d, a, b and accumulate in the instruction.
 #define JITNORM_WGMMA(N, TYPE, D, A, B, P, ...)                                                                       \
   asm volatile("{.reg .pred p; setp.ne.b32 p, " P ", 0; wgmma.mma_async.sync.aligned.m64n" N "k16.f32." TYPE "." TYPE \
                " {" D "}, " A ", " B ", p, 1, 1, 0, 0;}"                                                              \
@@ -114,14 +115,15 @@ struct FewRowsWgmmaKernel {
   static constexpr int kMaxRows = 64;  // of a wgmma instruction
   static_assert(kN % 8 == 0 && kK % kBoxK == 0, "columns of an instruction, and boxes");
 
-  // 128 blocks are one wave on 132 SMs. A block has up to 224 columns, whose sums fit in its registers.
+  // 128 blocks are one wave on the 132 SMs of an H100 SXM or H200. A block has up to 224 columns, whose sums fit in its
+  // registers.
   static constexpr int columns_of(int splits) {
     const int columns = kN * splits, waves = (columns + 128 * 224 - 1) / (128 * 224);
     return (columns + 1024 * waves - 1) / (1024 * waves) * 8;
   }
   // Each block reads all rows of x. Where that is much beside its columns of the weight, two blocks share these columns
   // and each has half of k. Clusters of four would not all fit in one wave.
-  static constexpr bool kSplitsK = (kN < 2048 || kK > 4096) && kK % (2 * kBoxK) == 0 && columns_of(2) <= 128;
+  static constexpr bool kSplitsK = (kN < 2048 || (kK > 4096 && kN <= 8192)) && kK % (2 * kBoxK) == 0;
   static constexpr int kSplits = kSplitsK ? 2 : 1, kColumns = columns_of(kSplits);
   static constexpr int kKPerBlock = kK / kSplits;
   // A step's copies and barriers cost about 50 ns: with few columns it takes two boxes.
@@ -140,9 +142,11 @@ struct FewRowsWgmmaKernel {
   static constexpr int kWeightBoxBytes = kColumns * kRowBytes, kRowsBoxBytes = kMaxRows * kRowBytes;
   static constexpr int kWeightBytes = kBoxesPerStep * kWeightBoxBytes;
   static constexpr int kStageBytes = kWeightBytes + kBoxesPerStep * kRowsBoxBytes;
-  static constexpr int kMaxSharedBytes = 227 * 1024, kBarrierBytes = 1024, kMaxStages = 32;
-  // Either all steps have a stage of their own, or a stage always belongs to the same warpgroup: copies complete in any
-  // order, and a warpgroup that waited for the next but one use of a stage could not tell it from the one before.
+  static constexpr int kMaxSharedBytes = 227 * 1024, kBarrierBytes = 1024;
+  static constexpr int kMaxStages = 32;  // for which there are barriers
+  // Either all steps have a stage of their own, or all uses of a stage are of the same warpgroup. Copies complete in
+  // any order, and a barrier tells only the parity of its last phase: a warpgroup that skipped use u - 1 of a stage and
+  // waited for use u while u - 1 is incomplete would go on at once, as u - 2 had the same parity.
   static constexpr int kStagesThatFit = min((kMaxSharedBytes - kBarrierBytes) / kStageBytes, kMaxStages);
   static constexpr int kStages = kSteps <= kStagesThatFit ? kSteps : kStagesThatFit / kWarpgroups * kWarpgroups;
   static_assert(kStages == kSteps || kStages >= 2 * kWarpgroups, "a stage is released a step later");
@@ -195,6 +199,7 @@ struct FewRowsWgmmaKernel {
     }
     grid_dependency_wait();  // the kernel before this one may still read what `out` had
     write(p, block, sums);
+    __syncwarp();
     if constexpr (kSplitsK) {  // the other block may still read the sums
       cluster_arrive();
       cluster_wait();
@@ -219,7 +224,7 @@ struct FewRowsWgmmaKernel {
 
     // For the warps that copy: waits until a step's stage is empty.
     __device__ __forceinline__ void wait_until_empty(int step) const {
-      if (step >= kStages) wait(empty(step % kStages), (step / kStages - 1) % 2);
+      if (step >= kStages) barrier_wait(empty(step % kStages), (step / kStages - 1) % 2);
     }
   };
 
@@ -228,7 +233,7 @@ struct FewRowsWgmmaKernel {
       const int stage = step % kStages;
       if (step == kStepsBeforeWait) grid_dependency_wait();
       block.wait_until_empty(step);
-      arrive_and_expect(block.full(stage), kWeightBytes);
+      barrier_arrive_and_expect(block.full(stage), kWeightBytes);
 #pragma unroll
       for (int i = 0; i < kBoxesPerStep; i++)
         copy_box(block.weight(stage) + i * kWeightBoxBytes, p.weight, block.k_of(step) + i * kBoxK, block.column,
@@ -236,13 +241,14 @@ struct FewRowsWgmmaKernel {
     }
   }
 
-  // The rows after the last box keep what shared memory had. Each row of x changes its own row of the result only.
+  // The rows of the tile after those of the box keep what shared memory had. Each row of x changes its own row of the
+  // result only.
   static __device__ __forceinline__ void copy_rows(const FewRowsWgmmaParams& p, const Block& block) {
     const int bytes = kBoxesPerStep * box_rows(p.num_rows) * kRowBytes;
     for (int step = 0; step < kSteps; step++) {
       const int stage = step % kStages;
       block.wait_until_empty(step);
-      arrive_and_expect(block.full(stage), bytes);
+      barrier_arrive_and_expect(block.full(stage), bytes);
 #pragma unroll
       for (int i = 0; i < kBoxesPerStep; i++)
         copy_box(block.rows(stage) + i * kRowsBoxBytes, p.x, block.k_of(step) + i * kBoxK, 0, block.full(stage));
@@ -252,13 +258,16 @@ struct FewRowsWgmmaKernel {
   // A warpgroup's steps.
   static __device__ __forceinline__ void multiply(const Block& block, int group, int lane,
                                                   Accumulator<T, kColumns>& sum) {
-    // Descriptors of operands whose k is contiguous: swizzled by 128 bytes, with 1024 bytes from 8 rows to the next 8.
+    // Descriptors of operands whose k is contiguous. Bit 62: swizzled by 128 bytes. From bit 32: 1024 bytes from 8 rows
+    // to the next 8. From bit 16: not used with this swizzle. The first bits: the address within the block; in a
+    // cluster, an address has the block's rank above it.
     constexpr unsigned long long kLayout = 1ull << 62 | (1024ull >> 4) << 32 | 1ull << 16;
+    auto descriptor = [](unsigned address) { return kLayout | (address & 0x3ffff) >> 4; };
     int accumulate = 0;
     for (int step = group; step < kSteps; step += kWarpgroups) {
       const int stage = step % kStages;
-      const unsigned long long x = kLayout | block.rows(stage) >> 4, weight = kLayout | block.weight(stage) >> 4;
-      wait(block.full(stage), step / kStages % 2);
+      const unsigned long long x = descriptor(block.rows(stage)), weight = descriptor(block.weight(stage));
+      barrier_wait(block.full(stage), step / kStages % 2);
       asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
 #pragma unroll
       for (int i = 0; i < kBoxesPerStep; i++)
@@ -270,7 +279,7 @@ struct FewRowsWgmmaKernel {
       asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
       asm volatile("wgmma.wait_group.sync.aligned 1;" ::: "memory");  // of the step before this one
       const int before = step - kWarpgroups;
-      if (before >= 0 && before + kStages < kSteps && lane == 0) arrive(block.empty(before % kStages));
+      if (before >= 0 && before + kStages < kSteps && lane == 0) barrier_arrive(block.empty(before % kStages));
     }
     asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
   }

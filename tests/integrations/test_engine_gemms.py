@@ -103,8 +103,8 @@ def test_an_unsupported_number_of_rows_is_left_to_torch(monkeypatch):
 def test_the_fastest_is_chosen(monkeypatch, after_norm):
     """For each number of rows; a GEMM that does not take them is left out, and a small gain is noise."""
     norms = []
-    rmsnorm = engine_gemms.dispatch.rmsnorm
-    monkeypatch.setattr(engine_gemms.dispatch, "rmsnorm", lambda *a, **k: norms.append(a) or rmsnorm(*a, **k))
+    norm = engine_gemms.general_rmsnorm
+    monkeypatch.setattr(engine_gemms, "general_rmsnorm", lambda *a, **k: norms.append(a) or norm(*a, **k))
     seconds = {
         "torch": dict.fromkeys(engine_gemms.ROWS, 1.0),
         "few_rows_gemm": {1: 0.5, 2: 0.94, 4: 0.98, 8: 0.9, 16: 0.99},
@@ -196,10 +196,10 @@ def test_all_gemms_on_the_gpu(monkeypatch, after_norm):
 
 
 def test_a_norm_without_a_kernel_is_replaced_by_a_kernel_of_torch(monkeypatch):
-    def rmsnorm(*args, **kwargs):
+    def norm(*args, **kwargs):
         raise RuntimeError("no kernel")
 
-    monkeypatch.setattr(engine_gemms.dispatch, "rmsnorm", rmsnorm)
+    monkeypatch.setattr(engine_gemms, "general_rmsnorm", norm)
     source, to = torch.randn(3, 64), torch.full((3, 64), float("nan"))
     engine_gemms._kernel(source, to, True)()
     assert same_bits(to, source)

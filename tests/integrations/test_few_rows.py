@@ -19,7 +19,8 @@ SHAPES = [(8, 64), (24, 320), (512, 16384)]
 # no multiple of it.
 REGISTERS_SHAPES = [(1024, 3072), (4096, 4096), (4608, 2560), (9728, 896)]
 # One box in a step, and two; blocks that share columns, with one box and with two; all instructions' parts, and columns
-# after the last; one step for two warpgroups; more blocks than SMs; fewer stages than steps, of which the last are few.
+# after the last; one step for two warpgroups; more blocks than SMs; fewer stages than steps; blocks that share 128
+# columns, and columns after the last.
 WGMMA_SHAPES = [
     (4096, 1024),
     (2048, 2048),
@@ -29,6 +30,7 @@ WGMMA_SHAPES = [
     (4096, 64),
     (32768, 320),
     (24576, 1088),
+    (8184, 4224),
 ]
 CASES = [
     pytest.param(kernel, n, k, id=f"{kernel.name}-{n}-{k}")
@@ -163,9 +165,9 @@ def test_what_is_supported():
 
 
 @pytest.mark.gpu
-def test_reads_nothing_before_the_kernel_before_it_has_written(kernel):
+@pytest.mark.parametrize("size", [1024, 2048])  # blocks of WGMMA that share columns, and others
+def test_reads_nothing_before_the_kernel_before_it_has_written(kernel, size):
     """Norms and products in turns: with PDL each starts before the one before it has ended."""
-    size = 2048
     x, weight = operands(5, size, size, BF16)
     gemm, norm_weight = kernel.gemm(weight), torch.ones(size, dtype=BF16, device="cuda")
     results = []

@@ -762,7 +762,9 @@ def test_linear_layers_of_cuda_graphs_call_the_operator(args, monkeypatch):
     timed, calls = [], []
     monkeypatch.setattr(gemms, "is_candidate", lambda weight: isinstance(weight, torch.Tensor))
 
-    def select(weights):
+    def select(after_norm, others):
+        weights = [*after_norm, *others]
+        assert [len(weight) for weight in others] == [32, 24] and len(after_norm) == 2
         timed.extend(weights)
         with_gemms = [weight for weight in weights if len(weight) != 24]
         return gemms.Selection({gemms.shape_of(weight) for weight in with_gemms}, ["what was chosen"])

@@ -18,9 +18,9 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from jitnorm import dispatch
 from jitnorm.batch_invariant.matmul import cublaslt
 from jitnorm.batch_invariant.matmul.problem import Gemm, Problem, UnsupportedProblem
+from jitnorm.general_rmsnorm import general_rmsnorm
 from jitnorm.integrations import few_rows
 from jitnorm.integrations.engine_plugins import build_and_load
 from jitnorm.integrations.few_rows import FewRowsKernel
@@ -96,10 +96,10 @@ def select(after_norm: Iterable[torch.Tensor], others: Iterable[torch.Tensor]) -
     found = Selection(set(), [f"{spec.name}: {why}" for spec, why in failures.items()])
     for shape, same in by_shape.items():
         built = [each for each in kernels[shape] if specs[shape, each] not in failures]
-        if not (gemms := _candidates(same[0], built)):
-            continue
-        found.shapes.add(shape)
         try:
+            if not (gemms := _candidates(same[0], built)):
+                continue
+            found.shapes.add(shape)
             rows_by_name = _choose(gemms, same, shape not in shapes_of_others)
         except RuntimeError as error:  # out of memory, for instance: torch's GEMM stays
             logger.debug("no GEMM was timed for %s: %s", shape, error)
@@ -178,8 +178,8 @@ def _kernel(source: torch.Tensor, to: torch.Tensor, is_norm: bool) -> Callable[[
     if is_norm:
         ones = torch.ones_like(source[0])
         try:
-            dispatch.rmsnorm(source, ones, out=to)
-            return lambda: dispatch.rmsnorm(source, ones, out=to)
+            general_rmsnorm(source, ones, out=to)
+            return lambda: general_rmsnorm(source, ones, out=to)
         except RuntimeError as error:  # its kernel is missing, with JITNORM_DISABLE_JIT=1
             logger.debug("GEMMs are timed beside a kernel of torch: %s", error)
     return lambda: torch.mul(source, 1, out=to)
