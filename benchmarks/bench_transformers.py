@@ -42,10 +42,10 @@ def create_model(device: torch.device, dtype: torch.dtype) -> Model:
     return model
 
 
-def jitnorm(model: Model, fuse_projections: bool = False) -> Callable[..., Any]:
+def jitnorm(model: Model, **options: bool) -> Callable[..., Any]:
     from jitnorm import patch_transformers
 
-    patch_transformers(model, strict=True, fuse_projections=fuse_projections)
+    patch_transformers(model, strict=True, **options)
     return model
 
 
@@ -76,6 +76,7 @@ def liger(model: Model) -> Callable[..., Any]:
 IMPLS: dict[str, Callable[[Model], Callable[..., Any]]] = {
     "jitnorm": jitnorm,
     "fused_projections": functools.partial(jitnorm, fuse_projections=True),
+    "timed_gemms": functools.partial(jitnorm, fuse_projections=True, time_gemms=True),
     "transformers": lambda model: model,
     "liger": liger,
 }

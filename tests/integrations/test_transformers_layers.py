@@ -6,6 +6,7 @@ import copy
 import io
 import json
 import pickle
+from collections import Counter
 
 import pytest
 import torch
@@ -467,7 +468,7 @@ def test_explain():
     assert len(norms(partly)) == 4 * LAYERS + 1
 
 
-@pytest.mark.parametrize("option", ["attention", "layers", "fuse_projections", "strict"])
+@pytest.mark.parametrize("option", ["attention", "layers", "fuse_projections", "time_gemms", "strict"])
 def test_options_are_bools(option):
     with pytest.raises(TypeError, match=f"{option} must be True or False, got int"):
         patch_transformers(torch.nn.Linear(3, 3), **{option: 1})
@@ -480,6 +481,69 @@ def test_batch_invariant_mode(fuse_projections):
     with set_batch_invariant_mode():
         alone, together = logits(model, {"input_ids": ids[:1]}), logits(model, {"input_ids": ids})
     assert same_bits(alone, together[:1])
+
+
+@pytest.mark.parametrize("fuse_projections", [False, True])
+def test_timed_gemms(monkeypatch, fuse_projections):
+    """Inside a capture, without gradients, and outside of the batch-invariant mode, and nowhere else."""
+    from jitnorm.integrations import engine_gemms, transformers_projections
+
+    shapes, calls, is_captured = [], [], []
+
+    def select(after_norm, others):
+        shapes.append([[tuple(weight.shape) for weight in weights] for weights in (after_norm, others)])
+        return engine_gemms.Selection(set(), ["what was chosen"])
+
+    def linear(x, weight, out=None):
+        calls.append(tuple(weight.shape))
+        result = torch.nn.functional.linear(x, weight)
+        return result if out is None else out.copy_(result)
+
+    monkeypatch.setattr(engine_gemms, "is_candidate", lambda weight: True)
+    monkeypatch.setattr(engine_gemms, "select", select)
+    monkeypatch.setattr(engine_gemms, "linear", linear)
+    monkeypatch.setattr(transformers_projections, "_timed_linear", None)
+    monkeypatch.setattr(transformers_projections, "_is_captured", lambda x: bool(is_captured))
+    model, inputs = make_model("Qwen3"), batch()
+    before = logits(model, inputs)
+    patch = patch_transformers(model, fuse_projections=fuse_projections, time_gemms=True)
+    assert patch.gemms == ["what was chosen"] and "GEMMs: what was chosen" in repr(patch)
+    layer = model.model.layers[0]
+    attention, mlp = layer.self_attn, layer.mlp
+    groups = [[attention.q_proj, attention.k_proj, attention.v_proj], [mlp.gate_proj, mlp.up_proj]]
+    if fuse_projections:
+        after_norm = [(sum(len(x.weight) for x in group), group[0].in_features) for group in groups]
+    else:
+        after_norm = [tuple(x.weight.shape) for group in groups for x in group]
+    others = [tuple(x.weight.shape) for x in (attention.o_proj, mlp.down_proj)]
+    (timed,) = shapes
+    assert Counter(timed[0]) == Counter(after_norm * LAYERS) and Counter(timed[1]) == Counter(others * LAYERS)
+    assert relative_error(logits(model, inputs), before.double()) < 1e-5 and not calls
+    is_captured.append(True)
+    assert relative_error(logits(model, inputs), before.double()) < 1e-5
+    assert Counter(calls) == Counter(timed[0] + timed[1])
+    calls.clear()
+    with set_batch_invariant_mode():
+        logits(model, inputs)
+    assert not calls
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("fuse_projections", [False, True])
+def test_timed_gemms_in_a_cuda_graph(fuse_projections):
+    model = make_model("Qwen3", device="cuda").to(torch.bfloat16)
+    embeds = torch.randn(2, 1, model.config.hidden_size, dtype=torch.bfloat16, device="cuda")
+    with torch.inference_mode():
+        expected = model.double()(inputs_embeds=embeds.double(), use_cache=False).logits
+        model.to(torch.bfloat16)
+        patch = patch_transformers(model, fuse_projections=fuse_projections, time_gemms=True)
+        assert patch.gemms
+        model(inputs_embeds=embeds, use_cache=False)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out = model(inputs_embeds=embeds, use_cache=False).logits
+        graph.replay()
+    assert relative_error(out, expected) < 0.05
 
 
 @pytest.mark.gpu

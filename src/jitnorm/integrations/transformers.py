@@ -42,11 +42,13 @@ class TransformersPatch:
         replaced: the name in the model of each patched module, with the name of its original class.
         rules: the name in the model of each patched norm, with the rule by which its class computes.
         left: the name of each other module of the kinds to patch, with the reason why it was not patched.
+        gemms: what `time_gemms` chose for each shape, in words.
     """
 
     replaced: dict[str, str]
     rules: dict[str, str]
     left: dict[str, str]
+    gemms: list[str]
 
     def __init__(
         self,
@@ -54,13 +56,14 @@ class TransformersPatch:
         attention: bool,
         layers: bool,
         fuse_projections: bool,
+        time_gemms: bool,
         named: Mapping[type[torch.nn.Module], NormRule],
         rounding: str,
     ) -> None:
+        from jitnorm.integrations import transformers_projections
         from jitnorm.integrations.transformers_classes import find_replacement, kind_of
-        from jitnorm.integrations.transformers_projections import fuse_weights
 
-        self.replaced, self.rules, self.left = {}, {}, {}
+        self.replaced, self.rules, self.left, self.gemms = {}, {}, {}, []
         self._originals: list[tuple[torch.nn.Module, type[torch.nn.Module], type[torch.nn.Module]]] = []
         kinds = {"norm", *(["attention"] if attention else []), *(["layer", "mlp"] if layers else [])}
         for name, module in model.named_modules():
@@ -79,10 +82,14 @@ class TransformersPatch:
         # After all have been found, since an error in `named` must leave the model as it was.
         for module, _, cls in self._originals:
             module.__class__ = cls
+        groups = [found for module, original, _ in self._originals if (found := _projections(module, original))]
         if fuse_projections:
-            for module, original, _ in self._originals:
-                if linears := _projections(module, original):
-                    fuse_weights(linears)
+            for linears in groups:
+                transformers_projections.fuse_weights(linears)
+        if time_gemms:
+            modules = [module._modules for module, _, _ in self._originals]
+            outputs = [each.get(name) for each in modules for name in ("o_proj", "down_proj")]
+            self.gemms = transformers_projections.time_gemms(groups, outputs)
 
     def undo(self) -> None:
         """Restore the class of each patched module, unless it was changed again since. A second call does nothing."""
@@ -104,6 +111,7 @@ class TransformersPatch:
         rules = {name: f" (rule {rule})" for name, rule in self.rules.items()}
         lines += [f"  {name or '(the model)'}: {cls}{rules.get(name, '')}" for name, cls in self.replaced.items()]
         lines += [f"  {name or '(the model)'}: left, {reason}" for name, reason in self.left.items()]
+        lines += [f"  GEMMs: {note}" for note in self.gemms]
         return "\n".join(lines)
 
 
@@ -114,6 +122,7 @@ def patch_transformers(
     attention: bool = True,
     layers: bool = True,
     fuse_projections: bool = False,
+    time_gemms: bool = False,
     classes: Mapping[type[torch.nn.Module], str] | None = None,
     rounding: str = "once",
 ) -> TransformersPatch:
@@ -157,6 +166,12 @@ def patch_transformers(
         fuse_projections: compute q, k and v by one GEMM, and the gate and its factor, in patched modules whose
             projections are plain linear modules. Their weights are moved into one tensor, of which the parameters
             become slices. Where that does not stay so, as after `model.to`, there are several GEMMs again.
+        time_gemms: time several GEMMs for each shape of the linear layers of patched attention modules and MLPs, for up
+            to 64 rows, and use the fastest in CUDA graphs: torch's, this package's and cuBLASLt's. This takes about
+            half a second, and builds up to two kernels for each shape. Which is the fastest may change from call to
+            call where times are close, and with it the rounding. Only for bfloat16 and float16 weights on a GPU, in
+            layers without a bias. The choice is for the process: other patched models with these shapes use it too. A
+            graph must not write the weights: a GEMM may read them before the kernel before it has ended.
         classes: the rules of norm classes that are not recognised, such as `{MyNorm: "llama"}`: a class whose forward
             does not run on the CPU, uses attributes that are no plain values, or rounds elsewhere. Subclasses do not
             count. The norms need at most one weight, a float eps, and a forward of the input alone.
@@ -176,11 +191,12 @@ def patch_transformers(
     """
     _check_model(model)
     options = {"strict": strict, "attention": attention, "layers": layers, "fuse_projections": fuse_projections}
+    options["time_gemms"] = time_gemms
     for name, value in options.items():
         if not isinstance(value, bool):
             raise TypeError(f"{name} must be True or False, got {type(value).__name__}")
     checks.choice("rounding", rounding, ("once", "hf"))
-    patch = TransformersPatch(model, attention, layers, fuse_projections, _check_classes(classes), rounding)
+    patch = TransformersPatch(model, attention, layers, fuse_projections, time_gemms, _check_classes(classes), rounding)
     if not patch.replaced:
         message = f"patch_transformers replaced nothing in {type(model).__name__}: {_summarise(patch.left)}"
         if strict:

@@ -17,7 +17,7 @@ from jitnorm.core.norm_modules import PATCHABLE_FAMILIES
 from jitnorm.core.operators import DTYPES
 from jitnorm.core.torch_library import needs_dispatcher
 from jitnorm.integrations.transformers_norms import PatchedNorm, eps_of_norm, offset_of_norm
-from jitnorm.integrations.transformers_projections import fused_linear, projections_of
+from jitnorm.integrations.transformers_projections import fused_linear, project, projections_of
 from jitnorm.integrations.transformers_sources import reason_if_unknown
 from jitnorm.integrations.transformers_state import is_plain
 from jitnorm.layers.qk_norm_rope import apply_qk_norm_rope, is_supported_size
@@ -123,7 +123,7 @@ class PatchedAttention(torch.nn.Module):
             scaling=self.scaling,
             **kwargs,
         )
-        return self.o_proj(output.reshape(*input_shape, -1).contiguous()), weights
+        return project(output.reshape(*input_shape, -1).contiguous(), self.o_proj), weights
 
     def _project(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, bool]:
         """Return q, k and v, and whether nothing else, such as a hook of a projection, can see them."""
@@ -132,7 +132,7 @@ class PatchedAttention(torch.nn.Module):
             return self.q_proj(hidden_states), self.k_proj(hidden_states), self.v_proj(hidden_states), False
         fused = fused_linear(hidden_states, projections)
         if fused is None:
-            query, key, value = (linear(hidden_states) for linear in projections)
+            query, key, value = (project(hidden_states, linear) for linear in projections)
         else:
             query, key, value = fused.split([linear.out_features for linear in projections], dim=-1)
         return query, key, value, True

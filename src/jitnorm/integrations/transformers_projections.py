@@ -1,16 +1,18 @@
-"""Compute the projections of one input into one tensor: the gate and the factor of an MLP, or q, k and v.
+"""Compute the projections of patched modules: q, k and v, or the gate and the factor of an MLP, into one tensor.
 
 With `fuse_weights` the weights of these projections become slices of one tensor, and one GEMM computes all of them.
 The parameters stay the same objects, with the same values, so that the state dict and updates in place work as before.
+With `time_gemms` several GEMMs are timed for few rows, and the fastest of each shape is used in CUDA graphs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 import torch.nn.functional as F
 
+from jitnorm.batch_invariant.mode import is_batch_invariant_mode_enabled
 from jitnorm.integrations.transformers_state import is_plain_linear
 
 _has_any_global_hook = torch.nn.modules.module._has_any_global_hook
@@ -44,9 +46,70 @@ def fused_linear(x: torch.Tensor, linears: Sequence[torch.nn.Linear]) -> torch.T
         return None
     biases = [linear._parameters["bias"] for linear in linears]
     if all(bias is None for bias in biases):
-        return F.linear(x, weight)
+        return _linear(x, weight)
     bias = _joined(biases)
-    return None if bias is None else F.linear(x, weight, bias)
+    return None if bias is None else _linear(x, weight, bias)
+
+
+def project(x: torch.Tensor, linear: torch.nn.Module) -> torch.Tensor:
+    """Return `linear(x)`.
+
+    Args:
+        x: `[..., in_features]`.
+        linear: any module.
+    """
+    if _timed_linear is None or torch.compiler.is_compiling() or not is_plain_linear(linear) or _has_any_global_hook():
+        return linear(x)  # type: ignore[no-any-return]
+    return _linear(x, linear._parameters["weight"], linear._parameters["bias"])  # type: ignore[arg-type]
+
+
+# What multiplies by a weight in a CUDA graph, if GEMMs have been timed in this process.
+_timed_linear: Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor] | None = None
+
+
+def _linear(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, out: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Return F.linear; with `out`, x and `out` have two dimensions."""
+    if _timed_linear is not None and bias is None and _is_captured(x) and not is_batch_invariant_mode_enabled():
+        return _timed_linear(x, weight, out)
+    if out is None:
+        return F.linear(x, weight, bias)
+    return torch.mm(x, weight.t(), out=out) if bias is None else torch.addmm(bias, x, weight.t(), out=out)
+
+
+def _is_captured(x: torch.Tensor) -> bool:
+    """Return whether a GEMM without a gradient becomes part of a CUDA graph."""
+    return x.is_cuda and not torch.is_grad_enabled() and torch.cuda.is_current_stream_capturing()
+
+
+def time_gemms(groups: Iterable[Sequence[torch.nn.Linear]], outputs: Iterable[object]) -> list[str]:
+    """Time GEMMs with few rows on the weights of patched modules, and use the fastest in CUDA graphs from now on.
+
+    Args:
+        groups: the projections of one input, which follow a norm.
+        outputs: modules whose output a norm follows; only plain linear modules count.
+
+    Returns:
+        What was chosen, and what could not be built, in words.
+    """
+    global _timed_linear
+    from jitnorm.integrations import engine_gemms
+
+    def candidates(linears: Iterable[torch.nn.Linear]) -> list[torch.Tensor]:
+        weights = (linear.weight for linear in linears if linear.bias is None)
+        plain = (weight for weight in weights if type(weight) is torch.nn.Parameter)
+        return [weight for weight in plain if type(weight.data) is torch.Tensor and engine_gemms.is_candidate(weight)]
+
+    after_norm: list[torch.Tensor] = []
+    for linears in groups:
+        weights = candidates(linears)
+        joined = _joined([linear.weight for linear in linears])
+        is_joined = joined is not None and len(weights) == len(linears) and engine_gemms.is_candidate(joined)
+        after_norm += [joined] if is_joined else weights  # type: ignore[list-item]
+    selection = engine_gemms.select(after_norm, candidates(x for x in outputs if is_plain_linear(x)))  # type: ignore[misc]
+    _timed_linear = engine_gemms.linear
+    return selection.notes
 
 
 def side_by_side(x: torch.Tensor, linears: Sequence[torch.nn.Linear]) -> torch.Tensor:
@@ -64,10 +127,7 @@ def side_by_side(x: torch.Tensor, linears: Sequence[torch.nn.Linear]) -> torch.T
     start = 0
     for linear in linears:  # a GEMM writes its result into a slice of rows as well as into a tensor of its own
         part = out[:, start : start + linear.out_features]
-        if linear.bias is None:
-            torch.mm(rows, linear.weight.t(), out=part)
-        else:
-            torch.addmm(linear.bias, rows, linear.weight.t(), out=part)
+        _linear(rows, linear.weight, linear.bias, part)
         start += linear.out_features
     return out.view(*x.shape[:-1], start)
 
