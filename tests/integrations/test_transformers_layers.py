@@ -7,6 +7,7 @@ import io
 import json
 import pickle
 from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -483,27 +484,33 @@ def test_batch_invariant_mode(fuse_projections):
     assert same_bits(alone, together[:1])
 
 
-@pytest.mark.parametrize("fuse_projections", [False, True])
-def test_timed_gemms(monkeypatch, fuse_projections):
-    """Inside a capture, without gradients, and outside of the batch-invariant mode, and nowhere else."""
+@pytest.fixture
+def timed(monkeypatch):
+    """The weights that were timed, in two lists; shapes that were multiplied; and whether the GPU is capturing."""
     from jitnorm.integrations import engine_gemms, transformers_projections
 
-    shapes, calls, is_captured = [], [], []
+    found = SimpleNamespace(after_norm=[], others=[], calls=[], is_captured=True)
 
     def select(after_norm, others):
-        shapes.append([[tuple(weight.shape) for weight in weights] for weights in (after_norm, others)])
+        found.after_norm += [tuple(weight.shape) for weight in after_norm]
+        found.others += [tuple(weight.shape) for weight in others]
         return engine_gemms.Selection(set(), ["what was chosen"])
 
-    def linear(x, weight, out=None):
-        calls.append(tuple(weight.shape))
-        result = torch.nn.functional.linear(x, weight)
-        return result if out is None else out.copy_(result)
+    def linear(x, weight):
+        found.calls.append(tuple(weight.shape))
+        return torch.nn.functional.linear(x, weight)
 
     monkeypatch.setattr(engine_gemms, "is_candidate", lambda weight: True)
     monkeypatch.setattr(engine_gemms, "select", select)
     monkeypatch.setattr(engine_gemms, "linear", linear)
-    monkeypatch.setattr(transformers_projections, "_timed_linear", None)
-    monkeypatch.setattr(transformers_projections, "_is_captured", lambda x: bool(is_captured))
+    is_captured = lambda x: found.is_captured and not transformers_projections.is_batch_invariant_mode_enabled()  # noqa: E731
+    monkeypatch.setattr(transformers_projections, "_is_captured", is_captured)
+    return found
+
+
+@pytest.mark.parametrize("fuse_projections", [False, True])
+def test_timed_gemms(timed, fuse_projections):
+    """In modules that were patched so, inside a capture, and nowhere else."""
     model, inputs = make_model("Qwen3"), batch()
     before = logits(model, inputs)
     patch = patch_transformers(model, fuse_projections=fuse_projections, time_gemms=True)
@@ -513,37 +520,93 @@ def test_timed_gemms(monkeypatch, fuse_projections):
     groups = [[attention.q_proj, attention.k_proj, attention.v_proj], [mlp.gate_proj, mlp.up_proj]]
     if fuse_projections:
         after_norm = [(sum(len(x.weight) for x in group), group[0].in_features) for group in groups]
-    else:
-        after_norm = [tuple(x.weight.shape) for group in groups for x in group]
+    else:  # torch writes the gate and the factor into slices of one tensor
+        after_norm = [tuple(x.weight.shape) for x in groups[0]]
     others = [tuple(x.weight.shape) for x in (attention.o_proj, mlp.down_proj)]
-    (timed,) = shapes
-    assert Counter(timed[0]) == Counter(after_norm * LAYERS) and Counter(timed[1]) == Counter(others * LAYERS)
-    assert relative_error(logits(model, inputs), before.double()) < 1e-5 and not calls
-    is_captured.append(True)
-    assert relative_error(logits(model, inputs), before.double()) < 1e-5
-    assert Counter(calls) == Counter(timed[0] + timed[1])
-    calls.clear()
+    shapes = Counter((after_norm + others) * LAYERS)
+    assert Counter(timed.after_norm) == Counter(after_norm * LAYERS)
+    assert Counter(timed.others) == Counter(others * LAYERS)
+    assert relative_error(logits(model, inputs), before.double()) < 1e-5 and Counter(timed.calls) == shapes
+    timed.calls.clear()
     with set_batch_invariant_mode():
         logits(model, inputs)
-    assert not calls
+    timed.is_captured = False
+    logits(model, inputs)
+    timed.is_captured = True
+    copied = copy.deepcopy(model)
+    patch.undo()
+    patch_transformers(model, fuse_projections=fuse_projections)
+    assert relative_error(logits(model, inputs), before.double()) < 1e-5 and not timed.calls
+    logits(copied, inputs)
+    assert timed.calls
+
+
+def test_weights_that_change_after_they_were_timed(timed):
+    """A hook, a bias, a subclass, and an attribute in place of a parameter: the module's own forward runs."""
+
+    class Wrapped(torch.nn.Parameter):
+        pass
+
+    model, inputs = make_model("Qwen3"), batch()
+    before = logits(model, inputs)
+    patch_transformers(model, time_gemms=True)
+    first, second = (layer.self_attn for layer in model.model.layers[:2])
+    first.o_proj.register_forward_hook(lambda *call: None)
+    second.o_proj.weight = Wrapped(second.o_proj.weight.data)
+    weight = second.q_proj.weight.data
+    del second.q_proj.weight
+    second.q_proj.weight = weight
+    down = model.model.layers[0].mlp.down_proj
+    down.bias = torch.nn.Parameter(torch.zeros(down.out_features))
+    assert relative_error(logits(model, inputs), before.double()) < 1e-5
+    # Two output projections, one down projection, and q, k and v of the second layer.
+    assert len(timed.calls) == len(timed.after_norm) + len(timed.others) - 6
+
+
+def test_nothing_to_time():
+    model = make_model("Qwen3")
+    with pytest.warns(RuntimeWarning, match="time_gemms found no weight to time: it is for weights of bfloat16 or"):
+        patch = patch_transformers(model, time_gemms=True)
+    assert patch.replaced and not patch.gemms
+
+
+def test_an_error_while_gemms_are_timed_leaves_the_model_as_it_was(timed, monkeypatch):
+    from jitnorm.integrations import engine_gemms
+
+    def select(after_norm, others):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(engine_gemms, "select", select)
+    model = make_model("Qwen3")
+    classes = [type(module) for module in model.modules()]
+    with pytest.raises(KeyboardInterrupt):
+        patch_transformers(model, fuse_projections=True, time_gemms=True)
+    assert [type(module) for module in model.modules()] == classes
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("rows", [3, 65])
 @pytest.mark.parametrize("fuse_projections", [False, True])
-def test_timed_gemms_in_a_cuda_graph(fuse_projections):
+def test_timed_gemms_in_a_cuda_graph(fuse_projections, rows, monkeypatch):
+    from jitnorm.integrations import engine_gemms
+
     model = make_model("Qwen3", device="cuda").to(torch.bfloat16)
-    embeds = torch.randn(2, 1, model.config.hidden_size, dtype=torch.bfloat16, device="cuda")
+    embeds = torch.randn(rows, 1, model.config.hidden_size, dtype=torch.bfloat16, device="cuda")
+    shapes = []
     with torch.inference_mode():
         expected = model.double()(inputs_embeds=embeds.double(), use_cache=False).logits
         model.to(torch.bfloat16)
         patch = patch_transformers(model, fuse_projections=fuse_projections, time_gemms=True)
         assert patch.gemms
+        linear = engine_gemms.linear
+        monkeypatch.setattr(engine_gemms, "linear", lambda x, w: shapes.append(w.shape) or linear(x, w))
         model(inputs_embeds=embeds, use_cache=False)
+        assert not shapes
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             out = model(inputs_embeds=embeds, use_cache=False).logits
         graph.replay()
-    assert relative_error(out, expected) < 0.05
+    assert shapes and relative_error(out, expected) < 0.05
 
 
 @pytest.mark.gpu

@@ -1,4 +1,4 @@
-"""A few rows of an engine's linear layers by the fastest of four GEMMs, all of which are timed when a model is loaded.
+"""Linear layers with few rows by the fastest of four GEMMs, all of which are timed when a model is loaded or patched.
 
 They are torch's, this package's two (few_rows.py), and cuBLASLt without split k. torch takes the first kernel that
 cuBLASLt proposes, which for few rows and columns is often not the fastest: on an H200 one row with n = 1024, k = 2048

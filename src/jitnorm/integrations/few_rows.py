@@ -1,4 +1,4 @@
-"""Products of a few rows and a weight, `x @ weight.t()`, by kernels of this package: for engines' linear layers.
+"""Products of a few rows and a weight, `x @ weight.t()`, by kernels of this package: for decode steps.
 
 Such a product takes as long as reading the weight, and for a small weight as long as the latencies of its steps. There
 are two kernels: REGISTERS loads the weight into registers, and is for up to 16 rows and small weights on any GPU since

@@ -82,14 +82,37 @@ class TransformersPatch:
         # After all have been found, since an error in `named` must leave the model as it was.
         for module, _, cls in self._originals:
             module.__class__ = cls
-        groups = [found for module, original, _ in self._originals if (found := _projections(module, original))]
-        if fuse_projections:
-            for linears in groups:
-                transformers_projections.fuse_weights(linears)
-        if time_gemms:
-            modules = [module._modules for module, _, _ in self._originals]
-            outputs = [each.get(name) for each in modules for name in ("o_proj", "down_proj")]
-            self.gemms = transformers_projections.time_gemms(groups, outputs)
+        try:
+            if fuse_projections:
+                for module, original, _ in self._originals:
+                    if linears := _projections(module, original):
+                        transformers_projections.fuse_weights(linears)
+            if time_gemms:
+                self._time_gemms()
+        except BaseException:  # the caller would have nothing to undo it with
+            self.undo()
+            raise
+
+    def _time_gemms(self) -> None:
+        from jitnorm.integrations.transformers_projections import is_fused, time_gemms
+        from jitnorm.integrations.transformers_state import TIMED_GEMMS
+
+        groups, outputs = [], []
+        for module, original, _ in self._originals:
+            # The gate and the factor are written into slices of a tensor if they are not fused: torch does that.
+            if (linears := _projections(module, original)) and (len(linears) > 2 or is_fused(linears)):
+                groups.append(linears)
+            outputs += [module._modules.get(name) for name in ("o_proj", "down_proj")]
+        self.gemms = time_gemms(groups, outputs)
+        for module, _, _ in self._originals if self.gemms else ():
+            module.__dict__[TIMED_GEMMS] = True
+        if not self.gemms:
+            warnings.warn(
+                "time_gemms found no weight to time: it is for weights of bfloat16 or float16 on a GPU, in patched "
+                "modules whose linear layers have no bias and no hook. Patch a model where it will run",
+                RuntimeWarning,
+                stacklevel=4,
+            )
 
     def undo(self) -> None:
         """Restore the class of each patched module, unless it was changed again since. A second call does nothing."""
@@ -167,11 +190,11 @@ def patch_transformers(
             projections are plain linear modules. Their weights are moved into one tensor, of which the parameters
             become slices. Where that does not stay so, as after `model.to`, there are several GEMMs again.
         time_gemms: time several GEMMs for each shape of the linear layers of patched attention modules and MLPs, for up
-            to 64 rows, and use the fastest in CUDA graphs: torch's, this package's and cuBLASLt's. This takes about
-            half a second, and builds up to two kernels for each shape. Which is the fastest may change from call to
-            call where times are close, and with it the rounding. Only for bfloat16 and float16 weights on a GPU, in
-            layers without a bias. The choice is for the process: other patched models with these shapes use it too. A
-            graph must not write the weights: a GEMM may read them before the kernel before it has ended.
+            to 64 rows (tokens), and use the fastest in CUDA graphs that are captured without gradients: torch's, this
+            package's and cuBLASLt's. It builds up to two kernels for each shape, and then takes about half a second.
+            Not for layers with a bias, dtypes but bfloat16 and float16, the head, and torch.compile. Where times are
+            close, the choice may differ from one call of this function to the next, and with it the rounding. A graph
+            must not write the weights: a GEMM may read them before the kernel before it has ended.
         classes: the rules of norm classes that are not recognised, such as `{MyNorm: "llama"}`: a class whose forward
             does not run on the CPU, uses attributes that are no plain values, or rounds elsewhere. Subclasses do not
             count. The norms need at most one weight, a float eps, and a forward of the input alone.
@@ -249,8 +272,10 @@ def _projections(module: torch.nn.Module, original: type[torch.nn.Module]) -> li
 
 def _restore(module: torch.nn.Module, original: type[torch.nn.Module]) -> None:
     from jitnorm.integrations.transformers_projections import split_weights
+    from jitnorm.integrations.transformers_state import TIMED_GEMMS
 
     module.__class__ = original
+    module.__dict__.pop(TIMED_GEMMS, None)
     if linears := _projections(module, original):
         split_weights(linears)
 

@@ -19,7 +19,7 @@ from jitnorm.core.torch_library import needs_dispatcher
 from jitnorm.integrations.transformers_norms import PatchedNorm, eps_of_norm, offset_of_norm
 from jitnorm.integrations.transformers_projections import fused_linear, project, projections_of
 from jitnorm.integrations.transformers_sources import reason_if_unknown
-from jitnorm.integrations.transformers_state import is_plain
+from jitnorm.integrations.transformers_state import is_plain, uses_timed_gemms
 from jitnorm.layers.qk_norm_rope import apply_qk_norm_rope, is_supported_size
 from jitnorm.qknorm_rope_store import qk_norm_rope_store
 
@@ -123,16 +123,17 @@ class PatchedAttention(torch.nn.Module):
             scaling=self.scaling,
             **kwargs,
         )
-        return project(output.reshape(*input_shape, -1).contiguous(), self.o_proj), weights
+        return project(output.reshape(*input_shape, -1).contiguous(), self.o_proj, uses_timed_gemms(self)), weights
 
     def _project(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, bool]:
         """Return q, k and v, and whether nothing else, such as a hook of a projection, can see them."""
         projections = None if torch.compiler.is_compiling() else projections_of(self, "Attention")
         if projections is None:
             return self.q_proj(hidden_states), self.k_proj(hidden_states), self.v_proj(hidden_states), False
-        fused = fused_linear(hidden_states, projections)
+        uses_timed = uses_timed_gemms(self)
+        fused = fused_linear(hidden_states, projections, uses_timed)
         if fused is None:
-            query, key, value = (project(hidden_states, linear) for linear in projections)
+            query, key, value = (project(hidden_states, linear, uses_timed) for linear in projections)
         else:
             query, key, value = fused.split([linear.out_features for linear in projections], dim=-1)
         return query, key, value, True

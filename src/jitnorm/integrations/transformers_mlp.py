@@ -13,7 +13,7 @@ from jitnorm.activation import gelu_and_mul, gelu_tanh_and_mul, silu_and_mul
 from jitnorm.core.checks import CUDA_ALIGNMENT
 from jitnorm.integrations.transformers_projections import project, projections_of, side_by_side
 from jitnorm.integrations.transformers_sources import reason_if_unknown
-from jitnorm.integrations.transformers_state import can_fuse, is_plain
+from jitnorm.integrations.transformers_state import can_fuse, is_plain, uses_timed_gemms
 
 MLP_CLASSES = ("LlamaMLP", "MistralMLP", "Qwen2MLP", "Qwen3MLP", "Gemma3MLP")
 
@@ -44,7 +44,9 @@ def fused_mlp(module: torch.nn.Module, x: torch.Tensor) -> Any:
     modules: Any = module._modules
     projections, operator = [modules["gate_proj"], modules["up_proj"]], gated_activation(modules["act_fn"])
     rounding = getattr(module, "_jitnorm_rounding", "once")
-    return project(operator(side_by_side(x, projections), rounding=rounding), modules["down_proj"])  # type: ignore[misc]
+    uses_timed = uses_timed_gemms(module)
+    activated = operator(side_by_side(x, projections, uses_timed), rounding=rounding)  # type: ignore[misc]
+    return project(activated, modules["down_proj"], uses_timed)
 
 
 def _is_supported(x: torch.Tensor, projections: list[torch.nn.Linear]) -> bool:

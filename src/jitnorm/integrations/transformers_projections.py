@@ -7,7 +7,7 @@ With `time_gemms` several GEMMs are timed for few rows, and the fastest of each 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -39,87 +39,98 @@ def projections_of(module: torch.nn.Module, kind: str) -> list[torch.nn.Linear] 
     return found
 
 
-def fused_linear(x: torch.Tensor, linears: Sequence[torch.nn.Linear]) -> torch.Tensor | None:
-    """Return the results of all `linears` side by side from one GEMM, or None if their weights are not one tensor."""
-    weight = _joined([linear._parameters["weight"] for linear in linears])
+def fused_linear(x: torch.Tensor, linears: Sequence[torch.nn.Linear], uses_timed: bool = False) -> torch.Tensor | None:
+    """Return the results of all `linears` side by side from one GEMM, or None if their weights are not one tensor.
+
+    Args:
+        x: `[..., in_features]`, of the weights' dtype.
+        linears: plain linear modules.
+        uses_timed: whether to use what `time_gemms` chose; see `project`.
+    """
+    weights = [linear._parameters["weight"] for linear in linears]
+    weight = _joined(weights)
     if weight is None:
         return None
     biases = [linear._parameters["bias"] for linear in linears]
     if all(bias is None for bias in biases):
-        return _linear(x, weight)
+        if uses_timed and _is_captured(x) and all(map(_is_plain_parameter, weights)):
+            return _timed_linear(x, weight)
+        return F.linear(x, weight)
     bias = _joined(biases)
-    return None if bias is None else _linear(x, weight, bias)
+    return None if bias is None else F.linear(x, weight, bias)
 
 
-def project(x: torch.Tensor, linear: torch.nn.Module) -> torch.Tensor:
+def project(x: torch.Tensor, linear: torch.nn.Module, uses_timed: bool) -> torch.Tensor:
     """Return `linear(x)`.
 
     Args:
         x: `[..., in_features]`.
         linear: any module.
+        uses_timed: whether to use what `time_gemms` chose for a plain linear module without a bias, where its result
+            becomes part of a CUDA graph.
     """
-    if _timed_linear is None or torch.compiler.is_compiling() or not is_plain_linear(linear) or _has_any_global_hook():
-        return linear(x)  # type: ignore[no-any-return]
-    return _linear(x, linear._parameters["weight"], linear._parameters["bias"])  # type: ignore[arg-type]
+    if uses_timed and _is_captured(x) and is_plain_linear(linear) and not _has_any_global_hook():
+        weight, bias = (linear._parameters[name] for name in ("weight", "bias"))
+        if bias is None and _is_plain_parameter(weight):
+            return _timed_linear(x, weight)  # type: ignore[arg-type]
+    return linear(x)  # type: ignore[no-any-return]
 
 
-# What multiplies by a weight in a CUDA graph, if GEMMs have been timed in this process.
-_timed_linear: Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor] | None = None
+def _timed_linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    from jitnorm.integrations import engine_gemms
 
-
-def _linear(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, out: torch.Tensor | None = None
-) -> torch.Tensor:
-    """Return F.linear; with `out`, x and `out` have two dimensions."""
-    if _timed_linear is not None and bias is None and _is_captured(x) and not is_batch_invariant_mode_enabled():
-        return _timed_linear(x, weight, out)
-    if out is None:
-        return F.linear(x, weight, bias)
-    return torch.mm(x, weight.t(), out=out) if bias is None else torch.addmm(bias, x, weight.t(), out=out)
+    return engine_gemms.linear(x, weight)
 
 
 def _is_captured(x: torch.Tensor) -> bool:
-    """Return whether a GEMM without a gradient becomes part of a CUDA graph."""
-    return x.is_cuda and not torch.is_grad_enabled() and torch.cuda.is_current_stream_capturing()
+    """Return whether an operator becomes part of a CUDA graph that the caller captures, and another may replace it."""
+    return (
+        x.is_cuda
+        and not torch.is_grad_enabled()
+        and torch.cuda.is_current_stream_capturing()
+        and not is_batch_invariant_mode_enabled()
+    )
+
+
+def _is_plain_parameter(weight: object) -> bool:
+    """Return whether a weight has no other class, as quantised and sharded ones have."""
+    return type(weight) is torch.nn.Parameter and type(weight.data) is torch.Tensor
 
 
 def time_gemms(groups: Iterable[Sequence[torch.nn.Linear]], outputs: Iterable[object]) -> list[str]:
-    """Time GEMMs with few rows on the weights of patched modules, and use the fastest in CUDA graphs from now on.
+    """Time GEMMs with few rows on the weights of patched modules, for `project` and `fused_linear`.
 
     Args:
-        groups: the projections of one input, which follow a norm.
-        outputs: modules whose output a norm follows; only plain linear modules count.
+        groups: the projections of one input, which follow a norm. If their weights are one tensor, it is timed.
+        outputs: modules whose output a norm follows. Only plain linear modules are timed.
 
     Returns:
-        What was chosen, and what could not be built, in words.
+        What was chosen, and what could not be built, in words; none if there is no weight to time.
     """
-    global _timed_linear
     from jitnorm.integrations import engine_gemms
 
     def candidates(linears: Iterable[torch.nn.Linear]) -> list[torch.Tensor]:
-        weights = (linear.weight for linear in linears if linear.bias is None)
-        plain = (weight for weight in weights if type(weight) is torch.nn.Parameter)
-        return [weight for weight in plain if type(weight.data) is torch.Tensor and engine_gemms.is_candidate(weight)]
+        weights = [linear.weight for linear in linears if linear.bias is None]
+        return [weight for weight in weights if _is_plain_parameter(weight) and engine_gemms.is_candidate(weight)]
 
     after_norm: list[torch.Tensor] = []
     for linears in groups:
         weights = candidates(linears)
-        joined = _joined([linear.weight for linear in linears])
-        is_joined = joined is not None and len(weights) == len(linears) and engine_gemms.is_candidate(joined)
-        after_norm += [joined] if is_joined else weights  # type: ignore[list-item]
-    selection = engine_gemms.select(after_norm, candidates(x for x in outputs if is_plain_linear(x)))  # type: ignore[misc]
-    _timed_linear = engine_gemms.linear
-    return selection.notes
+        joined = _joined([linear.weight for linear in linears]) if len(weights) == len(linears) else None
+        after_norm += weights if joined is None else [joined]
+    others = candidates(linear for linear in outputs if is_plain_linear(linear))  # type: ignore[misc]
+    return engine_gemms.select(after_norm, others).notes if after_norm or others else []
 
 
-def side_by_side(x: torch.Tensor, linears: Sequence[torch.nn.Linear]) -> torch.Tensor:
+def side_by_side(x: torch.Tensor, linears: Sequence[torch.nn.Linear], uses_timed: bool = False) -> torch.Tensor:
     """Return the results of all `linears` side by side: one GEMM where `fused_linear` can, or else one for each.
 
     Args:
         x: `[..., in_features]`, of the weights' dtype.
         linears: without a gradient.
+        uses_timed: as for `fused_linear`.
     """
-    fused = fused_linear(x, linears)
+    fused = fused_linear(x, linears, uses_timed)
     if fused is not None:
         return fused
     rows = x.reshape(-1, x.shape[-1])
@@ -127,7 +138,10 @@ def side_by_side(x: torch.Tensor, linears: Sequence[torch.nn.Linear]) -> torch.T
     start = 0
     for linear in linears:  # a GEMM writes its result into a slice of rows as well as into a tensor of its own
         part = out[:, start : start + linear.out_features]
-        _linear(rows, linear.weight, linear.bias, part)
+        if linear.bias is None:
+            torch.mm(rows, linear.weight.t(), out=part)
+        else:
+            torch.addmm(linear.bias, rows, linear.weight.t(), out=part)
         start += linear.out_features
     return out.view(*x.shape[:-1], start)
 

@@ -53,6 +53,14 @@ _has_any_global_hook = torch.nn.modules.module._has_any_global_hook
 current_state: ContextVar[ForwardState | None] = ContextVar("jitnorm_transformers", default=None)
 
 
+TIMED_GEMMS = "_jitnorm_timed_gemms"  # an attribute of patched modules that use what time_gemms chose
+
+
+def uses_timed_gemms(module: torch.nn.Module) -> bool:
+    """Return whether a patched module was patched with `time_gemms=True`, which torch.compile does not use."""
+    return not torch.compiler.is_compiling() and TIMED_GEMMS in module.__dict__
+
+
 def is_plain(module: torch.nn.Module) -> bool:
     """Return whether a call of `module` runs the forward of its class and nothing else, such as a hook."""
     attributes = module.__dict__  # faster than attributes of a module
@@ -67,8 +75,13 @@ def is_plain(module: torch.nn.Module) -> bool:
 
 
 def is_plain_linear(module: object) -> bool:
-    """Return whether `module` is a torch.nn.Linear itself, not a subclass such as PEFT's, and has no hooks."""
-    return type(module) is torch.nn.Linear and is_plain(module)
+    """Return whether `module` is a torch.nn.Linear itself, not a subclass such as PEFT's, and has no hooks.
+
+    Its weight and bias must be parameters, not other attributes, as FSDP makes of them.
+    """
+    if type(module) is not torch.nn.Linear or not is_plain(module):
+        return False
+    return "weight" in module._parameters and "bias" in module._parameters
 
 
 def can_fuse(module: torch.nn.Module, hidden_states: torch.Tensor) -> bool:
