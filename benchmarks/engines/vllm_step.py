@@ -9,6 +9,8 @@ two are also compared with the default mode without the plugin. Written for vLLM
 
 from __future__ import annotations
 
+import itertools
+import statistics
 import time
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -73,6 +75,21 @@ def llm_arguments(
     }
 
 
+def record_steps(engine: Any) -> list[float]:
+    """Return a list to which each step of an `LLMEngine` that returns tokens adds the time of its end, in seconds."""
+    ends: list[float] = []
+    step = engine.step
+
+    def recorded() -> Any:
+        outputs = step()
+        if outputs:
+            ends.append(time.perf_counter())
+        return outputs
+
+    engine.step = recorded
+    return ends
+
+
 class VllmEngine:
     """One variant of vLLM, with `LLM` in this process.
 
@@ -108,6 +125,7 @@ class VllmEngine:
         self.model, self.plugin = model, plugin
         self.prompt, self.tokens, self.vocab_size = prompt, tokens, vocab_size
         self.llm = LLM(**llm_arguments(model, mode == "eager", batches, sequences, prompt, cache_bytes))
+        self.step_ends = record_steps(self.llm.llm_engine)
         cache = self.llm.llm_engine.vllm_config.cache_config
         if (found := (cache.num_gpu_blocks or 0) * cache.block_size) < cache_tokens * 0.9:
             raise RuntimeError(f"the KV cache has {found} tokens, and a batch needs {cache_tokens}")
@@ -145,15 +163,16 @@ class VllmEngine:
         }
 
     def decode(self, batch: int) -> dict[str, float]:
-        """Return the seconds of a decode step, and of the replay of its graph.
+        """Return the median seconds of a decode step, and of the replay of its graph.
 
-        A step is the time of all tokens but the first, divided by their number.
+        A step lasts from the tokens of one to those of the next. The tokens of all prompts come together, as their
+        prefill is one step. A mean would contain what a prefill leaves to the next step.
         """
-        prompts = random_prompts([self.prompt] * batch, self.vocab_size, seed=1)
-        first, _ = self._generate(prompts, 1)
-        all_tokens, _ = self._generate(prompts, self.tokens)
+        self.step_ends.clear()
+        self._generate(random_prompts([self.prompt] * batch, self.vocab_size, seed=1), self.tokens)
+        steps = [end - begin for begin, end in itertools.pairwise(self.step_ends)]
         graph = self._graph_seconds(batch)
-        return {DECODE: (all_tokens - first) / (self.tokens - 1)} | ({} if graph is None else {GRAPH: graph})
+        return {DECODE: statistics.median(steps)} | ({} if graph is None else {GRAPH: graph})
 
     def _graph_seconds(self, batch: int) -> float | None:
         """Return the seconds of a replay of a decode graph, on what its buffers last held; None without one."""

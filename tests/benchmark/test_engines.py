@@ -10,6 +10,7 @@ import math
 import subprocess
 import sys
 import time
+import types
 from importlib.metadata import entry_points
 from pathlib import Path
 
@@ -527,6 +528,22 @@ def test_sglang_knows_the_arguments():
     server_args = pytest.importorskip("sglang.srt.server_args", reason="SGLang is not installed")
     found = importlib.import_module("sglang_step").server_arguments("m", True, [1, 16], 16, 10**5, "cuda")
     assert found.keys() <= {field.name for field in dataclasses.fields(server_args.ServerArgs)}
+
+
+def test_a_decode_step_of_vllm_is_the_median(monkeypatch):
+    """The first step is the prefill; a step without tokens, as of a scheduler that runs ahead, belongs to the next."""
+    module = importlib.import_module("vllm_step")
+    clock = iter([10.0, 12.0, 12.5, 15.5])
+    monkeypatch.setattr(module.time, "perf_counter", lambda: next(clock))
+    outputs = iter([["first"], [], ["second"], ["third"], ["last"]])
+    engine = object.__new__(module.VllmEngine)
+    engine.prompt, engine.tokens, engine.vocab_size = 3, 4, 7
+    core = types.SimpleNamespace(step=lambda: next(outputs))
+    engine.step_ends = module.record_steps(core)
+    engine.step_ends.append(-1.0)  # of a sample before
+    monkeypatch.setattr(engine, "_generate", lambda prompts, tokens: [core.step() for _ in range(5)], raising=False)
+    monkeypatch.setattr(engine, "_graph_seconds", lambda batch: None)
+    assert engine.decode(2) == {"decode step": 2.0}
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
