@@ -54,7 +54,8 @@ ENGINES = {
     "sglang_qwen3_0.6b": ["deterministic"],
     "sglang_default_qwen3_8b": ["default"],
     "sglang_qwen3_8b": ["deterministic"],
-    "sglang_llama_3.1_8b": ["default", "deterministic"],
+    "sglang_default_llama_3.1_8b": ["default"],
+    "sglang_llama_3.1_8b": ["deterministic"],
 }
 README_MODELS, README_BATCHES = ("qwen3-0.6b", "qwen3-8b"), (1, 64)
 ENGINE_NAMES = {"vllm": "vLLM", "sglang": "SGLang"}
