@@ -118,9 +118,9 @@ class SglangEngine:
         """
         self.replaced = ""
         if self.plugin:
-            from jitnorm.integrations.sglang_plugin import report
+            from jitnorm.integrations.sglang_plugin import explain
 
-            self.replaced = report()
+            self.replaced = "\n".join(map(str, explain()))
             if "replaced: " not in self.replaced:
                 raise RuntimeError(f"the plugin replaced nothing: {self.replaced}")
         seed_weights(self.model_runner.model.named_parameters())

@@ -151,7 +151,11 @@ def main() -> None:
                 runner.torch_runner.init_cuda_graphs()
             replays.clear()
             runs = {n: generate(one_batch, runner, ids[:n].tolist(), options["steps"]) for n in options["batches"]}
-            results[variant] = {"runs": runs, "replays": len(replays), "report": sglang_plugin.report()}
+            results[variant] = {
+                "runs": runs,
+                "replays": len(replays),
+                "report": "\n".join(map(str, sglang_plugin.explain())),
+            }
         torch.save(results, out)
     sys.stdout.flush()
     os._exit(0)  # nothing of SGLang's is left to wait for

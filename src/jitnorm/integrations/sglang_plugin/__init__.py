@@ -23,11 +23,11 @@ from jitnorm.integrations.sglang_plugin.replacement import LoadedModel, Replacem
 from jitnorm.integrations.sglang_plugin.tested import source_problem, version_problem
 from jitnorm.jit.log import logger
 
-__all__ = ["register", "report"]
+__all__ = ["Report", "explain", "register"]
 
 _RUNNER = "sglang.srt.model_executor.model_runner.ModelRunner"
 _reports: list[Report] = []
-_status: str | None = "register has not been called"  # why there are no hooks; None if there are
+_status: str | None = "`register` has not been called"  # why there are no hooks; None if there are
 _parts_left: dict[str, str] = {}  # what was left to SGLang before any model was loaded, and why
 
 
@@ -44,7 +44,7 @@ def register() -> None:
     if _status is None:
         return
     if not is_requested("JITNORM_SGLANG", "SGLANG_PLUGINS"):
-        _status = "the plugin is off: set JITNORM_SGLANG=1, or name jitnorm in SGLANG_PLUGINS"
+        _status = "it is off: set JITNORM_SGLANG=1, or name jitnorm in SGLANG_PLUGINS"
         return
     skipped_parts()
     import sglang
@@ -69,9 +69,15 @@ def register() -> None:
     _status = None
 
 
-def report() -> str:
-    """Return what was replaced in this process, and what was left to SGLang and why, for each model it has loaded."""
-    return _status or "\n".join(map(str, _reports)) or "no model has been loaded"
+def explain() -> list[Report]:
+    """Return what was replaced in each model that this process has loaded, and what was left to SGLang and why.
+
+    SGLang loads models in its worker processes, and the log of a worker has the same text.
+
+    Returns:
+        One report for each model, in the order of loading. If there are no hooks, a report whose title says why.
+    """
+    return [Report(f"jitnorm's plugin in SGLang: {_status}")] if _status else list(_reports)
 
 
 def _enable_mode(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
