@@ -220,6 +220,7 @@ PLACES = (
     "toolchain",
     "quarantine",
     "invariance",
+    "gemms",
     "tag",
     "stray",
 )

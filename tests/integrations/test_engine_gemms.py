@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import fields
 
 import pytest
@@ -9,14 +10,23 @@ import torch
 from helpers import TOLERANCE, relative_error, same_bits
 
 from jitnorm.integrations import engine_gemms
+from jitnorm.jit.cache import Cache
 from jitnorm.jit.spec import Target
 
 BF16 = torch.bfloat16
 
 
 @pytest.fixture(autouse=True)
-def nothing_chosen(monkeypatch):
+def nothing_chosen(cache_dir, monkeypatch):
     monkeypatch.setattr(engine_gemms, "_chosen", {})
+
+
+@pytest.fixture
+def on_a_gpu(monkeypatch):
+    """Weights on the CPU are described as those of a GPU."""
+    monkeypatch.setattr(engine_gemms, "gpu_name", lambda device: "a GPU, 132 SMs")
+    monkeypatch.setattr(engine_gemms, "driver_version", lambda: "580.1")
+    monkeypatch.setattr(engine_gemms.cublaslt, "description", lambda: "130100, 0 bytes")
 
 
 def choose(monkeypatch, weight, rows):
@@ -77,6 +87,7 @@ def test_candidates(device):
     assert not any(engine_gemms.is_candidate(w) for w in not_supported)
 
 
+@pytest.mark.usefixtures("on_a_gpu")
 def test_what_cannot_be_timed_is_left_to_torch(monkeypatch):
     weight, x = torch.randn(64, 128), torch.randn(3, 128)
 
@@ -99,6 +110,7 @@ def test_an_unsupported_number_of_rows_is_left_to_torch(monkeypatch):
     assert same_bits(engine_gemms.linear(x, weight), torch.nn.functional.linear(x, weight))
 
 
+@pytest.mark.usefixtures("on_a_gpu")
 @pytest.mark.parametrize("after_norm", [True, False])
 def test_the_fastest_is_chosen(monkeypatch, after_norm):
     """For each number of rows; a GEMM that does not take them is left out, and a small gain is noise."""
@@ -142,8 +154,9 @@ def test_the_fastest_is_chosen(monkeypatch, after_norm):
     assert names == dict.fromkeys((1, 8), "few_rows_gemm") | dict.fromkeys((2, 16, 32), "cuBLASLt without split k")
 
 
+@pytest.mark.usefixtures("on_a_gpu")
 @pytest.mark.parametrize("has_cublaslt", [True, False])
-def test_a_kernel_that_cannot_be_built_is_left_out(has_cublaslt, cache_dir, monkeypatch):
+def test_a_kernel_that_cannot_be_built_is_left_out(has_cublaslt, monkeypatch):
     """It is tried once, and a shape without any other GEMM than torch's is not replaced."""
     weight = torch.randn(64, 128)
 
@@ -169,6 +182,97 @@ def test_a_kernel_that_cannot_be_built_is_left_out(has_cublaslt, cache_dir, monk
     assert said[0].startswith("few_rows_gemm_64x128_bf16: its kernel cannot be built: ") and "DISABLE_JIT" in said[0]
     found = ["n=64 k=128, numbers of rows: cuBLASLt without split k for 2"] if has_cublaslt else []
     assert said[1:] == found
+
+
+class TestLaterStarts:
+    """What was chosen once is chosen again without timing, as long as the times would be the same."""
+
+    WEIGHT = torch.randn(64, 128)
+
+    @pytest.fixture(autouse=True)
+    def timed(self, monkeypatch, on_a_gpu):
+        """Return a list of what was timed: whether it was after a norm."""
+        timed = []
+
+        def choose(gemms, weights, after_norm):
+            timed.append(after_norm)
+            return {"cuBLASLt without split k": [2, 16] if len(timed) == 1 else [4]}
+
+        gemms = {"cuBLASLt without split k": engine_gemms._mm}
+        monkeypatch.setattr(engine_gemms, "_candidates", lambda weight, kernels: gemms)
+        monkeypatch.setattr(engine_gemms, "_choose", choose)
+        return timed
+
+    def start(self, after_norm=True):
+        """Select as a new process does. Return the numbers of rows for which torch's GEMM is replaced."""
+        engine_gemms._chosen.clear()
+        engine_gemms.select(*(([self.WEIGHT], []) if after_norm else ([], [self.WEIGHT])))
+        ((_, chosen),) = engine_gemms._chosen.items()
+        return sorted(chosen)
+
+    def test_the_choice_is_kept(self, timed, cache_dir):
+        assert self.start() == self.start() == [2, 16] and timed == [True]
+        (file,) = (cache_dir / "gemms").iterdir()
+        kept = json.loads(file.read_text())
+        assert kept["weight"] == "n=64 k=128 torch.float32" and kept["gpu"] == "a GPU, 132 SMs"
+        assert kept["rows"] == {"cuBLASLt without split k": [2, 16]}
+
+    def test_another_place_in_the_model_is_timed(self, timed):
+        assert self.start() == [2, 16] and self.start(after_norm=False) == [4] and timed == [True, False]
+
+    @pytest.mark.parametrize("name", ["gpu_name", "driver_version", "_hash_of_code", "cublaslt.description", "torch"])
+    def test_what_the_times_depend_on(self, timed, monkeypatch, name):
+        assert self.start() == [2, 16]
+        if name == "torch":
+            monkeypatch.setattr(torch, "__version__", "2.99")
+        else:
+            *module, function = name.split(".")
+            owner = getattr(engine_gemms, module[0]) if module else engine_gemms
+            monkeypatch.setattr(owner, function, lambda *arguments: "another")
+        assert self.start() == [4] and len(timed) == 2
+
+    def test_another_version_of_a_kernel(self, timed, monkeypatch):
+        """It is one of its source."""
+
+        class Kernel:
+            name, key = "few_rows_gemm", "0123"
+
+            def spec_of(self, weight):
+                return self
+
+        kernel = Kernel()
+        monkeypatch.setattr(engine_gemms, "_kernels_for", lambda weight: [kernel])
+        monkeypatch.setattr(engine_gemms, "build_and_load", lambda specs: {})
+        assert self.start() == self.start() == [2, 16]
+        kernel.key = "4567"
+        assert self.start() == [4] and len(timed) == 2
+
+    @pytest.mark.parametrize(
+        "change",
+        [
+            lambda kept: "{",
+            lambda kept: "[]",
+            lambda kept: json.dumps({**kept, "unknown": 1}),
+            lambda kept: json.dumps({**kept, "gpu": "another"}),
+            lambda kept: json.dumps({**kept, "rows": {"another GEMM": [1]}}),
+            lambda kept: json.dumps({**kept, "rows": {"cuBLASLt without split k": ["2"]}}),
+            lambda kept: json.dumps({**kept, "rows": {"cuBLASLt without split k": 2}}),
+            lambda kept: json.dumps({**kept, "rows": [2]}),
+        ],
+    )
+    def test_a_damaged_record_is_replaced(self, timed, cache_dir, change):
+        self.start()
+        (file,) = (cache_dir / "gemms").iterdir()
+        file.write_text(change(json.loads(file.read_text())))
+        assert self.start() == self.start() == [4] and len(timed) == 2
+
+    def test_a_cache_that_cannot_be_written(self, timed, monkeypatch, caplog):
+        def write(*arguments):
+            raise OSError("no space left")
+
+        monkeypatch.setattr(Cache, "write_record", write)
+        assert self.start() == [2, 16] and self.start() == [4] and len(timed) == 2
+        assert "cannot write the times of GEMMs for n=64 k=128 torch.float32 to the cache: no space left" in caplog.text
 
 
 @pytest.mark.gpu

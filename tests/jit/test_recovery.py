@@ -184,7 +184,8 @@ def test_clear_removes_all_that_is_jitnorms(copier, cache_dir):
     copier.then("exit 1")
     with pytest.raises(BuildError):
         build(cpu_spec(64))
-    Cache(cache_dir).write_record("invariance", "0123456789abcdef01234567.json", {})
+    for part in ("invariance", "gemms"):
+        Cache(cache_dir).write_record(part, "0123456789abcdef01234567.json", {})
     assert CliRunner().invoke(main, ["cache", "clear", "--yes"]).exit_code == 0
     assert [p.name for p in cache_dir.rglob("*") if not p.is_dir()] == ["CACHEDIR.TAG"]
     assert not list(cache_dir.glob("*/*"))

@@ -175,8 +175,8 @@ def clear(filters: tuple[Filter, ...], older_than: float | None, dry_run: bool, 
 
     --filter and --older-than select kernels. Kernels that a process has loaded are kept. Without --filter and --older-
     than, jitnorm's other files are removed as well: leftovers of failed, damaged and unfinished builds, and records of
-    compiler versions and of batch-invariant mode's checks. Builds that are running are kept; those of other hosts are
-    taken to be running for a day. Prebuilt layers are never written.
+    compiler versions, of batch-invariant mode's checks and of the fastest GEMMs. Builds that are running are kept;
+    builds of other hosts are taken to be running for a day. Prebuilt layers are never written.
     """
     complete = True
     for own in own_caches():

@@ -31,6 +31,22 @@ def _with_suffix(arch: str) -> Target:
     return target
 
 
+def gpu_name(device: torch.device) -> str:
+    """Return a GPU's name and the number of its SMs; a process that was given a part of a GPU (MIG) has fewer."""
+    properties = torch.cuda.get_device_properties(device)
+    return f"{properties.name}, {properties.multi_processor_count} SMs"
+
+
+@functools.cache
+def driver_version() -> str:
+    """Return the version of the GPU's driver, or that of CUDA where the system does not tell."""
+    try:
+        with open("/sys/module/nvidia/version") as file:  # needs no process and no library
+            return file.read().strip()
+    except OSError:
+        return f"cuda {torch.version.cuda}"
+
+
 def resolve_target(device: str | None = None, arch: str | None = None) -> Target:
     """Return the target of a device and an architecture.
 

@@ -5,14 +5,19 @@ cuBLASLt proposes, which for few rows and columns is often not the fastest: on a
 took 12.9 us, where 16 rows took 6.1 by another kernel; 64 rows with n = 4096, k = 12288 took 32.7 us, and 28.3 without
 split k.
 
-Two processes may choose differently, where the times are close. So a layer whose result must be the same on all ranks
-of tensor parallelism, such as the router of experts, must not be among the weights.
+The choice is kept in the cache (gemm_choices.py). Two processes that time a shape at once may choose differently, where
+the times are close. So a layer whose result must be the same on all ranks of tensor parallelism, such as the router of
+experts, must not be among the weights.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+import hashlib
 import time
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -20,13 +25,16 @@ import torch.nn.functional as F
 
 from jitnorm.batch_invariant.matmul import cublaslt
 from jitnorm.batch_invariant.matmul.problem import Gemm, Problem, UnsupportedProblem
+from jitnorm.core.targets import driver_version, gpu_name
 from jitnorm.general_rmsnorm import general_rmsnorm
-from jitnorm.integrations import few_rows
+from jitnorm.integrations import few_rows, gemm_choices
 from jitnorm.integrations.engine_plugins import build_and_load
 from jitnorm.integrations.few_rows import FewRowsKernel
+from jitnorm.integrations.gemm_choices import Choice
 from jitnorm.jit.log import logger
 
 ROWS = (1, 2, 4, 8, 16, 32, 64)  # at which all are timed; other numbers of rows count as the next of these
+_CUBLASLT = "cuBLASLt without split k"
 _MAX_CUBLASLT_COLUMNS = 4096  # with more, or with more than k, cuBLASLt took about the same time as torch
 _MAX_RATIO = 0.97  # of the times, with the kernels before and after: a smaller gain may be noise
 _SAMPLES = 3
@@ -74,9 +82,10 @@ class Selection(NamedTuple):
 
 
 def select(after_norm: Iterable[torch.Tensor], others: Iterable[torch.Tensor]) -> Selection:
-    """Time all GEMMs on the weights of a model, and let `linear` use the fastest.
+    """Let `linear` use the fastest GEMM for each shape of a model's weights.
 
-    Kernels that are not in the cache are built, and left out where they cannot be.
+    All are timed on the weights, where the cache does not have the choice of an earlier start. Kernels that are not in
+    the cache are built, and left out where they cannot be.
 
     Args:
         after_norm: candidates that multiply the result of a norm of this package, such as QKV projections. These norms
@@ -100,7 +109,8 @@ def select(after_norm: Iterable[torch.Tensor], others: Iterable[torch.Tensor]) -
             if not (gemms := _candidates(same[0], built)):
                 continue
             found.shapes.add(shape)
-            rows_by_name = _choose(gemms, same, shape not in shapes_of_others)
+            versions = {each.name: specs[shape, each].key for each in built}
+            rows_by_name = _read_or_choose(gemms, versions, same, shape not in shapes_of_others)
         except RuntimeError as error:  # out of memory, for instance: torch's GEMM stays
             logger.debug("no GEMM was timed for %s: %s", shape, error)
             continue
@@ -141,8 +151,34 @@ def _candidates(weight: torch.Tensor, kernels: Iterable[FewRowsKernel]) -> dict[
     if _suits_cublaslt(weight) and cublaslt.library_version() > 0:
         n, k, dtype, _ = shape_of(weight)
         problem = Problem(weight.device, n, k, dtype, dtype, True, k, False, False)
-        found["cuBLASLt without split k"] = cublaslt.gemm(problem)
+        found[_CUBLASLT] = cublaslt.gemm(problem)
     return found
+
+
+def _read_or_choose(
+    gemms: dict[str, Gemm], versions: dict[str, str], weights: Sequence[torch.Tensor], after_norm: bool
+) -> dict[str, list[int]]:
+    """Return what `_choose` returned once, on such a GPU with these versions of the GEMMs."""
+    n, k, dtype, _ = shape_of(weights[0])
+    choice = Choice(
+        weight=f"n={n} k={k} {dtype}",
+        after_norm=after_norm,
+        gpu=gpu_name(weights[0].device),
+        driver=driver_version(),
+        torch=str(torch.__version__),
+        candidates=versions | ({_CUBLASLT: cublaslt.description()} if _CUBLASLT in gemms else {}),
+        code=_hash_of_code(),
+    )
+    rows = gemm_choices.read(choice)
+    if rows is None:
+        rows = _choose(gemms, weights, after_norm)
+        gemm_choices.write(dataclasses.replace(choice, rows=rows))
+    return rows
+
+
+@functools.cache
+def _hash_of_code() -> str:
+    return hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:16]
 
 
 def _choose(gemms: dict[str, Gemm], weights: Sequence[torch.Tensor], after_norm: bool) -> dict[str, list[int]]:

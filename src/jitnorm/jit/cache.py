@@ -6,6 +6,7 @@
     locks/                                     one file for each build in progress
     toolchains/                                the versions of compilers
     invariance/                                results of batch-invariant mode's checks
+    gemms/                                     the fastest GEMMs for the shapes of weights
 
 An entry is published by one rename. A damaged or untrusted file or folder is moved to quarantine, logged once, and
 built again.
@@ -36,6 +37,9 @@ QUARANTINE = "quarantine"
 LOCKS = "locks"
 TOOLCHAINS = "toolchains"
 INVARIANCE = "invariance"
+GEMMS = "gemms"
+# The folders of records, which are made again if they are missing.
+RECORDS = (TOOLCHAINS, INVARIANCE, GEMMS)
 
 # The folder of the cache may contain other files too. Only names of these forms are listed or removed.
 # Regular expressions are compiled when they are used: `import jitnorm` would pay for it.
@@ -43,6 +47,7 @@ _KERNEL = r"\w+\.(?:sm|cpu)_\w+"  # rmsnorm_4096_bf16.sm_90a
 KERNEL_FOLDER = rf"{_KERNEL}\.[0-9a-f]{{16}}"  # and the spec's key
 TOOLCHAIN_FOLDER = r"[0-9a-f]{12}"
 _TOOLCHAIN_RECORD = r"(?:cpu|cuda)-[0-9a-f]{16}"
+_HASHED_RECORD = r"[0-9a-f]{24}\.\S*"
 _TOKEN = r"[0-9a-f]{8}"
 # A build's or an import's folder: and host name, host id, process id, token
 _BUILD = rf"(?:{_KERNEL}|import)\..+\.(?P<host>[0-9a-f]{{8}})\.\d+\.[0-9a-z_]{{8}}"
@@ -52,7 +57,8 @@ OWN_NAMES = {
     QUARANTINE: rf"(?:failed\.{_KERNEL}|{KERNEL_FOLDER}.*|{_TOOLCHAIN_RECORD}.*)\.{_TOKEN}",
     LOCKS: rf"{KERNEL_FOLDER}\.{TOOLCHAIN_FOLDER}",
     TOOLCHAINS: rf"{_TOOLCHAIN_RECORD}\.\S*",
-    INVARIANCE: r"[0-9a-f]{24}\.\S*",
+    INVARIANCE: _HASHED_RECORD,
+    GEMMS: _HASHED_RECORD,
 }
 _MAX_QUARANTINED = 16
 

@@ -15,11 +15,11 @@ from contextlib import suppress
 from pathlib import Path
 
 from jitnorm.jit.cache import (
-    INVARIANCE,
     KERNELS,
     LOCKS,
     OWN_NAMES,
     QUARANTINE,
+    RECORDS,
     STAGING,
     TOOLCHAINS,
     Cache,
@@ -64,8 +64,8 @@ def leftovers(cache: Cache) -> list[Path]:
 
 
 def records(cache: Cache) -> list[Path]:
-    """Return the files of `toolchains` and `invariance`, which are computed again if they are missing."""
-    return [cache.root / part / name for part in (TOOLCHAINS, INVARIANCE) for name in _own_names(cache, part)]
+    """Return the files of RECORDS, which are made again if they are missing."""
+    return [cache.root / part / name for part in RECORDS for name in _own_names(cache, part)]
 
 
 def remove(cache: Cache, path: Path) -> bool:
@@ -88,9 +88,9 @@ def size_of(cache: Cache, path: Path) -> int:
 
 def _abandoned(cache: Cache) -> Iterator[Path]:
     """Yield this host's staging folders, drafts and lock files that no running process has locked."""
-    for part in (STAGING, LOCKS, TOOLCHAINS, INVARIANCE):
+    for part in (STAGING, LOCKS, *RECORDS):
         for name in _own_names(cache, part):
-            if part in (TOOLCHAINS, INVARIANCE) and not name.endswith(_DRAFT):
+            if part in RECORDS and not name.endswith(_DRAFT):
                 continue
             if part == STAGING and host_of_build(name) not in (None, host_id()):
                 continue  # on NFS, a host does not see the locks that others hold on folders

@@ -20,6 +20,7 @@ import torch
 from jitnorm.batch_invariant import operands
 from jitnorm.batch_invariant.matmul.problem import BATCH_SIZES, Gemm, Problem, UnsupportedProblem
 from jitnorm.batch_invariant.operands import cancelling_operands, count_differing_elements
+from jitnorm.core.targets import driver_version, gpu_name
 from jitnorm.jit import cleanup, locations
 from jitnorm.jit.cache import INVARIANCE
 from jitnorm.jit.folder import UntrustedPath
@@ -61,11 +62,9 @@ def passes(backend: str, library: str, sources: tuple[Path, ...], gemm: Gemm, pr
         sources: the files that choose the kernels.
         gemm: the backend, bound to the problem.
     """
-    properties = torch.cuda.get_device_properties(problem.device)
-    # A process that was given a part of a GPU (MIG) sees fewer SMs.
-    gpu = f"{properties.name}, {properties.multi_processor_count} SMs"
     result = functools.partial(
-        CheckResult, backend, str(problem), gpu, driver_version(), library, _hash_of_sources(sources)
+        CheckResult,
+        *(backend, str(problem), gpu_name(problem.device), driver_version(), library, _hash_of_sources(sources)),
     )
     if (cached := _read(result(False, "").file_name)) is not None:
         return cached.passed
@@ -121,16 +120,6 @@ def cached_results() -> Iterator[CheckResult]:
     names = (path.name for path in cleanup.records(locations.readable()) if path.parent.name == INVARIANCE)
     results = [result for name in names if (result := _read(name))]
     yield from sorted(results, key=lambda result: (result.gpu, result.problem, result.backend))
-
-
-@functools.cache
-def driver_version() -> str:
-    """Return the version of the GPU's driver, or that of CUDA where the system does not tell."""
-    try:
-        with open("/sys/module/nvidia/version") as file:  # needs no process and no library
-            return file.read().strip()
-    except OSError:
-        return f"cuda {torch.version.cuda}"
 
 
 @functools.cache
