@@ -66,7 +66,7 @@ class Package:
         return found
 
     def messages(self) -> Iterator[tuple[str, str]]:
-        """Yield the texts of `raise`, `warnings.warn` and the logger's warnings and errors, with their places."""
+        """Yield the texts of `raise`, `warnings.warn`, the logger's warnings and errors, and `warn_once`, with places."""
         for file, tree in self._trees.items():
             for scope in [tree, *(node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef))]:
                 for node in _walk_scope(scope):
@@ -76,6 +76,8 @@ class Package:
     def _texts_of(self, node: ast.AST, scope: ast.AST) -> list[str]:
         if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call):
             return self._texts_of_exception(node.exc, scope)
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "warn_once":
+            return self._texts(node.args[0], scope)
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.args:
             called = ast.unparse(node.func)
             if called == "warnings.warn":

@@ -75,18 +75,21 @@ def llm_arguments(
     }
 
 
-def record_steps(engine: Any) -> list[float]:
-    """Return a list to which each step of an `LLMEngine` that returns tokens adds the time of its end, in seconds."""
+def record_steps(engine_core: Any) -> list[float]:
+    """Return a list to which each step of an engine core with new tokens adds the time of its end, in seconds.
+
+    `LLMEngine.step` would not do: it returns only the requests that are finished.
+    """
     ends: list[float] = []
-    step = engine.step
+    get_output = engine_core.get_output
 
     def recorded() -> Any:
-        outputs = step()
-        if outputs:
+        found = get_output()
+        if found.outputs:
             ends.append(time.perf_counter())
-        return outputs
+        return found
 
-    engine.step = recorded
+    engine_core.get_output = recorded
     return ends
 
 
@@ -125,7 +128,7 @@ class VllmEngine:
         self.model, self.plugin = model, plugin
         self.prompt, self.tokens, self.vocab_size = prompt, tokens, vocab_size
         self.llm = LLM(**llm_arguments(model, mode == "eager", batches, sequences, prompt, cache_bytes))
-        self.step_ends = record_steps(self.llm.llm_engine)
+        self.step_ends = record_steps(self.llm.llm_engine.engine_core)
         cache = self.llm.llm_engine.vllm_config.cache_config
         if (found := (cache.num_gpu_blocks or 0) * cache.block_size) < cache_tokens * 0.9:
             raise RuntimeError(f"the KV cache has {found} tokens, and a batch needs {cache_tokens}")

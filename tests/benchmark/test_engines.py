@@ -535,13 +535,15 @@ def test_a_decode_step_of_vllm_is_the_median(monkeypatch):
     module = importlib.import_module("vllm_step")
     clock = iter([10.0, 12.0, 12.5, 15.5])
     monkeypatch.setattr(module.time, "perf_counter", lambda: next(clock))
-    outputs = iter([["first"], [], ["second"], ["third"], ["last"]])
+    outputs = (types.SimpleNamespace(outputs=tokens) for tokens in (["first"], [], ["second"], ["third"], ["last"]))
     engine = object.__new__(module.VllmEngine)
     engine.prompt, engine.tokens, engine.vocab_size = 3, 4, 7
-    core = types.SimpleNamespace(step=lambda: next(outputs))
+    core = types.SimpleNamespace(get_output=lambda: next(outputs))
     engine.step_ends = module.record_steps(core)
     engine.step_ends.append(-1.0)  # of a sample before
-    monkeypatch.setattr(engine, "_generate", lambda prompts, tokens: [core.step() for _ in range(5)], raising=False)
+    monkeypatch.setattr(
+        engine, "_generate", lambda prompts, tokens: [core.get_output() for _ in range(5)], raising=False
+    )
     monkeypatch.setattr(engine, "_graph_seconds", lambda batch: None)
     assert engine.decode(2) == {"decode step": 2.0}
 

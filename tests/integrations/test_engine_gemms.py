@@ -10,6 +10,7 @@ import torch
 from helpers import TOLERANCE, relative_error, same_bits
 
 from jitnorm.integrations import engine_gemms
+from jitnorm.jit import cleanup, locations
 from jitnorm.jit.cache import Cache
 from jitnorm.jit.spec import Target
 
@@ -26,7 +27,7 @@ def on_a_gpu(monkeypatch):
     """Weights on the CPU are described as those of a GPU."""
     monkeypatch.setattr(engine_gemms, "gpu_name", lambda device: "a GPU, 132 SMs")
     monkeypatch.setattr(engine_gemms, "driver_version", lambda: "580.1")
-    monkeypatch.setattr(engine_gemms.cublaslt, "description", lambda: "130100, 0 bytes")
+    monkeypatch.setattr(engine_gemms.cublaslt, "library_version", lambda: 130100)
 
 
 def choose(monkeypatch, weight, rows):
@@ -145,6 +146,7 @@ def test_the_fastest_is_chosen(monkeypatch, after_norm):
 
     monkeypatch.setattr(engine_gemms, "_seconds", measure)
     monkeypatch.setattr(engine_gemms.torch.cuda, "device", lambda device: torch.no_grad())
+    monkeypatch.setattr(engine_gemms, "_has_norm", lambda like, size: size == (128 if after_norm else 64))
     weights = [torch.randn(64, 128) for _ in range(3)]
     shapes, said = engine_gemms.select(*((weights, []) if after_norm else (weights[:1], weights[1:])))
     assert shapes == {engine_gemms.shape_of(weights[0])}
@@ -185,7 +187,7 @@ def test_a_kernel_that_cannot_be_built_is_left_out(has_cublaslt, monkeypatch):
 
 
 class TestLaterStarts:
-    """What was chosen once is chosen again without timing, as long as the times would be the same."""
+    """A start takes the choice of an earlier one, unless something has changed on which the times depend."""
 
     WEIGHT = torch.randn(64, 128)
 
@@ -196,17 +198,19 @@ class TestLaterStarts:
 
         def choose(gemms, weights, after_norm):
             timed.append(after_norm)
-            return {"cuBLASLt without split k": [2, 16] if len(timed) == 1 else [4]}
+            return {name: [] for name in gemms} | {"cuBLASLt without split k": [2, 16] if len(timed) == 1 else [4]}
 
         gemms = {"cuBLASLt without split k": engine_gemms._mm}
         monkeypatch.setattr(engine_gemms, "_candidates", lambda weight, kernels: gemms)
         monkeypatch.setattr(engine_gemms, "_choose", choose)
+        monkeypatch.setattr(engine_gemms, "_has_norm", lambda like, size: True)
         return timed
 
-    def start(self, after_norm=True):
+    def start(self, after_norm=True, layers=1):
         """Select as a new process does. Return the numbers of rows for which torch's GEMM is replaced."""
         engine_gemms._chosen.clear()
-        engine_gemms.select(*(([self.WEIGHT], []) if after_norm else ([], [self.WEIGHT])))
+        weights = [self.WEIGHT] * layers
+        engine_gemms.select(*((weights, []) if after_norm else ([], weights)))
         ((_, chosen),) = engine_gemms._chosen.items()
         return sorted(chosen)
 
@@ -215,12 +219,26 @@ class TestLaterStarts:
         (file,) = (cache_dir / "gemms").iterdir()
         kept = json.loads(file.read_text())
         assert kept["weight"] == "n=64 k=128 torch.float32" and kept["gpu"] == "a GPU, 132 SMs"
-        assert kept["rows"] == {"cuBLASLt without split k": [2, 16]}
+        assert kept["place"] == "after a norm" and kept["rows"] == {"cuBLASLt without split k": [2, 16]}
 
     def test_another_place_in_the_model_is_timed(self, timed):
         assert self.start() == [2, 16] and self.start(after_norm=False) == [4] and timed == [True, False]
 
-    @pytest.mark.parametrize("name", ["gpu_name", "driver_version", "_hash_of_code", "cublaslt.description", "torch"])
+    def test_a_norm_without_a_kernel(self, timed, monkeypatch):
+        """Its choice is not taken for one beside a norm."""
+        monkeypatch.setattr(engine_gemms, "_has_norm", lambda like, size: False)
+        assert self.start() == [2, 16] and timed == [None]
+        monkeypatch.setattr(engine_gemms, "_has_norm", lambda like, size: True)
+        assert self.start() == [4]
+
+    def test_few_layers_are_in_the_l2(self, timed, monkeypatch):
+        """More than are multiplied in turns do not matter."""
+        monkeypatch.setattr(engine_gemms, "_MAX_TIMED_BYTES", 3 * self.WEIGHT.nbytes)
+        assert self.start() == [2, 16] and self.start(layers=3) == self.start(layers=9) == [4] and len(timed) == 2
+
+    @pytest.mark.parametrize(
+        "name", ["gpu_name", "driver_version", "_hash_of_code", "cublaslt.library_version", "torch"]
+    )
     def test_what_the_times_depend_on(self, timed, monkeypatch, name):
         assert self.start() == [2, 16]
         if name == "torch":
@@ -241,6 +259,8 @@ class TestLaterStarts:
                 return self
 
         kernel = Kernel()
+        gemms = {"cuBLASLt without split k": engine_gemms._mm, kernel.name: engine_gemms._mm}
+        monkeypatch.setattr(engine_gemms, "_candidates", lambda weight, kernels: gemms)
         monkeypatch.setattr(engine_gemms, "_kernels_for", lambda weight: [kernel])
         monkeypatch.setattr(engine_gemms, "build_and_load", lambda specs: {})
         assert self.start() == self.start() == [2, 16]
@@ -255,6 +275,7 @@ class TestLaterStarts:
             lambda kept: json.dumps({**kept, "unknown": 1}),
             lambda kept: json.dumps({**kept, "gpu": "another"}),
             lambda kept: json.dumps({**kept, "rows": {"another GEMM": [1]}}),
+            lambda kept: json.dumps({**kept, "rows": {}}),
             lambda kept: json.dumps({**kept, "rows": {"cuBLASLt without split k": ["2"]}}),
             lambda kept: json.dumps({**kept, "rows": {"cuBLASLt without split k": 2}}),
             lambda kept: json.dumps({**kept, "rows": [2]}),
@@ -266,13 +287,41 @@ class TestLaterStarts:
         file.write_text(change(json.loads(file.read_text())))
         assert self.start() == self.start() == [4] and len(timed) == 2
 
-    def test_a_cache_that_cannot_be_written(self, timed, monkeypatch, caplog):
+    def test_a_folder_in_place_of_a_record(self, timed, cache_dir):
+        """It is moved to quarantine, which is cleaned up."""
+        self.start()
+        (file,) = (cache_dir / "gemms").iterdir()
+        file.unlink()
+        (file / "folder").mkdir(parents=True)
+        assert self.start() == self.start() == [4] and len(timed) == 2
+        (quarantined,) = (cache_dir / "quarantine").iterdir()
+        assert quarantined in cleanup.leftovers(Cache(cache_dir))
+
+    @pytest.mark.parametrize("problem", ["full", "read-only"])
+    def test_a_cache_that_cannot_be_written(self, timed, cache_dir, monkeypatch, caplog, problem):
+        """It is said once, and no temporary folder takes its place."""
+
         def write(*arguments):
             raise OSError("no space left")
 
-        monkeypatch.setattr(Cache, "write_record", write)
+        if problem == "full":
+            monkeypatch.setattr(Cache, "write_record", write)
+        else:
+            monkeypatch.setattr(locations, "reason_not_writable", lambda root: "it is read-only")
         assert self.start() == [2, 16] and self.start() == [4] and len(timed) == 2
-        assert "cannot write the times of GEMMs for n=64 k=128 torch.float32 to the cache: no space left" in caplog.text
+        why = "no space left" if problem == "full" else "it is read-only"
+        assert caplog.text.count(f"cannot keep the choice of GEMMs in {cache_dir}: {why}") == 1
+        assert not locations.is_temporary()
+
+    @pytest.mark.parametrize("place", ["prebuilt", "read-only"])
+    def test_choices_that_came_with_an_image(self, timed, cache_dir, tmp_path, monkeypatch, place):
+        assert self.start() == [2, 16]
+        if place == "prebuilt":
+            cache_dir.rename(tmp_path / "layer")
+            monkeypatch.setenv("JITNORM_PREBUILT_DIR", str(tmp_path / "layer"))
+        else:  # the default cache is read although kernels are built elsewhere
+            monkeypatch.setattr(locations, "_temporary", Cache(tmp_path / "temporary"))
+        assert self.start() == [2, 16] and len(timed) == 1
 
 
 @pytest.mark.gpu
@@ -303,12 +352,15 @@ def test_a_norm_without_a_kernel_is_replaced_by_a_kernel_of_torch(monkeypatch):
     def norm(*args, **kwargs):
         raise RuntimeError("no kernel")
 
+    assert engine_gemms._has_norm(torch.randn(3, 64), 64)
     monkeypatch.setattr(engine_gemms, "general_rmsnorm", norm)
+    assert not engine_gemms._has_norm(torch.randn(3, 64), 64)
     source, to = torch.randn(3, 64), torch.full((3, 64), float("nan"))
-    engine_gemms._kernel(source, to, True)()
+    engine_gemms._kernel(source, to, False)()
     assert same_bits(to, source)
 
 
+@pytest.mark.usefixtures("on_a_gpu")
 def test_as_many_weights_are_timed_as_exceed_an_l2(monkeypatch):
     monkeypatch.setattr(engine_gemms, "_MAX_TIMED_BYTES", 5 * 64 * 128 * 4 - 1)
     monkeypatch.setattr(engine_gemms.torch.cuda, "device", lambda device: torch.no_grad())
@@ -320,7 +372,7 @@ def test_as_many_weights_are_timed_as_exceed_an_l2(monkeypatch):
 
     monkeypatch.setattr(engine_gemms, "_seconds", measure)
     for weights in ([torch.randn(64, 128)] * 9, [torch.randn(64, 128)] * 3, [torch.randn(640, 128)] * 3):
-        engine_gemms._choose({}, weights, False)
+        engine_gemms._read_or_choose({}, {}, weights, False)
     assert counts == {5, 3, 2}
 
 
@@ -350,6 +402,10 @@ def test_a_sample_is_taken_again_if_the_gpu_waited_for_the_host(monkeypatch, hos
         monkeypatch.setattr(engine_gemms.torch.cuda, name, fake)
     monkeypatch.setattr(engine_gemms.time, "perf_counter", lambda: next(clock) * host_seconds)
     weights = [torch.randn(64, 128)] * 5
-    got = engine_gemms._seconds(lambda *operands: calls.append(operands), None, weights, None, list, list)
-    assert slept == {0.0005: [1], 0.003: [1, 2, 4], 1.0: [1, 2, 4, 8]}[host_seconds]
-    assert got == pytest.approx(5e-6) and len(calls) == 5 * len(slept)
+    try:
+        got = engine_gemms._seconds(lambda *operands: calls.append(operands), None, weights, None, list, list)
+    except RuntimeError as error:
+        assert "the host takes too long" in str(error)
+        got = None
+    assert slept == {0.0005: [1], 0.003: [1, 2, 4], 1.0: [1, 2, 4, 8]}[host_seconds] and len(calls) == 5 * len(slept)
+    assert got is None if host_seconds == 1.0 else got == pytest.approx(5e-6)

@@ -121,7 +121,7 @@ from jitnorm.integrations import sglang_plugin
 sglang_plugin.register()
 print("sglang" in sys.modules, *sglang_plugin.explain())
 """
-        assert self.run(tmp_path, script, **environment).startswith("False jitnorm's plugin in SGLang: it is off")
+        assert self.run(tmp_path, script, **environment).startswith("False jitnorm in SGLang: the plugin is off")
 
     @pytest.mark.parametrize("environment", [{"JITNORM_SGLANG": "1"}, {"SGLANG_PLUGINS": "other, jitnorm"}])
     def test_it_registers_each_hook_once(self, tmp_path, environment):

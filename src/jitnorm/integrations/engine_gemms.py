@@ -109,8 +109,8 @@ def select(after_norm: Iterable[torch.Tensor], others: Iterable[torch.Tensor]) -
             if not (gemms := _candidates(same[0], built)):
                 continue
             found.shapes.add(shape)
-            versions = {each.name: specs[shape, each].key for each in built}
-            rows_by_name = _read_or_choose(gemms, versions, same, shape not in shapes_of_others)
+            keys = {each.name: specs[shape, each].key for each in built}
+            rows_by_name = _read_or_choose(gemms, keys, same, shape not in shapes_of_others)
         except RuntimeError as error:  # out of memory, for instance: torch's GEMM stays
             logger.debug("no GEMM was timed for %s: %s", shape, error)
             continue
@@ -156,44 +156,59 @@ def _candidates(weight: torch.Tensor, kernels: Iterable[FewRowsKernel]) -> dict[
 
 
 def _read_or_choose(
-    gemms: dict[str, Gemm], versions: dict[str, str], weights: Sequence[torch.Tensor], after_norm: bool
+    gemms: dict[str, Gemm], keys: dict[str, str], weights: Sequence[torch.Tensor], after_norm: bool
 ) -> dict[str, list[int]]:
-    """Return what `_choose` returned once, on such a GPU with these versions of the GEMMs."""
+    """Return the cached choice, or time the GEMMs and cache it. `keys` are those of the kernels."""
     n, k, dtype, _ = shape_of(weights[0])
+    # They are read in turns, as a model does, so that they are not in the L2.
+    weights = weights[: max(2, -(-_MAX_TIMED_BYTES // weights[0].nbytes))]
+    has_norm = _has_norm(weights[0], k if after_norm else n)
     choice = Choice(
         weight=f"n={n} k={k} {dtype}",
-        after_norm=after_norm,
+        weights=len(weights),
+        place=f"{'after' if after_norm else 'before'} a {'norm' if has_norm else 'kernel of torch'}",
         gpu=gpu_name(weights[0].device),
         driver=driver_version(),
-        torch=str(torch.__version__),
-        candidates=versions | ({_CUBLASLT: cublaslt.description()} if _CUBLASLT in gemms else {}),
+        libraries=f"torch {torch.__version__}, cuBLASLt {cublaslt.library_version()}",
+        candidates={name: keys.get(name, "") for name in gemms},
         code=_hash_of_code(),
     )
     rows = gemm_choices.read(choice)
     if rows is None:
-        rows = _choose(gemms, weights, after_norm)
+        rows = _choose(gemms, weights, after_norm if has_norm else None)
         gemm_choices.write(dataclasses.replace(choice, rows=rows))
     return rows
 
 
 @functools.cache
 def _hash_of_code() -> str:
-    return hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:16]
+    return hashlib.sha256(b"".join(path.read_bytes() for path in (Path(__file__), *cublaslt.SOURCES))).hexdigest()[:16]
 
 
-def _choose(gemms: dict[str, Gemm], weights: Sequence[torch.Tensor], after_norm: bool) -> dict[str, list[int]]:
-    """Return the numbers of rows for which each GEMM is faster than the others and torch's."""
+def _has_norm(like: torch.Tensor, size: int) -> bool:
+    """Return whether there is a kernel for the norm beside a GEMM: it is missing with JITNORM_DISABLE_JIT=1."""
+    try:
+        general_rmsnorm(like.new_ones(1, size), like.new_ones(size))
+    except RuntimeError as error:
+        logger.debug("GEMMs are timed beside a kernel of torch: %s", error)
+        return False
+    return True
+
+
+def _choose(gemms: dict[str, Gemm], weights: Sequence[torch.Tensor], after_norm: bool | None) -> dict[str, list[int]]:
+    """Return the numbers of rows for which each GEMM is faster than the others and torch's.
+
+    A norm is before the GEMM or after it, as in the model; None: there is no kernel of the norm.
+    """
     n, k, dtype, _ = shape_of(weights[0])
     device = weights[0].device
-    # They are read in turns, as a model does, so that they are not in the L2.
-    weights = weights[: max(2, -(-_MAX_TIMED_BYTES // weights[0].nbytes))]
     found: dict[str, list[int]] = {name: [] for name in gemms}
     with torch.no_grad(), torch.cuda.device(device):
         for count in ROWS:
             x, out = (torch.zeros(count, size, dtype=dtype, device=device) for size in (k, n))
-            # A norm before or after, as in the model, and elsewhere a kernel of torch, for attention or activation.
-            write_x = _kernel(torch.randn_like(x), x, after_norm)
-            read_out = _kernel(out, torch.empty_like(out), not after_norm)
+            # Where there is no norm, there is a kernel of torch, for attention or activation.
+            write_x = _kernel(torch.randn_like(x), x, after_norm is True)
+            read_out = _kernel(out, torch.empty_like(out), after_norm is False)
             running = {"torch": _mm, **gemms}
             samples: dict[str, list[float]] = {name: [] for name in running}
             for _ in range(1 + _SAMPLES):  # in turns, as clocks and temperature change
@@ -213,11 +228,7 @@ def _kernel(source: torch.Tensor, to: torch.Tensor, is_norm: bool) -> Callable[[
     """Return what launches a kernel from `source` to `to`: a norm, or one of torch."""
     if is_norm:
         ones = torch.ones_like(source[0])
-        try:
-            general_rmsnorm(source, ones, out=to)
-            return lambda: general_rmsnorm(source, ones, out=to)
-        except RuntimeError as error:  # its kernel is missing, with JITNORM_DISABLE_JIT=1
-            logger.debug("GEMMs are timed beside a kernel of torch: %s", error)
+        return lambda: general_rmsnorm(source, ones, out=to)
     return lambda: torch.mul(source, 1, out=to)
 
 
@@ -238,9 +249,12 @@ def _seconds(
     Without these, a kernel of few_rows.py would load a weight during the GEMM before. The GPU waits until the host has
     launched all, as a launch may take the host longer than the GEMM. A CUDA graph would do the same, but its workspaces
     of cuBLAS might be those of the engine's graphs.
+
+    Raises:
+        RuntimeError: the GPU waited for the host.
     """
     cycles = _SLEEP_CYCLES
-    while True:
+    while cycles <= _MAX_SLEEP_CYCLES:
         asleep, start, end = (torch.cuda.Event(enable_timing=True) for _ in range(3))
         torch.cuda.synchronize()
         began = time.perf_counter()
@@ -254,6 +268,7 @@ def _seconds(
         end.record()
         launched = time.perf_counter() - began
         end.synchronize()
-        if launched < asleep.elapsed_time(start) / 1e3 or cycles >= _MAX_SLEEP_CYCLES:
+        if launched < asleep.elapsed_time(start) / 1e3:
             return float(start.elapsed_time(end)) / 1e3
-        cycles *= 2  # the GPU waited for the host
+        cycles *= 2
+    raise RuntimeError("the host takes too long to launch the GEMMs")

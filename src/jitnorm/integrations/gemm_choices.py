@@ -1,7 +1,8 @@
 """Keep in the cache which GEMM was the fastest for each number of rows (engine_gemms.py).
 
-A later start, or another process, then times nothing and chooses the same: it takes less time, and the results of a
-model have the same bits from start to start.
+Later starts then time nothing and choose the same: they take less time, and the results of a model have the same bits
+in all of them. Processes that time at once, such as the ranks of a first start, may choose differently, and the last
+choice is kept.
 """
 
 from __future__ import annotations
@@ -12,9 +13,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from jitnorm.jit import locations
-from jitnorm.jit.cache import GEMMS
+from jitnorm.jit.cache import GEMMS, Cache
 from jitnorm.jit.folder import UntrustedPath
-from jitnorm.jit.log import logger
+from jitnorm.jit.log import warn_once
 
 
 @dataclass(frozen=True)
@@ -23,20 +24,22 @@ class Choice:
 
     Attributes:
         weight: the shape and the dtype.
-        after_norm: whether a norm of this package is before the GEMM, or after it.
+        weights: how many were multiplied in turns; few fit in the L2.
+        place: between which kernels.
         gpu: its name, and the number of SMs.
         driver: the version of the GPU's driver.
-        torch: the version of torch, whose GEMM is one of those that were timed.
-        candidates: the other GEMMs by name: the key of a kernel, or the version of a library.
-        code: a hash of the code that chooses.
-        rows: by the name of a candidate, the numbers of rows for which it is the fastest.
+        libraries: the versions of torch and cuBLASLt, which torch's GEMM calls.
+        candidates: the other GEMMs by name, with the keys of kernels.
+        code: a hash of the code that chooses, and that calls cuBLASLt.
+        rows: for each candidate, the numbers of rows for which it is the fastest.
     """
 
     weight: str
-    after_norm: bool
+    weights: int
+    place: str
     gpu: str
     driver: str
-    torch: str
+    libraries: str
     candidates: dict[str, str]
     code: str
     rows: dict[str, list[int]] = field(default_factory=dict)
@@ -49,25 +52,33 @@ class Choice:
 
 
 def read(choice: Choice) -> dict[str, list[int]] | None:
-    """Return the `rows` that the cache has for what a choice depends on, or None."""
-    try:
-        found = Choice(**locations.readable().read_record(GEMMS, choice.file_name))
-        is_same = found.file_name == choice.file_name
-    except TypeError:  # no such file, or one with other fields
-        return None
-    return found.rows if is_same and _are_rows(found.rows, choice.candidates) else None
+    """Return the `rows` that a cache has for what a choice depends on, or None."""
+    layer = locations.prebuilt()
+    for cache in [*([layer] if layer else []), *locations.searched()]:
+        try:
+            found = Choice(**cache.read_record(GEMMS, choice.file_name))
+            if found.file_name == choice.file_name and _are_rows(found.rows, choice.candidates):
+                return found.rows
+        except TypeError:  # no such file, or one with other fields
+            pass
+    return None
 
 
 def write(choice: Choice) -> None:
-    """Write a choice to the cache, or log why it cannot be written."""
+    """Write a choice to the cache, or log once why none can be written."""
+    root = locations.default_root()
+    if reason := locations.create(root):
+        warn_once(f"cannot keep the choice of GEMMs in {root}: {reason}")
+        return
     try:
-        locations.writable().write_record(GEMMS, choice.file_name, vars(choice))
+        Cache(root).write_record(GEMMS, choice.file_name, vars(choice))
     except (OSError, UntrustedPath) as error:
-        logger.warning("cannot write the times of GEMMs for %s to the cache: %s", choice.weight, error)
+        warn_once(f"cannot keep the choice of GEMMs in {root}: {error}")
 
 
 def _are_rows(rows: Any, candidates: dict[str, str]) -> bool:
-    return isinstance(rows, dict) and all(
-        name in candidates and isinstance(counts, list) and all(type(count) is int for count in counts)
-        for name, counts in rows.items()
+    return (
+        isinstance(rows, dict)
+        and rows.keys() == candidates.keys()
+        and all(isinstance(counts, list) and all(type(count) is int for count in counts) for counts in rows.values())
     )

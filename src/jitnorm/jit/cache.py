@@ -54,7 +54,7 @@ _BUILD = rf"(?:{_KERNEL}|import)\..+\.(?P<host>[0-9a-f]{{8}})\.\d+\.[0-9a-z_]{{8
 OWN_NAMES = {
     STAGING: rf"{_BUILD}|removed\.[0-9a-f]{{16}}",
     # A file found in place of one of the cache's folders is not among them: it may be the user's, and is kept.
-    QUARANTINE: rf"(?:failed\.{_KERNEL}|{KERNEL_FOLDER}.*|{_TOOLCHAIN_RECORD}.*)\.{_TOKEN}",
+    QUARANTINE: rf"(?:failed\.{_KERNEL}|{KERNEL_FOLDER}.*|{_TOOLCHAIN_RECORD}.*|{_HASHED_RECORD})\.{_TOKEN}",
     LOCKS: rf"{KERNEL_FOLDER}\.{TOOLCHAIN_FOLDER}",
     TOOLCHAINS: rf"{_TOOLCHAIN_RECORD}\.\S*",
     INVARIANCE: _HASHED_RECORD,

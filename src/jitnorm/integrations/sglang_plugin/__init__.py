@@ -44,7 +44,7 @@ def register() -> None:
     if _status is None:
         return
     if not is_requested("JITNORM_SGLANG", "SGLANG_PLUGINS"):
-        _status = "it is off: set JITNORM_SGLANG=1, or name jitnorm in SGLANG_PLUGINS"
+        _status = "the plugin is off: set JITNORM_SGLANG=1, or name jitnorm in SGLANG_PLUGINS"
         return
     skipped_parts()
     import sglang
@@ -77,7 +77,7 @@ def explain() -> list[Report]:
     Returns:
         One report for each model, in the order of loading. If there are no hooks, a report whose title says why.
     """
-    return [Report(f"jitnorm's plugin in SGLang: {_status}")] if _status else list(_reports)
+    return [Report(f"jitnorm in SGLang: {_status}")] if _status else list(_reports)
 
 
 def _enable_mode(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
