@@ -66,7 +66,7 @@ class Package:
         return found
 
     def messages(self) -> Iterator[tuple[str, str]]:
-        """Yield the texts of `raise`, `warnings.warn`, the logger's warnings and errors, and `warn_once`, with places."""
+        """Yield the texts of `raise`, `warnings.warn`, `warn_once` and the logger's warnings and errors with places."""
         for file, tree in self._trees.items():
             for scope in [tree, *(node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef))]:
                 for node in _walk_scope(scope):
