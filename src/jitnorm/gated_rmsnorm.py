@@ -315,11 +315,17 @@ def check_options(group_size: object, norm_before_gate: object, activation: obje
     checks.choice("rounding", rounding, ROUNDINGS)
 
 
-def check_metadata(input: torch.Tensor, gate: torch.Tensor, weight: Any, group_size: Any) -> None:
+def check_metadata(
+    input: torch.Tensor,
+    gate: torch.Tensor,
+    weight: Any,
+    group_size: Any,
+    dtypes: tuple[torch.dtype, ...] = DTYPES,
+) -> None:
     """Raise for what is wrong with dtypes, shapes, devices and the group's size. Works on fake tensors too."""
     if input.dim() == 0:
         raise ValueError("input must have at least one dimension, got a scalar")
-    checks.dtype("input", input, DTYPES)
+    checks.dtype("input", input, dtypes)
     checks.dtype("gate", gate, (input.dtype, torch.float32))
     checks.shape("gate", gate, input.shape, "like input")
     checks.device("gate", gate, "input", input)
@@ -327,7 +333,7 @@ def check_metadata(input: torch.Tensor, gate: torch.Tensor, weight: Any, group_s
     if group_size is not None and (group_size < 1 or hidden_size == 0 or hidden_size % group_size):
         raise ValueError(f"group_size must divide input's last dimension of {hidden_size}, got {group_size}")
     if weight is not None:
-        checks.dtype("weight", weight, DTYPES)
+        checks.dtype("weight", weight, dtypes)
         if group_size is None or weight.shape != (group_size,):
             why = "one factor for each element of input's last dimension, or of a group of it"
             checks.shape("weight", weight, [hidden_size], why)

@@ -108,6 +108,32 @@ def test_gemma_adds_its_one_in_float32():
     assert relative_error(got, exact) < 2e-3 < 3e-3 < relative_error(lossy, exact)
 
 
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("rounding", ["once", "hf"])
+def test_float64_is_computed_in_float64(op, rounding):
+    x, residual, w = inputs(300, torch.float64)
+    expected, expected_total = reference(op, x, residual, w)
+    others = [residual.clone()] if "fused" in op else []
+    y = x.clone()
+    assert dispatch.explain(op, y, w, *others)[0] == "torch"
+    got = getattr(dispatch, op)(y, *others, w, bias=w, rounding=rounding, return_rstd=True)
+    normalised, rstd = (y, got) if others else got
+    assert normalised.dtype == rstd.dtype == torch.float64
+    assert relative_error(normalised, expected + w) < 1e-14
+    total = x if expected_total is None else expected_total
+    assert relative_error(rstd, (total.square().mean(-1) + 1e-6).rsqrt()) < 1e-14
+    if others:
+        assert torch.equal(others[0], expected_total)
+
+
+def test_float64_of_gated_and_dual_rmsnorm():
+    x, gate, w = inputs(300, torch.float64)
+    expected = rmsnorm_reference(x, w, 1e-6) * gate * gate.sigmoid()
+    assert relative_error(dispatch.gated_rmsnorm(x, gate, w), expected) < 1e-14
+    for got, input in zip(dispatch.dual_rmsnorm(x, gate, w, w), (x, gate), strict=True):
+        assert relative_error(got, rmsnorm_reference(input, w, 1e-6)) < 1e-14
+
+
 # What is wrong with an argument
 
 
@@ -122,8 +148,10 @@ def test_bad_arguments_are_refused(hidden_size):
         (TypeError, "out must be a torch.Tensor, got int", lambda: dispatch.rmsnorm(x, w, 1e-6, 3)),
         (TypeError, "residual must be a torch.Tensor, got None", lambda: dispatch.fused_add_rmsnorm(x, None, w)),
         (ValueError, "input must have at least one dim", lambda: dispatch.rmsnorm(w.new_ones(()), w)),
-        (TypeError, "input must be .* got float64", lambda: dispatch.rmsnorm(x.double(), w.double())),
-        (TypeError, "weight must be .* got float64", lambda: dispatch.rmsnorm(x, w.double())),
+        (TypeError, "input must be .* got int32", lambda: dispatch.rmsnorm(x.int(), w)),
+        (TypeError, "input must be .* got int32", lambda: dispatch.explain("rmsnorm", x.int(), w)),
+        (TypeError, "weight must be .* got int64", lambda: dispatch.rmsnorm(x, w.long())),
+        (TypeError, "weight must be .* got int64", lambda: dispatch.explain("rmsnorm", x, w.long())),
         (ValueError, "weight must have shape", lambda: dispatch.gemma_rmsnorm(x, w[:1])),
         (ValueError, "weight must have shape", lambda: dispatch.rmsnorm(x, x[:3])),
         (TypeError, "out must be bfloat16, got float32", lambda: dispatch.rmsnorm(x, w, 1e-6, x.float())),

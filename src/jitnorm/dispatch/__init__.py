@@ -13,7 +13,7 @@ which FlashInfer does not have. `gated_rmsnorm`, which FlashInfer lacks too, has
    `jitnorm.gated_rmsnorm`.
 3. PyTorch's rms_norm in float32, for devices without kernels, larger sizes, and elements that are not adjacent.
 
-`layernorm` selects between `jitnorm.layernorm` and PyTorch, which also serves float64.
+`layernorm` selects between `jitnorm.layernorm` and PyTorch. PyTorch serves float64.
 
 The first call whose backend depends on FlashInfer imports it. If its import or a call of it fails, it is treated as
 unavailable from then on, and one warning gives the reason. (Running out of memory, or an error during the capture of a
@@ -47,6 +47,7 @@ from jitnorm.core.torch_library import needs_dispatcher
 from jitnorm.dispatch import flashinfer_backend, torch_backend
 from jitnorm.dispatch.selection import BACKENDS, backend, explain, is_plain, requested_backend
 from jitnorm.dispatch.selection import select_backend as _select_backend
+from jitnorm.dispatch.torch_backend import FLOATS
 from jitnorm.dual_rmsnorm import check_eps2, refuse_gradient
 from jitnorm.dual_rmsnorm import dual_rmsnorm as _jitnorm_dual_rmsnorm
 from jitnorm.dual_rmsnorm import is_supported_hidden_size as _has_dual_kernel
@@ -87,9 +88,9 @@ def rmsnorm(
     """Compute `out = input / sqrt(mean(input^2) + eps) * weight` over the last dimension.
 
     Args:
-        input: `[..., hidden_size]`, float16, bfloat16 or float32, of any hidden size and strides.
-        weight: `[hidden_size]` or `[heads, hidden_size]`, float16, bfloat16 or float32, on the same device. None
-            multiplies by nothing.
+        input: `[..., hidden_size]`, float16, bfloat16, float32 or float64, of any hidden size and strides.
+        weight: `[hidden_size]` or `[heads, hidden_size]`, float16, bfloat16, float32 or float64, on the same device.
+            None multiplies by nothing.
         eps: added to the mean of the squares; zero or more.
         out: written; of the input's shape, dtype and device; may be the input itself. None allocates it. A call with
             `out` has no gradient.
@@ -99,7 +100,7 @@ def rmsnorm(
         return_rstd: return the reciprocal root mean square of each row too.
 
     Returns:
-        `out`; with `return_rstd` also rstd, float32 of the input's leading dimensions.
+        `out`; with `return_rstd` also rstd of the input's leading dimensions, float32, or float64 for float64.
 
     Raises:
         TypeError: an argument is not a tensor, or its dtype is not accepted.
@@ -126,7 +127,7 @@ def gemma_rmsnorm(
     """Compute `out = input / sqrt(mean(input^2) + eps) * (1 + weight)`, adding the 1 in float32.
 
     Args:
-        input: `[..., hidden_size]`, float16, bfloat16 or float32, of any hidden size.
+        input: `[..., hidden_size]`, float16, bfloat16, float32 or float64, of any hidden size.
         weight: as for `rmsnorm`.
         eps: added to the mean of the squares; zero or more.
         out: written; of the input's shape, dtype and device; may be the input itself. None allocates it. A call with
@@ -162,7 +163,7 @@ def fused_add_rmsnorm(
     """Compute `residual += input; input = rmsnorm(residual) * weight`, both in place; the float32 sum is normalised.
 
     Args:
-        input: `[..., hidden_size]`, float16, bfloat16 or float32, of any hidden size; written.
+        input: `[..., hidden_size]`, float16, bfloat16, float32 or float64, of any hidden size; written.
         residual: of the input's shape and device, and of its dtype or float32, sharing no memory with it; written.
         weight: as for `rmsnorm`.
         eps: added to the mean of the squares; zero or more.
@@ -199,7 +200,7 @@ def gemma_fused_add_rmsnorm(
     """Compute `residual += input; input = rmsnorm(residual) * (1 + weight)`, both in place; see `fused_add_rmsnorm`.
 
     Args:
-        input: `[..., hidden_size]`, float16, bfloat16 or float32, of any hidden size; written.
+        input: `[..., hidden_size]`, float16, bfloat16, float32 or float64, of any hidden size; written.
         residual: of the input's shape and device, and of its dtype or float32, sharing no memory with it; written.
         weight: as for `rmsnorm`.
         eps: added to the mean of the squares; zero or more.
@@ -280,9 +281,9 @@ def dual_rmsnorm(
     Otherwise, and where the backend "flashinfer" or "torch" is requested, as two calls of `rmsnorm`.
 
     Args:
-        input1: `[..., hidden_size1]`, float16, bfloat16 or float32, of any hidden size and strides.
+        input1: `[..., hidden_size1]`, float16, bfloat16, float32 or float64, of any hidden size and strides.
         input2: `[..., hidden_size2]`, likewise.
-        weight1: `[hidden_size1]`, float16, bfloat16 or float32, on the same device.
+        weight1: `[hidden_size1]`, float16, bfloat16, float32 or float64, on the same device.
         weight2: `[hidden_size2]`, likewise.
         eps: added to the mean of the squares; zero or more.
         out1: written; of the shape, dtype and device of input1; may be input1 itself. None allocates it. A call with
@@ -326,9 +327,9 @@ def gated_rmsnorm(
     """Compute `out = norm(input) * weight * silu(gate)`, or `norm(input * silu(gate)) * weight`.
 
     Args:
-        input: `[..., hidden_size]`, float16, bfloat16 or float32, of any hidden size and strides.
+        input: `[..., hidden_size]`, float16, bfloat16, float32 or float64, of any hidden size and strides.
         gate: of the input's shape and device, and of its dtype or float32; any strides.
-        weight: `[hidden_size]` or `[group_size]`, float16, bfloat16 or float32. None multiplies by nothing.
+        weight: `[hidden_size]` or `[group_size]`, float16, bfloat16, float32 or float64. None multiplies by nothing.
         eps: added to the mean of the squares; zero or more.
         out: written; of the input's shape, dtype and device; may be the input itself. None allocates it. A call with
             `out` has no gradient.
@@ -459,8 +460,8 @@ def _check_dual(tensors: dict[str, Any], outs: dict[str, Any], eps: Any, eps2: A
         input, weight = tensors[f"input{number}"], tensors[f"weight{number}"]
         if input.dim() == 0:
             raise ValueError(f"input{number} must have at least one dimension, got a scalar")
-        checks.dtype(f"input{number}", input, DTYPES)
-        checks.dtype(f"weight{number}", weight, DTYPES)
+        checks.dtype(f"input{number}", input, FLOATS)
+        checks.dtype(f"weight{number}", weight, FLOATS)
         why = f"one factor for each element of the last dimension of input{number}"
         checks.shape(f"weight{number}", weight, [input.shape[-1]], why)
         if (out := outs.get(f"out{number}")) is not None:

@@ -18,6 +18,7 @@ from jitnorm.core.norms import MAX_HIDDEN_SIZE
 from jitnorm.core.operators import DTYPES
 from jitnorm.core.torch_library import mark_constant
 from jitnorm.dispatch import flashinfer_backend
+from jitnorm.dispatch.torch_backend import FLOATS
 
 BACKENDS = ("auto", "auto-fast", "jit", "flashinfer", "torch")
 VARIABLE = "JITNORM_BACKEND"
@@ -109,12 +110,16 @@ def explain(
     Raises:
         RuntimeError: the requested backend does not support this call.
         ValueError: there is no operator `op`, it takes no group_size, or JITNORM_BACKEND names no backend.
-        TypeError: an argument is not a tensor.
+        TypeError: an argument is not a tensor, or its dtype is not accepted.
     """
     if op not in OPS:
         raise ValueError(f"op must be one of {', '.join(OPS)}, got {op!r}")
     if group_size is not None and op != "gated_rmsnorm":
         raise ValueError(f"group_size must be None for {op}, got {group_size!r}: only gated_rmsnorm takes it")
+    _check_tensors(op, input, weight, other)
+    checks.dtype("input", input, FLOATS)
+    if weight is not None:
+        checks.dtype("weight", weight, FLOATS)
     plain = op in flashinfer_backend.RANKS and is_plain(weight, **forms)  # type: ignore[arg-type]
     return select_backend(op, input, weight, other, plain, group_size)
 

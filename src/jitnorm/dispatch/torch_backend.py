@@ -1,4 +1,7 @@
-"""PyTorch as a backend: the operators for every hidden size, computed in float32, rounded once, differentiable."""
+"""PyTorch as a backend: the operators for every hidden size, computed in float32, rounded once, differentiable.
+
+float64 is computed in float64.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +16,8 @@ from jitnorm.core.torch_library import needs_dispatcher, needs_grad, refuse_unwr
 from jitnorm.gated_rmsnorm import check_metadata as check_gated_metadata
 from jitnorm.gated_rmsnorm import check_options, gated_rmsnorm_in_torch
 from jitnorm.general_rmsnorm import check_metadata
+
+FLOATS = (*DTYPES, torch.float64)  # of inputs and weights
 
 
 def rmsnorm(
@@ -57,7 +62,8 @@ def fused_add_rmsnorm(
     _check_fused_add_rmsnorm(input, residual, weight, eps, enable_pdl, bias, rounding)
     refuse_unwritable(op, residual, weight, bias, input=input)
     refuse_unwritable(op, input, residual=residual)
-    total = input.float() + residual.float()
+    dtype = _dtype_for(input)
+    total = input.to(dtype) + residual.to(dtype)
     rstd = _rstd(total, eps) if return_rstd else None
     normalised = _normalise(total, input.dtype, weight, bias, eps, weight_offset, rounding)
     residual.copy_(total)
@@ -100,7 +106,7 @@ def check_gated_arguments(
         if value is not None or name != "weight":
             checks.tensor(name, value)
     check_options(**options)
-    check_gated_metadata(input, gate, weight, options["group_size"])
+    check_gated_metadata(input, gate, weight, options["group_size"], FLOATS)
     checks.eps(eps)
     checks.enable_pdl(enable_pdl)
     if out is not None:
@@ -117,8 +123,8 @@ def layernorm(
     return_stats: bool,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return `out = (input - mean) / sqrt(variance + eps) * weight + bias`, and perhaps mean and rstd."""
-    _check_rmsnorm(input, weight, eps, out, enable_pdl, bias, "once", (*DTYPES, torch.float64))
-    dtype = torch.promote_types(input.dtype, torch.float32)
+    _check_rmsnorm(input, weight, eps, out, enable_pdl, bias, "once")
+    dtype = _dtype_for(input)
     x, w, b = (None if t is None else t.to(dtype) for t in (input, weight, bias))
     variance, mean = torch.var_mean(x.detach(), dim=-1, correction=0) if return_stats else (None, None)  # type: ignore[union-attr]
     if w is None or w.dim() == 1:
@@ -144,19 +150,26 @@ def _normalise(
     weight_offset: float,
     rounding: str,
 ) -> torch.Tensor:
-    """Return the result in float32, for inputs of `dtype`."""
-    factor = None if weight is None else weight.float() + weight_offset if weight_offset else weight.float()
+    """Return the result in the dtype that it is computed in, for inputs of `dtype`."""
+    x = x.to(_dtype_for(x))
+    factor = None if weight is None else weight.to(x.dtype)
+    factor = factor + weight_offset if factor is not None and weight_offset else factor
     if rounding == "once" and (factor is None or factor.dim() == 1):
-        result = F.rms_norm(x.float(), (x.shape[-1],), factor, eps)
+        result = F.rms_norm(x, (x.shape[-1],), factor, eps)
     else:
-        result = F.rms_norm(x.float(), (x.shape[-1],), None, eps)
-        result = result.to(dtype).float() if rounding == "hf" else result
+        result = F.rms_norm(x, (x.shape[-1],), None, eps)
+        result = result.to(dtype).to(x.dtype) if rounding == "hf" else result
         result = result if factor is None else result * factor
-    return result if bias is None else result + bias.float()
+    return result if bias is None else result + bias.to(x.dtype)
 
 
 def _rstd(x: torch.Tensor, eps: float) -> torch.Tensor:
-    return torch.rsqrt(x.detach().float().square().mean(dim=-1) + eps)
+    return torch.rsqrt(x.detach().to(_dtype_for(x)).square().mean(dim=-1) + eps)
+
+
+def _dtype_for(x: torch.Tensor) -> torch.dtype:
+    """Return the dtype to compute in."""
+    return torch.promote_types(x.dtype, torch.float32)
 
 
 def _check_rmsnorm(
@@ -167,10 +180,9 @@ def _check_rmsnorm(
     enable_pdl: Any,
     bias: Any,
     rounding: Any,
-    dtypes: tuple[torch.dtype, ...] = DTYPES,
 ) -> None:
     """Raise for arguments that no backend accepts; any size and any strides are accepted."""
-    _check_input_and_weight(input, weight, eps, enable_pdl, bias, rounding, dtypes)
+    _check_input_and_weight(input, weight, eps, enable_pdl, bias, rounding)
     if out is not None:
         _check_like_input("out", out, input, input.dtype)
         if not needs_dispatcher(out, weight):
@@ -192,20 +204,12 @@ def _check_fused_add_rmsnorm(
         checks.no_overlap("residual", residual, "input", input, reject_identical=True)
 
 
-def _check_input_and_weight(
-    input: Any,
-    weight: Any,
-    eps: Any,
-    enable_pdl: Any,
-    bias: Any,
-    rounding: Any,
-    dtypes: tuple[torch.dtype, ...] = DTYPES,
-) -> None:
+def _check_input_and_weight(input: Any, weight: Any, eps: Any, enable_pdl: Any, bias: Any, rounding: Any) -> None:
     checks.tensor("input", input)
     for name, value in (("weight", weight), ("bias", bias)):
         if value is not None:
             checks.tensor(name, value)
-    check_metadata(input, None, weight, bias, 0.0, rounding, dtypes)
+    check_metadata(input, None, weight, bias, 0.0, rounding, FLOATS)
     checks.eps(eps)
     checks.enable_pdl(enable_pdl)
 
