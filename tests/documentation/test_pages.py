@@ -15,8 +15,8 @@ import pytest
 from documentation.pages import FILES, PAGES, ROOT, load
 from jitnorm.benchmark import marker
 from jitnorm.benchmark.marker import Benchmark, command
-from jitnorm.cli import diagnostics, main
-from jitnorm.jit import toolchain
+from jitnorm.cli import main
+from jitnorm.jit import environment, toolchain
 
 README = PAGES["README.md"]
 BENCHMARKING = PAGES["docs/guides/benchmarking.md"]
@@ -122,9 +122,9 @@ def test_options_of_benchmarks_are_documented():
 
 def test_environment_table_is_complete():
     table = set(re.findall(r"^\| `(\w+)` \|", ENVIRONMENT, re.MULTILINE))
-    readers = [f for f in (ROOT / "src").rglob("*.py") if f != Path(diagnostics.__file__)]
+    readers = [f for f in (ROOT / "src").rglob("*.py") if f != Path(environment.__file__)]
     read = set(re.findall(r'"(JITNORM_[A-Z_]+)"', "".join(f.read_text() for f in readers)))
-    assert {name for name in table if name.startswith("JITNORM_")} == read == set(diagnostics._OWN_VARIABLES)
+    assert {name for name in table if name.startswith("JITNORM_")} == read == set(environment.VARIABLES)
     searched = {name for names in toolchain._ENVIRONMENT.values() for name in names}
     assert not [name for name in searched if f"`{name}`" not in ENVIRONMENT]
 

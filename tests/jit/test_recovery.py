@@ -170,6 +170,17 @@ def test_a_build_removes_what_dead_processes_left(copier, cache_dir):
     assert len(toolchains) <= 65 and not [name for name in toolchains if name.endswith(".tmp")]
 
 
+def test_a_misspelt_variable_is_named_before_the_first_build(copier, cache_dir, monkeypatch, caplog):
+    monkeypatch.setenv("JITNORM_DISABLEJIT", "1")
+    monkeypatch.setenv("JITNORM_OF_AN_APPLICATION", "1")  # resembles none
+    caplog.set_level("DEBUG", logger="jitnorm")
+    for size in (64, 128):
+        build(cpu_spec(size)).release()
+    warnings = [record.message for record in caplog.records if record.levelname == "WARNING"]
+    assert warnings == ["JITNORM_DISABLEJIT is not a variable of jitnorm: did you mean JITNORM_DISABLE_JIT?"]
+    assert "built rmsnorm_64_fp32" in caplog.text and "built rmsnorm_128_fp32" in caplog.text
+
+
 def test_quarantine_keeps_the_newest_few(copier, cache_dir):
     for _ in range(20):
         entry = build(SPEC)

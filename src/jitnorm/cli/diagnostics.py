@@ -31,29 +31,11 @@ from jitnorm.dispatch import explain
 from jitnorm.dispatch.selection import requested_backend
 from jitnorm.jit import locations, toolchain
 from jitnorm.jit.cache import Cache
-from jitnorm.jit.environment import installed_versions, is_on
+from jitnorm.jit.environment import VARIABLES, installed_versions, is_on
 from jitnorm.jit.spec import launcher_file
 
 # torch-c-dlpack-ext is optional, and ninja may be the system's.
 _PACKAGES = ("torch", "apache-tvm-ffi", "torch-c-dlpack-ext", "ninja", "cuda-pathfinder", "flashinfer-python")
-_OWN_VARIABLES = (
-    "JITNORM_CACHE_DIR",
-    "JITNORM_CUDA_COMPILER",
-    "JITNORM_PREBUILT_DIR",
-    "JITNORM_DISABLE_JIT",
-    "JITNORM_REMOTE_CACHE",
-    "JITNORM_REMOTE_TRUST",
-    "JITNORM_REMOTE_KEY",
-    "JITNORM_REMOTE_TIMEOUT",
-    "JITNORM_CHECK_INDICES",
-    "JITNORM_BACKEND",
-    "JITNORM_SGLANG",
-    "JITNORM_PLUGIN_SKIP",
-    "JITNORM_LOG",
-    "JITNORM_VLLM",
-    "JITNORM_BENCH_CI",
-    "JITNORM_BENCH_BANDWIDTH",
-)
 _VARIABLES = ("CXX", "NVCC", "CUDA_HOME", "CUDA_PATH", "CONDA_PREFIX", "OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES")
 # Calls for which jitnorm.dispatch may select different backends: (dtype, hidden size).
 _CALLS = ((torch.bfloat16, 4096), (torch.float32, 4096), (torch.bfloat16, 16384), (torch.bfloat16, 111))
@@ -277,11 +259,11 @@ def _advice(facts: dict[str, Any]) -> list[str]:
 
 
 def _is_unknown(variable: str) -> bool:
-    return variable.startswith("JITNORM_") and variable not in _OWN_VARIABLES
+    return variable.startswith("JITNORM_") and variable not in VARIABLES
 
 
 def _misspelt(variable: str) -> str:
-    close = difflib.get_close_matches(variable, _OWN_VARIABLES, n=1)
+    close = difflib.get_close_matches(variable, VARIABLES, n=1)
     return f"{variable} is not a variable of jitnorm{f': did you mean {close[0]}?' if close else ''}"
 
 

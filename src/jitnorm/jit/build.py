@@ -22,10 +22,11 @@ from jitnorm._version import __version__
 from jitnorm.jit import cleanup, locations, nvrtc, toolchain
 from jitnorm.jit.cache import Cache, CacheNotWritable
 from jitnorm.jit.entry import Entry, write_entry
+from jitnorm.jit.environment import misspelt_variables
 from jitnorm.jit.files import close
 from jitnorm.jit.folder import Folder, UntrustedPath
 from jitnorm.jit.library import BadLibrary, ChildCheck, check_cubin, check_library
-from jitnorm.jit.log import logger
+from jitnorm.jit.log import logger, warn_once
 from jitnorm.jit.spec import CSRC, NVRTC_OPTIONS, KernelSpec
 from jitnorm.jit.toolchain import Toolchain
 
@@ -141,6 +142,8 @@ def _find_or_build(spec: KernelSpec, cache: Cache, tools: Toolchain, one_of_many
 
 
 def _build(spec: KernelSpec, cache: Cache, tools: Toolchain, one_of_many: bool) -> Entry:
+    for name, known in misspelt_variables().items():  # such as one that was to forbid builds
+        warn_once(f"{name} is not a variable of jitnorm: did you mean {known}?")
     cleanup.remove_abandoned(cache, _CLEANUP_LIMIT_S)
     for last_try in (False, True):
         started = time.monotonic()
@@ -164,8 +167,11 @@ def _build(spec: KernelSpec, cache: Cache, tools: Toolchain, one_of_many: bool) 
                 raise RuntimeError("jitnorm's sources changed after this process read them: restart the process")
             for name in (".ninja_log", ".ninja_deps", _LOG, spec.output_name):
                 staging.remove(name)
-            write_entry(staging, content, manifest(spec, tools, time.monotonic() - started))
-            return cache.publish(staging.path, cache.entry(spec, tools.key))
+            seconds = time.monotonic() - started
+            write_entry(staging, content, manifest(spec, tools, seconds))
+            entry = cache.publish(staging.path, cache.entry(spec, tools.key))
+            logger.debug("built %s in %.2f s", spec, seconds)
+            return entry
     raise AssertionError
 
 

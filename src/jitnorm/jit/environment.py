@@ -9,10 +9,42 @@ import os
 from collections.abc import Iterable, Iterator
 from types import ModuleType
 
+# All that begin with JITNORM_.
+VARIABLES = (
+    "JITNORM_CACHE_DIR",
+    "JITNORM_CUDA_COMPILER",
+    "JITNORM_PREBUILT_DIR",
+    "JITNORM_DISABLE_JIT",
+    "JITNORM_REMOTE_CACHE",
+    "JITNORM_REMOTE_TRUST",
+    "JITNORM_REMOTE_KEY",
+    "JITNORM_REMOTE_TIMEOUT",
+    "JITNORM_CHECK_INDICES",
+    "JITNORM_BACKEND",
+    "JITNORM_SGLANG",
+    "JITNORM_PLUGIN_SKIP",
+    "JITNORM_LOG",
+    "JITNORM_VLLM",
+    "JITNORM_BENCH_CI",
+    "JITNORM_BENCH_BANDWIDTH",
+)
+
 
 def is_on(variable: str) -> bool:
     """Return whether an environment variable is set to anything but "", 0, false, no or off."""
     return os.environ.get(variable, "").lower() not in ("", "0", "false", "no", "off")
+
+
+def misspelt_variables() -> dict[str, str]:
+    """Return the variables of the environment that look like one of VARIABLES, each with that one."""
+    import difflib  # here, as it takes a millisecond, and most processes build nothing
+
+    found = {}
+    for name in os.environ:
+        if name.startswith("JITNORM_") and name not in VARIABLES:
+            for close in difflib.get_close_matches(name[8:], [known[8:] for known in VARIABLES], n=1, cutoff=0.75):
+                found[name] = f"JITNORM_{close}"
+    return found
 
 
 def installed_versions(names: Iterable[str]) -> dict[str, str]:

@@ -1,7 +1,7 @@
 """Create the package's logger, `logging.getLogger("jitnorm")`, with a default for processes that configure no logging.
 
-Builds are logged at INFO, and problems that do not fail a call at WARNING. JITNORM_LOG sets the level. In an
-application that configures logging, these messages are treated like any others.
+Builds that take long are logged at INFO, and problems that do not fail a call at WARNING. JITNORM_LOG sets the level.
+In an application that configures logging, these messages are treated like any others.
 """
 
 from __future__ import annotations
