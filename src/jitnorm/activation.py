@@ -761,7 +761,7 @@ def _check_width(op: str, width: int, dtype: torch.dtype) -> None:
         raise RuntimeError(
             f"{op} does not support d = {width} in {str(dtype).removeprefix('torch.')}: "
             f"supported are multiples of {checks.MIN_ACCESS_BYTES // dtype.itemsize} "
-            f"up to {checks.power_of_two(MAX_WIDTH)}"
+            f"up to {checks.power_of_two(MAX_WIDTH)}, where d is the result's last dimension"
         )
 
 

@@ -73,6 +73,9 @@ def test_doctor_prints(cache_dir):
     assert "not a variable" not in printed
     assert str(cache_dir) in printed and torch.__version__ in printed
     assert re.search(r"cpu +yes  built and loaded a kernel in 0\.10 s\n", printed)
+    cuda = r"cuda +yes  built and loaded a kernel in 0\.10 s(, for a device that is not here)?\n"
+    if toolchain.find_nvrtc():
+        assert bool(re.search(cuda, printed)[1]) != torch.cuda.is_available()
     assert re.search(rf"{cache_dir}  0 kernels, 0 B; \d+\.\d GB free; usable", printed)
     assert re.search(rf"^temporary folder\n +{tempfile.gettempdir()} +\d+\.\d GB free$", printed, re.MULTILINE)
 

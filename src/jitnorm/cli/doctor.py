@@ -41,7 +41,8 @@ def _print(facts: dict[str, Any]) -> None:
         "compilers", ((n, f"{c['version'] or 'unknown'}  {c['path']}" if c else "not found") for n, c in compilers)
     )
     builds = facts["builds"].items()
-    _section("can build for", ((name, _build(facts["can_build"][name], build)) for name, build in builds))
+    present = {device["device"].partition(":")[0] for device in facts["devices"]}
+    _section("can build for", ((n, _build(facts["can_build"][n], build, n in present)) for n, build in builds))
     _section("caches", (("prebuilt" if c["prebuilt"] else "own", _cache(c)) for c in facts["caches"]))
     if remote := facts["remote"]:
         _section("remote cache", [(remote["url"], remote["problem"] or "read where no cache has a kernel; not tried")])
@@ -94,8 +95,9 @@ def _free_space(free: int | None) -> str:
     return "free space unknown" if free is None else f"{output.size(free)} free"
 
 
-def _build(ok: bool, build: dict[str, Any]) -> str:
-    """Return whether a device's kernels can be built, and how that is known."""
+def _build(ok: bool, build: dict[str, Any], is_present: bool) -> str:
+    """Return whether kernels can be built for a device, and how that is known."""
     if build["works"]:
-        return f"yes  built and loaded a kernel in {build['seconds']:.2f} s"
+        where = "" if is_present else ", for a device that is not here"
+        return f"yes  built and loaded a kernel in {build['seconds']:.2f} s{where}"
     return f"{'yes' if ok else 'no '}  {build['problem']}"
