@@ -96,8 +96,7 @@ def store_cache(
     8, and one multiples of 4. Other kernels support caches that are paged (`[blocks, block_size, heads, head_dim]`), of
     float8, or with heads at any strides. Out-of-range indices, and so negative ones, are undefined behaviour: pass
     `skip_index=-1` where rows of padding have the index -1. Set `JITNORM_CHECK_INDICES=1` before importing jitnorm to
-    raise IndexError. If two rows have the same index, the slot may contain either row or a
-    mixture of both.
+    raise IndexError. If two rows have the same index, the slot may contain either row or a mixture of both.
 
     Args:
         k: `[num_tokens, ...]`, of any dtype but PyTorch's quantised ones, on the CPU or a CUDA device; contiguous

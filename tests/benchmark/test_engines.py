@@ -541,9 +541,7 @@ def test_a_decode_step_of_vllm_is_the_median(monkeypatch):
     core = types.SimpleNamespace(get_output=lambda: next(outputs))
     engine.step_ends = module.record_steps(core)
     engine.step_ends.append(-1.0)  # of a sample before
-    monkeypatch.setattr(
-        engine, "_generate", lambda prompts, tokens: [core.get_output() for _ in range(5)], raising=False
-    )
+    monkeypatch.setattr(engine, "_generate", lambda prompts, tokens: [core.get_output() for _ in range(5)])
     monkeypatch.setattr(engine, "_graph_seconds", lambda batch: None)
     assert engine.decode(2) == {"decode step": 2.0}
 

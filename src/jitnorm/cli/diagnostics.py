@@ -6,7 +6,6 @@ there is a GPU. Nothing is written to the cache.
 
 from __future__ import annotations
 
-import difflib
 import os
 import platform
 import subprocess
@@ -31,7 +30,7 @@ from jitnorm.dispatch import explain
 from jitnorm.dispatch.selection import requested_backend
 from jitnorm.jit import locations, toolchain
 from jitnorm.jit.cache import Cache
-from jitnorm.jit.environment import VARIABLES, installed_versions, is_on
+from jitnorm.jit.environment import installed_versions, is_on, unknown_variables
 from jitnorm.jit.spec import launcher_file
 
 # torch-c-dlpack-ext is optional, and ninja may be the system's.
@@ -255,16 +254,9 @@ def _advice(facts: dict[str, Any]) -> list[str]:
         advice.append(
             "JITNORM_DISABLE_JIT is set: a kernel that is not in the cache is an error; jitnorm warmup still builds"
         )
-    return [*advice, *(_misspelt(name) for name in facts["environment"] if _is_unknown(name))]
-
-
-def _is_unknown(variable: str) -> bool:
-    return variable.startswith("JITNORM_") and variable not in VARIABLES
-
-
-def _misspelt(variable: str) -> str:
-    close = difflib.get_close_matches(variable, VARIABLES, n=1)
-    return f"{variable} is not a variable of jitnorm{f': did you mean {close[0]}?' if close else ''}"
+    for name, known in unknown_variables().items():
+        advice.append(f"{name} is not a variable of jitnorm{f': did you mean {known}?' if known else ''}")
+    return advice
 
 
 def _failure(device: str, build: dict[str, Any]) -> str:

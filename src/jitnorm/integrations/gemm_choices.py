@@ -53,8 +53,7 @@ class Choice:
 
 def read(choice: Choice) -> dict[str, list[int]] | None:
     """Return the `rows` that a cache has for what a choice depends on, or None."""
-    layer = locations.prebuilt()
-    for cache in [*([layer] if layer else []), *locations.searched()]:
+    for cache in locations.in_search_order():
         try:
             found = Choice(**cache.read_record(GEMMS, choice.file_name))
             if found.file_name == choice.file_name and _are_rows(found.rows, choice.candidates):

@@ -22,7 +22,7 @@ from jitnorm._version import __version__
 from jitnorm.jit import cleanup, locations, nvrtc, toolchain
 from jitnorm.jit.cache import Cache, CacheNotWritable
 from jitnorm.jit.entry import Entry, write_entry
-from jitnorm.jit.environment import misspelt_variables
+from jitnorm.jit.environment import unknown_variables
 from jitnorm.jit.files import close
 from jitnorm.jit.folder import Folder, UntrustedPath
 from jitnorm.jit.library import BadLibrary, ChildCheck, check_cubin, check_library
@@ -142,8 +142,9 @@ def _find_or_build(spec: KernelSpec, cache: Cache, tools: Toolchain, one_of_many
 
 
 def _build(spec: KernelSpec, cache: Cache, tools: Toolchain, one_of_many: bool) -> Entry:
-    for name, known in misspelt_variables().items():  # such as one that was to forbid builds
-        warn_once(f"{name} is not a variable of jitnorm: did you mean {known}?")
+    for name, known in unknown_variables().items():
+        if known:  # it may have been set to forbid this build
+            warn_once(f"{name} is not a variable of jitnorm: did you mean {known}?")
     cleanup.remove_abandoned(cache, _CLEANUP_LIMIT_S)
     for last_try in (False, True):
         started = time.monotonic()

@@ -35,15 +35,19 @@ def is_on(variable: str) -> bool:
     return os.environ.get(variable, "").lower() not in ("", "0", "false", "no", "off")
 
 
-def misspelt_variables() -> dict[str, str]:
-    """Return the variables of the environment that look like one of VARIABLES, each with that one."""
-    import difflib  # here, as it takes a millisecond, and most processes build nothing
+def unknown_variables() -> dict[str, str]:
+    """Return the variables JITNORM_* of the environment that jitnorm does not have, each with the one it resembles.
 
+    One that resembles none has "".
+    """
+    import difflib  # here, because most processes build nothing
+
+    endings = {name.removeprefix("JITNORM_"): name for name in VARIABLES}
     found = {}
     for name in os.environ:
         if name.startswith("JITNORM_") and name not in VARIABLES:
-            for close in difflib.get_close_matches(name[8:], [known[8:] for known in VARIABLES], n=1, cutoff=0.75):
-                found[name] = f"JITNORM_{close}"
+            close = difflib.get_close_matches(name.removeprefix("JITNORM_"), endings, n=1, cutoff=0.75)
+            found[name] = endings[close[0]] if close else ""
     return found
 
 
