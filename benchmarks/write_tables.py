@@ -119,6 +119,18 @@ def few_rows_h200() -> list[str]:
     return lines
 
 
+def gated_linear_h200() -> list[str]:
+    """Return the microseconds of projections to gate and up with the activation."""
+    columns = {"registers": "jitnorm, registers", "wgmma": "jitnorm, wgmma"}
+    columns |= {"wgmma+silu_and_mul": "wgmma, `silu_and_mul`", "torch+silu_and_mul": "torch, `silu_and_mul`"}
+    lines = _header(["n", "k", "rows", *columns.values()])
+    for row in _read("gated_linear_h200").rows:
+        point, us = row.point, {line: result.seconds * 1e6 for line, result in row.results().items()}
+        cells = [_us(us[line], us[line] == min(us.values())) if line in us else "-" for line in columns]
+        lines.append(_row([*(str(point[name]) for name in ("n", "k", "num_tokens")), *cells]))
+    return lines
+
+
 def engines_h200() -> list[str]:
     """Return the GPU's times of decode steps in engines, without the plugin and with it, of some rows."""
     return _engine_rows("decode graph", README_MODELS, README_BATCHES)
@@ -350,6 +362,7 @@ TABLES: dict[str, Callable[[], list[str]]] = {
         rmsnorm_h200,
         qknorm_rope_store_h200,
         few_rows_h200,
+        gated_linear_h200,
         engines_h200,
         engine_graphs_h200,
         engine_steps_h200,

@@ -2,13 +2,14 @@
 // as it takes to read the weight, if its reads do not wait for anything else: on an H100 SXM or H200 one wave of blocks
 // has up to 28,672 columns, and as many copies are under way as shared memory holds. One warp copies boxes of the
 // weight to shared memory and another one boxes of x, by TMA; two warpgroups multiply them, each every second step of
-// k.
+// k. With the formula of an activation, half of a block's columns are gates, and the others their factors.
 //
 // The first boxes of the weight are copied before the wait for the kernel before this one: no kernel that writes the
 // weight may still be running. Included by generated sources (jitnorm/jit/spec.py).
 #pragma once
 #include "gemm/few_rows_wgmma.h"
 #include "jitnorm/cuda_kernel.h"
+#include "jitnorm/device_math.h"
 #include "jitnorm/reduce.h"
 #include "jitnorm/vector.h"
 
@@ -105,7 +106,7 @@ struct Accumulator<T, 0> {
   __device__ __forceinline__ void store(float*, bool, bool) const {}
 };
 
-template <int kN_, int kK_, typename T>
+template <int kN_, int kK_, typename T, typename Formula = NoActivation>
 struct FewRowsWgmmaKernel {
   using input_t = T;
   using params_t = FewRowsWgmmaParams;
@@ -113,18 +114,23 @@ struct FewRowsWgmmaKernel {
   static constexpr int kN = kN_, kK = kK_;
   static constexpr unsigned kAlignment = 16;
   static constexpr int kMaxRows = 64;  // of a wgmma instruction
-  static_assert(kN % 8 == 0 && kK % kBoxK == 0, "columns of an instruction, and boxes");
+  static constexpr bool kGated = kIsGated<Formula>;
+  static constexpr int kHalves = kGated ? 2 : 1, kOutColumns = kN / kHalves;
+  static constexpr int kColumnStep = 8 * kHalves;  // columns of an instruction
+  static_assert(kN % kColumnStep == 0 && kK % kBoxK == 0, "columns of an instruction, and boxes");
 
   // 128 blocks are one wave on the 132 SMs of an H100 SXM or H200. A block has up to 224 columns, whose sums fit in its
   // registers.
   static constexpr int columns_of(int splits) {
     const int columns = kN * splits, waves = (columns + 128 * 224 - 1) / (128 * 224);
-    return (columns + 1024 * waves - 1) / (1024 * waves) * 8;
+    const int step = 128 * kColumnStep * waves;
+    return (columns + step - 1) / step * kColumnStep;
   }
   // Each block reads all rows of x. Where that is much beside its columns of the weight, two blocks share these columns
   // and each has half of k. Clusters of four would not all fit in one wave.
   static constexpr bool kSplitsK = (kN < 2048 || (kK > 4096 && kN <= 8192)) && kK % (2 * kBoxK) == 0;
   static constexpr int kSplits = kSplitsK ? 2 : 1, kColumns = columns_of(kSplits);
+  static constexpr int kOutColumnsPerBlock = kColumns / kHalves;
   static constexpr int kKPerBlock = kK / kSplits;
   // A step's copies and barriers cost about 50 ns: with few columns it takes two boxes.
   static constexpr int kBoxesPerStep = kColumns <= (kSplitsK ? 32 : 24) && kKPerBlock % (2 * kBoxK) == 0 ? 2 : 1;
@@ -139,8 +145,8 @@ struct FewRowsWgmmaKernel {
 
   // Shared memory: the barriers, and stages of boxes. In the end, the sums of each warpgroup instead of the stages.
   static constexpr int kRowBytes = kBoxK * int(sizeof(T));
-  static constexpr int kWeightBoxBytes = kColumns * kRowBytes, kRowsBoxBytes = kMaxRows * kRowBytes;
-  static constexpr int kWeightBytes = kBoxesPerStep * kWeightBoxBytes;
+  static constexpr int kWeightBoxBytes = kOutColumnsPerBlock * kRowBytes, kRowsBoxBytes = kMaxRows * kRowBytes;
+  static constexpr int kWeightBytes = kBoxesPerStep * kHalves * kWeightBoxBytes;
   static constexpr int kStageBytes = kWeightBytes + kBoxesPerStep * kRowsBoxBytes;
   static constexpr int kMaxSharedBytes = 227 * 1024, kBarrierBytes = 1024;
   static constexpr int kMaxStages = 32;  // for which there are barriers
@@ -214,7 +220,7 @@ struct FewRowsWgmmaKernel {
 
     __device__ __forceinline__ explicit Block(const char* memory)
         : shared(static_cast<unsigned>(__cvta_generic_to_shared(memory))),
-          column(blockIdx.x / kSplits * kColumns),
+          column(blockIdx.x / kSplits * kOutColumnsPerBlock),
           rank(blockIdx.x % kSplits) {}
     __device__ __forceinline__ unsigned full(int stage) const { return shared + stage * 8; }
     __device__ __forceinline__ unsigned empty(int stage) const { return shared + (kMaxStages + stage) * 8; }
@@ -236,8 +242,10 @@ struct FewRowsWgmmaKernel {
       barrier_arrive_and_expect(block.full(stage), kWeightBytes);
 #pragma unroll
       for (int i = 0; i < kBoxesPerStep; i++)
-        copy_box(block.weight(stage) + i * kWeightBoxBytes, p.weight, block.k_of(step) + i * kBoxK, block.column,
-                 block.full(stage));
+#pragma unroll
+        for (int half = 0; half < kHalves; half++)
+          copy_box(block.weight(stage) + (kHalves * i + half) * kWeightBoxBytes, p.weight, block.k_of(step) + i * kBoxK,
+                   half * kOutColumns + block.column, block.full(stage));
     }
   }
 
@@ -273,7 +281,8 @@ struct FewRowsWgmmaKernel {
       for (int i = 0; i < kBoxesPerStep; i++)
 #pragma unroll
         for (int j = 0; j < kRowBytes / 32; j++) {  // 16 elements of k
-          sum.multiply(x + (i * kRowsBoxBytes + j * 32) / 16, weight + (i * kWeightBoxBytes + j * 32) / 16, accumulate);
+          sum.multiply(x + (i * kRowsBoxBytes + j * 32) / 16, weight + (i * kHalves * kWeightBoxBytes + j * 32) / 16,
+                       accumulate);
           accumulate = 1;
         }
       asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
@@ -286,30 +295,36 @@ struct FewRowsWgmmaKernel {
 
   // Adds the sums of both warpgroups, and of both blocks that share the columns, each of which writes half of them.
   static __device__ __forceinline__ void write(const FewRowsWgmmaParams& p, const Block& block, const float* sums) {
-    constexpr int kVectorsPerRow = kColumns / 4;
-    constexpr int kParts = kSteps < kWarpgroups ? kSteps : kWarpgroups;
+    constexpr int kVectorsPerRow = kOutColumnsPerBlock / 4;
     for (int i = block.rank * kThreads + threadIdx.x; i < p.num_rows * kVectorsPerRow; i += kSplits * kThreads) {
       const int row = i / kVectorsPerRow, column = i % kVectorsPerRow * 4;
-      if (kN % kColumns != 0 && block.column + column >= kN) continue;
-      float4 parts[kSplits][kParts];
-#pragma unroll
-      for (int r = 0; r < kSplits; r++)
-#pragma unroll
-        for (int j = 0; j < kParts; j++) parts[r][j] = load_sums(sums + (j * kMaxRows + row) * kPitch + column, r);
-      float total[4] = {};
-#pragma unroll
-      for (int r = 0; r < kSplits; r++)
-#pragma unroll
-        for (int j = 0; j < kParts; j++) {
-          total[0] += parts[r][j].x;
-          total[1] += parts[r][j].y;
-          total[2] += parts[r][j].z;
-          total[3] += parts[r][j].w;
-        }
-      Vector<T, 4> y;
-      from_float(total, y);
+      if (kN % kColumns != 0 && block.column + column >= kOutColumns) continue;
+      Vector<T, 4> y = total(sums + row * kPitch + column);
+      if constexpr (kGated) y = activate<Formula>(y, total(sums + row * kPitch + kOutColumnsPerBlock + column));
       store(static_cast<T*>(p.out) + row * p.out_stride + block.column + column, y);
     }
+  }
+
+  static __device__ __forceinline__ Vector<T, 4> total(const float* sums) {
+    constexpr int kParts = kSteps < kWarpgroups ? kSteps : kWarpgroups;
+    float4 parts[kSplits][kParts];
+#pragma unroll
+    for (int r = 0; r < kSplits; r++)
+#pragma unroll
+      for (int j = 0; j < kParts; j++) parts[r][j] = load_sums(sums + j * kMaxRows * kPitch, r);
+    float total[4] = {};
+#pragma unroll
+    for (int r = 0; r < kSplits; r++)
+#pragma unroll
+      for (int j = 0; j < kParts; j++) {
+        total[0] += parts[r][j].x;
+        total[1] += parts[r][j].y;
+        total[2] += parts[r][j].z;
+        total[3] += parts[r][j].w;
+      }
+    Vector<T, 4> y;
+    from_float(total, y);
+    return y;
   }
 
   static __device__ __forceinline__ float4 load_sums(const float* from, int rank) {

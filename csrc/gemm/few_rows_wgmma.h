@@ -36,7 +36,8 @@ Outcome few_rows_wgmma(const Kernel& kernel, const TVMFFIAny* args, int num_args
   params.out_stride = operands.out.stride;
   params.num_rows = static_cast<int>(operands.x.count);
   if (!kernel.encode_tensor_map(operands.x, info.k, kBoxK, box_rows(params.num_rows), &params.x) ||
-      !kernel.encode_tensor_map(operands.weight, info.k, kBoxK, info.columns, &params.weight))
+      !kernel.encode_tensor_map(operands.weight, info.k, kBoxK, info.columns * info.out_columns / info.n,
+                                &params.weight))
     return Outcome::kRefused;
   return kernel.launch(params, operands.device, operands.enable_pdl);
 }

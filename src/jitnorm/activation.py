@@ -33,7 +33,7 @@ ONCE, HF = ROUNDINGS = ("once", "hf")
 class Activation(Operator):
     """One of the activations, with a product or without."""
 
-    formula: str  # the policy class in csrc/elementwise/activation.h that computes an element of the output
+    formula: str  # the class in csrc/include/jitnorm/activation_formulas.h that computes an element of the output
     # Returns the gradients of gate and up from that of the output, gate, up and the parameters; without a product, that
     # of the input from that of the output and the input. In float32.
     gradient: Callable[..., Any]

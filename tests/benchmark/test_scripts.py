@@ -23,6 +23,7 @@ RUNS = {
     "bench_few_rows": ["torch"],
     "bench_first_call": ["jitnorm"],
     "bench_fused_add_rmsnorm": ["jitnorm", "torch", "liger"],
+    "bench_gated_linear": ["torch+silu_and_mul"],
     "bench_gated_rmsnorm": ["jitnorm", "torch"],
     "bench_general_rmsnorm": ["jitnorm", "torch"],
     "bench_host_overhead": ["jitnorm", "torch", "define+impl", "custom_op", "empty_like"],

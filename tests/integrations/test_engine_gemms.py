@@ -75,6 +75,47 @@ def test_what_the_gemm_does_not_take_is_left_to_torch(monkeypatch):
     assert not calls
 
 
+def activated(x, weight, activation):
+    """The definition, in float64."""
+    gate, up = (x.double() @ weight.double().t()).chunk(2, dim=-1)
+    approximate = "tanh" if "tanh" in activation else "none"
+    silu, gelu = torch.nn.functional.silu, torch.nn.functional.gelu
+    return (silu(gate) if "silu" in activation else gelu(gate, approximate=approximate)) * up
+
+
+@pytest.mark.parametrize("activation", engine_gemms.ACTIVATIONS)
+def test_gated_linear_without_a_choice(activation):
+    """By torch's GEMM and the operator, whatever is chosen for the product alone or with another activation."""
+    weight, x = torch.randn(24, 16), torch.randn(2, 3, 16)
+    expected = activated(x, weight, activation)
+    got = engine_gemms.gated_linear(x, weight, activation)
+    assert got.shape == (2, 3, 12) and relative_error(got, expected) <= TOLERANCE[torch.float32]
+    out = torch.full_like(got, float("nan"))
+    assert engine_gemms.gated_linear(x, weight, activation, out) is out and same_bits(out, got)
+
+
+def test_gated_linear_by_the_chosen_gemm(monkeypatch):
+    weight = torch.randn(24, 16)
+
+    def gemm(a, b, bias, out):
+        assert bias is None and a.is_contiguous() and out.is_contiguous()
+        out.copy_(3 * activated(a, b.t(), "silu_and_mul"))
+
+    shape = engine_gemms.shape_of(weight, "silu_and_mul")
+    assert shape != engine_gemms.shape_of(weight) and shape != engine_gemms.shape_of(weight, "gelu_and_mul")
+    monkeypatch.setitem(engine_gemms._chosen, shape, {4: gemm})
+    for rows, factor in ((3, 3), (4, 3), (2, 1), (65, 1)):
+        x = torch.randn(rows, 16)
+        expected = factor * activated(x, weight, "silu_and_mul")
+        for out in (None, torch.full((rows, 12), float("nan"))):
+            got = engine_gemms.gated_linear(x, weight, "silu_and_mul", out)
+            assert relative_error(got, expected) <= TOLERANCE[torch.float32] and (out is None or got is out)
+    x = torch.randn(3, 16)
+    assert same_bits(engine_gemms.linear(x, weight), torch.nn.functional.linear(x, weight))
+    got = engine_gemms.gated_linear(x, weight, "gelu_and_mul")
+    assert relative_error(got, activated(x, weight, "gelu_and_mul")) <= TOLERANCE[torch.float32]
+
+
 def test_candidates(device):
     weight = torch.zeros(64, 128, dtype=BF16, device=device)
     candidates = [
@@ -87,16 +128,20 @@ def test_candidates(device):
     not_supported = [weight.float(), weight[:, :64], weight[:, 0], weight[:60], weight[:, :68].contiguous(), None]
     not_supported += [weight[:0], weight.view(-1)[1:], weight.view(1024, 8), weight.view(-1)[1:8065].view(63, 128)]
     assert not any(engine_gemms.is_candidate(w) for w in not_supported)
+    gated = [*candidates[:2], weight[:56]]  # 3.5 times 16 rows: no kernel has half a tile
+    on_cuda = device == "cuda"
+    assert [engine_gemms.is_candidate(w, "silu_and_mul") for w in gated] == [on_cuda, on_cuda, False]
+    assert engine_gemms.is_candidate(weight[:56]) == on_cuda
 
 
 @pytest.mark.usefixtures("on_a_gpu")
 def test_what_cannot_be_timed_is_left_to_torch(monkeypatch):
     weight, x = torch.randn(64, 128), torch.randn(3, 128)
 
-    def choose(gemms, weights, after_norm):
+    def choose(gemms, weights, after_norm, activation):
         raise torch.OutOfMemoryError("no memory")
 
-    monkeypatch.setattr(engine_gemms, "_candidates", lambda weight, kernels: {"a GEMM": engine_gemms._mm})
+    monkeypatch.setattr(engine_gemms, "_candidates", lambda weight, kernels, activation: {"a GEMM": engine_gemms._mm})
     monkeypatch.setattr(engine_gemms, "_choose", choose)
     assert engine_gemms.select([weight], []) == ({engine_gemms.shape_of(weight)}, []) and not engine_gemms._chosen
     assert same_bits(engine_gemms.linear(x, weight), torch.nn.functional.linear(x, weight))
@@ -128,7 +173,7 @@ def test_the_fastest_is_chosen(monkeypatch, after_norm):
     order = [*gemms.values()]
     monkeypatch.setattr(engine_gemms, "_mm", gemms["torch"])
     others = {name: gemm for name, gemm in gemms.items() if name != "torch"}
-    monkeypatch.setattr(engine_gemms, "_candidates", lambda weight, kernels: others)
+    monkeypatch.setattr(engine_gemms, "_candidates", lambda weight, kernels, activation: others)
     taken = []
 
     def measure(gemm, x, weights, out, write_x, read_out):
@@ -158,19 +203,63 @@ def test_the_fastest_is_chosen(monkeypatch, after_norm):
 
 
 @pytest.mark.usefixtures("on_a_gpu")
+def test_gated_gemms_are_timed_beside_the_product_and_the_activation(monkeypatch):
+    """Between a norm and a kernel of torch; the product alone is another choice."""
+    weight, measured = torch.randn(64, 128), []
+
+    def gemm(a, b, bias, out):
+        out.copy_(activated(a, b.t(), "silu_and_mul"))
+
+    def measure(gemm, x, weights, out, write_x, read_out):
+        write_x()
+        out.fill_(float("nan"))
+        gemm(x, weight.t(), None, out)
+        expected = activated(x, weight, "silu_and_mul")
+        assert x.shape == (len(x), 128) and relative_error(out, expected) <= TOLERANCE[torch.float32]
+        read_out()
+        measured.append(gemm)
+        return 0.5 if gemm is by_kernel and len(x) <= 2 else 1.0
+
+    by_kernel = gemm
+    monkeypatch.setattr(engine_gemms, "_kernels_for", lambda weight, activation: [])
+    monkeypatch.setattr(
+        engine_gemms, "_candidates", lambda weight, kernels, activation: {"a kernel": gemm} if activation else {}
+    )
+    # A target of the CPU: the activation's kernel is built for it.
+    monkeypatch.setattr(engine_gemms, "cuda_target", lambda index: Target("cpu"))
+    monkeypatch.setattr(engine_gemms, "_seconds", measure)
+    monkeypatch.setattr(engine_gemms.torch.cuda, "device", lambda device: torch.no_grad())
+    shapes, said = engine_gemms.select([weight], [], [(weight, "silu_and_mul")])
+    assert shapes == {engine_gemms.shape_of(weight, "silu_and_mul")}
+    assert said == ["n=64 k=128 with silu_and_mul, numbers of rows: a kernel for 1, 2"]
+    assert measured.count(gemm) == len(measured) / 2 and engine_gemms._chosen == {shapes.pop(): {1: gemm, 2: gemm}}
+
+
+@pytest.mark.usefixtures("on_a_gpu")
+def test_without_the_kernel_of_the_activation(monkeypatch):
+    """More rows than are timed would have none."""
+    monkeypatch.setattr(engine_gemms, "cuda_target", lambda index: Target.cuda("9.0a"))
+    monkeypatch.setenv("JITNORM_DISABLE_JIT", "1")
+    monkeypatch.setattr(engine_gemms, "_kernels_for", lambda weight, activation: [])
+    monkeypatch.setattr(engine_gemms, "_candidates", lambda *arguments: {"a kernel": engine_gemms._mm})
+    shapes, (said,) = engine_gemms.select([], [], [(torch.randn(64, 128, dtype=BF16), "gelu_and_mul")])
+    assert not shapes and said.startswith("gelu_and_mul_bf16: its kernel cannot be built: ")
+
+
+@pytest.mark.usefixtures("on_a_gpu")
 @pytest.mark.parametrize("has_cublaslt", [True, False])
 def test_a_kernel_that_cannot_be_built_is_left_out(has_cublaslt, monkeypatch):
     """It is tried once, and a shape without any other GEMM than torch's is not replaced."""
     weight = torch.randn(64, 128)
 
     class Kernel(engine_gemms.FewRowsKernel):
-        def is_supported(self, weight):
+        def is_supported(self, weight, activation):
             return True
 
-        def spec_of(self, weight):
+        def spec_of(self, weight, activation):
             return self.spec(64, 128, BF16, Target.cuda("9.0a"))
 
-        def gemm(self, weight):
+        def gemm(self, weight, activation):
             pytest.fail("it was not built")
 
     kernel = engine_gemms.few_rows.REGISTERS
@@ -179,7 +268,7 @@ def test_a_kernel_that_cannot_be_built_is_left_out(has_cublaslt, monkeypatch):
     monkeypatch.setattr(engine_gemms.few_rows, "KERNELS", (kernel,))
     monkeypatch.setattr(engine_gemms.cublaslt, "library_version", lambda: 130000 * has_cublaslt)
     monkeypatch.setattr(engine_gemms.cublaslt, "gemm", lambda problem: engine_gemms._mm)
-    monkeypatch.setattr(engine_gemms, "_choose", lambda gemms, weights, after_norm: {name: [2] for name in gemms})
+    monkeypatch.setattr(engine_gemms, "_choose", lambda gemms, *how: {name: [2] for name in gemms})
     shapes, said = engine_gemms.select([weight], [weight])
     assert shapes == ({engine_gemms.shape_of(weight)} if has_cublaslt else set())
     assert said[0].startswith("few_rows_gemm_64x128_bf16: its kernel cannot be built: ") and "DISABLE_JIT" in said[0]
@@ -197,12 +286,12 @@ class TestLaterStarts:
         """Return a list of what was timed: whether it was after a norm."""
         timed = []
 
-        def choose(gemms, weights, after_norm):
+        def choose(gemms, weights, after_norm, activation):
             timed.append(after_norm)
             return {name: [] for name in gemms} | {"cuBLASLt without split k": [2, 16] if len(timed) == 1 else [4]}
 
         gemms = {"cuBLASLt without split k": engine_gemms._mm}
-        monkeypatch.setattr(engine_gemms, "_candidates", lambda weight, kernels: gemms)
+        monkeypatch.setattr(engine_gemms, "_candidates", lambda weight, kernels, activation: gemms)
         monkeypatch.setattr(engine_gemms, "_choose", choose)
         monkeypatch.setattr(engine_gemms, "_has_norm", lambda like, size: True)
         return timed
@@ -256,13 +345,13 @@ class TestLaterStarts:
         class Kernel:
             name, key = "few_rows_gemm", "0123"
 
-            def spec_of(self, weight):
+            def spec_of(self, weight, activation):
                 return self
 
         kernel = Kernel()
         gemms = {"cuBLASLt without split k": engine_gemms._mm, kernel.name: engine_gemms._mm}
-        monkeypatch.setattr(engine_gemms, "_candidates", lambda weight, kernels: gemms)
-        monkeypatch.setattr(engine_gemms, "_kernels_for", lambda weight: [kernel])
+        monkeypatch.setattr(engine_gemms, "_candidates", lambda weight, kernels, activation: gemms)
+        monkeypatch.setattr(engine_gemms, "_kernels_for", lambda weight, activation: [kernel])
         monkeypatch.setattr(engine_gemms, "build_and_load", lambda specs: {})
         assert self.start() == self.start() == [2, 16]
         kernel.key = "4567"
@@ -333,7 +422,7 @@ def test_all_gemms_on_the_gpu(monkeypatch, after_norm):
     shapes, (said,) = engine_gemms.select(*((weights, []) if after_norm else ([], weights)))
     assert said.startswith("n=1024 k=2048, numbers of rows: ")
     (shape,) = shapes
-    gemms = engine_gemms._candidates(weights[0], engine_gemms._kernels_for(weights[0]))
+    gemms = engine_gemms._candidates(weights[0], engine_gemms._kernels_for(weights[0], None), None)
     assert len(gemms) == 2 + (torch.cuda.get_device_capability() == (9, 0))
     for gemm in gemms.values():
         monkeypatch.setitem(engine_gemms._chosen, shape, dict.fromkeys(engine_gemms.ROWS, gemm))
@@ -344,6 +433,32 @@ def test_all_gemms_on_the_gpu(monkeypatch, after_norm):
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph):
                 captured = engine_gemms.linear(x, weights[0])
+            captured.fill_(float("nan"))
+            graph.replay()
+            assert same_bits(captured, got)
+
+
+@pytest.mark.gpu
+def test_gated_gemms_on_the_gpu(monkeypatch):
+    """Whatever is fastest, the result is the same but for rounding; in a CUDA graph too."""
+    weights = [torch.randn(1024, 2048, device="cuda").mul(0.02).to(BF16) for _ in range(4)]
+    shapes, (said,) = engine_gemms.select([], [], [(weight, "silu_and_mul") for weight in weights])
+    assert said.startswith("n=1024 k=2048 with silu_and_mul, numbers of rows: ")
+    (shape,) = shapes
+    kernels = engine_gemms._kernels_for(weights[0], "silu_and_mul")
+    gemms = engine_gemms._candidates(weights[0], kernels, "silu_and_mul")
+    assert len(gemms) == 1 + (torch.cuda.get_device_capability() == (9, 0))
+    for gemm in gemms.values():
+        monkeypatch.setitem(engine_gemms._chosen, shape, dict.fromkeys(engine_gemms.ROWS, gemm))
+        for rows in (1, 3, 64, 65):
+            x = torch.randn(rows, 2048, device="cuda", dtype=BF16)
+            got = engine_gemms.gated_linear(x, weights[0], "silu_and_mul")
+            # The products are rounded before the activation: two more errors than that of one rounding.
+            expected = activated(x, weights[0], "silu_and_mul")
+            assert relative_error(got, expected) <= 2 * TOLERANCE[BF16]
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                captured = engine_gemms.gated_linear(x, weights[0], "silu_and_mul")
             captured.fill_(float("nan"))
             graph.replay()
             assert same_bits(captured, got)
@@ -373,7 +488,7 @@ def test_as_many_weights_are_timed_as_exceed_an_l2(monkeypatch):
 
     monkeypatch.setattr(engine_gemms, "_seconds", measure)
     for weights in ([torch.randn(64, 128)] * 9, [torch.randn(64, 128)] * 3, [torch.randn(640, 128)] * 3):
-        engine_gemms._read_or_choose({}, {}, weights, False)
+        engine_gemms._read_or_choose({}, {}, weights, False, None)
     assert counts == {5, 3, 2}
 
 

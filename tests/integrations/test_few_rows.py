@@ -7,6 +7,7 @@ import torch
 from helpers import TOLERANCE, relative_error, same_bits
 
 import jitnorm
+from jitnorm.activation import GELU_TANH_AND_MUL_HF, SILU_AND_MUL
 from jitnorm.batch_invariant.matmul.problem import UnsupportedProblem
 from jitnorm.integrations.few_rows import KERNELS, REGISTERS, WGMMA
 from jitnorm.jit.build import build
@@ -32,10 +33,25 @@ WGMMA_SHAPES = [
     (24576, 1088),
     (8184, 4224),
 ]
+# With an activation, of both: the smallest; a number of columns that no block has; few columns and much k.
+GATED_SHAPES = [(16, 64), (48, 320), (512, 8192)]
+# Steps that few warps share, and more steps than are in flight.
+GATED_REGISTERS_SHAPES = [(1024, 3072), (6144, 1024), (9728, 896)]
+# Two boxes in a step; blocks that share columns, and columns after the last; more blocks than SMs, and columns after
+# the last; fewer stages than steps.
+GATED_WGMMA_SHAPES = [(2048, 1024), (1040, 2048), (28720, 192), (24576, 1088)]
+# The last is each kernel's activation; a formula that rounds between is tested with one shape.
 CASES = [
-    pytest.param(kernel, n, k, id=f"{kernel.name}-{n}-{k}")
-    for kernel, shapes in ((REGISTERS, REGISTERS_SHAPES), (WGMMA, WGMMA_SHAPES))
-    for n, k in SHAPES + shapes
+    pytest.param(kernel, n, k, activation, id=f"{kernel.name}-{n}-{k}{'-' + activation.op if activation else ''}")
+    for kernel, shapes, gated_shapes in (
+        (REGISTERS, REGISTERS_SHAPES, GATED_REGISTERS_SHAPES),
+        (WGMMA, WGMMA_SHAPES, GATED_WGMMA_SHAPES),
+    )
+    for n, k, activation in (
+        *((*shape, None) for shape in SHAPES + shapes),
+        *((*shape, SILU_AND_MUL) for shape in GATED_SHAPES + gated_shapes),
+        (*GATED_SHAPES[1], GELU_TANH_AND_MUL_HF),
+    )
 ]
 
 
@@ -59,53 +75,76 @@ def operands(rows, n, k, dtype):
     return x, weight
 
 
-def multiply(kernel, x, weight):
-    out = torch.full((len(x), len(weight)), float("nan"), dtype=x.dtype, device="cuda")
-    kernel.gemm(weight)(x, weight.t(), None, out)
+def multiply(kernel, x, weight, activation=None):
+    columns = len(weight) // 2 if activation else len(weight)
+    out = torch.full((len(x), columns), float("nan"), dtype=x.dtype, device="cuda")
+    kernel.gemm(weight, activation)(x, weight.t(), None, out)
     return out
+
+
+def definition(x, weight, activation):
+    """The products are rounded before an activation."""
+    products = x.double() @ weight.double().t()
+    if activation is None:
+        return products
+    gate, up = products.to(x.dtype).double().chunk(2, dim=-1)
+    if activation is SILU_AND_MUL:
+        return torch.nn.functional.silu(gate) * up
+    return torch.nn.functional.gelu(gate, approximate="tanh").to(x.dtype).double() * up
 
 
 @pytest.mark.slow
 @pytest.mark.nvcc
 @pytest.mark.parametrize(  # the first architecture that has the instruction, the first with PDL, and the newest
-    ("kernel", "arch", "shape", "dtype"),
+    ("kernel", "arch", "shape", "dtype", "activation"),
     [
-        (REGISTERS, "8.0", (24, 320), F16),
-        (REGISTERS, "9.0a", (4096, 4096), BF16),
-        (REGISTERS, "12.0a", (1024, 3072), BF16),
-        (WGMMA, "9.0a", (15352, 192), F16),
-        (WGMMA, "9.0a", (4096, 5120), BF16),
+        (REGISTERS, "8.0", (24, 320), F16, None),
+        (REGISTERS, "8.0", (48, 320), F16, SILU_AND_MUL),
+        (REGISTERS, "9.0a", (4096, 4096), BF16, None),
+        (REGISTERS, "12.0a", (1024, 3072), BF16, None),
+        (WGMMA, "9.0a", (15352, 192), F16, None),
+        (WGMMA, "9.0a", (4096, 5120), BF16, None),
+        (WGMMA, "9.0a", (16384, 2048), BF16, GELU_TANH_AND_MUL_HF),
     ],
 )
-def test_compiles(kernel, arch, shape, dtype):
-    entry = build(kernel.spec(*shape, dtype, Target.cuda(arch)))
-    assert f"{kernel.name}_{shape[0]}x{shape[1]}".encode() in entry.verify()
+def test_compiles(kernel, arch, shape, dtype, activation):
+    entry = build(kernel.spec(*shape, dtype, Target.cuda(arch), activation))
+    name = f"{kernel.name}_{activation.op}" if activation else kernel.name
+    assert f"{name}_{shape[0]}x{shape[1]}".encode() in entry.verify()
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [BF16, F16])
-@pytest.mark.parametrize(("kernel", "n", "k"), CASES)
-def test_matches_the_definition(kernel, n, k, dtype):
+@pytest.mark.parametrize(("kernel", "n", "k", "activation"), CASES)
+def test_matches_the_definition(kernel, n, k, activation, dtype):
     x, weight = operands(kernel.max_rows, n, k, dtype)
-    expected = x.double() @ weight.double().t()
-    together = multiply(kernel, x, weight)
-    assert relative_error(together, expected) <= TOLERANCE[dtype]
+    together = multiply(kernel, x, weight, activation)
+    assert relative_error(together, definition(x, weight, activation)) <= TOLERANCE[dtype]
     for rows in (1, 2, 7, 8, 9, 15, 17, 63):
         if rows > kernel.max_rows:
             break
         # In a smaller batch, at another place, and between gaps, a row has the same bits.
         some = torch.full((rows, k + 8), float("nan"), dtype=dtype, device="cuda")[:, :k].copy_(x[-rows:])
-        assert same_bits(multiply(kernel, some, weight), together[-rows:])
-    assert not multiply(kernel, x[:0], weight).numel()
+        assert same_bits(multiply(kernel, some, weight, activation), together[-rows:])
+    assert not multiply(kernel, x[:0], weight, activation).numel()
 
 
 @pytest.mark.gpu
-def test_writes_its_rows_and_nothing_else(kernel):
-    x, weight = operands(kernel.max_rows, 1024, 2048, BF16)
-    expected = multiply(kernel, x, weight)
+def test_the_products_are_rounded_before_the_activation(kernel):
+    """As by two operators, for a shape whose products both kernels of a class sum up in the same order."""
+    x, weight = operands(kernel.max_rows, 4608, 2560, BF16)
+    expected = jitnorm.silu_and_mul(multiply(kernel, x, weight))
+    assert same_bits(multiply(kernel, x, weight, SILU_AND_MUL), expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("activation", [None, SILU_AND_MUL], ids=["product", "silu_and_mul"])
+def test_writes_its_rows_and_nothing_else(kernel, activation):
+    x, weight = operands(kernel.max_rows, 2048 if activation else 1024, 2048, BF16)
+    expected = multiply(kernel, x, weight, activation)
     for rows in (1, 3, kernel.max_rows - 1):
         out = torch.full((rows + 2, 1024 + 16), -7.0, dtype=BF16, device="cuda")
-        kernel.gemm(weight)(x[:rows], weight.t(), None, out[1:-1, 8:-8])
+        kernel.gemm(weight, activation)(x[:rows], weight.t(), None, out[1:-1, 8:-8])
         assert same_bits(out[1:-1, 8:-8], expected[:rows])
         out[1:-1, 8:-8] = -7.0
         assert (out == -7.0).all()
@@ -145,6 +184,8 @@ def test_what_the_kernel_does_not_take(kernel):
     ):
         with pytest.raises(UnsupportedProblem):
             gemm(a, b, bias, to)
+    with pytest.raises(UnsupportedProblem):  # gates and factors, where only their products have a place
+        kernel.gemm(weight, SILU_AND_MUL)(x[:3], weight.t(), None, out[:3])
     assert not out.any()
 
 
@@ -154,6 +195,8 @@ def test_what_is_supported():
     has_wgmma = torch.cuda.get_device_capability() == (9, 0)
     for each, is_here in ((REGISTERS, True), (WGMMA, has_wgmma)):
         assert each.is_supported(weight) == each.is_supported(weight.half()) == is_here
+        assert each.is_supported(weight, SILU_AND_MUL) == is_here and not each.is_supported(weight[:56], SILU_AND_MUL)
+        assert each.is_supported(weight[:56]) == is_here
         for other in (weight.float(), weight[:60], weight[:, :96], weight[:0], weight.cpu()):
             assert not each.is_supported(other)
     for n, k, is_supported in (
@@ -165,11 +208,12 @@ def test_what_is_supported():
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("activation", [None, SILU_AND_MUL], ids=["product", "silu_and_mul"])
 @pytest.mark.parametrize("size", [1024, 2048])  # blocks of WGMMA that share columns, and others
-def test_reads_nothing_before_the_kernel_before_it_has_written(kernel, size):
+def test_reads_nothing_before_the_kernel_before_it_has_written(kernel, size, activation):
     """Norms and products in turns: with PDL each starts before the one before it has ended."""
-    x, weight = operands(5, size, size, BF16)
-    gemm, norm_weight = kernel.gemm(weight), torch.ones(size, dtype=BF16, device="cuda")
+    x, weight = operands(5, size * (2 if activation else 1), size, BF16)
+    gemm, norm_weight = kernel.gemm(weight, activation), torch.ones(size, dtype=BF16, device="cuda")
     results = []
     for waits in (True, False):
         y, z = x.clone(), torch.full_like(x, float("nan"))

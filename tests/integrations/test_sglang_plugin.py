@@ -754,6 +754,16 @@ class TestDeterministicMode:
         assert not sglang_plugin._parts_left
 
 
+def linears_runner(model: torch.nn.Module, **changes) -> SimpleNamespace:
+    """Return what `linears.replace` reads of a ModelRunner."""
+    backend = SimpleNamespace(decode=SimpleNamespace(backend=changes.pop("backend", "full")))
+    deterministic = changes.pop("deterministic", False)
+    server = SimpleNamespace(cuda_graph_config=backend, enable_deterministic_inference=deterministic)
+    server.enable_lora, server.lora_paths = changes.pop("lora", False), changes.pop("lora_paths", None)
+    values = {"model": model, "is_draft_worker": False, "server_args": server, "ps": SimpleNamespace(tp_size=1)}
+    return SimpleNamespace(**values | changes)
+
+
 def test_linear_layers_of_cuda_graphs_call_the_operator(args, monkeypatch):
     """Layers of attention and of an MLP without a bias and a quantisation, and no others."""
     linear = importlib.import_module("sglang.srt.layers.linear")
@@ -762,7 +772,8 @@ def test_linear_layers_of_cuda_graphs_call_the_operator(args, monkeypatch):
     timed, calls = [], []
     monkeypatch.setattr(gemms, "is_candidate", lambda weight: isinstance(weight, torch.Tensor))
 
-    def select(after_norm, others):
+    def select(after_norm, others, gated):
+        assert not gated
         weights = [*after_norm, *others]
         assert not weights or ([len(weight) for weight in others] == [32, 24] and len(after_norm) == 2)
         timed.extend(weights)
@@ -787,13 +798,7 @@ def test_linear_layers_of_cuda_graphs_call_the_operator(args, monkeypatch):
         modules["the same on all ranks"].tp_size = 2
         for module in modules.values():
             module.weight.data.normal_()
-        backend = SimpleNamespace(decode=SimpleNamespace(backend=changes.pop("backend", "full")))
-        deterministic = changes.pop("deterministic", False)
-        server = SimpleNamespace(cuda_graph_config=backend, enable_deterministic_inference=deterministic)
-        server.enable_lora, server.lora_paths = changes.pop("lora", False), changes.pop("lora_paths", None)
-        values = {"model": torch.nn.ModuleDict(modules), "is_draft_worker": False, "server_args": server}
-        values["ps"] = SimpleNamespace(tp_size=1)
-        return SimpleNamespace(**values | changes)
+        return linears_runner(torch.nn.ModuleDict(modules), **changes)
 
     made, report = runner(), Report("test")
     linears.replace(made, report)
@@ -815,3 +820,207 @@ def test_linear_layers_of_cuda_graphs_call_the_operator(args, monkeypatch):
     linears.replace(runner(), report)
     assert report.left == {("linear layers", "JITNORM_PLUGIN_SKIP names linear_layers"): 4}
     assert len(timed) == 4 and len(report.replaced) == 1
+
+
+ACTIVATED = {
+    "silu_and_mul": F.silu,
+    "gelu_and_mul": F.gelu,
+    "gelu_tanh_and_mul": functools.partial(F.gelu, approximate="tanh"),
+}
+
+
+class TestGatedMLP:
+    """MLPs whose projection to gate and up is computed together with the activation, where graphs are captured."""
+
+    @pytest.fixture
+    def linears(self, args):
+        return importlib.import_module("jitnorm.integrations.sglang_plugin.linears")
+
+    @pytest.fixture
+    def calls(self, linears, monkeypatch):
+        """Replace what needs a GPU, and return the calls: the activation, if any, and the weight's elements."""
+        gemms, calls = linears.engine_gemms, []
+
+        def select(after_norm, others, gated):
+            shapes = {gemms.shape_of(weight) for weight in (*after_norm, *others)}
+            return gemms.Selection(shapes | {gemms.shape_of(*each) for each in gated}, ["what was chosen"])
+
+        def recording(function):
+            def record(x, weight, *activation):
+                calls.append((*activation, weight.numel()))
+                return function(x, weight, *activation)
+
+            return record
+
+        monkeypatch.setattr(gemms, "is_candidate", lambda weight, activation=None: True)
+        monkeypatch.setattr(gemms, "select", select)
+        for function in (gemms.linear, gemms.gated_linear):
+            monkeypatch.setattr(gemms, function.__name__, recording(function))
+        self.capture(monkeypatch, True)
+        return calls
+
+    def capture(self, monkeypatch, is_capturing: bool) -> None:
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: is_capturing)
+
+    def mlp_of(self, name: str) -> torch.nn.Module:
+        """Return a real MLP of one process, whose down_proj records its arguments after the first."""
+        from sglang.srt.runtime_context import get_parallel
+
+        linears = importlib.import_module("jitnorm.integrations.sglang_plugin.linears")
+        (owner,) = (owner for owner, cls in linears.MLP_CLASSES if cls == name)
+        activation = "gelu_pytorch_tanh" if name.startswith("Gemma") else "silu"
+        with get_parallel().override(tp_size=1, tp_rank=0):
+            mlp = getattr(importlib.import_module(owner), name)(64, 96, activation).to(DEVICE)
+        for parameter in mlp.parameters():
+            parameter.data = 0.1 * torch.randn(parameter.shape).to(DEVICE, DTYPE)
+        down = mlp.down_proj
+
+        def forward(x, **given):  # SGLang's would need a group of processes
+            mlp.given = given
+            return down.quant_method.apply(down, x), None
+
+        down.forward = forward
+        return mlp
+
+    def replaced(self, *mlps: torch.nn.Module) -> Report:
+        model = torch.nn.ModuleList(mlps)
+        report = installed(model)
+        importlib.import_module("jitnorm.integrations.sglang_plugin.linears").replace(linears_runner(model), report)
+        return report
+
+    def is_gated(self, mlp: torch.nn.Module) -> bool:
+        return "forward" in vars(mlp)
+
+    @pytest.mark.parametrize(
+        ("name", "activation"),
+        [("LlamaMLP", "silu_and_mul"), ("Qwen2MLP", "silu_and_mul"), ("Gemma3MLP", "gelu_tanh_and_mul")],
+    )
+    @pytest.mark.parametrize("shape", [(1, 64), (TOKENS, 64), (2, 3, 64)])
+    def test_it_computes_what_sglang_computes(self, args, calls, monkeypatch, name, activation, shape):
+        mlp, x, batch = self.mlp_of(name), inputs(*shape), object()
+        given = {} if name == "Gemma3MLP" else {"forward_batch": batch}
+        gate, up = F.linear(x.double(), mlp.gate_up_proj.weight.double()).chunk(2, dim=-1)
+        reference = F.linear(ACTIVATED[activation](gate) * up, mlp.down_proj.weight.double())
+        before = mlp(x, **given)
+        passed_on = mlp.given
+        report = self.replaced(mlp)
+        assert report.replaced[("linear layer with its activation for up to 64 rows", "what was chosen")] == 1
+        assert report.replaced[("linear layer for up to 64 rows", "what was chosen")] == 1
+        assert not report.left
+        out = mlp(x, **given)
+        assert calls == [(activation, 2 * 96 * 64), (96 * 64,)]
+        assert mlp.given == passed_on
+        assert out.shape == before.shape
+        assert relative_error(out, reference) < 2 * TOLERANCE[DTYPE]
+        assert same_bits(mlp(x=x, **given), out)
+        del calls[:]
+        self.capture(monkeypatch, False)
+        outside = mlp(x, **given)
+        assert not calls
+        assert mlp.given == passed_on
+        assert same_bits(outside, out)  # for these shapes no GEMM was chosen
+
+    def test_a_compiled_graph_has_sglangs_own_steps(self, args, calls):
+        mlp, x = self.mlp_of("LlamaMLP"), inputs(TOKENS, 64)
+        expected = mlp(x)
+        self.replaced(mlp)
+        mlp.act_fn.enter_torch_compile(1)
+        assert same_bits(torch.compile(mlp, backend="eager", fullgraph=True)(x), expected)
+        assert not calls
+
+    def test_a_weight_that_is_loaded_later_is_used(self, args, calls):
+        mlp, x = self.mlp_of("LlamaMLP"), inputs(TOKENS, 64)
+        self.replaced(mlp)
+        mlp.gate_up_proj.weight = torch.nn.Parameter(torch.zeros_like(mlp.gate_up_proj.weight))
+        assert not mlp(x).any()
+
+    @pytest.mark.parametrize(
+        ("change", "reason"),
+        [
+            (lambda mlp: mlp.gate_up_proj.register_forward_hook(print), "its layers have hooks"),
+            (lambda mlp: mlp.act_fn.register_forward_pre_hook(print), "its layers have hooks"),
+            (
+                lambda mlp: setattr(mlp, "forward", type(mlp).forward.__get__(mlp)),
+                "its forward was replaced on the instance",
+            ),
+            (
+                lambda mlp: setattr(mlp.gate_up_proj, "forward", mlp.gate_up_proj.forward),
+                "its forward was replaced on the instance",
+            ),
+            (
+                lambda mlp: setattr(mlp.act_fn, "_forward_method", mlp.act_fn.forward_npu),
+                "SGLang computes the activation",
+            ),
+        ],
+    )
+    def test_separate_layers_are_kept_with_a_reason(self, args, calls, change, reason):
+        mlp, other = self.mlp_of("LlamaMLP"), self.mlp_of("LlamaMLP")
+        change(mlp)
+        forward = vars(mlp).get("forward")
+        report = self.replaced(mlp, other)
+        assert report.left[("activation of LlamaMLP in its linear layer", reason)] == 1
+        assert report.replaced[("linear layer with its activation for up to 64 rows", "what was chosen")] == 1
+        assert report.replaced[("linear layer for up to 64 rows", "what was chosen")] == 3
+        assert vars(mlp).get("forward") is forward
+        assert self.is_gated(other)
+
+    @pytest.mark.parametrize("method", ["forward", "__init__"])
+    def test_a_class_with_another_source(self, args, calls, sources, monkeypatch, method):
+        name = f"sglang.srt.models.llama:LlamaMLP.{method}"
+        monkeypatch.setitem(sources["LlamaMLP"], name, "0" * 16)
+        llama, qwen = self.mlp_of("LlamaMLP"), self.mlp_of("Qwen2MLP")
+        reason = f"the source of {name} is not that of SGLang 0.5.16"
+        assert self.replaced(llama, qwen).left == {("activation of LlamaMLP in its linear layer", reason): 1}
+        assert [self.is_gated(mlp) for mlp in (llama, qwen)] == [False, True]
+
+    def test_a_subclass(self, args, calls):
+        mlp = self.mlp_of("LlamaMLP")
+        mlp.__class__ = type("InklingDenseMLP", (type(mlp),), {})
+        report = self.replaced(mlp)
+        assert not self.is_gated(mlp)
+        assert not report.left
+        assert report.replaced[("linear layer for up to 64 rows", "what was chosen")] == 2
+
+    def test_projections_that_linear_would_leave(self, args, calls):
+        biased, quantised, other_ranks = mlps = [self.mlp_of("LlamaMLP") for _ in range(3)]
+        biased.gate_up_proj.bias = torch.nn.Parameter(inputs(192))
+        method = quantised.gate_up_proj.quant_method
+        quantised.gate_up_proj.quant_method = type("Quantised", (type(method),), {})()
+        other_ranks.gate_up_proj.tp_size = 2
+        report = self.replaced(*mlps)
+        assert not any(map(self.is_gated, mlps))
+        assert not report.left
+        assert report.replaced[("linear layer for up to 64 rows", "what was chosen")] == 3
+        assert type(biased.gate_up_proj.quant_method) is type(method)
+
+    def test_weights_that_no_kernel_with_the_activation_supports(self, args, calls, linears, monkeypatch):
+        gemms = linears.engine_gemms
+        monkeypatch.setattr(gemms, "is_candidate", lambda weight, activation=None: activation is None)
+        mlp = self.mlp_of("LlamaMLP")
+        report = self.replaced(mlp)
+        assert not self.is_gated(mlp)
+        assert report.replaced[("linear layer for up to 64 rows", "what was chosen")] == 2
+
+    def test_without_a_gemm_it_stays_sglangs(self, args, calls, linears, monkeypatch):
+        monkeypatch.setattr(linears.engine_gemms, "select", lambda *weights: linears.engine_gemms.Selection(set(), []))
+        mlp = self.mlp_of("LlamaMLP")
+        methods = [mlp.gate_up_proj.quant_method, mlp.down_proj.quant_method]
+        assert list(self.replaced(mlp).replaced) == [("SiluAndMul", "silu_and_mul")]
+        assert not self.is_gated(mlp)
+        assert [mlp.gate_up_proj.quant_method, mlp.down_proj.quant_method] == methods
+
+    @pytest.mark.parametrize("part", ["activations", "linear_layers"])
+    def test_parts_that_the_environment_skips(self, args, calls, monkeypatch, part):
+        monkeypatch.setenv("JITNORM_PLUGIN_SKIP", part)
+        mlp = self.mlp_of("LlamaMLP")
+        report = self.replaced(mlp)
+        assert not self.is_gated(mlp)
+        if part == "linear_layers":
+            assert report.left == {("linear layers", "JITNORM_PLUGIN_SKIP names linear_layers"): 2}
+            assert list(report.replaced) == [("SiluAndMul", "silu_and_mul")]
+        else:
+            assert report.replaced == {("linear layer for up to 64 rows", "what was chosen"): 2}
+            assert report.left == {
+                ("SiluAndMul", "JITNORM_PLUGIN_SKIP names activations"): 1,
+                ("activation of LlamaMLP in its linear layer", "SGLang computes the activation"): 1,
+            }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import io
 import json
 import pickle
@@ -11,6 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from helpers import relative_error, same_bits
 
 import jitnorm
@@ -484,25 +486,47 @@ def test_batch_invariant_mode(fuse_projections):
     assert same_bits(alone, together[:1])
 
 
+GATED = {"silu": F.silu, "gelu": F.gelu, "gelu_tanh": functools.partial(F.gelu, approximate="tanh")}
+
+
+def gated_linear_reference(x, weight, activation):
+    """Return what engine_gemms.gated_linear returns, with its roundings, from its definition."""
+    name, _, suffix = activation.partition("_and_mul")
+    gate, up = F.linear(x, weight).float().chunk(2, dim=-1)
+    activated = GATED[name](gate)
+    return ((activated.to(x.dtype) if suffix == "_hf" else activated) * up).to(x.dtype)
+
+
 @pytest.fixture
 def timed(monkeypatch):
-    """The weights that were timed, in two lists; shapes that were multiplied; and whether the GPU is capturing."""
+    """The weights that were timed, in three lists; what was multiplied; and whether the GPU is capturing.
+
+    `gated` and `gated_calls` have weights with the name of the activation's operator, the others shapes of weights.
+    """
     from jitnorm.integrations import engine_gemms, transformers_projections
 
-    found = SimpleNamespace(after_norm=[], others=[], calls=[], is_captured=True)
+    found = SimpleNamespace(after_norm=[], others=[], gated=[], calls=[], gated_calls=[], is_captured=True)
+    found.fits_gated = True  # whether there is a GEMM with the activation in its epilogue
 
-    def select(after_norm, others):
+    def select(after_norm, others, gated=()):
         found.after_norm += [tuple(weight.shape) for weight in after_norm]
         found.others += [tuple(weight.shape) for weight in others]
+        found.gated += gated
         return engine_gemms.Selection(set(), ["what was chosen"])
 
     def linear(x, weight):
         found.calls.append(tuple(weight.shape))
-        return torch.nn.functional.linear(x, weight)
+        return F.linear(x, weight)
 
-    monkeypatch.setattr(engine_gemms, "is_candidate", lambda weight: True)
+    def gated_linear(x, weight, activation):
+        found.gated_calls.append((weight, activation))
+        return gated_linear_reference(x, weight, activation)
+
+    is_candidate = lambda weight, activation=None: activation is None or found.fits_gated  # noqa: E731
+    monkeypatch.setattr(engine_gemms, "is_candidate", is_candidate)
     monkeypatch.setattr(engine_gemms, "select", select)
     monkeypatch.setattr(engine_gemms, "linear", linear)
+    monkeypatch.setattr(engine_gemms, "gated_linear", gated_linear)
     is_captured = lambda x: found.is_captured and not transformers_projections.is_batch_invariant_mode_enabled()  # noqa: E731
     monkeypatch.setattr(transformers_projections, "_is_captured", is_captured)
     return found
@@ -518,16 +542,20 @@ def test_timed_gemms(timed, fuse_projections):
     layer = model.model.layers[0]
     attention, mlp = layer.self_attn, layer.mlp
     groups = [[attention.q_proj, attention.k_proj, attention.v_proj], [mlp.gate_proj, mlp.up_proj]]
+    gated = []
     if fuse_projections:
-        after_norm = [(sum(len(x.weight) for x in group), group[0].in_features) for group in groups]
+        after_norm, gated = ([(sum(len(x.weight) for x in group), group[0].in_features)] for group in groups)
     else:  # torch writes the gate and the factor into slices of one tensor
         after_norm = [tuple(x.weight.shape) for x in groups[0]]
     others = [tuple(x.weight.shape) for x in (attention.o_proj, mlp.down_proj)]
     shapes = Counter((after_norm + others) * LAYERS)
     assert Counter(timed.after_norm) == Counter(after_norm * LAYERS)
     assert Counter(timed.others) == Counter(others * LAYERS)
+    assert [tuple(weight.shape) for weight, _ in timed.gated] == gated * LAYERS
     assert relative_error(logits(model, inputs), before.double()) < 1e-5 and Counter(timed.calls) == shapes
+    assert len(timed.gated_calls) == len(timed.gated)
     timed.calls.clear()
+    timed.gated_calls.clear()
     with set_batch_invariant_mode():
         logits(model, inputs)
     timed.is_captured = False
@@ -536,9 +564,122 @@ def test_timed_gemms(timed, fuse_projections):
     copied = copy.deepcopy(model)
     patch.undo()
     patch_transformers(model, fuse_projections=fuse_projections)
-    assert relative_error(logits(model, inputs), before.double()) < 1e-5 and not timed.calls
+    assert relative_error(logits(model, inputs), before.double()) < 1e-5 and not timed.calls + timed.gated_calls
     logits(copied, inputs)
     assert timed.calls
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rounding", ["once", "hf"])
+@pytest.mark.parametrize(
+    ("name", "changes", "operator"),
+    [
+        ("Qwen3", {}, "silu_and_mul"),
+        ("Llama", {"hidden_act": "gelu"}, "gelu_and_mul"),
+        ("Mistral", {"hidden_act": "gelu_pytorch_tanh"}, "gelu_tanh_and_mul"),
+        ("Gemma3", {}, "gelu_tanh_and_mul"),
+    ],
+)
+def test_timed_gemms_with_an_activation(timed, name, changes, operator, rounding, dtype):
+    """The GEMM of the joined weights computes the activation, as closely to float64 as the unpatched model."""
+    model, inputs = make_model(name, dtype, **changes), batch(rows=16, length=24)
+    exact, before = logits(in_float64(model), inputs), logits(model, inputs)
+    with patch_transformers(model, fuse_projections=True, time_gemms=True, rounding=rounding):
+        after = logits(model, inputs)
+        operator += "_hf" if rounding == "hf" else ""
+        assert not [shape for shape in timed.after_norm if shape[0] == 2 * model.config.intermediate_size]
+        for found in (timed.gated, timed.gated_calls):
+            assert len(found) == LAYERS
+            for layer, (weight, activation) in zip(model.model.layers, found, strict=True):
+                parts = layer.mlp.gate_proj.weight, layer.mlp.up_proj.weight
+                assert activation == operator and weight.data_ptr() == parts[0].data_ptr()
+                assert same_bits(weight, torch.cat(parts))
+        assert relative_error(after, exact) <= 1.1 * relative_error(before, exact)
+        if dtype == torch.float32:
+            assert relative_error(after, before.double()) < 1e-5
+        timed.is_captured = False  # then the activation's operator runs, which rounds at the same places
+        by_operator = logits(model, inputs)
+        assert relative_error(after, by_operator.double()) < (1e-5 if dtype == torch.float32 else 1e-2)
+        assert len(timed.gated_calls) == LAYERS
+
+
+def test_timed_gemms_without_an_activation(timed):
+    """Joined weights that no GEMM with an activation supports are timed as those of attention are."""
+    model, inputs = make_model("Qwen3"), batch()
+    before, shape = logits(model, inputs), (2 * model.config.intermediate_size, model.config.hidden_size)
+    timed.fits_gated = False
+    patch_transformers(model, fuse_projections=True, time_gemms=True)
+    assert timed.after_norm.count(shape) == LAYERS and not timed.gated
+    assert relative_error(logits(model, inputs), before.double()) < 1e-5
+    assert timed.calls.count(shape) == LAYERS and not timed.gated_calls
+
+
+def add_hook(*path):
+    return lambda mlp: mlp.get_submodule(".".join(path)).register_forward_hook(lambda *_: None)
+
+
+def replace_weight(cls, copies):
+    def change(mlp):
+        weight = mlp.up_proj.weight.data
+        mlp.up_proj.weight = cls(weight.clone() if copies else weight)
+
+    return change
+
+
+class WrappedParameter(torch.nn.Parameter):
+    """A parameter of another class, as those of quantised and sharded weights."""
+
+
+def add_biases(mlp):
+    for linear in (mlp.gate_proj, mlp.up_proj):
+        linear.bias = torch.nn.Parameter(torch.zeros(linear.out_features))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        pytest.param(add_hook("gate_proj"), id="hook of gate_proj"),
+        pytest.param(add_hook("up_proj"), id="hook of up_proj"),
+        pytest.param(add_hook("act_fn"), id="hook of act_fn"),
+        pytest.param(replace_weight(WrappedParameter, False), id="subclass"),
+        pytest.param(replace_weight(torch.nn.Parameter, True), id="separate weights"),
+        pytest.param(add_biases, id="biases"),
+        pytest.param(lambda mlp: setattr(mlp, "act_fn", torch.nn.Sequential(mlp.act_fn)), id="unknown activation"),
+    ],
+)
+def test_mlps_that_change_after_their_gemm_was_timed(timed, change):
+    """The GEMM with the activation is not called for them."""
+    model, inputs = make_model("Qwen3"), batch()
+    before = logits(model, inputs)
+    patch_transformers(model, fuse_projections=True, time_gemms=True)
+    change(model.model.layers[0].mlp)
+    assert relative_error(logits(model, inputs), before.double()) < 1e-5
+    ((weight, _),) = timed.gated_calls
+    assert weight.data_ptr() == model.model.layers[1].mlp.gate_proj.weight.data_ptr()
+
+
+@pytest.mark.parametrize("reason", ["biases", "hook", "subclass"])
+def test_mlps_whose_gemm_is_not_timed(timed, reason):
+    model, inputs = make_model("Llama", mlp_bias=reason == "biases"), batch()
+    before = logits(model, inputs)
+    for layer in model.model.layers:
+        if reason == "hook":
+            layer.mlp.gate_proj.register_forward_hook(lambda *_: None)
+        elif reason == "subclass":
+            layer.mlp.up_proj.weight = WrappedParameter(layer.mlp.up_proj.weight.data)
+    patch_transformers(model, fuse_projections=True, time_gemms=True)
+    assert relative_error(logits(model, inputs), before.double()) < 1e-5
+    assert timed.calls and not timed.gated and not timed.gated_calls
+
+
+def test_a_call_with_gradients_does_not_use_timed_gemms(timed):
+    model, inputs = make_model("Qwen3"), batch()
+    before = gradients(model, inputs)
+    patch_transformers(model, fuse_projections=True, time_gemms=True)
+    after = gradients(model, inputs)
+    assert not timed.calls + timed.gated_calls
+    for key, expected in before.items():
+        assert relative_error(after[key], expected.double()) < 1e-3, key
 
 
 def test_weights_that_change_after_they_were_timed(timed):
@@ -573,7 +714,7 @@ def test_nothing_to_time():
 def test_an_error_while_gemms_are_timed_leaves_the_model_as_it_was(timed, monkeypatch):
     from jitnorm.integrations import engine_gemms
 
-    def select(after_norm, others):
+    def select(after_norm, others, gated):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(engine_gemms, "select", select)
@@ -598,8 +739,11 @@ def test_timed_gemms_in_a_cuda_graph(fuse_projections, rows, monkeypatch):
         model.to(torch.bfloat16)
         patch = patch_transformers(model, fuse_projections=fuse_projections, time_gemms=True)
         assert patch.gemms
-        linear = engine_gemms.linear
+        linear, gated_linear = engine_gemms.linear, engine_gemms.gated_linear
         monkeypatch.setattr(engine_gemms, "linear", lambda x, w: shapes.append(w.shape) or linear(x, w))
+        monkeypatch.setattr(
+            engine_gemms, "gated_linear", lambda x, w, name: shapes.append(name) or gated_linear(x, w, name)
+        )
         model(inputs_embeds=embeds, use_cache=False)
         assert not shapes
         graph = torch.cuda.CUDAGraph()
@@ -607,6 +751,7 @@ def test_timed_gemms_in_a_cuda_graph(fuse_projections, rows, monkeypatch):
             out = model(inputs_embeds=embeds, use_cache=False).logits
         graph.replay()
     assert shapes and relative_error(out, expected) < 0.05
+    assert shapes.count("silu_and_mul") == (LAYERS if fuse_projections else 0)
 
 
 @pytest.mark.gpu

@@ -7,9 +7,11 @@ put them on PYTHONPATH. Without them only the first tests run.
 from __future__ import annotations
 
 import copy
+import importlib
 import importlib.util
 import json
 import logging
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +20,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from documentation.pages import ROOT
+from helpers import TOLERANCE, relative_error, same_bits
 from processes import run_before_import
 
 from integrations import vllm_attention as reference
@@ -1389,10 +1392,68 @@ def test_inductor_calls_linear_layers_without_the_dispatcher(monkeypatch):
 
 
 @needs_vllm
+@pytest.mark.parametrize("activation", ["silu_and_mul", "gelu_tanh_and_mul"])
+def test_inductor_calls_gated_linear_layers_without_the_dispatcher(activation, monkeypatch):
+    from torch._inductor.utils import run_and_get_code
+
+    from jitnorm.integrations import engine_gemms
+    from jitnorm.integrations.vllm_plugin import linears
+
+    def gemm(a, b, bias, out):
+        assert a.is_contiguous() and out.is_contiguous() and bias is None
+        out.copy_(2 * expected(a, b.t()))
+
+    def expected(x, weight):
+        gate, up = torch.nn.functional.linear(x, weight).chunk(2, dim=-1)
+        is_silu = activation == "silu_and_mul"
+        return (torch.nn.functional.silu(gate) if is_silu else torch.nn.functional.gelu(gate, approximate="tanh")) * up
+
+    weight = torch.randn(32, 64).mul_(0.1)
+    choices = dict.fromkeys((1, 2, 4, 8), gemm)
+    monkeypatch.setitem(engine_gemms._chosen, engine_gemms.shape_of(weight, activation), choices)
+    linears._register_lowering()
+    operator = torch.ops.jitnorm_vllm.gated_linear_of_few_rows
+    compiled = torch.compile(lambda x, w: operator(x, w, activation) + 1, dynamic=True)
+    for x in (torch.randn(3, 64), torch.randn(70, 64), torch.randn(64, 7).t(), torch.randn(5, 96)[:, :64]):
+        got, code = run_and_get_code(compiled, x, weight)
+        torch.testing.assert_close(got, (1 + (len(x) <= 8)) * expected(x, weight) + 1)
+        assert all("torch.ops.jitnorm_vllm" not in text and "extern_kernels.jitnorm" in text for text in code)
+    torch._dynamo.reset()
+    with torch._inductor.config.patch(cpp_wrapper=True):
+        x = torch.randn(3, 64)
+        compiled = torch.compile(lambda x, w: operator(x, w, activation) + 1, dynamic=True)
+        torch.testing.assert_close(compiled(x, weight), 2 * expected(x, weight) + 1)
+
+
+def in_compiled_code(modules: dict[str, torch.nn.Module], do_not_compile: bool = False) -> torch.nn.ModuleDict:
+    from vllm.compilation.wrapper import TorchCompileWithNoGuardsWrapper
+
+    class Compiled(TorchCompileWithNoGuardsWrapper, torch.nn.ModuleDict):
+        def __init__(self):
+            torch.nn.ModuleDict.__init__(self, modules)
+            self.do_not_compile = do_not_compile
+
+    return Compiled()
+
+
+def with_graphs(**changes: object) -> SimpleNamespace:
+    """Return a configuration with CUDA graphs of compiled code, for which linear layers are replaced."""
+    from vllm.config import CompilationConfig, CUDAGraphMode
+
+    compilation = CompilationConfig(mode=3, cudagraph_mode=CUDAGraphMode.FULL)
+    for name, value in changes.pop("passes", {}).items():
+        setattr(compilation.pass_config, name, value)
+    for name in ("mode", "cudagraph_mode", "custom_ops"):
+        setattr(compilation, name, changes.pop(name, getattr(compilation, name)))
+    parallel = SimpleNamespace(tensor_parallel_size=1)
+    given = {"compilation_config": compilation, "lora_config": None, "parallel_config": parallel}
+    return settings(**given | changes)
+
+
+@needs_vllm
 def test_linear_layers_of_cuda_graphs_call_the_operator(config, layers, bfloat16, monkeypatch):
     """Layers of attention and of an MLP without a bias and a quantisation, and no others."""
-    from vllm.compilation.wrapper import TorchCompileWithNoGuardsWrapper
-    from vllm.config import CompilationConfig, CUDAGraphMode
+    from vllm.config import CUDAGraphMode
     from vllm.model_executor.layers.linear import (
         ColumnParallelLinear,
         MergedColumnParallelLinear,
@@ -1408,8 +1469,8 @@ def test_linear_layers_of_cuda_graphs_call_the_operator(config, layers, bfloat16
     timed = []
     monkeypatch.setattr(engine_gemms, "is_candidate", lambda weight: isinstance(weight, torch.Tensor))
 
-    def select(after_norm, others):
-        weights = [*after_norm, *others]
+    def select(after_norm, others, gated):
+        weights = [*after_norm, *others, *gated]
         assert not weights or ([len(weight) for weight in others] == [32, 24] and len(after_norm) == 2)
         timed.extend(weights)
         with_gemms = [weight for weight in weights if len(weight) != 24]
@@ -1417,13 +1478,8 @@ def test_linear_layers_of_cuda_graphs_call_the_operator(config, layers, bfloat16
 
     monkeypatch.setattr(engine_gemms, "select", select)
 
-    class Compiled(TorchCompileWithNoGuardsWrapper, torch.nn.ModuleDict):
-        def __init__(self, modules, do_not_compile):
-            torch.nn.ModuleDict.__init__(self, modules)
-            self.do_not_compile = do_not_compile
-
     def made(do_not_compile=False):
-        modules = Compiled(
+        modules = in_compiled_code(
             {
                 "row": RowParallelLinear(64, 32, bias=False),
                 "qkv": QKVParallelLinear(64, 16, 4, 2, bias=False),
@@ -1442,18 +1498,8 @@ def test_linear_layers_of_cuda_graphs_call_the_operator(config, layers, bfloat16
         modules["the same on all ranks"].tp_size = 2
         return torch.nn.ModuleDict({"model": modules, "encoder": RowParallelLinear(64, 32, bias=False)})
 
-    def configured(**changes):
-        compilation = CompilationConfig(mode=3, cudagraph_mode=CUDAGraphMode.FULL)
-        for name, value in changes.pop("passes", {}).items():
-            setattr(compilation.pass_config, name, value)
-        for name in ("mode", "cudagraph_mode"):
-            setattr(compilation, name, changes.pop(name, getattr(compilation, name)))
-        parallel = SimpleNamespace(tensor_parallel_size=1)
-        given = {"compilation_config": compilation, "lora_config": None, "parallel_config": parallel}
-        return settings(**given | changes)
-
     model, report = made(), Report("Tiny")
-    linears.replace(model, configured(), report)
+    linears.replace(model, with_graphs(), report)
     assert report.replaced == {
         "model.row": "RowParallelLinear for up to 64 rows",
         "model.qkv": "QKVParallelLinear for up to 64 rows",
@@ -1483,11 +1529,154 @@ def test_linear_layers_of_cuda_graphs_call_the_operator(config, layers, bfloat16
         {"speculative_config": SimpleNamespace()},
     ):
         report = Report("Tiny")
-        linears.replace(made(), configured(**changes), report)
+        linears.replace(made(), with_graphs(**changes), report)
         assert not report.replaced and not report.notes, changes
-    linears.replace(made(do_not_compile=True), configured(), report)
+    linears.replace(made(do_not_compile=True), with_graphs(), report)
     report = Report("Tiny")
     monkeypatch.setenv(engine_plugins.SKIP, "linear_layers")
-    linears.replace(made(), configured(), report)
+    linears.replace(made(), with_graphs(), report)
     assert report.notes == ["left linear layers: JITNORM_PLUGIN_SKIP names linear_layers"]
     assert not report.replaced and len(timed) == 4
+
+
+class TestGatedMLPs:
+    """vLLM's MLPs compute gate_up_proj and act_fn by one operator."""
+
+    # Modules of vLLM with their MLP, its activation, and the operator of it.
+    MLPS = (
+        ("llama", "LlamaMLP", "silu", "silu_and_mul"),
+        ("qwen2", "Qwen2MLP", "silu", "silu_and_mul"),
+        ("mistral", "MistralMLP", "silu", "silu_and_mul"),
+        ("gemma3", "Gemma3MLP", "gelu_pytorch_tanh", "gelu_tanh_and_mul"),
+    )
+    pytestmark = needs_vllm
+
+    @pytest.fixture(autouse=True)
+    def calls(self, config, layers, bfloat16, monkeypatch):
+        """All weights are candidates. Return the weights and activations that are selected, and then called with."""
+        from jitnorm.integrations import engine_gemms
+
+        gated_linear, calls = engine_gemms.gated_linear, []
+
+        def select(after_norm, others, gated):
+            calls.extend((id(weight), activation) for weight, activation in gated)
+            self.others = [id(weight) for weight in (*after_norm, *others)]
+            shapes = {engine_gemms.shape_of(weight) for weight in (*after_norm, *others)}
+            shapes |= {engine_gemms.shape_of(*each) for each in gated}
+            return engine_gemms.Selection(shapes, [])
+
+        def call(x, weight, activation, out=None):
+            calls.append((id(weight), activation))
+            return gated_linear(x, weight, activation, out)
+
+        monkeypatch.setattr(engine_gemms, "is_candidate", lambda weight, activation=None: weight.dim() == 2)
+        monkeypatch.setattr(engine_gemms, "select", select)
+        monkeypatch.setattr(engine_gemms, "gated_linear", call)
+        return calls
+
+    @staticmethod
+    def made(name="llama", cls="LlamaMLP", activation="silu"):
+        """Return an MLP in a model, and the model."""
+        module = importlib.import_module(f"vllm.model_executor.models.{name}")
+        with pytest.MonkeyPatch.context() as patch:  # the wheel's operators are those of CUDA
+            for op in ("silu_and_mul", "gelu_and_mul", "gelu_tanh_and_mul"):
+                patch.setattr(torch.ops._C, op, None, raising=False)
+            mlp = getattr(module, cls)(64, 32, activation)
+        random_weights(mlp)
+        return mlp, torch.nn.ModuleDict({"model": in_compiled_code({"mlp": mlp})})
+
+    @staticmethod
+    def replace(model, **changes):
+        from jitnorm.integrations.vllm_plugin import linears
+        from jitnorm.integrations.vllm_plugin.report import Report
+
+        report = Report("Tiny", left={"model.mlp.act_fn": "Inductor generates it"})
+        linears.replace(model, with_graphs(**changes), report)
+        return report
+
+    @staticmethod
+    def definition(mlp, x):
+        gate, up = (x.double() @ mlp.gate_up_proj.weight.double().t()).bfloat16().double().chunk(2, dim=-1)
+        functional = torch.nn.functional
+        gelu = "gelu" in type(mlp.act_fn).__name__.lower()
+        activated = (functional.gelu(gate, approximate="tanh") if gelu else functional.silu(gate)) * up
+        return activated.bfloat16().double() @ mlp.down_proj.weight.double().t()
+
+    @pytest.mark.parametrize(("name", "cls", "act", "activation"), MLPS)
+    def test_computes_the_same(self, name, cls, act, activation, calls):
+        mlp, model = self.made(name, cls, act)
+        original, x = type(mlp), torch.randn(5, 64)
+        expected = self.definition(mlp, x)
+        report = self.replace(model)
+        assert isinstance(mlp, original) and type(mlp).__name__ == f"Jitnorm{original.__name__}"
+        assert report.replaced == {
+            "model.mlp.gate_up_proj": f"MergedColumnParallelLinear with {activation} for up to 64 rows",
+            "model.mlp.act_fn": f"{'GeluAndMul' if name == 'gemma3' else 'SiluAndMul'} with the linear layer before it",
+            "model.mlp.down_proj": "RowParallelLinear for up to 64 rows",
+        }
+        assert not report.left and self.others == [id(mlp.down_proj.weight)]
+        weight = (id(mlp.gate_up_proj.weight), activation)
+        got = mlp(x)
+        assert calls == [weight] * 2
+        assert relative_error(got, expected) <= TOLERANCE[torch.bfloat16]
+        compiled = torch.compile(mlp, backend="aot_eager", fullgraph=True)
+        assert same_bits(compiled(x), got) and calls == [weight] * 3
+
+    def test_is_pickled(self):
+        mlp, model = self.made()
+        self.replace(model)
+        assert pickle.loads(pickle.dumps(type(mlp))) is type(mlp)
+
+    @pytest.mark.parametrize(
+        "reason",
+        ["bias", "hook of the projection", "hook of the activation", "another forward", "custom_ops", "skipped",
+         "gathers", "unequal", "no kernel", "another activation", "not compiled"],
+    )  # fmt: skip
+    def test_others_are_left(self, reason, calls, monkeypatch):
+        """Their linear layers are replaced alone, if these are candidates."""
+        from vllm.model_executor.layers.activation import SiluAndMul
+
+        from jitnorm.integrations import engine_gemms
+
+        mlp, model = self.made()
+        changes = {}
+        if reason == "bias":
+            mlp.gate_up_proj.bias = torch.nn.Parameter(torch.zeros(64))
+        elif reason == "hook of the projection":
+            mlp.gate_up_proj.register_forward_hook(lambda *arguments: None)
+        elif reason == "hook of the activation":
+            mlp.act_fn.register_forward_pre_hook(lambda *arguments: None)
+        elif reason == "another forward":
+            mlp.__class__ = type("Another", (type(mlp),), {"forward": lambda self, x: x})
+        elif reason == "custom_ops":
+            changes["custom_ops"] = ["none", "-silu_and_mul"]
+        elif reason == "skipped":
+            monkeypatch.setenv(engine_plugins.SKIP, "activations")
+        elif reason == "gathers":
+            mlp.gate_up_proj.gather_output = True
+            mlp.gate_up_proj.tp_size = changes.setdefault(
+                "parallel_config", SimpleNamespace(tensor_parallel_size=2)
+            ).tensor_parallel_size
+        elif reason == "unequal":
+            mlp.gate_up_proj.output_sizes = [16, 48]
+        elif reason == "no kernel":
+            monkeypatch.setattr(engine_gemms, "is_candidate", lambda weight, activation=None: activation is None)
+        elif reason == "another activation":
+            mlp.act_fn.__class__ = type("Another", (SiluAndMul,), {})
+        else:
+            model["model"].do_not_compile = True
+        original = type(mlp)
+        report = self.replace(model, **changes)
+        assert type(mlp) is original and not calls and "model.mlp.act_fn" in report.left
+        is_candidate = reason not in ("bias", "not compiled")
+        alone = "MergedColumnParallelLinear for up to 64 rows" if is_candidate else None
+        assert report.replaced.get("model.mlp.gate_up_proj") == alone
+
+    def test_a_kernel_that_cannot_be_built(self, calls, monkeypatch):
+        from jitnorm.integrations import engine_gemms
+
+        monkeypatch.setattr(engine_gemms, "select", lambda *weights: engine_gemms.Selection(set(), ["it failed"]))
+        mlp, model = self.made()
+        original = type(mlp)
+        report = self.replace(model)
+        assert type(mlp) is original and not report.replaced and report.notes == ["it failed"]

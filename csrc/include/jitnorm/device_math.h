@@ -1,5 +1,5 @@
 // exp, reciprocal and sigmoid on CUDA, as accurate as the type of the result needs them. Device code, included by
-// rms_row.h and elementwise/activation.cuh.
+// rms_row.h, elementwise/activation.cuh and the kernel classes of gemm/few_rows.h.
 #pragma once
 #include "jitnorm/vector.h"
 
@@ -32,5 +32,19 @@ struct DeviceMath {
     }
   }
 };
+
+// A formula (activation_formulas.h) without parameters, of gates and their factors.
+template <typename Formula, typename T, int N>
+__device__ __forceinline__ Vector<T, N> activate(const Vector<T, N>& gates, const Vector<T, N>& ups) {
+  static_assert(Formula::kNumParameters == 0);
+  float gate[N], up[N];
+  to_float(gates, gate);
+  to_float(ups, up);
+#pragma unroll
+  for (int i = 0; i < N; i++) gate[i] = Formula::template compute<DeviceMath<T>>(gate[i], up[i], nullptr);
+  Vector<T, N> y;
+  from_float(gate, y);
+  return y;
+}
 
 }  // namespace jitnorm

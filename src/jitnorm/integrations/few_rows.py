@@ -4,6 +4,9 @@ Such a product takes as long as reading the weight, and for a small weight as lo
 are two kernels: REGISTERS loads the weight into registers, and is for up to 16 rows and small weights on any GPU since
 sm_80; WGMMA is for up to 64 rows and Hopper. docs/performance.md has their times.
 
+Each has variants with a gated activation, for a weight of gates and their factors, which save a kernel and what it
+would read: the products are rounded to the dtype, as a GEMM's result is, and then activated.
+
 With programmatic dependent launch both load a part of the weight before the kernels before them have ended. So they
 must not be launched while a kernel that writes the weight may run.
 """
@@ -16,6 +19,7 @@ from typing import Any
 
 import torch
 
+from jitnorm.activation import Activation
 from jitnorm.batch_invariant.matmul.problem import Gemm, UnsupportedProblem
 from jitnorm.core.targets import cuda_target
 from jitnorm.jit.load import load
@@ -37,9 +41,12 @@ class FewRowsKernel:
     Attributes:
         name: of its family and its bindings function, and the first part of its kernels' names.
         family: the file csrc/gemm/<family>.cuh.
-        kernel_class: the C++ class template, of n, k and the element type.
+        kernel_class: the C++ class template, of n, k, the element type and an activation's formula.
         max_rows: of x.
         supports: whether there is a kernel for n, k and an architecture such as "9.0a".
+
+    The methods take an activation of two halves, gate and factor, for kernels whose result is the activation's. It has
+    n / 2 columns.
     """
 
     name: str
@@ -48,25 +55,28 @@ class FewRowsKernel:
     max_rows: int
     supports: Callable[[int, int, str], bool]
 
-    def spec(self, n: int, k: int, dtype: torch.dtype, target: Target) -> KernelSpec:
+    def spec(
+        self, n: int, k: int, dtype: torch.dtype, target: Target, activation: Activation | None = None
+    ) -> KernelSpec:
         """Return the kernel for weights `[n, k]`."""
+        arguments = f"{n}, {k}, {_DTYPES[dtype]}_t" + (f", {activation.formula}" if activation else "")
         return _Spec(
             op=self.name,
             family=self.family,
             folder="gemm",
             binding=self.name,
-            name=f"{self.name}_{n}x{k}_{_DTYPES[dtype]}",
-            kernel=f"{self.kernel_class}<{n}, {k}, {_DTYPES[dtype]}_t>",
+            name=f"{self.name}{f'_{activation.op}' if activation else ''}_{n}x{k}_{_DTYPES[dtype]}",
+            kernel=f"{self.kernel_class}<{arguments}>",
             target=target,
             warmup="",
         )
 
-    def spec_of(self, weight: torch.Tensor) -> KernelSpec:
+    def spec_of(self, weight: torch.Tensor, activation: Activation | None = None) -> KernelSpec:
         """Return the kernel for a weight's shape, dtype and device."""
         n, k = weight.shape
-        return self.spec(n, k, weight.dtype, cuda_target(weight.device.index))
+        return self.spec(n, k, weight.dtype, cuda_target(weight.device.index), activation)
 
-    def is_supported(self, weight: torch.Tensor) -> bool:
+    def is_supported(self, weight: torch.Tensor, activation: Activation | None = None) -> bool:
         """Return whether there is a kernel for a weight `[n, k]`, which must be contiguous."""
         n, k = weight.shape
         return (
@@ -74,10 +84,11 @@ class FewRowsKernel:
             and weight.dtype in _DTYPES
             and weight.numel() > 0
             and torch.version.hip is None
+            and not (activation and n % (2 * _COLUMNS_PER_TILE))
             and self.supports(n, k, cuda_target(weight.device.index).arch)
         )
 
-    def gemm(self, weight: torch.Tensor) -> Gemm:
+    def gemm(self, weight: torch.Tensor, activation: Activation | None = None) -> Gemm:
         """Return the product by weights of this shape, dtype and device. The kernel is built if it is not in the cache.
 
         A call raises UnsupportedProblem for more than max_rows rows and for operands that the kernel does not take.
@@ -85,7 +96,7 @@ class FewRowsKernel:
         Raises:
             RuntimeError: there is no compiler, or the build failed.
         """
-        module: Any = load(self.spec_of(weight))
+        module: Any = load(self.spec_of(weight, activation))
         function = getattr(module, self.name)
         n, k = weight.shape
 

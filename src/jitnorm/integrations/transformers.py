@@ -94,6 +94,7 @@ class TransformersPatch:
             raise
 
     def _time_gemms(self) -> None:
+        from jitnorm.integrations.transformers_mlp import PatchedMLP, operator_name
         from jitnorm.integrations.transformers_projections import is_fused, time_gemms
         from jitnorm.integrations.transformers_state import TIMED_GEMMS
 
@@ -101,7 +102,7 @@ class TransformersPatch:
         for module, original, _ in self._originals:
             # The gate and the factor are written into slices of a tensor if they are not fused: torch does that.
             if (linears := _projections(module, original)) and (len(linears) > 2 or is_fused(linears)):
-                groups.append(linears)
+                groups.append((linears, operator_name(module) if isinstance(module, PatchedMLP) else None))
             outputs += [module._modules.get(name) for name in ("o_proj", "down_proj")]
         self.gemms = time_gemms(groups, outputs)
         for module, _, _ in self._originals if self.gemms else ():
@@ -191,10 +192,12 @@ def patch_transformers(
             become slices. Where that does not stay so, as after `model.to`, there are several GEMMs again.
         time_gemms: time several GEMMs for each shape of the linear layers of patched attention modules and MLPs, for up
             to 64 rows (tokens), and use the fastest in CUDA graphs that are captured without gradients: torch's, this
-            package's and cuBLASLt's. It builds up to two kernels for each shape, and then takes about half a second.
-            Not for layers with a bias, dtypes but bfloat16 and float16, the head, and torch.compile. Where times are
-            close, the choice may differ from one call of this function to the next, and with it the rounding. A graph
-            must not write the weights: a GEMM may read them before the kernel before it has ended.
+            package's and cuBLASLt's. With `fuse_projections`, the GEMM of gate_proj and up_proj may also compute the
+            activation and the product, with the same roundings. It builds up to two kernels for each shape, and then
+            takes about half a second. Not for layers with a bias, dtypes but bfloat16 and float16, the head, and
+            torch.compile. Where times are close, the choice may differ from one call of this function to the next, and
+            with it the rounding. A graph must not write the weights: a GEMM may read them before the kernel before it
+            has ended.
         classes: the rules of norm classes that are not recognised, such as `{MyNorm: "llama"}`: a class whose forward
             does not run on the CPU, uses attributes that are no plain values, or rounds elsewhere. Subclasses do not
             count. The norms need at most one weight, a float eps, and a forward of the input alone.

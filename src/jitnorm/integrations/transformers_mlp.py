@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from jitnorm.activation import gelu_and_mul, gelu_tanh_and_mul, silu_and_mul
 from jitnorm.core.checks import CUDA_ALIGNMENT
-from jitnorm.integrations.transformers_projections import project, projections_of, side_by_side
+from jitnorm.integrations.transformers_projections import gated_linear, project, projections_of, side_by_side
 from jitnorm.integrations.transformers_sources import reason_if_unknown
 from jitnorm.integrations.transformers_state import can_fuse, is_plain, uses_timed_gemms
 
@@ -40,13 +40,32 @@ def can_fuse_mlp(module: torch.nn.Module, x: torch.Tensor) -> bool:
 
 
 def fused_mlp(module: torch.nn.Module, x: torch.Tensor) -> Any:
-    """Return `down_proj(act_fn(gate_proj(x)) * up_proj(x))` of an MLP: the activation and the product in one launch."""
+    """Return `down_proj(act_fn(gate_proj(x)) * up_proj(x))` of an MLP: the activation and the product in one launch.
+
+    With `time_gemms` and `fuse_projections`, the GEMM of the gate and the factor may compute them in its epilogue.
+    """
     modules: Any = module._modules
     projections, operator = [modules["gate_proj"], modules["up_proj"]], gated_activation(modules["act_fn"])
-    rounding = getattr(module, "_jitnorm_rounding", "once")
     uses_timed = uses_timed_gemms(module)
-    activated = operator(side_by_side(x, projections, uses_timed), rounding=rounding)  # type: ignore[misc]
+    activated = gated_linear(x, projections, operator_name(module)) if uses_timed else None  # type: ignore[arg-type]
+    if activated is None:
+        activated = operator(side_by_side(x, projections, uses_timed), rounding=_rounding(module))  # type: ignore[misc]
     return project(activated, modules["down_proj"], uses_timed)
+
+
+def operator_name(module: torch.nn.Module) -> str | None:
+    """Return the name of the operator that computes `act_fn(gate) * up` of a patched MLP, or None if there is none.
+
+    The operator that rounds where transformers rounds has a name of its own, which ends in "_hf".
+    """
+    operator = gated_activation(module._modules.get("act_fn"))
+    if operator is None:
+        return None
+    return operator.__name__ + ("_hf" if _rounding(module) == "hf" else "")
+
+
+def _rounding(module: torch.nn.Module) -> str:
+    return getattr(module, "_jitnorm_rounding", "once")
 
 
 def _is_supported(x: torch.Tensor, projections: list[torch.nn.Linear]) -> bool:

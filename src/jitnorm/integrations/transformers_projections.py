@@ -2,7 +2,8 @@
 
 With `fuse_weights` the weights of these projections become slices of one tensor, and one GEMM computes all of them.
 The parameters stay the same objects, with the same values, so that the state dict and updates in place work as before.
-With `time_gemms` several GEMMs are timed for few rows, and the fastest of each shape is used in CUDA graphs.
+With `time_gemms` several GEMMs are timed for few rows, and the fastest of each shape is used in CUDA graphs. For the
+gate and the factor of an MLP, these include GEMMs whose epilogue computes the activation and the product.
 """
 
 from __future__ import annotations
@@ -60,6 +61,31 @@ def fused_linear(x: torch.Tensor, linears: Sequence[torch.nn.Linear], uses_timed
     return None if bias is None else F.linear(x, weight, bias)
 
 
+def gated_linear(x: torch.Tensor, linears: Sequence[torch.nn.Linear], activation: str) -> torch.Tensor | None:
+    """Return the activated gate times the factor, as `time_gemms` chose, or None where `side_by_side` is to be used.
+
+    Args:
+        x: `[..., in_features]`, of the weights' dtype.
+        linears: the plain linear modules of the gate and the factor, of one shape.
+        activation: the name of the operator that computes the activation and the product.
+
+    Returns:
+        `[..., out_features]` where the result becomes part of a CUDA graph, the weights are plain parameters and slices
+        of one tensor, there is no bias, and that operator can be the epilogue of the GEMM.
+    """
+    if not _is_captured(x) or any(linear._parameters["bias"] is not None for linear in linears):
+        return None
+    weights = [linear._parameters["weight"] for linear in linears]
+    weight = _joined(weights) if all(map(_is_plain_parameter, weights)) else None
+    if weight is None:
+        return None
+    from jitnorm.integrations import engine_gemms
+
+    if not _has_gated_gemm(weight, activation):
+        return None
+    return engine_gemms.gated_linear(x, weight, activation)
+
+
 def project(x: torch.Tensor, linear: torch.nn.Module, uses_timed: bool) -> torch.Tensor:
     """Return `linear(x)`.
 
@@ -97,11 +123,20 @@ def _is_plain_parameter(weight: object) -> bool:
     return type(weight) is torch.nn.Parameter and type(weight.data) is torch.Tensor
 
 
-def time_gemms(groups: Iterable[Sequence[torch.nn.Linear]], outputs: Iterable[object]) -> list[str]:
-    """Time GEMMs with few rows on the weights of patched modules, for `project` and `fused_linear`.
+def _has_gated_gemm(weight: torch.Tensor, activation: str) -> bool:
+    """Return whether there is a GEMM of the joined weights of gate and factor with an operator as its epilogue."""
+    from jitnorm.integrations import engine_gemms
+
+    return activation in engine_gemms.ACTIVATIONS and engine_gemms.is_candidate(weight, activation)
+
+
+def time_gemms(groups: Iterable[tuple[Sequence[torch.nn.Linear], str | None]], outputs: Iterable[object]) -> list[str]:
+    """Time GEMMs with few rows on the weights of patched modules, for `project`, `fused_linear` and `gated_linear`.
 
     Args:
-        groups: the projections of one input, which follow a norm. If their weights are one tensor, it is timed.
+        groups: the projections of one input, which follow a norm. If their weights are one tensor, it is timed. With
+            each group, the name of the operator that computes the activation and the product of an MLP's projections,
+            or None: if the weights are one tensor, GEMMs with that operator as their epilogue are timed.
         outputs: modules whose output a norm follows. Only plain linear modules are timed.
 
     Returns:
@@ -114,12 +149,18 @@ def time_gemms(groups: Iterable[Sequence[torch.nn.Linear]], outputs: Iterable[ob
         return [weight for weight in weights if _is_plain_parameter(weight) and engine_gemms.is_candidate(weight)]
 
     after_norm: list[torch.Tensor] = []
-    for linears in groups:
+    gated: list[tuple[torch.Tensor, str]] = []
+    for linears, activation in groups:
         weights = candidates(linears)
         joined = _joined([linear.weight for linear in linears]) if len(weights) == len(linears) else None
-        after_norm += weights if joined is None else [joined]
+        if joined is None:
+            after_norm += weights
+        elif activation is not None and _has_gated_gemm(joined, activation):
+            gated.append((joined, activation))
+        else:
+            after_norm.append(joined)
     others = candidates(linear for linear in outputs if is_plain_linear(linear))  # type: ignore[misc]
-    return engine_gemms.select(after_norm, others).notes if after_norm or others else []
+    return engine_gemms.select(after_norm, others, gated).notes if after_norm or others or gated else []
 
 
 def side_by_side(x: torch.Tensor, linears: Sequence[torch.nn.Linear], uses_timed: bool = False) -> torch.Tensor:

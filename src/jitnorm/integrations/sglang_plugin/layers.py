@@ -27,6 +27,7 @@ from jitnorm.integrations.sglang_plugin.tested import source_problem
 from jitnorm.qknorm import QKNORM, can_use_fused_inplace_qknorm, fused_inplace_qknorm
 
 _MARK = "_jitnorm_report"  # in the __dict__ of a norm that `apply_qk_norm` may compute together with another
+_OPERATOR = "_jitnorm_operator"  # in the __dict__ of an activation that was replaced: the name of its operator
 
 
 def layer_replacements(model: LoadedModel, fused: Collection[torch.nn.Module] = ()) -> Iterator[Replacement | Left]:
@@ -82,6 +83,11 @@ def engine_norm(norm: Any, dtype: torch.dtype) -> EngineNorm:
     rounding = "once" if is_gemma or not norm.cast_x_before_out_mul else "hf"
     weight_dtype = norm.weight.dtype if has_weight else dtype
     return EngineNorm(norm.weight.shape[-1], dtype, weight_dtype, is_gemma, has_weight, rounding)
+
+
+def operator_of(activation: torch.nn.Module) -> str | None:
+    """Return the name of the operator that has replaced an activation; None if SGLang computes it."""
+    return vars(activation).get(_OPERATOR)
 
 
 def _reason_to_leave(module: Any) -> str | None:
@@ -188,12 +194,16 @@ def _replace_activation(module: Any, model: LoadedModel, _: bool) -> Replacement
             report.leave_call(what, error)
         return original(x)
 
+    def install() -> None:
+        module._forward_method = forward
+        vars(module)[_OPERATOR] = operator.op
+
     return Replacement(
         what,
         operator.op,
         (operator.warmup_spec(None, model.dtype, model.dtype, model.target),),
         lambda: function(torch.zeros(1, 64, dtype=model.dtype, device=model.device)),
-        lambda: setattr(module, "_forward_method", forward),
+        install,
     )
 
 

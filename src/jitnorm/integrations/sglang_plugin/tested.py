@@ -83,6 +83,21 @@ SOURCES: dict[str, dict[str, str]] = {
     "linear layers": {
         "sglang.srt.layers.quantization.unquant:UnquantizedLinearMethod.apply": "f89a73e2395d2b5d",
     },
+    "LlamaMLP": {
+        "sglang.srt.models.llama:LlamaMLP.__init__": "7fe693cbdda01727",
+        "sglang.srt.models.llama:LlamaMLP.forward": "682b54dac399f5fe",
+        "sglang.srt.layers.linear:MergedColumnParallelLinear.forward": "c132a31ba677968f",
+    },
+    "Qwen2MLP": {
+        "sglang.srt.models.qwen2:Qwen2MLP.__init__": "0c3b0f82bfa64c0e",
+        "sglang.srt.models.qwen2:Qwen2MLP.forward": "adc75b73b2cbc409",
+        "sglang.srt.layers.linear:MergedColumnParallelLinear.forward": "c132a31ba677968f",
+    },
+    "Gemma3MLP": {
+        "sglang.srt.models.gemma3_causal:Gemma3MLP.__init__": "b0ea222523d12a28",
+        "sglang.srt.models.gemma3_causal:Gemma3MLP.forward": "7e00f1ca2e2334a8",
+        "sglang.srt.layers.linear:MergedColumnParallelLinear.forward": "c132a31ba677968f",
+    },
     "deterministic mode": {
         "sglang.srt.batch_invariant_ops.batch_invariant_ops:enable_batch_invariant_mode": "8170fd0f06d8a88f",
         "sglang.srt.batch_invariant_ops.batch_invariant_ops:matmul_persistent": "cad12a9b50278c2f",

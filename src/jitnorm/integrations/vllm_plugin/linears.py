@@ -16,7 +16,7 @@ from vllm.model_executor.layers.linear import (
 
 from jitnorm.integrations import engine_gemms
 from jitnorm.integrations.engine_plugins import reason_to_skip
-from jitnorm.integrations.vllm_plugin import batch_invariant_mode, compatibility
+from jitnorm.integrations.vllm_plugin import batch_invariant_mode, compatibility, mlps
 from jitnorm.integrations.vllm_plugin.report import Report
 from jitnorm.jit.log import logger
 
@@ -39,7 +39,8 @@ class JitnormLinearMethod(UnquantizedLinearMethod):  # type: ignore[misc]
 def replace(model: torch.nn.Module, config: Any, report: Report) -> None:
     """Replace the method of each linear layer for which `engine_gemms` may be faster, and time it.
 
-    What is replaced does not depend on the times, since a compiled graph does.
+    Those before the activation of an MLP are replaced together with it. What is replaced does not depend on the times,
+    since a compiled graph does.
     """
     if not _may_replace(config):
         return
@@ -53,10 +54,23 @@ def replace(model: torch.nn.Module, config: Any, report: Report) -> None:
         for name, module in model.named_modules()
         if module in compiled and type(module) in _CLASSES and _is_candidate(module, ranks)
     }
+    gated = [*mlps.find(model, {*candidates.values()}, config)]
+    for mlp in gated:
+        del candidates[f"{mlp.name}.gate_up_proj"]
     selection = engine_gemms.select(
         [module.weight for module in candidates.values() if type(module) in _AFTER_NORM],
         [module.weight for module in candidates.values() if type(module) not in _AFTER_NORM],
+        [(mlp.module.gate_up_proj.weight, mlp.activation) for mlp in gated],
     )
+    for mlp in gated:
+        projection, act_fn = mlp.module.gate_up_proj, mlp.module.act_fn
+        if engine_gemms.shape_of(projection.weight, mlp.activation) in selection.shapes:
+            mlps.replace(mlp)
+            what = f"{type(projection).__name__} with {mlp.activation} for up to {engine_gemms.ROWS[-1]} rows"
+            report.replaced[f"{mlp.name}.gate_up_proj"] = what
+            report.left.pop(f"{mlp.name}.act_fn", None)
+            name = type(act_fn).__name__.removeprefix("Jitnorm")
+            report.replaced[f"{mlp.name}.act_fn"] = f"{name} with the linear layer before it"
     for name, module in candidates.items():
         if engine_gemms.shape_of(module.weight) in selection.shapes:
             module.quant_method = JitnormLinearMethod()
@@ -101,13 +115,14 @@ def _may_replace(config: Any) -> bool:
 
 @functools.cache
 def _register_lowering() -> None:
-    """Register a lowering of the operator to a call of `engine_gemms.linear`, into memory that Inductor plans.
+    """Register lowerings of the operators to calls of `engine_gemms`, into memory that Inductor plans.
 
-    Otherwise compiled code would call the operator by torch's dispatcher, which takes the host 10 us or more, a hundred
-    times in the prefill of a small model. The lowering is made of parts of Inductor that may change: where they have,
-    and for C++ wrappers, the dispatcher is used.
+    Otherwise compiled code would call the operators by torch's dispatcher, which takes the host 10 us or more, a
+    hundred times in the prefill of a small model. The lowerings are made of parts of Inductor that may change: where
+    they have, and for C++ wrappers, the dispatcher is used.
     """
     operator = torch.ops.jitnorm_vllm.linear_of_few_rows.default
+    gated_operator = torch.ops.jitnorm_vllm.gated_linear_of_few_rows.default
     try:
         from torch._inductor.ir import ExternKernel, FixedLayout
         from torch._inductor.lowering import fallback_handler, register_lowering
@@ -115,19 +130,37 @@ def _register_lowering() -> None:
         from torch._inductor.virtualized import V
 
         choice = ExternKernelChoice(engine_gemms.linear, name="jitnorm_linear_of_few_rows")
-        by_dispatcher = fallback_handler(operator, add_to_fallback_set=False)
+        gated_choices = {
+            activation: ExternKernelChoice(
+                functools.partial(engine_gemms.gated_linear, activation=activation),
+                name=f"jitnorm_linear_of_few_rows_and_{activation}",
+            )
+            for activation in engine_gemms.ACTIVATIONS
+        }
+        by_dispatcher, gated_by_dispatcher = (
+            fallback_handler(each, add_to_fallback_set=False) for each in (operator, gated_operator)
+        )
     except (ImportError, TypeError, AssertionError) as error:
         logger.debug("compiled code calls linear layers by torch's dispatcher: %s", error)
         return
 
+    def call(choice: Any, x: Any, weight: Any, columns: Any) -> Any:
+        x, weight = ExternKernel.require_contiguous(ExternKernel.realize_input(x)), ExternKernel.realize_input(weight)
+        layout = FixedLayout(x.get_device(), x.get_dtype(), [*x.get_size()[:-1], columns])
+        return choice.bind([x, weight], layout).output_node()
+
     def lower(x: Any, weight: Any) -> Any:
         if V.graph.cpp_wrapper:
             return by_dispatcher(x, weight)
-        x, weight = ExternKernel.require_contiguous(ExternKernel.realize_input(x)), ExternKernel.realize_input(weight)
-        layout = FixedLayout(x.get_device(), x.get_dtype(), [*x.get_size()[:-1], weight.get_size()[0]])
-        return choice.bind([x, weight], layout).output_node()
+        return call(choice, x, weight, weight.get_size()[0])
+
+    def lower_gated(x: Any, weight: Any, activation: str) -> Any:
+        if V.graph.cpp_wrapper:
+            return gated_by_dispatcher(x, weight, activation)
+        return call(gated_choices[activation], x, weight, weight.get_size()[0] // 2)
 
     register_lowering(operator, type_promotion_kind=None)(lower)
+    register_lowering(gated_operator, type_promotion_kind=None)(lower_gated)
 
 
 def _run(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,128 @@
+"""vLLM's MLPs with the projection to gate and up and the activation in one operator, in CUDA graphs.
+
+Without it Inductor generates the activation, as a kernel between two GEMMs that neither overlaps.
+"""
+
+# No `from __future__ import annotations`: infer_schema reads the annotations of the operator.
+
+from collections.abc import Collection, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from vllm.model_executor.layers.activation import GeluAndMul, SiluAndMul
+from vllm.model_executor.layers.linear import MergedColumnParallelLinear
+
+from jitnorm.activation import GELU_AND_MUL, GELU_TANH_AND_MUL, SILU_AND_MUL
+from jitnorm.integrations import engine_gemms
+from jitnorm.integrations.engine_plugins import reason_to_skip
+from jitnorm.integrations.vllm_plugin import compatibility
+from jitnorm.integrations.vllm_plugin.layers import JitnormGeluAndMul, JitnormSiluAndMul
+
+# The forwards that are known. Classes that inherit one are replaced too.
+_FORWARDS = frozenset(name for name in compatibility.FINGERPRINTS["mlps"] if name.endswith("MLP.forward"))
+
+
+class GatedMLP(NamedTuple):
+    """An MLP whose gate_up_proj and act_fn one operator can compute.
+
+    Attributes:
+        name: Its name in the model.
+        module: The MLP.
+        activation: A key of `engine_gemms.ACTIVATIONS`.
+    """
+
+    name: str
+    module: Any
+    activation: str
+
+
+def find(model: torch.nn.Module, candidates: Collection[torch.nn.Module], config: Any) -> Iterator[GatedMLP]:
+    """Yield the MLPs of a model that the operator can compute.
+
+    Args:
+        model: A loaded model.
+        candidates: Linear layers that the plugin may replace.
+        config: vLLM's configuration.
+    """
+    if reason_to_skip("activations") or compatibility.changed("activations") or compatibility.changed("mlps"):
+        return
+    for name, module in model.named_modules():
+        forward = type(module).forward
+        if f"{forward.__module__}:{forward.__qualname__}" not in _FORWARDS:
+            continue
+        projection: Any = module.gate_up_proj
+        act_fn: Any = module.act_fn
+        activation = _activation_of(act_fn)
+        if (
+            activation is not None
+            and projection in candidates
+            and type(projection) is MergedColumnParallelLinear
+            and len(projection.output_sizes) == 2
+            and projection.output_sizes[0] == projection.output_sizes[1]
+            and not (projection.gather_output and projection.tp_size > 1)
+            and f"-{act_fn.name}" not in config.compilation_config.custom_ops
+            and not (_has_hooks(projection) or _has_hooks(act_fn))
+            and engine_gemms.is_candidate(projection.weight, activation)
+        ):
+            yield GatedMLP(name, module, activation)
+
+
+def _activation_of(act_fn: Any) -> str | None:
+    """Return the key of `engine_gemms.ACTIVATIONS` for a module of vLLM's classes or this package's, or None."""
+    if type(act_fn) in (SiluAndMul, JitnormSiluAndMul):
+        return SILU_AND_MUL.op
+    if type(act_fn) in (GeluAndMul, JitnormGeluAndMul):
+        return GELU_TANH_AND_MUL.op if act_fn.approximate == "tanh" else GELU_AND_MUL.op
+    return None
+
+
+def _has_hooks(module: torch.nn.Module) -> bool:
+    return bool(module._forward_hooks or module._forward_pre_hooks)
+
+
+class _FusedMLP(torch.nn.Module):
+    """The base class that a replaced MLP has before vLLM's."""
+
+    gate_up_proj: Any
+    down_proj: Any
+    _jitnorm_activation: str
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Compute what vLLM's forward computes, with one operator for gate_up_proj and act_fn."""
+        x = torch.ops.jitnorm_vllm.gated_linear_of_few_rows(x, self.gate_up_proj.weight, self._jitnorm_activation)
+        x, _ = self.down_proj(x)
+        return x
+
+
+_classes: dict[type[Any], type[Any]] = {}
+
+
+def replace(mlp: GatedMLP) -> None:
+    """Change an MLP's class to one that calls the operator. Its parameters, hooks and position stay."""
+    original = type(mlp.module)
+    if original not in _classes:
+        attributes = {"_jitnorm_original": original, "__module__": __name__, "__doc__": original.__doc__}
+        _classes[original] = cls = type(f"Jitnorm{original.__name__}", (_FusedMLP, original), attributes)
+        globals()[cls.__name__] = cls  # where pickle looks for it
+    mlp.module._jitnorm_activation = mlp.activation
+    mlp.module.__class__ = _classes[original]
+
+
+def _run(x: torch.Tensor, weight: torch.Tensor, activation: str) -> torch.Tensor:
+    return engine_gemms.gated_linear(x, weight, activation)
+
+
+def _fake(x: torch.Tensor, weight: torch.Tensor, activation: str) -> torch.Tensor:
+    return x.new_empty(*x.shape[:-1], weight.shape[0] // 2)
+
+
+def _define() -> torch.library.Library:
+    library = torch.library.Library("jitnorm_vllm", "FRAGMENT")
+    library.define("gated_linear_of_few_rows" + torch.library.infer_schema(_run, mutates_args=[]))
+    for key in ("CUDA", "CPU"):
+        library.impl("gated_linear_of_few_rows", _run, key)
+    library._register_fake("gated_linear_of_few_rows", _fake)
+    return library
+
+
+_library = _define()  # its operator exists as long as it does
