@@ -113,8 +113,8 @@ struct RMSNormKernel : RMSNormKernelBase<kHiddenSize, T, W, Policy, S> {
     constexpr int kWarps = S::kThreadsPerRow / kBlocks / kWarpSize;
     // Each sum has memory of its own, as other threads may still read that of the one before.
     constexpr int kSums = Policy::kSubtractsMean ? 2 : 1;
-    __shared__ float block_sums[kSums][kBlocks];
-    if constexpr (kBlocks > 1) cluster_arrive();
+    __shared__ ClusterSum<kBlocks> cluster_sums[kSums];
+    if constexpr (kBlocks > 1) ClusterSum<kBlocks>::init_and_arrive(cluster_sums);
     __shared__ alignas(16) float partial_sums[kSums][S::kRowsPerBlock][kWarps];
     __shared__ alignas(16) float partial_max[S::kRowsPerBlock][kWarps];
     rmsnorm_block<RMSNormKernel, kVariant>(
@@ -124,7 +124,7 @@ struct RMSNormKernel : RMSNormKernelBase<kHiddenSize, T, W, Policy, S> {
           const float sum = block_sum<kWarps>(value, partial_sums[sums_before][warp / kWarps], warp % kWarps);
           if constexpr (kBlocks == 1) return sum;
           if (sums_before == 0) cluster_wait();
-          return cluster_sum<kBlocks>(sum, block_sums[sums_before], blockIdx.x % kBlocks);
+          return cluster_sums[sums_before].sum(sum, blockIdx.x % kBlocks);
         },
         [&](float value) {
           const int warp = threadIdx.x / kWarpSize;

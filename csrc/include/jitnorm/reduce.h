@@ -56,24 +56,61 @@ __device__ __forceinline__ void cluster_arrive() {
 }
 __device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
 
-// Over the kBlocks blocks of a cluster, of which this is number `rank`. `value` is the same in all threads of a block,
-// and `partial` shared memory. A block must have waited for the arrival of all others before, so that they have begun.
-template <int kBlocks>
-__device__ __forceinline__ float cluster_sum(float value, float (&partial)[kBlocks], int rank) {
-  if (threadIdx.x < kBlocks) {
-    unsigned address = static_cast<unsigned>(__cvta_generic_to_shared(&partial[rank]));
-    asm volatile(
-        "{.reg .b32 remote; mapa.shared::cluster.u32 remote, %0, %1; st.shared::cluster.f32 [remote], %2;}" ::"r"(
-            address),
-        "r"(threadIdx.x), "f"(value)
-        : "memory");
-  }
-  cluster_arrive();
-  cluster_wait();
-  float sum = 0;
-#pragma unroll
-  for (int i = 0; i < kBlocks; i++) sum += partial[i];
-  return sum;
+// An arrival after which the other blocks need not see what the thread has written to memory. That of cluster_arrive
+// waits until L2 has acknowledged all stores to global memory.
+__device__ __forceinline__ void cluster_arrive_relaxed() {
+  asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
 }
+
+// A sum over the kBlocks blocks of a cluster, in shared memory of each. Each block writes its part to all of them by
+// st.async, and an mbarrier of each counts the bytes that have arrived. A cluster barrier would take longer, as it
+// waits for stores to global memory. No block ends while another one writes to it, since it waits for all parts.
+template <int kBlocks>
+class ClusterSum {
+ public:
+  // By all threads of the block, and before one of them calls the function below for the first time, cluster_wait().
+  template <int kSums>
+  static __device__ __forceinline__ void init_and_arrive(ClusterSum (&sums)[kSums]) {
+    if (threadIdx.x == 0) {
+#pragma unroll
+      for (int i = 0; i < kSums; i++)
+        asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(address_of(&sums[i].barrier_)) : "memory");
+      asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    }
+    __syncwarp();  // the arrival is that of a whole warp
+    cluster_arrive_relaxed();
+  }
+
+  // Once. `value` is the same in all threads of a block, and `rank` the block's number in the cluster.
+  __device__ __forceinline__ float sum(float value, int rank) {
+    const unsigned barrier = address_of(&barrier_);
+    if (threadIdx.x == 0)
+      asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "n"(kBlocks * sizeof(float))
+                   : "memory");
+    if (threadIdx.x < kBlocks)
+      asm volatile(
+          "{.reg .b32 to, remote; mapa.shared::cluster.u32 to, %0, %2; mapa.shared::cluster.u32 remote, %1, %2;"
+          "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.b32 [to], %3, [remote];}" ::"r"(
+              address_of(&parts_[rank])),
+          "r"(barrier), "r"(threadIdx.x), "r"(__float_as_uint(value))
+          : "memory");
+    asm volatile(
+        "{.reg .pred done; again: mbarrier.try_wait.parity.shared::cta.b64 done, [%0], 0; @!done bra again;}" ::"r"(
+            barrier)
+        : "memory");
+    float sum = 0;
+#pragma unroll
+    for (int i = 0; i < kBlocks; i++) sum += parts_[i];
+    return sum;
+  }
+
+ private:
+  static __device__ __forceinline__ unsigned address_of(const void* shared) {
+    return static_cast<unsigned>(__cvta_generic_to_shared(shared));
+  }
+
+  float parts_[kBlocks];
+  alignas(8) unsigned long long barrier_;
+};
 
 }  // namespace jitnorm

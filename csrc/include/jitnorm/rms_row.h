@@ -14,13 +14,16 @@
 namespace jitnorm {
 
 // kThreadsPerRow counts the threads of all blocks of a cluster, which then has one row. kStagesRow says whether a row
-// waits in shared memory between its read and its write, and not in registers.
-template <int kThreadsPerRow_, int kRowsPerBlock_, int kBlocksPerCluster_ = 1, bool kStagesRow_ = false>
+// waits in shared memory between its read and its write, and not in registers. kBlocksPerSM says for how many blocks on
+// an SM a thread's registers are limited; 0 lets RMSNormKernelBase choose.
+template <int kThreadsPerRow_, int kRowsPerBlock_, int kBlocksPerCluster_ = 1, bool kStagesRow_ = false,
+          int kBlocksPerSM_ = 0>
 struct Schedule {
   static constexpr int kThreadsPerRow = kThreadsPerRow_;
   static constexpr int kRowsPerBlock = kRowsPerBlock_;
   static constexpr int kBlocksPerCluster = kBlocksPerCluster_;
   static constexpr bool kStagesRow = kStagesRow_;
+  static constexpr int kBlocksPerSM = kBlocksPerSM_;
 };
 
 constexpr int round_up(int n, int multiple) { return (n + multiple - 1) / multiple * multiple; }
@@ -84,12 +87,12 @@ constexpr int residual_threads_per_row(int row_bytes, bool has_whole_vectors) {
 }
 
 // Long rows do not fit the registers of one block beside weight and bias. Where they fit without those, weight and bias
-// are read late. Longer ones wait in the block's shared memory: they are staged. The longest are shared by the blocks
-// of a cluster, which is slower, as the blocks wait for each other and must be launched together. Before sm_90 there is
-// neither; registers spill.
+// are read late. Longer ones are shared by the blocks of a cluster, or wait in the block's shared memory: they are
+// staged. Before sm_90 there is neither; registers spill.
 struct LongRow {
   int blocks, threads;  // blocks of the cluster, and threads of a block
   bool is_staged;
+  int blocks_per_sm = 0;  // as kBlocksPerSM of Schedule
 };
 
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
@@ -110,13 +113,20 @@ constexpr int blocks_per_cluster(int count, int max_of_block) {
   return blocks;
 }
 
-// `row_bytes` counts the residual too. The registers of a block hold 128 KiB of a row, and at most 32 elements a
-// thread, as the compiler keeps floats; a gate after the norm is more of these. A row with a gate before the norm is
-// not staged, as its product needs registers in any case.
-constexpr LongRow long_row(int hidden_size, int row_bytes, Gating gating) {
-  const int blocks = max(blocks_per_cluster(row_bytes, 128 * 1024), blocks_per_cluster(hidden_size, 32 * 1024));
+// `row_bytes` is that of the wider of input and residual, and `row_read_bytes` that of both. The registers of a block
+// hold 128 KiB of a row, and at most 32 elements a thread, as the compiler keeps floats; a gate after the norm is more
+// of these. A row with a gate before the norm is not staged, as its product needs registers in any case. Without a gate
+// and a residual, two blocks on an SM hide that those of a cluster wait for each other; with a residual, the kernel
+// would have too few registers.
+constexpr LongRow long_row(int hidden_size, int row_bytes, int row_read_bytes, bool has_residual, Gating gating) {
+  const int blocks = max(blocks_per_cluster(row_read_bytes, 128 * 1024), blocks_per_cluster(hidden_size, 32 * 1024));
+  if (gating == Gating::kNone && row_read_bytes > 128 * 1024) {
+    if (!has_residual) return {4, 512, false, 2};
+    const int vectors = (row_bytes / 16 + blocks - 1) / blocks;
+    return {blocks, min(round_up((vectors + 3) / 4, 32), 1024), false};
+  }
   const bool fits_registers = blocks == 1 && gating != Gating::kAfterNorm;
-  if (gating != Gating::kBeforeNorm && !fits_registers && row_bytes <= kMaxStagedBytes) return {1, 1024, true};
+  if (gating != Gating::kBeforeNorm && !fits_registers && row_read_bytes <= kMaxStagedBytes) return {1, 1024, true};
   return {blocks, 1024, false};
 }
 
@@ -160,10 +170,11 @@ struct DefaultSchedule {
   static constexpr bool kIsLayerNorm = Policy::kSubtractsMean && kHasWholeVectors && kHiddenSize > 256;
   static constexpr int kMaxRowKiB = !kHasWholeVectors ? 32 : kIsLayerNorm ? 20 : Policy::kHasResidual ? 48 : 64;
   static constexpr bool kIsLong = kHasClusters && kRowBytes > kMaxRowKiB * 1024;
-  static constexpr LongRow kLongRow = !kIsLong            ? LongRow{1, 0, false}
-                                      : !kHasWholeVectors ? long_narrow_row(kRowBytes, Policy::kHasResidual)
-                                      : kIsLayerNorm      ? long_layernorm_row(kRowReadBytes)
-                                                          : long_row(kHiddenSize, kRowReadBytes, Policy::kGating);
+  static constexpr LongRow kLongRow =
+      !kIsLong            ? LongRow{1, 0, false}
+      : !kHasWholeVectors ? long_narrow_row(kRowBytes, Policy::kHasResidual)
+      : kIsLayerNorm      ? long_layernorm_row(kRowReadBytes)
+                          : long_row(kHiddenSize, kRowBytes, kRowReadBytes, Policy::kHasResidual, Policy::kGating);
   static constexpr int kThreads = kHiddenSize <= 256     ? warp_threads_per_row(kRowBytes)
                                   : kIsLong              ? kLongRow.threads
                                   : Policy::kHasResidual ? residual_threads_per_row(kRowBytes, kHasWholeVectors)
@@ -173,7 +184,8 @@ struct DefaultSchedule {
                                        : kIsLayerNorm
                                            ? layernorm_rows_per_block(kRowBytes, kThreads)
                                            : rows_per_block(kRowReadBytes, kThreads, kHiddenSize <= 256 || kIsEven);
-  using type = Schedule<kThreads * kLongRow.blocks, kRowsPerBlock, kLongRow.blocks, kLongRow.is_staged>;
+  using type =
+      Schedule<kThreads * kLongRow.blocks, kRowsPerBlock, kLongRow.blocks, kLongRow.is_staged, kLongRow.blocks_per_sm>;
 };
 
 constexpr int kRegistersPerSM = 65536;
@@ -228,7 +240,8 @@ struct RMSNormKernelBase : S {
       !S::kStagesRow && kBlockReadBytes > (Policy::kHasResidual && kThreads <= 512 ? 96 : 64) * 1024;
   // Where weight and bias would take registers that rows in flight need, they are read when the row is written.
   // LayerNorm does so in a large grid: in another one its latency would suffer.
-  static constexpr bool kReadsFactorsLate = Policy::kSubtractsMean || kSharesSM || kFillsRegisters;
+  static constexpr bool kReadsFactorsLate =
+      Policy::kSubtractsMean || kSharesSM || kFillsRegisters || S::kBlocksPerSM > 1;
   // 64 KiB of rows in flight on an SM keep memory busy; the kernels of clusters need too many registers for it. Where
   // blocks are large, kMinBlocksPerSM limits registers for that, as far as a thread's vectors of row, residual and
   // weight allow. Small blocks fit an SM in any case.
@@ -239,7 +252,8 @@ struct RMSNormKernelBase : S {
       min(kRegistersPerSM / (kRegistersPerThread * kThreads), kThreadsOnAnySM / kThreads);
   static constexpr int kBytesInFlight = (S::kBlocksPerCluster == 1 ? 64 : 48) * 1024;
   static constexpr int kWantedBlocksPerSM =
-      S::kStagesRow ? max(1, min(kSharedBytesPerSM / kSharedBytes, kThreadsOnAnySM / kThreads))
+      S::kBlocksPerSM > 0 ? S::kBlocksPerSM
+      : S::kStagesRow     ? max(1, min(kSharedBytesPerSM / kSharedBytes, kThreadsOnAnySM / kThreads))
       : kBlockReadBytes < 8192 || !kHasWholeVectors
           ? 1
           : max(1, min(kSharesSM ? 2 : kBytesInFlight / kBlockReadBytes, kMaxBlocksPerSM));
