@@ -115,16 +115,17 @@ constexpr int blocks_per_cluster(int count, int max_of_block) {
 
 // `row_bytes` is that of the wider of input and residual, and `row_read_bytes` that of both. The registers of a block
 // hold 128 KiB of a row, and at most 32 elements a thread, as the compiler keeps floats; a gate after the norm is more
-// of these. A row with a gate before the norm is not staged, as its product needs registers in any case. Without a gate
-// and a residual, two blocks on an SM hide that those of a cluster wait for each other; with a residual, the kernel
-// would have too few registers.
+// of these. A row with a gate before the norm is not staged, as its product needs registers in any case. Two blocks on
+// an SM hide that those of a cluster wait for each other; row and residual of up to 224 KiB take longer so.
 constexpr LongRow long_row(int hidden_size, int row_bytes, int row_read_bytes, bool has_residual, Gating gating) {
-  const int blocks = max(blocks_per_cluster(row_read_bytes, 128 * 1024), blocks_per_cluster(hidden_size, 32 * 1024));
   if (gating == Gating::kNone && row_read_bytes > 128 * 1024) {
-    if (!has_residual) return {4, 512, false, 2};
-    const int vectors = (row_bytes / 16 + blocks - 1) / blocks;
-    return {blocks, min(round_up((vectors + 3) / 4, 32), 1024), false};
+    const bool share_sm = !has_residual || row_read_bytes > 224 * 1024;
+    const int blocks = blocks_per_cluster(row_read_bytes, (share_sm ? 64 : 128) * 1024);
+    const int vectors = (row_bytes / 16 + blocks - 1) / blocks;  // of a block
+    const int per_thread = share_sm ? (vectors + 511) / 512 : 4;
+    return {blocks, min(round_up((vectors + per_thread - 1) / per_thread, 32), 1024), false, share_sm ? 2 : 0};
   }
+  const int blocks = max(blocks_per_cluster(row_read_bytes, 128 * 1024), blocks_per_cluster(hidden_size, 32 * 1024));
   const bool fits_registers = blocks == 1 && gating != Gating::kAfterNorm;
   if (gating != Gating::kBeforeNorm && !fits_registers && row_read_bytes <= kMaxStagedBytes) return {1, 1024, true};
   return {blocks, 1024, false};
