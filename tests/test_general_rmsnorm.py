@@ -11,12 +11,14 @@ import jitnorm
 from jitnorm.core.norms import MAX_HIDDEN_SIZE
 from jitnorm.core.operators import OPERATORS
 from jitnorm.general_rmsnorm import Form, general_fused_add_rmsnorm, general_rmsnorm
+from jitnorm.jit.build import build
+from jitnorm.jit.spec import Target
 
 # By vector width in 16 bits: 1 (one element, odd sizes), 2, 4 and 8 elements; sizes of both kernel classes; and, on
 # CUDA, rows that fill the registers of a block, rows in shared memory, and of clusters of 2, 4 and 8 blocks, of sizes
 # that divide among the threads and that do not; and 3001, whose accesses of 2 bytes have a schedule of their own.
 SIZES = [1, 3, 100, 250, 257, 300, 576, 1001, 2880, 5000, 12288]
-LONG_SIZES = [3001, 16384, 20481, 32768, 40004, 40008, 53248, 65535, 65536]
+LONG_SIZES = [3001, 16384, 20481, 32768, 36000, 40004, 40008, 53248, 65535, 65536]
 PAIRS = [(torch.bfloat16, torch.bfloat16), (torch.float16, torch.float32), (torch.float32, torch.bfloat16)]
 
 
@@ -446,6 +448,39 @@ def test_reads_nothing_before_the_kernel_before_it_has_written(hidden_size, dtyp
             graph.replay()
             results.append(a)
         assert same_bits(*results)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(  # clusters of two, four and eight blocks
+    ("hidden_size", "residual_dtype"), [(40960, torch.bfloat16), (65536, torch.bfloat16), (65536, torch.float32)]
+)
+def test_clusters_with_a_residual_read_nothing_before_the_kernel_before_has_written(hidden_size, residual_dtype):
+    x, w = inputs(3, hidden_size, dtype=torch.bfloat16, device="cuda")
+    for _ in range(10):
+        results = []
+        for pdl in (True, False):
+            a, residual = x.clone(), x.flip(0).to(residual_dtype)
+
+            def chain(a=a, residual=residual, pdl=pdl):
+                for _ in range(20):
+                    general_fused_add_rmsnorm(a, residual, w, enable_pdl=pdl)
+
+            chain()
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                chain()
+            graph.replay()
+            results.append((a, residual))
+        assert all(map(same_bits, *results))
+
+
+@pytest.mark.slow
+@pytest.mark.nvcc
+@pytest.mark.parametrize("arch", ["10.0a", "12.0a"])
+@pytest.mark.parametrize("op", ["general_rmsnorm", "general_fused_add_rmsnorm_fp32_residual"])
+def test_clusters_compile_for(arch, op):
+    dtype = torch.float32 if op == "general_rmsnorm" else torch.bfloat16
+    build(OPERATORS[op].warmup_spec(65536, dtype, dtype, Target.cuda(arch))).verify()
 
 
 @pytest.mark.gpu

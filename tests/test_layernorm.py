@@ -626,6 +626,7 @@ def test_warm_up_builds_what_calls_load(cache_dir, monkeypatch):
         pytest.param("8.9", BF16, 1001, marks=pytest.mark.slow),
         ("9.0a", FP32, 65536),
         pytest.param("12.0a", BF16, 2, marks=pytest.mark.slow),
+        pytest.param("12.0a", BF16, 65536, marks=pytest.mark.slow),
     ],
 )
 @pytest.mark.parametrize("form", ["strided+bias", "unaligned+no_weight"])

@@ -84,10 +84,19 @@ def activated(x, weight, activation):
 
 
 @pytest.mark.parametrize("activation", engine_gemms.ACTIVATIONS)
-def test_gated_linear_without_a_choice(activation):
-    """By torch's GEMM and the operator, whatever is chosen for the product alone or with another activation."""
+def test_gated_linear_without_a_choice(activation, monkeypatch):
+    """By `linear` and the operator, whatever is chosen for another activation."""
     weight, x = torch.randn(24, 16), torch.randn(2, 3, 16)
-    expected = activated(x, weight, activation)
+    others = [name for name in engine_gemms.ACTIVATIONS if name != activation]
+    for shape in (engine_gemms.shape_of(weight, name) for name in others):
+        gemms = dict.fromkeys(engine_gemms.ROWS, lambda *operands: pytest.fail("of another activation"))
+        monkeypatch.setitem(engine_gemms._chosen, shape, gemms)
+    assert (
+        relative_error(engine_gemms.gated_linear(x, weight, activation), activated(x, weight, activation))
+        <= TOLERANCE[torch.float32]
+    )
+    choose(monkeypatch, weight, (8,))  # a GEMM that writes twice the product, in two columns for each of the result
+    expected = activated(x, 2 * weight, activation)
     got = engine_gemms.gated_linear(x, weight, activation)
     assert got.shape == (2, 3, 12) and relative_error(got, expected) <= TOLERANCE[torch.float32]
     out = torch.full_like(got, float("nan"))
@@ -220,11 +229,20 @@ def test_gated_gemms_are_timed_beside_the_product_and_the_activation(monkeypatch
         measured.append(gemm)
         return 0.5 if gemm is by_kernel and len(x) <= 2 else 1.0
 
-    by_kernel = gemm
-    monkeypatch.setattr(engine_gemms, "_kernels_for", lambda weight, activation: [])
+    class Kernel:
+        name, key = "a kernel", "0123"
+
+        def spec_of(self, weight, activation):
+            return self
+
+    by_kernel, build_and_load = gemm, engine_gemms.build_and_load
+    monkeypatch.setattr(
+        engine_gemms, "build_and_load", lambda specs: build_and_load([s for s in specs if not isinstance(s, Kernel)])
+    )
     monkeypatch.setattr(
         engine_gemms, "_candidates", lambda weight, kernels, activation: {"a kernel": gemm} if activation else {}
     )
+    monkeypatch.setattr(engine_gemms, "_kernels_for", lambda weight, activation: [Kernel()] if activation else [])
     # A target of the CPU: the activation's kernel is built for it.
     monkeypatch.setattr(engine_gemms, "cuda_target", lambda index: Target("cpu"))
     monkeypatch.setattr(engine_gemms, "_seconds", measure)
@@ -242,8 +260,28 @@ def test_without_the_kernel_of_the_activation(monkeypatch):
     monkeypatch.setenv("JITNORM_DISABLE_JIT", "1")
     monkeypatch.setattr(engine_gemms, "_kernels_for", lambda weight, activation: [])
     monkeypatch.setattr(engine_gemms, "_candidates", lambda *arguments: {"a kernel": engine_gemms._mm})
+    monkeypatch.setattr(engine_gemms, "is_candidate", lambda weight: False)
     shapes, (said,) = engine_gemms.select([], [], [(torch.randn(64, 128, dtype=BF16), "gelu_and_mul")])
     assert not shapes and said.startswith("gelu_and_mul_bf16: its kernel cannot be built: ")
+
+
+@pytest.mark.usefixtures("on_a_gpu")
+def test_without_a_kernel_for_both_the_product_alone_is_timed(monkeypatch):
+    weight, timed = torch.randn(64, 128), []
+
+    def choose(gemms, weights, after_norm, activation):
+        timed.append((after_norm, activation))
+        return {"a GEMM": [2]}
+
+    monkeypatch.setattr(engine_gemms, "_kernels_for", lambda weight, activation: [])
+    monkeypatch.setattr(engine_gemms, "is_candidate", lambda weight: True)
+    monkeypatch.setattr(engine_gemms, "_candidates", lambda *arguments: {"a GEMM": engine_gemms._mm})
+    monkeypatch.setattr(engine_gemms, "cuda_target", lambda index: Target("cpu"))
+    monkeypatch.setattr(engine_gemms, "_choose", choose)
+    monkeypatch.setattr(engine_gemms, "_has_norm", lambda like, size: True)
+    shapes, said = engine_gemms.select([], [], [(weight, "silu_and_mul")])
+    assert shapes == {engine_gemms.shape_of(weight)} and timed == [(True, None)]
+    assert said == ["n=64 k=128, numbers of rows: a GEMM for 2"]
 
 
 @pytest.mark.usefixtures("on_a_gpu")
@@ -338,6 +376,14 @@ class TestLaterStarts:
             owner = getattr(engine_gemms, module[0]) if module else engine_gemms
             monkeypatch.setattr(owner, function, lambda *arguments: "another")
         assert self.start() == [4] and len(timed) == 2
+
+    def test_another_kernel_of_the_activation(self, timed):
+        """It is a part of what torch's GEMM is compared with."""
+        gemms = {"cuBLASLt without split k": engine_gemms._mm}
+        for key, count in (("0123", 1), ("0123", 1), ("4567", 2)):
+            keys = {"silu_and_mul": key}
+            engine_gemms._read_or_choose(gemms, keys, [self.WEIGHT] * 2, True, "silu_and_mul")
+            assert len(timed) == count
 
     def test_another_version_of_a_kernel(self, timed, monkeypatch):
         """The key of a kernel is a hash of its source."""

@@ -40,7 +40,7 @@ GATED_REGISTERS_SHAPES = [(1024, 3072), (6144, 1024), (9728, 896)]
 # Two boxes in a step; blocks that share columns, and columns after the last; more blocks than SMs, and columns after
 # the last; fewer stages than steps.
 GATED_WGMMA_SHAPES = [(2048, 1024), (1040, 2048), (28720, 192), (24576, 1088)]
-# The last is each kernel's activation; a formula that rounds between is tested with one shape.
+# SILU_AND_MUL for all gated shapes; GELU_TANH_AND_MUL_HF, which rounds before the product, for one.
 CASES = [
     pytest.param(kernel, n, k, activation, id=f"{kernel.name}-{n}-{k}{'-' + activation.op if activation else ''}")
     for kernel, shapes, gated_shapes in (

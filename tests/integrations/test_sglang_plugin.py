@@ -845,17 +845,18 @@ class TestGatedMLP:
             shapes = {gemms.shape_of(weight) for weight in (*after_norm, *others)}
             return gemms.Selection(shapes | {gemms.shape_of(*each) for each in gated}, ["what was chosen"])
 
-        def recording(function):
-            def record(x, weight, *activation):
-                calls.append((*activation, weight.numel()))
-                return function(x, weight, *activation)
+        def linear(x, weight):
+            calls.append((weight.numel(),))
+            return F.linear(x, weight)
 
-            return record
+        def gated_linear(x, weight, activation):
+            calls.append((activation, weight.numel()))
+            return gemms.ACTIVATIONS[activation].run(F.linear(x, weight), None)
 
         monkeypatch.setattr(gemms, "is_candidate", lambda weight, activation=None: True)
         monkeypatch.setattr(gemms, "select", select)
-        for function in (gemms.linear, gemms.gated_linear):
-            monkeypatch.setattr(gemms, function.__name__, recording(function))
+        monkeypatch.setattr(gemms, "linear", linear)
+        monkeypatch.setattr(gemms, "gated_linear", gated_linear)
         self.capture(monkeypatch, True)
         return calls
 
@@ -958,7 +959,7 @@ class TestGatedMLP:
         change(mlp)
         forward = vars(mlp).get("forward")
         report = self.replaced(mlp, other)
-        assert report.left[("activation of LlamaMLP in its linear layer", reason)] == 1
+        assert report.left[("gate_up_proj of LlamaMLP with its activation", reason)] == 1
         assert report.replaced[("linear layer with its activation for up to 64 rows", "what was chosen")] == 1
         assert report.replaced[("linear layer for up to 64 rows", "what was chosen")] == 3
         assert vars(mlp).get("forward") is forward
@@ -970,7 +971,7 @@ class TestGatedMLP:
         monkeypatch.setitem(sources["LlamaMLP"], name, "0" * 16)
         llama, qwen = self.mlp_of("LlamaMLP"), self.mlp_of("Qwen2MLP")
         reason = f"the source of {name} is not that of SGLang 0.5.16"
-        assert self.replaced(llama, qwen).left == {("activation of LlamaMLP in its linear layer", reason): 1}
+        assert self.replaced(llama, qwen).left == {("gate_up_proj of LlamaMLP with its activation", reason): 1}
         assert [self.is_gated(mlp) for mlp in (llama, qwen)] == [False, True]
 
     def test_a_subclass(self, args, calls):
@@ -1009,6 +1010,19 @@ class TestGatedMLP:
         assert not self.is_gated(mlp)
         assert [mlp.gate_up_proj.quant_method, mlp.down_proj.quant_method] == methods
 
+    def test_kernels_that_cannot_be_built(self, args, calls, linears, monkeypatch):
+        """Without those that compute both, the linear layer is replaced alone; without any, the report says why."""
+        gemms, mlp = linears.engine_gemms, self.mlp_of("LlamaMLP")
+        only_linear = {gemms.shape_of(mlp.gate_up_proj.weight)}
+        for shapes, count in ((only_linear, 1), (set(), 0)):
+            found = gemms.Selection(shapes, ["it failed"])
+            monkeypatch.setattr(gemms, "select", lambda *weights, found=found: found)
+            mlp = self.mlp_of("LlamaMLP")
+            report = self.replaced(mlp)
+            assert not self.is_gated(mlp)
+            assert report.replaced[("linear layer for up to 64 rows", "it failed")] == count
+            assert report.left == ({} if count else {("linear layers", "it failed"): 2})
+
     @pytest.mark.parametrize("part", ["activations", "linear_layers"])
     def test_parts_that_the_environment_skips(self, args, calls, monkeypatch, part):
         monkeypatch.setenv("JITNORM_PLUGIN_SKIP", part)
@@ -1022,5 +1036,5 @@ class TestGatedMLP:
             assert report.replaced == {("linear layer for up to 64 rows", "what was chosen"): 2}
             assert report.left == {
                 ("SiluAndMul", "JITNORM_PLUGIN_SKIP names activations"): 1,
-                ("activation of LlamaMLP in its linear layer", "SGLang computes the activation"): 1,
+                ("gate_up_proj of LlamaMLP with its activation", "SGLang computes the activation"): 1,
             }

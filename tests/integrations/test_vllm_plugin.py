@@ -410,7 +410,7 @@ def test_norms_and_activations_that_are_left_have_a_reason(config, layers):
     disabled = {"compilation_config": CompilationConfig(custom_ops=["all", "-rms_norm"])}
     assert reasons(RMSNorm(128), **disabled) == "RMSNorm: custom_ops has -rms_norm"
     assert not SiluAndMul.enabled()  # the mode of the configuration is one that compiles
-    assert reasons(silu(config)) == "SiluAndMul: vLLM has not enabled it, and Inductor generates it as fast"
+    assert reasons(silu(config)) == "SiluAndMul: vLLM has not enabled it, and Inductor generates it"
 
 
 def silu(config, approximate=None):
@@ -971,7 +971,7 @@ def test_the_compiled_graph_calls_the_kernels_and_copies_nothing(config, attenti
     assert sorted(report.replaced.values()) == sorted(
         2 * ["Qwen3Attention (norm, rotation and cache store in one launch)"] + 4 * ["RMSNorm"]
     )
-    assert set(report.left.values()) == {"SiluAndMul: vLLM has not enabled it, and Inductor generates it as fast"}
+    assert set(report.left.values()) == {"SiluAndMul: vLLM has not enabled it, and Inductor generates it"}
     hidden, positions, slots = torch.randn(7, HIDDEN), torch.arange(7), torch.arange(20, 27)
     names = [layer.self_attn.attn.layer_name for layer in layers]
     with torch.inference_mode(), reference.forward_context(config, **dict.fromkeys(names, slots)):
@@ -1549,6 +1549,14 @@ class TestGatedMLPs:
         ("mistral", "MistralMLP", "silu", "silu_and_mul"),
         ("gemma3", "Gemma3MLP", "gelu_pytorch_tanh", "gelu_tanh_and_mul"),
     )
+    NOTES = {  # noqa: RUF012
+        "hook of the projection": "their layers have hooks",
+        "hook of the activation": "their layers have hooks",
+        "skipped": "JITNORM_PLUGIN_SKIP names activations",
+        "another source": "the source of vllm.model_executor.models.llama:LlamaMLP.forward is not that of vLLM 0.26.0",
+        "another source of linear layers": "the source of vllm.model_executor.layers.linear:ColumnParallelLinear."
+        "forward is not that of vLLM 0.26.0",
+    }
     pytestmark = needs_vllm
 
     @pytest.fixture(autouse=True)
@@ -1622,6 +1630,16 @@ class TestGatedMLPs:
         compiled = torch.compile(mlp, backend="aot_eager", fullgraph=True)
         assert same_bits(compiled(x), got) and calls == [weight] * 3
 
+    def test_exact_gelu(self, calls):
+        mlp, model = self.made("gemma3", "Gemma3MLP", "gelu_pytorch_tanh")
+        mlp.act_fn.approximate = "none"
+        self.replace(model)
+        assert calls == [(id(mlp.gate_up_proj.weight), "gelu_and_mul")]
+        x = torch.randn(5, 64)
+        gate, up = (x.double() @ mlp.gate_up_proj.weight.double().t()).bfloat16().double().chunk(2, dim=-1)
+        expected = (torch.nn.functional.gelu(gate) * up).bfloat16().double() @ mlp.down_proj.weight.double().t()
+        assert relative_error(mlp(x), expected) <= TOLERANCE[torch.bfloat16]
+
     def test_is_pickled(self):
         mlp, model = self.made()
         self.replace(model)
@@ -1630,9 +1648,10 @@ class TestGatedMLPs:
     @pytest.mark.parametrize(
         "reason",
         ["bias", "hook of the projection", "hook of the activation", "another forward", "custom_ops", "skipped",
-         "gathers", "unequal", "no kernel", "another activation", "not compiled"],
+         "another source", "another source of linear layers", "quantised", "gathers", "unequal", "no kernel",
+         "another activation", "not compiled"],
     )  # fmt: skip
-    def test_others_are_left(self, reason, calls, monkeypatch):
+    def test_others_are_left(self, reason, calls, request, monkeypatch):
         """Their linear layers are replaced alone, if these are candidates."""
         from vllm.model_executor.layers.activation import SiluAndMul
 
@@ -1652,6 +1671,14 @@ class TestGatedMLPs:
             changes["custom_ops"] = ["none", "-silu_and_mul"]
         elif reason == "skipped":
             monkeypatch.setenv(engine_plugins.SKIP, "activations")
+        elif reason.startswith("another source"):
+            part = "MLPs" if "layers" in reason else "LlamaMLP"
+            (function,) = compatibility.FINGERPRINTS[part]
+            monkeypatch.setitem(compatibility.FINGERPRINTS, part, {function: "0" * 16})
+            compatibility.changed.cache_clear()
+            request.addfinalizer(compatibility.changed.cache_clear)
+        elif reason == "quantised":
+            mlp.down_proj.quant_method = object()
         elif reason == "gathers":
             mlp.gate_up_proj.gather_output = True
             mlp.gate_up_proj.tp_size = changes.setdefault(
@@ -1668,6 +1695,7 @@ class TestGatedMLPs:
         original = type(mlp)
         report = self.replace(model, **changes)
         assert type(mlp) is original and not calls and "model.mlp.act_fn" in report.left
+        assert report.notes == ([f"left the activations of MLPs: {self.NOTES[reason]}"] if reason in self.NOTES else [])
         is_candidate = reason not in ("bias", "not compiled")
         alone = "MergedColumnParallelLinear for up to 64 rows" if is_candidate else None
         assert report.replaced.get("model.mlp.gate_up_proj") == alone
@@ -1675,8 +1703,14 @@ class TestGatedMLPs:
     def test_a_kernel_that_cannot_be_built(self, calls, monkeypatch):
         from jitnorm.integrations import engine_gemms
 
-        monkeypatch.setattr(engine_gemms, "select", lambda *weights: engine_gemms.Selection(set(), ["it failed"]))
+        def select(after_norm, others, gated):
+            """As where only the kernels for both failed."""
+            shapes = {engine_gemms.shape_of(weight) for weight in [*others, *(weight for weight, _ in gated)]}
+            return engine_gemms.Selection(shapes, ["it failed"])
+
+        monkeypatch.setattr(engine_gemms, "select", select)
         mlp, model = self.made()
         original = type(mlp)
         report = self.replace(model)
-        assert type(mlp) is original and not report.replaced and report.notes == ["it failed"]
+        assert type(mlp) is original and report.notes == ["it failed"] and "model.mlp.act_fn" in report.left
+        assert report.replaced["model.mlp.gate_up_proj"] == "MergedColumnParallelLinear for up to 64 rows"

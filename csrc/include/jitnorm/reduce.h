@@ -68,7 +68,7 @@ __device__ __forceinline__ void cluster_arrive_relaxed() {
 template <int kBlocks>
 class ClusterSum {
  public:
-  // By all threads of the block, and before one of them calls the function below for the first time, cluster_wait().
+  // All threads of the block must call it. Each must call cluster_wait() before its first sum().
   template <int kSums>
   static __device__ __forceinline__ void init_and_arrive(ClusterSum (&sums)[kSums]) {
     if (threadIdx.x == 0) {
@@ -81,7 +81,8 @@ class ClusterSum {
     cluster_arrive_relaxed();
   }
 
-  // Once. `value` is the same in all threads of a block, and `rank` the block's number in the cluster.
+  // A ClusterSum computes one sum. `value` is the same in all threads of a block, and `rank` the block's number in the
+  // cluster. The wait acquires what was written to the block's own shared memory, as after a TMA copy.
   __device__ __forceinline__ float sum(float value, int rank) {
     const unsigned barrier = address_of(&barrier_);
     if (threadIdx.x == 0)

@@ -115,15 +115,16 @@ constexpr int blocks_per_cluster(int count, int max_of_block) {
 
 // `row_bytes` is that of the wider of input and residual, and `row_read_bytes` that of both. The registers of a block
 // hold 128 KiB of a row, and at most 32 elements a thread, as the compiler keeps floats; a gate after the norm is more
-// of these. A row with a gate before the norm is not staged, as its product needs registers in any case. Two blocks on
-// an SM hide that those of a cluster wait for each other; row and residual of up to 224 KiB take longer so.
+// of these. A row with a gate before the norm is not staged, as its product needs registers in any case. While the
+// blocks of a cluster wait for each other, a second block on their SMs works; but rows of up to 224 KiB with their
+// residual are faster in clusters of two large blocks.
 constexpr LongRow long_row(int hidden_size, int row_bytes, int row_read_bytes, bool has_residual, Gating gating) {
   if (gating == Gating::kNone && row_read_bytes > 128 * 1024) {
     const bool share_sm = !has_residual || row_read_bytes > 224 * 1024;
     const int blocks = blocks_per_cluster(row_read_bytes, (share_sm ? 64 : 128) * 1024);
     const int vectors = (row_bytes / 16 + blocks - 1) / blocks;  // of a block
-    const int per_thread = share_sm ? (vectors + 511) / 512 : 4;
-    return {blocks, min(round_up((vectors + per_thread - 1) / per_thread, 32), 1024), false, share_sm ? 2 : 0};
+    const int per_thread = share_sm ? (vectors + 511) / 512 : max(4, (vectors + 1023) / 1024);
+    return {blocks, round_up((vectors + per_thread - 1) / per_thread, 32), false, share_sm ? 2 : 0};
   }
   const int blocks = max(blocks_per_cluster(row_read_bytes, 128 * 1024), blocks_per_cluster(hidden_size, 32 * 1024));
   const bool fits_registers = blocks == 1 && gating != Gating::kAfterNorm;
@@ -243,7 +244,7 @@ struct RMSNormKernelBase : S {
   // LayerNorm does so in a large grid: in another one its latency would suffer.
   static constexpr bool kReadsFactorsLate =
       Policy::kSubtractsMean || kSharesSM || kFillsRegisters || S::kBlocksPerSM > 1;
-  // 64 KiB of rows in flight on an SM keep memory busy; the kernels of clusters need too many registers for it. Where
+  // 64 KiB of rows in flight on an SM keep memory busy; clusters of large blocks need too many registers for it. Where
   // blocks are large, kMinBlocksPerSM limits registers for that, as far as a thread's vectors of row, residual and
   // weight allow. Small blocks fit an SM in any case.
   static constexpr int kRegistersPerThread = (4 * kVectorsPerThread + 12) * kElementsPerVector *

@@ -122,8 +122,8 @@ class Selection(NamedTuple):
     """What `select` found.
 
     Attributes:
-        shapes: `shape_of` the weights for which there is another GEMM than torch's, whether or not one is faster, and
-            the kernel of the activation.
+        shapes: `shape_of` the weights for which there is another GEMM than torch's, whether or not it is faster, and,
+            with an activation, whose activation's kernel was built too.
         notes: what was chosen, and what could not be built, in words.
     """
 
@@ -145,7 +145,8 @@ def select(
         after_norm: candidates that multiply the result of a norm of this package, such as QKV projections. These norms
             let the GEMM after them be launched before they have ended, which kernels of few_rows.py use.
         others: candidates before a norm, such as output and down projections.
-        gated: candidates after a norm for `gated_linear`, and the activation of each, a key of ACTIVATIONS.
+        gated: candidates after a norm for `gated_linear`, and the activation of each, a key of ACTIVATIONS. Where a
+            kernel that this needs cannot be built, they count as `after_norm`.
     """
     by_shape: dict[Shape, list[torch.Tensor]] = {}
     shapes_of_others = set()
@@ -165,15 +166,19 @@ def select(
     of_activations = {shape: spec for shape in kernels if (spec := _spec_of_activation(shape)) is not None}
     failures = build_and_load([*specs.values(), *of_activations.values()])
     found = Selection(set(), [f"{spec.name}: {why}" for spec, why in failures.items()])
+    not_gated: list[torch.Tensor] = []
     for shape, same in by_shape.items():
-        if of_activations.get(shape) in failures:
-            continue
         built = [each for each in kernels[shape] if specs[shape, each] not in failures]
+        if shape.activation and (not built or of_activations[shape] in failures):
+            not_gated += same
+            continue
         try:
             if not (gemms := _candidates(same[0], built, shape.activation)):
                 continue
             found.shapes.add(shape)
             keys = {each.name: specs[shape, each].key for each in built}
+            if shape.activation:
+                keys[shape.activation] = of_activations[shape].key
             rows_by_name = _read_or_choose(gemms, keys, same, shape not in shapes_of_others, shape.activation)
         except RuntimeError as error:  # out of memory, for instance: torch's GEMM stays
             logger.debug("no GEMM was timed for %s: %s", shape, error)
@@ -181,6 +186,10 @@ def select(
         _chosen[shape] = {rows: gemms[name] for name, counts in rows_by_name.items() for rows in counts}
         chosen = [f"{name} for {', '.join(map(str, counts))}" for name, counts in rows_by_name.items() if counts]
         found.notes.append(f"{_in_words(shape)}, numbers of rows: {'; '.join(chosen) or 'none'}")
+    if not_gated:
+        more = select([weight for weight in not_gated if is_candidate(weight)], [])
+        found.shapes.update(more.shapes)
+        found.notes.extend(more.notes)
     return found
 
 
@@ -219,7 +228,7 @@ def gated_linear(
         out: `[..., d]`, contiguous, written. Allocated if None.
     """
     result = _by_chosen_gemm(x, weight, activation, out)
-    return ACTIVATIONS[activation].run(F.linear(x, weight), out) if result is None else result
+    return ACTIVATIONS[activation].run(linear(x, weight), out) if result is None else result
 
 
 def _by_chosen_gemm(
@@ -264,7 +273,7 @@ def _read_or_choose(
     after_norm: bool,
     activation: str | None,
 ) -> dict[str, list[int]]:
-    """Return the cached choice, or time the GEMMs and cache it. `keys` are those of the kernels."""
+    """Return the cached choice, or time the GEMMs and cache it. `keys` are those of kernels, also the activation's."""
     shape = shape_of(weights[0], activation)
     # They are read in turns, as a model does, so that they are not in the L2.
     weights = weights[: max(2, -(-_MAX_TIMED_BYTES // weights[0].nbytes))]
@@ -277,6 +286,7 @@ def _read_or_choose(
         driver=driver_version(),
         libraries=f"torch {torch.__version__}, cuBLASLt {cublaslt.library_version()}",
         candidates={name: keys.get(name, "") for name in gemms},
+        activation=keys[activation] if activation else "",
         code=_hash_of_code(),
     )
     rows = gemm_choices.read(choice)

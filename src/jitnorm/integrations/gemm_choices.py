@@ -31,6 +31,7 @@ class Choice:
         libraries: the versions of torch and cuBLASLt, which torch's GEMM calls.
         candidates: the other GEMMs by name, with the keys of kernels.
         code: a hash of the code that chooses, and that calls cuBLASLt.
+        activation: the key of the kernel that follows torch's GEMM, or nothing.
         rows: for each candidate, the numbers of rows for which it is the fastest.
     """
 
@@ -42,6 +43,7 @@ class Choice:
     libraries: str
     candidates: dict[str, str]
     code: str
+    activation: str
     rows: dict[str, list[int]] = field(default_factory=dict)
 
     @property

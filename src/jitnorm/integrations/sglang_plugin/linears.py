@@ -88,29 +88,36 @@ def replace(runner: Any, report: Report) -> None:
     ]
     mlps, problems = _find_mlps(runner.model, suitable)
     in_mlps = {id(mlp.gate_up_proj) for mlp, _ in mlps}
-    modules = [each for each in suitable if id(each) not in in_mlps and engine_gemms.is_candidate(each.weight)]
+    modules = [each for each in suitable if engine_gemms.is_candidate(each.weight)]
     if not modules and not mlps:
         return
     if reason := reason_to_skip("linear_layers") or source_problem("linear layers"):
-        report.left["linear layers", reason] += len(modules) + len(mlps)
+        report.left["linear layers", reason] += len(modules)
         return
     for name, problem in problems:
-        report.left[f"activation of {name} in its linear layer", problem] += 1
+        report.left[f"gate_up_proj of {name} with its activation", problem] += 1
+    others = [module for module in modules if id(module) not in in_mlps]
     selection = engine_gemms.select(
-        [module.weight for module in modules if type(module) in _AFTER_NORM],
-        [module.weight for module in modules if type(module) not in _AFTER_NORM],
+        [module.weight for module in others if type(module) in _AFTER_NORM],
+        [module.weight for module in others if type(module) not in _AFTER_NORM],
         [(mlp.gate_up_proj.weight, activation) for mlp, activation in mlps],
     )
     by = "; ".join(selection.notes)
     rows = f"for up to {engine_gemms.ROWS[-1]} rows"
-    for module in modules:
-        if engine_gemms.shape_of(module.weight) in selection.shapes:
-            module.quant_method = JitnormLinearMethod()
-            report.replaced[f"linear layer {rows}", by] += 1
+    gated = set()
     for mlp, activation in mlps:
         if engine_gemms.shape_of(mlp.gate_up_proj.weight, activation) in selection.shapes:
             _replace_forward(mlp, activation)
+            gated.add(id(mlp.gate_up_proj))
             report.replaced[f"linear layer with its activation {rows}", by] += 1
+    for module in modules:
+        if id(module) in gated:
+            continue
+        if engine_gemms.shape_of(module.weight) in selection.shapes:
+            module.quant_method = JitnormLinearMethod()
+            report.replaced[f"linear layer {rows}", by] += 1
+    if by and not selection.shapes:  # no kernel could be built
+        report.left["linear layers", by] += len(modules)
 
 
 def _find_mlps(model: torch.nn.Module, linears: Sequence[Any]) -> tuple[list[tuple[Any, str]], list[tuple[str, str]]]:

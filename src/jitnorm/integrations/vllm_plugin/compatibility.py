@@ -111,12 +111,20 @@ FINGERPRINTS: dict[str, dict[str, str]] = {
         f"{_LAYERS}.utils:dispatch_unquantized_gemm": "45a8acccf97c8ea7",
         f"{_LAYERS}.utils:default_unquantized_gemm": "046576d5cfcb9a40",
     },
-    "mlps": {
-        f"{_MODELS}.qwen2:Qwen2MLP.forward": "ab63fe100a57275b",
-        f"{_MODELS}.llama:LlamaMLP.forward": "c53e9215b55cc875",
-        f"{_MODELS}.mistral:MistralMLP.forward": "c53e9215b55cc875",
-        f"{_MODELS}.gemma3:Gemma3MLP.forward": "7e00f1ca2e2334a8",
+    "MLPs": {
         f"{_LAYERS}.linear:ColumnParallelLinear.forward": "308fabe081224a58",
+    },
+    "Qwen2MLP": {
+        f"{_MODELS}.qwen2:Qwen2MLP.forward": "ab63fe100a57275b",
+    },
+    "LlamaMLP": {
+        f"{_MODELS}.llama:LlamaMLP.forward": "c53e9215b55cc875",
+    },
+    "MistralMLP": {
+        f"{_MODELS}.mistral:MistralMLP.forward": "c53e9215b55cc875",
+    },
+    "Gemma3MLP": {
+        f"{_MODELS}.gemma3:Gemma3MLP.forward": "7e00f1ca2e2334a8",
     },
     "batch-invariant mode": {
         f"{_LAYERS}.batch_invariant:linear_batch_invariant": "564858b3b35a0e8b",

@@ -2,8 +2,8 @@
 
 vLLM disables these operators in compiled mode, so that Inductor generates them from `forward_native`. Inductor's norms
 take longer than the kernels here, so the norms override `forward_native` too: a compiled model calls the kernels
-whatever `custom_ops` says. Its activations are as fast, so the activations override `forward_cuda` alone, which vLLM
-calls where the operator is enabled: in eager mode, or by `custom_ops`.
+whatever `custom_ops` says. Its activations are about as fast, so the activations override `forward_cuda` alone, which
+vLLM calls where the operator is enabled: in eager mode, or by `custom_ops`. mlps.py replaces them together with GEMMs.
 
 A subclass computes what its base does until `activate` has found that a kernel supports the module.
 
@@ -168,7 +168,7 @@ def reason_to_leave(module: Any, dtype: torch.dtype) -> str | None:
     """Return why no kernel serves a module of one of CLASSES for inputs of a dtype, or None."""
     if not isinstance(module, NORM_CLASSES):
         is_enabled = getattr(module._forward_method, "__func__", None) is type(module).forward_cuda
-        return None if is_enabled else "vLLM has not enabled it, and Inductor generates it as fast"
+        return None if is_enabled else "vLLM has not enabled it, and Inductor generates it"
     if isinstance(module, JitnormRMSNorm) and module.variance_size_override is not None:
         return "it normalises by a part of the hidden size"
     if module.weight.dtype not in (dtype, torch.float32):

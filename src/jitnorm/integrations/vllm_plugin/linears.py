@@ -54,18 +54,20 @@ def replace(model: torch.nn.Module, config: Any, report: Report) -> None:
         for name, module in model.named_modules()
         if module in compiled and type(module) in _CLASSES and _is_candidate(module, ranks)
     }
-    gated = [*mlps.find(model, {*candidates.values()}, config)]
-    for mlp in gated:
-        del candidates[f"{mlp.name}.gate_up_proj"]
+    gated, problems = mlps.find(model, {*candidates.values()}, config)
+    report.notes.extend(f"left the activations of MLPs: {problem}" for problem in problems)
+    in_mlps = {mlp.module.gate_up_proj for mlp in gated}
+    others = [module for module in candidates.values() if module not in in_mlps]
     selection = engine_gemms.select(
-        [module.weight for module in candidates.values() if type(module) in _AFTER_NORM],
-        [module.weight for module in candidates.values() if type(module) not in _AFTER_NORM],
+        [module.weight for module in others if type(module) in _AFTER_NORM],
+        [module.weight for module in others if type(module) not in _AFTER_NORM],
         [(mlp.module.gate_up_proj.weight, mlp.activation) for mlp in gated],
     )
     for mlp in gated:
         projection, act_fn = mlp.module.gate_up_proj, mlp.module.act_fn
         if engine_gemms.shape_of(projection.weight, mlp.activation) in selection.shapes:
             mlps.replace(mlp)
+            del candidates[f"{mlp.name}.gate_up_proj"]
             what = f"{type(projection).__name__} with {mlp.activation} for up to {engine_gemms.ROWS[-1]} rows"
             report.replaced[f"{mlp.name}.gate_up_proj"] = what
             report.left.pop(f"{mlp.name}.act_fn", None)

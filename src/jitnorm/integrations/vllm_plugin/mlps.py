@@ -5,12 +5,12 @@ Without it Inductor generates the activation, as a kernel between two GEMMs that
 
 # No `from __future__ import annotations`: infer_schema reads the annotations of the operator.
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from typing import Any, NamedTuple
 
 import torch
 from vllm.model_executor.layers.activation import GeluAndMul, SiluAndMul
-from vllm.model_executor.layers.linear import MergedColumnParallelLinear
+from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 
 from jitnorm.activation import GELU_AND_MUL, GELU_TANH_AND_MUL, SILU_AND_MUL
 from jitnorm.integrations import engine_gemms
@@ -18,8 +18,13 @@ from jitnorm.integrations.engine_plugins import reason_to_skip
 from jitnorm.integrations.vllm_plugin import compatibility
 from jitnorm.integrations.vllm_plugin.layers import JitnormGeluAndMul, JitnormSiluAndMul
 
-# The forwards that are known. Classes that inherit one are replaced too.
-_FORWARDS = frozenset(name for name in compatibility.FINGERPRINTS["mlps"] if name.endswith("MLP.forward"))
+# The part of `compatibility.FINGERPRINTS` of each forward that is known. Classes that inherit one are replaced too.
+_FORWARDS = {
+    "vllm.model_executor.models.qwen2:Qwen2MLP.forward": "Qwen2MLP",
+    "vllm.model_executor.models.llama:LlamaMLP.forward": "LlamaMLP",
+    "vllm.model_executor.models.mistral:MistralMLP.forward": "MistralMLP",
+    "vllm.model_executor.models.gemma3:Gemma3MLP.forward": "Gemma3MLP",
+}
 
 
 class GatedMLP(NamedTuple):
@@ -36,35 +41,48 @@ class GatedMLP(NamedTuple):
     activation: str
 
 
-def find(model: torch.nn.Module, candidates: Collection[torch.nn.Module], config: Any) -> Iterator[GatedMLP]:
-    """Yield the MLPs of a model that the operator can compute.
+def find(
+    model: torch.nn.Module, candidates: Collection[torch.nn.Module], config: Any
+) -> tuple[list[GatedMLP], list[str]]:
+    """Return the MLPs of a model that the operator can compute, and why others with a known forward are left.
 
     Args:
         model: A loaded model.
         candidates: Linear layers that the plugin may replace.
         config: vLLM's configuration.
     """
-    if reason_to_skip("activations") or compatibility.changed("activations") or compatibility.changed("mlps"):
-        return
+    found: list[GatedMLP] = []
+    problems: dict[str, None] = {}  # in order, and each once
     for name, module in model.named_modules():
         forward = type(module).forward
-        if f"{forward.__module__}:{forward.__qualname__}" not in _FORWARDS:
+        part = _FORWARDS.get(f"{forward.__module__}:{forward.__qualname__}")
+        if part is None:
             continue
         projection: Any = module.gate_up_proj
         act_fn: Any = module.act_fn
+        down_proj: Any = module.down_proj
         activation = _activation_of(act_fn)
         if (
-            activation is not None
-            and projection in candidates
-            and type(projection) is MergedColumnParallelLinear
-            and len(projection.output_sizes) == 2
-            and projection.output_sizes[0] == projection.output_sizes[1]
-            and not (projection.gather_output and projection.tp_size > 1)
-            and f"-{act_fn.name}" not in config.compilation_config.custom_ops
-            and not (_has_hooks(projection) or _has_hooks(act_fn))
-            and engine_gemms.is_candidate(projection.weight, activation)
+            activation is None
+            or projection not in candidates
+            or projection.output_sizes[0] != projection.output_sizes[1]
+            or (projection.gather_output and projection.tp_size > 1)
+            or type(down_proj.quant_method) is not UnquantizedLinearMethod  # Inductor may quantise the activation
+            or f"-{act_fn.name}" in config.compilation_config.custom_ops
+            or not engine_gemms.is_candidate(projection.weight, activation)
         ):
-            yield GatedMLP(name, module, activation)
+            continue
+        if problem := (
+            reason_to_skip("activations")
+            or compatibility.changed("activations")
+            or compatibility.changed("MLPs")
+            or compatibility.changed(part)
+            or ("their layers have hooks" if _has_hooks(projection) or _has_hooks(act_fn) else None)
+        ):
+            problems[problem] = None
+        else:
+            found.append(GatedMLP(name, module, activation))
+    return found, [*problems]
 
 
 def _activation_of(act_fn: Any) -> str | None:
