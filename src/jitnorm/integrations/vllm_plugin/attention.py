@@ -14,6 +14,7 @@ from vllm.model_executor.layers.attention.attention import get_attention_context
 from vllm.utils.torch_utils import LayerNameType, _encode_layer_name, _resolve_layer_name
 
 from jitnorm.integrations.vllm_plugin.fusion import Fusion, norms_of
+from jitnorm.integrations.vllm_plugin.operators import define
 from jitnorm.qknorm_rope_store import (
     E4M3,
     qk_norm_rope_store,
@@ -81,18 +82,7 @@ def _fake(
     return qkv.new_empty((qkv.shape[0], num_heads, head_dim), dtype=E4M3 if quantises_q else None)
 
 
-def _define() -> torch.library.Library:
-    """Define the operator. `torch.library.custom_op` would cost the host more in each call."""
-    library = torch.library.Library("jitnorm_vllm", "FRAGMENT")
-    name = OPERATOR.partition("::")[2]
-    library.define(name + torch.library.infer_schema(_run, mutates_args=[]))
-    for key in ("CPU", "CUDA"):
-        library.impl(name, _run, key)
-    library._register_fake(name, _fake)
-    return library
-
-
-_library = _define()  # its operators exist as long as it does
+define(OPERATOR.partition("::")[2], _run, _fake)
 
 
 class _FusedAttention(torch.nn.Module):

@@ -14,6 +14,7 @@ import torch
 from jitnorm.batch_invariant.matmul.gemm import bmm, mm
 from jitnorm.batch_invariant.reductions.rms_norm import rms_norm
 from jitnorm.batch_invariant.reductions.softmax_mean import aten_mean, aten_softmax
+from jitnorm.integrations.vllm_plugin.operators import define
 
 
 def is_mode_requested() -> bool:
@@ -130,15 +131,6 @@ def _mean(
     return aten_mean(input, dim, keepdim, dtype)
 
 
-def _define() -> torch.library.Library:
-    """Define the operators for compiled graphs: GEMMs choose their backends when they run."""
-    library = torch.library.Library("jitnorm_vllm", "FRAGMENT")
-    for name, function, fake in (("linear", _linear, _linear_fake), ("bmm", _bmm, _bmm_fake)):
-        library.define(name + torch.library.infer_schema(function, mutates_args=[]))
-        for key in ("CPU", "CUDA"):
-            library.impl(name, function, key)
-        library._register_fake(name, fake)
-    return library
-
-
-_library = _define()  # its operators exist as long as it does
+# GEMMs choose their backends when they run.
+define("linear", _linear, _linear_fake)
+define("bmm", _bmm, _bmm_fake)

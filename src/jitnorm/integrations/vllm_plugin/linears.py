@@ -17,6 +17,7 @@ from vllm.model_executor.layers.linear import (
 from jitnorm.integrations import engine_gemms
 from jitnorm.integrations.engine_plugins import reason_to_skip
 from jitnorm.integrations.vllm_plugin import batch_invariant_mode, compatibility, mlps
+from jitnorm.integrations.vllm_plugin.operators import define
 from jitnorm.integrations.vllm_plugin.report import Report
 from jitnorm.jit.log import logger
 
@@ -173,13 +174,4 @@ def _fake(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     return x.new_empty(*x.shape[:-1], weight.shape[0])
 
 
-def _define() -> torch.library.Library:
-    library = torch.library.Library("jitnorm_vllm", "FRAGMENT")
-    library.define("linear_of_few_rows" + torch.library.infer_schema(_run, mutates_args=[]))
-    for key in ("CUDA", "CPU"):
-        library.impl("linear_of_few_rows", _run, key)
-    library._register_fake("linear_of_few_rows", _fake)
-    return library
-
-
-_library = _define()  # its operator exists as long as it does
+define("linear_of_few_rows", _run, _fake)

@@ -17,6 +17,7 @@ from jitnorm.integrations import engine_gemms
 from jitnorm.integrations.engine_plugins import reason_to_skip
 from jitnorm.integrations.vllm_plugin import compatibility
 from jitnorm.integrations.vllm_plugin.layers import JitnormGeluAndMul, JitnormSiluAndMul
+from jitnorm.integrations.vllm_plugin.operators import define
 
 # The part of `compatibility.FINGERPRINTS` of each forward that is known. Classes that inherit one are replaced too.
 _FORWARDS = {
@@ -134,13 +135,4 @@ def _fake(x: torch.Tensor, weight: torch.Tensor, activation: str) -> torch.Tenso
     return x.new_empty(*x.shape[:-1], weight.shape[0] // 2)
 
 
-def _define() -> torch.library.Library:
-    library = torch.library.Library("jitnorm_vllm", "FRAGMENT")
-    library.define("gated_linear_of_few_rows" + torch.library.infer_schema(_run, mutates_args=[]))
-    for key in ("CUDA", "CPU"):
-        library.impl("gated_linear_of_few_rows", _run, key)
-    library._register_fake("gated_linear_of_few_rows", _fake)
-    return library
-
-
-_library = _define()  # its operator exists as long as it does
+define("gated_linear_of_few_rows", _run, _fake)
