@@ -31,6 +31,23 @@ def on_a_gpu(monkeypatch):
     monkeypatch.setattr(engine_gemms.cublaslt, "library_version", lambda: 130100)
 
 
+@pytest.fixture
+def built_kernel(monkeypatch):
+    """Return a kernel for projection and activation that counts as built."""
+
+    class Kernel:
+        name, key = "a kernel", "0123"
+
+        def spec_of(self, weight, activation):
+            return self
+
+    kernel, build_and_load = Kernel(), engine_gemms.build_and_load
+    monkeypatch.setattr(
+        engine_gemms, "build_and_load", lambda specs: build_and_load([spec for spec in specs if spec is not kernel])
+    )
+    return kernel
+
+
 def choose(monkeypatch, weight, rows):
     """Choose a GEMM that writes twice the product for numbers of rows. Return the shapes that it was called with."""
     calls = []
@@ -212,7 +229,7 @@ def test_the_fastest_is_chosen(monkeypatch, after_norm):
 
 
 @pytest.mark.usefixtures("on_a_gpu")
-def test_gated_gemms_are_timed_beside_the_product_and_the_activation(monkeypatch):
+def test_gated_gemms_are_timed_beside_the_product_and_the_activation(built_kernel, monkeypatch):
     """Between a norm and a kernel of torch; the product alone is another choice."""
     weight, measured = torch.randn(64, 128), []
 
@@ -229,20 +246,11 @@ def test_gated_gemms_are_timed_beside_the_product_and_the_activation(monkeypatch
         measured.append(gemm)
         return 0.5 if gemm is by_kernel and len(x) <= 2 else 1.0
 
-    class Kernel:
-        name, key = "a kernel", "0123"
-
-        def spec_of(self, weight, activation):
-            return self
-
-    by_kernel, build_and_load = gemm, engine_gemms.build_and_load
-    monkeypatch.setattr(
-        engine_gemms, "build_and_load", lambda specs: build_and_load([s for s in specs if not isinstance(s, Kernel)])
-    )
+    by_kernel = gemm
     monkeypatch.setattr(
         engine_gemms, "_candidates", lambda weight, kernels, activation: {"a kernel": gemm} if activation else {}
     )
-    monkeypatch.setattr(engine_gemms, "_kernels_for", lambda weight, activation: [Kernel()] if activation else [])
+    monkeypatch.setattr(engine_gemms, "_kernels_for", lambda weight, activation: [built_kernel] * bool(activation))
     # A target of the CPU: the activation's kernel is built for it.
     monkeypatch.setattr(engine_gemms, "cuda_target", lambda index: Target("cpu"))
     monkeypatch.setattr(engine_gemms, "_seconds", measure)
@@ -254,11 +262,12 @@ def test_gated_gemms_are_timed_beside_the_product_and_the_activation(monkeypatch
 
 
 @pytest.mark.usefixtures("on_a_gpu")
-def test_without_the_kernel_of_the_activation(monkeypatch):
+def test_without_the_kernel_of_the_activation(built_kernel, monkeypatch):
     """More rows than are timed would have none."""
+
     monkeypatch.setattr(engine_gemms, "cuda_target", lambda index: Target.cuda("9.0a"))
     monkeypatch.setenv("JITNORM_DISABLE_JIT", "1")
-    monkeypatch.setattr(engine_gemms, "_kernels_for", lambda weight, activation: [])
+    monkeypatch.setattr(engine_gemms, "_kernels_for", lambda weight, activation: [built_kernel])
     monkeypatch.setattr(engine_gemms, "_candidates", lambda *arguments: {"a kernel": engine_gemms._mm})
     monkeypatch.setattr(engine_gemms, "is_candidate", lambda weight: False)
     shapes, (said,) = engine_gemms.select([], [], [(torch.randn(64, 128, dtype=BF16), "gelu_and_mul")])

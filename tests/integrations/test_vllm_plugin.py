@@ -1571,6 +1571,7 @@ class TestGatedMLPs:
             self.others = [id(weight) for weight in (*after_norm, *others)]
             shapes = {engine_gemms.shape_of(weight) for weight in (*after_norm, *others)}
             shapes |= {engine_gemms.shape_of(*each) for each in gated}
+            shapes |= {engine_gemms.shape_of(weight) for weight, _ in gated}  # as if another layer had this shape
             return engine_gemms.Selection(shapes, [])
 
         def call(x, weight, activation, out=None):
