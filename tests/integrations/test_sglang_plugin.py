@@ -6,6 +6,7 @@ test_sglang_engine.py runs its ModelRunner.
 
 from __future__ import annotations
 
+import copy
 import functools
 import importlib
 import re
@@ -934,6 +935,14 @@ class TestGatedMLP:
         self.replaced(mlp)
         mlp.gate_up_proj.weight = torch.nn.Parameter(torch.zeros_like(mlp.gate_up_proj.weight))
         assert not mlp(x).any()
+
+    def test_a_copy_has_weights_of_its_own(self, args, calls):
+        mlp, x = self.mlp_of("LlamaMLP"), inputs(TOKENS, 64)
+        self.replaced(mlp)
+        other = copy.deepcopy(mlp)
+        other.gate_up_proj.weight.data.zero_()
+        assert not other(x).any()
+        assert mlp(x).any()
 
     @pytest.mark.parametrize(
         ("change", "reason"),

@@ -1642,9 +1642,14 @@ class TestGatedMLPs:
         assert relative_error(mlp(x), expected) <= TOLERANCE[torch.bfloat16]
 
     def test_is_pickled(self):
+        """Beside a class with the same name, too."""
         mlp, model = self.made()
-        self.replace(model)
-        assert pickle.loads(pickle.dumps(type(mlp))) is type(mlp)
+        other, model_of_other = self.made()
+        other.__class__ = type(type(other).__name__, (type(other),), {"__module__": "another.package"})
+        for each, parent in ((mlp, model), (other, model_of_other)):
+            self.replace(parent)
+            assert type(each) is pickle.loads(pickle.dumps(type(each)))
+        assert type(mlp) is not type(other) and isinstance(other, type(mlp)._jitnorm_original)
 
     @pytest.mark.parametrize(
         "reason",

@@ -5,6 +5,7 @@ In an MLP whose forward is known, the projection to gate and up is computed toge
 
 from __future__ import annotations
 
+import types
 from collections.abc import Sequence
 from typing import Any
 
@@ -156,12 +157,13 @@ def _problem(mlp: Any) -> str | None:
 
 def _replace_forward(mlp: Any, activation: str) -> None:
     """Let the forward of an MLP call the layers of GatedMLP where graphs are captured."""
-    original, gated = type(mlp).forward, GatedMLP(mlp, activation)
+    mlp.jitnorm_activation = activation
+    mlp.forward = types.MethodType(_forward, mlp)  # a copy of the module gets its own
 
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        return original(gated if _is_capturing() else mlp, *args, **kwargs)
 
-    mlp.forward = forward
+def _forward(mlp: Any, *args: Any, **kwargs: Any) -> Any:
+    layers = GatedMLP(mlp, mlp.jitnorm_activation) if _is_capturing() else mlp
+    return type(mlp).forward(layers, *args, **kwargs)
 
 
 def _is_capturing() -> bool:

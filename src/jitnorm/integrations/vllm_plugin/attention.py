@@ -13,6 +13,7 @@ import torch
 from vllm.model_executor.layers.attention.attention import get_attention_context
 from vllm.utils.torch_utils import LayerNameType, _encode_layer_name, _resolve_layer_name
 
+from jitnorm.integrations.vllm_plugin.classes import replace_class
 from jitnorm.integrations.vllm_plugin.fusion import Fusion, norms_of
 from jitnorm.integrations.vllm_plugin.operators import define
 from jitnorm.qknorm_rope_store import (
@@ -127,16 +128,8 @@ class _FusedAttention(torch.nn.Module):
         return result  # type: ignore[no-any-return]
 
 
-_classes: dict[type[Any], type[Any]] = {}
-
-
 def replace(module: Any, fusion: Fusion) -> None:
-    """Change a module's class to one that makes the launch. Its parameters, hooks and position stay."""
-    original = type(module)
-    if original not in _classes:
-        attributes = {"_jitnorm_original": original, "__module__": __name__, "__doc__": original.__doc__}
-        _classes[original] = cls = type(f"Jitnorm{original.__name__}", (_FusedAttention, original), attributes)
-        globals()[cls.__name__] = cls  # where pickle looks for it
+    """Change a module's class to one that makes the launch."""
     module.attn.jitnorm_fusion = fusion
     module._jitnorm_has_norms = norms_of(module) is not None
-    module.__class__ = _classes[original]
+    replace_class(module, _FusedAttention)

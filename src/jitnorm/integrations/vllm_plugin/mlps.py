@@ -16,6 +16,7 @@ from jitnorm.activation import GELU_AND_MUL, GELU_TANH_AND_MUL, SILU_AND_MUL
 from jitnorm.integrations import engine_gemms
 from jitnorm.integrations.engine_plugins import reason_to_skip
 from jitnorm.integrations.vllm_plugin import compatibility
+from jitnorm.integrations.vllm_plugin.classes import replace_class
 from jitnorm.integrations.vllm_plugin.layers import JitnormGeluAndMul, JitnormSiluAndMul
 from jitnorm.integrations.vllm_plugin.operators import define
 
@@ -113,18 +114,10 @@ class _FusedMLP(torch.nn.Module):
         return x
 
 
-_classes: dict[type[Any], type[Any]] = {}
-
-
 def replace(mlp: GatedMLP) -> None:
-    """Change an MLP's class to one that calls the operator. Its parameters, hooks and position stay."""
-    original = type(mlp.module)
-    if original not in _classes:
-        attributes = {"_jitnorm_original": original, "__module__": __name__, "__doc__": original.__doc__}
-        _classes[original] = cls = type(f"Jitnorm{original.__name__}", (_FusedMLP, original), attributes)
-        globals()[cls.__name__] = cls  # where pickle looks for it
+    """Change an MLP's class to one that calls the operator."""
     mlp.module._jitnorm_activation = mlp.activation
-    mlp.module.__class__ = _classes[original]
+    replace_class(mlp.module, _FusedMLP)
 
 
 def _run(x: torch.Tensor, weight: torch.Tensor, activation: str) -> torch.Tensor:
