@@ -868,8 +868,8 @@ class TestGatedMLP:
         """Return a real MLP of one process, whose down_proj records its arguments after the first."""
         from sglang.srt.runtime_context import get_parallel
 
-        linears = importlib.import_module("jitnorm.integrations.sglang_plugin.linears")
-        (owner,) = (owner for owner, cls in linears.MLP_CLASSES if cls == name)
+        mlps = importlib.import_module("jitnorm.integrations.sglang_plugin.mlps")
+        (owner,) = (owner for owner, cls in mlps.MLP_CLASSES if cls == name)
         activation = "gelu_pytorch_tanh" if name.startswith("Gemma") else "silu"
         with get_parallel().override(tp_size=1, tp_rank=0):
             mlp = getattr(importlib.import_module(owner), name)(64, 96, activation).to(DEVICE)

@@ -1,5 +1,6 @@
-// exp, reciprocal and sigmoid on CUDA, as accurate as the type of the result needs them. Device code, included by
-// rms_row.h, elementwise/activation.cuh and the kernel classes of gemm/few_rows.h.
+// The arithmetic of activations on CUDA: exp, reciprocal and sigmoid, as accurate as the type of the result needs them,
+// and formulas of vectors. Device code, included by rms_row.h, elementwise/activation.cuh and the kernel classes of
+// gemm/few_rows.h.
 #pragma once
 #include "jitnorm/vector.h"
 

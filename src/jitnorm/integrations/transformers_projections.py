@@ -70,8 +70,8 @@ def gated_linear(x: torch.Tensor, linears: Sequence[torch.nn.Linear], activation
         activation: the name of the operator that computes the activation and the product.
 
     Returns:
-        `[..., out_features]` where the result becomes part of a CUDA graph, the weights are plain parameters and slices
-        of one tensor, there is no bias, and that operator can be the epilogue of the GEMM.
+        `[..., out_features]` where the result becomes part of a CUDA graph, the modules are without biases, their
+        weights are plain parameters and slices of one tensor, and that operator can be the epilogue of the GEMM.
     """
     if not _is_captured(x) or any(linear._parameters["bias"] is not None for linear in linears):
         return None

@@ -1,4 +1,4 @@
-"""Make the classes that replaced modules of vLLM have: one of the plugin's, before vLLM's own."""
+"""Give replaced modules of vLLM a class whose bases are one of the plugin's and vLLM's own."""
 
 from __future__ import annotations
 
