@@ -9,6 +9,7 @@
 #include "jitnorm/cuda_kernel.h"
 #include "jitnorm/device_math.h"
 #include "jitnorm/grid.h"
+#include "jitnorm/tensor_core.h"
 #include "jitnorm/vector.h"
 
 namespace jitnorm {
@@ -72,8 +73,8 @@ struct FewRowsGemmKernel : DefaultVariantOnly {
 #pragma unroll
         for (int h = 0; h < 2; h++) {
           const uint4& b = w[i % kStepsAhead][t][h];
-          multiply(sum[t], r[0][h].x, r[1][h].x, r[0][h].y, r[1][h].y, b.x, b.y);
-          multiply(sum[t], r[0][h].z, r[1][h].z, r[0][h].w, r[1][h].w, b.z, b.w);
+          multiply<T>(sum[t], r[0][h].x, r[1][h].x, r[0][h].y, r[1][h].y, b.x, b.y);
+          multiply<T>(sum[t], r[0][h].z, r[1][h].z, r[0][h].w, r[1][h].w, b.z, b.w);
         }
       if (i + kStepsAhead < kStepsPerWarp) load_weight(weight, i + kStepsAhead, w[i % kStepsAhead]);
     }
@@ -132,22 +133,6 @@ struct FewRowsGemmKernel : DefaultVariantOnly {
         if (r == 0 ? has_low : has_high)
           load_access(to[r][h], reinterpret_cast<const uint4*>(x + r * 8 * stride + step * kWarps * kStep + h * 32));
       }
-  }
-
-  // sum += a b for a matrix a of 16 rows and a matrix b of 8 columns. Which element of k is which does not matter, as
-  // long as it is the same in both.
-  static __device__ __forceinline__ void multiply(float (&sum)[4], unsigned a0, unsigned a1, unsigned a2, unsigned a3,
-                                                  unsigned b0, unsigned b1) {
-    if constexpr (kIsBf16<T>)
-      asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
-          "{%0, %1, %2, %3};"
-          : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
-          : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
-    else
-      asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
-          "{%0, %1, %2, %3};"
-          : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
-          : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
   }
 };
 

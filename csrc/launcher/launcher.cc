@@ -1,6 +1,7 @@
 // The host part of all CUDA kernels: one library for every cubin, built once and shipped in the wheel. A kernel's
 // description (kernel_info.h) comes with its cubin, so that nothing here depends on a size, a dtype or a schedule. It
 // uses only the C ABI of tvm-ffi.
+#include "attention/decode_attention.h"
 #include "elementwise/activation.h"
 #include "elementwise/dual_rmsnorm.h"
 #include "elementwise/qknorm.h"
@@ -108,6 +109,7 @@ constexpr Binding kBindings[] = {
     binding<QuantFp8Info, per_token_quant_fp8<CudaKernel<QuantFp8Info>>>("per_token_quant_fp8"),
     binding<FewRowsGemmInfo, few_rows_gemm<CudaKernel<FewRowsGemmInfo>>>("few_rows_gemm"),
     binding<FewRowsGemmInfo, few_rows_wgmma<CudaKernel<FewRowsGemmInfo>>>("few_rows_wgmma"),
+    binding<DecodeAttentionInfo, decode_attention<CudaKernel<DecodeAttentionInfo>>>("decode_attention"),
 };
 
 inline int raise(const char* message) {

@@ -19,7 +19,14 @@ from jitnorm.warmup.run import build_all, find_cached, prepare
 
 NAME = "jitnorm"  # of the entry points
 SKIP = "JITNORM_PLUGIN_SKIP"
-PARTS = ("norms", "activations", "attention", "linear_layers", "batch_invariant")  # that SKIP can name
+PARTS = (
+    "norms",
+    "activations",
+    "attention",
+    "decode_attention",
+    "linear_layers",
+    "batch_invariant",
+)  # that SKIP can name
 
 
 def is_requested(variable: str, selection: str) -> bool:

@@ -101,6 +101,13 @@ FINGERPRINTS: dict[str, dict[str, str]] = {
         f"{_BACKENDS}.flash_attn:FlashAttentionImpl.forward": "5fc740485145d52b",
         f"{_BACKENDS}.flash_attn:FlashAttentionImpl.do_kv_cache_update": "406220a1ba8445df",
     },
+    "decode attention": {
+        f"{_LAYERS}.attention.attention:unified_attention_with_output": "75f9ca48e47de404",
+        f"{_BACKENDS}.flash_attn:FlashAttentionBackend.get_kv_cache_shape": "0330eaec59875526",
+        f"{_BACKENDS}.flash_attn:FlashAttentionMetadata": "997b3dca7be24b26",
+        f"{_BACKENDS}.flash_attn:FlashAttentionImpl.__init__": "404d8b34a60b0c38",
+        f"{_BACKENDS}.flash_attn:FlashAttentionImpl.forward": "5fc740485145d52b",
+    },
     "triton_attn": {
         f"{_BACKENDS}.triton_attn:TritonAttentionBackend.get_kv_cache_shape": "7b43eba6625041df",
         f"{_BACKENDS}.triton_attn:TritonAttentionImpl.forward": "b1d3fb9c4035d52c",

@@ -9,7 +9,15 @@ import torch
 from jitnorm.core.operators import DTYPES
 from jitnorm.core.targets import target_of
 from jitnorm.integrations.engine_plugins import build_and_load, reason_to_skip
-from jitnorm.integrations.vllm_plugin import attention, compatibility, fusion, layers, linears, residuals
+from jitnorm.integrations.vllm_plugin import (
+    attention,
+    compatibility,
+    decode_attention,
+    fusion,
+    layers,
+    linears,
+    residuals,
+)
 from jitnorm.integrations.vllm_plugin.report import Report
 from jitnorm.jit.spec import KernelSpec, Target
 
@@ -87,6 +95,7 @@ def replace_operators(model: torch.nn.Module, config: Any) -> Report:
             report.replaced[name] = f"{type(module).__name__} ({_LAUNCH})"
             attention.replace(module, found)
     if not reason and device.type == "cuda":
+        decode_attention.replace(model, config, report)
         linears.replace(model, config, report)
     return report
 

@@ -1,0 +1,163 @@
+// Attention of one new token of each sequence to a paged KV cache: the parameter struct of the kernel class and, for
+// the host compiler, the bindings function that fills it in. Included by decode_attention.cuh.
+#pragma once
+#include "jitnorm/divisor.h"
+#include "jitnorm/kernel_info.h"
+
+namespace jitnorm {
+
+// A part of a sequence that one block attends to, for the query heads of one head of k and v.
+constexpr int kTokensPerStep = 16;  // of a warp; a page has a multiple of it
+constexpr int kMinTokensPerPart = 256;
+
+struct DecodeAttentionParams {
+  const char* q;
+  const char* k_cache;
+  const char* v_cache;
+  char* out;
+  const int* block_table;
+  const int* seq_lens;
+  float* partial_sums;   // [sequences, kv_heads, max_parts, group, head_dim]
+  float* partial_stats;  // [sequences, kv_heads, max_parts, group]: the maximum, and the sum of the exponentials
+  unsigned* counters;    // [sequences, kv_heads], 0 between calls
+  index_t q_stride;      // from sequence to sequence, in bytes, like all strides but that of the table
+  index_t q_head_stride;
+  index_t out_stride;
+  index_t out_head_stride;
+  index_t k_block_stride;
+  index_t k_token_stride;
+  index_t k_head_stride;
+  index_t v_block_stride;
+  index_t v_token_stride;
+  index_t v_head_stride;
+  index_t table_stride;           // in elements
+  UnsignedDivisor head_divisor;   // divides by num_kv_heads
+  UnsignedDivisor block_divisor;  // divides by block_size
+  unsigned num_sequences;
+  unsigned num_kv_heads;
+  unsigned block_size;
+  unsigned max_parts;
+  unsigned num_blocks;  // of the grid
+  int max_tokens;       // that the table has blocks for
+  int window;           // the tokens that a query attends to, its own included; 0 for all
+  float scale;          // of the logits in base 2
+};
+
+struct DecodeAttentionInfo {
+  LaunchInfo launch;
+  ElementType input;
+  unsigned alignment;
+  int head_dim;
+  int group;  // query heads of a head of k and v
+  int blocks_per_sm;
+
+  template <typename Kernel>
+  static constexpr DecodeAttentionInfo of() {
+    DecodeAttentionInfo info{};
+    info.launch = launch_info<Kernel>();
+    info.input = kElementType<typename Kernel::input_t>;
+    info.alignment = Kernel::kAlignment;
+    info.head_dim = Kernel::kHeadDim;
+    info.group = Kernel::kGroup;
+    info.blocks_per_sm = Kernel::kMinBlocksPerSM;
+    return info;
+  }
+};
+
+}  // namespace jitnorm
+
+#ifndef __CUDACC__
+#include "jitnorm/grid.h"
+#include "jitnorm/strided.h"
+
+namespace jitnorm {
+
+inline Grid grid_of(const DecodeAttentionInfo& info, const DecodeAttentionParams& params) {
+  return grid_of_blocks(params.num_blocks, 1, info.launch.threads);
+}
+
+// Whether a tensor is of int32, and the elements of its last dimension are adjacent.
+inline bool is_int32_rows(const DLTensor* tensor, int dims, DLDevice device) {
+  return tensor && tensor->ndim == dims && tensor->dtype.code == kDLInt && tensor->dtype.bits == 32 &&
+         tensor->dtype.lanes == 1 && (tensor->shape[dims - 1] <= 1 || tensor->strides[dims - 1] == 1) && tensor->data &&
+         is_aligned(data_of(*tensor), 4) && tensor->device.device_type == device.device_type &&
+         tensor->device.device_id == device.device_id;
+}
+
+// decode_attention(q, k_cache, v_cache, block_table, seq_lens, out, partials, counters, max_parts, num_sms, scale,
+// window, enable_pdl). src/jitnorm/integrations/decode_attention.py describes the arguments.
+template <typename Kernel>
+Outcome decode_attention(const Kernel& kernel, const TVMFFIAny* args, int num_args) {
+  const DecodeAttentionInfo& info = kernel.info();
+  if (num_args != 13) return Outcome::kRefused;
+  const DLTensor* tensors[8];
+  for (int i = 0; i < 8; i++) tensors[i] = as_tensor(args[i]);
+  const auto& [q, k_cache, v_cache, table, seq_lens, out, partials, counters] = tensors;
+  if (!q || !kernel.runs_on(q->device)) return Outcome::kRefused;
+  const DLDevice device = q->device;
+  StridedRows q_rows, k_rows, v_rows, out_rows;
+  index_t max_parts, num_sms, window;
+  double scale;
+  bool enable_pdl;
+  auto as_heads = [&](const DLTensor* tensor, int dims, StridedRows* rows) {
+    return as_strided_rows(tensor, info.input, info.head_dim, info.alignment, rows) && tensor->ndim == dims &&
+           same_device(*tensor, *q);
+  };
+  if (!as_heads(q, 3, &q_rows) || !as_heads(k_cache, 4, &k_rows) || !as_heads(v_cache, 4, &v_rows) ||
+      !as_heads(out, 3, &out_rows) || !same_shape(*q, *out) || !same_shape(*k_cache, *v_cache) ||
+      !is_int32_rows(table, 2, device) || !is_int32_rows(seq_lens, 1, device) || !is_int32_rows(counters, 1, device) ||
+      !as_int(args[8], &max_parts) || !as_int(args[9], &num_sms) || !as_float(args[10], &scale) ||
+      !as_int(args[11], &window) || !as_optional_bool(args[12], true, &enable_pdl))
+    return Outcome::kRefused;
+  const index_t sequences = q->shape[0], heads = q->shape[1], kv_heads = k_cache->shape[2];
+  const index_t block_size = k_cache->shape[1], items = sequences * kv_heads;
+  Rows partial_elements;
+  if (heads != kv_heads * info.group || k_rows.is_empty || block_size % kTokensPerStep ||
+      table->shape[0] != sequences || seq_lens->shape[0] != sequences ||
+      (sequences > 1 && table->strides[0] < table->shape[1]) || table->shape[1] < 1 ||
+      table->shape[1] * block_size > kMaxDividend || counters->shape[0] < items || max_parts < 1 ||
+      max_parts > kMaxDividend || num_sms < 1 || window < 0 || window > kMaxDividend ||
+      items * max_parts > kMaxDividend || !partials || !same_device(*partials, *q) ||
+      !as_elements(partials, kElementType<float>, items * max_parts * info.group * (info.head_dim + 2), 16,
+                   &partial_elements) ||
+      !rows_are_disjoint(out_rows) || share_memory(out_rows, q_rows) || share_memory(out_rows, k_rows) ||
+      share_memory(out_rows, v_rows))
+    return Outcome::kRefused;
+  if (q_rows.is_empty) return Outcome::kDone;
+  DecodeAttentionParams params{};
+  params.q = q_rows.data;
+  params.k_cache = k_rows.data;
+  params.v_cache = v_rows.data;
+  params.out = out_rows.data;
+  params.block_table = reinterpret_cast<const int*>(data_of(*table));
+  params.seq_lens = reinterpret_cast<const int*>(data_of(*seq_lens));
+  params.partial_sums = reinterpret_cast<float*>(partial_elements.data);
+  params.partial_stats = params.partial_sums + items * max_parts * info.group * info.head_dim;
+  params.counters = reinterpret_cast<unsigned*>(data_of(*counters));
+  params.q_stride = q_rows.strides[0];
+  params.q_head_stride = q_rows.strides[2];
+  params.out_stride = out_rows.strides[0];
+  params.out_head_stride = out_rows.strides[2];
+  params.k_block_stride = k_rows.strides[0];
+  params.k_token_stride = k_rows.strides[1];
+  params.k_head_stride = k_rows.strides[2];
+  params.v_block_stride = v_rows.strides[0];
+  params.v_token_stride = v_rows.strides[1];
+  params.v_head_stride = v_rows.strides[2];
+  params.table_stride = sequences > 1 ? table->strides[0] : 0;
+  params.head_divisor = divisor_of(static_cast<unsigned>(kv_heads));
+  params.block_divisor = divisor_of(static_cast<unsigned>(block_size));
+  params.num_sequences = static_cast<unsigned>(sequences);
+  params.num_kv_heads = static_cast<unsigned>(kv_heads);
+  params.block_size = static_cast<unsigned>(block_size);
+  params.max_parts = static_cast<unsigned>(max_parts);
+  params.max_tokens = static_cast<int>(table->shape[1] * block_size);
+  params.window = static_cast<int>(window);
+  params.scale = static_cast<float>(scale * 1.4426950408889634);
+  const index_t resident = num_sms * info.blocks_per_sm;
+  params.num_blocks = static_cast<unsigned>(items * max_parts < resident ? items * max_parts : resident);
+  return kernel.launch(params, device, enable_pdl);
+}
+
+}  // namespace jitnorm
+#endif

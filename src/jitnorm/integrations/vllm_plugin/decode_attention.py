@@ -1,0 +1,124 @@
+"""The attention of vLLM's decode steps, in which each sequence has one new token, by this package's kernel.
+
+Steps with prompts, and what the kernel does not compute, stay with FlashAttention.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from vllm.model_executor.layers.attention.attention import Attention
+from vllm.v1.attention.backends.flash_attn import FlashAttentionImpl
+
+from jitnorm.core.targets import cuda_target
+from jitnorm.integrations.decode_attention import DTYPES, HEAD_DIMS, MAX_GROUP, MIN_ARCH, DecodeAttention, spec
+from jitnorm.integrations.engine_plugins import build_and_load, reason_to_skip
+from jitnorm.integrations.vllm_plugin import batch_invariant_mode, compatibility
+from jitnorm.integrations.vllm_plugin.fusion import SAME_DTYPES
+from jitnorm.integrations.vllm_plugin.report import Report
+
+
+def replace(model: torch.nn.Module, config: Any, report: Report) -> None:
+    """Replace the forward of the attention layers whose decode steps the kernel computes.
+
+    Args:
+        model: A loaded model of vLLM on a CUDA device.
+        config: vLLM's configuration.
+        report: Gets what was replaced, and a note for what was not.
+    """
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, Attention)}
+    reason = reason_to_skip("decode_attention") or compatibility.changed("decode attention") or _reason_of(config)
+    dtype, device = config.model_config.dtype, torch.device(config.device_config.device)
+    target = cuda_target(device.index)
+    kernels: dict[tuple[int, int, int], DecodeAttention] = {}
+    for name, attn in layers.items():
+        if why := reason or _reason_to_leave(attn, dtype, target.arch):
+            report.left[name] = f"{type(attn).__name__} in decode steps: {why}"
+            continue
+        shape = (attn.num_heads, attn.num_kv_heads, attn.head_size)
+        if shape not in kernels:
+            kernel = spec(attn.head_size, attn.num_heads // attn.num_kv_heads, dtype, target)
+            if failures := build_and_load([kernel]):
+                reason = failures[kernel]
+                report.left[name] = f"{type(attn).__name__} in decode steps: {reason}"
+                continue
+            kernels[shape] = DecodeAttention(*shape, dtype, device, _max_sequences(config))
+        attn.impl.forward = functools.partial(_forward, attn.impl, attn.impl.forward, kernels[shape])
+        report.replaced[name] = f"{type(attn).__name__} in decode steps"
+
+
+def _max_sequences(config: Any) -> int:
+    """Return the most sequences of a step: a CUDA graph may be captured for more than vLLM schedules."""
+    return max(  # type: ignore[no-any-return]
+        config.scheduler_config.max_num_seqs, config.compilation_config.max_cudagraph_capture_size or 0
+    )
+
+
+def _reason_of(config: Any) -> str | None:
+    if batch_invariant_mode.is_mode_requested():
+        return "in the batch-invariant mode a token has the bits that it would have in a prompt"
+    parallel = config.parallel_config
+    if parallel.decode_context_parallel_size > 1 or parallel.prefill_context_parallel_size > 1:
+        return "context parallelism divides the tokens of a sequence"
+    return "vLLM computes two batches at a time" if parallel.use_ubatching else None
+
+
+def _reason_to_leave(attn: Any, dtype: torch.dtype, arch: str) -> str | None:
+    impl = attn.impl
+    if type(attn) is not Attention or type(impl) is not FlashAttentionImpl:
+        return f"its attention is {type(impl).__name__}"
+    if attn.attn_type != "decoder" or attn.use_direct_call:
+        return "it is not called by vLLM's operator for decoders"
+    if impl.alibi_slopes is not None or impl.logits_soft_cap or impl.sinks is not None:
+        return "the kernel has no ALiBi, cap of logits or sinks"
+    if dtype not in DTYPES or attn.kv_cache_dtype not in SAME_DTYPES or attn.kv_cache_torch_dtype != dtype:
+        return f"no kernel is for a model of {dtype} and a cache of {attn.kv_cache_torch_dtype}"
+    if attn.head_size not in HEAD_DIMS or attn.head_size_v != attn.head_size:
+        return f"no kernel supports head_dim {attn.head_size}"
+    if attn.num_heads > MAX_GROUP * attn.num_kv_heads:
+        return f"no kernel supports {attn.num_heads} query heads for {attn.num_kv_heads} of keys"
+    return None if float(arch.rstrip("af")) >= MIN_ARCH else f"no kernel supports the architecture {arch}"
+
+
+def _forward(
+    impl: Any,
+    original: Callable[..., torch.Tensor],
+    attention: DecodeAttention,
+    layer: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    kv_cache: torch.Tensor,
+    attn_metadata: Any,
+    output: torch.Tensor,
+    output_scale: torch.Tensor | None = None,
+    output_block_scale: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Compute what FlashAttentionImpl.forward computes."""
+    if (
+        attn_metadata is not None
+        and attn_metadata.max_query_len == 1
+        and not attn_metadata.use_cascade
+        and attn_metadata.causal is True
+        and attn_metadata.mm_prefix_range_tensor is None
+        and attn_metadata.rswa_prefix_lens is None
+        and output_scale is None
+        and output_block_scale is None
+    ):
+        tokens = attn_metadata.num_actual_tokens  # the others pad a batch
+        q, out = (query, output) if len(query) == tokens else (query[:tokens], output[:tokens])
+        left, _ = attn_metadata.sliding_window or impl.sliding_window
+        k_cache, v_cache = kv_cache.transpose(1, 2).split_with_sizes((impl.head_size, impl.head_size), -1)
+        if attention(
+            *(q, k_cache, v_cache, attn_metadata.block_table, attn_metadata.seq_lens, out, impl.scale),
+            window=left + 1,  # left is -1 without a window
+        ):
+            return output
+    return original(
+        *(layer, query, key, value, kv_cache, attn_metadata, output),
+        output_scale=output_scale,
+        output_block_scale=output_block_scale,
+    )

@@ -1,0 +1,202 @@
+"""Attention of decode steps to a paged KV cache, against its definition in float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from helpers import TOLERANCE, relative_error, same_bits
+
+from jitnorm.integrations.decode_attention import DecodeAttention, max_parts, spec
+from jitnorm.jit.build import build
+from jitnorm.jit.spec import Target
+
+BF16, F16 = torch.bfloat16, torch.float16
+# Both head sizes; one query head of a key, some, all rows of a tensor core instruction, and between.
+SHAPES = [(1, 1, 64), (8, 2, 64), (32, 2, 64), (16, 8, 128), (21, 3, 128), (24, 2, 128), (16, 1, 128)]
+# None; one token; the ends of steps, of blocks, of a block's tokens and of parts; as many parts as there are, and more.
+LENGTHS = [0, 1, 2, 15, 16, 17, 63, 64, 65, 100, 255, 256, 257, 300, 513, 1000, 2047, 4096, 4097, 6000]
+
+
+class Cache:
+    """A cache of random keys and values in shuffled blocks. All else in it is NaN."""
+
+    def __init__(self, lengths, kv_heads, head_dim, dtype, block_size=16, layout="HND"):
+        self.lengths = lengths
+        counts = [-(-length // block_size) for length in lengths]
+        blocks = torch.randperm(sum(counts) + 3, device="cuda", dtype=torch.int32)
+        nan = float("nan")
+        if layout == "HND":  # vLLM's: keys and values side by side
+            whole = torch.full((len(blocks), kv_heads, block_size, 2 * head_dim), nan, dtype=dtype, device="cuda")
+            self.k, self.v = whole.transpose(1, 2).split(head_dim, dim=-1)
+        else:
+            shape = (2, len(blocks), block_size, kv_heads, head_dim)
+            self.k, self.v = torch.full(shape, nan, dtype=dtype, device="cuda").unbind(0)
+        self.table = torch.full((len(lengths), max(counts) + 1), 1 << 30, dtype=torch.int32, device="cuda")
+        self.keys, self.values, first = [], [], 0
+        for i, (length, count) in enumerate(zip(lengths, counts, strict=True)):
+            mine = blocks[first : first + count]
+            first += count
+            self.table[i, :count] = mine
+            for cache, kept in ((self.k, self.keys), (self.v, self.values)):
+                rows = torch.randn(length, kv_heads, head_dim, device="cuda").to(dtype)
+                kept.append(rows)
+                padded = torch.full((count * block_size, kv_heads, head_dim), nan, dtype=dtype, device="cuda")
+                padded[:length] = rows
+                cache[mine.long()] = padded.unflatten(0, (count, block_size))
+        self.seq_lens = torch.tensor(lengths, dtype=torch.int32, device="cuda")
+
+    def attention(self, q, scale, window=0):
+        """The definition."""
+        results = []
+        for queries, keys, values in zip(q.double(), self.keys, self.values, strict=True):
+            group = len(queries) // keys.shape[1]
+            k, v = (t[-window:].double().repeat_interleave(group, dim=1) for t in (keys, values))
+            weights = torch.einsum("hd,thd->ht", queries * scale, k).softmax(dim=1)
+            results.append(torch.einsum("ht,thd->hd", weights, v))
+        return torch.stack(results)
+
+
+def make(heads, kv_heads, head_dim, dtype, sequences):
+    return DecodeAttention(heads, kv_heads, head_dim, dtype, torch.device("cuda", 0), sequences)
+
+
+def attend(attention, q, cache, window=0, rows=slice(None), scale=None):
+    out = torch.full_like(q, float("nan"))
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    assert attention(q, cache.k, cache.v, cache.table[rows], cache.seq_lens[rows], out, scale, window)
+    return out
+
+
+@pytest.mark.slow
+@pytest.mark.nvcc
+@pytest.mark.parametrize(  # the first architecture that has the instruction, the first with PDL, and the newest
+    ("arch", "head_dim", "group", "dtype"),
+    [("8.0", 64, 4, F16), ("9.0a", 128, 2, BF16), ("9.0a", 128, 16, BF16), ("12.0a", 128, 8, BF16)],
+)
+def test_compiles(arch, head_dim, group, dtype):
+    entry = build(spec(head_dim, group, dtype, Target.cuda(arch)))
+    assert f"decode_attention_{head_dim}x{group}".encode() in entry.verify()
+
+
+def test_the_number_of_parts_depends_on_the_model_alone():
+    assert [max_parts(8, tokens) for tokens in (16, 256, 257, 4096, 1 << 17)] == [1, 1, 2, 16, 16]
+    assert [max_parts(heads, 1 << 17) for heads in (1, 2, 4, 8, 128)] == [128, 64, 32, 16, 16]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [BF16, F16])
+@pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), SHAPES)
+def test_matches_the_definition(heads, kv_heads, head_dim, dtype):
+    cache = Cache(LENGTHS, kv_heads, head_dim, dtype)
+    q = torch.randn(len(LENGTHS), heads, head_dim, device="cuda").to(dtype)
+    attention = make(heads, kv_heads, head_dim, dtype, len(LENGTHS))
+    together = attend(attention, q, cache)
+    expected = cache.attention(q, head_dim**-0.5)
+    assert not together[0].any()  # a sequence without tokens
+    assert relative_error(together[1:], expected[1:]) <= TOLERANCE[dtype]
+    for i, length in enumerate(LENGTHS):
+        assert length == 0 or relative_error(together[i], expected[i]) <= 2 * TOLERANCE[dtype], length
+        # Alone, a sequence has the same bits: a second time, which needs the counters to be 0 again.
+        for _ in range(2):
+            assert same_bits(attend(attention, q[i : i + 1], cache, rows=slice(i, i + 1))[0], together[i])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("window", [1, 16, 100, 256, 1000])
+def test_a_window(window):
+    cache = Cache(LENGTHS[1:], 2, 128, BF16)
+    q = torch.randn(len(LENGTHS) - 1, 8, 128, device="cuda").to(BF16)
+    out = attend(make(8, 2, 128, BF16, len(q)), q, cache, window)
+    assert relative_error(out, cache.attention(q, 128**-0.5, window)) <= TOLERANCE[BF16]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("block_size", "layout"), [(16, "NHD"), (48, "HND"), (256, "NHD")])
+def test_layouts_and_strides(block_size, layout):
+    lengths = [1, 47, 49, 300, 1111]
+    cache = Cache(lengths, 4, 64, BF16, block_size, layout)
+    q = torch.randn(len(lengths), 3, 8, 64, device="cuda").to(BF16)[:, 1]
+    out = torch.full((len(lengths) + 2, 9, 72), -7.0, dtype=BF16, device="cuda")
+    inside = out[1:-1, :8, :64]
+    table = torch.full((len(lengths), cache.table.shape[1] + 3), -1, dtype=torch.int32, device="cuda")
+    table[:, : cache.table.shape[1]] = cache.table
+    part = table[:, : cache.table.shape[1]]
+    assert make(8, 4, 64, BF16, 8)(q, cache.k, cache.v, part, cache.seq_lens, inside, 0.2)
+    assert relative_error(inside, cache.attention(q, 0.2)) <= TOLERANCE[BF16]
+    inside[:] = -7.0
+    assert (out == -7.0).all()
+
+
+@pytest.mark.gpu
+def test_many_sequences_and_large_logits():
+    """More sequences than 32 times 32, most of one token, and a few long ones. Logits of hundreds do not overflow."""
+    lengths = [1 + i % 3 if i % 97 else 700 for i in range(1100)]
+    cache = Cache(lengths, 1, 64, F16)
+    q = 20 * torch.randn(len(lengths), 2, 64, device="cuda").to(F16)
+    out = attend(make(2, 1, 64, F16, len(q)), q, cache, scale=1.0)
+    assert relative_error(out, cache.attention(q, 1.0)) <= TOLERANCE[F16]
+
+
+@pytest.mark.gpu
+def test_in_a_graph_lengths_may_change():
+    cache = Cache([5, 1000, 40], 2, 64, BF16)
+    q = torch.randn(3, 8, 64, device="cuda").to(BF16)
+    attention = make(8, 2, 64, BF16, 3)
+    out = torch.empty_like(q)
+    lengths = torch.zeros(3, dtype=torch.int32, device="cuda")
+    attention(q, cache.k, cache.v, cache.table, lengths, out, 0.125)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(3):
+            assert attention(q, cache.k, cache.v, cache.table, lengths, out, 0.125)
+    for _ in range(2):
+        lengths.copy_(cache.seq_lens)
+        out.fill_(float("nan"))
+        graph.replay()
+        assert same_bits(out, attend(attention, q, cache))
+        lengths.zero_()
+        graph.replay()
+        assert not out.any()
+
+
+@pytest.mark.gpu
+def test_nan_stays_in_its_sequence():
+    cache = Cache([40, 700, 30], 2, 64, BF16)
+    q = torch.randn(3, 8, 64, device="cuda").to(BF16)
+    attention = make(8, 2, 64, BF16, 3)
+    before = attend(attention, q, cache)
+    q[1, 3] = float("nan")
+    after = attend(attention, q, cache)
+    assert after[1, 3].isnan().all()
+    after[1, 3] = before[1, 3]
+    assert same_bits(after, before)
+
+
+@pytest.mark.gpu
+def test_what_the_kernel_does_not_take():
+    cache = Cache([40, 70], 2, 64, BF16)
+    q = torch.randn(2, 8, 64, device="cuda").to(BF16)
+    attention, out = make(8, 2, 64, BF16, 2), torch.full_like(q, 3.0)
+    good = {"q": q, "k_cache": cache.k, "v_cache": cache.v, "block_table": cache.table, "seq_lens": cache.seq_lens}
+    bad = [
+        {"q": q.half()},
+        {"q": q[:1]},
+        {"q": q[..., :32]},
+        {"q": q[:, :6]},
+        {"q": out},
+        {"k_cache": cache.k[:, :8]},
+        {"v_cache": cache.v[:-1]},
+        {"k_cache": cache.k.half()},
+        {"k_cache": cache.k.cpu()},
+        {"block_table": cache.table.long()},
+        {"block_table": cache.table[:1]},
+        {"block_table": cache.table.t().contiguous().t()},
+        {"seq_lens": cache.seq_lens.long()},
+        {"seq_lens": cache.seq_lens.cpu()},
+        {"window": -1},
+    ]
+    for change in bad:
+        assert not attention(**{**good, **change}, out=out, scale=0.125), change
+    assert not make(8, 2, 64, BF16, 1)(**good, out=out, scale=0.125)  # too few counters
+    assert (out == 3.0).all()
+    assert attention(**good, out=out, scale=0.125)
