@@ -1,9 +1,8 @@
 // Attention of one new token of each sequence to a paged KV cache, on CUDA. The query heads that share a head of k and
-// v are the rows of a tensor core instruction. A sequence has up to max_parts parts, whose number depends on its length
-// alone, so that its bits are those of any batch. A block takes one part after another; its warps take 16 tokens at a
-// time. A thread loads k and v straight into the registers that its instructions read, k of the next tokens while the
-// current ones are computed. The block that finishes the last part of a sequence sums up the parts, in their order.
-// Included by generated sources (jitnorm/jit/spec.py).
+// v are the rows of a tensor core instruction. A sequence is divided into parts. A block takes one part after another;
+// its warps take 16 tokens at a time. A thread loads k and v straight into the registers that its instructions read: k
+// of the next tokens while it computes the current ones. The block that finishes the last part of a sequence sums up
+// all, in their order. Included by generated sources (jitnorm/jit/spec.py).
 #pragma once
 #include "attention/decode_attention.h"
 #include "jitnorm/cuda_kernel.h"
@@ -34,9 +33,7 @@ struct DecodeAttentionKernel : DefaultVariantOnly {
     launch_dependents();
     const Sequences sequences(p);
     const unsigned total = sequences.total * p.num_kv_heads;
-    Stored stored{};
-    for (unsigned i = blockIdx.x; i < total; i += gridDim.x) attend(p, sequences.find(p, i), stored);
-    finish(p, stored);
+    for (unsigned i = blockIdx.x; i < total; i += gridDim.x) attend(p, sequences.find(p, i));
   }
 
  private:
@@ -64,7 +61,7 @@ struct DecodeAttentionKernel : DefaultVariantOnly {
   // At least one: its block writes the result of an empty sequence.
   static __device__ __forceinline__ unsigned count_parts(const DecodeAttentionParams& p, int tokens) {
     const unsigned span = tokens - first_token(p, tokens) / kTokensPerStep * kTokensPerStep;
-    const unsigned parts = (span + kMinTokensPerPart - 1) / kMinTokensPerPart;
+    const unsigned parts = (span + p.min_tokens_per_part - 1) / p.min_tokens_per_part;
     return parts == 0 ? 1 : parts > p.max_parts ? p.max_parts : parts;
   }
 
@@ -209,17 +206,9 @@ struct DecodeAttentionKernel : DefaultVariantOnly {
     return y;
   }
 
-  // The part whose partial result this block has stored last. A thread waits for what the atomic operation returns when
-  // it reads `before`: after the next part.
-  struct Stored {
-    unsigned sequence, head;
-    unsigned count;   // of the sequence's parts; 0 for none
-    unsigned before;  // those stored before, in the first thread
-  };
-
   // Computes a part. What a warp, a block or a part has so far, of a head, are the sums of the values weighted by
   // exp2(logit - maximum) and the sum of these exponentials.
-  static __device__ __forceinline__ void attend(const DecodeAttentionParams& p, Part part, Stored& stored) {
+  static __device__ __forceinline__ void attend(const DecodeAttentionParams& p, Part part) {
     __shared__ float4 sums[kWarps][kGroup][kVectors];
     __shared__ float2 stats[kWarps][kGroup];
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, group = lane / 4, quad = lane % 4;
@@ -324,15 +313,17 @@ struct DecodeAttentionKernel : DefaultVariantOnly {
                   sum[i][2 * j][h][c], sum[i][2 * j][h][c + 2], sum[i][2 * j + 1][h][c], sum[i][2 * j + 1][h][c + 2]);
       }
     }
-    finish(p, stored);  // here, as it waits for the warps too
-    store(p, part, sums, stats, stored);
+    __syncthreads();
+    store(p, part, sums, stats);
+    __syncthreads();  // the next part writes `sums` again
+    if (part.count > 1 && is_last(p, part)) sum_parts(p, part);
   }
 
   // Sums up what the warps have, and writes the result, or that of a part.
   static __device__ __forceinline__ void store(const DecodeAttentionParams& p, const Part& part,
                                                const float4 (&sums)[kWarps][kGroup][kVectors],
-                                               const float2 (&stats)[kWarps][kGroup], Stored& stored) {
-    const Partials partials(p, part.sequence, part.head);
+                                               const float2 (&stats)[kWarps][kGroup]) {
+    const Partials partials(p, part);
     for (int i = threadIdx.x; i < kGroup * kVectors; i += kThreads) {
       const int mine = i / kVectors, at = i % kVectors;
       Total total;
@@ -341,45 +332,42 @@ struct DecodeAttentionKernel : DefaultVariantOnly {
 #pragma unroll
       for (int w = 0; w < kWarps; w++) total.add(stats[w][mine], sums[w][mine][at]);
       if (part.count == 1) {
-        total.store(p, part.sequence, part.head, mine, at);
+        total.store(p, part, mine, at);
       } else {
         const int row = part.index * kGroup + mine;
         __stcg(partials.sums + row * kVectors + at, total.sum);
         if (at == 0) __stcg(partials.stats + row, make_float2(total.maximum, total.exponentials));
       }
     }
-    __syncthreads();  // the next part writes `sums` again
-    stored.count = 0;
-    if (part.count == 1) return;
-    stored = {part.sequence, part.head, part.count, 0};
+  }
+
+  // Whether this block has stored the last part of a sequence: all others are stored.
+  static __device__ __forceinline__ bool is_last(const DecodeAttentionParams& p, const Part& part) {
+    __shared__ bool result;
     if (threadIdx.x == 0) {
       __threadfence();  // after what this thread has seen at the barrier: the stores of all
       // The counter is 0 again after the last part.
-      stored.before = atomicInc(p.counters + part.sequence * p.num_kv_heads + part.head, part.count - 1);
-    }
-  }
-
-  // Waits for all threads, and sums up the parts of a sequence, if the stored one was the last.
-  static __device__ __forceinline__ void finish(const DecodeAttentionParams& p, const Stored& stored) {
-    __shared__ bool is_last;
-    if (threadIdx.x == 0) {
-      is_last = stored.count != 0 && stored.before == stored.count - 1;
-      if (is_last) __threadfence();
+      const unsigned before = atomicInc(p.counters + part.sequence * p.num_kv_heads + part.head, part.count - 1);
+      result = before == part.count - 1;
+      __threadfence();
     }
     __syncthreads();
-    if (!is_last) return;
-    const Partials partials(p, stored.sequence, stored.head);
+    return result;
+  }
+
+  static __device__ __forceinline__ void sum_parts(const DecodeAttentionParams& p, const Part& part) {
+    const Partials partials(p, part);
     for (int i = threadIdx.x; i < kGroup * kVectors; i += kThreads) {
       const int mine = i / kVectors, at = i % kVectors;
       Total total;
 #pragma unroll 4
-      for (unsigned j = 0; j < stored.count; j++) total.add_maximum(__ldcg(partials.stats + j * kGroup + mine));
+      for (unsigned j = 0; j < part.count; j++) total.add_maximum(__ldcg(partials.stats + j * kGroup + mine));
 #pragma unroll 4
-      for (unsigned j = 0; j < stored.count; j++) {
+      for (unsigned j = 0; j < part.count; j++) {
         const int row = j * kGroup + mine;
         total.add(__ldcg(partials.stats + row), __ldcg(partials.sums + row * kVectors + at));
       }
-      total.store(p, stored.sequence, stored.head, mine, at);
+      total.store(p, part, mine, at);
     }
   }
 
@@ -388,8 +376,8 @@ struct DecodeAttentionKernel : DefaultVariantOnly {
     float4* sums;
     float2* stats;
 
-    __device__ __forceinline__ Partials(const DecodeAttentionParams& p, unsigned sequence, unsigned head) {
-      const index_t row = (index_t(sequence) * p.num_kv_heads + head) * p.max_parts * kGroup;
+    __device__ __forceinline__ Partials(const DecodeAttentionParams& p, const Part& part) {
+      const index_t row = (index_t(part.sequence) * p.num_kv_heads + part.head) * p.max_parts * kGroup;
       sums = reinterpret_cast<float4*>(p.partial_sums) + row * kVectors;
       stats = reinterpret_cast<float2*>(p.partial_stats) + row;
     }
@@ -411,14 +399,13 @@ struct DecodeAttentionKernel : DefaultVariantOnly {
       sum.w += factor * other.w;
     }
 
-    // To query head `mine` of those of a head of k and v.
-    __device__ __forceinline__ void store(const DecodeAttentionParams& p, unsigned sequence, unsigned head, int mine,
-                                          int at) const {
+    // To the query head `mine` of those of a head of k and v.
+    __device__ __forceinline__ void store(const DecodeAttentionParams& p, const Part& part, int mine, int at) const {
       const float scale = exponentials == 0.f ? 0.f : 1.f / exponentials;
       const float result[4] = {sum.x * scale, sum.y * scale, sum.z * scale, sum.w * scale};
       Vector<T, 4> y;
       from_float(result, y);
-      char* to = p.out + sequence * p.out_stride + (index_t(head) * kGroup + mine) * p.out_head_stride;
+      char* to = p.out + part.sequence * p.out_stride + (index_t(part.head) * kGroup + mine) * p.out_head_stride;
       jitnorm::store(reinterpret_cast<T*>(to) + 4 * at, y);
     }
   };

@@ -6,9 +6,7 @@
 
 namespace jitnorm {
 
-// A part of a sequence that one block attends to, for the query heads of one head of k and v.
-constexpr int kTokensPerStep = 16;  // of a warp; a page has a multiple of it
-constexpr int kMinTokensPerPart = 256;
+constexpr int kTokensPerStep = 16;  // that a warp takes; a page has a multiple of it
 
 struct DecodeAttentionParams {
   const char* q;
@@ -36,11 +34,12 @@ struct DecodeAttentionParams {
   unsigned num_sequences;
   unsigned num_kv_heads;
   unsigned block_size;
-  unsigned max_parts;
-  unsigned num_blocks;  // of the grid
-  int max_tokens;       // that the table has blocks for
-  int window;           // the tokens that a query attends to, its own included; 0 for all
-  float scale;          // of the logits in base 2
+  unsigned max_parts;            // that a sequence is divided into
+  unsigned min_tokens_per_part;  // but for the last part
+  unsigned num_blocks;           // of the grid
+  int max_tokens;                // that the table has blocks for
+  int window;                    // the tokens that a query attends to, its own included; 0 for all
+  float scale;                   // of the logits in base 2
 };
 
 struct DecodeAttentionInfo {
@@ -84,19 +83,20 @@ inline bool is_int32_rows(const DLTensor* tensor, int dims, DLDevice device) {
          tensor->device.device_id == device.device_id;
 }
 
-// decode_attention(q, k_cache, v_cache, block_table, seq_lens, out, partials, counters, max_parts, num_sms, scale,
-// window, enable_pdl). src/jitnorm/integrations/decode_attention.py describes the arguments.
+// decode_attention(q, k_cache, v_cache, block_table, seq_lens, out, partials, counters, max_parts,
+// min_tokens_per_part, num_sms, scale, window, enable_pdl). src/jitnorm/integrations/decode_attention.py describes the
+// arguments.
 template <typename Kernel>
 Outcome decode_attention(const Kernel& kernel, const TVMFFIAny* args, int num_args) {
   const DecodeAttentionInfo& info = kernel.info();
-  if (num_args != 13) return Outcome::kRefused;
+  if (num_args != 14) return Outcome::kRefused;
   const DLTensor* tensors[8];
   for (int i = 0; i < 8; i++) tensors[i] = as_tensor(args[i]);
   const auto& [q, k_cache, v_cache, table, seq_lens, out, partials, counters] = tensors;
   if (!q || !kernel.runs_on(q->device)) return Outcome::kRefused;
   const DLDevice device = q->device;
   StridedRows q_rows, k_rows, v_rows, out_rows;
-  index_t max_parts, num_sms, window;
+  index_t max_parts, min_tokens, num_sms, window;
   double scale;
   bool enable_pdl;
   auto as_heads = [&](const DLTensor* tensor, int dims, StridedRows* rows) {
@@ -106,8 +106,8 @@ Outcome decode_attention(const Kernel& kernel, const TVMFFIAny* args, int num_ar
   if (!as_heads(q, 3, &q_rows) || !as_heads(k_cache, 4, &k_rows) || !as_heads(v_cache, 4, &v_rows) ||
       !as_heads(out, 3, &out_rows) || !same_shape(*q, *out) || !same_shape(*k_cache, *v_cache) ||
       !is_int32_rows(table, 2, device) || !is_int32_rows(seq_lens, 1, device) || !is_int32_rows(counters, 1, device) ||
-      !as_int(args[8], &max_parts) || !as_int(args[9], &num_sms) || !as_float(args[10], &scale) ||
-      !as_int(args[11], &window) || !as_optional_bool(args[12], true, &enable_pdl))
+      !as_int(args[8], &max_parts) || !as_int(args[9], &min_tokens) || !as_int(args[10], &num_sms) ||
+      !as_float(args[11], &scale) || !as_int(args[12], &window) || !as_optional_bool(args[13], true, &enable_pdl))
     return Outcome::kRefused;
   const index_t sequences = q->shape[0], heads = q->shape[1], kv_heads = k_cache->shape[2];
   const index_t block_size = k_cache->shape[1], items = sequences * kv_heads;
@@ -116,8 +116,8 @@ Outcome decode_attention(const Kernel& kernel, const TVMFFIAny* args, int num_ar
       table->shape[0] != sequences || seq_lens->shape[0] != sequences ||
       (sequences > 1 && table->strides[0] < table->shape[1]) || table->shape[1] < 1 ||
       table->shape[1] * block_size > kMaxDividend || counters->shape[0] < items || max_parts < 1 ||
-      max_parts > kMaxDividend || num_sms < 1 || window < 0 || window > kMaxDividend ||
-      items * max_parts > kMaxDividend || !partials || !same_device(*partials, *q) ||
+      max_parts > kMaxDividend || min_tokens < 1 || min_tokens > kMaxDividend || num_sms < 1 || window < 0 ||
+      window > kMaxDividend || items * max_parts > kMaxDividend || !partials || !same_device(*partials, *q) ||
       !as_elements(partials, kElementType<float>, items * max_parts * info.group * (info.head_dim + 2), 16,
                    &partial_elements) ||
       !rows_are_disjoint(out_rows) || share_memory(out_rows, q_rows) || share_memory(out_rows, k_rows) ||
@@ -151,6 +151,7 @@ Outcome decode_attention(const Kernel& kernel, const TVMFFIAny* args, int num_ar
   params.num_kv_heads = static_cast<unsigned>(kv_heads);
   params.block_size = static_cast<unsigned>(block_size);
   params.max_parts = static_cast<unsigned>(max_parts);
+  params.min_tokens_per_part = static_cast<unsigned>(min_tokens);
   params.max_tokens = static_cast<int>(table->shape[1] * block_size);
   params.window = static_cast<int>(window);
   params.scale = static_cast<float>(scale * 1.4426950408889634);

@@ -6,7 +6,7 @@ import pytest
 import torch
 from helpers import TOLERANCE, relative_error, same_bits
 
-from jitnorm.integrations.decode_attention import DecodeAttention, max_parts, spec
+from jitnorm.integrations.decode_attention import DecodeAttention, divide, spec
 from jitnorm.jit.build import build
 from jitnorm.jit.spec import Target
 
@@ -78,9 +78,12 @@ def test_compiles(arch, head_dim, group, dtype):
     assert f"decode_attention_{head_dim}x{group}".encode() in entry.verify()
 
 
-def test_the_number_of_parts_depends_on_the_model_alone():
-    assert [max_parts(8, tokens) for tokens in (16, 256, 257, 4096, 1 << 17)] == [1, 1, 2, 16, 16]
-    assert [max_parts(heads, 1 << 17) for heads in (1, 2, 4, 8, 128)] == [128, 64, 32, 16, 16]
+def test_more_sequences_have_longer_parts():
+    assert [divide(n, 8, 4096, 132) for n in (1, 8, 16, 32, 64, 256)] == [
+        *((16, 256), (16, 256), (8, 512), (4, 1024), (2, 2048), (2, 2048))
+    ]
+    assert [divide(1, 8, tokens, 132)[0] for tokens in (16, 256, 257, 1 << 17)] == [1, 1, 2, 16]
+    assert [divide(1, heads, 1 << 17, 132)[0] for heads in (1, 2, 4, 8, 128)] == [128, 64, 32, 16, 16]
 
 
 @pytest.mark.gpu
@@ -96,9 +99,19 @@ def test_matches_the_definition(heads, kv_heads, head_dim, dtype):
     assert relative_error(together[1:], expected[1:]) <= TOLERANCE[dtype]
     for i, length in enumerate(LENGTHS):
         assert length == 0 or relative_error(together[i], expected[i]) <= 2 * TOLERANCE[dtype], length
-        # Alone, a sequence has the same bits: a second time, which needs the counters to be 0 again.
-        for _ in range(2):
-            assert same_bits(attend(attention, q[i : i + 1], cache, rows=slice(i, i + 1))[0], together[i])
+    # The same bits a second time, which needs the counters to be 0 again, and at other places of a batch.
+    for places in (torch.arange(len(LENGTHS)), torch.randperm(len(LENGTHS))):
+        assert same_bits(attend(attention, q[places], cache, rows=places), together[places])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("sequences", [1, 3, 9, 17, 40])
+def test_batches_whose_sequences_have_parts_of_other_sizes(sequences):
+    lengths = [*(5000 - 300 * i for i in range(min(sequences, 9))), *range(90, 90 + max(0, sequences - 9))]
+    cache = Cache(lengths, 8, 64, BF16)
+    q = torch.randn(sequences, 32, 64, device="cuda").to(BF16)
+    out = attend(make(32, 8, 64, BF16, sequences), q, cache)
+    assert relative_error(out, cache.attention(q, 0.125)) <= TOLERANCE[BF16]
 
 
 @pytest.mark.gpu

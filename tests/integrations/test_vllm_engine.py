@@ -110,6 +110,7 @@ def test_tokens_and_logits_are_those_of_vllm(model, eager, folder):
     assert len(norms) == (13 if model == "gemma3" else 7), left
     assert len([what for what in norms if what.endswith(", residual in float32")]) == 7
     assert not left
+    assert len([what for what in replaced.values() if "in decode steps" in what]) == 3
     assert len([what for what in replaced.values() if "with the linear layer before it" in what]) == 3 * (not eager)
     assert_close(plugged, stock(folder, model, eager))
 

@@ -27,6 +27,7 @@ from integrations import vllm_attention as reference
 from jitnorm.integrations import engine_plugins, vllm_plugin
 from jitnorm.integrations.vllm_plugin import compatibility
 from jitnorm.integrations.vllm_plugin.report import REPORTS, Report
+from jitnorm.jit.spec import Target
 
 HIDDEN, HEADS, KV_HEADS, HEAD_DIM, BLOCK, BLOCKS = 256, 4, 2, 64, 16, 5
 E4M3 = torch.float8_e4m3fn
@@ -1720,3 +1721,176 @@ class TestGatedMLPs:
         report = self.replace(model)
         assert type(mlp) is original and report.notes == ["it failed"] and "model.mlp.act_fn" in report.left
         assert report.replaced["model.mlp.gate_up_proj"] == "MergedColumnParallelLinear for up to 64 rows"
+
+
+class TestDecodeAttention:
+    """Steps in which each sequence has one new token go to the kernel, all others to FlashAttention."""
+
+    pytestmark = needs_vllm
+
+    @pytest.fixture
+    def made(self, attention, monkeypatch):
+        """Return a function that replaces a layer: what was reported, the calls of the kernel, and the layer's."""
+        from jitnorm.integrations.vllm_plugin import decode_attention as plugin
+        from jitnorm.integrations.vllm_plugin.report import Report
+
+        class Kernel:
+            accepts = True
+
+            def __init__(self, *sizes):
+                self.sizes, self.calls = sizes, []
+                kernels.append(self)
+
+            def __call__(self, q, k_cache, v_cache, table, lengths, out, scale, window):
+                self.calls.append((q, k_cache, v_cache, table, lengths, scale, window))
+                if self.accepts:
+                    out.fill_(7.0)
+                return self.accepts
+
+        kernels = []
+        monkeypatch.setattr(plugin, "DecodeAttention", Kernel)
+        monkeypatch.setattr(plugin, "cuda_target", lambda index: Target.cuda("9.0a"))
+        monkeypatch.setattr(plugin, "build_and_load", lambda specs: {})
+
+        def make(family="qwen3", change=lambda layer: None, **changes):
+            layer, recorder = attention(family)
+            change(layer)
+            given = {"scheduler_config": SimpleNamespace(max_num_seqs=5)}
+            report = Report("Tiny")
+            plugin.replace(torch.nn.ModuleDict({"a": layer}), settings(**given | changes), report)
+            return report, kernels, layer, recorder
+
+        return make
+
+    @staticmethod
+    def metadata(tokens=3, **changes):
+        from vllm.v1.attention.backends.flash_attn import FlashAttentionMetadata
+
+        values = {
+            "num_actual_tokens": tokens,
+            "max_query_len": 1,
+            "query_start_loc": torch.arange(tokens + 1),
+            "max_seq_len": 40,
+            "seq_lens": torch.tensor([5, 40, 17][:tokens], dtype=torch.int32),
+            "block_table": torch.zeros(tokens, 3, dtype=torch.int32),
+            "slot_mapping": torch.arange(tokens),
+            "use_cascade": False,
+            "common_prefix_len": 0,
+            "cu_prefix_query_lens": None,
+            "prefix_kv_lens": None,
+            "suffix_kv_lens": None,
+        }
+        return FlashAttentionMetadata(**values | changes)
+
+    @staticmethod
+    def call(layer, metadata, tokens=3, **scales):
+        q, k, v = (torch.randn(tokens, heads, HEAD_DIM) for heads in (HEADS, KV_HEADS, KV_HEADS))
+        out = torch.zeros_like(q)
+        result = layer.attn.impl.forward(layer.attn, q, k, v, layer.attn.kv_cache, metadata, output=out, **scales)
+        assert result is out
+        return q, out
+
+    def test_decode_steps(self, made):
+        report, (kernel,), layer, recorder = made()
+        assert report.replaced == {"a.attn": "Attention in decode steps"} and not report.left
+        assert kernel.sizes == (HEADS, KV_HEADS, HEAD_DIM, torch.bfloat16, torch.device("cpu"), 5)
+        metadata = self.metadata()
+        q, out = self.call(layer, metadata)
+        ((given, k_cache, v_cache, table, lengths, scale, window),) = kernel.calls
+        assert given is q and table is metadata.block_table and lengths is metadata.seq_lens
+        assert scale == layer.attn.impl.scale and window == 0 and (out == 7).all() and not recorder.calls
+        for cache, half in ((k_cache, slice(0, HEAD_DIM)), (v_cache, slice(HEAD_DIM, None))):
+            assert cache.shape == (BLOCKS, BLOCK, KV_HEADS, HEAD_DIM)
+            assert cache.data_ptr() == layer.attn.kv_cache[..., half].data_ptr()
+        q, out = self.call(layer, metadata, tokens=8)  # padded
+        assert kernel.calls[1][0].shape == (3, HEADS, HEAD_DIM)
+        assert (out[:3] == 7).all() and not out[3:].any()
+
+    def test_the_window_is_that_of_the_layer(self, made):
+        _, (kernel,), layer, _ = made("gemma3")
+        windows = []
+        for given in (None, (-1, -1), (31, 0)):
+            self.call(layer, self.metadata(sliding_window=given))
+            windows.append(kernel.calls[-1][-1])
+        assert windows == [32 if layer.is_sliding else 0, 0, 32]
+
+    @pytest.mark.parametrize(
+        "changes",
+        [
+            {"max_query_len": 2},
+            {"use_cascade": True},
+            {"causal": False},
+            {"causal": torch.ones(3, dtype=torch.int32)},
+            {"mm_prefix_range_tensor": torch.zeros(3, 1, 2)},
+            {"rswa_prefix_lens": torch.zeros(3)},
+        ],
+        ids=lambda changes: next(iter(changes)),
+    )
+    def test_other_steps(self, changes, made):
+        _, (kernel,), layer, recorder = made()
+        q, out = self.call(layer, self.metadata(**changes))
+        assert not kernel.calls and len(recorder.calls) == 1 and torch.equal(out, q)
+
+    def test_what_the_kernel_does_not_take(self, made):
+        _, (kernel,), layer, recorder = made()
+        kernel.accepts = False
+        q, out = self.call(layer, self.metadata())
+        assert len(kernel.calls) == len(recorder.calls) == 1 and torch.equal(out, q)
+        self.call(layer, None)  # the profiling run
+        self.call(layer, self.metadata(), output_scale=torch.ones(1))
+        self.call(layer, self.metadata(), output_block_scale=torch.ones(1))
+        assert len(kernel.calls) == 1 and len(recorder.calls) == 4
+
+    @pytest.mark.parametrize(
+        ("values", "reason"),
+        [
+            ({"impl.alibi_slopes": torch.ones(4)}, "no ALiBi"),
+            ({"impl.logits_soft_cap": 30.0}, "cap of logits"),
+            ({"impl.sinks": torch.ones(4)}, "sinks"),
+            ({"impl": SimpleNamespace()}, "its attention is SimpleNamespace"),
+            ({"attn_type": "encoder_only"}, "not called by vLLM's operator for decoders"),
+            ({"use_direct_call": True}, "not called by vLLM's operator"),
+            ({"kv_cache_dtype": "fp8"}, "no kernel is for a model of"),
+            ({"kv_cache_torch_dtype": torch.float16}, "a cache of torch.float16"),
+            ({"head_size": 96, "head_size_v": 96}, "no kernel supports head_dim 96"),
+            ({"head_size_v": 128}, "no kernel supports head_dim 64"),
+            ({"num_heads": 34}, "34 query heads for 2 of keys"),
+        ],
+    )
+    def test_layers_that_are_left(self, values, reason, made):
+        def change(layer):
+            for name, value in values.items():
+                owner, _, attribute = name.rpartition(".")
+                setattr(getattr(layer.attn, owner) if owner else layer.attn, attribute, value)
+
+        report, kernels, _, _ = made(change=change)
+        assert not report.replaced and not kernels
+        assert reason in report.left["a.attn"] and report.left["a.attn"].startswith("Attention in decode steps: ")
+
+    def test_models_that_are_left(self, made, monkeypatch):
+        from jitnorm.integrations.vllm_plugin import decode_attention as plugin
+
+        def reason(**changes):
+            report, kernels, _, _ = made(**changes)
+            assert not report.replaced and not kernels
+            return report.left["a.attn"].removeprefix("Attention in decode steps: ")
+
+        sizes = {"decode_context_parallel_size": 1, "prefill_context_parallel_size": 1, "use_ubatching": False}
+        for name, words in (
+            ("decode_context_parallel_size", "context parallelism"),
+            ("prefill_context_parallel_size", "context parallelism"),
+            ("use_ubatching", "two batches at a time"),
+        ):
+            assert words in reason(parallel_config=SimpleNamespace(**sizes | {name: 2}))
+        assert "no kernel is for a model of torch.float32" in reason(dtype=torch.float32)
+        with monkeypatch.context() as patch:
+            patch.setattr(plugin, "cuda_target", lambda index: Target.cuda("7.5"))
+            assert reason() == "no kernel supports the architecture 7.5"
+        with monkeypatch.context() as patch:
+            patch.setattr(plugin, "build_and_load", lambda specs: dict.fromkeys(specs, "it cannot be built"))
+            assert reason() == "it cannot be built"
+        with monkeypatch.context() as patch:
+            patch.setattr(plugin.batch_invariant_mode, "is_mode_requested", lambda: True)
+            assert "in the batch-invariant mode" in reason()
+        monkeypatch.setenv(engine_plugins.SKIP, "decode_attention")
+        assert reason() == "JITNORM_PLUGIN_SKIP names decode_attention"

@@ -8,7 +8,7 @@ that little of the cache is in flight where sequences are short. docs/performanc
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -21,8 +21,8 @@ HEAD_DIMS = (64, 128)
 MAX_GROUP = 16  # query heads of a head of k and v
 MIN_ARCH = 8.0  # of the tensor core instruction
 BLOCK_MULTIPLE = 16  # tokens: kTokensPerStep in csrc/attention/decode_attention.h
-_MIN_TOKENS_PER_PART = 256  # kMinTokensPerPart there
-_MIN_MAX_PARTS, _PARTS_OF_A_SEQUENCE = 16, 128
+_MIN_PART, _MAX_MIN_PART = 256, 2048  # tokens
+_MAX_PARTS = 128  # of all heads of a sequence together, or 16 of each
 
 
 class _Spec(KernelSpec):
@@ -46,13 +46,30 @@ def spec(head_dim: int, group: int, dtype: torch.dtype, target: Target) -> Kerne
     )
 
 
-def max_parts(num_kv_heads: int, max_tokens: int) -> int:
-    """Return the most parts that a sequence of up to `max_tokens` tokens is divided into.
+class Division(NamedTuple):
+    """How a kernel divides sequences into parts, which blocks take.
 
-    It does not depend on the number of sequences: with more of them, a sequence has the same bits.
+    Attributes:
+        max_parts: of a sequence.
+        min_tokens_per_part: but for the last part.
     """
-    most = max(_MIN_MAX_PARTS, _PARTS_OF_A_SEQUENCE // num_kv_heads)
-    return max(1, min(most, -(-max_tokens // _MIN_TOKENS_PER_PART)))
+
+    max_parts: int
+    min_tokens_per_part: int
+
+
+def divide(num_sequences: int, num_kv_heads: int, max_tokens: int, num_sms: int) -> Division:
+    """Return how sequences of up to `max_tokens` tokens are divided.
+
+    It does not depend on their lengths, which change from step to step of a CUDA graph. With more sequences parts are
+    longer, because each costs as much as about 100 tokens, and the blocks have enough of them.
+    """
+    per_sm = num_sequences * num_kv_heads / num_sms
+    min_tokens = _MIN_PART
+    while min_tokens < _MAX_MIN_PART and per_sm > min_tokens / _MIN_PART / 2:
+        min_tokens *= 2
+    most = max(16, _MAX_PARTS // num_kv_heads)
+    return Division(max(1, min(most, -(-max_tokens // min_tokens))), min_tokens)
 
 
 class DecodeAttention:
@@ -100,7 +117,7 @@ class DecodeAttention:
     ) -> bool:
         """Write the attention of q to the tokens of each sequence, or nothing.
 
-        A sequence has the same bits in any batch. A sequence without tokens has zeros.
+        A sequence has the same bits in any batch of as many sequences. One without tokens has zeros.
 
         Args:
             q: `[sequences, heads, head_dim]`: the last token of each sequence.
@@ -119,9 +136,10 @@ class DecodeAttention:
             Whether the kernel takes these arguments.
         """
         sequences = q.shape[0]
-        parts = max_parts(self._kv_heads, block_table.shape[1] * k_cache.shape[1])
+        max_tokens = block_table.shape[1] * k_cache.shape[1]
+        parts, min_tokens = divide(sequences, self._kv_heads, max_tokens, self._num_sms)
         partials = torch.empty(sequences * self._heads * parts * self._row, dtype=torch.float32, device=q.device)
         return not self._function(
             *(q, k_cache, v_cache, block_table, seq_lens, out, partials, self._counters),
-            *(parts, self._num_sms, scale, window, None),
+            *(parts, min_tokens, self._num_sms, scale, window, None),
         )
