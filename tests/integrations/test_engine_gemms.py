@@ -532,6 +532,34 @@ def test_a_norm_without_a_kernel_is_replaced_by_a_kernel_of_torch(monkeypatch):
 
 
 @pytest.mark.usefixtures("on_a_gpu")
+@pytest.mark.parametrize(
+    ("samples", "taken", "is_chosen"),
+    [
+        ([0.1, 0.9, 0.91, 5.0], 4, True),
+        ([0.1, 1.5, 2.5, 3.5, 0.9, 0.91, 0.1], 6, True),  # the GPU is busy at first
+        ([0.1, 3.0, 2.5, 2.0, 1.5, 1.51], 6, False),
+        ([9.0, *(2.0 + i for i in range(11)), 0.5, 0.1], 13, True),  # and to the end
+    ],
+)
+def test_samples_are_taken_until_two_agree(samples, taken, is_chosen, monkeypatch):
+    """Those of torch are 1.0. The first warms up."""
+    calls = {"torch": 0, "other": 0}
+
+    def measure(gemm, x, *others):
+        name = "other" if gemm is other else "torch"
+        calls[name] += len(x) == 1
+        return 1.0 if gemm is not other or len(x) != 1 else samples[calls["other"] - 1]
+
+    def other(*operands):
+        raise AssertionError
+
+    monkeypatch.setattr(engine_gemms, "_seconds", measure)
+    monkeypatch.setattr(engine_gemms.torch.cuda, "device", lambda device: torch.no_grad())
+    chosen = engine_gemms._choose({"other": other}, [torch.randn(64, 128)] * 2, False, None)
+    assert chosen == {"other": [1] * is_chosen} and calls == {"torch": taken, "other": taken}
+
+
+@pytest.mark.usefixtures("on_a_gpu")
 def test_as_many_weights_are_timed_as_exceed_an_l2(monkeypatch):
     monkeypatch.setattr(engine_gemms, "_MAX_TIMED_BYTES", 5 * 64 * 128 * 4 - 1)
     monkeypatch.setattr(engine_gemms.torch.cuda, "device", lambda device: torch.no_grad())

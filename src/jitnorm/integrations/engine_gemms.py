@@ -44,7 +44,8 @@ ROWS = (1, 2, 4, 8, 16, 32, 64)  # at which all are timed; other numbers of rows
 _CUBLASLT = "cuBLASLt without split k"
 _MAX_CUBLASLT_COLUMNS = 4096  # with more, or with more than k, cuBLASLt took about the same time as torch
 _MAX_RATIO = 0.97  # of the times, with the kernels before and after: a smaller gain may be noise
-_SAMPLES = 3
+_MIN_SAMPLES, _MAX_SAMPLES = 3, 12
+_AGREEMENT = 1.02  # of the two shortest samples: without it, another process may have used the GPU during all
 _SLEEP_CYCLES, _MAX_SLEEP_CYCLES = 2_000_000, 16_000_000  # 1 to 8 ms, in which the host launches all of a sample
 _MAX_TIMED_BYTES = 1 << 27  # of the weights of a shape: more than an L2 holds
 
@@ -331,17 +332,26 @@ def _choose(
             read_out = _kernel(out, torch.empty_like(out), after_norm is False)
             running = {"torch": by_torch, **gemms}
             samples: dict[str, list[float]] = {name: [] for name in running}
-            for _ in range(1 + _SAMPLES):  # in turns, as clocks and temperature change
+            for i in range(1 + _MAX_SAMPLES):  # in turns, as clocks and temperature change
                 for name, gemm in list(running.items()):
                     try:
-                        samples[name].append(_seconds(gemm, x, weights, out, write_x, read_out))
+                        sample = _seconds(gemm, x, weights, out, write_x, read_out)
                     except UnsupportedProblem:
                         del running[name]
-            seconds = {name: min(samples[name][1:]) for name in running}
+                    else:
+                        samples[name] += [sample] * (i > 0)  # the first warms up
+                if i >= _MIN_SAMPLES and all(_agree(samples[name]) for name in running):
+                    break
+            seconds = {name: min(samples[name]) for name in running}
             fastest = min(seconds, key=seconds.__getitem__)
             if seconds[fastest] < _MAX_RATIO * seconds["torch"]:
                 found[fastest].append(count)
     return found
+
+
+def _agree(samples: list[float]) -> bool:
+    shortest, next_shortest = sorted(samples)[:2]
+    return next_shortest <= _AGREEMENT * shortest
 
 
 def _kernel(source: torch.Tensor, to: torch.Tensor, is_norm: bool) -> Callable[[], object]:
