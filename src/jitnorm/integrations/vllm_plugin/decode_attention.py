@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from vllm.model_executor.layers.attention.attention import Attention
-from vllm.v1.attention.backends.flash_attn import FlashAttentionImpl
 
 from jitnorm.core.targets import cuda_target
 from jitnorm.integrations.decode_attention import DTYPES, HEAD_DIMS, MAX_GROUP, MIN_ARCH, DecodeAttention, spec
@@ -31,7 +30,8 @@ def replace(model: torch.nn.Module, config: Any, report: Report) -> None:
     """
     layers = {name: module for name, module in model.named_modules() if isinstance(module, Attention)}
     reason = reason_to_skip("decode_attention") or compatibility.changed("decode attention") or _reason_of(config)
-    dtype, device = config.model_config.dtype, torch.device(config.device_config.device)
+    dtype = config.model_config.dtype
+    device = torch.empty(0, device=config.device_config.device).device  # with the worker's index
     target = cuda_target(device.index)
     kernels: dict[tuple[int, int, int], DecodeAttention] = {}
     for name, attn in layers.items():
@@ -67,8 +67,8 @@ def _reason_of(config: Any) -> str | None:
 
 
 def _reason_to_leave(attn: Any, dtype: torch.dtype, arch: str) -> str | None:
-    impl = attn.impl
-    if type(attn) is not Attention or type(impl) is not FlashAttentionImpl:
+    impl, backend = attn.impl, attn.attn_backend
+    if type(attn) is not Attention or backend.get_name() != "FLASH_ATTN" or type(impl) is not backend.get_impl_cls():
         return f"its attention is {type(impl).__name__}"
     if attn.attn_type != "decoder" or attn.use_direct_call:
         return "it is not called by vLLM's operator for decoders"
