@@ -12,7 +12,7 @@ from jitnorm.integrations.decode_attention import DecodeAttention
 # Of Qwen3-0.6B, Llama-3.2-1B, and Qwen3-8B with Llama-3.1-8B.
 SHAPES = [(16, 8, 128), (32, 8, 64), (32, 8, 128)]
 BLOCK = 16  # tokens of a page: vLLM's
-MAX_LENGTH = 32768  # of a sequence, which vLLM captures its graphs for
+MAX_LENGTH = 32768  # of a sequence: the width of the table, for which vLLM captures its graphs
 MAX_SPLITS = 32  # vLLM's, in CUDA graphs
 
 Call = Callable[..., torch.Tensor]
@@ -37,6 +37,8 @@ def by_flash_attention(q: torch.Tensor, cache: torch.Tensor, lengths: torch.Tens
         from vllm.vllm_flash_attn import flash_attn_varlen_func, get_scheduler_metadata
     except ImportError as error:
         marker.skip(f"vLLM is not installed: {error}")
+    if torch.cuda.get_device_capability(q.device) != (9, 0):
+        marker.skip("FlashAttention 3 needs sm_90")
     sequences, heads, head_dim = q.shape
     starts = torch.arange(sequences + 1, dtype=torch.int32, device=q.device)
     metadata = get_scheduler_metadata(

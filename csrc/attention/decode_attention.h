@@ -6,7 +6,11 @@
 
 namespace jitnorm {
 
-constexpr int kTokensPerStep = 16;  // that a warp takes; a page has a multiple of it
+// The tokens that a warp takes at a time. The block size of a cache is a multiple of it, so that they are in one block,
+// which is called a page here: a block is one of threads.
+constexpr int kTokensPerStep = 16;
+// So that sums of a length and a few steps do not overflow.
+constexpr index_t kMaxTokens = 1 << 30;
 
 struct DecodeAttentionParams {
   const char* q;
@@ -15,8 +19,8 @@ struct DecodeAttentionParams {
   char* out;
   const int* block_table;
   const int* seq_lens;
-  float* partial_sums;   // [sequences, kv_heads, max_parts, group, head_dim]
-  float* partial_stats;  // [sequences, kv_heads, max_parts, group]: the maximum, and the sum of the exponentials
+  float* partial_sums;   // [sequences, kv_heads, max_splits, group_size, head_dim]
+  float* partial_stats;  // [sequences, kv_heads, max_splits, group_size, 2]: the maximum, and the sum of exponentials
   unsigned* counters;    // [sequences, kv_heads], 0 between calls
   index_t q_stride;      // from sequence to sequence, in bytes, like all strides but that of the table
   index_t q_head_stride;
@@ -34,12 +38,12 @@ struct DecodeAttentionParams {
   unsigned num_sequences;
   unsigned num_kv_heads;
   unsigned block_size;
-  unsigned max_parts;            // that a sequence is divided into
-  unsigned min_tokens_per_part;  // but for the last part
-  unsigned num_blocks;           // of the grid
-  int max_tokens;                // that the table has blocks for
-  int window;                    // the tokens that a query attends to, its own included; 0 for all
-  float scale;                   // of the logits in base 2
+  unsigned max_splits;            // of a sequence
+  unsigned max_tokens_per_split;  // unless a sequence has max_splits
+  unsigned grid_blocks;
+  int max_tokens;  // that the table has blocks for
+  int window;      // the tokens that a query attends to, its own included; 0 for all
+  float scale;     // of the logits in base 2
 };
 
 struct DecodeAttentionInfo {
@@ -47,7 +51,7 @@ struct DecodeAttentionInfo {
   ElementType input;
   unsigned alignment;
   int head_dim;
-  int group;  // query heads of a head of k and v
+  int group_size;  // query heads of a head of k and v
   int blocks_per_sm;
 
   template <typename Kernel>
@@ -57,7 +61,7 @@ struct DecodeAttentionInfo {
     info.input = kElementType<typename Kernel::input_t>;
     info.alignment = Kernel::kAlignment;
     info.head_dim = Kernel::kHeadDim;
-    info.group = Kernel::kGroup;
+    info.group_size = Kernel::kGroupSize;
     info.blocks_per_sm = Kernel::kMinBlocksPerSM;
     return info;
   }
@@ -72,7 +76,7 @@ struct DecodeAttentionInfo {
 namespace jitnorm {
 
 inline Grid grid_of(const DecodeAttentionInfo& info, const DecodeAttentionParams& params) {
-  return grid_of_blocks(params.num_blocks, 1, info.launch.threads);
+  return grid_of_blocks(params.grid_blocks, 1, info.launch.threads);
 }
 
 // Whether a tensor is of int32, and the elements of its last dimension are adjacent.
@@ -83,8 +87,8 @@ inline bool is_int32_rows(const DLTensor* tensor, int dims, DLDevice device) {
          tensor->device.device_id == device.device_id;
 }
 
-// decode_attention(q, k_cache, v_cache, block_table, seq_lens, out, partials, counters, max_parts,
-// min_tokens_per_part, num_sms, scale, window, enable_pdl). src/jitnorm/integrations/decode_attention.py describes the
+// decode_attention(q, k_cache, v_cache, block_table, seq_lens, out, partials, counters, max_splits,
+// max_tokens_per_split, num_sms, scale, window, enable_pdl). src/jitnorm/integrations/decode_attention.py describes the
 // arguments.
 template <typename Kernel>
 Outcome decode_attention(const Kernel& kernel, const TVMFFIAny* args, int num_args) {
@@ -96,7 +100,7 @@ Outcome decode_attention(const Kernel& kernel, const TVMFFIAny* args, int num_ar
   if (!q || !kernel.runs_on(q->device)) return Outcome::kRefused;
   const DLDevice device = q->device;
   StridedRows q_rows, k_rows, v_rows, out_rows;
-  index_t max_parts, min_tokens, num_sms, window;
+  index_t max_splits, split_tokens, num_sms, window;
   double scale;
   bool enable_pdl;
   auto as_heads = [&](const DLTensor* tensor, int dims, StridedRows* rows) {
@@ -106,22 +110,23 @@ Outcome decode_attention(const Kernel& kernel, const TVMFFIAny* args, int num_ar
   if (!as_heads(q, 3, &q_rows) || !as_heads(k_cache, 4, &k_rows) || !as_heads(v_cache, 4, &v_rows) ||
       !as_heads(out, 3, &out_rows) || !same_shape(*q, *out) || !same_shape(*k_cache, *v_cache) ||
       !is_int32_rows(table, 2, device) || !is_int32_rows(seq_lens, 1, device) || !is_int32_rows(counters, 1, device) ||
-      !as_int(args[8], &max_parts) || !as_int(args[9], &min_tokens) || !as_int(args[10], &num_sms) ||
+      !as_int(args[8], &max_splits) || !as_int(args[9], &split_tokens) || !as_int(args[10], &num_sms) ||
       !as_float(args[11], &scale) || !as_int(args[12], &window) || !as_optional_bool(args[13], true, &enable_pdl))
     return Outcome::kRefused;
   const index_t sequences = q->shape[0], heads = q->shape[1], kv_heads = k_cache->shape[2];
   const index_t block_size = k_cache->shape[1], items = sequences * kv_heads;
   Rows partial_elements;
-  if (heads != kv_heads * info.group || k_rows.is_empty || block_size % kTokensPerStep ||
+  if (heads != kv_heads * info.group_size || k_rows.is_empty || block_size % kTokensPerStep ||
       table->shape[0] != sequences || seq_lens->shape[0] != sequences ||
       (sequences > 1 && table->strides[0] < table->shape[1]) || table->shape[1] < 1 ||
-      table->shape[1] * block_size > kMaxDividend || counters->shape[0] < items || max_parts < 1 ||
-      max_parts > kMaxDividend || min_tokens < 1 || min_tokens > kMaxDividend || num_sms < 1 || window < 0 ||
-      window > kMaxDividend || items * max_parts > kMaxDividend || !partials || !same_device(*partials, *q) ||
-      !as_elements(partials, kElementType<float>, items * max_parts * info.group * (info.head_dim + 2), 16,
+      table->shape[1] > kMaxTokens / block_size || counters->shape[0] < items || max_splits < 1 ||
+      max_splits > kMaxDividend || split_tokens < 1 || split_tokens > kMaxDividend || num_sms < 1 || window < 0 ||
+      window > kMaxTokens || items * max_splits > kMaxDividend || !partials || !same_device(*partials, *q) ||
+      !as_elements(partials, kElementType<float>, items * max_splits * info.group_size * (info.head_dim + 2), 16,
                    &partial_elements) ||
       !rows_are_disjoint(out_rows) || share_memory(out_rows, q_rows) || share_memory(out_rows, k_rows) ||
-      share_memory(out_rows, v_rows))
+      share_memory(out_rows, v_rows) || share_memory(out_rows, as_one_row(*table)) ||
+      share_memory(out_rows, as_one_row(*seq_lens)))
     return Outcome::kRefused;
   if (q_rows.is_empty) return Outcome::kDone;
   DecodeAttentionParams params{};
@@ -132,7 +137,7 @@ Outcome decode_attention(const Kernel& kernel, const TVMFFIAny* args, int num_ar
   params.block_table = reinterpret_cast<const int*>(data_of(*table));
   params.seq_lens = reinterpret_cast<const int*>(data_of(*seq_lens));
   params.partial_sums = reinterpret_cast<float*>(partial_elements.data);
-  params.partial_stats = params.partial_sums + items * max_parts * info.group * info.head_dim;
+  params.partial_stats = params.partial_sums + items * max_splits * info.group_size * info.head_dim;
   params.counters = reinterpret_cast<unsigned*>(data_of(*counters));
   params.q_stride = q_rows.strides[0];
   params.q_head_stride = q_rows.strides[2];
@@ -150,13 +155,13 @@ Outcome decode_attention(const Kernel& kernel, const TVMFFIAny* args, int num_ar
   params.num_sequences = static_cast<unsigned>(sequences);
   params.num_kv_heads = static_cast<unsigned>(kv_heads);
   params.block_size = static_cast<unsigned>(block_size);
-  params.max_parts = static_cast<unsigned>(max_parts);
-  params.min_tokens_per_part = static_cast<unsigned>(min_tokens);
+  params.max_splits = static_cast<unsigned>(max_splits);
+  params.max_tokens_per_split = static_cast<unsigned>(split_tokens);
   params.max_tokens = static_cast<int>(table->shape[1] * block_size);
   params.window = static_cast<int>(window);
   params.scale = static_cast<float>(scale * 1.4426950408889634);
   const index_t resident = num_sms * info.blocks_per_sm;
-  params.num_blocks = static_cast<unsigned>(items * max_parts < resident ? items * max_parts : resident);
+  params.grid_blocks = static_cast<unsigned>(items * max_splits < resident ? items * max_splits : resident);
   return kernel.launch(params, device, enable_pdl);
 }
 

@@ -73,8 +73,8 @@ struct FewRowsGemmKernel : DefaultVariantOnly {
 #pragma unroll
         for (int h = 0; h < 2; h++) {
           const uint4& b = w[i % kStepsAhead][t][h];
-          multiply<T>(sum[t], r[0][h].x, r[1][h].x, r[0][h].y, r[1][h].y, b.x, b.y);
-          multiply<T>(sum[t], r[0][h].z, r[1][h].z, r[0][h].w, r[1][h].w, b.z, b.w);
+          mma_m16n8k16<T>(sum[t], r[0][h].x, r[1][h].x, r[0][h].y, r[1][h].y, b.x, b.y);
+          mma_m16n8k16<T>(sum[t], r[0][h].z, r[1][h].z, r[0][h].w, r[1][h].w, b.z, b.w);
         }
       if (i + kStepsAhead < kStepsPerWarp) load_weight(weight, i + kStepsAhead, w[i % kStepsAhead]);
     }

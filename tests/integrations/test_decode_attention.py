@@ -6,14 +6,15 @@ import pytest
 import torch
 from helpers import TOLERANCE, relative_error, same_bits
 
-from jitnorm.integrations.decode_attention import DecodeAttention, divide, spec
+from jitnorm.integrations.decode_attention import DecodeAttention, plan_splits, spec
 from jitnorm.jit.build import build
 from jitnorm.jit.spec import Target
 
 BF16, F16 = torch.bfloat16, torch.float16
 # Both head sizes; one query head of a key, some, all rows of a tensor core instruction, and between.
 SHAPES = [(1, 1, 64), (8, 2, 64), (32, 2, 64), (16, 8, 128), (21, 3, 128), (24, 2, 128), (16, 1, 128)]
-# None; one token; the ends of steps, of blocks, of a block's tokens and of parts; as many parts as there are, and more.
+# None; one token; the ends of steps, of what a thread block takes at a time, and of splits; as many splits as there
+# are, and more.
 LENGTHS = [0, 1, 2, 15, 16, 17, 63, 64, 65, 100, 255, 256, 257, 300, 513, 1000, 2047, 4096, 4097, 6000]
 
 
@@ -70,20 +71,36 @@ def attend(attention, q, cache, window=0, rows=slice(None), scale=None):
 @pytest.mark.slow
 @pytest.mark.nvcc
 @pytest.mark.parametrize(  # the first architecture that has the instruction, the first with PDL, and the newest
-    ("arch", "head_dim", "group", "dtype"),
-    [("8.0", 64, 4, F16), ("9.0a", 128, 2, BF16), ("9.0a", 128, 16, BF16), ("12.0a", 128, 8, BF16)],
+    ("arch", "heads", "kv_heads", "head_dim", "dtype"),
+    [("8.0", 32, 8, 64, F16), ("9.0a", 16, 8, 128, BF16), ("9.0a", 16, 1, 128, BF16), ("12.0a", 64, 8, 128, BF16)],
 )
-def test_compiles(arch, head_dim, group, dtype):
-    entry = build(spec(head_dim, group, dtype, Target.cuda(arch)))
-    assert f"decode_attention_{head_dim}x{group}".encode() in entry.verify()
+def test_compiles(arch, heads, kv_heads, head_dim, dtype):
+    entry = build(spec(heads, kv_heads, head_dim, dtype, Target.cuda(arch)))
+    assert f"decode_attention_{head_dim}x{heads // kv_heads}".encode() in entry.verify()
 
 
-def test_more_sequences_have_longer_parts():
-    assert [divide(n, 8, 4096, 132) for n in (1, 8, 16, 32, 64, 256)] == [
-        *((16, 256), (16, 256), (8, 512), (4, 1024), (2, 2048), (2, 2048))
+def test_more_sequences_have_fewer_and_longer_splits():
+    assert [plan_splits(n, 8, 4096, 132) for n in (0, 1, 8, 16, 32, 64, 256)] == [
+        *((16, 256), (16, 256), (16, 256), (8, 512), (4, 1024), (2, 2048), (2, 2048))
     ]
-    assert [divide(1, 8, tokens, 132)[0] for tokens in (16, 256, 257, 1 << 17)] == [1, 1, 2, 16]
-    assert [divide(1, heads, 1 << 17, 132)[0] for heads in (1, 2, 4, 8, 128)] == [128, 64, 32, 16, 16]
+    assert [plan_splits(1, 8, tokens, 132)[0] for tokens in (16, 256, 257, 1 << 17)] == [1, 1, 2, 16]
+    assert [plan_splits(1, heads, 1 << 17, 132)[0] for heads in (1, 2, 4, 8, 128)] == [128, 64, 32, 16, 16]
+    assert [plan_splits(n, 8, 1 << 17, 132)[0] for n in (64, 128, 256, 2048)] == [16, 8, 4, 4]  # bounds the memory
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"num_heads": 7}, "num_heads must be num_kv_heads, 2, or up to 16 times as many, got 7"),
+        ({"num_heads": 34}, "got 34"),
+        ({"head_dim": 96}, "head_dim must be 64 or 128, got 96"),
+        ({"dtype": torch.float32}, "dtype must be bfloat16 or float16, got torch.float32"),
+    ],
+)
+def test_shapes_without_a_kernel(changes, words):
+    sizes = {"num_heads": 8, "num_kv_heads": 2, "head_dim": 64, "dtype": BF16, "max_sequences": 3}
+    with pytest.raises(ValueError, match=words):
+        DecodeAttention(**sizes | changes, device=torch.device("cuda", 0))
 
 
 @pytest.mark.gpu
@@ -105,19 +122,29 @@ def test_matches_the_definition(heads, kv_heads, head_dim, dtype):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("num_sms", [None, 1])  # with one, each block computes many splits
 @pytest.mark.parametrize("sequences", [1, 3, 9, 17, 40])
-def test_batches_whose_sequences_have_parts_of_other_sizes(sequences):
+def test_batches_whose_sequences_have_splits_of_other_sizes(sequences, num_sms):
     lengths = [*(5000 - 300 * i for i in range(min(sequences, 9))), *range(90, 90 + max(0, sequences - 9))]
     cache = Cache(lengths, 8, 64, BF16)
     q = torch.randn(sequences, 32, 64, device="cuda").to(BF16)
-    out = attend(make(32, 8, 64, BF16, sequences), q, cache)
-    assert relative_error(out, cache.attention(q, 0.125)) <= TOLERANCE[BF16]
+    attention = make(32, 8, 64, BF16, sequences)
+    attention._num_sms = num_sms or attention._num_sms
+    for _ in range(2):
+        assert relative_error(attend(attention, q, cache), cache.attention(q, 0.125)) <= TOLERANCE[BF16]
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("window", [1, 16, 100, 256, 1000])
 def test_a_window(window):
+    """Blocks and tokens before it are not read."""
     cache = Cache(LENGTHS[1:], 2, 128, BF16)
+    for i, length in enumerate(cache.lengths):
+        before = max(0, length - window)
+        last = cache.table[i, before // 16].long()  # the first block that is read
+        cache.table[i, : before // 16] = 1 << 30
+        for each in (cache.k, cache.v):
+            each[last, : before % 16] = float("nan")
     q = torch.randn(len(LENGTHS) - 1, 8, 128, device="cuda").to(BF16)
     out = attend(make(8, 2, 128, BF16, len(q)), q, cache, window)
     assert relative_error(out, cache.attention(q, 128**-0.5, window)) <= TOLERANCE[BF16]
@@ -151,25 +178,41 @@ def test_many_sequences_and_large_logits():
 
 
 @pytest.mark.gpu
-def test_in_a_graph_lengths_may_change():
+def test_in_a_graph_lengths_and_blocks_may_change():
     cache = Cache([5, 1000, 40], 2, 64, BF16)
     q = torch.randn(3, 8, 64, device="cuda").to(BF16)
     attention = make(8, 2, 64, BF16, 3)
     out = torch.empty_like(q)
-    lengths = torch.zeros(3, dtype=torch.int32, device="cuda")
-    attention(q, cache.k, cache.v, cache.table, lengths, out, 0.125)
+    lengths, table = torch.zeros_like(cache.seq_lens), torch.full_like(cache.table, 1 << 30)
+    arguments = (q, cache.k, cache.v, table, lengths, out, 0.125)
+    with torch.cuda.graph(torch.cuda.CUDAGraph()):
+        assert not attention(*arguments)  # a first call would have to allocate the counters
+    assert attention(*arguments)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         for _ in range(3):
-            assert attention(q, cache.k, cache.v, cache.table, lengths, out, 0.125)
-    for _ in range(2):
-        lengths.copy_(cache.seq_lens)
+            assert attention(*arguments)
+    for order in (torch.tensor([0, 1, 2]), torch.tensor([1, 2, 0])):
+        lengths.copy_(cache.seq_lens[order])
+        table.copy_(cache.table[order])
         out.fill_(float("nan"))
         graph.replay()
-        assert same_bits(out, attend(attention, q, cache))
+        assert same_bits(out, attend(attention, q, cache, rows=order))
         lengths.zero_()
         graph.replay()
         assert not out.any()
+
+
+@pytest.mark.gpu
+def test_lengths_beyond_the_table_and_below_zero():
+    cache = Cache([48, 48], 2, 64, BF16)
+    cache.table = cache.table[:, :3]
+    q = torch.randn(2, 8, 64, device="cuda").to(BF16)
+    attention = make(8, 2, 64, BF16, 2)
+    expected = attend(attention, q, cache)
+    cache.seq_lens = torch.tensor([1 << 30, -5], dtype=torch.int32, device="cuda")
+    out = attend(attention, q, cache)
+    assert same_bits(out[0], expected[0]) and not out[1].any()
 
 
 @pytest.mark.gpu
@@ -197,6 +240,9 @@ def test_what_the_kernel_does_not_take():
         {"q": q[..., :32]},
         {"q": q[:, :6]},
         {"q": out},
+        {"q": torch.empty(2, 8, 65, dtype=BF16, device="cuda")[..., :64]},
+        {"q": torch.empty(2 * 8 * 64 + 1, dtype=BF16, device="cuda")[1:].view(2, 8, 64)},
+        {"k_cache": cache.k[..., :1, :], "v_cache": cache.v[..., :1, :]},
         {"k_cache": cache.k[:, :8]},
         {"v_cache": cache.v[:-1]},
         {"k_cache": cache.k.half()},
@@ -204,6 +250,7 @@ def test_what_the_kernel_does_not_take():
         {"block_table": cache.table.long()},
         {"block_table": cache.table[:1]},
         {"block_table": cache.table.t().contiguous().t()},
+        {"seq_lens": cache.seq_lens[:1]},
         {"seq_lens": cache.seq_lens.long()},
         {"seq_lens": cache.seq_lens.cpu()},
         {"window": -1},
@@ -211,5 +258,8 @@ def test_what_the_kernel_does_not_take():
     for change in bad:
         assert not attention(**{**good, **change}, out=out, scale=0.125), change
     assert not make(8, 2, 64, BF16, 1)(**good, out=out, scale=0.125)  # too few counters
+    assert not attention(**good, out=cache.k[0, :8].transpose(0, 1), scale=0.125)
     assert (out == 3.0).all()
     assert attention(**good, out=out, scale=0.125)
+    nothing = {"q": q[:0], "block_table": cache.table[:0], "seq_lens": cache.seq_lens[:0], "out": out[:0]}
+    assert attention(**{**good, **nothing}, scale=0.125)

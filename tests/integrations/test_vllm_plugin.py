@@ -1868,11 +1868,13 @@ class TestDecodeAttention:
         assert reason in report.left["a.attn"] and report.left["a.attn"].startswith("Attention in decode steps: ")
 
     def test_models_that_are_left(self, made, monkeypatch):
+        from vllm.config import CompilationConfig, CUDAGraphMode
+
         from jitnorm.integrations.vllm_plugin import decode_attention as plugin
 
         def reason(**changes):
-            report, kernels, _, _ = made(**changes)
-            assert not report.replaced and not kernels
+            report, _, _, _ = made(**changes)
+            assert not report.replaced
             return report.left["a.attn"].removeprefix("Attention in decode steps: ")
 
         sizes = {"decode_context_parallel_size": 1, "prefill_context_parallel_size": 1, "use_ubatching": False}
@@ -1887,10 +1889,43 @@ class TestDecodeAttention:
             patch.setattr(plugin, "cuda_target", lambda index: Target.cuda("7.5"))
             assert reason() == "no kernel supports the architecture 7.5"
         with monkeypatch.context() as patch:
-            patch.setattr(plugin, "build_and_load", lambda specs: dict.fromkeys(specs, "it cannot be built"))
-            assert reason() == "it cannot be built"
+            patch.setenv("VLLM_USE_BREAKABLE_CUDAGRAPH", "1")
+            assert "may be replayed for prompts" in reason()
+        assert "several new tokens" in reason(speculative_config=SimpleNamespace())
         with monkeypatch.context() as patch:
             patch.setattr(plugin.batch_invariant_mode, "is_mode_requested", lambda: True)
             assert "in the batch-invariant mode" in reason()
+        for mode in CUDAGraphMode:
+            compilation = CompilationConfig(cudagraph_mode=mode, cudagraph_capture_sizes=[1, 7])
+            changes = {"compilation_config": compilation}
+            if mode == CUDAGraphMode.FULL:  # one graph for all steps of a size
+                assert "may be replayed for prompts" in reason(**changes)
+            else:
+                assert not made(**changes)[0].left
         monkeypatch.setenv(engine_plugins.SKIP, "decode_attention")
         assert reason() == "JITNORM_PLUGIN_SKIP names decode_attention"
+
+    def test_kernels_of_two_shapes(self, attention, made, monkeypatch):
+        """One that cannot be built is tried once, and does not concern the layers of another."""
+        from jitnorm.integrations.vllm_plugin import decode_attention as plugin
+        from jitnorm.integrations.vllm_plugin.report import Report
+
+        def build(specs):
+            built.extend(specs)
+            return {each: "it cannot be built" for each in specs if "64x4" in each.name}
+
+        built = []
+        monkeypatch.setattr(plugin, "build_and_load", build)
+        layers = [attention()[0] for _ in range(4)]
+        for layer in layers[1::2]:
+            layer.attn.num_kv_heads = 1
+        report = Report("Tiny")
+        given = settings(scheduler_config=SimpleNamespace(max_num_seqs=5))
+        given.compilation_config.max_cudagraph_capture_size = 9
+        plugin.replace(torch.nn.ModuleDict(dict(zip("abcd", layers, strict=True))), given, report)
+        assert [spec.name for spec in built] == ["decode_attention_64x2_bf16", "decode_attention_64x4_bf16"]
+        assert set(report.replaced) == {"a.attn", "c.attn"}
+        what = "Attention in decode steps: it cannot be built"
+        assert report.left == {"b.attn": what, "d.attn": what}
+        kernels = [layer.attn.impl.forward.args[2] for layer in layers[::2]]
+        assert kernels[0] is kernels[1] and kernels[0].sizes[-1] == 9  # a graph may have more than are scheduled

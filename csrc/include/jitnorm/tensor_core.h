@@ -9,8 +9,9 @@ namespace jitnorm {
 // and 2 quad + 1, a2, a3 and b1 these plus 8; which element is which does not matter, as long as it is the same in
 // both. Of the sum it has the columns 2 quad and 2 quad + 1, of row group and of row group + 8.
 template <typename T>
-__device__ __forceinline__ void multiply(float (&sum)[4], unsigned a0, unsigned a1, unsigned a2, unsigned a3,
-                                         unsigned b0, unsigned b1) {
+__device__ __forceinline__ void mma_m16n8k16(float (&sum)[4], unsigned a0, unsigned a1, unsigned a2, unsigned a3,
+                                             unsigned b0, unsigned b1) {
+  static_assert(kIsBf16<T> || kIsSame<T, fp16_t>, "a and b are bf16 or fp16");
   if constexpr (kIsBf16<T>)
     asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
         "{%0, %1, %2, %3};"

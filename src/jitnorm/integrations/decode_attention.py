@@ -18,11 +18,13 @@ from jitnorm.jit.spec import KernelSpec, Target
 
 DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 HEAD_DIMS = (64, 128)
-MAX_GROUP = 16  # query heads of a head of k and v
+MAX_GROUP_SIZE = 16  # query heads of a head of k and v
 MIN_ARCH = 8.0  # of the tensor core instruction
 BLOCK_MULTIPLE = 16  # tokens: kTokensPerStep in csrc/attention/decode_attention.h
-_MIN_PART, _MAX_MIN_PART = 256, 2048  # tokens
-_MAX_PARTS = 128  # of all heads of a sequence together, or 16 of each
+_MIN_SPLIT, _MAX_SPLIT = 256, 2048  # tokens
+_MIN_SPLITS = 16  # of a sequence; more for few heads, fewer for many sequences
+_SPLITS_OF_ALL_HEADS = 128
+_SPLITS_OF_ALL_SEQUENCES = 8192  # bounds the memory of partial results
 
 
 class _Spec(KernelSpec):
@@ -31,45 +33,46 @@ class _Spec(KernelSpec):
         return "load the model once where there is a compiler"
 
 
-def spec(head_dim: int, group: int, dtype: torch.dtype, target: Target) -> KernelSpec:
-    """Return the kernel for heads of this size, of which so many queries share a key and a value."""
-    name = DTYPES[dtype]
+def spec(num_heads: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype, target: Target) -> KernelSpec:
+    """Return the kernel for layers of this shape. Layers with the same num_heads / num_kv_heads share one."""
+    group_size, name = num_heads // num_kv_heads, DTYPES[dtype]
     return _Spec(
         op="decode_attention",
         family="decode_attention",
         folder="attention",
         binding="decode_attention",
-        name=f"decode_attention_{head_dim}x{group}_{name}",
-        kernel=f"DecodeAttentionKernel<{head_dim}, {group}, {name}_t>",
+        name=f"decode_attention_{head_dim}x{group_size}_{name}",
+        kernel=f"DecodeAttentionKernel<{head_dim}, {group_size}, {name}_t>",
         target=target,
         warmup="",
     )
 
 
-class Division(NamedTuple):
-    """How a kernel divides sequences into parts, which blocks take.
+class Splits(NamedTuple):
+    """How a kernel splits sequences. A thread block computes one split after another.
 
     Attributes:
-        max_parts: of a sequence.
-        min_tokens_per_part: but for the last part.
+        max_count: of the splits of a sequence.
+        max_tokens: of a split, unless the sequence has max_count splits.
     """
 
-    max_parts: int
-    min_tokens_per_part: int
+    max_count: int
+    max_tokens: int
 
 
-def divide(num_sequences: int, num_kv_heads: int, max_tokens: int, num_sms: int) -> Division:
-    """Return how sequences of up to `max_tokens` tokens are divided.
+def plan_splits(num_sequences: int, num_kv_heads: int, max_length: int, num_sms: int) -> Splits:
+    """Return how sequences of up to `max_length` tokens are split.
 
-    It does not depend on their lengths, which change from step to step of a CUDA graph. With more sequences parts are
-    longer, because each costs as much as about 100 tokens, and the blocks have enough of them.
+    It does not depend on their lengths, which change from step to step of a CUDA graph. With more sequences splits are
+    longer: each costs as much as about 100 tokens, and there are enough for all blocks.
     """
-    per_sm = num_sequences * num_kv_heads / num_sms
-    min_tokens = _MIN_PART
-    while min_tokens < _MAX_MIN_PART and per_sm > min_tokens / _MIN_PART / 2:
-        min_tokens *= 2
-    most = max(16, _MAX_PARTS // num_kv_heads)
-    return Division(max(1, min(most, -(-max_tokens // min_tokens))), min_tokens)
+    items = max(1, num_sequences * num_kv_heads)
+    max_tokens = _MIN_SPLIT
+    while max_tokens < _MAX_SPLIT and items > num_sms * max_tokens // _MIN_SPLIT // 2:
+        max_tokens *= 2
+    max_count = max(_MIN_SPLITS, _SPLITS_OF_ALL_HEADS // num_kv_heads)
+    max_count = min(max_count, max(4, _SPLITS_OF_ALL_SEQUENCES // items))
+    return Splits(max(1, min(max_count, -(-max_length // max_tokens))), max_tokens)
 
 
 class DecodeAttention:
@@ -78,14 +81,15 @@ class DecodeAttention:
     Its calls share counters, so no two of them may run at the same time.
 
     Args:
-        num_heads: of q.
+        num_heads: of q; num_kv_heads, or up to MAX_GROUP_SIZE times as many.
         num_kv_heads: of the caches.
         head_dim: of both; one of HEAD_DIMS.
-        dtype: of all tensors: bfloat16 or float16.
-        device: a CUDA device.
+        dtype: of all tensors; one of DTYPES.
+        device: a CUDA device with an index.
         max_sequences: of a call.
 
     Raises:
+        ValueError: there is no kernel for this shape or dtype.
         RuntimeError: there is no compiler, or the build failed.
     """
 
@@ -98,11 +102,21 @@ class DecodeAttention:
         device: torch.device,
         max_sequences: int,
     ) -> None:
-        self._heads, self._kv_heads, self._row = num_heads, num_kv_heads, head_dim + 2  # of partial results
-        module: Any = load(spec(head_dim, num_heads // num_kv_heads, dtype, cuda_target(device.index)))
+        if num_heads % num_kv_heads or num_heads > MAX_GROUP_SIZE * num_kv_heads:
+            raise ValueError(
+                f"num_heads must be num_kv_heads, {num_kv_heads}, or up to {MAX_GROUP_SIZE} times as many, "
+                f"got {num_heads}"
+            )
+        if head_dim not in HEAD_DIMS:
+            raise ValueError(f"head_dim must be {' or '.join(map(str, HEAD_DIMS))}, got {head_dim}")
+        if dtype not in DTYPES:
+            raise ValueError(f"dtype must be bfloat16 or float16, got {dtype}")
+        module: Any = load(spec(num_heads, num_kv_heads, head_dim, dtype, cuda_target(device.index)))
         self._function: Callable[..., int] = module.decode_attention
-        self._counters = torch.zeros(max_sequences * num_kv_heads, dtype=torch.int32, device=device)
+        self._heads, self._kv_heads, self._row = num_heads, num_kv_heads, head_dim + 2  # of partial results
+        self._device, self._max_items = device, max_sequences * num_kv_heads
         self._num_sms = torch.cuda.get_device_properties(device).multi_processor_count
+        self._counters: torch.Tensor | None = None
 
     def __call__(
         self,
@@ -117,15 +131,16 @@ class DecodeAttention:
     ) -> bool:
         """Write the attention of q to the tokens of each sequence, or nothing.
 
-        A sequence has the same bits in any batch of as many sequences. One without tokens has zeros.
+        The result of a sequence depends on the number of sequences, those that pad a CUDA graph included, but not on
+        what the others are, nor on its place among them. One without tokens has zeros.
 
         Args:
             q: `[sequences, heads, head_dim]`: the last token of each sequence.
-            k_cache: `[blocks, block_size, kv_heads, head_dim]`, with any strides but a last one other than 1.
-                block_size is a multiple of BLOCK_MULTIPLE.
+            k_cache: `[blocks, block_size, kv_heads, head_dim]`. block_size is a multiple of BLOCK_MULTIPLE. As in q and
+                out, the last stride is 1, and the others are multiples of 16 bytes, as the address is.
             v_cache: like `k_cache`.
             block_table: int32 `[sequences, max_blocks]`: the blocks of each sequence, in order. Those of tokens that
-                a sequence has must be valid; no others are read.
+                a query attends to must be valid; no others are read.
             seq_lens: int32 `[sequences]`: the tokens of each sequence, the last included. More than the table has
                 blocks for count as that many.
             out: written; like q.
@@ -133,13 +148,21 @@ class DecodeAttention:
             window: the last tokens that a query attends to, its own included. 0 for all.
 
         Returns:
-            Whether the kernel takes these arguments.
+            Whether the kernel takes these arguments. The first call must not be a part of a CUDA graph's capture.
+
+        Raises:
+            RuntimeError: the launch failed.
         """
+        if self._counters is None:
+            # Not before: an engine may load models into memory that it discards while it sleeps.
+            if torch.cuda.is_current_stream_capturing():
+                return False
+            self._counters = torch.zeros(self._max_items, dtype=torch.int32, device=self._device)
         sequences = q.shape[0]
-        max_tokens = block_table.shape[1] * k_cache.shape[1]
-        parts, min_tokens = divide(sequences, self._kv_heads, max_tokens, self._num_sms)
-        partials = torch.empty(sequences * self._heads * parts * self._row, dtype=torch.float32, device=q.device)
+        max_length = block_table.shape[1] * k_cache.shape[1]
+        splits, max_tokens = plan_splits(sequences, self._kv_heads, max_length, self._num_sms)
+        partials = torch.empty(sequences * self._heads * splits * self._row, dtype=torch.float32, device=q.device)
         return not self._function(
             *(q, k_cache, v_cache, block_table, seq_lens, out, partials, self._counters),
-            *(parts, min_tokens, self._num_sms, scale, window, None),
+            *(splits, max_tokens, self._num_sms, scale, window, None),
         )

@@ -105,6 +105,8 @@ FINGERPRINTS: dict[str, dict[str, str]] = {
         f"{_LAYERS}.attention.attention:unified_attention_with_output": "75f9ca48e47de404",
         f"{_BACKENDS}.flash_attn:FlashAttentionBackend.get_kv_cache_shape": "0330eaec59875526",
         f"{_BACKENDS}.flash_attn:FlashAttentionMetadata": "997b3dca7be24b26",
+        f"{_BACKENDS}.flash_attn:FlashAttentionMetadataBuilder.build": "a09d3afbdb80c8d5",
+        "vllm.v1.worker.gpu.model_states.default:DefaultModelState.prepare_attn": "30d27405e16f7931",
         f"{_BACKENDS}.flash_attn:FlashAttentionImpl.__init__": "404d8b34a60b0c38",
         f"{_BACKENDS}.flash_attn:FlashAttentionImpl.forward": "5fc740485145d52b",
     },

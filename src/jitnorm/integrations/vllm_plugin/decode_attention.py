@@ -10,14 +10,19 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from vllm import envs
+from vllm.config import CUDAGraphMode
 from vllm.model_executor.layers.attention.attention import Attention
 
 from jitnorm.core.targets import cuda_target
-from jitnorm.integrations.decode_attention import DTYPES, HEAD_DIMS, MAX_GROUP, MIN_ARCH, DecodeAttention, spec
+from jitnorm.integrations.decode_attention import DTYPES, HEAD_DIMS, MAX_GROUP_SIZE, MIN_ARCH, DecodeAttention, spec
 from jitnorm.integrations.engine_plugins import build_and_load, reason_to_skip
 from jitnorm.integrations.vllm_plugin import batch_invariant_mode, compatibility
 from jitnorm.integrations.vllm_plugin.fusion import SAME_DTYPES
 from jitnorm.integrations.vllm_plugin.report import Report
+from jitnorm.jit.spec import KernelSpec
+
+_IMPL = ("vllm.v1.attention.backends.flash_attn", "FlashAttentionImpl")  # not imported: not every platform can
 
 
 def replace(model: torch.nn.Module, config: Any, report: Report) -> None:
@@ -26,25 +31,28 @@ def replace(model: torch.nn.Module, config: Any, report: Report) -> None:
     Args:
         model: A loaded model of vLLM on a CUDA device.
         config: vLLM's configuration.
-        report: Gets what was replaced, and a note for what was not.
+        report: Gets what was replaced, and why the rest was left.
     """
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, Attention)}
     reason = reason_to_skip("decode_attention") or compatibility.changed("decode attention") or _reason_of(config)
     dtype = config.model_config.dtype
     device = torch.empty(0, device=config.device_config.device).device  # with the worker's index
     target = cuda_target(device.index)
+    failures: dict[KernelSpec, str] = {}
     kernels: dict[tuple[int, int, int], DecodeAttention] = {}
-    for name, attn in layers.items():
-        if why := reason or _reason_to_leave(attn, dtype, target.arch):
+    for name, attn in model.named_modules():
+        if not isinstance(attn, Attention):
+            continue
+        why = reason or _reason_to_leave(attn, dtype, target.arch)
+        if not why:
+            shape = (attn.num_heads, attn.num_kv_heads, attn.head_size)
+            kernel = spec(*shape, dtype, target)
+            if shape not in kernels and kernel not in failures:
+                failures |= build_and_load([kernel])
+            why = failures.get(kernel)
+        if why:
             report.left[name] = f"{type(attn).__name__} in decode steps: {why}"
             continue
-        shape = (attn.num_heads, attn.num_kv_heads, attn.head_size)
         if shape not in kernels:
-            kernel = spec(attn.head_size, attn.num_heads // attn.num_kv_heads, dtype, target)
-            if failures := build_and_load([kernel]):
-                reason = failures[kernel]
-                report.left[name] = f"{type(attn).__name__} in decode steps: {reason}"
-                continue
             kernels[shape] = DecodeAttention(*shape, dtype, device, _max_sequences(config))
         attn.impl.forward = functools.partial(_forward, attn.impl, attn.impl.forward, kernels[shape])
         report.replaced[name] = f"{type(attn).__name__} in decode steps"
@@ -60,6 +68,11 @@ def _max_sequences(config: Any) -> int:
 def _reason_of(config: Any) -> str | None:
     if batch_invariant_mode.is_mode_requested():
         return "in the batch-invariant mode a token has the bits that it would have in a prompt"
+    if config.speculative_config is not None:
+        return "in speculative decoding a sequence has several new tokens"
+    mode = config.compilation_config.cudagraph_mode
+    if (mode and mode.mixed_mode() == CUDAGraphMode.FULL) or envs.VLLM_USE_BREAKABLE_CUDAGRAPH:
+        return "a CUDA graph that was captured for a decode step may be replayed for prompts"
     parallel = config.parallel_config
     if parallel.decode_context_parallel_size > 1 or parallel.prefill_context_parallel_size > 1:
         return "context parallelism divides the tokens of a sequence"
@@ -67,8 +80,8 @@ def _reason_of(config: Any) -> str | None:
 
 
 def _reason_to_leave(attn: Any, dtype: torch.dtype, arch: str) -> str | None:
-    impl, backend = attn.impl, attn.attn_backend
-    if type(attn) is not Attention or backend.get_name() != "FLASH_ATTN" or type(impl) is not backend.get_impl_cls():
+    impl = attn.impl
+    if type(attn) is not Attention or (type(impl).__module__, type(impl).__qualname__) != _IMPL:
         return f"its attention is {type(impl).__name__}"
     if attn.attn_type != "decoder" or attn.use_direct_call:
         return "it is not called by vLLM's operator for decoders"
@@ -78,7 +91,7 @@ def _reason_to_leave(attn: Any, dtype: torch.dtype, arch: str) -> str | None:
         return f"no kernel is for a model of {dtype} and a cache of {attn.kv_cache_torch_dtype}"
     if attn.head_size not in HEAD_DIMS or attn.head_size_v != attn.head_size:
         return f"no kernel supports head_dim {attn.head_size}"
-    if attn.num_heads > MAX_GROUP * attn.num_kv_heads:
+    if attn.num_heads > MAX_GROUP_SIZE * attn.num_kv_heads:
         return f"no kernel supports {attn.num_heads} query heads for {attn.num_kv_heads} of keys"
     return None if float(arch.rstrip("af")) >= MIN_ARCH else f"no kernel supports the architecture {arch}"
 
