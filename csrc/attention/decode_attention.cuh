@@ -1,8 +1,9 @@
 // Attention of one new token of each sequence to a paged KV cache, on CUDA. The query heads that share a head of k and
-// v are the rows of a tensor core instruction. A sequence is divided into splits. A block takes one split after
-// another; its warps take 16 tokens at a time. A thread loads k and v straight into the registers that its instructions
-// read: k of the next tokens while it computes the current ones. The block that finishes the last split of a sequence
-// adds them up, in their order. Included by generated sources (jitnorm/jit/spec.py).
+// v are the rows of a tensor core instruction. The tokens of a sequence are divided into splits. A thread block
+// computes one split after another; its warps take 16 tokens at a time. A thread loads k and v straight into the
+// registers that its instructions read: k of the next tokens while it computes the current ones. The block that
+// finishes the last split of a sequence combines all, in their order. Included by generated sources
+// (jitnorm/jit/spec.py).
 #pragma once
 #include "attention/decode_attention.h"
 #include "jitnorm/cuda_kernel.h"
@@ -12,12 +13,12 @@
 
 namespace jitnorm {
 
-template <int kHeadDim_, int kGroup_, typename T>
+template <int kHeadDim_, int kGroupSize_, typename T>
 struct DecodeAttentionKernel : DefaultVariantOnly {
   using input_t = T;
   using params_t = DecodeAttentionParams;
   using info_t = DecodeAttentionInfo;
-  static constexpr int kHeadDim = kHeadDim_, kGroupSize = kGroup_;
+  static constexpr int kHeadDim = kHeadDim_, kGroupSize = kGroupSize_;
   static constexpr unsigned kAlignment = 16;
   static constexpr int kWarps = 4, kThreads = 32 * kWarps;
   static constexpr int kHeadTiles = (kGroupSize + 7) / 8;  // of 8 query heads
@@ -328,7 +329,7 @@ struct DecodeAttentionKernel : DefaultVariantOnly {
     if (split.count > 1 && is_last_split(p, split)) combine_splits(p, split);
   }
 
-  // Sums up what the warps have, and writes the result, or that of a split.
+  // Adds up the sums of the warps. Writes the result of a sequence with one split, or the partial result of the split.
   static __device__ __forceinline__ void store(const DecodeAttentionParams& p, const Split& split,
                                                const float4 (&sums)[kWarps][kGroupSize][kVectors],
                                                const float2 (&stats)[kWarps][kGroupSize]) {
@@ -410,7 +411,7 @@ struct DecodeAttentionKernel : DefaultVariantOnly {
       sum.w += factor * other.w;
     }
 
-    // To the query head `query_head` of those of a head of k and v.
+    // Writes them for one of the query heads that share a head of k and v.
     __device__ __forceinline__ void store(const DecodeAttentionParams& p, const Split& split, int query_head,
                                           int at) const {
       const float scale = exponentials == 0.f ? 0.f : 1.f / exponentials;
