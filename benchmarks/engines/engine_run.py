@@ -137,7 +137,10 @@ class Run:
     def _alternate(
         self, place: tuple[str, str, int], processes: Processes, method: str, arguments: dict[str, Any]
     ) -> None:
-        """Take a sample of each variant in turns, after one that does not count."""
+        """Take a sample of each variant in turns, after one that does not count.
+
+        The order alternates: another variant's step may have left the GPU warm, or the host's caches cold.
+        """
         model, measure, batch = place
         failed: set[Variant] = set()
 
@@ -147,7 +150,7 @@ class Run:
                 note(point, column, text)
 
         for sample in range(self.options.rounds + 1):
-            for variant, process in processes.items():
+            for variant, process in [*processes.items()][:: -1 if sample % 2 else 1]:
                 if variant in failed:
                     continue
                 if not self.limit:

@@ -308,6 +308,25 @@ def test_bits_of_rows(dtype):
         check.add(rows, rows[1:])
 
 
+def test_the_order_of_the_variants_alternates():
+    engine_run = importlib.import_module("engine_run")
+    calls = []
+
+    def process(name):
+        return types.SimpleNamespace(call=lambda *args, **kwargs: calls.append(name) or {"decode step": len(calls)})
+
+    run = engine_run.Run.__new__(engine_run.Run)
+    run.options = types.SimpleNamespace(rounds=2, mode=["default"], limit=9.0)
+    run.end = time.monotonic() + 1e6
+    run.results = engine_run.Results("vllm_step", {})
+    processes = {("default", line): process(line) for line in ("stock", "plugin")}
+    run._alternate(("small", "decode step", 1), processes, "decode", {})
+    assert calls == ["stock", "plugin", "plugin", "stock", "stock", "plugin"]
+    (row,) = run.results.report().rows
+    samples = {line: [sample for (sample,) in result.rounds] for line, result in row.results().items()}
+    assert samples == {"stock": [4, 5], "plugin": [3, 6]}  # the first do not count
+
+
 def test_bits_of_rows_in_any_order():
     """A row is looked for as often as it was expected; a row with another bit is missing."""
     module = importlib.import_module("logit_bits")
