@@ -1,4 +1,4 @@
-"""Measure the attention of a decode step to a paged KV cache, beside FlashAttention 3 as vLLM calls it."""
+"""Measure the attention of a decode step to a paged KV cache, beside FlashAttention 3 as vLLM calls it, and torch."""
 
 from __future__ import annotations
 
@@ -19,6 +19,8 @@ Call = Callable[..., torch.Tensor]
 
 
 def by_jitnorm(q: torch.Tensor, cache: torch.Tensor, lengths: torch.Tensor) -> Call:
+    if not q.is_cuda:
+        marker.skip("it needs CUDA")
     sequences, heads, head_dim = q.shape
     attention = DecodeAttention(heads, cache.shape[1], head_dim, q.dtype, q.device, sequences)
 
@@ -37,7 +39,7 @@ def by_flash_attention(q: torch.Tensor, cache: torch.Tensor, lengths: torch.Tens
         from vllm.vllm_flash_attn import flash_attn_varlen_func, get_scheduler_metadata
     except ImportError as error:
         marker.skip(f"vLLM is not installed: {error}")
-    if torch.cuda.get_device_capability(q.device) != (9, 0):
+    if not q.is_cuda or torch.cuda.get_device_capability(q.device) != (9, 0):
         marker.skip("FlashAttention 3 needs sm_90")
     sequences, heads, head_dim = q.shape
     starts = torch.arange(sequences + 1, dtype=torch.int32, device=q.device)
@@ -77,7 +79,21 @@ def by_flash_attention(q: torch.Tensor, cache: torch.Tensor, lengths: torch.Tens
     return call
 
 
-CALLS = {"jitnorm": by_jitnorm, "flash_attention_3": by_flash_attention}
+def by_torch(q: torch.Tensor, cache: torch.Tensor, lengths: torch.Tensor) -> Call:
+    """Copy the pages of each sequence. All sequences have the same length."""
+    context, head_dim = int(lengths[0]), q.shape[-1]
+
+    def call(q: torch.Tensor, cache: torch.Tensor, table: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+        pages = table[:, : -(-context // BLOCK)]
+        tokens = cache[pages].transpose(1, 2).flatten(2, 3)[:, :, :context]
+        k, v = tokens.split(head_dim, dim=-1)
+        attend = torch.nn.functional.scaled_dot_product_attention
+        return attend(q.unsqueeze(2), k, v, enable_gqa=True).squeeze(2)
+
+    return call
+
+
+CALLS = {"jitnorm": by_jitnorm, "flash_attention_3": by_flash_attention, "torch": by_torch}
 
 
 @marker.parametrize("num_q_heads,num_kv_heads,head_dim", SHAPES, SHAPES[:1])
@@ -91,8 +107,6 @@ def bench(
     if context * num_sequences > 1 << 21:
         marker.skip("the caches are too large")
     q = marker.create_random(num_sequences, num_q_heads, head_dim)
-    if not q.is_cuda:
-        marker.skip("it needs CUDA")
     blocks = -(-context // BLOCK)
     cache = marker.create_random(num_sequences * blocks, num_kv_heads, BLOCK, 2 * head_dim)
     table = torch.randperm(num_sequences * blocks, dtype=torch.int32, device=q.device).view(num_sequences, blocks)

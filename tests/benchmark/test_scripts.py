@@ -19,6 +19,7 @@ FILES = sorted(file.stem for file in FOLDER.glob("bench_*.py"))
 # The implementations that run anywhere. torch.compile takes too long for a test.
 RUNS = {
     "bench_activation": ["jitnorm", "torch"],
+    "bench_decode_attention": ["torch"],
     "bench_dual_rmsnorm": ["jitnorm", "separate", "torch"],
     "bench_few_rows": ["torch"],
     "bench_first_call": ["jitnorm"],
