@@ -1884,7 +1884,8 @@ class TestDecodeAttention:
             ("use_ubatching", "two batches at a time"),
         ):
             assert words in reason(parallel_config=SimpleNamespace(**sizes | {name: 2}))
-        assert "no kernel is for a model of torch.float32" in reason(dtype=torch.float32)
+        with_its_cache = {"change": lambda layer: setattr(layer.attn, "kv_cache_torch_dtype", torch.float32)}
+        assert "no kernel is for a model of torch.float32" in reason(dtype=torch.float32, **with_its_cache)
         with monkeypatch.context() as patch:
             patch.setattr(plugin, "cuda_target", lambda index: Target.cuda("7.5"))
             assert reason() == "no kernel supports the architecture 7.5"
