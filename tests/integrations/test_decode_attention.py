@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from helpers import TOLERANCE, relative_error, same_bits
 
+from jitnorm.integrations import decode_attention
 from jitnorm.integrations.decode_attention import DecodeAttention, plan_splits, spec
 from jitnorm.jit.build import build
 from jitnorm.jit.spec import Target
@@ -101,6 +104,33 @@ def test_shapes_without_a_kernel(changes, words):
     sizes = {"num_heads": 8, "num_kv_heads": 2, "head_dim": 64, "dtype": BF16, "max_sequences": 3}
     with pytest.raises(ValueError, match=words):
         DecodeAttention(**sizes | changes, device=torch.device("cuda", 0))
+
+
+def test_the_first_call_outside_a_capture_allocates_the_counters(monkeypatch):
+    """Not the constructor: what an engine allocates while it loads a model may be discarded."""
+    calls, capturing, allocated = [], [True], []
+    kernel = SimpleNamespace(decode_attention=lambda *arguments: calls.append(arguments) or len(calls) == 3)
+    zeros = torch.zeros
+    monkeypatch.setattr(decode_attention, "load", lambda spec: kernel)
+    monkeypatch.setattr(decode_attention, "cuda_target", lambda index: Target.cuda("9.0a"))
+    monkeypatch.setattr(torch, "zeros", lambda *sizes, **options: allocated.append(sizes) or zeros(*sizes, **options))
+    properties = SimpleNamespace(multi_processor_count=132)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing[0])
+    attention = DecodeAttention(8, 2, 64, BF16, torch.device("cpu"), 5)
+    q, out = torch.empty(2, 3, 8, 64, dtype=BF16)
+    caches = torch.empty(2, 4, 16, 2, 64, dtype=BF16)
+    table, lengths = torch.ones(3, 40, dtype=torch.int32), torch.ones(3, dtype=torch.int32)
+    assert not attention(q, *caches, table, lengths, out, 0.5) and not calls and not allocated
+    capturing[0] = False
+    assert attention(q, *caches, table, lengths, out, 0.5)
+    capturing[0] = True
+    assert attention(q, *caches, table, lengths, out, 0.5, window=7)
+    assert not attention(q, *caches, table, lengths, out, 0.5)  # the kernel does not take it
+    assert allocated == [(10,)] and {call[7].data_ptr() for call in calls} == {calls[0][7].data_ptr()}
+    assert calls[0][7].dtype == torch.int32 and not calls[0][7].any()
+    assert [call[8:] for call in calls[:2]] == [(3, 256, 132, 0.5, 0, None), (3, 256, 132, 0.5, 7, None)]
+    assert calls[0][6].numel() == 3 * 8 * 3 * (64 + 2) and calls[0][6].dtype == torch.float32
 
 
 @pytest.mark.gpu
