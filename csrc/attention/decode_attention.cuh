@@ -1,9 +1,9 @@
 // Attention of one new token of each sequence to a paged KV cache, on CUDA. The query heads that share a head of k and
-// v are the rows of a tensor core instruction. The tokens of a sequence are divided into splits. A thread block
-// computes one split after another; its warps take 16 tokens at a time. A thread loads k and v straight into the
-// registers that its instructions read: k of the next tokens while it computes the current ones. The block that
-// finishes the last split of a sequence combines all, in their order. Included by generated sources
-// (jitnorm/jit/spec.py).
+// v are the rows of the instruction that multiplies q and k, and the columns of the one that multiplies weights and v.
+// The tokens of a sequence are divided into splits. A thread block computes one split after another; its warps take 16
+// tokens at a time. A thread loads k and v straight into the registers that its instructions read: k of the next tokens
+// while it computes the current ones. The block that finishes the last split of a sequence combines all, in their
+// order. Included by generated sources (jitnorm/jit/spec.py).
 #pragma once
 #include "attention/decode_attention.h"
 #include "jitnorm/cuda_kernel.h"
@@ -22,8 +22,8 @@ struct DecodeAttentionKernel : DefaultVariantOnly {
   static constexpr unsigned kAlignment = 16;
   static constexpr int kWarps = 4, kThreads = 32 * kWarps;
   static constexpr int kHeadTiles = (kGroupSize + 7) / 8;  // of 8 query heads
-  static constexpr int kKLoads = kHeadDim / 32;            // of 16 bytes, for a token: four threads have its head
-  static constexpr int kVLoads = kHeadDim / 64;            // of 16 bytes, for a token: eight threads have its head
+  static constexpr int kKLoads = kHeadDim / 32;            // of 16 bytes, by a thread, for a token: four share a head
+  static constexpr int kVLoads = kHeadDim / 64;            // of 16 bytes, by a thread, for a token: eight share a head
   static constexpr int kMinBlocksPerSM = kHeadDim == 64 ? (kHeadTiles == 1 ? 5 : 4) : (kHeadTiles == 1 ? 3 : 2);
   static constexpr float kLowest = -3.402823466e38f;  // the lowest float: the maximum of no logits
   static_assert(kHeadDim % 64 == 0 && kHeadDim <= 128 && kHeadTiles <= 2, "registers suffice");
@@ -99,7 +99,7 @@ struct DecodeAttentionKernel : DefaultVariantOnly {
       total = __shfl_sync(~0u, sum, 31);
     }
 
-    // Lanes without sequences are not before any split.
+    // A lane without sequences has before == total, above every split.
     __device__ __forceinline__ Split find(const DecodeAttentionParams& p, unsigned item) const {
       const unsigned split = quotient(item, p.head_divisor);
       const unsigned owner = 31 - __clz(__ballot_sync(~0u, before <= split));
@@ -147,7 +147,7 @@ struct DecodeAttentionKernel : DefaultVariantOnly {
     return load_int(p.block_table + sequence * p.table_stride + quotient(token, p.block_divisor));
   }
 
-  // A token of this split instead of one that is not: memory beyond a sequence may have NaN.
+  // Clamps a token to those of this split: memory outside may have NaN.
   static __device__ __forceinline__ int clamp(int token, const Split& split) {
     return token < split.first ? split.first : token >= split.end ? split.end - 1 : token;
   }
@@ -214,8 +214,8 @@ struct DecodeAttentionKernel : DefaultVariantOnly {
     return y;
   }
 
-  // Computes a split. What a warp, a block or a split has so far, of a head, are the sums of the values weighted by
-  // exp2(logit - maximum) and the sum of these exponentials.
+  // Computes a split. A partial result, of a warp, a block or a split, is for each query head: the sum of the values
+  // weighted by exp2(logit - maximum), the maximum, and the sum of these exponentials.
   static __device__ __forceinline__ void attend(const DecodeAttentionParams& p, Split split) {
     __shared__ float4 sums[kWarps][kGroupSize][kVectors];
     __shared__ float2 stats[kWarps][kGroupSize];
@@ -355,7 +355,7 @@ struct DecodeAttentionKernel : DefaultVariantOnly {
   static __device__ __forceinline__ bool is_last_split(const DecodeAttentionParams& p, const Split& split) {
     __shared__ bool result;
     if (threadIdx.x == 0) {
-      __threadfence();  // after what this thread has seen at the barrier: the stores of all
+      __threadfence();  // orders the stores of all threads, visible since the barrier, before the counter
       // The counter is 0 again after the last split.
       const unsigned before = atomicInc(p.counters + split.sequence * p.num_kv_heads + split.head, split.count - 1);
       result = before == split.count - 1;

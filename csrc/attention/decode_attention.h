@@ -6,8 +6,8 @@
 
 namespace jitnorm {
 
-// The tokens that a warp takes at a time. The block size of a cache is a multiple of it, so that they are in one block,
-// which is called a page here: a block is one of threads.
+// The tokens of a warp's step. Block sizes of caches are multiples of it, so that a step stays within one block of the
+// cache, which is called a page here.
 constexpr int kTokensPerStep = 16;
 // So that sums of a length and a few steps do not overflow.
 constexpr index_t kMaxTokens = 1 << 30;
@@ -43,7 +43,7 @@ struct DecodeAttentionParams {
   unsigned grid_blocks;
   int max_tokens;  // that the table has blocks for
   int window;      // the tokens that a query attends to, its own included; 0 for all
-  float scale;     // of the logits in base 2
+  float scale;     // of the logits, times log2(e)
 };
 
 struct DecodeAttentionInfo {

@@ -1831,11 +1831,18 @@ class TestDecodeAttention:
         q, out = self.call(layer, self.metadata(**changes))
         assert not kernel.calls and len(recorder.calls) == 1 and torch.equal(out, q)
 
-    def test_what_the_kernel_does_not_take(self, made):
+    def test_what_the_kernel_does_not_take(self, made, caplog):
+        from jitnorm.integrations.vllm_plugin import decode_attention as plugin
+
         _, (kernel,), layer, recorder = made()
         kernel.accepts = False
-        q, out = self.call(layer, self.metadata())
-        assert len(kernel.calls) == len(recorder.calls) == 1 and torch.equal(out, q)
+        plugin._warn_once.cache_clear()
+        with caplog.at_level(logging.WARNING, "jitnorm"):
+            q, out = self.call(layer, self.metadata())
+            assert len(kernel.calls) == len(recorder.calls) == 1 and torch.equal(out, q)
+            self.call(layer, self.metadata())
+        assert len(caplog.records) == 1 and "does not take" in caplog.text
+        kernel.calls.pop(), recorder.calls.pop()
         self.call(layer, None)  # the profiling run
         self.call(layer, self.metadata(), output_scale=torch.ones(1))
         self.call(layer, self.metadata(), output_block_scale=torch.ones(1))

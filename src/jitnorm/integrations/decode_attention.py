@@ -2,7 +2,7 @@
 
 Such a step takes as long as reading the keys and values, and for short sequences as long as the latencies of its parts.
 The engines' kernels are made for prompts too: a block of theirs takes so much shared memory that few are on an SM, so
-that little of the cache is in flight where sequences are short. docs/performance.md has their times.
+that little of the cache is in flight where sequences are short. docs/contributing/decisions.md has their times.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ MAX_GROUP_SIZE = 16  # query heads of a head of k and v
 MIN_ARCH = 8.0  # of the tensor core instruction
 BLOCK_MULTIPLE = 16  # tokens: kTokensPerStep in csrc/attention/decode_attention.h
 _MIN_SPLIT, _MAX_SPLIT = 256, 2048  # tokens
-_MIN_SPLITS = 16  # of a sequence; more for few heads, fewer for many sequences
+_USUAL_MAX_SPLITS = 16  # of a sequence; more for few heads, fewer for many sequences
 _SPLITS_OF_ALL_HEADS = 128
 _SPLITS_OF_ALL_SEQUENCES = 8192  # bounds the memory of partial results
 
@@ -70,7 +70,7 @@ def plan_splits(num_sequences: int, num_kv_heads: int, max_length: int, num_sms:
     max_tokens = _MIN_SPLIT
     while max_tokens < _MAX_SPLIT and items > num_sms * max_tokens // _MIN_SPLIT // 2:
         max_tokens *= 2
-    max_count = max(_MIN_SPLITS, _SPLITS_OF_ALL_HEADS // num_kv_heads)
+    max_count = max(_USUAL_MAX_SPLITS, _SPLITS_OF_ALL_HEADS // num_kv_heads)
     max_count = min(max_count, max(4, _SPLITS_OF_ALL_SEQUENCES // items))
     return Splits(max(1, min(max_count, -(-max_length // max_tokens))), max_tokens)
 

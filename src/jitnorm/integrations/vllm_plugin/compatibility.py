@@ -107,6 +107,12 @@ FINGERPRINTS: dict[str, dict[str, str]] = {
         f"{_BACKENDS}.flash_attn:FlashAttentionMetadata": "997b3dca7be24b26",
         f"{_BACKENDS}.flash_attn:FlashAttentionMetadataBuilder.build": "a09d3afbdb80c8d5",
         "vllm.v1.worker.gpu.model_states.default:DefaultModelState.prepare_attn": "30d27405e16f7931",
+        # Which steps replay the graph of a decode step, and that a step runs before it is captured.
+        "vllm.v1.worker.gpu.cudagraph_utils:CudaGraphManager._init_candidates": "63797dbda0785d1c",
+        "vllm.v1.worker.gpu.cudagraph_utils:CudaGraphManager.capture": "be8e4d40a3be3d3f",
+        "vllm.v1.worker.gpu.cudagraph_utils:_is_compatible": "bf7f92a40822c366",
+        "vllm.v1.cudagraph_dispatcher:CudagraphDispatcher.dispatch": "d77ce17fbf7db9ee",
+        "vllm.v1.cudagraph_dispatcher:CudagraphDispatcher.initialize_cudagraph_keys": "31b2840d3c63b247",
         f"{_BACKENDS}.flash_attn:FlashAttentionImpl.__init__": "404d8b34a60b0c38",
         f"{_BACKENDS}.flash_attn:FlashAttentionImpl.forward": "5fc740485145d52b",
     },

@@ -20,6 +20,7 @@ from jitnorm.integrations.engine_plugins import build_and_load, reason_to_skip
 from jitnorm.integrations.vllm_plugin import batch_invariant_mode, compatibility
 from jitnorm.integrations.vllm_plugin.fusion import SAME_DTYPES
 from jitnorm.integrations.vllm_plugin.report import Report
+from jitnorm.jit.log import logger
 from jitnorm.jit.spec import KernelSpec
 
 _IMPL = ("vllm.v1.attention.backends.flash_attn", "FlashAttentionImpl")  # not imported: not every platform can
@@ -96,6 +97,11 @@ def _reason_to_leave(attn: Any, dtype: torch.dtype, arch: str) -> str | None:
     return None if float(arch.rstrip("af")) >= MIN_ARCH else f"no kernel supports the architecture {arch}"
 
 
+@functools.cache
+def _warn_once() -> None:
+    logger.warning("FlashAttention computes a decode step whose arguments jitnorm's kernel does not take")
+
+
 def _forward(
     impl: Any,
     original: Callable[..., torch.Tensor],
@@ -130,6 +136,7 @@ def _forward(
             window=left + 1,  # left is -1 without a window
         ):
             return output
+        _warn_once()
     return original(
         *(layer, query, key, value, kv_cache, attn_metadata, output),
         output_scale=output_scale,
