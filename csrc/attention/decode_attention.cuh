@@ -50,19 +50,12 @@ struct DecodeAttentionKernel : DefaultVariantOnly {
     __device__ __forceinline__ bool has_tokens() const { return token < end; }
   };
 
-  // Not __ldg: the compiler may move it before the wait for the kernels before.
-  static __device__ __forceinline__ int load_int(const int* from) {
-    int value;
-    asm volatile("ld.global.s32 %0, [%1];" : "=r"(value) : "l"(from) : "memory");
-    return value;
-  }
-
   static __device__ __forceinline__ int first_token(const DecodeAttentionParams& p, int tokens) {
     return p.window && tokens > p.window ? tokens - p.window : 0;
   }
 
   static __device__ __forceinline__ int length(const DecodeAttentionParams& p, unsigned sequence) {
-    const int tokens = load_int(p.seq_lens + sequence);
+    const int tokens = static_cast<int>(load_index(p.seq_lens, sequence, false));
     return tokens < 0 ? 0 : tokens > p.max_tokens ? p.max_tokens : tokens;
   }
 
@@ -144,7 +137,8 @@ struct DecodeAttentionKernel : DefaultVariantOnly {
   }
 
   static __device__ __forceinline__ int page_of(const DecodeAttentionParams& p, unsigned sequence, int token) {
-    return load_int(p.block_table + sequence * p.table_stride + quotient(token, p.block_divisor));
+    return static_cast<int>(
+        load_index(p.block_table, sequence * p.table_stride + quotient(token, p.block_divisor), false));
   }
 
   // Clamps a token to those of this split: memory outside may have NaN.

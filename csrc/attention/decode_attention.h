@@ -100,7 +100,7 @@ Outcome decode_attention(const Kernel& kernel, const TVMFFIAny* args, int num_ar
   if (!q || !kernel.runs_on(q->device)) return Outcome::kRefused;
   const DLDevice device = q->device;
   StridedRows q_rows, k_rows, v_rows, out_rows;
-  index_t max_splits, split_tokens, num_sms, window;
+  index_t max_splits, max_tokens_per_split, num_sms, window;
   double scale;
   bool enable_pdl;
   auto as_heads = [&](const DLTensor* tensor, int dims, StridedRows* rows) {
@@ -110,7 +110,7 @@ Outcome decode_attention(const Kernel& kernel, const TVMFFIAny* args, int num_ar
   if (!as_heads(q, 3, &q_rows) || !as_heads(k_cache, 4, &k_rows) || !as_heads(v_cache, 4, &v_rows) ||
       !as_heads(out, 3, &out_rows) || !same_shape(*q, *out) || !same_shape(*k_cache, *v_cache) ||
       !is_int32_rows(table, 2, device) || !is_int32_rows(seq_lens, 1, device) || !is_int32_rows(counters, 1, device) ||
-      !as_int(args[8], &max_splits) || !as_int(args[9], &split_tokens) || !as_int(args[10], &num_sms) ||
+      !as_int(args[8], &max_splits) || !as_int(args[9], &max_tokens_per_split) || !as_int(args[10], &num_sms) ||
       !as_float(args[11], &scale) || !as_int(args[12], &window) || !as_optional_bool(args[13], true, &enable_pdl))
     return Outcome::kRefused;
   const index_t sequences = q->shape[0], heads = q->shape[1], kv_heads = k_cache->shape[2];
@@ -120,8 +120,9 @@ Outcome decode_attention(const Kernel& kernel, const TVMFFIAny* args, int num_ar
       table->shape[0] != sequences || seq_lens->shape[0] != sequences ||
       (sequences > 1 && table->strides[0] < table->shape[1]) || table->shape[1] < 1 ||
       table->shape[1] > kMaxTokens / block_size || counters->shape[0] < items || max_splits < 1 ||
-      max_splits > kMaxDividend || split_tokens < 1 || split_tokens > kMaxDividend || num_sms < 1 || window < 0 ||
-      window > kMaxTokens || items * max_splits > kMaxDividend || !partials || !same_device(*partials, *q) ||
+      max_splits > kMaxDividend || max_tokens_per_split < 1 || max_tokens_per_split > kMaxDividend || num_sms < 1 ||
+      window < 0 || window > kMaxTokens || items * max_splits > kMaxDividend || !partials ||
+      !same_device(*partials, *q) ||
       !as_elements(partials, kElementType<float>, items * max_splits * info.group_size * (info.head_dim + 2), 16,
                    &partial_elements) ||
       !rows_are_disjoint(out_rows) || share_memory(out_rows, q_rows) || share_memory(out_rows, k_rows) ||
@@ -156,7 +157,7 @@ Outcome decode_attention(const Kernel& kernel, const TVMFFIAny* args, int num_ar
   params.num_kv_heads = static_cast<unsigned>(kv_heads);
   params.block_size = static_cast<unsigned>(block_size);
   params.max_splits = static_cast<unsigned>(max_splits);
-  params.max_tokens_per_split = static_cast<unsigned>(split_tokens);
+  params.max_tokens_per_split = static_cast<unsigned>(max_tokens_per_split);
   params.max_tokens = static_cast<int>(table->shape[1] * block_size);
   params.window = static_cast<int>(window);
   params.scale = static_cast<float>(scale * 1.4426950408889634);

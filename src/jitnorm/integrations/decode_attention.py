@@ -7,16 +7,19 @@ that little of the cache is in flight where sequences are short. docs/contributi
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 
+from jitnorm.core.checks import DTYPE_NAMES
 from jitnorm.core.targets import cuda_target
+from jitnorm.integrations.engine_plugins import EngineKernelSpec
 from jitnorm.jit.load import load
 from jitnorm.jit.spec import KernelSpec, Target
 
-DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16"}
+DTYPES = (torch.bfloat16, torch.float16)
 HEAD_DIMS = (64, 128)
 MAX_GROUP_SIZE = 16  # query heads of a head of k and v
 MIN_ARCH = 8.0  # of the tensor core instruction
@@ -27,16 +30,10 @@ _SPLITS_OF_ALL_HEADS = 128
 _SPLITS_OF_ALL_SEQUENCES = 8192  # bounds the memory of partial results
 
 
-class _Spec(KernelSpec):
-    @property
-    def warmup_command(self) -> str:
-        return "load the model once where there is a compiler"
-
-
 def spec(num_heads: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype, target: Target) -> KernelSpec:
     """Return the kernel for layers of this shape. Layers with the same num_heads / num_kv_heads share one."""
-    group_size, name = num_heads // num_kv_heads, DTYPES[dtype]
-    return _Spec(
+    group_size, name = num_heads // num_kv_heads, DTYPE_NAMES[dtype]
+    return EngineKernelSpec(
         op="decode_attention",
         family="decode_attention",
         folder="attention",
@@ -60,6 +57,7 @@ class Splits(NamedTuple):
     max_tokens: int
 
 
+@functools.cache
 def plan_splits(num_sequences: int, num_kv_heads: int, max_length: int, num_sms: int) -> Splits:
     """Return how sequences of up to `max_length` tokens are split.
 

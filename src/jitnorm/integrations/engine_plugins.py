@@ -19,14 +19,17 @@ from jitnorm.warmup.run import build_all, find_cached, prepare
 
 NAME = "jitnorm"  # of the entry points
 SKIP = "JITNORM_PLUGIN_SKIP"
-PARTS = (
-    "norms",
-    "activations",
-    "attention",
-    "decode_attention",
-    "linear_layers",
-    "batch_invariant",
-)  # that SKIP can name
+# The parts that SKIP can name.
+PARTS = ("norms", "activations", "attention", "decode_attention", "linear_layers", "batch_invariant")
+
+
+class EngineKernelSpec(KernelSpec):
+    """A kernel that has the sizes of a model's layers, for which `jitnorm warmup` has no arguments."""
+
+    @property
+    def warmup_command(self) -> str:
+        """Return what builds it ahead of time."""
+        return "load the model once where there is a compiler"
 
 
 def is_requested(variable: str, selection: str) -> bool:

@@ -22,16 +22,11 @@ import torch
 from jitnorm.activation import Activation
 from jitnorm.batch_invariant.matmul.problem import Gemm, UnsupportedProblem
 from jitnorm.core.targets import cuda_target
+from jitnorm.integrations.engine_plugins import EngineKernelSpec
 from jitnorm.jit.load import load
 from jitnorm.jit.spec import KernelSpec, Target
 
 _DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16"}
-
-
-class _Spec(KernelSpec):
-    @property
-    def warmup_command(self) -> str:
-        return "load the model once where there is a compiler"
 
 
 @dataclass(frozen=True)
@@ -60,7 +55,7 @@ class FewRowsKernel:
     ) -> KernelSpec:
         """Return the kernel for weights `[n, k]`."""
         arguments = f"{n}, {k}, {_DTYPES[dtype]}_t" + (f", {activation.formula}" if activation else "")
-        return _Spec(
+        return EngineKernelSpec(
             op=self.name,
             family=self.family,
             folder="gemm",
