@@ -52,7 +52,7 @@ wheel: $(VENV)/installed-dev  ## dist/jitnorm-*.whl
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache
 
-CXX_SOURCES := $(wildcard csrc/include/jitnorm/*.h csrc/elementwise/*.h csrc/elementwise/*.cuh csrc/attention/* csrc/gemm/*.h csrc/gemm/*.cuh csrc/launcher/*)
+CXX_SOURCES := $(wildcard csrc/include/jitnorm/*.h csrc/elementwise/*.h csrc/elementwise/*.cuh csrc/attention/* csrc/decode_step/* csrc/gemm/*.h csrc/gemm/*.cuh csrc/launcher/*)
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)

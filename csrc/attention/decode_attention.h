@@ -71,20 +71,13 @@ struct DecodeAttentionInfo {
 
 #ifndef __CUDACC__
 #include "jitnorm/grid.h"
+#include "jitnorm/integers.h"
 #include "jitnorm/strided.h"
 
 namespace jitnorm {
 
 inline Grid grid_of(const DecodeAttentionInfo& info, const DecodeAttentionParams& params) {
   return grid_of_blocks(params.grid_blocks, 1, info.launch.threads);
-}
-
-// Whether a tensor is of int32, and the elements of its last dimension are adjacent.
-inline bool is_int32_rows(const DLTensor* tensor, int dims, DLDevice device) {
-  return tensor && tensor->ndim == dims && tensor->dtype.code == kDLInt && tensor->dtype.bits == 32 &&
-         tensor->dtype.lanes == 1 && (tensor->shape[dims - 1] <= 1 || tensor->strides[dims - 1] == 1) && tensor->data &&
-         is_aligned(data_of(*tensor), 4) && tensor->device.device_type == device.device_type &&
-         tensor->device.device_id == device.device_id;
 }
 
 // decode_attention(q, k_cache, v_cache, block_table, seq_lens, out, partials, counters, max_splits,
@@ -109,9 +102,10 @@ Outcome decode_attention(const Kernel& kernel, const TVMFFIAny* args, int num_ar
   };
   if (!as_heads(q, 3, &q_rows) || !as_heads(k_cache, 4, &k_rows) || !as_heads(v_cache, 4, &v_rows) ||
       !as_heads(out, 3, &out_rows) || !same_shape(*q, *out) || !same_shape(*k_cache, *v_cache) ||
-      !is_int32_rows(table, 2, device) || !is_int32_rows(seq_lens, 1, device) || !is_int32_rows(counters, 1, device) ||
-      !as_int(args[8], &max_splits) || !as_int(args[9], &max_tokens_per_split) || !as_int(args[10], &num_sms) ||
-      !as_float(args[11], &scale) || !as_int(args[12], &window) || !as_optional_bool(args[13], true, &enable_pdl))
+      !is_integers(table, 32, 2, device) || !is_integers(seq_lens, 32, 1, device) ||
+      !is_integers(counters, 32, 1, device) || !as_int(args[8], &max_splits) ||
+      !as_int(args[9], &max_tokens_per_split) || !as_int(args[10], &num_sms) || !as_float(args[11], &scale) ||
+      !as_int(args[12], &window) || !as_optional_bool(args[13], true, &enable_pdl))
     return Outcome::kRefused;
   const index_t sequences = q->shape[0], heads = q->shape[1], kv_heads = k_cache->shape[2];
   const index_t block_size = k_cache->shape[1], items = sequences * kv_heads;

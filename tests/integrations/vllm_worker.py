@@ -2,7 +2,8 @@
 
     python tests/integrations/vllm_worker.py FOLDER '{"model": "qwen3", "eager": true, ...}'
 
-It writes FOLDER/result.pt: the tokens and the logits of each request of each batch, and what the plugin reports.
+It writes FOLDER/result.pt: the tokens and the logits of each request of each batch, and what the plugin reports. With
+"sampling", arguments of SamplingParams that the prompts of a batch take in turns, there are no logits.
 """
 
 from __future__ import annotations
@@ -110,7 +111,7 @@ def main(folder: Path, request: dict[str, Any]) -> None:
         max_num_seqs=32,
         # Several workers may share the GPU, so that none may take a fraction of it.
         gpu_memory_utilization=0.02,
-        kv_cache_memory_bytes=1 << 28,
+        kv_cache_memory_bytes=request.get("cache_bytes", 1 << 28),
         enforce_eager=request["eager"],
         compilation_config=compilation,
         attention_backend=request.get("backend", "FLASH_ATTN"),
@@ -126,11 +127,11 @@ def main(folder: Path, request: dict[str, Any]) -> None:
         llm.apply_model(seed_weights)
     modules = llm.apply_model(lambda model: sorted({type(module).__name__ for module in model.modules()}))[0]
     # Every logit of every token: detokenize is off, as there is no tokenizer.
-    parameters = SamplingParams(
-        temperature=0.0, max_tokens=request["tokens"], ignore_eos=True, detokenize=False, logprobs=VOCABULARY
-    )
+    usual = {"temperature": 0.0, "max_tokens": request["tokens"], "ignore_eos": True, "detokenize": False}
+    sampling = request.get("sampling", [{"logprobs": VOCABULARY}])
     results = []
     for prompts in batches:
+        parameters = [SamplingParams(**usual | sampling[i % len(sampling)]) for i in range(len(prompts))]
         outputs = llm.generate([TokensPrompt(prompt_token_ids=p) for p in prompts], parameters, use_tqdm=False)
         results.append([_of_request(output.outputs[0]) for output in outputs])
     report = [(r.model, r.replaced, r.left, r.notes) for r in vllm_plugin.explain()]
@@ -138,9 +139,11 @@ def main(folder: Path, request: dict[str, Any]) -> None:
 
 
 def _of_request(completion: Any) -> tuple[list[int], Any]:
-    """Return the tokens of a completion and its logits, `[tokens, vocabulary]`."""
+    """Return the tokens of a completion and its logits, `[tokens, vocabulary]`, or None without all of them."""
     import torch
 
+    if not completion.logprobs or len(completion.logprobs[0]) < VOCABULARY:
+        return list(completion.token_ids), None
     logits = torch.full((len(completion.token_ids), VOCABULARY), float("nan"), dtype=torch.float64)
     for row, of_token in zip(logits, completion.logprobs, strict=True):
         for token, value in of_token.items():

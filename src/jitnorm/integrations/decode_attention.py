@@ -78,6 +78,9 @@ class DecodeAttention:
 
     Its calls share counters, so no two of them may run at the same time.
 
+    Attributes:
+        has_refused: for callers: whether a call has returned False.
+
     Args:
         num_heads: of q; num_kv_heads, or up to MAX_GROUP_SIZE times as many.
         num_kv_heads: of the caches.
@@ -115,6 +118,7 @@ class DecodeAttention:
         self._device, self._max_items = device, max_sequences * num_kv_heads
         self._num_sms = torch.cuda.get_device_properties(device).multi_processor_count
         self._counters: torch.Tensor | None = None
+        self.has_refused = False
 
     def __call__(
         self,

@@ -20,7 +20,15 @@ from jitnorm.warmup.run import build_all, find_cached, prepare
 NAME = "jitnorm"  # of the entry points
 SKIP = "JITNORM_PLUGIN_SKIP"
 # The parts that SKIP can name.
-PARTS = ("norms", "activations", "attention", "decode_attention", "linear_layers", "batch_invariant")
+PARTS = (
+    "norms",
+    "activations",
+    "attention",
+    "decode_attention",
+    "decode_steps",
+    "linear_layers",
+    "batch_invariant",
+)
 
 
 class EngineKernelSpec(KernelSpec):
@@ -63,7 +71,8 @@ def reason_to_skip(part: str) -> str | None:
 
 def source_hash(code: Any) -> str:
     """Return the first 16 digits of the SHA-256 of the source of a class, or of a function without its decorators."""
-    return hashlib.sha256(inspect.getsource(code).encode()).hexdigest()[:16]
+    function = getattr(code, "fn", code)  # of a Triton kernel
+    return hashlib.sha256(inspect.getsource(function).encode()).hexdigest()[:16]
 
 
 def build_and_load(specs: Sequence[KernelSpec]) -> dict[KernelSpec, str]:

@@ -19,6 +19,7 @@ _MINOR_VERSION = re.compile(r"0\.26\.\d+")
 _MODELS = "vllm.model_executor.models"
 _LAYERS = "vllm.model_executor.layers"
 _BACKENDS = "vllm.v1.attention.backends"
+_GPU = "vllm.v1.worker.gpu"
 _ROTARY = f"{_LAYERS}.rotary_embedding"
 
 # The first 16 hexadecimal digits of SHA-256 of the source of each function in the tested version, by the part of the
@@ -115,6 +116,39 @@ FINGERPRINTS: dict[str, dict[str, str]] = {
         "vllm.v1.cudagraph_dispatcher:CudagraphDispatcher.initialize_cudagraph_keys": "31b2840d3c63b247",
         f"{_BACKENDS}.flash_attn:FlashAttentionImpl.__init__": "404d8b34a60b0c38",
         f"{_BACKENDS}.flash_attn:FlashAttentionImpl.forward": "5fc740485145d52b",
+    },
+    "decode steps": {
+        f"{_GPU}.model_runner:GPUModelRunner.add_requests": "6c6c142a6202950e",
+        f"{_GPU}.model_runner:GPUModelRunner.execute_model": "ebcc12adaaf4d693",
+        f"{_GPU}.model_runner:GPUModelRunner.prepare_inputs": "baafd2ea7eca7db1",
+        f"{_GPU}.model_runner:GPUModelRunner.prepare_attn": "cc5438d48f761b06",
+        f"{_GPU}.model_runner:GPUModelRunner.sample": "2a48846515eadaf8",
+        f"{_GPU}.model_runner:GPUModelRunner.sample_tokens": "1b261d09b992ee5b",
+        f"{_GPU}.model_runner:GPUModelRunner.postprocess_sampled": "98d9a45f698e7d3d",
+        f"{_GPU}.model_runner:sort_batch_req_ids": "e96b40e141e52449",
+        f"{_GPU}.input_batch:InputBatch": "cbf4055784f8c46b",
+        f"{_GPU}.input_batch:prepare_pos_seq_lens": "ef17c08c1dee0207",
+        f"{_GPU}.input_batch:combine_sampled_and_draft_tokens": "a1d4485d15ba5e6e",
+        f"{_GPU}.input_batch:get_num_sampled_and_rejected": "57da8d694e3213c2",
+        f"{_GPU}.input_batch:post_update": "aa7d3b6f3a5b4403",
+        f"{_GPU}.input_batch:_prepare_pos_seq_lens_kernel": "33c07567a9fe63e1",
+        f"{_GPU}.input_batch:_combine_sampled_and_draft_tokens_kernel": "c02435e0be07b2fa",
+        f"{_GPU}.input_batch:_get_num_sampled_and_rejected_kernel": "17bfac5e1599de85",
+        f"{_GPU}.input_batch:_post_update_kernel": "1f8738a0c9e9928a",
+        f"{_GPU}.block_table:BlockTables": "f100baf05b8d9aee",
+        f"{_GPU}.block_table:_gather_block_tables_kernel": "e9f87a675c06a40b",
+        f"{_GPU}.block_table:_compute_slot_mappings_kernel": "2eeb10f87a568a72",
+        f"{_GPU}.buffer_utils:UvaBufferPool": "e048de6c10bccd1f",
+        f"{_GPU}.states:RequestState": "f2a42fb37354a0b3",
+        f"{_GPU}.sample.sampler:Sampler": "ce4a84b9742bd4ff",
+        f"{_GPU}.sample.output:SamplerOutput": "736b3843d6550283",
+        f"{_GPU}.sample.states:SamplingStates": "e8dfddbb2a3f1858",
+        f"{_GPU}.sample.penalties:PenaltiesState.add_request": "c09dd07820c6c58d",
+        f"{_GPU}.sample.penalties:PenaltiesState.apply_staged_writes": "d0ff4f881923111e",
+        f"{_GPU}.sample.logit_bias:LogitBiasState.apply_staged_writes": "8a35d93b7b8af174",
+        f"{_GPU}.sample.bad_words:BadWordsState.apply_staged_writes": "f0d8b30374d09cc6",
+        f"{_GPU}.sample.logprob:LogprobTokenIdsState.apply_staged_writes": "d51e380cc7a90b36",
+        f"{_GPU}.sample.gumbel:gumbel_sample": "71bddd90df471566",
     },
     "triton_attn": {
         f"{_BACKENDS}.triton_attn:TritonAttentionBackend.get_kv_cache_shape": "7b43eba6625041df",

@@ -6,7 +6,7 @@ Steps with prompts, and what the kernel does not compute, stay with FlashAttenti
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -97,6 +97,34 @@ def _reason_to_leave(attn: Any, dtype: torch.dtype, arch: str) -> str | None:
     return None if float(arch.rstrip("af")) >= MIN_ARCH else f"no kernel supports the architecture {arch}"
 
 
+def skip_schedule(builder: Any, layers: Sequence[Any]) -> None:
+    """Let the builder of FlashAttention's metadata plan nothing for the decode steps that the kernel computes.
+
+    FlashAttention plans how a step is split by a launch of its own, and vLLM copies the plan to a buffer by two more.
+
+    Args:
+        builder: of the metadata of some attention layers, after the first step.
+        layers: the `Attention` modules.
+    """
+    kernels = {layer.impl.forward.args[2] for layer in layers if _is_replaced(layer)}
+    if not all(map(_is_replaced, layers)) or builder.aot_sliding_window is None:  # the first call sets it
+        return
+    original = builder.build
+
+    @functools.wraps(original)
+    def build(common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False, **keywords: Any) -> Any:
+        # A kernel that refused a step may have left FlashAttention in a CUDA graph, which reads the plan.
+        is_computed = common_attn_metadata.max_query_len == 1 and not any(kernel.has_refused for kernel in kernels)
+        return original(common_prefix_len, common_attn_metadata, fast_build=fast_build or is_computed, **keywords)
+
+    builder.build = build
+
+
+def _is_replaced(layer: Any) -> bool:
+    forward = getattr(layer.impl, "forward", None)
+    return isinstance(forward, functools.partial) and forward.func is _forward
+
+
 @functools.cache
 def _warn_once() -> None:
     logger.warning("FlashAttention computes a decode step whose arguments jitnorm's kernel does not take")
@@ -136,6 +164,7 @@ def _forward(
             window=left + 1,  # left is -1 without a window
         ):
             return output
+        attention.has_refused = True
         _warn_once()
     return original(
         *(layer, query, key, value, kv_cache, attn_metadata, output),

@@ -23,6 +23,7 @@ from jitnorm.integrations.vllm_plugin.report import REPORTS, publish
 from jitnorm.jit.log import logger
 
 _LOADER = "vllm.model_executor.model_loader.base_loader"
+_RUNNER = "vllm.v1.worker.gpu.model_runner"  # of the second version; imported by the workers that use it
 _OPERATOR = "jitnorm_vllm::qk_norm_rope_store"  # not imported from attention.py, which imports vLLM's layers
 _undo: list[Callable[[], None]] = []
 _notes: list[str] = []  # what concerns all models, for their reports
@@ -66,8 +67,10 @@ def replace_layers() -> None:
         return
     _are_layers_replaced = True
     _notes.extend(_register_layers())
-    from jitnorm.integrations.vllm_plugin import batch_invariant_mode
+    from jitnorm.integrations.vllm_plugin import batch_invariant_mode, decode_steps
 
+    if _RUNNER in sys.modules and not (reason_to_skip("decode_steps") or compatibility.changed("decode steps")):
+        decode_steps.install(set_attribute)
     if not batch_invariant_mode.is_mode_requested():
         return
     if problem := reason_to_skip("batch_invariant") or compatibility.changed("batch-invariant mode"):

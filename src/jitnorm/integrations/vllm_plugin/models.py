@@ -13,6 +13,7 @@ from jitnorm.integrations.vllm_plugin import (
     attention,
     compatibility,
     decode_attention,
+    decode_steps,
     fusion,
     layers,
     linears,
@@ -97,6 +98,7 @@ def replace_operators(model: torch.nn.Module, config: Any) -> Report:
     if not reason and device.type == "cuda":
         decode_attention.replace(model, config, report)
         linears.replace(model, config, report)
+        decode_steps.replace(model, config, report)
     return report
 
 

@@ -1,0 +1,183 @@
+"""What an engine does around the model in a decode step: the inputs of the batch, and its next tokens if greedy.
+
+Each is one launch here. An engine has several small kernels for each, and the host takes longer to launch one of them
+than the GPU to run it: with a small model, the host is what a step waits for. docs/contributing/decisions.md has times.
+
+Each request of a batch has one new token, and a row in tensors of state that outlive the step, its slot.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from jitnorm.core.checks import DTYPE_NAMES
+from jitnorm.core.operators import CPP_TYPES
+from jitnorm.core.targets import cuda_target
+from jitnorm.integrations.engine_plugins import EngineKernelSpec
+from jitnorm.jit.load import load
+from jitnorm.jit.spec import KernelSpec, Target
+
+LOGIT_DTYPES = tuple(CPP_TYPES)
+_FOLDER = "decode_step"
+
+
+def inputs_spec(target: Target) -> KernelSpec:
+    """Return the kernel of `DecodeInputs`."""
+    name = "decode_inputs"
+    return EngineKernelSpec(
+        op=name,
+        family=name,
+        folder=_FOLDER,
+        binding=name,
+        name=name,
+        kernel="DecodeInputsKernel",
+        target=target,
+        warmup="",
+    )
+
+
+def sampling_spec(dtype: torch.dtype, target: Target) -> KernelSpec:
+    """Return the kernel of `GreedySampling`."""
+    name = "greedy_sampling"
+    return EngineKernelSpec(
+        op=name,
+        family=name,
+        folder=_FOLDER,
+        binding=name,
+        name=f"{name}_{DTYPE_NAMES[dtype]}",
+        kernel=f"GreedySamplingKernel<{CPP_TYPES[dtype]}>",
+        target=target,
+        warmup="",
+    )
+
+
+class DecodeInputs:
+    """Write the inputs of a decode step.
+
+    Args:
+        device: a CUDA device with an index.
+
+    Raises:
+        RuntimeError: there is no compiler, or the build failed.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        module: Any = load(inputs_spec(cuda_target(device.index)))
+        self._function: Callable[..., int] = module.decode_inputs
+
+    def __call__(
+        self,
+        slots_of_requests: torch.Tensor,
+        num_computed_tokens: torch.Tensor,
+        last_tokens: torch.Tensor,
+        num_blocks: torch.Tensor,
+        states_tables: torch.Tensor,
+        batch_tables: torch.Tensor,
+        table_strides: torch.Tensor,
+        block_sizes: torch.Tensor,
+        slots_of_requests_out: torch.Tensor,
+        input_ids: torch.Tensor,
+        positions: torch.Tensor,
+        seq_lens: torch.Tensor,
+        query_start_loc: torch.Tensor,
+        cache_slots: torch.Tensor,
+        num_padded_requests: int,
+    ) -> bool:
+        """Write the inputs of requests, or nothing.
+
+        Attention layers with caches of one kind are a group, which has block tables of its own. All tensors are on the
+        device, or host memory that it reads, and the elements of their last dimension are adjacent.
+
+        Args:
+            slots_of_requests: int32 `[requests]`.
+            num_computed_tokens: int32 `[slots]`: the tokens in the cache.
+            last_tokens: int64 `[slots]`: those whose keys and values the step computes.
+            num_blocks: int32 `[groups, slots]`: of the cache.
+            states_tables: int64 or uint64 `[groups]`: addresses of the block tables of all slots, int32
+                `[slots, table_strides[group]]`.
+            batch_tables: likewise, of those of the batch, `[num_padded_requests, table_strides[group]]`. Written: the
+                blocks of each request, nothing beyond them, and zeros for requests that pad the batch.
+            table_strides: int64 `[groups]`.
+            block_sizes: int32 `[groups]`: tokens.
+            slots_of_requests_out: int32 `[requests]`, written: a copy on the device.
+            input_ids: int32 `[requests]` or more, written: the last tokens.
+            positions: int64 `[requests]` or more, written: those of the last tokens.
+            seq_lens: int32 `[max_requests]`, written: the lengths with the last tokens, then zeros.
+            query_start_loc: int32 `[max_requests + 1]`, written: 0, 1, 2 to the number of requests, and again that.
+            cache_slots: int64 `[groups, max_tokens]`, written: where the cache has the keys and values of the last
+                tokens, then -1.
+            num_padded_requests: of the batch, from the number of requests to max_requests.
+
+        Returns:
+            Whether the kernel takes these arguments.
+
+        Raises:
+            RuntimeError: the launch failed.
+        """
+        return not self._function(
+            *(slots_of_requests, num_computed_tokens, last_tokens, num_blocks, states_tables, batch_tables),
+            *(table_strides, block_sizes, slots_of_requests_out, input_ids, positions, seq_lens, query_start_loc),
+            *(cache_slots, num_padded_requests),
+        )
+
+
+class GreedySampling:
+    """Choose the token with the largest logit of each request, and add it to the request's state.
+
+    Calls share counters, so no two of them may run at the same time.
+
+    Args:
+        dtype: of the logits; one of LOGIT_DTYPES.
+        device: a CUDA device with an index.
+        max_requests: of a call.
+
+    Raises:
+        RuntimeError: there is no compiler, or the build failed.
+    """
+
+    def __init__(self, dtype: torch.dtype, device: torch.device, max_requests: int) -> None:
+        module: Any = load(sampling_spec(dtype, cuda_target(device.index)))
+        self._function: Callable[..., int] = module.greedy_sampling
+        self._num_sms = torch.cuda.get_device_properties(device).multi_processor_count
+        self._best = torch.zeros(max_requests, dtype=torch.int64, device=device)
+        self._finished = torch.zeros(max_requests, dtype=torch.int32, device=device)
+
+    def __call__(
+        self,
+        logits: torch.Tensor,
+        slots_of_requests: torch.Tensor,
+        tokens: torch.Tensor,
+        last_tokens: torch.Tensor,
+        num_tokens: torch.Tensor,
+        num_computed_tokens: torch.Tensor,
+        all_tokens: torch.Tensor,
+        token_counts: torch.Tensor,
+    ) -> bool:
+        """Write the next tokens, or nothing.
+
+        Of equal logits the first is the largest; NaN is less than any number. All tensors are on the device, or host
+        memory that it reads, and the elements of their last dimension are adjacent.
+
+        Args:
+            logits: `[requests, vocab_size]`.
+            slots_of_requests: int32 `[requests]`, all different.
+            tokens: int64 `[requests]`, written.
+            last_tokens: int64 `[slots]`, written where a slot is a request's, like the others: the token.
+            num_tokens: int32 `[slots]`, incremented: the tokens of a request, with those of its prompt.
+            num_computed_tokens: int32 `[slots]`, incremented: the tokens in the cache.
+            all_tokens: int32 `[slots, max_length]`, written: the token follows the others, if there is a place.
+            token_counts: int32 `[slots, vocab_size]` or wider: that of the token is incremented.
+
+        Returns:
+            Whether the kernel takes these arguments.
+
+        Raises:
+            RuntimeError: the launch failed.
+        """
+        return not self._function(
+            *(logits, slots_of_requests, tokens, last_tokens, num_tokens, num_computed_tokens, all_tokens),
+            *(token_counts, self._best, self._finished, self._num_sms),
+        )
