@@ -7,16 +7,19 @@ put them on PYTHONPATH. Without them only the first tests run.
 from __future__ import annotations
 
 import copy
+import functools
 import importlib
 import importlib.util
+import inspect
 import json
 import logging
 import pickle
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
+from types import MappingProxyType, SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from documentation.pages import ROOT
@@ -1937,3 +1940,351 @@ class TestDecodeAttention:
         assert report.left == {"b.attn": what, "d.attn": what}
         kernels = [layer.attn.impl.forward.args[2] for layer in layers[::2]]
         assert kernels[0] is kernels[1] and kernels[0].sizes[-1] == 9  # a graph may have more than are scheduled
+
+
+class TestDecodeSteps:
+    """Batches are those of vLLM's runner. What its kernels write to the GPU, test_vllm_engine.py compares."""
+
+    pytestmark = needs_vllm
+    COUNT, MAX_REQUESTS = 3, 6
+
+    @pytest.fixture
+    def runner(self, config, monkeypatch):
+        """Return a runner of vLLM's class with the state of six requests, of which one is being prefilled."""
+        from vllm.v1.worker.gpu import buffer_utils, model_runner
+        from vllm.v1.worker.gpu.input_batch import InputBuffers
+
+        from jitnorm.integrations.vllm_plugin import decode_steps
+
+        class Buffers:
+            """Of host memory alone."""
+
+            def __init__(self, size, dtype):
+                assert (size, dtype) == (self_.MAX_REQUESTS, torch.int32)
+
+            def copy_to_uva(self, values):
+                return torch.from_numpy(values)
+
+        class Kernel:
+            def __init__(self, *arguments):
+                self.arguments, self.calls, self.accepts = arguments, [], True
+
+            def __call__(self, *arguments):
+                self.calls.append(arguments)
+                return self.accepts
+
+        self_ = self
+        monkeypatch.setattr(decode_steps, "DecodeInputs", Kernel)
+        monkeypatch.setattr(decode_steps, "GreedySampling", Kernel)
+        monkeypatch.setattr(buffer_utils, "UvaBufferPool", Buffers)
+        for name in ("prepare_pos_seq_lens", "combine_sampled_and_draft_tokens", "prepare_prefill_inputs"):
+            monkeypatch.setattr(model_runner, name, lambda *_: "logits_indices")
+
+        def copy(array, out=None, device=None):
+            tensor = torch.from_numpy(array)
+            return tensor.clone() if out is None else out.copy_(tensor)
+
+        monkeypatch.setattr(model_runner, "async_copy_to_gpu", copy)
+        uva = lambda array: SimpleNamespace(np=array, gpu=torch.from_numpy(array))  # noqa: E731
+        prefill = np.array([9, 5, 7, 6, 8, 30], dtype=np.int32)
+        computed = np.array([12, 5, 9, 31, 8, 10], dtype=np.int32)
+        made = object.__new__(model_runner.GPUModelRunner)
+        made.__dict__ |= {
+            "device": torch.device("cpu"),
+            "max_num_reqs": self.MAX_REQUESTS,
+            "input_buffers": InputBuffers(self.MAX_REQUESTS, 20, torch.device("cpu")),
+            "req_states": SimpleNamespace(
+                req_id_to_index={"a": 4, "b": 0, "c": 2, "d": 5, "e": 1, "f": 3},
+                prefill_len=uva(prefill),
+                num_computed_prefill_tokens=np.minimum(prefill, computed),
+                num_computed_tokens=uva(computed),
+                num_computed_tokens_np=computed,
+                last_sampled_tokens=torch.arange(self.MAX_REQUESTS)[:, None],
+                total_len=uva(computed + 1),
+                all_token_ids=uva(np.zeros((self.MAX_REQUESTS, 50), dtype=np.int32)),
+                draft_tokens=None,
+            ),
+            "block_tables": SimpleNamespace(
+                num_blocks=uva(np.ones((2, self.MAX_REQUESTS), dtype=np.int32)),
+                block_table_ptrs="states",
+                input_block_table_ptrs="batch",
+                block_table_strides="strides",
+                block_sizes_tensor="sizes",
+                slot_mappings=torch.zeros(2, 20, dtype=torch.int64),
+                input_block_tables=[torch.zeros(self.MAX_REQUESTS, n) for n in (3, 4)],
+            ),
+            "decode_query_len": 1,
+            "use_dcp": False,
+            "use_pp": False,
+            "pcp_manager": None,
+            "attn_groups": [],
+            "model_config": SimpleNamespace(rswa_window=None),
+            "model_state": SimpleNamespace(num_new_sampled_tokens_per_step=1, postprocess_state=lambda *_: None),
+            "vllm_config": SimpleNamespace(compilation_config=SimpleNamespace(static_forward_context={})),
+        }
+        return made
+
+    @pytest.fixture
+    def steps(self):
+        from jitnorm.integrations.vllm_plugin.decode_steps import DecodeSteps
+
+        return DecodeSteps(torch.bfloat16, torch.device("cpu"))
+
+    @staticmethod
+    def scheduled(**tokens):
+        return SimpleNamespace(
+            num_scheduled_tokens=tokens,
+            total_num_scheduled_tokens=sum(tokens.values()),
+            scheduled_spec_decode_tokens={},
+            has_structured_output_requests=False,
+            scheduled_new_reqs=[],
+        )
+
+    @staticmethod
+    def sampler(**changes):
+        """Return a sampler of vLLM's class for requests that sample greedily."""
+        from vllm.v1.worker.gpu.sample.logprob import LogprobTokenIdsState
+        from vllm.v1.worker.gpu.sample.sampler import Sampler
+        from vllm.v1.worker.gpu.sample.states import NO_LOGPROBS, SamplingStates
+
+        def of_class(cls, **attributes):
+            made = object.__new__(cls)
+            made.__dict__ |= attributes
+            return made
+
+        numbers = {
+            name: np.zeros(6, dtype=dtype)
+            for name, dtype in {
+                "temperature": np.float32,
+                "use_logit_bias": bool,
+                "use_penalty": bool,
+                "num_bad_words": np.int32,
+                "num_token_ids": np.int32,
+            }.items()
+        }
+        numbers["num_logprobs"] = np.full(6, NO_LOGPROBS, dtype=np.int32)
+        for name, (slot, value) in changes.items():
+            numbers[name][slot] = value
+        held = {name: SimpleNamespace(np=array) for name, array in numbers.items()}
+        sampling = of_class(SamplingStates, temperature=held["temperature"], num_logprobs=numbers["num_logprobs"])
+        return of_class(
+            Sampler,
+            compute_nans=False,
+            sampling_states=sampling,
+            logit_bias_state=SimpleNamespace(use_logit_bias=numbers["use_logit_bias"]),
+            penalties_state=SimpleNamespace(use_penalty=numbers["use_penalty"], output_bin_counts="counts"),
+            bad_words_state=SimpleNamespace(num_bad_words=held["num_bad_words"]),
+            logprob_token_ids_state=of_class(LogprobTokenIdsState, num_token_ids=held["num_token_ids"]),
+        )
+
+    @pytest.mark.parametrize(("num_reqs", "num_tokens"), [(4, 4), (None, 4), (None, 3)], ids=str)  # of CUDA graphs
+    def test_a_batch_is_that_of_vllm(self, runner, steps, num_reqs, num_tokens):
+        from vllm.v1.worker.gpu.model_runner import GPUModelRunner
+
+        given = self.scheduled(c=1, a=1, e=1), SimpleNamespace(num_reqs=num_reqs, num_tokens=num_tokens)
+        expected = vars(inspect.unwrap(GPUModelRunner.prepare_inputs)(runner, *given))
+        (found,) = steps.prepare_inputs(runner, *given)
+        again = steps.prepare_inputs(runner, *given)[0]
+        del expected["logits_indices"]  # a kernel writes vLLM's
+        for batch in (found, again):
+            fields = dict(vars(batch))
+            assert fields.pop("logits_indices").tolist() == [0, 1, 2] and fields.keys() == expected.keys()
+            for name, value in fields.items():
+                theirs = expected[name]
+                if isinstance(value, torch.Tensor):
+                    assert (value.shape, value.dtype) == (theirs.shape, theirs.dtype), name
+                    if name not in ("idx_mapping", "expanded_idx_mapping"):  # which the kernel writes
+                        assert torch.equal(value, theirs), name
+                    if name in ("query_start_loc", "seq_lens", "input_ids", "positions", "is_padding"):  # of graphs
+                        assert value.data_ptr() == theirs.data_ptr(), name
+                elif isinstance(value, np.ndarray):
+                    assert value.dtype == theirs.dtype and (value == theirs).all(), name
+                else:
+                    assert value == theirs, name
+        tables, cache_slots = steps.prepare_attn(runner, again)[0]
+        rows = num_reqs or self.COUNT
+        assert [table.shape for table in tables] == [(rows, 3), (rows, 4)] and cache_slots.shape == (2, num_tokens)
+        assert steps.prepare_attn(runner, found) is None  # of another step
+        (call, _) = steps._write_inputs.calls
+        assert call[0].tolist() == [2, 4, 1] and call[-1] == rows and call[8] is not again.idx_mapping
+        assert steps._write_inputs.calls[1][8] is again.idx_mapping
+        assert call[4:8] == ("states", "batch", "strides", "sizes") and call[2].shape == (self.MAX_REQUESTS,)
+
+    def test_other_steps_are_those_of_vllm(self, runner, steps):
+        batch = SimpleNamespace(num_reqs=None, num_tokens=4)
+        for tokens in ({"a": 1, "b": 2}, {"a": 1, "d": 1}):  # a prompt, and the last token of one
+            assert steps.prepare_inputs(runner, self.scheduled(**tokens), batch) is None
+        drafts = self.scheduled(a=1)
+        drafts.scheduled_spec_decode_tokens = {"a": [3]}
+        assert steps.prepare_inputs(runner, drafts, batch) is None
+        assert not steps._is_ready
+        assert steps.prepare_inputs(runner, self.scheduled(a=1), batch)
+        steps._write_inputs.accepts = False
+        assert steps.prepare_inputs(runner, self.scheduled(a=1), batch) is None and steps._batch is None
+
+    def test_new_requests_have_their_parameters_copied(self, runner, steps):
+        scheduled = self.scheduled(a=1)
+        assert steps.add_requests(runner, scheduled) == (None,)
+        scheduled.scheduled_new_reqs = ["b"]
+        assert steps.add_requests(runner, scheduled) is None
+
+    def test_sampling(self, runner, steps):
+        hidden = torch.randn(4, 8)
+        runner.model = SimpleNamespace(compute_logits=lambda rows: ("logits", rows))
+        runner.sampler = self.sampler(temperature=(5, 1.0))  # not a request of the batch
+        (batch,) = steps.prepare_inputs(
+            runner, self.scheduled(c=1, a=1, e=1), SimpleNamespace(num_reqs=4, num_tokens=4)
+        )
+        ((output, num_sampled, num_rejected),) = steps.sample(runner, hidden, batch, None)
+        ((logits, slots, tokens, last, lengths, computed, all_tokens, counts),) = steps._sample_greedily.calls
+        assert logits[0] == "logits" and torch.equal(logits[1], hidden[:3]) and counts == "counts"
+        assert slots is batch.idx_mapping and last.shape == (self.MAX_REQUESTS,)
+        states = runner.req_states
+        assert (lengths, computed) == (states.total_len.gpu, states.num_computed_tokens.gpu)
+        assert all_tokens is states.all_token_ids.gpu and tokens.dtype == torch.int64
+        assert output.sampled_token_ids.data_ptr() == tokens.data_ptr() and output.sampled_token_ids.shape == (3, 1)
+        assert num_sampled.tolist() == [1, 1, 1] and num_rejected.tolist() == [0, 0, 0]
+        assert output.num_sampled is num_sampled and output.logprobs_tensors is output.num_nans is None
+        called = []
+        runner.model_state.postprocess_state = lambda *arguments: called.append(arguments)
+        rest = (num_sampled, num_rejected, batch.query_start_loc)
+        assert steps.postprocess_sampled(runner, batch.idx_mapping, tokens, *rest) is None  # other tokens
+        assert steps.postprocess_sampled(runner, batch.idx_mapping, output.sampled_token_ids, *rest) == (None,)
+        assert called == [(batch.idx_mapping, num_sampled, states.num_computed_tokens.gpu)]
+        assert steps.postprocess_sampled(runner, batch.idx_mapping, output.sampled_token_ids, *rest) is None
+
+    def test_logits_that_the_kernel_does_not_take(self, runner, steps, monkeypatch):
+        from vllm.v1.worker.gpu.sample.sampler import Sampler
+
+        runner.model = SimpleNamespace(compute_logits=lambda rows: "logits")
+        runner.sampler = self.sampler()
+        (batch,) = steps.prepare_inputs(runner, self.scheduled(a=1), SimpleNamespace(num_reqs=None, num_tokens=1))
+        steps._sample_greedily.accepts = False
+        output = SimpleNamespace(num_sampled="sampled", num_rejected="rejected")
+        monkeypatch.setattr(Sampler, "__call__", lambda self, *arguments: (arguments == ("logits", batch)) and output)
+        assert steps.sample(runner, torch.randn(1, 8), batch, None) == ((output, "sampled", "rejected"),)
+        assert steps._sampled is None
+
+    @pytest.mark.parametrize(
+        "changes",
+        [
+            {"temperature": (4, 0.5)},
+            {"use_logit_bias": (2, True)},
+            {"use_penalty": (1, True)},
+            {"num_bad_words": (1, 2)},
+            {"num_logprobs": (4, 0)},
+            {"num_token_ids": (2, 1)},
+        ],
+        ids=str,
+    )
+    def test_batches_that_vllm_samples(self, runner, steps, changes):
+        (batch,) = steps.prepare_inputs(
+            runner, self.scheduled(c=1, a=1, e=1), SimpleNamespace(num_reqs=None, num_tokens=3)
+        )
+        runner.sampler = self.sampler(**changes)
+        assert steps.sample(runner, torch.randn(3, 8), batch, None) is None
+        runner.sampler = self.sampler()
+        assert steps.sample(runner, torch.randn(3, 8), batch, "grammar") is None
+        assert (
+            steps.sample(runner, torch.randn(3, 8), SimpleNamespace(idx_mapping_np=batch.idx_mapping_np), None) is None
+        )
+        runner.sampler.compute_nans = True
+        assert steps.sample(runner, torch.randn(3, 8), batch, None) is None
+        assert not steps._sample_greedily.calls
+
+    def test_the_runner_asks_first(self, config, monkeypatch):
+        from vllm.v1.worker.gpu.model_runner import GPUModelRunner
+
+        from jitnorm.integrations.vllm_plugin import decode_steps
+
+        def stock(self, *arguments, **keywords):
+            return "vLLM's", arguments, keywords
+
+        def ours(self, runner, *arguments):
+            return ("ours",) if arguments == (4, 5, 6) else None
+
+        for name in ("add_requests", "prepare_inputs", "prepare_attn", "sample", "postprocess_sampled"):
+            monkeypatch.setattr(GPUModelRunner, name, stock)
+            monkeypatch.setattr(decode_steps.DecodeSteps, name, ours)
+        decode_steps.install(monkeypatch.setattr)
+        runner = object.__new__(GPUModelRunner)
+        for model, result in (
+            (SimpleNamespace(), ("vLLM's", (4, 5, 6), {})),
+            (SimpleNamespace(jitnorm_decode_steps="of the model"), "ours"),
+        ):
+            runner.model = model
+            for name in ("add_requests", "prepare_inputs", "prepare_attn", "sample", "postprocess_sampled"):
+                assert getattr(runner, name)(4, 5, 6) == result
+                assert getattr(runner, name)(1) == ("vLLM's", (1,), {})
+        assert runner.postprocess_sampled(4, 5, named=6) == ("vLLM's", (4, 5), {"named": 6})
+
+    def test_models_that_are_left(self, config, monkeypatch):
+        from jitnorm.integrations.vllm_plugin import decode_steps
+        from jitnorm.integrations.vllm_plugin.report import Report
+
+        monkeypatch.setattr(decode_steps, "cuda_target", lambda index: Target.cuda("9.0a"))
+        built = []
+        monkeypatch.setattr(decode_steps, "build_and_load", lambda specs: built.extend(specs) or failures)
+        failures = {}
+
+        def notes(changes=MappingProxyType({}), **of_model):
+            values = {"head_dtype": torch.bfloat16, "runner_type": "generate", "rswa_window": None} | of_model
+            given = {"model_config": SimpleNamespace(**values), "use_v2_model_runner": True} | changes
+            model, report = torch.nn.Linear(2, 2), Report("Tiny")
+            decode_steps.replace(model, settings(**given), report)
+            (note,) = report.notes
+            assert hasattr(model, "jitnorm_decode_steps") == note.startswith("replaced")
+            return note
+
+        assert notes() == "replaced the inputs and the greedy sampling of decode steps"
+        assert [spec.name for spec in built] == ["decode_inputs", "greedy_sampling_bf16"]
+        for words, changes in {
+            "the first version of its model runner": {"use_v2_model_runner": False},
+            "several new tokens": {"speculative_config": SimpleNamespace()},
+        }.items():
+            assert words in notes(changes)
+        sizes = {"decode_context_parallel_size": 1, "prefill_context_parallel_size": 1, "pipeline_parallel_size": 1}
+        for name in sizes:
+            assert "parallelism" in notes({"parallel_config": SimpleNamespace(**sizes | {name: 2})})
+        assert "the model generates no tokens" in notes(runner_type="pooling")
+        assert "the lengths of prompts" in notes(rswa_window=64)
+        assert "the logits are torch.float64" in notes(head_dtype=torch.float64)
+        with monkeypatch.context() as patch:
+            patch.setenv("VLLM_MOE_SKIP_PADDING", "1")
+            assert "VLLM_MOE_SKIP_PADDING is set" in notes()
+        failures["spec"] = "its kernel cannot be built: why"
+        assert notes().endswith("its kernel cannot be built: why")
+        monkeypatch.setenv(engine_plugins.SKIP, "decode_steps")
+        assert notes().endswith("JITNORM_PLUGIN_SKIP names decode_steps")
+
+    def test_the_plan_of_flash_attention(self, attention, monkeypatch):
+        from jitnorm.integrations.vllm_plugin import decode_attention
+
+        class Builder:
+            aot_sliding_window = (-1, -1)
+
+            def build(self, common_prefix_len, common_attn_metadata, fast_build=False, **more):
+                return fast_build, more
+
+        def layer(kernel):
+            forward = functools.partial(decode_attention._forward, None, None, kernel)
+            return SimpleNamespace(impl=SimpleNamespace(forward=forward))
+
+        class Kernel:
+            has_refused = False
+
+        kernel, stock = Kernel(), SimpleNamespace(impl=SimpleNamespace(forward=print))
+        decoding, prefill = SimpleNamespace(max_query_len=1), SimpleNamespace(max_query_len=2)
+        builder = Builder()
+        decode_attention.skip_schedule(builder, [layer(kernel), layer(kernel)])
+        assert builder.build(common_prefix_len=0, common_attn_metadata=decoding, a=1) == (True, {"a": 1})
+        assert builder.build(common_prefix_len=0, common_attn_metadata=prefill) == (False, {})
+        assert builder.build(0, prefill, fast_build=True) == (True, {})
+        kernel.has_refused = True
+        assert builder.build(0, decoding) == (False, {})
+        for of_builder, window in (([layer(kernel), stock], (-1, -1)), ([layer(kernel)], None)):
+            builder = Builder()
+            builder.aot_sliding_window = window
+            kernel.has_refused = False
+            decode_attention.skip_schedule(builder, of_builder)
+            assert builder.build(0, decoding) == (False, {})

@@ -129,6 +129,9 @@ def main(folder: Path, request: dict[str, Any]) -> None:
     # Every logit of every token: detokenize is off, as there is no tokenizer.
     usual = {"temperature": 0.0, "max_tokens": request["tokens"], "ignore_eos": True, "detokenize": False}
     sampling = request.get("sampling", [{"logprobs": VOCABULARY}])
+    for each in sampling:
+        if "logit_bias" in each:  # JSON has no keys that are numbers
+            each["logit_bias"] = {int(token): bias for token, bias in each["logit_bias"].items()}
     results = []
     for prompts in batches:
         parameters = [SamplingParams(**usual | sampling[i % len(sampling)]) for i in range(len(prompts))]

@@ -116,7 +116,10 @@ class DecodeSteps:
         Not when the model is loaded: while it sleeps, vLLM discards that memory.
         """
         from vllm.v1.worker.gpu.buffer_utils import UvaBufferPool
+        from vllm.v1.worker.gpu.input_batch import InputBatch
 
+        self._input_batch = InputBatch
+        self._views_of_sizes: dict[tuple[int, int, int], dict[str, torch.Tensor]] = {}
         count = runner.max_num_reqs
         self._write_inputs = DecodeInputs(self._device)
         self._sample_greedily = GreedySampling(self._dtype, self._device, count)
@@ -170,27 +173,22 @@ class DecodeSteps:
             padded,
         ):
             return None
-        from vllm.v1.worker.gpu.input_batch import InputBatch
-
         computed = states.num_computed_tokens_np[slots]
         lengths = np.zeros(padded, dtype=np.int32)
         np.add(computed, 1, out=lengths[:count])
-        self._batch = InputBatch(
+        self._batch = self._input_batch(
             req_ids=names,
             num_reqs=count,
             num_reqs_after_padding=padded,
             idx_mapping=slots_on_device,
             idx_mapping_np=slots,
             expanded_idx_mapping=slots_on_device,
-            expanded_local_pos=self._zeros[:count],
             num_scheduled_tokens=np.ones(count, dtype=np.int32),
             num_tokens=count,
             num_tokens_after_padding=batch_desc.num_tokens,
             num_draft_tokens=0,
             num_draft_tokens_per_req=None,
-            query_start_loc=buffers.query_start_loc[: padded + 1],
             query_start_loc_np=np.minimum(self._numbers[: padded + 1], count),
-            seq_lens=buffers.seq_lens[:padded],
             seq_lens_cpu_upper_bound=torch.from_numpy(lengths),
             dcp_local_seq_lens=None,
             num_computed_tokens_np=computed,
@@ -198,16 +196,28 @@ class DecodeSteps:
             num_computed_prefill_tokens_np=computed_prefill,
             is_prefilling_np=is_prefilling,
             max_seq_len_np=None,
-            input_ids=buffers.input_ids[: batch_desc.num_tokens],
-            positions=buffers.positions[: batch_desc.num_tokens],
-            is_padding=buffers.is_padding[: batch_desc.num_tokens],
-            logits_indices=self._indices[:count],
-            cu_num_logits=self._numbers_on_device[: count + 1],
             cu_num_logits_np=self._numbers[: count + 1],
             has_structured_output_reqs=scheduler_output.has_structured_output_requests,
             prompt_lens=None,
+            **self._views(runner, count, padded, batch_desc.num_tokens),
         )
         return (self._batch,)
+
+    def _views(self, runner: Any, count: int, padded: int, num_tokens: int) -> dict[str, torch.Tensor]:
+        """Return the fields of a batch that are views of what all steps share. Each would cost the host 2 us."""
+        if (key := (count, padded, num_tokens)) not in self._views_of_sizes:
+            buffers = runner.input_buffers
+            self._views_of_sizes[key] = {
+                "expanded_local_pos": self._zeros[:count],
+                "query_start_loc": buffers.query_start_loc[: padded + 1],
+                "seq_lens": buffers.seq_lens[:padded],
+                "input_ids": buffers.input_ids[:num_tokens],
+                "positions": buffers.positions[:num_tokens],
+                "is_padding": buffers.is_padding[:num_tokens],
+                "logits_indices": self._indices[:count],
+                "cu_num_logits": self._numbers_on_device[: count + 1],
+            }
+        return self._views_of_sizes[key]
 
     def prepare_attn(self, runner: Any, input_batch: Any) -> tuple[Any] | None:
         """Return the block tables and the slots of the cache, which `prepare_inputs` has written."""
