@@ -133,8 +133,8 @@ def gated_linear_h200() -> list[str]:
 
 
 def engines_h200() -> list[str]:
-    """Return the GPU's times of decode steps in engines, without the plugin and with it, of some rows."""
-    return _engine_rows("decode graph", README_MODELS, README_BATCHES)
+    """Return the times of whole decode steps in engines, without the plugin and with it, of some rows."""
+    return _engine_rows("decode step", README_MODELS, README_BATCHES)
 
 
 def engine_graphs_h200() -> list[str]:
@@ -163,7 +163,8 @@ def _engine_rows(measure: str, models: tuple[str, ...] = (), batches: tuple[int,
                 f"{results['plugin'].seconds / results[reference].seconds:.2f}" if reference in results else "-"
                 for reference in ("stock", "default stock")
             ]
-            times = [_with_range(results[line], measure == "decode step") for line in ("stock", "plugin")]
+            with_range = measure == "decode step" and not models
+            times = [_with_range(results[line], with_range) for line in ("stock", "plugin")]
             mode, model, batch = row.point["mode"].replace("_", "-"), row.point["model"], str(row.point["batch"])
             lines.append(_row([f"{engine} {mode}", model, batch, *times, *ratios]))
     return lines

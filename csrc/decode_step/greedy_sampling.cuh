@@ -1,5 +1,6 @@
 // The token with the largest logit of each request, and the state that it changes, in one launch. The blocks of a
-// request reduce their parts of its row to a key each, and the last of them to end has the largest key.
+// request reduce their parts of its row to a key each, and the last of them to end has the largest key. A token that
+// was chosen otherwise changes the same state.
 #pragma once
 #include "decode_step/greedy_sampling.h"
 #include "jitnorm/cuda_kernel.h"
@@ -25,6 +26,10 @@ struct GreedySamplingKernel : DefaultVariantOnly {
     const T* row = reinterpret_cast<const T*>(p.logits) + request * p.logits_stride;
     grid_dependency_wait();
     launch_dependents();
+    if (!p.logits) {
+      if (threadIdx.x == 0) add_token(p, request, static_cast<unsigned>(p.tokens[request]));
+      return;
+    }
     const Key key = block_max(largest(p, row, block));
     if (threadIdx.x != 0) return;
     if (p.blocks_per_request > 1) {
@@ -98,7 +103,7 @@ struct GreedySamplingKernel : DefaultVariantOnly {
     p.last_tokens[slot] = token;
     p.num_tokens[slot] = length + 1;
     p.num_computed_tokens[slot] += 1;
-    p.token_counts[slot * p.token_counts_stride + token] += 1;
+    if (token < p.vocab_size) p.token_counts[slot * p.token_counts_stride + token] += 1;
     if (unsigned(length) < p.max_length) p.all_tokens[slot * p.all_tokens_stride + length] = token;
   }
 };

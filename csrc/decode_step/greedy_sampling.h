@@ -1,6 +1,6 @@
-// The next token of each request of a decode step, the one with the largest logit, and its place in the state of the
-// request: the parameter struct of the kernel class and, for the host compiler, the bindings function that fills it
-// in. Included by greedy_sampling.cuh.
+// The next token of each request of a decode step, the one with the largest logit or a given one, and its place in the
+// state of the request: the parameter struct of the kernel class and, for the host compiler, the bindings functions
+// that fill it in. Included by greedy_sampling.cuh.
 #pragma once
 #include "jitnorm/kernel_info.h"
 
@@ -8,7 +8,7 @@ namespace jitnorm {
 
 // A request has a row in each state tensor, its slot.
 struct GreedySamplingParams {
-  const char* logits;
+  const char* logits;            // null if the tokens are given
   const int* slots_of_requests;  // [requests]
   index_t* tokens;               // [requests]
   index_t* last_tokens;          // [slots]
@@ -54,7 +54,8 @@ inline Grid grid_of(const GreedySamplingInfo& info, const GreedySamplingParams& 
 }
 
 // greedy_sampling(logits, slots_of_requests, tokens, last_tokens, num_tokens, num_computed_tokens, all_tokens,
-// token_counts, best, finished, num_sms). src/jitnorm/integrations/decode_steps.py describes the arguments.
+// token_counts, best, finished, num_sms). Without logits, which are None, the tokens are given.
+// src/jitnorm/integrations/decode_steps.py describes the arguments.
 template <typename Kernel>
 Outcome greedy_sampling(const Kernel& kernel, const TVMFFIAny* args, int num_args) {
   const GreedySamplingInfo& info = kernel.info();
@@ -62,28 +63,21 @@ Outcome greedy_sampling(const Kernel& kernel, const TVMFFIAny* args, int num_arg
   constexpr int kBits[kTensors] = {32, 64, 64, 32, 32, 32, 32, 64, 32};
   constexpr int kDims[kTensors] = {1, 1, 1, 1, 1, 2, 2, 1, 1};
   if (num_args != kTensors + 2) return Outcome::kRefused;
-  const DLTensor* logits = as_tensor(args[0]);
   const DLTensor* tensors[kTensors];
-  if (!logits || !has_type(*logits, info.logits) || logits->ndim != 2 || logits->shape[0] < 1 || logits->shape[1] < 1 ||
-      (logits->shape[1] > 1 && logits->strides[1] != 1) || !logits->data)
-    return Outcome::kRefused;
   for (int i = 0; i < kTensors; i++) {
     tensors[i] = as_tensor(args[i + 1]);
-    if (!tensors[i] || !is_integers(tensors[i], kBits[i], kDims[i], logits->device)) return Outcome::kRefused;
+    if (!tensors[i] || !is_integers(tensors[i], kBits[i], kDims[i], tensors[0]->device)) return Outcome::kRefused;
   }
   const auto& [slots, tokens, last_tokens, num_tokens, computed, all_tokens, counts, best, finished] = tensors;
+  const DLDevice device = slots->device;
+  const index_t requests = slots->shape[0], states = last_tokens->shape[0];
   index_t num_sms;
-  if (!as_int(args[kTensors + 1], &num_sms) || !kernel.runs_on(logits->device)) return Outcome::kRefused;
-  const index_t requests = logits->shape[0], vocab_size = logits->shape[1], states = last_tokens->shape[0];
-  const index_t stride = row_stride(*logits);
-  if (vocab_size > 0x7fffffff || requests > 0xffff || num_sms < 1 || slots->shape[0] != requests ||
-      tokens->shape[0] != requests || num_tokens->shape[0] != states || computed->shape[0] != states ||
-      all_tokens->shape[0] != states || all_tokens->shape[1] > 0x7fffffff || counts->shape[0] != states ||
-      counts->shape[1] < vocab_size || best->shape[0] < requests || finished->shape[0] < requests ||
-      (requests > 1 && stride < vocab_size))
+  if (!as_int(args[kTensors + 1], &num_sms) || num_sms < 1 || !kernel.runs_on(device) || requests < 1 ||
+      requests > 0xffff || tokens->shape[0] != requests || num_tokens->shape[0] != states ||
+      computed->shape[0] != states || all_tokens->shape[0] != states || all_tokens->shape[1] > 0x7fffffff ||
+      counts->shape[0] != states || best->shape[0] < requests || finished->shape[0] < requests)
     return Outcome::kRefused;
   GreedySamplingParams params{};
-  params.logits = data_of(*logits);
   params.slots_of_requests = elements_of<int>(*slots);
   params.tokens = elements_of<index_t>(*tokens);
   params.last_tokens = elements_of<index_t>(*last_tokens);
@@ -93,16 +87,28 @@ Outcome greedy_sampling(const Kernel& kernel, const TVMFFIAny* args, int num_arg
   params.token_counts = elements_of<int>(*counts);
   params.best = elements_of<unsigned long long>(*best);
   params.finished = elements_of<unsigned>(*finished);
-  params.logits_stride = stride;
   params.all_tokens_stride = row_stride(*all_tokens);
   params.token_counts_stride = row_stride(*counts);
-  params.vocab_size = static_cast<unsigned>(vocab_size);
+  params.vocab_size = static_cast<unsigned>(counts->shape[1]);
   params.max_length = static_cast<unsigned>(all_tokens->shape[1]);
   params.num_requests = static_cast<unsigned>(requests);
+  params.blocks_per_request = 1;
+  if (args[0].type_index == kTVMFFINone) return kernel.launch(params, device, true);
+  const DLTensor* logits = as_tensor(args[0]);
+  if (!logits || !has_type(*logits, info.logits) || logits->ndim != 2 || !same_device(*logits, *slots) ||
+      !logits->data || logits->shape[0] != requests)
+    return Outcome::kRefused;
+  const index_t vocab_size = logits->shape[1], stride = row_stride(*logits);
+  if (vocab_size < 1 || vocab_size > 0x7fffffff || vocab_size > counts->shape[1] ||
+      (vocab_size > 1 && logits->strides[1] != 1) || (requests > 1 && stride < vocab_size))
+    return Outcome::kRefused;
+  params.logits = data_of(*logits);
+  params.logits_stride = stride;
+  params.vocab_size = static_cast<unsigned>(vocab_size);
   const index_t most = divide_up(vocab_size, info.elements_per_block), wanted = divide_up(2 * num_sms, requests);
   params.blocks_per_request = static_cast<unsigned>(wanted < most ? wanted : most);
   params.is_aligned = is_aligned(params.logits, 16) && is_aligned(stride * info.logits.bytes(), 16);
-  return kernel.launch(params, logits->device, true);
+  return kernel.launch(params, device, true);
 }
 
 }  // namespace jitnorm

@@ -228,6 +228,18 @@ def test_a_full_row_of_tokens_is_not_exceeded():
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("count", [1, 5, 300])
+def test_tokens_that_were_chosen_otherwise(count):
+    sample, requests = GreedySampling(torch.bfloat16, torch.device("cuda", 0), count), Requests(count, 1000)
+    tokens = torch.randint(0, 1000, (count,), device="cuda")
+    requests.tokens.copy_(tokens)
+    expected = requests.expect(tokens)
+    assert sample(None, *requests.tensors())
+    for found, wanted in zip(requests.tensors(), expected, strict=True):
+        assert torch.equal(found, wanted)
+
+
+@pytest.mark.gpu
 def test_steps_in_a_graph():
     """Counters are zero again after each step, whatever the number of blocks."""
     sample, requests = GreedySampling(torch.bfloat16, torch.device("cuda", 0), 2), Requests(2, 151936)
@@ -262,6 +274,9 @@ def test_what_sampling_does_not_take():
         {"logits": good["logits"].t().contiguous().t()},
         {"logits": good["logits"].cpu()},
         {"logits": good["logits"][0]},
+        {"logits": good["logits"][:, :0]},
+        {"logits": None, "tokens": requests.tokens[:2]},
+        {"logits": None, "slots": requests.slots[:0], "tokens": requests.tokens[:0]},
         {"slots": requests.slots.long()},
         {"tokens": requests.tokens[:2]},
         {"last": requests.last[:-1]},

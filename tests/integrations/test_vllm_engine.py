@@ -138,8 +138,8 @@ def test_decode_steps_choose_the_tokens_that_vllm_chooses(eager, sampling, folde
     found = generate(folder, plugin=True, **request)
     expected = generate(folder, plugin=True, skip="decode_steps", **request)
     notes = [of_plugin["report"][0][3] for of_plugin in (found, expected)]
-    assert "replaced the inputs and the greedy sampling of decode steps" in notes[0]
-    assert "left the inputs and the sampling of decode steps: JITNORM_PLUGIN_SKIP names decode_steps" in notes[1]
+    assert "replaced the inputs and the tokens of decode steps" in notes[0]
+    assert "left the inputs and the tokens of decode steps: JITNORM_PLUGIN_SKIP names decode_steps" in notes[1]
     for mine, theirs in zip(found["results"], expected["results"], strict=True):
         for (tokens, _), (their_tokens, _) in zip(mine, theirs, strict=True):
             assert tokens == their_tokens

@@ -2147,23 +2147,12 @@ class TestDecodeSteps:
         assert output.num_sampled is num_sampled and output.logprobs_tensors is output.num_nans is None
         called = []
         runner.model_state.postprocess_state = lambda *arguments: called.append(arguments)
-        rest = (num_sampled, num_rejected, batch.query_start_loc)
-        assert steps.postprocess_sampled(runner, batch.idx_mapping, tokens, *rest) is None  # other tokens
-        assert steps.postprocess_sampled(runner, batch.idx_mapping, output.sampled_token_ids, *rest) == (None,)
+        rest = (output.sampled_token_ids, num_sampled, num_rejected, batch.query_start_loc)
+        assert steps.postprocess_sampled(runner, batch.idx_mapping.clone(), *rest) is None  # of another batch
+        assert steps.postprocess_sampled(runner, batch.idx_mapping, *rest) == (None,)
         assert called == [(batch.idx_mapping, num_sampled, states.num_computed_tokens.gpu)]
-        assert steps.postprocess_sampled(runner, batch.idx_mapping, output.sampled_token_ids, *rest) is None
-
-    def test_logits_that_the_kernel_does_not_take(self, runner, steps, monkeypatch):
-        from vllm.v1.worker.gpu.sample.sampler import Sampler
-
-        runner.model = SimpleNamespace(compute_logits=lambda rows: "logits")
-        runner.sampler = self.sampler()
-        (batch,) = steps.prepare_inputs(runner, self.scheduled(a=1), SimpleNamespace(num_reqs=None, num_tokens=1))
-        steps._sample_greedily.accepts = False
-        output = SimpleNamespace(num_sampled="sampled", num_rejected="rejected")
-        monkeypatch.setattr(Sampler, "__call__", lambda self, *arguments: (arguments == ("logits", batch)) and output)
-        assert steps.sample(runner, torch.randn(1, 8), batch, None) == ((output, "sampled", "rejected"),)
-        assert steps._sampled is None
+        assert len(steps._sample_greedily.calls) == 1
+        assert steps.postprocess_sampled(runner, batch.idx_mapping, *rest) is None
 
     @pytest.mark.parametrize(
         "changes",
@@ -2172,11 +2161,40 @@ class TestDecodeSteps:
             {"use_logit_bias": (2, True)},
             {"use_penalty": (1, True)},
             {"num_bad_words": (1, 2)},
-            {"num_logprobs": (4, 0)},
-            {"num_token_ids": (2, 1)},
+            {},
         ],
         ids=str,
     )
+    def test_tokens_that_vllm_chooses(self, runner, steps, changes, monkeypatch):
+        """For requests that are not greedy, and for logits that the kernel does not take."""
+        from vllm.v1.worker.gpu.sample.sampler import Sampler
+
+        (batch,) = steps.prepare_inputs(
+            runner, self.scheduled(c=1, a=1, e=1), SimpleNamespace(num_reqs=4, num_tokens=4)
+        )
+        runner.sampler, tokens = self.sampler(**changes), torch.tensor([5, 6, 7])
+        runner.model = SimpleNamespace(compute_logits=lambda rows: ("logits", rows))
+        given = []
+        monkeypatch.setattr(Sampler, "sample", lambda self, *arguments: (given.append(arguments), (tokens, None))[1])
+        kernel = steps._sample_greedily
+        kernel.accepts = False
+        ((output, num_sampled, num_rejected),) = steps.sample(runner, torch.randn(4, 8), batch, None)
+        assert len(kernel.calls) == (not changes)
+        ((logits, slots, slots_np, positions, input_ids, local),) = given
+        assert logits[0] == "logits" and slots is batch.idx_mapping and slots_np is batch.idx_mapping_np
+        buffers = runner.input_buffers
+        assert positions.data_ptr() == buffers.positions.data_ptr() and len(positions) == len(input_ids) == 3
+        assert input_ids.data_ptr() == buffers.input_ids.data_ptr() and local.tolist() == [0, 0, 0]
+        assert output.sampled_token_ids.tolist() == [[5], [6], [7]] and output.logprobs_tensors is None
+        assert num_sampled.tolist() == [1, 1, 1] and num_rejected.tolist() == [0, 0, 0]
+        rest = (batch.idx_mapping, output.sampled_token_ids, num_sampled, num_rejected, batch.query_start_loc)
+        kernel.calls.clear()
+        assert steps.postprocess_sampled(runner, *rest) is None  # vLLM does it
+        kernel.accepts = True
+        assert steps.postprocess_sampled(runner, *rest) == (None,)
+        assert [(call[0], call[2].tolist()) for call in kernel.calls] == [(None, [5, 6, 7])] * 2
+
+    @pytest.mark.parametrize("changes", [{"num_logprobs": (4, 0)}, {"num_token_ids": (2, 1)}], ids=str)
     def test_batches_that_vllm_samples(self, runner, steps, changes):
         (batch,) = steps.prepare_inputs(
             runner, self.scheduled(c=1, a=1, e=1), SimpleNamespace(num_reqs=None, num_tokens=3)
@@ -2185,10 +2203,11 @@ class TestDecodeSteps:
         assert steps.sample(runner, torch.randn(3, 8), batch, None) is None
         runner.sampler = self.sampler()
         assert steps.sample(runner, torch.randn(3, 8), batch, "grammar") is None
-        assert (
-            steps.sample(runner, torch.randn(3, 8), SimpleNamespace(idx_mapping_np=batch.idx_mapping_np), None) is None
-        )
+        other = SimpleNamespace(idx_mapping_np=batch.idx_mapping_np)
+        assert steps.sample(runner, torch.randn(3, 8), other, None) is None
         runner.sampler.compute_nans = True
+        assert steps.sample(runner, torch.randn(3, 8), batch, None) is None
+        runner.sampler = SimpleNamespace()  # of a model
         assert steps.sample(runner, torch.randn(3, 8), batch, None) is None
         assert not steps._sample_greedily.calls
 
@@ -2236,7 +2255,7 @@ class TestDecodeSteps:
             assert hasattr(model, "jitnorm_decode_steps") == note.startswith("replaced")
             return note
 
-        assert notes() == "replaced the inputs and the greedy sampling of decode steps"
+        assert notes() == "replaced the inputs and the tokens of decode steps"
         assert [spec.name for spec in built] == ["decode_inputs", "greedy_sampling_bf16"]
         for words, changes in {
             "the first version of its model runner": {"use_v2_model_runner": False},

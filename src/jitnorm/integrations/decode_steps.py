@@ -147,7 +147,7 @@ class GreedySampling:
 
     def __call__(
         self,
-        logits: torch.Tensor,
+        logits: torch.Tensor | None,
         slots_of_requests: torch.Tensor,
         tokens: torch.Tensor,
         last_tokens: torch.Tensor,
@@ -156,15 +156,15 @@ class GreedySampling:
         all_tokens: torch.Tensor,
         token_counts: torch.Tensor,
     ) -> bool:
-        """Write the next tokens, or nothing.
+        """Write the next tokens and the state of the requests, or nothing.
 
         Of equal logits the first is the largest; NaN is less than any number. All tensors are on the device, or host
         memory that it reads, and the elements of their last dimension are adjacent.
 
         Args:
-            logits: `[requests, vocab_size]`.
+            logits: `[requests, vocab_size]`. None for tokens that were chosen otherwise.
             slots_of_requests: int32 `[requests]`, all different.
-            tokens: int64 `[requests]`, written.
+            tokens: int64 `[requests]`, written, or read if there are no logits.
             last_tokens: int64 `[slots]`, written where a slot is a request's, like the others: the token.
             num_tokens: int32 `[slots]`, incremented: the tokens of a request, with those of its prompt.
             num_computed_tokens: int32 `[slots]`, incremented: the tokens in the cache.

@@ -1,8 +1,8 @@
 """What vLLM's host does before and after the model in a decode step, in fewer launches.
 
 vLLM's model runner launches about ten small kernels to prepare a step and to sample from its logits, most of them by
-Triton. Here a step whose requests have one new token each has its inputs in one launch, and a batch that samples
-greedily its tokens in another. All other steps are vLLM's.
+Triton. Here a step whose requests have one new token each has its inputs in one launch. If all sample greedily, their
+tokens and what they change are another; otherwise vLLM chooses the tokens. All other steps are vLLM's.
 """
 
 from __future__ import annotations
@@ -69,10 +69,10 @@ def replace(model: torch.nn.Module, config: Any, report: Report) -> None:
         target = cuda_target(device.index)
         reason = next(iter(build_and_load([inputs_spec(target), sampling_spec(dtype, target)]).values()), None)
     if reason:
-        report.notes.append(f"left the inputs and the sampling of decode steps: {reason}")
+        report.notes.append(f"left the inputs and the tokens of decode steps: {reason}")
         return
     setattr(model, _ATTRIBUTE, DecodeSteps(dtype, device))
-    report.notes.append("replaced the inputs and the greedy sampling of decode steps")
+    report.notes.append("replaced the inputs and the tokens of decode steps")
 
 
 def _reason_of(config: Any) -> str | None:
@@ -117,8 +117,10 @@ class DecodeSteps:
         """
         from vllm.v1.worker.gpu.buffer_utils import UvaBufferPool
         from vllm.v1.worker.gpu.input_batch import InputBatch
+        from vllm.v1.worker.gpu.sample.output import SamplerOutput
+        from vllm.v1.worker.gpu.sample.sampler import Sampler
 
-        self._input_batch = InputBatch
+        self._input_batch, self._sampler_output, self._sampler_class = InputBatch, SamplerOutput, Sampler
         self._views_of_sizes: dict[tuple[int, int, int], dict[str, torch.Tensor]] = {}
         count = runner.max_num_reqs
         self._write_inputs = DecodeInputs(self._device)
@@ -230,30 +232,29 @@ class DecodeSteps:
     def sample(
         self, runner: Any, hidden_states: torch.Tensor, input_batch: Any, grammar_output: Any
     ) -> tuple[Any] | None:
-        """Compute the logits, the tokens, and with them the state of the requests, if all sample greedily."""
-        slots = input_batch.idx_mapping_np
-        if input_batch is not self._batch or grammar_output is not None or not _is_greedy(runner.sampler, slots):
-            return None
-        from vllm.v1.worker.gpu.sample.output import SamplerOutput
-
-        count, states, sampler = input_batch.num_reqs, runner.req_states, runner.sampler
-        logits = runner.model.compute_logits(hidden_states[:count])
-        tokens = torch.empty(count, dtype=torch.int64, device=self._device)
-        if self._sample_greedily(
-            logits,
-            input_batch.idx_mapping,
-            tokens,
-            states.last_sampled_tokens.view(-1),
-            states.total_len.gpu,
-            states.num_computed_tokens.gpu,
-            states.all_token_ids.gpu,
-            sampler.penalties_state.output_bin_counts,
+        """Compute the logits and the tokens: by one launch if all requests sample greedily, or else by vLLM's."""
+        sampler, slots = runner.sampler, input_batch.idx_mapping_np
+        if (
+            input_batch is not self._batch
+            or grammar_output is not None
+            or type(sampler) is not self._sampler_class
+            or sampler.compute_nans
+            or sampler.returns_logprobs(slots)
         ):
-            self._sampled = tokens.view(-1, 1)
-            result = SamplerOutput(self._sampled, None, None, self._ones[:count], self._zeros[:count])
-        else:
-            result = sampler(logits, input_batch)
-        return ((result, result.num_sampled, result.num_rejected),)
+            return None
+        count = input_batch.num_reqs
+        logits = runner.model.compute_logits(hidden_states[:count])
+        if _is_greedy(sampler, slots):
+            tokens = torch.empty(count, dtype=torch.int64, device=self._device)
+            if self._add_tokens(runner, logits, input_batch.idx_mapping, tokens):
+                self._sampled = tokens.view(-1, 1)
+        sampled = self._sampled
+        if sampled is None:
+            positions, input_ids = input_batch.positions[:count], input_batch.input_ids[:count]
+            rest = (input_batch.expanded_idx_mapping, slots, positions, input_ids, input_batch.expanded_local_pos)
+            sampled = sampler.sample(logits, *rest)[0].view(-1, 1)
+        num_sampled, num_rejected = self._ones[:count], self._zeros[:count]
+        return ((self._sampler_output(sampled, None, None, num_sampled, num_rejected), num_sampled, num_rejected),)
 
     def postprocess_sampled(
         self,
@@ -264,24 +265,39 @@ class DecodeSteps:
         num_rejected: torch.Tensor,
         query_start_loc: torch.Tensor | None = None,
     ) -> tuple[None] | None:
-        """Update the state of the model, if `sample` has updated that of the requests."""
-        if sampled_tokens is not self._sampled:
+        """Add the tokens to the state of the requests, unless `sample` has, and update that of the model."""
+        if self._batch is None or idx_mapping is not self._batch.idx_mapping:
             return None
-        self._sampled = None
+        # In a batch of `prepare_inputs` each request has one new token, and none is rejected.
+        if sampled_tokens is not self._sampled and not self._add_tokens(
+            runner, None, idx_mapping, sampled_tokens.view(-1)
+        ):
+            return None
+        self._batch = self._sampled = None
         runner.model_state.postprocess_state(idx_mapping, num_sampled, runner.req_states.num_computed_tokens.gpu)
         return (None,)
 
+    def _add_tokens(
+        self, runner: Any, logits: torch.Tensor | None, slots_of_requests: torch.Tensor, tokens: torch.Tensor
+    ) -> bool:
+        states = runner.req_states
+        return self._sample_greedily(
+            logits,
+            slots_of_requests,
+            tokens,
+            states.last_sampled_tokens.view(-1),
+            states.total_len.gpu,
+            states.num_computed_tokens.gpu,
+            states.all_token_ids.gpu,
+            runner.sampler.penalties_state.output_bin_counts,
+        )
+
 
 def _is_greedy(sampler: Any, slots: np.ndarray) -> bool:
-    """Return whether the next token of each request is the one with the largest logit, and nothing else is returned."""
-    from vllm.v1.worker.gpu.sample.sampler import Sampler
-
+    """Return whether the next token of each request is the one with the largest logit."""
     return (
-        type(sampler) is Sampler
-        and not sampler.compute_nans
-        and not sampler.sampling_states.temperature.np[slots].any()
+        not sampler.sampling_states.temperature.np[slots].any()
         and not sampler.logit_bias_state.use_logit_bias[slots].any()
         and not sampler.penalties_state.use_penalty[slots].any()
         and not sampler.bad_words_state.num_bad_words.np[slots].any()
-        and not sampler.returns_logprobs(slots)
     )
