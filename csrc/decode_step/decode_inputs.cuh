@@ -13,7 +13,7 @@ struct DecodeInputsKernel : DefaultVariantOnly {
   static constexpr int kThreads = 256;
   static constexpr int kMinBlocksPerSM = 1;
   static constexpr unsigned kPaddingBlocks = 8;
-  static constexpr index_t kNoSlot = -1;  // of the cache: nothing is stored for a token that pads a batch
+  static constexpr index_t kNoSlot = -1;  // nothing is stored for a token that pads a batch
 
   template <GridVariant>
   static __device__ __forceinline__ void run(const DecodeInputsParams& p) {
@@ -32,34 +32,34 @@ struct DecodeInputsKernel : DefaultVariantOnly {
   }
 
   static __device__ __forceinline__ void write_request(const DecodeInputsParams& p, unsigned group, unsigned request) {
-    const int slot = p.slots_of_requests[request];
-    const int num_blocks = p.num_blocks[group * p.num_blocks_stride + slot];
-    const int* from = reinterpret_cast<const int*>(p.states_tables[group]) + slot * p.table_strides[group];
+    const int state = p.state_indices[request];
+    const int num_blocks = p.num_blocks[group * p.num_blocks_stride + state];
+    const int* from = reinterpret_cast<const int*>(p.state_tables[group]) + state * p.table_strides[group];
     int* to = batch_table(p, group, request);
     for (int i = threadIdx.x; i < num_blocks; i += kThreads) to[i] = from[i];
     if (threadIdx.x != 0) return;
-    const int position = p.num_computed_tokens[slot], block_size = p.block_sizes[group];
-    p.cache_slots[group * p.cache_slots_stride + request] =
+    const int position = p.num_computed_tokens[state], block_size = p.block_sizes[group];
+    p.slots[group * p.slots_stride + request] =
         index_t(from[position / block_size]) * block_size + position % block_size;
     if (group != 0) return;
-    p.slots_of_requests_out[request] = slot;
-    p.input_ids[request] = static_cast<int>(p.last_tokens[slot]);
+    p.state_indices_out[request] = state;
+    p.input_ids[request] = static_cast<int>(p.last_tokens[state]);
     p.positions[request] = position;
     p.seq_lens[request] = position + 1;
   }
 
-  // A request that pads the batch of a CUDA graph reads the first block, which no request has.
+  // A request that pads the batch of a CUDA graph has the null block, which no other request has.
   static __device__ __forceinline__ void clear_table(const DecodeInputsParams& p, unsigned group, unsigned request) {
     int* table = batch_table(p, group, request);
     for (index_t i = threadIdx.x; i < p.table_strides[group]; i += kThreads) table[i] = 0;
   }
 
-  // What follows the requests. All of it is written: a larger batch before has left its own there.
+  // What follows the requests. It is written in each step, as it holds values of an earlier, larger batch.
   static __device__ __forceinline__ void write_padding(const DecodeInputsParams& p, unsigned group, unsigned block) {
     const unsigned thread = block * kThreads + threadIdx.x;
     constexpr unsigned kStep = kPaddingBlocks * kThreads;
-    index_t* cache_slots = p.cache_slots + group * p.cache_slots_stride;
-    for (unsigned i = p.num_requests + thread; i < p.max_tokens; i += kStep) cache_slots[i] = kNoSlot;
+    index_t* slots = p.slots + group * p.slots_stride;
+    for (unsigned i = p.num_requests + thread; i < p.max_tokens; i += kStep) slots[i] = kNoSlot;
     if (group != 0) return;
     for (unsigned i = thread; i <= p.max_requests; i += kStep) {
       p.query_start_loc[i] = static_cast<int>(i < p.num_requests ? i : p.num_requests);

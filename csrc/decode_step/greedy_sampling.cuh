@@ -26,23 +26,22 @@ struct GreedySamplingKernel : DefaultVariantOnly {
     const T* row = reinterpret_cast<const T*>(p.logits) + request * p.logits_stride;
     grid_dependency_wait();
     launch_dependents();
-    if (!p.logits) {
+    if (!p.logits) {  // the tokens are read alone: a copy of them to the host may be under way
       if (threadIdx.x == 0) add_token(p, request, static_cast<unsigned>(p.tokens[request]));
       return;
     }
-    const Key key = block_max(largest(p, row, block));
+    Key key = block_max(largest(p, row, block));
     if (threadIdx.x != 0) return;
     if (p.blocks_per_request > 1) {
       atomicMax(&p.best[request], key);
       __threadfence();  // the key is there before the block counts as ended
       if (atomicAdd(&p.finished[request], 1u) + 1 != p.blocks_per_request) return;
       __threadfence();
-      const Key best = atomicExch(&p.best[request], Key(0));
       p.finished[request] = 0;
-      add_token(p, request, index_of(best));
-    } else {
-      add_token(p, request, index_of(key));
+      key = atomicExch(&p.best[request], Key(0));
     }
+    p.tokens[request] = index_of(key);
+    add_token(p, request, index_of(key));
   }
 
  private:
@@ -98,13 +97,12 @@ struct GreedySamplingKernel : DefaultVariantOnly {
   }
 
   static __device__ __forceinline__ void add_token(const GreedySamplingParams& p, unsigned request, unsigned token) {
-    const int slot = p.slots_of_requests[request], length = p.num_tokens[slot];
-    p.tokens[request] = token;
-    p.last_tokens[slot] = token;
-    p.num_tokens[slot] = length + 1;
-    p.num_computed_tokens[slot] += 1;
-    if (token < p.vocab_size) p.token_counts[slot * p.token_counts_stride + token] += 1;
-    if (unsigned(length) < p.max_length) p.all_tokens[slot * p.all_tokens_stride + length] = token;
+    const int state = p.state_indices[request], length = p.num_tokens[state];
+    p.last_tokens[state] = token;
+    p.num_tokens[state] = length + 1;
+    p.num_computed_tokens[state] += 1;
+    if (token < p.vocab_size) p.token_counts[state * p.token_counts_stride + token] += 1;
+    if (unsigned(length) < p.max_length) p.all_tokens[state * p.all_tokens_stride + length] = token;
   }
 };
 

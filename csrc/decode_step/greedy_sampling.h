@@ -6,19 +6,19 @@
 
 namespace jitnorm {
 
-// A request has a row in each state tensor, its slot.
+// A request has a row in each tensor of state, at its state index.
 struct GreedySamplingParams {
-  const char* logits;            // null if the tokens are given
-  const int* slots_of_requests;  // [requests]
-  index_t* tokens;               // [requests]
-  index_t* last_tokens;          // [slots]
-  int* num_tokens;               // [slots]
-  int* num_computed_tokens;      // [slots]
-  int* all_tokens;               // [slots, max_length]
-  int* token_counts;             // [slots, vocab_size]
-  unsigned long long* best;      // [requests]: the largest key yet; 0 between calls
-  unsigned* finished;            // [requests]: how many blocks of a row have ended; 0 between calls
-  index_t logits_stride;         // in elements, like the others
+  const char* logits;        // null if the tokens are given
+  const int* state_indices;  // [requests]
+  index_t* tokens;           // [requests]
+  index_t* last_tokens;      // [states]
+  int* num_tokens;           // [states]
+  int* num_computed_tokens;  // [states]
+  int* all_tokens;           // [states, max_length]
+  int* token_counts;         // [states, vocab_size]
+  unsigned long long* best;  // [requests]: the largest key yet; 0 between calls
+  unsigned* finished;        // [requests]: how many blocks of a row have ended; 0 between calls
+  index_t logits_stride;     // in elements, like the others
   index_t all_tokens_stride;
   index_t token_counts_stride;
   unsigned vocab_size, max_length;
@@ -53,7 +53,7 @@ inline Grid grid_of(const GreedySamplingInfo& info, const GreedySamplingParams& 
   return grid_of_blocks(index_t(p.num_requests) * p.blocks_per_request, 1, info.launch.threads);
 }
 
-// greedy_sampling(logits, slots_of_requests, tokens, last_tokens, num_tokens, num_computed_tokens, all_tokens,
+// greedy_sampling(logits, state_indices, tokens, last_tokens, num_tokens, num_computed_tokens, all_tokens,
 // token_counts, best, finished, num_sms). Without logits, which are None, the tokens are given.
 // src/jitnorm/integrations/decode_steps.py describes the arguments.
 template <typename Kernel>
@@ -68,9 +68,9 @@ Outcome greedy_sampling(const Kernel& kernel, const TVMFFIAny* args, int num_arg
     tensors[i] = as_tensor(args[i + 1]);
     if (!tensors[i] || !is_integers(tensors[i], kBits[i], kDims[i], tensors[0]->device)) return Outcome::kRefused;
   }
-  const auto& [slots, tokens, last_tokens, num_tokens, computed, all_tokens, counts, best, finished] = tensors;
-  const DLDevice device = slots->device;
-  const index_t requests = slots->shape[0], states = last_tokens->shape[0];
+  const auto& [states, tokens, last_tokens, num_tokens, computed, all_tokens, counts, best, finished] = tensors;
+  const DLDevice device = indices->device;
+  const index_t requests = indices->shape[0], states = last_tokens->shape[0];
   index_t num_sms;
   if (!as_int(args[kTensors + 1], &num_sms) || num_sms < 1 || !kernel.runs_on(device) || requests < 1 ||
       requests > 0xffff || tokens->shape[0] != requests || num_tokens->shape[0] != states ||
@@ -78,7 +78,7 @@ Outcome greedy_sampling(const Kernel& kernel, const TVMFFIAny* args, int num_arg
       counts->shape[0] != states || best->shape[0] < requests || finished->shape[0] < requests)
     return Outcome::kRefused;
   GreedySamplingParams params{};
-  params.slots_of_requests = elements_of<int>(*slots);
+  params.state_indices = elements_of<int>(*indices);
   params.tokens = elements_of<index_t>(*tokens);
   params.last_tokens = elements_of<index_t>(*last_tokens);
   params.num_tokens = elements_of<int>(*num_tokens);
@@ -95,7 +95,7 @@ Outcome greedy_sampling(const Kernel& kernel, const TVMFFIAny* args, int num_arg
   params.blocks_per_request = 1;
   if (args[0].type_index == kTVMFFINone) return kernel.launch(params, device, true);
   const DLTensor* logits = as_tensor(args[0]);
-  if (!logits || !has_type(*logits, info.logits) || logits->ndim != 2 || !same_device(*logits, *slots) ||
+  if (!logits || !has_type(*logits, info.logits) || logits->ndim != 2 || !same_device(*logits, *indices) ||
       !logits->data || logits->shape[0] != requests)
     return Outcome::kRefused;
   const index_t vocab_size = logits->shape[1], stride = row_stride(*logits);
@@ -105,8 +105,9 @@ Outcome greedy_sampling(const Kernel& kernel, const TVMFFIAny* args, int num_arg
   params.logits = data_of(*logits);
   params.logits_stride = stride;
   params.vocab_size = static_cast<unsigned>(vocab_size);
-  const index_t most = divide_up(vocab_size, info.elements_per_block), wanted = divide_up(2 * num_sms, requests);
-  params.blocks_per_request = static_cast<unsigned>(wanted < most ? wanted : most);
+  const index_t max_blocks = divide_up(vocab_size, info.elements_per_block);
+  const index_t num_blocks = divide_up(2 * num_sms, requests);
+  params.blocks_per_request = static_cast<unsigned>(num_blocks < max_blocks ? num_blocks : max_blocks);
   params.is_aligned = is_aligned(params.logits, 16) && is_aligned(stride * info.logits.bytes(), 16);
   return kernel.launch(params, device, true);
 }

@@ -10,7 +10,8 @@ from jitnorm.jit.build import build
 from jitnorm.jit.spec import Target
 
 POISON = -77
-SLOTS, MAX_REQUESTS, MAX_TOKENS = 12, 10, 700
+STATES, MAX_REQUESTS = 12, 10
+MAX_TOKENS = 5000  # more than the threads that write what follows the requests
 
 
 @pytest.mark.slow
@@ -23,18 +24,18 @@ def test_compiles(arch):
 
 
 class State:
-    """The state of SLOTS requests and the tensors of a batch, which are poisoned."""
+    """The state of STATES requests and the tensors of a batch, which are poisoned."""
 
     def __init__(self, block_sizes):
         groups = len(block_sizes)
         source = torch.Generator().manual_seed(groups)
-        self.computed = torch.randint(1, 400, (SLOTS,), dtype=torch.int32, generator=source)
+        self.computed = torch.randint(1, 400, (STATES,), dtype=torch.int32, generator=source)
         self.computed[:3] = torch.tensor([15, 16, 17])  # the end of a block of 16, and around
-        self.last = torch.randint(0, 1 << 17, (SLOTS,), generator=source)
+        self.last = torch.randint(0, 1 << 17, (STATES,), generator=source)
         self.block_sizes = torch.tensor(block_sizes, dtype=torch.int32)
         self.num_blocks = torch.stack([self.computed // size + 1 + i % 2 for i, size in enumerate(block_sizes)])
         self.widths = [int(of_group.max()) + 5 for of_group in self.num_blocks]
-        self.tables = [torch.randint(0, 10**6, (SLOTS, n), dtype=torch.int32, generator=source) for n in self.widths]
+        self.tables = [torch.randint(0, 10**6, (STATES, n), dtype=torch.int32, generator=source) for n in self.widths]
 
         def poisoned(*shape, dtype=torch.int32):
             return torch.full(shape, POISON, dtype=dtype, device="cuda")
@@ -42,29 +43,28 @@ class State:
         self.batch_tables = [poisoned(MAX_REQUESTS, width) for width in self.widths]
         self.input_ids, self.positions = poisoned(MAX_TOKENS), poisoned(MAX_TOKENS, dtype=torch.int64)
         self.seq_lens, self.starts = poisoned(MAX_REQUESTS), poisoned(MAX_REQUESTS + 1)
-        self.cache_slots = poisoned(groups, MAX_TOKENS, dtype=torch.int64)
+        self.slots = poisoned(groups, MAX_TOKENS, dtype=torch.int64)
         self.on_device = [table.cuda() for table in self.tables]
 
-    def arguments(self, slots, padded):
+    def arguments(self, indices, padded):
         def addresses(tensors):
             return torch.tensor([t.data_ptr() for t in tensors], dtype=torch.uint64, device="cuda")
 
         return {
-            # vLLM's slots and counts are in host memory that the GPU reads.
-            "slots_of_requests": torch.tensor(slots, dtype=torch.int32).cuda(),
+            "state_indices": torch.tensor(indices, dtype=torch.int32).cuda(),
             "num_computed_tokens": self.computed.cuda(),
             "last_tokens": self.last.cuda(),
             "num_blocks": self.num_blocks.cuda(),
-            "states_tables": addresses(self.on_device),
+            "state_tables": addresses(self.on_device),
             "batch_tables": addresses(self.batch_tables),
             "table_strides": torch.tensor(self.widths).cuda(),
             "block_sizes": self.block_sizes.cuda(),
-            "slots_of_requests_out": torch.full((len(slots),), POISON, dtype=torch.int32, device="cuda"),
+            "state_indices_out": torch.full((len(indices),), POISON, dtype=torch.int32, device="cuda"),
             "input_ids": self.input_ids,
             "positions": self.positions,
             "seq_lens": self.seq_lens,
             "query_start_loc": self.starts,
-            "cache_slots": self.cache_slots,
+            "slots": self.slots,
             "num_padded_requests": padded,
         }
 
@@ -74,26 +74,26 @@ class State:
 @pytest.mark.parametrize(("count", "padded"), [(1, 1), (3, 4), (7, 10), (10, 10)])
 def test_the_inputs_of_a_step(count, padded, block_sizes):
     state = State(block_sizes)
-    slots = torch.randperm(SLOTS)[:count].tolist()
-    given = state.arguments(slots, padded)
+    indices = torch.randperm(STATES)[:count].tolist()
+    given = state.arguments(indices, padded)
     assert DecodeInputs(torch.device("cuda", 0))(**given)
-    assert given["slots_of_requests_out"].tolist() == slots
-    computed = [int(state.computed[slot]) for slot in slots]
+    assert given["state_indices_out"].tolist() == indices
+    computed = [int(state.computed[index]) for index in indices]
     rest = [POISON] * (MAX_TOKENS - count)
-    assert state.input_ids.tolist() == [int(state.last[slot]) for slot in slots] + rest
+    assert state.input_ids.tolist() == [int(state.last[index]) for index in indices] + rest
     assert state.positions.tolist() == computed + rest
     assert state.seq_lens.tolist() == [length + 1 for length in computed] + [0] * (MAX_REQUESTS - count)
     assert state.starts.tolist() == [min(i, count) for i in range(MAX_REQUESTS + 1)]
     for group, size in enumerate(block_sizes):
         table, found = state.tables[group], state.batch_tables[group].tolist()
         expected = [
-            int(table[slot, length // size]) * size + length % size
-            for slot, length in zip(slots, computed, strict=True)
+            int(table[index, length // size]) * size + length % size
+            for index, length in zip(indices, computed, strict=True)
         ]
-        assert state.cache_slots[group].tolist() == expected + [-1] * (MAX_TOKENS - count)
+        assert state.slots[group].tolist() == expected + [-1] * (MAX_TOKENS - count)
         for i in range(MAX_REQUESTS):
-            blocks = int(state.num_blocks[group, slots[i]]) if i < count else 0
-            mine = table[slots[i], :blocks].tolist() if i < count else []
+            blocks = int(state.num_blocks[group, indices[i]]) if i < count else 0
+            mine = table[indices[i], :blocks].tolist() if i < count else []
             after = 0 if count <= i < padded else POISON
             assert found[i] == mine + [after] * (state.widths[group] - blocks)
 
@@ -103,28 +103,28 @@ def test_inputs_that_the_kernel_does_not_take():
     state, write = State([16, 32]), DecodeInputs(torch.device("cuda", 0))
     good = state.arguments([4, 1, 7], 4)
     bad = [
-        {"slots_of_requests": good["slots_of_requests"].long()},
-        {"slots_of_requests": good["slots_of_requests"].cpu()},
-        {"slots_of_requests": good["slots_of_requests"][:0]},
-        {"slots_of_requests_out": good["slots_of_requests_out"][:2]},
+        {"state_indices": good["state_indices"].long()},
+        {"state_indices": good["state_indices"].cpu()},
+        {"state_indices": good["state_indices"][:0]},
+        {"state_indices_out": good["state_indices_out"][:2]},
         {"num_computed_tokens": good["num_computed_tokens"][:-1]},
         {"last_tokens": good["last_tokens"].int()},
         {"num_blocks": good["num_blocks"][:1]},
         {"num_blocks": good["num_blocks"].t().contiguous().t()},
-        {"states_tables": good["states_tables"][:1]},
+        {"state_tables": good["state_tables"][:1]},
         {"table_strides": good["table_strides"].int()},
         {"block_sizes": good["block_sizes"].long()},
         {"input_ids": state.input_ids[:2]},
         {"positions": state.positions.float()},
         {"query_start_loc": state.starts[:-1]},
-        {"cache_slots": state.cache_slots[:1]},
-        {"cache_slots": state.cache_slots[:, :3]},
+        {"slots": state.slots[:1]},
+        {"slots": state.slots[:, :3]},
         {"num_padded_requests": 2},
         {"num_padded_requests": MAX_REQUESTS + 1},
     ]
     for change in bad:
         assert not write(**good | change), change
-    for tensor in (state.input_ids, state.positions, state.seq_lens, state.starts, state.cache_slots):
+    for tensor in (state.input_ids, state.positions, state.seq_lens, state.starts, state.slots):
         assert (tensor == POISON).all()
     assert write(**good)
 
@@ -133,29 +133,29 @@ class Requests:
     """The state of requests that sample, as tensors on the GPU."""
 
     def __init__(self, count, vocab_size, max_length=50):
-        slots = count + 3
-        self.slots = torch.randperm(slots)[:count].int().cuda()
+        indices = count + 3
+        self.indices = torch.randperm(indices)[:count].int().cuda()
         self.tokens = torch.full((count,), POISON, device="cuda")
-        self.last = torch.full((slots,), POISON, device="cuda")
-        self.num_tokens = torch.randint(0, max_length, (slots,), dtype=torch.int32, device="cuda")
-        self.computed = torch.randint(0, max_length, (slots,), dtype=torch.int32, device="cuda")
-        self.all_tokens = torch.full((slots, max_length), POISON, dtype=torch.int32, device="cuda")
-        self.counts = torch.randint(0, 5, (slots, vocab_size + 2), dtype=torch.int32, device="cuda")
+        self.last = torch.full((indices,), POISON, device="cuda")
+        self.num_tokens = torch.randint(0, max_length, (indices,), dtype=torch.int32, device="cuda")
+        self.computed = torch.randint(0, max_length, (indices,), dtype=torch.int32, device="cuda")
+        self.all_tokens = torch.full((indices, max_length), POISON, dtype=torch.int32, device="cuda")
+        self.counts = torch.randint(0, 5, (indices, vocab_size + 2), dtype=torch.int32, device="cuda")
 
     def tensors(self):
-        return (self.slots, self.tokens, self.last, self.num_tokens, self.computed, self.all_tokens, self.counts)
+        return (self.indices, self.tokens, self.last, self.num_tokens, self.computed, self.all_tokens, self.counts)
 
     def expect(self, tokens):
         """Return the tensors after a step."""
         result = [tensor.clone() for tensor in self.tensors()]
         _, chosen, last, num_tokens, computed, all_tokens, counts = result
-        for i, (slot, token) in enumerate(zip(self.slots.tolist(), tokens.tolist(), strict=True)):
-            chosen[i] = last[slot] = token
-            if num_tokens[slot] < all_tokens.shape[1]:
-                all_tokens[slot, num_tokens[slot]] = token
-            num_tokens[slot] += 1
-            computed[slot] += 1
-            counts[slot, token] += 1
+        for i, (index, token) in enumerate(zip(self.indices.tolist(), tokens.tolist(), strict=True)):
+            chosen[i] = last[index] = token
+            if num_tokens[index] < all_tokens.shape[1]:
+                all_tokens[index, num_tokens[index]] = token
+            num_tokens[index] += 1
+            computed[index] += 1
+            counts[index, token] += 1
         return result
 
 
@@ -216,20 +216,20 @@ def test_equal_logits_infinities_and_nan(dtype):
 def slice_of(requests, rows):
     part = object.__new__(Requests)
     part.__dict__ = dict(requests.__dict__)
-    part.slots, part.tokens = requests.slots[rows], requests.tokens[rows]
+    part.indices, part.tokens = requests.indices[rows], requests.tokens[rows]
     return part
 
 
 @pytest.mark.gpu
 def test_a_full_row_of_tokens_is_not_exceeded():
     requests = Requests(4, 100, max_length=6)
-    requests.num_tokens[requests.slots.long()] = torch.tensor([5, 6, 7, 0], dtype=torch.int32, device="cuda")
+    requests.num_tokens[requests.indices.long()] = torch.tensor([5, 6, 7, 0], dtype=torch.int32, device="cuda")
     check(GreedySampling(torch.float32, torch.device("cuda", 0), 4), torch.randn(4, 100, device="cuda"), requests)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("count", [1, 5, 300])
-def test_tokens_that_were_chosen_otherwise(count):
+def test_given_tokens(count):
     sample, requests = GreedySampling(torch.bfloat16, torch.device("cuda", 0), count), Requests(count, 1000)
     tokens = torch.randint(0, 1000, (count,), device="cuda")
     requests.tokens.copy_(tokens)
@@ -262,7 +262,7 @@ def test_what_sampling_does_not_take():
     sample, logits = GreedySampling(torch.bfloat16, torch.device("cuda", 0), 3), torch.randn(3, 100, device="cuda")
     good = dict(
         zip(
-            ("logits", "slots", "tokens", "last", "num_tokens", "computed", "all_tokens", "counts"),
+            ("logits", "indices", "tokens", "last", "num_tokens", "computed", "all_tokens", "counts"),
             (logits.bfloat16(), *requests.tensors()),
             strict=True,
         )
@@ -276,8 +276,8 @@ def test_what_sampling_does_not_take():
         {"logits": good["logits"][0]},
         {"logits": good["logits"][:, :0]},
         {"logits": None, "tokens": requests.tokens[:2]},
-        {"logits": None, "slots": requests.slots[:0], "tokens": requests.tokens[:0]},
-        {"slots": requests.slots.long()},
+        {"logits": None, "indices": requests.indices[:0], "tokens": requests.tokens[:0]},
+        {"indices": requests.indices.long()},
         {"tokens": requests.tokens[:2]},
         {"last": requests.last[:-1]},
         {"num_tokens": requests.num_tokens.long()},
@@ -292,3 +292,36 @@ def test_what_sampling_does_not_take():
     for found, wanted in zip(requests.tensors(), before, strict=True):
         assert torch.equal(found, wanted)
     assert sample(*good.values())
+
+
+@pytest.mark.gpu
+def test_steps_follow_each_other_without_a_pause():
+    """Each kernel waits for the one before, though it may start earlier (PDL)."""
+    state, count, vocab_size, steps = State([16]), 4, 32000, 30
+    state.computed[:] = torch.arange(STATES, dtype=torch.int32)
+    state.num_blocks[:] = state.tables[0].shape[1]
+    indices = torch.tensor([3, 11, 0, 6])
+    given = state.arguments(indices.tolist(), count)
+    requests = Requests(count, vocab_size)
+    requests.indices = given["state_indices_out"]
+    shape = (STATES,)
+    requests.last, requests.computed = given["last_tokens"], given["num_computed_tokens"]
+    requests.num_tokens = torch.zeros(shape, dtype=torch.int32, device="cuda")
+    requests.all_tokens = torch.full((STATES, steps), POISON, dtype=torch.int32, device="cuda")
+    requests.counts = torch.zeros(STATES, vocab_size, dtype=torch.int32, device="cuda")
+    logits = torch.randn(steps, count, vocab_size, device="cuda").bfloat16()
+    positions = torch.full((steps, MAX_TOKENS), POISON, dtype=torch.int64, device="cuda")
+    input_ids = torch.full((steps, MAX_TOKENS), POISON, dtype=torch.int32, device="cuda")
+    write, sample = (
+        DecodeInputs(torch.device("cuda", 0)),
+        GreedySampling(torch.bfloat16, torch.device("cuda", 0), count),
+    )
+    torch.cuda.synchronize()
+    for step in range(steps):
+        assert write(**given | {"positions": positions[step], "input_ids": input_ids[step]})
+        assert sample(logits[step], *requests.tensors())
+    tokens = torch.stack([first_largest(of_step) for of_step in logits]).int()
+    assert torch.equal(requests.all_tokens[indices].cpu(), tokens.t())
+    assert torch.equal(positions[:, :count].cpu(), state.computed[indices].long() + torch.arange(steps)[:, None])
+    assert torch.equal(input_ids[1:, :count].cpu(), tokens[:-1])
+    assert input_ids[0, :count].tolist() == state.last[indices].tolist()

@@ -132,14 +132,20 @@ MIXED = [
 @pytest.mark.parametrize("sampling", [GREEDY, MIXED], ids=["greedy", "mixed"])
 @pytest.mark.parametrize("eager", [True, False], ids=["eager", "compiled"])
 def test_decode_steps_choose_the_tokens_that_vllm_chooses(eager, sampling, folder):
-    """The model is the same, so the tokens are. The cache is so small that vLLM takes some requests up again."""
-    request = {"model": "qwen3", "eager": eager, "sampling": sampling, "tokens": 60, "cache_bytes": 1 << 21}
+    """The model is the same, so the tokens are. The cache is so small that vLLM preempts and resumes some requests."""
+    request = {"model": "qwen3", "eager": eager, "sampling": sampling, "tokens": 60}
+    request |= {"max_length": 400, "cache_bytes": 28 * 16 * 1536}  # 28 blocks; a sequence of 400 tokens has 25
     request["batches"] = [prompts()[:1], prompts(), prompts()[3:6]]
     found = generate(folder, plugin=True, **request)
     expected = generate(folder, plugin=True, skip="decode_steps", **request)
     notes = [of_plugin["report"][0][3] for of_plugin in (found, expected)]
     assert "replaced the inputs and the tokens of decode steps" in notes[0]
     assert "left the inputs and the tokens of decode steps: JITNORM_PLUGIN_SKIP names decode_steps" in notes[1]
+    counts = found["counts"]
+    assert counts["preempted"] and counts["prepare_inputs"] == counts["prepare_attn"] == counts["postprocess_sampled"]
+    assert counts["prepare_inputs"] >= 3 * 25 and counts["sample"] >= 25  # of all three batches, and without logprobs
+    assert (counts["greedy"] == counts["sample"]) == (sampling is GREEDY)
+    assert not expected["counts"]["prepare_inputs"]
     for mine, theirs in zip(found["results"], expected["results"], strict=True):
         for (tokens, _), (their_tokens, _) in zip(mine, theirs, strict=True):
             assert tokens == their_tokens

@@ -1987,7 +1987,7 @@ class TestDecodeSteps:
         monkeypatch.setattr(model_runner, "async_copy_to_gpu", copy)
         uva = lambda array: SimpleNamespace(np=array, gpu=torch.from_numpy(array))  # noqa: E731
         prefill = np.array([9, 5, 7, 6, 8, 30], dtype=np.int32)
-        computed = np.array([12, 5, 9, 31, 8, 10], dtype=np.int32)
+        computed = np.array([12, 5, 9, 31, 8, 29], dtype=np.int32)
         made = object.__new__(model_runner.GPUModelRunner)
         made.__dict__ |= {
             "device": torch.device("cpu"),
@@ -2017,7 +2017,7 @@ class TestDecodeSteps:
             "use_dcp": False,
             "use_pp": False,
             "pcp_manager": None,
-            "attn_groups": [],
+            "attn_groups": [],  # of lists, one for each kind of cache
             "model_config": SimpleNamespace(rswa_window=None),
             "model_state": SimpleNamespace(num_new_sampled_tokens_per_step=1, postprocess_state=lambda *_: None),
             "vllm_config": SimpleNamespace(compilation_config=SimpleNamespace(static_forward_context={})),
@@ -2105,15 +2105,22 @@ class TestDecodeSteps:
         rows = num_reqs or self.COUNT
         assert [table.shape for table in tables] == [(rows, 3), (rows, 4)] and cache_slots.shape == (2, num_tokens)
         assert steps.prepare_attn(runner, found) is None  # of another step
-        (call, _) = steps._write_inputs.calls
-        assert call[0].tolist() == [2, 4, 1] and call[-1] == rows and call[8] is not again.idx_mapping
-        assert steps._write_inputs.calls[1][8] is again.idx_mapping
-        assert call[4:8] == ("states", "batch", "strides", "sizes") and call[2].shape == (self.MAX_REQUESTS,)
+        (_, call) = steps._write_inputs.calls
+        states, buffers, tables = runner.req_states, runner.input_buffers, runner.block_tables
+        assert call[0].tolist() == [2, 4, 1] and call[1] is states.num_computed_tokens.gpu
+        assert call[2].tolist() == [*range(self.MAX_REQUESTS)] and call[3] is tables.num_blocks.gpu
+        assert call[4:8] == ("states", "batch", "strides", "sizes") and call[8] is again.idx_mapping
+        written = (buffers.input_ids, buffers.positions, buffers.seq_lens, buffers.query_start_loc)
+        for tensor, wanted in zip(call[9:], (*written, tables.slot_mappings, rows), strict=True):
+            assert tensor is wanted
 
     def test_other_steps_are_those_of_vllm(self, runner, steps):
         batch = SimpleNamespace(num_reqs=None, num_tokens=4)
-        for tokens in ({"a": 1, "b": 2}, {"a": 1, "d": 1}):  # a prompt, and the last token of one
+        for tokens in ({"a": 1, "b": 2}, {"a": 0, "b": 2}, {"a": 1, "d": 1}):  # prompts; d has one token left
             assert steps.prepare_inputs(runner, self.scheduled(**tokens), batch) is None
+        runner.decode_query_len = 2
+        assert steps.prepare_inputs(runner, self.scheduled(a=1), batch) is None
+        runner.decode_query_len = 1
         drafts = self.scheduled(a=1)
         drafts.scheduled_spec_decode_tokens = {"a": [3]}
         assert steps.prepare_inputs(runner, drafts, batch) is None
@@ -2140,7 +2147,7 @@ class TestDecodeSteps:
         assert logits[0] == "logits" and torch.equal(logits[1], hidden[:3]) and counts == "counts"
         assert slots is batch.idx_mapping and last.shape == (self.MAX_REQUESTS,)
         states = runner.req_states
-        assert (lengths, computed) == (states.total_len.gpu, states.num_computed_tokens.gpu)
+        assert lengths is states.total_len.gpu and computed is states.num_computed_tokens.gpu
         assert all_tokens is states.all_token_ids.gpu and tokens.dtype == torch.int64
         assert output.sampled_token_ids.data_ptr() == tokens.data_ptr() and output.sampled_token_ids.shape == (3, 1)
         assert num_sampled.tolist() == [1, 1, 1] and num_rejected.tolist() == [0, 0, 0]
@@ -2276,34 +2283,50 @@ class TestDecodeSteps:
         monkeypatch.setenv(engine_plugins.SKIP, "decode_steps")
         assert notes().endswith("JITNORM_PLUGIN_SKIP names decode_steps")
 
-    def test_the_plan_of_flash_attention(self, attention, monkeypatch):
+    def test_it_is_installed_with_the_layers(self, config):
+        from vllm.v1.worker.gpu.model_runner import GPUModelRunner
+
+        from jitnorm.integrations.vllm_plugin import installation
+
+        installation.uninstall()
+        original = GPUModelRunner.prepare_inputs
+        assert not hasattr(original, "__wrapped__")
+        installation.install()
+        installation.replace_layers()
+        assert GPUModelRunner.prepare_inputs.__wrapped__ is original
+
+    def test_the_scheduler_metadata_of_flash_attention(self, runner, steps):
+        """It is left out of decode steps, if the kernel computes all layers of a builder and has refused none."""
         from jitnorm.integrations.vllm_plugin import decode_attention
 
         class Builder:
-            aot_sliding_window = (-1, -1)
+            def __init__(self, window=(-1, -1)):
+                self.aot_sliding_window = window
 
             def build(self, common_prefix_len, common_attn_metadata, fast_build=False, **more):
                 return fast_build, more
 
-        def layer(kernel):
-            forward = functools.partial(decode_attention._forward, None, None, kernel)
-            return SimpleNamespace(impl=SimpleNamespace(forward=forward))
-
         class Kernel:
             has_refused = False
 
-        kernel, stock = Kernel(), SimpleNamespace(impl=SimpleNamespace(forward=print))
+        kernel = Kernel()
+        forward = functools.partial(decode_attention._forward, None, None, kernel)
+        ours = SimpleNamespace(impl=SimpleNamespace(forward=forward))
+        layers = runner.vllm_config.compilation_config.static_forward_context
+        layers |= {"a": ours, "b": ours, "c": SimpleNamespace(impl=SimpleNamespace(forward=print)), "mamba": object()}
+        builders = [Builder(), Builder(), Builder(window=None), SimpleNamespace(build=Builder().build)]
+        names = [("a", "b"), ("a", "c"), ("a",), ("mamba",)]
+        runner.attn_groups = [
+            [SimpleNamespace(get_metadata_builder=lambda i, b=builder: b, layer_names=of_builder)]
+            for builder, of_builder in zip(builders, names, strict=True)
+        ]
+        assert steps.prepare_inputs(runner, self.scheduled(a=1), SimpleNamespace(num_reqs=None, num_tokens=1))
         decoding, prefill = SimpleNamespace(max_query_len=1), SimpleNamespace(max_query_len=2)
-        builder = Builder()
-        decode_attention.skip_schedule(builder, [layer(kernel), layer(kernel)])
-        assert builder.build(common_prefix_len=0, common_attn_metadata=decoding, a=1) == (True, {"a": 1})
-        assert builder.build(common_prefix_len=0, common_attn_metadata=prefill) == (False, {})
-        assert builder.build(0, prefill, fast_build=True) == (True, {})
-        kernel.has_refused = True
-        assert builder.build(0, decoding) == (False, {})
-        for of_builder, window in (([layer(kernel), stock], (-1, -1)), ([layer(kernel)], None)):
-            builder = Builder()
-            builder.aot_sliding_window = window
-            kernel.has_refused = False
-            decode_attention.skip_schedule(builder, of_builder)
+        replaced = builders[0]
+        assert replaced.build(common_prefix_len=0, common_attn_metadata=decoding, a=1) == (True, {"a": 1})
+        assert replaced.build(common_prefix_len=0, common_attn_metadata=prefill) == (False, {})
+        assert replaced.build(0, prefill, fast_build=True) == (True, {})
+        for builder in builders[1:]:
             assert builder.build(0, decoding) == (False, {})
+        kernel.has_refused = True
+        assert replaced.build(0, decoding) == (False, {})

@@ -2,8 +2,9 @@
 
     python tests/integrations/vllm_worker.py FOLDER '{"model": "qwen3", "eager": true, ...}'
 
-It writes FOLDER/result.pt: the tokens and the logits of each request of each batch, and what the plugin reports. With
-"sampling", arguments of SamplingParams that the prompts of a batch take in turns, there are no logits.
+It writes FOLDER/result.pt: the tokens and the logits of each request of each batch, what the plugin reports, and how
+many steps it prepared, how many it sampled, and how many requests were preempted. With "sampling", arguments of
+SamplingParams that the prompts of a batch take in turns, there are no logits.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +88,35 @@ def seed_weights(model: Any) -> None:
         parameter.data.copy_(centre + (0.1 if parameter.dim() == 1 else 0.06) * noise)
 
 
+def count_decode_steps(counts: Counter[str]) -> None:
+    """Count the steps whose inputs the plugin writes, and whose tokens it chooses."""
+    from jitnorm.integrations.vllm_plugin.decode_steps import DecodeSteps
+
+    def count(name: str, original: Callable[..., Any]) -> Callable[..., Any]:
+        def counted(self: Any, *arguments: Any) -> Any:
+            result = original(self, *arguments)
+            counts[name] += result is not None
+            counts["greedy"] += name == "sample" and self._sampled is not None
+            return result
+
+        return counted
+
+    for name in ("prepare_inputs", "prepare_attn", "sample", "postprocess_sampled"):
+        setattr(DecodeSteps, name, count(name, getattr(DecodeSteps, name)))
+
+
+def count_preemptions(scheduler: Any, counts: Counter[str]) -> None:
+    """Count the requests that the scheduler preempts."""
+    schedule = scheduler.schedule
+
+    def counted(*arguments: Any, **keywords: Any) -> Any:
+        output = schedule(*arguments, **keywords)
+        counts["preempted"] += len(output.preempted_req_ids or ())
+        return output
+
+    scheduler.schedule = counted
+
+
 def main(folder: Path, request: dict[str, Any]) -> None:
     """Generate for each batch of a request, and write what came of it."""
     os.environ.update(ENVIRONMENT)
@@ -99,6 +131,9 @@ def main(folder: Path, request: dict[str, Any]) -> None:
     from jitnorm.integrations import vllm_plugin
 
     vllm_plugin.register()  # vLLM does not call it if jitnorm is on PYTHONPATH only, and has no entry point
+    counts: Counter[str] = Counter()
+    if os.environ.get("JITNORM_VLLM"):
+        count_decode_steps(counts)
     batches: list[list[list[int]]] = request["batches"]
     compilation = {} if request["eager"] else {"cudagraph_capture_sizes": [1, 2, 4, 8, 16, 24]}
     compilation |= request.get("compilation", {})
@@ -107,7 +142,7 @@ def main(folder: Path, request: dict[str, Any]) -> None:
         load_format="dummy",
         skip_tokenizer_init=True,
         dtype="bfloat16",
-        max_model_len=1024,
+        max_model_len=request.get("max_length", 1024),
         max_num_seqs=32,
         # Several workers may share the GPU, so that none may take a fraction of it.
         gpu_memory_utilization=0.02,
@@ -125,6 +160,7 @@ def main(folder: Path, request: dict[str, Any]) -> None:
     )
     with torch.inference_mode():
         llm.apply_model(seed_weights)
+    count_preemptions(llm.llm_engine.engine_core.engine_core.scheduler, counts)
     modules = llm.apply_model(lambda model: sorted({type(module).__name__ for module in model.modules()}))[0]
     # Every logit of every token: detokenize is off, as there is no tokenizer.
     usual = {"temperature": 0.0, "max_tokens": request["tokens"], "ignore_eos": True, "detokenize": False}
@@ -138,7 +174,7 @@ def main(folder: Path, request: dict[str, Any]) -> None:
         outputs = llm.generate([TokensPrompt(prompt_token_ids=p) for p in prompts], parameters, use_tqdm=False)
         results.append([_of_request(output.outputs[0]) for output in outputs])
     report = [(r.model, r.replaced, r.left, r.notes) for r in vllm_plugin.explain()]
-    torch.save({"results": results, "report": report, "modules": modules}, folder / "result.pt")
+    torch.save({"results": results, "report": report, "modules": modules, "counts": counts}, folder / "result.pt")
 
 
 def _of_request(completion: Any) -> tuple[list[int], Any]:

@@ -3,7 +3,7 @@
 Each is one launch here. An engine has several small kernels for each, and the host takes longer to launch one of them
 than the GPU to run it: with a small model, the host is what a step waits for. docs/contributing/decisions.md has times.
 
-Each request of a batch has one new token, and a row in tensors of state that outlive the step, its slot.
+Each request of a batch has one new token, and a row in tensors of state that outlive the step, at its state index.
 """
 
 from __future__ import annotations
@@ -70,20 +70,20 @@ class DecodeInputs:
 
     def __call__(
         self,
-        slots_of_requests: torch.Tensor,
+        state_indices: torch.Tensor,
         num_computed_tokens: torch.Tensor,
         last_tokens: torch.Tensor,
         num_blocks: torch.Tensor,
-        states_tables: torch.Tensor,
+        state_tables: torch.Tensor,
         batch_tables: torch.Tensor,
         table_strides: torch.Tensor,
         block_sizes: torch.Tensor,
-        slots_of_requests_out: torch.Tensor,
+        state_indices_out: torch.Tensor,
         input_ids: torch.Tensor,
         positions: torch.Tensor,
         seq_lens: torch.Tensor,
         query_start_loc: torch.Tensor,
-        cache_slots: torch.Tensor,
+        slots: torch.Tensor,
         num_padded_requests: int,
     ) -> bool:
         """Write the inputs of requests, or nothing.
@@ -92,22 +92,22 @@ class DecodeInputs:
         device, or host memory that it reads, and the elements of their last dimension are adjacent.
 
         Args:
-            slots_of_requests: int32 `[requests]`.
-            num_computed_tokens: int32 `[slots]`: the tokens in the cache.
-            last_tokens: int64 `[slots]`: those whose keys and values the step computes.
-            num_blocks: int32 `[groups, slots]`: of the cache.
-            states_tables: int64 or uint64 `[groups]`: addresses of the block tables of all slots, int32
-                `[slots, table_strides[group]]`.
+            state_indices: int32 `[requests]`.
+            num_computed_tokens: int32 `[states]`: the tokens in the cache.
+            last_tokens: int64 `[states]`: those whose keys and values the step computes.
+            num_blocks: int32 `[groups, states]`: of the cache.
+            state_tables: int64 or uint64 `[groups]`: addresses of the block tables of all states, int32
+                `[states, table_strides[group]]`.
             batch_tables: likewise, of those of the batch, `[num_padded_requests, table_strides[group]]`. Written: the
                 blocks of each request, nothing beyond them, and zeros for requests that pad the batch.
             table_strides: int64 `[groups]`.
             block_sizes: int32 `[groups]`: tokens.
-            slots_of_requests_out: int32 `[requests]`, written: a copy on the device.
+            state_indices_out: int32 `[requests]`, written: a copy on the device.
             input_ids: int32 `[requests]` or more, written: the last tokens.
             positions: int64 `[requests]` or more, written: those of the last tokens.
             seq_lens: int32 `[max_requests]`, written: the lengths with the last tokens, then zeros.
             query_start_loc: int32 `[max_requests + 1]`, written: 0, 1, 2 to the number of requests, and again that.
-            cache_slots: int64 `[groups, max_tokens]`, written: where the cache has the keys and values of the last
+            slots: int64 `[groups, max_tokens]`, written: where the cache has the keys and values of the last
                 tokens, then -1.
             num_padded_requests: of the batch, from the number of requests to max_requests.
 
@@ -118,9 +118,9 @@ class DecodeInputs:
             RuntimeError: the launch failed.
         """
         return not self._function(
-            *(slots_of_requests, num_computed_tokens, last_tokens, num_blocks, states_tables, batch_tables),
-            *(table_strides, block_sizes, slots_of_requests_out, input_ids, positions, seq_lens, query_start_loc),
-            *(cache_slots, num_padded_requests),
+            *(state_indices, num_computed_tokens, last_tokens, num_blocks, state_tables, batch_tables),
+            *(table_strides, block_sizes, state_indices_out, input_ids, positions, seq_lens, query_start_loc),
+            *(slots, num_padded_requests),
         )
 
 
@@ -148,7 +148,7 @@ class GreedySampling:
     def __call__(
         self,
         logits: torch.Tensor | None,
-        slots_of_requests: torch.Tensor,
+        state_indices: torch.Tensor,
         tokens: torch.Tensor,
         last_tokens: torch.Tensor,
         num_tokens: torch.Tensor,
@@ -162,14 +162,14 @@ class GreedySampling:
         memory that it reads, and the elements of their last dimension are adjacent.
 
         Args:
-            logits: `[requests, vocab_size]`. None for tokens that were chosen otherwise.
-            slots_of_requests: int32 `[requests]`, all different.
+            logits: `[requests, vocab_size]`. None for given tokens.
+            state_indices: int32 `[requests]`, all different.
             tokens: int64 `[requests]`, written, or read if there are no logits.
-            last_tokens: int64 `[slots]`, written where a slot is a request's, like the others: the token.
-            num_tokens: int32 `[slots]`, incremented: the tokens of a request, with those of its prompt.
-            num_computed_tokens: int32 `[slots]`, incremented: the tokens in the cache.
-            all_tokens: int32 `[slots, max_length]`, written: the token follows the others, if there is a place.
-            token_counts: int32 `[slots, vocab_size]` or wider: that of the token is incremented.
+            last_tokens: int64 `[states]`, written at the state indices, like the others: the token.
+            num_tokens: int32 `[states]`, incremented: the tokens of a request, with those of its prompt.
+            num_computed_tokens: int32 `[states]`, incremented: the tokens in the cache.
+            all_tokens: int32 `[states, max_length]`, written: the token follows the others, if there is a place.
+            token_counts: int32 `[states, vocab_size]` or wider: that of the token is incremented.
 
         Returns:
             Whether the kernel takes these arguments.
@@ -178,6 +178,6 @@ class GreedySampling:
             RuntimeError: the launch failed.
         """
         return not self._function(
-            *(logits, slots_of_requests, tokens, last_tokens, num_tokens, num_computed_tokens, all_tokens),
+            *(logits, state_indices, tokens, last_tokens, num_tokens, num_computed_tokens, all_tokens),
             *(token_counts, self._best, self._finished, self._num_sms),
         )

@@ -97,23 +97,23 @@ def _reason_to_leave(attn: Any, dtype: torch.dtype, arch: str) -> str | None:
     return None if float(arch.rstrip("af")) >= MIN_ARCH else f"no kernel supports the architecture {arch}"
 
 
-def skip_schedule(builder: Any, layers: Sequence[Any]) -> None:
-    """Let the builder of FlashAttention's metadata plan nothing for the decode steps that the kernel computes.
+def skip_scheduler_metadata(builder: Any, layers: Sequence[Any]) -> None:
+    """Let the builder of FlashAttention's metadata leave out the scheduler metadata of steps that the kernel computes.
 
-    FlashAttention plans how a step is split by a launch of its own, and vLLM copies the plan to a buffer by two more.
+    It is how FlashAttention splits a step over blocks: a launch of its own, and two more that copy it to a buffer.
 
     Args:
-        builder: of the metadata of some attention layers, after the first step.
-        layers: the `Attention` modules.
+        builder: of the metadata of some layers, after the first step.
+        layers: the modules, of attention or others that have a cache.
     """
-    kernels = {layer.impl.forward.args[2] for layer in layers if _is_replaced(layer)}
     if not all(map(_is_replaced, layers)) or builder.aot_sliding_window is None:  # the first call sets it
         return
+    kernels = {layer.impl.forward.args[2] for layer in layers}
     original = builder.build
 
     @functools.wraps(original)
     def build(common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False, **keywords: Any) -> Any:
-        # A kernel that refused a step may have left FlashAttention in a CUDA graph, which reads the plan.
+        # After a kernel has refused a step, FlashAttention may be in a CUDA graph, and it reads the buffer.
         is_computed = common_attn_metadata.max_query_len == 1 and not any(kernel.has_refused for kernel in kernels)
         return original(common_prefix_len, common_attn_metadata, fast_build=fast_build or is_computed, **keywords)
 
@@ -121,7 +121,7 @@ def skip_schedule(builder: Any, layers: Sequence[Any]) -> None:
 
 
 def _is_replaced(layer: Any) -> bool:
-    forward = getattr(layer.impl, "forward", None)
+    forward = getattr(getattr(layer, "impl", None), "forward", None)  # Mamba's layers have no impl
     return isinstance(forward, functools.partial) and forward.func is _forward
 
 

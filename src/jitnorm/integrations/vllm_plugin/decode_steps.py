@@ -26,7 +26,7 @@ _ATTRIBUTE = "jitnorm_decode_steps"  # of a model
 
 
 def install(set_attribute: Callable[[Any, str, Any], None]) -> None:
-    """Let vLLM's model runner ask the DecodeSteps of its model, where it has one.
+    """Let vLLM's model runner call the DecodeSteps of its model, where it has one.
 
     Args:
         set_attribute: Sets an attribute of a class.
@@ -34,14 +34,14 @@ def install(set_attribute: Callable[[Any, str, Any], None]) -> None:
     from vllm.v1.worker.gpu.model_runner import GPUModelRunner
 
     for name in ("add_requests", "prepare_inputs", "prepare_attn", "sample", "postprocess_sampled"):
-        set_attribute(GPUModelRunner, name, _ask_first(getattr(GPUModelRunner, name), getattr(DecodeSteps, name)))
+        set_attribute(GPUModelRunner, name, _with_fast_path(getattr(GPUModelRunner, name), getattr(DecodeSteps, name)))
 
 
-def _ask_first(original: Callable[..., Any], method: Callable[..., Any]) -> Callable[..., Any]:
+def _with_fast_path(original: Callable[..., Any], method: Callable[..., Any]) -> Callable[..., Any]:
     """Return a method of the model runner that is `original`, unless `method` returns something."""
 
     @functools.wraps(original)
-    def ask(runner: Any, *arguments: Any, **keywords: Any) -> Any:
+    def call(runner: Any, *arguments: Any, **keywords: Any) -> Any:
         steps = getattr(runner.model, _ATTRIBUTE, None)
         if steps is not None and not keywords:
             result = method(steps, runner, *arguments)
@@ -49,7 +49,7 @@ def _ask_first(original: Callable[..., Any], method: Callable[..., Any]) -> Call
                 return result[0]
         return original(runner, *arguments, **keywords)
 
-    return ask
+    return call
 
 
 def replace(model: torch.nn.Module, config: Any, report: Report) -> None:
@@ -111,9 +111,9 @@ class DecodeSteps:
         self._sampled: torch.Tensor | None = None  # its tokens, which are in the requests' state
 
     def _allocate(self, runner: Any) -> None:
-        """Allocate what steps share, and let attention plan less.
+        """Allocate what steps share, and let vLLM skip FlashAttention's scheduler metadata.
 
-        Not when the model is loaded: while it sleeps, vLLM discards that memory.
+        This is not done when the model is loaded, because vLLM discards what is allocated then while it sleeps.
         """
         from vllm.v1.worker.gpu.buffer_utils import UvaBufferPool
         from vllm.v1.worker.gpu.input_batch import InputBatch
@@ -125,7 +125,7 @@ class DecodeSteps:
         count = runner.max_num_reqs
         self._write_inputs = DecodeInputs(self._device)
         self._sample_greedily = GreedySampling(self._dtype, self._device, count)
-        self._slots = UvaBufferPool(count, torch.int32)  # as many buffers as there are steps at a time
+        self._state_indices = UvaBufferPool(count, torch.int32)  # as many buffers as there are steps at a time
         self._numbers = np.arange(count + 1, dtype=np.int32)
         self._numbers_on_device = torch.arange(count + 1, dtype=torch.int32, device=self._device)
         self._indices = torch.arange(count, device=self._device)
@@ -133,7 +133,8 @@ class DecodeSteps:
         self._ones = torch.ones(count, dtype=torch.int32, device=self._device)
         layers = runner.vllm_config.compilation_config.static_forward_context
         for group in itertools.chain.from_iterable(runner.attn_groups):
-            decode_attention.skip_schedule(group.get_metadata_builder(0), [layers[name] for name in group.layer_names])
+            of_group = [layers[name] for name in group.layer_names]
+            decode_attention.skip_scheduler_metadata(group.get_metadata_builder(0), of_group)
         self._is_ready = True
 
     def add_requests(self, runner: Any, scheduler_output: Any) -> tuple[None] | None:
@@ -143,22 +144,28 @@ class DecodeSteps:
     def prepare_inputs(self, runner: Any, scheduler_output: Any, batch_desc: Any) -> tuple[Any] | None:
         """Write the inputs of a step, and those of its attention, if each request has one token and no prompt left."""
         self._batch = self._sampled = None
-        count = len(scheduler_output.num_scheduled_tokens)
-        if scheduler_output.total_num_scheduled_tokens != count or scheduler_output.scheduled_spec_decode_tokens:
+        tokens = scheduler_output.num_scheduled_tokens
+        count = len(tokens)
+        if (
+            scheduler_output.total_num_scheduled_tokens != count
+            or max(tokens.values()) != 1
+            or scheduler_output.scheduled_spec_decode_tokens
+            or runner.decode_query_len != 1
+        ):
             return None
         states, buffers, tables = runner.req_states, runner.input_buffers, runner.block_tables
-        names = list(scheduler_output.num_scheduled_tokens)
-        slots = np.fromiter(map(states.req_id_to_index.__getitem__, names), dtype=np.int32, count=count)
-        prefill_lens, computed_prefill = states.prefill_len.np[slots], states.num_computed_prefill_tokens[slots]
+        names = list(tokens)
+        indices = np.fromiter(map(states.req_id_to_index.__getitem__, names), dtype=np.int32, count=count)
+        prefill_lens, computed_prefill = states.prefill_len.np[indices], states.num_computed_prefill_tokens[indices]
         is_prefilling = computed_prefill < prefill_lens
         if is_prefilling.any():
             return None
         if not self._is_ready:
             self._allocate(runner)
         padded = batch_desc.num_reqs or count
-        slots_on_device = torch.empty(count, dtype=torch.int32, device=self._device)
+        indices_on_device = torch.empty(count, dtype=torch.int32, device=self._device)
         if not self._write_inputs(
-            self._slots.copy_to_uva(slots),
+            self._state_indices.copy_to_uva(indices),
             states.num_computed_tokens.gpu,
             states.last_sampled_tokens.view(-1),
             tables.num_blocks.gpu,
@@ -166,7 +173,7 @@ class DecodeSteps:
             tables.input_block_table_ptrs,
             tables.block_table_strides,
             tables.block_sizes_tensor,
-            slots_on_device,
+            indices_on_device,
             buffers.input_ids,
             buffers.positions,
             buffers.seq_lens,
@@ -175,16 +182,16 @@ class DecodeSteps:
             padded,
         ):
             return None
-        computed = states.num_computed_tokens_np[slots]
+        computed = states.num_computed_tokens_np[indices]
         lengths = np.zeros(padded, dtype=np.int32)
         np.add(computed, 1, out=lengths[:count])
         self._batch = self._input_batch(
             req_ids=names,
             num_reqs=count,
             num_reqs_after_padding=padded,
-            idx_mapping=slots_on_device,
-            idx_mapping_np=slots,
-            expanded_idx_mapping=slots_on_device,
+            idx_mapping=indices_on_device,
+            idx_mapping_np=indices,
+            expanded_idx_mapping=indices_on_device,
             num_scheduled_tokens=np.ones(count, dtype=np.int32),
             num_tokens=count,
             num_tokens_after_padding=batch_desc.num_tokens,
@@ -233,25 +240,25 @@ class DecodeSteps:
         self, runner: Any, hidden_states: torch.Tensor, input_batch: Any, grammar_output: Any
     ) -> tuple[Any] | None:
         """Compute the logits and the tokens: by one launch if all requests sample greedily, or else by vLLM's."""
-        sampler, slots = runner.sampler, input_batch.idx_mapping_np
+        sampler, indices = runner.sampler, input_batch.idx_mapping_np
         if (
             input_batch is not self._batch
             or grammar_output is not None
             or type(sampler) is not self._sampler_class
             or sampler.compute_nans
-            or sampler.returns_logprobs(slots)
+            or sampler.returns_logprobs(indices)
         ):
             return None
         count = input_batch.num_reqs
         logits = runner.model.compute_logits(hidden_states[:count])
-        if _is_greedy(sampler, slots):
+        if _is_greedy(sampler, indices):
             tokens = torch.empty(count, dtype=torch.int64, device=self._device)
             if self._add_tokens(runner, logits, input_batch.idx_mapping, tokens):
                 self._sampled = tokens.view(-1, 1)
         sampled = self._sampled
         if sampled is None:
             positions, input_ids = input_batch.positions[:count], input_batch.input_ids[:count]
-            rest = (input_batch.expanded_idx_mapping, slots, positions, input_ids, input_batch.expanded_local_pos)
+            rest = (input_batch.expanded_idx_mapping, indices, positions, input_ids, input_batch.expanded_local_pos)
             sampled = sampler.sample(logits, *rest)[0].view(-1, 1)
         num_sampled, num_rejected = self._ones[:count], self._zeros[:count]
         return ((self._sampler_output(sampled, None, None, num_sampled, num_rejected), num_sampled, num_rejected),)
@@ -278,12 +285,12 @@ class DecodeSteps:
         return (None,)
 
     def _add_tokens(
-        self, runner: Any, logits: torch.Tensor | None, slots_of_requests: torch.Tensor, tokens: torch.Tensor
+        self, runner: Any, logits: torch.Tensor | None, state_indices: torch.Tensor, tokens: torch.Tensor
     ) -> bool:
         states = runner.req_states
         return self._sample_greedily(
             logits,
-            slots_of_requests,
+            state_indices,
             tokens,
             states.last_sampled_tokens.view(-1),
             states.total_len.gpu,
@@ -293,11 +300,11 @@ class DecodeSteps:
         )
 
 
-def _is_greedy(sampler: Any, slots: np.ndarray) -> bool:
+def _is_greedy(sampler: Any, indices: np.ndarray) -> bool:
     """Return whether the next token of each request is the one with the largest logit."""
     return (
-        not sampler.sampling_states.temperature.np[slots].any()
-        and not sampler.logit_bias_state.use_logit_bias[slots].any()
-        and not sampler.penalties_state.use_penalty[slots].any()
-        and not sampler.bad_words_state.num_bad_words.np[slots].any()
+        not sampler.sampling_states.temperature.np[indices].any()
+        and not sampler.logit_bias_state.use_logit_bias[indices].any()
+        and not sampler.penalties_state.use_penalty[indices].any()
+        and not sampler.bad_words_state.num_bad_words.np[indices].any()
     )

@@ -23,7 +23,7 @@ from jitnorm.integrations.vllm_plugin.report import REPORTS, publish
 from jitnorm.jit.log import logger
 
 _LOADER = "vllm.model_executor.model_loader.base_loader"
-_RUNNER = "vllm.v1.worker.gpu.model_runner"  # of the second version; imported by the workers that use it
+_RUNNER = "vllm.v1.worker.gpu.model_runner"  # the second version; all workers on GPUs import it
 _OPERATOR = "jitnorm_vllm::qk_norm_rope_store"  # not imported from attention.py, which imports vLLM's layers
 _undo: list[Callable[[], None]] = []
 _notes: list[str] = []  # what concerns all models, for their reports
