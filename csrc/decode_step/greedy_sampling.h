@@ -68,7 +68,7 @@ Outcome greedy_sampling(const Kernel& kernel, const TVMFFIAny* args, int num_arg
     tensors[i] = as_tensor(args[i + 1]);
     if (!tensors[i] || !is_integers(tensors[i], kBits[i], kDims[i], tensors[0]->device)) return Outcome::kRefused;
   }
-  const auto& [states, tokens, last_tokens, num_tokens, computed, all_tokens, counts, best, finished] = tensors;
+  const auto& [indices, tokens, last_tokens, num_tokens, computed, all_tokens, counts, best, finished] = tensors;
   const DLDevice device = indices->device;
   const index_t requests = indices->shape[0], states = last_tokens->shape[0];
   index_t num_sms;

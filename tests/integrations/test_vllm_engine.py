@@ -125,7 +125,7 @@ MIXED = [
     {"temperature": 1.0, "seed": 8, "top_k": 20, "top_p": 0.9, "min_p": 0.01},
     {"logit_bias": {7: 50.0}, "max_tokens": 9},
     {"allowed_token_ids": [*range(100, 200)]},
-    {"min_tokens": 12, "stop_token_ids": [*range(0, VOCABULARY, 2)]},
+    {"min_tokens": 12, "stop_token_ids": [*range(0, VOCABULARY, 20)]},
 ]
 
 
