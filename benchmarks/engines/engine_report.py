@@ -85,7 +85,7 @@ def format_times(report: Report) -> str:
     ratios = {f"{PLUGIN} / {reference}": reference for reference in (STOCK, DEFAULT_STOCK)}
     body = []
     for row in report.rows:
-        unit = _SHOWN_IN[row.point["measure"]]
+        unit = _SHOWN_IN.get(row.point["measure"], "us")
         cells = [_format_cell(row.cells.get(line), unit) for line in LINES]
         found = [ratio(row, PLUGIN, reference) for reference in ratios.values()]
         body.append([*map(str, row.point.values()), unit, *cells, *("" if r is None else f"{r:.3f}" for r in found)])

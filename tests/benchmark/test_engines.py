@@ -21,7 +21,7 @@ from processes import run_before_import, start_method_with_torch
 from jitnorm.benchmark.results import Failed, Report, Skipped
 
 FOLDER = Path(__file__).parents[2] / "benchmarks" / "engines"
-SCRIPTS = {"vllm_step": "vllm", "vllm_serve": "vllm", "sglang_step": "sglang"}
+SCRIPTS = {"vllm_step": "vllm", "vllm_host": "vllm", "vllm_serve": "vllm", "sglang_step": "sglang"}
 
 
 @pytest.fixture(autouse=True)
@@ -547,6 +547,31 @@ def test_sglang_knows_the_arguments():
     server_args = pytest.importorskip("sglang.srt.server_args", reason="SGLang is not installed")
     found = importlib.import_module("sglang_step").server_arguments("m", True, [1, 16], 16, 10**5, "cuda")
     assert found.keys() <= {field.name for field in dataclasses.fields(server_args.ServerArgs)}
+
+
+def test_the_parts_of_the_hosts_time(monkeypatch):
+    """Each function of vLLM is called as before, and the median of its calls is a row."""
+    module = importlib.import_module("vllm_host")
+    clock, calls = iter(range(1000)), []
+    monkeypatch.setattr(module.time, "perf_counter", lambda: float(next(clock)))
+    llm = types.SimpleNamespace()
+    for path in module.PARTS.values():
+        owner = llm
+        for name in path.split(".")[:-1]:
+            owner = owner.__dict__.setdefault(name, types.SimpleNamespace())
+        setattr(owner, path.rpartition(".")[2], lambda *given, path=path, **named: calls.append((path, given, named)))
+    engine = object.__new__(module.HostEngine)
+    engine.llm, engine.times = llm, module.record_times(llm)
+    engine.times["inputs"].append(7.0)  # of a sample before
+
+    def decode(self, batch):
+        for _ in range(batch):
+            llm.llm_engine.engine_core.engine_core.scheduler.schedule(1, named=2)
+        return {"decode step": 50.0, "decode graph": 20.0}
+
+    monkeypatch.setattr(module.VllmEngine, "decode", decode)
+    assert engine.decode(3) == {"decode step": 50.0, "schedule": 1.0}
+    assert calls == [(module.PARTS["schedule"], (1,), {"named": 2})] * 3
 
 
 def test_a_decode_step_of_vllm_is_the_median(monkeypatch):
