@@ -27,7 +27,7 @@ struct GreedySamplingKernel : DefaultVariantOnly {
     grid_dependency_wait();
     launch_dependents();
     if (!p.logits) {  // the tokens are read alone: a copy of them to the host may be under way
-      if (threadIdx.x == 0) add_token(p, request, static_cast<unsigned>(p.tokens[request]));
+      if (threadIdx.x == 0) add_token(p, request, p.tokens[request]);
       return;
     }
     Key key = block_max(largest(p, row, block));
@@ -96,13 +96,13 @@ struct GreedySamplingKernel : DefaultVariantOnly {
     return key;
   }
 
-  static __device__ __forceinline__ void add_token(const GreedySamplingParams& p, unsigned request, unsigned token) {
+  static __device__ __forceinline__ void add_token(const GreedySamplingParams& p, unsigned request, index_t token) {
     const int state = p.state_indices[request], length = p.num_tokens[state];
     p.last_tokens[state] = token;
     p.num_tokens[state] = length + 1;
     p.num_computed_tokens[state] += 1;
-    if (token < p.vocab_size) p.token_counts[state * p.token_counts_stride + token] += 1;
-    if (unsigned(length) < p.max_length) p.all_tokens[state * p.all_tokens_stride + length] = token;
+    if (0 <= token && token < p.vocab_size) p.token_counts[state * p.token_counts_stride + token] += 1;
+    if (unsigned(length) < p.max_length) p.all_tokens[state * p.all_tokens_stride + length] = static_cast<int>(token);
   }
 };
 

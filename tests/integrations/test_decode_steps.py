@@ -43,7 +43,7 @@ class State:
         self.batch_tables = [poisoned(MAX_REQUESTS, width) for width in self.widths]
         self.input_ids, self.positions = poisoned(MAX_TOKENS), poisoned(MAX_TOKENS, dtype=torch.int64)
         self.seq_lens, self.starts = poisoned(MAX_REQUESTS), poisoned(MAX_REQUESTS + 1)
-        self.slots = poisoned(groups, MAX_TOKENS, dtype=torch.int64)
+        self.slots = poisoned(groups, MAX_TOKENS + 3, dtype=torch.int64)[:, :MAX_TOKENS]
         self.on_device = [table.cuda() for table in self.tables]
 
     def arguments(self, indices, padded):
@@ -54,7 +54,7 @@ class State:
             "state_indices": torch.tensor(indices, dtype=torch.int32).cuda(),
             "num_computed_tokens": self.computed.cuda(),
             "last_tokens": self.last.cuda(),
-            "num_blocks": self.num_blocks.cuda(),
+            "num_blocks": torch.nn.functional.pad(self.num_blocks.cuda(), (0, 2))[:, :-2],
             "state_tables": addresses(self.on_device),
             "batch_tables": addresses(self.batch_tables),
             "table_strides": torch.tensor(self.widths).cuda(),
@@ -106,18 +106,34 @@ def test_inputs_that_the_kernel_does_not_take():
         {"state_indices": good["state_indices"].long()},
         {"state_indices": good["state_indices"].cpu()},
         {"state_indices": good["state_indices"][:0]},
+        {"state_indices": good["state_indices"][:0], "state_indices_out": good["state_indices_out"][:0]},
         {"state_indices_out": good["state_indices_out"][:2]},
+        {"state_indices_out": good["state_indices_out"].long()},
+        {"num_computed_tokens": good["num_computed_tokens"].long()},
         {"num_computed_tokens": good["num_computed_tokens"][:-1]},
         {"last_tokens": good["last_tokens"].int()},
+        {"last_tokens": good["last_tokens"][:-1]},
         {"num_blocks": good["num_blocks"][:1]},
+        {"num_blocks": good["num_blocks"][:, :-1]},
         {"num_blocks": good["num_blocks"].t().contiguous().t()},
         {"state_tables": good["state_tables"][:1]},
+        {"state_tables": good["state_tables"].int()},
+        {"batch_tables": good["batch_tables"][:1]},
+        {"batch_tables": good["batch_tables"].int()},
         {"table_strides": good["table_strides"].int()},
+        {"table_strides": good["table_strides"][:1]},
         {"block_sizes": good["block_sizes"].long()},
+        {"block_sizes": good["block_sizes"][:1]},
         {"input_ids": state.input_ids[:2]},
+        {"input_ids": state.input_ids.long()},
         {"positions": state.positions.float()},
+        {"positions": state.positions[:2]},
+        {"seq_lens": state.seq_lens.long()},
         {"query_start_loc": state.starts[:-1]},
+        {"query_start_loc": state.starts.long()},
         {"slots": state.slots[:1]},
+        {"slots": state.slots[:1].expand(2, -1)},
+        {"slots": state.slots.int()},
         {"slots": state.slots[:, :3]},
         {"num_padded_requests": 2},
         {"num_padded_requests": MAX_REQUESTS + 1},
@@ -139,7 +155,8 @@ class Requests:
         self.last = torch.full((indices,), POISON, device="cuda")
         self.num_tokens = torch.randint(0, max_length, (indices,), dtype=torch.int32, device="cuda")
         self.computed = torch.randint(0, max_length, (indices,), dtype=torch.int32, device="cuda")
-        self.all_tokens = torch.full((indices, max_length), POISON, dtype=torch.int32, device="cuda")
+        wide = torch.full((indices, max_length + 5), POISON, dtype=torch.int32, device="cuda")
+        self.all_tokens = wide[:, :max_length]
         self.counts = torch.randint(0, 5, (indices, vocab_size + 2), dtype=torch.int32, device="cuda")
 
     def tensors(self):
@@ -151,11 +168,12 @@ class Requests:
         _, chosen, last, num_tokens, computed, all_tokens, counts = result
         for i, (index, token) in enumerate(zip(self.indices.tolist(), tokens.tolist(), strict=True)):
             chosen[i] = last[index] = token
-            if num_tokens[index] < all_tokens.shape[1]:
+            if 0 <= num_tokens[index] < all_tokens.shape[1]:
                 all_tokens[index, num_tokens[index]] = token
             num_tokens[index] += 1
             computed[index] += 1
-            counts[index, token] += 1
+            if 0 <= token < counts.shape[1]:
+                counts[index, token] += 1
         return result
 
 
@@ -180,7 +198,7 @@ def check(sample, logits, requests):
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", LOGIT_DTYPES)
 @pytest.mark.parametrize(
-    ("count", "vocab_size"), [(1, 1), (3, 7), (2, 1000), (5, 32769), (1, 151936), (17, 128256), (300, 50257)]
+    ("count", "vocab_size"), [(1, 1), (3, 7), (2, 1000), (5, 32769), (1, 151936), (17, 128256), (300, 50264)]
 )
 def test_greedy_tokens(count, vocab_size, dtype):
     sample = GreedySampling(dtype, torch.device("cuda", 0), count + 1)
@@ -223,7 +241,7 @@ def slice_of(requests, rows):
 @pytest.mark.gpu
 def test_a_full_row_of_tokens_is_not_exceeded():
     requests = Requests(4, 100, max_length=6)
-    requests.num_tokens[requests.indices.long()] = torch.tensor([5, 6, 7, 0], dtype=torch.int32, device="cuda")
+    requests.num_tokens[requests.indices.long()] = torch.tensor([5, 6, 7, -1], dtype=torch.int32, device="cuda")
     check(GreedySampling(torch.float32, torch.device("cuda", 0), 4), torch.randn(4, 100, device="cuda"), requests)
 
 
@@ -232,6 +250,7 @@ def test_a_full_row_of_tokens_is_not_exceeded():
 def test_given_tokens(count):
     sample, requests = GreedySampling(torch.bfloat16, torch.device("cuda", 0), count), Requests(count, 1000)
     tokens = torch.randint(0, 1000, (count,), device="cuda")
+    tokens[1::3], tokens[2::3] = -1, 1002  # counted nowhere
     requests.tokens.copy_(tokens)
     expected = requests.expect(tokens)
     assert sample(None, *requests.tensors())
@@ -274,16 +293,25 @@ def test_what_sampling_does_not_take():
         {"logits": good["logits"].t().contiguous().t()},
         {"logits": good["logits"].cpu()},
         {"logits": good["logits"][0]},
+        {"logits": good["logits"][:, :, None]},
+        {"logits": torch.randn(3, 200, device="cuda").bfloat16()[:, ::2]},
         {"logits": good["logits"][:, :0]},
         {"logits": None, "tokens": requests.tokens[:2]},
         {"logits": None, "indices": requests.indices[:0], "tokens": requests.tokens[:0]},
         {"indices": requests.indices.long()},
         {"tokens": requests.tokens[:2]},
+        {"tokens": requests.tokens.int()},
+        {"last": requests.last.int()},
         {"last": requests.last[:-1]},
         {"num_tokens": requests.num_tokens.long()},
+        {"num_tokens": requests.num_tokens[:-1]},
+        {"computed": requests.computed.long()},
         {"computed": requests.computed[:-1]},
         {"all_tokens": requests.all_tokens[:-1]},
+        {"all_tokens": requests.all_tokens.long()},
         {"counts": requests.counts[:, :99]},
+        {"counts": requests.counts[:-1]},
+        {"counts": requests.counts.long()},
     ]
     for change in bad:
         assert not sample(*(good | change).values()), change

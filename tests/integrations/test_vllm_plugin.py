@@ -1986,6 +1986,7 @@ class TestDecodeSteps:
 
         monkeypatch.setattr(model_runner, "async_copy_to_gpu", copy)
         uva = lambda array: SimpleNamespace(np=array, gpu=torch.from_numpy(array))  # noqa: E731
+        ahead = np.array([13, 6, 10, 32, 9, 29], dtype=np.int32)  # what the scheduler expects of the step under way
         prefill = np.array([9, 5, 7, 6, 8, 30], dtype=np.int32)
         computed = np.array([12, 5, 9, 31, 8, 29], dtype=np.int32)
         made = object.__new__(model_runner.GPUModelRunner)
@@ -1998,7 +1999,7 @@ class TestDecodeSteps:
                 prefill_len=uva(prefill),
                 num_computed_prefill_tokens=np.minimum(prefill, computed),
                 num_computed_tokens=uva(computed),
-                num_computed_tokens_np=computed,
+                num_computed_tokens_np=ahead,
                 last_sampled_tokens=torch.arange(self.MAX_REQUESTS)[:, None],
                 total_len=uva(computed + 1),
                 all_token_ids=uva(np.zeros((self.MAX_REQUESTS, 50), dtype=np.int32)),
@@ -2083,12 +2084,15 @@ class TestDecodeSteps:
 
         given = self.scheduled(c=1, a=1, e=1), SimpleNamespace(num_reqs=num_reqs, num_tokens=num_tokens)
         expected = vars(inspect.unwrap(GPUModelRunner.prepare_inputs)(runner, *given))
+        every = self.scheduled(**dict.fromkeys("abcef", 1)), SimpleNamespace(num_reqs=6, num_tokens=8)
+        assert steps.prepare_inputs(runner, *every)
         (found,) = steps.prepare_inputs(runner, *given)
         again = steps.prepare_inputs(runner, *given)[0]
         del expected["logits_indices"]  # a kernel writes vLLM's
         for batch in (found, again):
             fields = dict(vars(batch))
-            assert fields.pop("logits_indices").tolist() == [0, 1, 2] and fields.keys() == expected.keys()
+            chosen = fields.pop("logits_indices")
+            assert chosen.tolist() == [0, 1, 2] and chosen.dtype == torch.int64 and fields.keys() == expected.keys()
             for name, value in fields.items():
                 theirs = expected[name]
                 if isinstance(value, torch.Tensor):
@@ -2105,7 +2109,7 @@ class TestDecodeSteps:
         rows = num_reqs or self.COUNT
         assert [table.shape for table in tables] == [(rows, 3), (rows, 4)] and cache_slots.shape == (2, num_tokens)
         assert steps.prepare_attn(runner, found) is None  # of another step
-        (_, call) = steps._write_inputs.calls
+        (_, _, call) = steps._write_inputs.calls
         states, buffers, tables = runner.req_states, runner.input_buffers, runner.block_tables
         assert call[0].tolist() == [2, 4, 1] and call[1] is states.num_computed_tokens.gpu
         assert call[2].tolist() == [*range(self.MAX_REQUESTS)] and call[3] is tables.num_blocks.gpu
@@ -2113,6 +2117,25 @@ class TestDecodeSteps:
         written = (buffers.input_ids, buffers.positions, buffers.seq_lens, buffers.query_start_loc)
         for tensor, wanted in zip(call[9:], (*written, tables.slot_mappings, rows), strict=True):
             assert tensor is wanted
+
+    def test_a_batch_of_all_states(self, runner, steps):
+        states = runner.req_states
+        states.prefill_len.np[5] = 20
+        scheduled = self.scheduled(**dict.fromkeys("abcdef", 1))
+        scheduled.has_structured_output_requests = True
+        (batch,) = steps.prepare_inputs(runner, scheduled, SimpleNamespace(num_reqs=None, num_tokens=6))
+        assert batch.has_structured_output_reqs and batch.query_start_loc_np.tolist() == [*range(7)]
+        lengths = {name: len(value) for name, value in vars(batch).items() if hasattr(value, "__len__")}
+        longer = {"query_start_loc": 7, "query_start_loc_np": 7, "cu_num_logits": 7, "cu_num_logits_np": 7}
+        assert lengths == dict.fromkeys(lengths, 6) | longer
+        runner.model, runner.sampler = SimpleNamespace(compute_logits=lambda rows: rows), self.sampler()
+        ((_, num_sampled, num_rejected),) = steps.sample(runner, torch.randn(6, 8), batch, None)
+        for counts, value in ((num_sampled, 1), (num_rejected, 0)):
+            assert counts.tolist() == [value] * 6 and counts.dtype == torch.int32
+        assert steps._sample_greedily.arguments == (torch.bfloat16, torch.device("cpu"), self.MAX_REQUESTS)
+        assert steps._sampled is not None
+        assert steps.prepare_inputs(runner, self.scheduled(a=1), SimpleNamespace(num_reqs=None, num_tokens=1))
+        assert steps._sampled is None
 
     def test_other_steps_are_those_of_vllm(self, runner, steps):
         batch = SimpleNamespace(num_reqs=None, num_tokens=4)
@@ -2214,7 +2237,8 @@ class TestDecodeSteps:
         assert steps.sample(runner, torch.randn(3, 8), other, None) is None
         runner.sampler.compute_nans = True
         assert steps.sample(runner, torch.randn(3, 8), batch, None) is None
-        runner.sampler = SimpleNamespace()  # of a model
+        runner.sampler = self.sampler()
+        runner.sampler.__class__ = type("SamplerOfAModel", (type(runner.sampler),), {})
         assert steps.sample(runner, torch.randn(3, 8), batch, None) is None
         assert not steps._sample_greedily.calls
 
@@ -2227,7 +2251,7 @@ class TestDecodeSteps:
             return "vLLM's", arguments, keywords
 
         def ours(self, runner, *arguments):
-            return ("ours",) if arguments == (4, 5, 6) else None
+            return None if arguments == (1,) else ("ours",)
 
         for name in ("add_requests", "prepare_inputs", "prepare_attn", "sample", "postprocess_sampled"):
             monkeypatch.setattr(GPUModelRunner, name, stock)
@@ -2248,7 +2272,10 @@ class TestDecodeSteps:
         from jitnorm.integrations.vllm_plugin import decode_steps
         from jitnorm.integrations.vllm_plugin.report import Report
 
-        monkeypatch.setattr(decode_steps, "cuda_target", lambda index: Target.cuda("9.0a"))
+        devices = []
+        monkeypatch.setattr(decode_steps, "cuda_target", lambda index: devices.append(index) or Target.cuda("9.0a"))
+        of_worker = SimpleNamespace(device=SimpleNamespace(index=3))
+        monkeypatch.setattr(decode_steps.torch, "empty", lambda *_, **given: of_worker)
         built = []
         monkeypatch.setattr(decode_steps, "build_and_load", lambda specs: built.extend(specs) or failures)
         failures = {}
@@ -2256,14 +2283,23 @@ class TestDecodeSteps:
         def notes(changes=MappingProxyType({}), **of_model):
             values = {"head_dtype": torch.bfloat16, "runner_type": "generate", "rswa_window": None} | of_model
             given = {"model_config": SimpleNamespace(**values), "use_v2_model_runner": True} | changes
-            model, report = torch.nn.Linear(2, 2), Report("Tiny")
+            model, report = torch.nn.Identity(), Report("Tiny")
             decode_steps.replace(model, settings(**given), report)
             (note,) = report.notes
             assert hasattr(model, "jitnorm_decode_steps") == note.startswith("replaced")
+            made.append(getattr(model, "jitnorm_decode_steps", None))
             return note
 
+        made = []
+
         assert notes() == "replaced the inputs and the tokens of decode steps"
-        assert [spec.name for spec in built] == ["decode_inputs", "greedy_sampling_bf16"]
+        assert [spec.name for spec in built] == ["decode_inputs", "greedy_sampling_bf16"] and devices == [3]
+        assert notes(head_dtype=torch.float32).startswith("replaced") and built[-1].name == "greedy_sampling_fp32"
+        assert [steps._dtype for steps in made] == [torch.bfloat16, torch.float32]
+        assert all(steps._device is of_worker.device for steps in made)
+        with monkeypatch.context() as patch:
+            patch.setattr(decode_steps.compatibility, "changed", lambda part: f"changed {part}")
+            assert notes().endswith("changed decode steps")
         for words, changes in {
             "the first version of its model runner": {"use_v2_model_runner": False},
             "several new tokens": {"speculative_config": SimpleNamespace()},
@@ -2304,20 +2340,24 @@ class TestDecodeSteps:
                 self.aot_sliding_window = window
 
             def build(self, common_prefix_len, common_attn_metadata, fast_build=False, **more):
-                return fast_build, more
+                return fast_build, more | ({"prefix": common_prefix_len} if common_prefix_len else {})
 
         class Kernel:
             has_refused = False
 
+        def layer(function, kernel):
+            return SimpleNamespace(impl=SimpleNamespace(forward=functools.partial(function, None, None, kernel)))
+
         kernel = Kernel()
-        forward = functools.partial(decode_attention._forward, None, None, kernel)
-        ours = SimpleNamespace(impl=SimpleNamespace(forward=forward))
         layers = runner.vllm_config.compilation_config.static_forward_context
-        layers |= {"a": ours, "b": ours, "c": SimpleNamespace(impl=SimpleNamespace(forward=print)), "mamba": object()}
+        layers |= {
+            name: layer(decode_attention._forward, of_layer) for name, of_layer in (("a", kernel), ("b", Kernel()))
+        }
+        layers |= {"c": layer(print, kernel), "mamba": object()}
         builders = [Builder(), Builder(), Builder(window=None), SimpleNamespace(build=Builder().build)]
         names = [("a", "b"), ("a", "c"), ("a",), ("mamba",)]
         runner.attn_groups = [
-            [SimpleNamespace(get_metadata_builder=lambda i, b=builder: b, layer_names=of_builder)]
+            [SimpleNamespace(get_metadata_builder=lambda i, b=builder: [b][i], layer_names=of_builder)]
             for builder, of_builder in zip(builders, names, strict=True)
         ]
         assert steps.prepare_inputs(runner, self.scheduled(a=1), SimpleNamespace(num_reqs=None, num_tokens=1))
@@ -2325,7 +2365,7 @@ class TestDecodeSteps:
         replaced = builders[0]
         assert replaced.build(common_prefix_len=0, common_attn_metadata=decoding, a=1) == (True, {"a": 1})
         assert replaced.build(common_prefix_len=0, common_attn_metadata=prefill) == (False, {})
-        assert replaced.build(0, prefill, fast_build=True) == (True, {})
+        assert replaced.build(7, prefill, fast_build=True) == (True, {"prefix": 7})
         for builder in builders[1:]:
             assert builder.build(0, decoding) == (False, {})
         kernel.has_refused = True
