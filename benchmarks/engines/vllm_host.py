@@ -21,7 +21,7 @@ from engine_report import DECODE
 from engine_run import main
 from vllm_step import VllmEngine
 
-# The functions of vLLM's engine that are timed, as attributes of LLM; RUNNER stands for that of its model runner.
+# The functions of vLLM's engine that are timed, by their paths from LLM.
 RUNNER = "llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner"
 PARTS = {
     "schedule": "llm_engine.engine_core.engine_core.scheduler.schedule",
@@ -82,7 +82,6 @@ ENGINE = dataclasses.replace(
     modes=["default", "batch_invariant"],
     measures=[DECODE],
 )
-environment = vllm_step.environment
 
 if __name__ == "__main__":
     main(ENGINE, __doc__ or "")

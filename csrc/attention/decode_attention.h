@@ -129,11 +129,11 @@ Outcome decode_attention(const Kernel& kernel, const TVMFFIAny* args, int num_ar
   params.k_cache = k_rows.data;
   params.v_cache = v_rows.data;
   params.out = out_rows.data;
-  params.block_table = reinterpret_cast<const int*>(data_of(*table));
-  params.seq_lens = reinterpret_cast<const int*>(data_of(*seq_lens));
+  params.block_table = elements_of<int>(*table);
+  params.seq_lens = elements_of<int>(*seq_lens);
   params.partial_sums = reinterpret_cast<float*>(partial_elements.data);
   params.partial_stats = params.partial_sums + items * max_splits * info.group_size * info.head_dim;
-  params.counters = reinterpret_cast<unsigned*>(data_of(*counters));
+  params.counters = elements_of<unsigned>(*counters);
   params.q_stride = q_rows.strides[0];
   params.q_head_stride = q_rows.strides[2];
   params.out_stride = out_rows.strides[0];
@@ -144,7 +144,7 @@ Outcome decode_attention(const Kernel& kernel, const TVMFFIAny* args, int num_ar
   params.v_block_stride = v_rows.strides[0];
   params.v_token_stride = v_rows.strides[1];
   params.v_head_stride = v_rows.strides[2];
-  params.table_stride = sequences > 1 ? table->strides[0] : 0;
+  params.table_stride = row_stride(*table);
   params.head_divisor = divisor_of(static_cast<unsigned>(kv_heads));
   params.block_divisor = divisor_of(static_cast<unsigned>(block_size));
   params.num_sequences = static_cast<unsigned>(sequences);

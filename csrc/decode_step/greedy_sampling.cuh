@@ -1,6 +1,6 @@
 // The token with the largest logit of each request, and the state that it changes, in one launch. The blocks of a
-// request reduce their parts of its row to a key each, and the last of them to end has the largest key. A token that
-// was chosen otherwise changes the same state.
+// request reduce their parts of its row to a key each, and the last of them to end has the largest key. A given
+// token changes the same state.
 #pragma once
 #include "decode_step/greedy_sampling.h"
 #include "jitnorm/cuda_kernel.h"

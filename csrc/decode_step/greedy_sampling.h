@@ -1,6 +1,6 @@
 // The next token of each request of a decode step, the one with the largest logit or a given one, and its place in the
-// state of the request: the parameter struct of the kernel class and, for the host compiler, the bindings functions
-// that fill it in. Included by greedy_sampling.cuh.
+// state of the request: the parameter struct of the kernel class and, for the host compiler, the bindings function
+// that fills it in. Included by greedy_sampling.cuh.
 #pragma once
 #include "jitnorm/kernel_info.h"
 

@@ -114,7 +114,7 @@ def test_variants_have_an_environment_each(script, tmp_path):
     """All variants of a script differ in their variables, and only the plugin's switch it on."""
     module = importlib.import_module(script)
     found = {
-        (mode, line): module.environment(mode, line, tmp_path)
+        (mode, line): module.ENGINE.environment(mode, line, tmp_path)
         for mode in module.ENGINE.modes
         for line in ("stock", "plugin")
     }

@@ -149,15 +149,15 @@ class Requests:
     """The state of requests that sample, as tensors on the GPU."""
 
     def __init__(self, count, vocab_size, max_length=50):
-        indices = count + 3
-        self.indices = torch.randperm(indices)[:count].int().cuda()
+        states = count + 3
+        self.indices = torch.randperm(states)[:count].int().cuda()
         self.tokens = torch.full((count,), POISON, device="cuda")
-        self.last = torch.full((indices,), POISON, device="cuda")
-        self.num_tokens = torch.randint(0, max_length, (indices,), dtype=torch.int32, device="cuda")
-        self.computed = torch.randint(0, max_length, (indices,), dtype=torch.int32, device="cuda")
-        wide = torch.full((indices, max_length + 5), POISON, dtype=torch.int32, device="cuda")
+        self.last = torch.full((states,), POISON, device="cuda")
+        self.num_tokens = torch.randint(0, max_length, (states,), dtype=torch.int32, device="cuda")
+        self.computed = torch.randint(0, max_length, (states,), dtype=torch.int32, device="cuda")
+        wide = torch.full((states, max_length + 5), POISON, dtype=torch.int32, device="cuda")
         self.all_tokens = wide[:, :max_length]
-        self.counts = torch.randint(0, 5, (indices, vocab_size + 2), dtype=torch.int32, device="cuda")
+        self.counts = torch.randint(0, 5, (states, vocab_size + 2), dtype=torch.int32, device="cuda")
 
     def tensors(self):
         return (self.indices, self.tokens, self.last, self.num_tokens, self.computed, self.all_tokens, self.counts)
@@ -332,9 +332,8 @@ def test_steps_follow_each_other_without_a_pause():
     given = state.arguments(indices.tolist(), count)
     requests = Requests(count, vocab_size)
     requests.indices = given["state_indices_out"]
-    shape = (STATES,)
     requests.last, requests.computed = given["last_tokens"], given["num_computed_tokens"]
-    requests.num_tokens = torch.zeros(shape, dtype=torch.int32, device="cuda")
+    requests.num_tokens = torch.zeros(STATES, dtype=torch.int32, device="cuda")
     requests.all_tokens = torch.full((STATES, steps), POISON, dtype=torch.int32, device="cuda")
     requests.counts = torch.zeros(STATES, vocab_size, dtype=torch.int32, device="cuda")
     logits = torch.randn(steps, count, vocab_size, device="cuda").bfloat16()

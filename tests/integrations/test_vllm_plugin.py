@@ -1842,7 +1842,7 @@ class TestDecodeAttention:
         plugin._warn_once.cache_clear()
         with caplog.at_level(logging.WARNING, "jitnorm"):
             q, out = self.call(layer, self.metadata())
-            assert len(kernel.calls) == len(recorder.calls) == 1 and torch.equal(out, q)
+            assert len(kernel.calls) == len(recorder.calls) == 1 and torch.equal(out, q) and kernel.has_refused
             self.call(layer, self.metadata())
         assert len(caplog.records) == 1 and "does not take" in caplog.text
         kernel.calls.pop(), recorder.calls.pop()
@@ -2132,7 +2132,7 @@ class TestDecodeSteps:
         ((_, num_sampled, num_rejected),) = steps.sample(runner, torch.randn(6, 8), batch, None)
         for counts, value in ((num_sampled, 1), (num_rejected, 0)):
             assert counts.tolist() == [value] * 6 and counts.dtype == torch.int32
-        assert steps._sample_greedily.arguments == (torch.bfloat16, torch.device("cpu"), self.MAX_REQUESTS)
+        assert steps._greedy_sampling.arguments == (torch.bfloat16, torch.device("cpu"), self.MAX_REQUESTS)
         assert steps._sampled is not None
         assert steps.prepare_inputs(runner, self.scheduled(a=1), SimpleNamespace(num_reqs=None, num_tokens=1))
         assert steps._sampled is None
@@ -2166,7 +2166,7 @@ class TestDecodeSteps:
             runner, self.scheduled(c=1, a=1, e=1), SimpleNamespace(num_reqs=4, num_tokens=4)
         )
         ((output, num_sampled, num_rejected),) = steps.sample(runner, hidden, batch, None)
-        ((logits, slots, tokens, last, lengths, computed, all_tokens, counts),) = steps._sample_greedily.calls
+        ((logits, slots, tokens, last, lengths, computed, all_tokens, counts),) = steps._greedy_sampling.calls
         assert logits[0] == "logits" and torch.equal(logits[1], hidden[:3]) and counts == "counts"
         assert slots is batch.idx_mapping and last.shape == (self.MAX_REQUESTS,)
         states = runner.req_states
@@ -2181,7 +2181,7 @@ class TestDecodeSteps:
         assert steps.postprocess_sampled(runner, batch.idx_mapping.clone(), *rest) is None  # of another batch
         assert steps.postprocess_sampled(runner, batch.idx_mapping, *rest) == (None,)
         assert called == [(batch.idx_mapping, num_sampled, states.num_computed_tokens.gpu)]
-        assert len(steps._sample_greedily.calls) == 1
+        assert len(steps._greedy_sampling.calls) == 1
         assert steps.postprocess_sampled(runner, batch.idx_mapping, *rest) is None
 
     @pytest.mark.parametrize(
@@ -2206,7 +2206,7 @@ class TestDecodeSteps:
         runner.model = SimpleNamespace(compute_logits=lambda rows: ("logits", rows))
         given = []
         monkeypatch.setattr(Sampler, "sample", lambda self, *arguments: (given.append(arguments), (tokens, None))[1])
-        kernel = steps._sample_greedily
+        kernel = steps._greedy_sampling
         kernel.accepts = False
         ((output, num_sampled, num_rejected),) = steps.sample(runner, torch.randn(4, 8), batch, None)
         assert len(kernel.calls) == (not changes)
@@ -2240,7 +2240,7 @@ class TestDecodeSteps:
         runner.sampler = self.sampler()
         runner.sampler.__class__ = type("SamplerOfAModel", (type(runner.sampler),), {})
         assert steps.sample(runner, torch.randn(3, 8), batch, None) is None
-        assert not steps._sample_greedily.calls
+        assert not steps._greedy_sampling.calls
 
     def test_the_runner_asks_first(self, config, monkeypatch):
         from vllm.v1.worker.gpu.model_runner import GPUModelRunner

@@ -21,34 +21,27 @@ from jitnorm.jit.load import load
 from jitnorm.jit.spec import KernelSpec, Target
 
 LOGIT_DTYPES = tuple(CPP_TYPES)
-_FOLDER = "decode_step"
 
 
 def inputs_spec(target: Target) -> KernelSpec:
     """Return the kernel of `DecodeInputs`."""
-    name = "decode_inputs"
-    return EngineKernelSpec(
-        op=name,
-        family=name,
-        folder=_FOLDER,
-        binding=name,
-        name=name,
-        kernel="DecodeInputsKernel",
-        target=target,
-        warmup="",
-    )
+    return _spec("decode_inputs", "decode_inputs", "DecodeInputsKernel", target)
 
 
 def sampling_spec(dtype: torch.dtype, target: Target) -> KernelSpec:
     """Return the kernel of `GreedySampling`."""
-    name = "greedy_sampling"
+    family = "greedy_sampling"
+    return _spec(family, f"{family}_{DTYPE_NAMES[dtype]}", f"GreedySamplingKernel<{CPP_TYPES[dtype]}>", target)
+
+
+def _spec(family: str, name: str, kernel: str, target: Target) -> KernelSpec:
     return EngineKernelSpec(
-        op=name,
-        family=name,
-        folder=_FOLDER,
-        binding=name,
-        name=f"{name}_{DTYPE_NAMES[dtype]}",
-        kernel=f"GreedySamplingKernel<{CPP_TYPES[dtype]}>",
+        op=family,
+        family=family,
+        folder="decode_step",
+        binding=family,
+        name=name,
+        kernel=kernel,
         target=target,
         warmup="",
     )

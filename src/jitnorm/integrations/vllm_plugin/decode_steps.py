@@ -120,15 +120,16 @@ class DecodeSteps:
         from vllm.v1.worker.gpu.sample.output import SamplerOutput
         from vllm.v1.worker.gpu.sample.sampler import Sampler
 
-        self._input_batch, self._sampler_output, self._sampler_class = InputBatch, SamplerOutput, Sampler
+        self._input_batch_class, self._sampler_output_class = InputBatch, SamplerOutput
+        self._sampler_class = Sampler
         self._views_of_sizes: dict[tuple[int, int, int], dict[str, torch.Tensor]] = {}
         count = runner.max_num_reqs
         self._write_inputs = DecodeInputs(self._device)
-        self._sample_greedily = GreedySampling(self._dtype, self._device, count)
+        self._greedy_sampling = GreedySampling(self._dtype, self._device, count)
         self._state_indices = UvaBufferPool(count, torch.int32)  # as many buffers as there are steps at a time
-        self._numbers = np.arange(count + 1, dtype=np.int32)
-        self._numbers_on_device = torch.arange(count + 1, dtype=torch.int32, device=self._device)
-        self._indices = torch.arange(count, device=self._device)
+        self._arange = np.arange(count + 1, dtype=np.int32)
+        self._arange_on_device = torch.arange(count + 1, dtype=torch.int32, device=self._device)
+        self._logits_indices = torch.arange(count, device=self._device)
         self._zeros = torch.zeros(count, dtype=torch.int32, device=self._device)
         self._ones = torch.ones(count, dtype=torch.int32, device=self._device)
         layers = runner.vllm_config.compilation_config.static_forward_context
@@ -154,8 +155,8 @@ class DecodeSteps:
         ):
             return None
         states, buffers, tables = runner.req_states, runner.input_buffers, runner.block_tables
-        names = list(tokens)
-        indices = np.fromiter(map(states.req_id_to_index.__getitem__, names), dtype=np.int32, count=count)
+        req_ids = list(tokens)
+        indices = np.fromiter(map(states.req_id_to_index.__getitem__, req_ids), dtype=np.int32, count=count)
         prefill_lens, computed_prefill = states.prefill_len.np[indices], states.num_computed_prefill_tokens[indices]
         is_prefilling = computed_prefill < prefill_lens
         if is_prefilling.any():
@@ -185,8 +186,8 @@ class DecodeSteps:
         computed = states.num_computed_tokens_np[indices]
         lengths = np.zeros(padded, dtype=np.int32)
         np.add(computed, 1, out=lengths[:count])
-        self._batch = self._input_batch(
-            req_ids=names,
+        self._batch = self._input_batch_class(
+            req_ids=req_ids,
             num_reqs=count,
             num_reqs_after_padding=padded,
             idx_mapping=indices_on_device,
@@ -197,7 +198,7 @@ class DecodeSteps:
             num_tokens_after_padding=batch_desc.num_tokens,
             num_draft_tokens=0,
             num_draft_tokens_per_req=None,
-            query_start_loc_np=np.minimum(self._numbers[: padded + 1], count),
+            query_start_loc_np=np.minimum(self._arange[: padded + 1], count),
             seq_lens_cpu_upper_bound=torch.from_numpy(lengths),
             dcp_local_seq_lens=None,
             num_computed_tokens_np=computed,
@@ -205,7 +206,7 @@ class DecodeSteps:
             num_computed_prefill_tokens_np=computed_prefill,
             is_prefilling_np=is_prefilling,
             max_seq_len_np=None,
-            cu_num_logits_np=self._numbers[: count + 1],
+            cu_num_logits_np=self._arange[: count + 1],
             has_structured_output_reqs=scheduler_output.has_structured_output_requests,
             prompt_lens=None,
             **self._views(runner, count, padded, batch_desc.num_tokens),
@@ -213,7 +214,7 @@ class DecodeSteps:
         return (self._batch,)
 
     def _views(self, runner: Any, count: int, padded: int, num_tokens: int) -> dict[str, torch.Tensor]:
-        """Return the fields of a batch that are views of what all steps share. Each would cost the host 2 us."""
+        """Return the fields of a batch that are views of what all steps share. Each size has its own, made once."""
         if (key := (count, padded, num_tokens)) not in self._views_of_sizes:
             buffers = runner.input_buffers
             self._views_of_sizes[key] = {
@@ -223,8 +224,8 @@ class DecodeSteps:
                 "input_ids": buffers.input_ids[:num_tokens],
                 "positions": buffers.positions[:num_tokens],
                 "is_padding": buffers.is_padding[:num_tokens],
-                "logits_indices": self._indices[:count],
-                "cu_num_logits": self._numbers_on_device[: count + 1],
+                "logits_indices": self._logits_indices[:count],
+                "cu_num_logits": self._arange_on_device[: count + 1],
             }
         return self._views_of_sizes[key]
 
@@ -261,7 +262,8 @@ class DecodeSteps:
             rest = (input_batch.expanded_idx_mapping, indices, positions, input_ids, input_batch.expanded_local_pos)
             sampled = sampler.sample(logits, *rest)[0].view(-1, 1)
         num_sampled, num_rejected = self._ones[:count], self._zeros[:count]
-        return ((self._sampler_output(sampled, None, None, num_sampled, num_rejected), num_sampled, num_rejected),)
+        output = self._sampler_output_class(sampled, None, None, num_sampled, num_rejected)
+        return ((output, num_sampled, num_rejected),)
 
     def postprocess_sampled(
         self,
@@ -288,7 +290,7 @@ class DecodeSteps:
         self, runner: Any, logits: torch.Tensor | None, state_indices: torch.Tensor, tokens: torch.Tensor
     ) -> bool:
         states = runner.req_states
-        return self._sample_greedily(
+        return self._greedy_sampling(
             logits,
             state_indices,
             tokens,
