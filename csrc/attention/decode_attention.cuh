@@ -1,9 +1,11 @@
-// Attention of one new token of each sequence to a paged KV cache, on CUDA. The query heads that share a head of k and
-// v are the rows of the instruction that multiplies q and k, and the columns of the one that multiplies weights and v.
-// The tokens of a sequence are divided into splits. A thread block computes one split after another; its warps take 16
-// tokens at a time. A thread loads k and v straight into the registers that its instructions read: k of the next tokens
-// while it computes the current ones. The block that finishes the last split of a sequence combines all, in their
-// order. Included by generated sources (jitnorm/jit/spec.py).
+// Attention of one new token of each sequence to its keys and values, on CUDA. Paged: they are in blocks of a cache,
+// which a table names, and a query sees all tokens of its sequence or the last ones. Masked: those of each sequence are
+// in one tensor, and a mask says which tokens a query sees. The query heads that share a head of k and v are the rows
+// of the instruction that multiplies q and k, and the columns of the one that multiplies weights and v. The tokens of a
+// sequence are divided into splits. A thread block computes one split after another; its warps take 16 tokens at a
+// time. A thread loads k and v straight into the registers that its instructions read: k of the next tokens while it
+// computes the current ones. The block that finishes the last split of a sequence combines all, in their order.
+// Included by generated sources (jitnorm/jit/spec.py).
 #pragma once
 #include "attention/decode_attention.h"
 #include "jitnorm/cuda_kernel.h"
@@ -13,7 +15,7 @@
 
 namespace jitnorm {
 
-template <int kHeadDim_, int kGroupSize_, typename T>
+template <int kHeadDim_, int kGroupSize_, typename T, bool kIsMasked = false>
 struct DecodeAttentionKernel : DefaultVariantOnly {
   using input_t = T;
   using params_t = DecodeAttentionParams;
@@ -50,18 +52,25 @@ struct DecodeAttentionKernel : DefaultVariantOnly {
     __device__ __forceinline__ bool has_tokens() const { return token < end; }
   };
 
-  static __device__ __forceinline__ int first_token(const DecodeAttentionParams& p, int tokens) {
-    return p.window && tokens > p.window ? tokens - p.window : 0;
-  }
+  // The query sees tokens from `first` to `end`; if masked, not all of them.
+  struct Range {
+    int first, end;
+  };
 
-  static __device__ __forceinline__ int length(const DecodeAttentionParams& p, unsigned sequence) {
-    const int tokens = static_cast<int>(load_index(p.seq_lens, sequence, false));
-    return tokens < 0 ? 0 : tokens > p.max_tokens ? p.max_tokens : tokens;
+  static __device__ __forceinline__ Range range_of(const DecodeAttentionParams& p, unsigned sequence) {
+    if constexpr (kIsMasked) {
+      return {static_cast<int>(load_index(p.ranges, 2 * sequence, false)),
+              static_cast<int>(load_index(p.ranges, 2 * sequence + 1, false))};
+    } else {
+      const int length = static_cast<int>(load_index(p.seq_lens, sequence, false));
+      const int tokens = length < 0 ? 0 : length > p.max_tokens ? p.max_tokens : length;
+      return {p.window && tokens > p.window ? tokens - p.window : 0, tokens};
+    }
   }
 
   // At least one: its block writes the result of an empty sequence.
-  static __device__ __forceinline__ unsigned count_splits(const DecodeAttentionParams& p, int tokens) {
-    const unsigned span = tokens - first_token(p, tokens) / kTokensPerStep * kTokensPerStep;
+  static __device__ __forceinline__ unsigned count_splits(const DecodeAttentionParams& p, Range range) {
+    const unsigned span = range.end - range.first / kTokensPerStep * kTokensPerStep;
     const unsigned splits = (span + p.max_tokens_per_split - 1) / p.max_tokens_per_split;
     return splits == 0 ? 1 : splits > p.max_splits ? p.max_splits : splits;
   }
@@ -86,7 +95,7 @@ struct DecodeAttentionKernel : DefaultVariantOnly {
       unsigned splits = 0;
 #pragma unroll 4
       for (unsigned i = 0; i < per_lane; i++)
-        if (first + i < p.num_sequences) splits += count_splits(p, length(p, first + i));
+        if (first + i < p.num_sequences) splits += count_splits(p, range_of(p, first + i));
       const unsigned sum = inclusive_sum(splits);
       before = sum - splits;
       total = __shfl_sync(~0u, sum, 31);
@@ -100,7 +109,7 @@ struct DecodeAttentionKernel : DefaultVariantOnly {
       for (;; sequence += 32) {  // 32 of the owner's sequences at a time
         const unsigned candidate = sequence + threadIdx.x % 32;
         const bool is_owners = candidate < (owner + 1) * per_lane && candidate < p.num_sequences;
-        const unsigned splits = is_owners ? count_splits(p, length(p, candidate)) : 0;
+        const unsigned splits = is_owners ? count_splits(p, range_of(p, candidate)) : 0;
         const unsigned sum = inclusive_sum(splits);
         const unsigned after = __ballot_sync(~0u, sum > rest);
         if (after) {
@@ -111,18 +120,18 @@ struct DecodeAttentionKernel : DefaultVariantOnly {
         }
         rest -= __shfl_sync(~0u, sum, 31);
       }
-      const int tokens = length(p, sequence);
+      const Range range = range_of(p, sequence);
       Split result;
       result.sequence = sequence;
       result.head = item - split * p.num_kv_heads;
       result.index = rest;
-      result.count = count_splits(p, tokens);
-      result.first = first_token(p, tokens);
+      result.count = count_splits(p, range);
+      result.first = range.first;
       const int start = result.first / kTokensPerStep * kTokensPerStep;
-      const int steps = (tokens - start + kTokensPerStep - 1) / kTokensPerStep;
+      const int steps = (range.end - start + kTokensPerStep - 1) / kTokensPerStep;
       const int tokens_per_split = (steps + result.count - 1) / result.count * kTokensPerStep;
       result.begin = start + int(rest) * tokens_per_split;
-      result.end = result.begin + tokens_per_split < tokens ? result.begin + tokens_per_split : tokens;
+      result.end = result.begin + tokens_per_split < range.end ? result.begin + tokens_per_split : range.end;
       result.token = result.begin + threadIdx.x / 32 * kTokensPerStep;
       result.page = result.has_tokens() ? page_of(p, sequence, result.token) : 0;
       return result;
@@ -137,8 +146,18 @@ struct DecodeAttentionKernel : DefaultVariantOnly {
   }
 
   static __device__ __forceinline__ int page_of(const DecodeAttentionParams& p, unsigned sequence, int token) {
+    if constexpr (kIsMasked) return static_cast<int>(sequence);
     return static_cast<int>(
         load_index(p.block_table, sequence * p.table_stride + quotient(token, p.block_divisor), false));
+  }
+
+  static __device__ __forceinline__ int place_in_page(const DecodeAttentionParams& p, int token) {
+    return kIsMasked ? token : token - int(quotient(token, p.block_divisor) * p.block_size);
+  }
+
+  // The four tokens of a step, from `token` on, whose values and weights a thread has.
+  static __device__ __forceinline__ int token_of(int token, int i) {
+    return token + threadIdx.x % 4 * 2 + i % 2 + i / 2 * 8;
   }
 
   // Clamps a token to those of this split: memory outside may have NaN.
@@ -151,10 +170,12 @@ struct DecodeAttentionKernel : DefaultVariantOnly {
     uint4 q[kHeadTiles][kKLoads];  // of the heads group and group + 8
     uint4 k[2][kKLoads];           // of the tokens group and group + 8
     uint4 v[4][kVLoads];           // of the tokens 2 quad, 2 quad + 1 and these plus 8
+    bool is_seen[4];               // the same tokens; only if masked
 
     // Of a split's first step.
     __device__ __forceinline__ void load(const DecodeAttentionParams& p, const Split& split) {
       load_k(p, split);
+      load_mask(p, split);
       load_v(p, split);
       load_q(p, split);
     }
@@ -179,7 +200,7 @@ struct DecodeAttentionKernel : DefaultVariantOnly {
 
     __device__ __forceinline__ void load_k(const DecodeAttentionParams& p, const Split& split) {
       const int lane = threadIdx.x % 32;
-      const int in_page = split.token - int(quotient(split.token, p.block_divisor) * p.block_size);
+      const int in_page = place_in_page(p, split.token);
       const char* from = p.k_cache + split.head * p.k_head_stride + split.page * p.k_block_stride + lane % 4 * 16;
 #pragma unroll
       for (int t = 0; t < 2; t++) {
@@ -189,13 +210,21 @@ struct DecodeAttentionKernel : DefaultVariantOnly {
       }
     }
 
+    __device__ __forceinline__ void load_mask(const DecodeAttentionParams& p, const Split& split) {
+      if constexpr (kIsMasked) {
+        const unsigned char* from = p.mask + split.sequence * p.mask_stride;
+#pragma unroll
+        for (int i = 0; i < 4; i++) is_seen[i] = from[clamp(token_of(split.token, i), split)] != 0;
+      }
+    }
+
     __device__ __forceinline__ void load_v(const DecodeAttentionParams& p, const Split& split) {
       const int lane = threadIdx.x % 32;
-      const int in_page = split.token - int(quotient(split.token, p.block_divisor) * p.block_size);
+      const int in_page = place_in_page(p, split.token);
       const char* from = p.v_cache + split.head * p.v_head_stride + split.page * p.v_block_stride + lane / 4 * 16;
 #pragma unroll
       for (int t = 0; t < 4; t++) {
-        const int row = clamp(split.token + lane % 4 * 2 + t % 2 + t / 2 * 8, split) - split.token + in_page;
+        const int row = clamp(token_of(split.token, t), split) - split.token + in_page;
 #pragma unroll
         for (int h = 0; h < kVLoads; h++) load_streamed(v[t][h], from + row * p.v_token_stride + h * 128);
       }
@@ -239,11 +268,15 @@ struct DecodeAttentionKernel : DefaultVariantOnly {
         }
       }
       const int token = split.token;
+      bool is_seen[4];
+#pragma unroll
+      for (int i = 0; i < 4; i++) is_seen[i] = !kIsMasked || operands.is_seen[i];
       split.token += kTokensPerRound;
       split.page = later_page;
       const bool is_last_step = !split.has_tokens();
       if (!is_last_step) {
         operands.load_k(p, split);
+        operands.load_mask(p, split);
         if (split.token + kTokensPerRound < split.end)
           later_page = page_of(p, split.sequence, split.token + kTokensPerRound);
       }
@@ -254,9 +287,10 @@ struct DecodeAttentionKernel : DefaultVariantOnly {
         float x[4], highest = kLowest;
 #pragma unroll
         for (int i = 0; i < 4; i++) {
-          const int of_logit = token + i / 2 * 8 + 2 * quad + i % 2;
-          x[i] = of_logit < split.first || of_logit >= split.end ? __int_as_float(0xff800000)
-                                                                 : logits[i / 2][2 * h + i % 2] * p.scale;
+          const int of_logit = token_of(token, i);
+          x[i] = of_logit < split.first || of_logit >= split.end || !is_seen[i]
+                     ? __int_as_float(0xff800000)
+                     : logits[i / 2][2 * h + i % 2] * p.scale;
           highest = fmaxf(highest, x[i]);
         }
         highest = fmaxf(highest, __shfl_xor_sync(~0u, highest, 1));

@@ -2,6 +2,7 @@
 // description (kernel_info.h) comes with its cubin, so that nothing here depends on a size, a dtype or a schedule. It
 // uses only the C ABI of tvm-ffi.
 #include "attention/decode_attention.h"
+#include "attention/mask_ranges.h"
 #include "decode_step/decode_inputs.h"
 #include "decode_step/greedy_sampling.h"
 #include "elementwise/activation.h"
@@ -112,6 +113,8 @@ constexpr Binding kBindings[] = {
     binding<FewRowsGemmInfo, few_rows_gemm<CudaKernel<FewRowsGemmInfo>>>("few_rows_gemm"),
     binding<FewRowsGemmInfo, few_rows_wgmma<CudaKernel<FewRowsGemmInfo>>>("few_rows_wgmma"),
     binding<DecodeAttentionInfo, decode_attention<CudaKernel<DecodeAttentionInfo>>>("decode_attention"),
+    binding<DecodeAttentionInfo, masked_decode_attention<CudaKernel<DecodeAttentionInfo>>>("masked_decode_attention"),
+    binding<MaskRangesInfo, mask_ranges<CudaKernel<MaskRangesInfo>>>("mask_ranges"),
     binding<DecodeInputsInfo, decode_inputs<CudaKernel<DecodeInputsInfo>>>("decode_inputs"),
     binding<GreedySamplingInfo, greedy_sampling<CudaKernel<GreedySamplingInfo>>>("greedy_sampling"),
 };

@@ -49,13 +49,13 @@ CONSTANTS = {
         "SIZES": [(128, 64), (64, 64), (256, 64), (64, 128)],
     },
     "bench_transformers": {
-        **{"HIDDEN": 128, "INTERMEDIATE": 96, "HEADS": 2, "KV_HEADS": 1, "HEAD_DIM": 64, "LAYERS": 2, "CACHED": 5},
+        **{"HIDDEN": 128, "INTERMEDIATE": 96, "HEADS": 2, "KV_HEADS": 1, "HEAD_DIM": 64, "CACHED": 5},
     },
 }
 # A row instead of the short lists.
 ROWS = {
     "bench_llama_layer": {"batch": 2, "length": 1, "cached": 16},
-    "bench_transformers": {"mode": "eager", "batch": 3, "length": 1},
+    "bench_transformers": {"mode": "eager", "layers": 2, "batch": 3, "length": 1},
     "bench_matmul": {"n": 128, "k": 64, "num_tokens": 4},
 }
 

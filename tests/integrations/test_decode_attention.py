@@ -1,4 +1,4 @@
-"""Attention of decode steps to a paged KV cache, against its definition in float64."""
+"""Attention of decode steps to a paged KV cache or to tensors with a mask, against its definition in float64."""
 
 from __future__ import annotations
 
@@ -9,7 +9,14 @@ import torch
 from helpers import TOLERANCE, relative_error, same_bits
 
 from jitnorm.integrations import decode_attention
-from jitnorm.integrations.decode_attention import DecodeAttention, plan_splits, spec
+from jitnorm.integrations.decode_attention import (
+    DecodeAttention,
+    MaskedDecodeAttention,
+    VisibleTokens,
+    plan_splits,
+    ranges_spec,
+    spec,
+)
 from jitnorm.jit.build import build
 from jitnorm.jit.spec import Target
 
@@ -74,12 +81,22 @@ def attend(attention, q, cache, window=0, rows=slice(None), scale=None):
 @pytest.mark.slow
 @pytest.mark.nvcc
 @pytest.mark.parametrize(  # the first architecture that has the instruction, the first with PDL, and the newest
-    ("arch", "heads", "kv_heads", "head_dim", "dtype"),
-    [("8.0", 32, 8, 64, F16), ("9.0a", 16, 8, 128, BF16), ("9.0a", 16, 1, 128, BF16), ("12.0a", 64, 8, 128, BF16)],
+    ("arch", "heads", "kv_heads", "head_dim", "dtype", "is_masked"),
+    [
+        ("8.0", 32, 8, 64, F16, False),
+        ("9.0a", 16, 8, 128, BF16, False),
+        ("9.0a", 16, 1, 128, BF16, True),
+        ("12.0a", 64, 8, 128, BF16, False),
+    ],
 )
-def test_compiles(arch, heads, kv_heads, head_dim, dtype):
-    entry = build(spec(heads, kv_heads, head_dim, dtype, Target.cuda(arch)))
-    assert f"decode_attention_{head_dim}x{heads // kv_heads}".encode() in entry.verify()
+def test_compiles(arch, heads, kv_heads, head_dim, dtype, is_masked):
+    entry = build(spec(heads, kv_heads, head_dim, dtype, Target.cuda(arch), is_masked))
+    assert f"{'masked_' * is_masked}decode_attention_{head_dim}x{heads // kv_heads}".encode() in entry.verify()
+
+
+@pytest.mark.nvcc
+def test_ranges_compile():
+    assert b"mask_ranges" in build(ranges_spec(Target.cuda("9.0a"))).verify()
 
 
 def test_more_sequences_have_fewer_and_longer_splits():
@@ -104,6 +121,9 @@ def test_shapes_without_a_kernel(changes, words):
     sizes = {"num_heads": 8, "num_kv_heads": 2, "head_dim": 64, "dtype": BF16, "max_sequences": 3}
     with pytest.raises(ValueError, match=words):
         DecodeAttention(**sizes | changes, device=torch.device("cuda", 0))
+    del sizes["max_sequences"]
+    with pytest.raises(ValueError, match=words):
+        MaskedDecodeAttention(**sizes | changes, device=torch.device("cuda", 0))
 
 
 def test_the_first_call_outside_a_capture_allocates_the_counters(monkeypatch):
@@ -293,3 +313,170 @@ def test_what_the_kernel_does_not_take():
     assert attention(**good, out=out, scale=0.125)
     nothing = {"q": q[:0], "block_table": cache.table[:0], "seq_lens": cache.seq_lens[:0], "out": out[:0]}
     assert attention(**{**good, **nothing}, scale=0.125)
+
+
+# The first and the last visible token of a sequence, and what is hidden between them. None; one; the ends of steps and
+# of what a thread block takes at a time; left padding; holes of a token, of steps, and of more than a split.
+MASKS = [
+    (0, 0, ()),
+    *((0, 1, ()), (5, 6, ()), (1032, 1033, ())),
+    *((0, 16, ()), (0, 17, ()), (15, 65, ()), (16, 64, ()), (63, 300, ())),
+    *((0, 1033, ()), (7, 1033, ()), (500, 1033, ()), (1000, 1020, ())),
+    *((0, 1033, [(1, 2)]), (3, 1000, [(16, 48), (100, 101)]), (0, 1033, [(4, 1031)]), (2, 900, [(128, 800)])),
+]
+
+
+class Masked:
+    """Keys and values of a length, with a mask. Those before the first visible token and after the last are NaN."""
+
+    def __init__(self, kv_heads, head_dim, dtype, masks=MASKS, tokens=1033, storage=None):
+        shape = (2, len(masks), kv_heads, tokens, head_dim)
+        self.k, self.v = torch.randn(shape, device="cuda").to(dtype).unbind(0)
+        self.mask = torch.zeros(len(masks), tokens, dtype=torch.bool, device="cuda") if storage is None else storage
+        self.mask.fill_(False)
+        for i, (first, end, hidden) in enumerate(masks):
+            self.mask[i, first:end] = True
+            for begin, stop in hidden:
+                self.mask[i, begin:stop] = False
+            for each in (self.k, self.v):
+                each[i, :, :first] = float("nan")
+                each[i, :, end:] = float("nan")
+
+    def attention(self, q, scale):
+        """The definition."""
+        group = q.shape[1] // self.k.shape[1]
+        results = torch.zeros(q.shape, dtype=torch.float64, device="cuda")
+        for i, mask in enumerate(self.mask):
+            k, v = (t[i][:, mask].double().repeat_interleave(group, dim=0) for t in (self.k, self.v))
+            weights = torch.einsum("hd,htd->ht", q[i].double() * scale, k).softmax(dim=1)
+            results[i] = torch.einsum("ht,htd->hd", weights, v)
+        return results
+
+
+def attend_masked(attention, q, cache, visible=None, scale=None):
+    out = torch.full_like(q, float("nan"))
+    visible = attention.find_visible(cache.mask) if visible is None else visible
+    assert attention(q, cache.k, cache.v, visible, out, q.shape[-1] ** -0.5 if scale is None else scale)
+    assert not visible.counters.any()
+    return out
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [BF16, F16])
+@pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), SHAPES)
+def test_masked_matches_the_definition(heads, kv_heads, head_dim, dtype):
+    cache = Masked(kv_heads, head_dim, dtype)
+    q = torch.randn(len(MASKS), heads, head_dim, device="cuda").to(dtype)
+    attention = MaskedDecodeAttention(heads, kv_heads, head_dim, dtype, torch.device("cuda", 0))
+    visible = attention.find_visible(cache.mask)
+    assert visible.ranges.tolist() == [[first, end] for first, end, _ in MASKS]
+    together = attend_masked(attention, q, cache, visible)
+    expected = cache.attention(q, head_dim**-0.5)
+    assert not together[0].any()  # a sequence of which nothing is visible
+    assert relative_error(together[1:], expected[1:]) <= TOLERANCE[dtype]
+    for i in range(1, len(MASKS)):
+        assert relative_error(together[i], expected[i]) <= 2 * TOLERANCE[dtype], MASKS[i]
+    for _ in range(2):  # the counters are 0 again
+        assert same_bits(attend_masked(attention, q, cache, visible), together)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("num_sms", [None, 1])  # with one, each block computes many splits
+@pytest.mark.parametrize(("sequences", "tokens"), [(1, 5000), (3, 16), (40, 3001), (1100, 70)])
+def test_masked_batches(sequences, tokens, num_sms):
+    masks = [(3 * i % (tokens // 2), tokens - 5 * i % (tokens // 2), ()) for i in range(sequences)]
+    cache = Masked(2, 64, BF16, masks, tokens)
+    cache.mask &= torch.rand(sequences, tokens, device="cuda") < 0.9
+    q = torch.randn(sequences, 8, 64, device="cuda").to(BF16)
+    attention = MaskedDecodeAttention(8, 2, 64, BF16, torch.device("cuda", 0))
+    attention._num_sms = num_sms or attention._num_sms
+    assert relative_error(attend_masked(attention, q, cache), cache.attention(q, 0.125)) <= TOLERANCE[BF16]
+
+
+@pytest.mark.gpu
+def test_masked_strides():
+    """A mask at an odd address with other elements beside it, one mask of all sequences, strided q, k, v and out."""
+    storage = torch.ones(len(MASKS), 1050, dtype=torch.bool, device="cuda")
+    cache = Masked(2, 64, BF16, storage=storage[:, 7:1040])
+    q = torch.randn(len(MASKS), 3, 8, 64, device="cuda").to(BF16)[:, 1]
+    attention = MaskedDecodeAttention(8, 2, 64, BF16, torch.device("cuda", 0))
+    expected = cache.attention(q, 0.2)
+    whole = torch.full((len(MASKS) + 2, 9, 72), -7.0, dtype=BF16, device="cuda")
+    out, visible = whole[1:-1, :8, :64], attention.find_visible(cache.mask)
+    cache.k, cache.v = (torch.stack([t, t], dim=3)[:, :, :, 1] for t in (cache.k, cache.v))
+    assert attention(q, cache.k, cache.v, visible, out, 0.2)
+    assert relative_error(out[1:], expected[1:]) <= TOLERANCE[BF16]
+    out[:] = -7.0
+    assert (whole == -7.0).all()
+    one = Masked(2, 64, BF16, [(3, 900, [(40, 90)])] * 5)
+    one.mask = one.mask[:1].expand(5, -1)
+    assert relative_error(attend_masked(attention, q[:5], one), one.attention(q[:5], 0.125)) <= TOLERANCE[BF16]
+
+
+@pytest.mark.gpu
+def test_in_a_graph_the_mask_may_change_and_layers_share_it():
+    """The layers have other numbers of heads, and more of k and v than others."""
+    layers = [(8, 2), (4, 1), (2, 2)]
+    kernels = [MaskedDecodeAttention(*heads, 64, BF16, torch.device("cuda", 0)) for heads in layers]
+    caches = [Masked(kv_heads, 64, BF16, [(0, 700, ())] * 3, 700) for _, kv_heads in layers]
+    queries = [torch.randn(3, heads, 64, device="cuda").to(BF16) for heads, _ in layers]
+    outs, mask = [torch.empty_like(q) for q in queries], torch.zeros(3, 700, dtype=torch.bool, device="cuda")
+
+    def step():
+        visible = kernels[0].find_visible(mask)
+        for kernel, cache, q, out in zip(kernels, caches, queries, outs, strict=True):
+            assert kernel(q, cache.k, cache.v, visible, out, 0.125)
+
+    step()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    for first, end in ((0, 1), (0, 700), (300, 650)):
+        mask.fill_(False)
+        mask[:, first:end] = True
+        for out in outs:
+            out.fill_(float("nan"))
+        graph.replay()
+        for cache, q, out in zip(caches, queries, outs, strict=True):
+            cache.mask = mask
+            assert relative_error(out, cache.attention(q, 0.125)) <= TOLERANCE[BF16]
+    mask.fill_(False)
+    graph.replay()
+    assert not any(out.any() for out in outs)
+
+
+@pytest.mark.gpu
+def test_what_the_masked_kernel_does_not_take():
+    cache = Masked(2, 64, BF16, [(0, 100, ()), (3, 90, ())], 100)
+    q = torch.randn(2, 8, 64, device="cuda").to(BF16)
+    attention, out = MaskedDecodeAttention(8, 2, 64, BF16, torch.device("cuda", 0)), torch.full_like(q, 3.0)
+    for mask in (cache.mask.byte(), cache.mask[0], cache.mask.t(), cache.mask[:0], cache.mask.cpu()):
+        assert attention.find_visible(mask) is None
+    visible = attention.find_visible(cache.mask)
+    mask, ranges, counters = visible
+    good = {"q": q, "k": cache.k, "v": cache.v, "visible": visible, "out": out}
+    bad = [
+        {"q": q.half()},
+        {"q": q[:1]},
+        {"q": q[..., :32]},
+        {"q": q[:, :6]},
+        {"q": out},
+        {"k": cache.k.half()},
+        {"k": cache.k[:, :, :96], "v": cache.v[:, :, :96]},
+        {"k": cache.k[:1], "v": cache.v[:1]},
+        {"k": cache.k[:, :1], "v": cache.v[:, :1]},
+        {"v": cache.v[:, :, :96]},
+        {"k": cache.k.cpu()},
+        {"out": cache.k[:, 0, :8]},
+        {"visible": VisibleTokens(mask[:1], ranges, counters)},
+        {"visible": VisibleTokens(mask[:, :96], ranges, counters)},
+        {"visible": VisibleTokens(mask.byte(), ranges, counters)},
+        {"visible": VisibleTokens(mask, ranges[:1], counters)},
+        {"visible": VisibleTokens(mask, ranges.long(), counters)},
+        {"visible": VisibleTokens(mask, ranges.cpu(), counters)},
+        {"visible": VisibleTokens(mask, ranges, counters[:3])},
+    ]
+    for change in bad:
+        assert not attention(**{**good, **change}, scale=0.125), change
+    assert (out == 3.0).all()
+    assert attention(**good, scale=0.125)

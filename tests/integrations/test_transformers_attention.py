@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,10 +14,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import jitnorm
 from jitnorm import patch_transformers
-from jitnorm.integrations import transformers_attention
+from jitnorm.batch_invariant import set_batch_invariant_mode
+from jitnorm.integrations import transformers_attention, transformers_decode_attention
+from jitnorm.integrations.decode_attention import VisibleTokens
 from jitnorm.integrations.transformers_attention import PositionEmbeddings
 
-from .common import ATTENTION_MODELS, LAYERS, attentions, batch, logits
+from .common import ATTENTION_MODELS, LAYERS, attentions, batch, in_float64, logits
 from .common import make_model as make
 
 transformers = pytest.importorskip("transformers")
@@ -231,3 +234,186 @@ def test_modules_that_are_left_have_a_reason():
         "small": "no kernel supports head_dim 40",
         "torch": "MultiheadAttention is not a class that jitnorm supports",
     }
+
+
+class DecodeKernel:
+    """The definition of the kernel, for any device and dtype."""
+
+    def __init__(self):
+        self.masks, self.calls = [], 0
+
+    def find_visible(self, mask):
+        self.masks.append(mask)
+        return VisibleTokens(mask, None, torch.zeros(mask.shape[0]))  # the models of these tests have one head of k
+
+    def __call__(self, q, k, v, visible, out, scale):
+        self.calls += 1
+        group = q.shape[1] // k.shape[1]
+        k, v = (t.repeat_interleave(group, dim=1) for t in (k, v))
+        logits = torch.einsum("bhd,bhtd->bht", q, k) * scale
+        weights = logits.masked_fill(~visible.mask[:, None], float("-inf")).softmax(-1)
+        out.copy_(torch.einsum("bht,bhtd->bhd", weights, v))
+        return True
+
+
+@pytest.fixture
+def decode_kernel(monkeypatch):
+    kernel = DecodeKernel()
+    monkeypatch.setattr(transformers_decode_attention, "_kernel", lambda *sizes: kernel)
+    return kernel
+
+
+@models
+def test_decode_steps_with_a_static_cache(name, decode_kernel):
+    """One call for each layer and step, with masks that are read once in a step: one of each kind of layer."""
+    model, inputs = make(name), batch()
+    options = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False, "cache_implementation": "static"}
+    before = model.generate(**inputs, **options, disable_compile=True)
+    with patch_transformers(model):
+        after = model.generate(**inputs, **options, disable_compile=True)
+        calls, kinds = decode_kernel.calls, 2 if name == "Gemma3" else 1
+        assert calls == 5 * LAYERS and len(decode_kernel.masks) == 5 * kinds
+        model.generate(**{key: value[:1] for key, value in inputs.items()}, **options, disable_compile=True)
+        assert decode_kernel.calls == 2 * calls
+    assert torch.equal(after, before)
+    # The first three rows have 0, 1 and 2 tokens of padding before their prompt of 7 tokens.
+    mask = next(m for m in reversed(decode_kernel.masks) if m.shape[0] == 3 and (name != "Gemma3" or m.sum() > 12))
+    if name != "Mistral":
+        assert mask.sum(1).tolist() == [12, 11, 10]
+
+
+def test_decode_steps_that_keep_the_attention_of_transformers(decode_kernel, monkeypatch):
+    """Without a mask, with another attention, with a prompt, with "hf" rounding, in training, and what it lacks."""
+    model, inputs = make("Qwen3"), batch()
+    options = {"max_new_tokens": 3, "min_new_tokens": 3, "do_sample": False, "disable_compile": True}
+    static = options | {"cache_implementation": "static"}
+    with patch_transformers(model):
+        model.generate(inputs["input_ids"].clamp(min=3), **options)  # no padding, a dynamic cache: no mask
+        with set_batch_invariant_mode():
+            model.generate(**inputs, **static)
+        logits(model, inputs)
+        model.config._attn_implementation = "eager"
+        model.generate(**inputs, **static)
+        model.config._attn_implementation = "sdpa"
+        model.double().generate(**inputs, **static)  # the patch leaves this dtype
+        model.float()
+        for module in attentions(model):
+            module.attention_dropout = 0.5
+        model.train().requires_grad_(False)
+        model.generate(**inputs, **static)
+        model.eval()
+        assert not decode_kernel.calls
+        model.generate(**inputs, **static)
+        assert decode_kernel.calls == 2 * LAYERS
+        monkeypatch.setattr(transformers_decode_attention, "_kernel", lambda *sizes: None)
+        model.generate(**inputs, **static)
+    with patch_transformers(model, rounding="hf"):
+        monkeypatch.setattr(transformers_decode_attention, "_kernel", lambda *sizes: decode_kernel)
+        model.generate(**inputs, **static)
+    assert decode_kernel.calls == 2 * LAYERS
+
+
+def test_a_mask_that_the_kernel_does_not_take(decode_kernel):
+    module = attentions(make("Qwen3"))[0]
+    query, key = torch.randn(3, 2, 1, 64), torch.randn(3, 1, 9, 64)
+    mask = torch.rand(3, 1, 1, 9) < 0.7
+    mask[..., -1] = True
+    sdpa = transformers.integrations.sdpa_attention.sdpa_attention_forward
+
+    def attend(query=query, key=key, value=key, mask=mask, attention=sdpa, **options):
+        masks = transformers_decode_attention.MasksOfForward()
+        return transformers_decode_attention.attend(masks, attention, query, key, value, mask, 0.1, options)
+
+    expected = sdpa(module, query, key, key, mask, scaling=0.1)[0]
+    assert relative_error(attend(), expected.double()) < 1e-6
+    assert relative_error(attend(sliding_window=4, is_causal=None, position_ids=None), expected.double()) < 1e-6
+    assert attend(mask=mask[:1]) is not None
+    for change in (
+        {"mask": None},
+        {"mask": mask.float()},
+        {"mask": mask[:2]},
+        {"mask": mask[..., :8]},
+        {"mask": mask.expand(3, 2, 1, 9)},
+        {"query": query.expand(3, 2, 2, 64)},
+        {"query": query.double()},
+        {"value": key.double()},
+        {"key": key.clone().requires_grad_()},
+        {"attention": lambda *arguments: None},
+        {"softcap": 30.0},
+        {"is_causal": True},
+        {"output_attentions": True},
+        {"position_bias": SimpleNamespace()},
+        {"cache": SimpleNamespace()},
+    ):
+        assert attend(**change) is None, change
+    decode_kernel.find_visible = lambda mask: None
+    assert attend() is None
+
+
+def test_there_is_no_decode_kernel_for_a_cpu():
+    arguments = (2, 1, 64, torch.bfloat16, torch.device("cpu"))
+    assert transformers_decode_attention._kernel(*arguments) is None
+
+
+@pytest.mark.parametrize(
+    ("change", "is_there"),
+    [
+        ({}, True),
+        ({"heads": 34}, False),
+        ({"head_dim": 96}, False),
+        ({"dtype": torch.float32}, False),
+        ({"arch": "7.5"}, False),
+        ({"error": RuntimeError("no compiler")}, False),
+    ],
+)
+def test_which_decode_kernels_there_are(change, is_there, monkeypatch, caplog):
+    made = []
+
+    def create(*arguments):
+        if "error" in change:
+            raise change["error"]
+        made.append(arguments)
+        return "the kernel"
+
+    target = SimpleNamespace(arch=change.get("arch", "9.0a"))
+    monkeypatch.setattr(transformers_decode_attention, "cuda_target", lambda index: target)
+    monkeypatch.setattr(transformers_decode_attention, "MaskedDecodeAttention", create)
+    sizes = {"heads": 4, "kv_heads": 2, "head_dim": 64, "dtype": torch.bfloat16} | change
+    arguments = (*(sizes[name] for name in ("heads", "kv_heads", "head_dim", "dtype")), torch.device("cuda", 0))
+    transformers_decode_attention._kernel.cache_clear()
+    found = transformers_decode_attention._kernel(*arguments)
+    transformers_decode_attention._kernel.cache_clear()
+    assert found == ("the kernel" if is_there else None) and made == [arguments] * is_there
+    said = "PyTorch computes the attention of decode steps: no compiler"
+    assert (said in caplog.text) == ("error" in change)
+
+
+@pytest.mark.gpu
+@models
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_decode_steps_on_a_gpu(name, dtype):
+    """Logits of decode steps after a padded prompt are as close to a float64 model's as those of transformers."""
+    model, inputs = make(name, dtype, "cuda"), batch("cuda")
+    tokens = torch.randint(3, 96, (3, 5), device="cuda")
+
+    def decode(model):
+        cache = transformers.StaticCache(config=model.config, max_cache_len=21)
+        mask = inputs["attention_mask"]
+        with torch.no_grad():
+            model(**inputs, past_key_values=cache)
+            steps = []
+            for i in range(tokens.shape[1]):
+                mask = torch.cat([mask, mask.new_ones(3, 1)], dim=1)
+                positions = mask.sum(1, keepdim=True) - 1
+                step = model(tokens[:, i : i + 1], attention_mask=mask, position_ids=positions, past_key_values=cache)
+                steps.append(step.logits)
+        return torch.cat(steps, dim=1)
+
+    exact, before = decode(in_float64(model)), decode(model)
+    calls = []
+    attend = transformers_attention.attend
+    with patch_transformers(model), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(transformers_attention, "attend", lambda *a: calls.append(attend(*a)) or calls[-1])
+        after = decode(model)
+    assert len(calls) == 5 * LAYERS and not any(call is None for call in calls)
+    assert relative_error(after, exact) <= 1.1 * relative_error(before, exact)

@@ -1,8 +1,8 @@
-"""Attention of one new token of each sequence to a paged KV cache: for the decode steps of engines.
+"""Attention of one new token of each sequence, in decode steps: to a paged KV cache, or to tensors with a mask.
 
 Such a step takes as long as reading the keys and values, and for short sequences as long as the latencies of its parts.
-The engines' kernels are made for prompts too: a block of theirs takes so much shared memory that few are on an SM, so
-that little of the cache is in flight where sequences are short. docs/contributing/decisions.md has their times.
+Kernels of engines and of PyTorch are made for prompts too: a block of theirs takes so much shared memory that few are
+on an SM, so that little of the cache is in flight where sequences are short. docs/contributing/decisions.md has times.
 """
 
 from __future__ import annotations
@@ -30,19 +30,50 @@ _SPLITS_OF_ALL_HEADS = 128
 _SPLITS_OF_ALL_SEQUENCES = 8192  # bounds the memory of partial results
 
 
-def spec(num_heads: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype, target: Target) -> KernelSpec:
+def spec(
+    num_heads: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype, target: Target, is_masked: bool = False
+) -> KernelSpec:
     """Return the kernel for layers of this shape. Layers with the same num_heads / num_kv_heads share one."""
     group_size, name = num_heads // num_kv_heads, DTYPE_NAMES[dtype]
+    family = "masked_decode_attention" if is_masked else "decode_attention"
     return EngineKernelSpec(
-        op="decode_attention",
+        op=family,
         family="decode_attention",
         folder="attention",
-        binding="decode_attention",
-        name=f"decode_attention_{head_dim}x{group_size}_{name}",
-        kernel=f"DecodeAttentionKernel<{head_dim}, {group_size}, {name}_t>",
+        binding=family,
+        name=f"{family}_{head_dim}x{group_size}_{name}",
+        kernel=f"DecodeAttentionKernel<{head_dim}, {group_size}, {name}_t, {str(is_masked).lower()}>",
         target=target,
         warmup="",
     )
+
+
+def ranges_spec(target: Target) -> KernelSpec:
+    """Return the kernel of `MaskedDecodeAttention.find_visible`."""
+    family = "mask_ranges"
+    return EngineKernelSpec(
+        op=family,
+        family=family,
+        folder="attention",
+        binding=family,
+        name=family,
+        kernel="MaskRangesKernel",
+        target=target,
+        warmup="",
+    )
+
+
+def reason_without_kernel(num_heads: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype) -> str | None:
+    """Return why there is no kernel for layers of this shape, or None."""
+    if num_heads % num_kv_heads or num_heads > MAX_GROUP_SIZE * num_kv_heads:
+        return (
+            f"num_heads must be num_kv_heads, {num_kv_heads}, or up to {MAX_GROUP_SIZE} times as many, got {num_heads}"
+        )
+    if head_dim not in HEAD_DIMS:
+        return f"head_dim must be {' or '.join(map(str, HEAD_DIMS))}, got {head_dim}"
+    if dtype not in DTYPES:
+        return f"dtype must be bfloat16 or float16, got {dtype}"
+    return None
 
 
 class Splits(NamedTuple):
@@ -74,7 +105,7 @@ def plan_splits(num_sequences: int, num_kv_heads: int, max_length: int, num_sms:
 
 
 class DecodeAttention:
-    """The attention of layers of one shape on one device.
+    """The attention to a paged cache of layers of one shape on one device.
 
     Its calls share counters, so no two of them may run at the same time.
 
@@ -103,15 +134,8 @@ class DecodeAttention:
         device: torch.device,
         max_sequences: int,
     ) -> None:
-        if num_heads % num_kv_heads or num_heads > MAX_GROUP_SIZE * num_kv_heads:
-            raise ValueError(
-                f"num_heads must be num_kv_heads, {num_kv_heads}, or up to {MAX_GROUP_SIZE} times as many, "
-                f"got {num_heads}"
-            )
-        if head_dim not in HEAD_DIMS:
-            raise ValueError(f"head_dim must be {' or '.join(map(str, HEAD_DIMS))}, got {head_dim}")
-        if dtype not in DTYPES:
-            raise ValueError(f"dtype must be bfloat16 or float16, got {dtype}")
+        if reason := reason_without_kernel(num_heads, num_kv_heads, head_dim, dtype):
+            raise ValueError(reason)
         module: Any = load(spec(num_heads, num_kv_heads, head_dim, dtype, cuda_target(device.index)))
         self._function: Callable[..., int] = module.decode_attention
         self._heads, self._kv_heads, self._row = num_heads, num_kv_heads, head_dim + 2  # of partial results
@@ -167,4 +191,105 @@ class DecodeAttention:
         return not self._function(
             *(q, k_cache, v_cache, block_table, seq_lens, out, partials, self._counters),
             *(splits, max_tokens, self._num_sms, scale, window, None),
+        )
+
+
+class VisibleTokens(NamedTuple):
+    """Which tokens the queries of a decode step see. `MaskedDecodeAttention` reads no keys and values of others.
+
+    The calls with it must follow one another on a stream, since they share its counters.
+
+    Attributes:
+        mask: bool `[sequences, tokens]`.
+        ranges: int32 `[sequences, 2]`: the first token that the mask shows, and the one after the last.
+        counters: int32 `[sequences * kv_heads]`.
+    """
+
+    mask: torch.Tensor
+    ranges: torch.Tensor
+    counters: torch.Tensor
+
+
+class MaskedDecodeAttention:
+    """The attention of layers of one shape, on one device, to keys and values that a mask shows.
+
+    Args:
+        num_heads: of q; num_kv_heads, or up to MAX_GROUP_SIZE times as many.
+        num_kv_heads: of k and v.
+        head_dim: of all; one of HEAD_DIMS.
+        dtype: of all tensors but the mask; one of DTYPES.
+        device: a CUDA device with an index.
+
+    Raises:
+        ValueError: there is no kernel for this shape or dtype.
+        RuntimeError: there is no compiler, or the build failed.
+    """
+
+    def __init__(
+        self, num_heads: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        if reason := reason_without_kernel(num_heads, num_kv_heads, head_dim, dtype):
+            raise ValueError(reason)
+        target = cuda_target(device.index)
+        module: Any = load(spec(num_heads, num_kv_heads, head_dim, dtype, target, is_masked=True))
+        self._function: Callable[..., int] = module.masked_decode_attention
+        module = load(ranges_spec(target))
+        self._mask_ranges: Callable[..., int] = module.mask_ranges
+        self._kv_heads, self._partials_of_split = num_kv_heads, num_heads * (head_dim + 2)
+        self._num_sms = torch.cuda.get_device_properties(device).multi_processor_count
+
+    def find_visible(self, mask: torch.Tensor) -> VisibleTokens | None:
+        """Return what a mask shows, or None if the kernel does not take it.
+
+        Args:
+            mask: bool `[sequences, tokens]` on the device: whether the query of a sequence sees a token. The last
+                stride is 1. It must not change until the last call with the result, which may be of any layer with as
+                many num_kv_heads or fewer.
+
+        Raises:
+            RuntimeError: the launch failed.
+        """
+        sequences = mask.shape[0]
+        integers = torch.empty(sequences * (2 + self._kv_heads), dtype=torch.int32, device=mask.device)
+        ranges, counters = integers[: 2 * sequences].view(sequences, 2), integers[2 * sequences :]
+        return None if self._mask_ranges(mask, ranges, counters) else VisibleTokens(mask, ranges, counters)
+
+    def __call__(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        visible: VisibleTokens,
+        out: torch.Tensor,
+        scale: float,
+    ) -> bool:
+        """Write the attention of q to the visible tokens of each sequence, or nothing.
+
+        The result of a sequence depends on the number of sequences and of tokens, masked ones included, but not on what
+        the others are, nor on its place among them. One without visible tokens has zeros. Keys and values between
+        visible tokens are read, and must be finite.
+
+        Args:
+            q: `[sequences, heads, head_dim]`: of the last token of each sequence.
+            k: `[sequences, kv_heads, tokens, head_dim]`. As in q and out, the last stride is 1, and the others are
+                multiples of 16 bytes, as the address is.
+            v: like `k`.
+            visible: as `find_visible` returns it for a mask `[sequences, tokens]`.
+            out: written; like q.
+            scale: of the logits.
+
+        Returns:
+            Whether the kernel takes these arguments.
+
+        Raises:
+            RuntimeError: the launch failed.
+        """
+        sequences, tokens = q.shape[0], k.shape[2]
+        # Of a cache that grows by a token in each step, many lengths have one plan.
+        max_tokens = -(-tokens // _MIN_SPLIT) * _MIN_SPLIT
+        splits, max_tokens_per_split = plan_splits(sequences, self._kv_heads, max_tokens, self._num_sms)
+        partials = torch.empty(sequences * splits * self._partials_of_split, dtype=torch.float32, device=q.device)
+        return not self._function(
+            *(q, k, v, visible.mask, visible.ranges, out, partials, visible.counters),
+            *(splits, max_tokens_per_split, self._num_sms, scale, None),
         )

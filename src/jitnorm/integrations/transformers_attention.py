@@ -16,6 +16,7 @@ from jitnorm.core.eligibility import can_call_operators, has_kernel_layout
 from jitnorm.core.norm_modules import PATCHABLE_FAMILIES
 from jitnorm.core.operators import DTYPES
 from jitnorm.core.torch_library import needs_dispatcher
+from jitnorm.integrations.transformers_decode_attention import MasksOfForward, attend
 from jitnorm.integrations.transformers_norms import PatchedNorm, eps_of_norm, offset_of_norm
 from jitnorm.integrations.transformers_projections import fused_linear, project, projections_of
 from jitnorm.integrations.transformers_sources import reason_if_unknown
@@ -34,10 +35,12 @@ class PositionEmbeddings(tuple[torch.Tensor, ...]):
     Attributes:
         cos_sin_cache: `[rows, head_dim]`: cosines, then sines, without transformers' repetition of each.
         positions: `[tokens]`, int32: the row of each token of the batch.
+        masks: of the forward; None before its first decode attention.
     """
 
     cos_sin_cache: torch.Tensor | None
     positions: torch.Tensor | None
+    masks: MasksOfForward | None = None
 
     def __new__(
         cls,
@@ -117,12 +120,17 @@ class PatchedAttention(torch.nn.Module):
             kwargs["sliding_window"] = self.sliding_window
         elif self._sliding_window_of == "config":
             kwargs["sliding_window"] = getattr(self.config, "sliding_window", None)
-        output, weights = attention(
-            *(self, query, key, value, attention_mask),
-            dropout=self.attention_dropout if self.training else 0.0,
-            scaling=self.scaling,
-            **kwargs,
-        )
+        dropout = self.attention_dropout if self.training else 0.0
+        output, weights = None, None
+        if query.shape[2] == 1 and not (dropout or torch.compiler.is_compiling() or self._jitnorm_rounding == "hf"):
+            if position_embeddings.masks is None:
+                position_embeddings.masks = MasksOfForward()
+            masks = position_embeddings.masks
+            output = attend(masks, attention, query, key, value, attention_mask, self.scaling, kwargs)
+        if output is None:
+            output, weights = attention(
+                self, query, key, value, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs
+            )
         return project(output.reshape(*input_shape, -1).contiguous(), self.o_proj, uses_timed_gemms(self)), weights
 
     def _project(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, bool]:
