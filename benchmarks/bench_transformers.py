@@ -43,6 +43,12 @@ def create_model(layers: int, device: torch.device, dtype: torch.dtype) -> Model
     return model
 
 
+@functools.cache
+def create_reference(layers: int, device: torch.device, dtype: torch.dtype) -> Model:
+    """Return the same model, with the same weights, in float32."""
+    return copy.deepcopy(create_model(layers, device, dtype)).float()
+
+
 def jitnorm(model: Model, **options: bool) -> Callable[..., Any]:
     from jitnorm import patch_transformers
 
@@ -127,7 +133,7 @@ def bench(mode: str, layers: int, batch: int, length: int, impl: str) -> marker.
     embeds = marker.create_random(batch, length, HIDDEN)
     original = create_model(layers, embeds.device, embeds.dtype)
     model = create(impl, layers, embeds.device, embeds.dtype)
-    reference = create_model(layers, embeds.device, torch.float32)
+    reference = create_reference(layers, embeds.device, embeds.dtype)
     with torch.no_grad():
         if mode == "prefill":
             call = lambda x: model(inputs_embeds=x, use_cache=False).last_hidden_state  # noqa: E731
@@ -147,7 +153,7 @@ def bench(mode: str, layers: int, batch: int, length: int, impl: str) -> marker.
             memory_output=None,
             disable_log_bandwidth=True,
             check=check,
-            tolerance=0.03,  # of intermediate results that are rounded
+            tolerance=0.03 * (layers / 4) ** 0.5,  # of intermediate results that are rounded
             cold=False,
         )
 
