@@ -15,10 +15,10 @@ from jitnorm.jit.build import build
 from jitnorm.jit.spec import Target
 
 # By vector width in 16 bits: 1 (one element, odd sizes), 2, 4 and 8 elements; sizes of both kernel classes; and, on
-# CUDA, rows that fill the registers of a block, rows in shared memory, and of clusters of 2, 4 and 8 blocks, of sizes
-# that divide among the threads and that do not; and 3001, whose accesses of 2 bytes have a schedule of their own.
+# CUDA, rows in shared memory, of one block and of a cluster, and in the registers of clusters of 2 and 8 blocks, of
+# sizes that divide among the threads and that do not; and 3001, whose accesses of 2 bytes have a schedule of their own.
 SIZES = [1, 3, 100, 250, 257, 300, 576, 1001, 2880, 5000, 12288]
-LONG_SIZES = [3001, 16384, 20481, 32768, 36000, 40004, 40008, 53248, 65535, 65536]
+LONG_SIZES = [3001, 16384, 20480, 20481, 31000, 32768, 36000, 40004, 40008, 53248, 65535, 65536]
 PAIRS = [(torch.bfloat16, torch.bfloat16), (torch.float16, torch.float32), (torch.float32, torch.bfloat16)]
 
 
@@ -424,10 +424,13 @@ def test_warm_up_builds_what_calls_load(cache_dir, monkeypatch):
 
 
 @pytest.mark.gpu
-# The last two are rows in shared memory, and of clusters.
+# The last three are rows in shared memory, of a cluster and of one block, and in the registers of a cluster.
 @pytest.mark.parametrize(
     ("hidden_size", "dtype"),
-    [(300, torch.bfloat16), (1001, torch.bfloat16), (65536, torch.bfloat16), (65536, torch.float32)],
+    [
+        *((300, torch.bfloat16), (1001, torch.bfloat16)),
+        *((32768, torch.bfloat16), (65536, torch.bfloat16), (65536, torch.float32)),
+    ],
 )
 def test_reads_nothing_before_the_kernel_before_it_has_written(hidden_size, dtype):
     x, w = inputs(3, hidden_size, dtype=dtype, device="cuda")
@@ -451,8 +454,8 @@ def test_reads_nothing_before_the_kernel_before_it_has_written(hidden_size, dtyp
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(  # clusters of two, four and eight blocks
-    ("hidden_size", "residual_dtype"), [(40960, torch.bfloat16), (65536, torch.bfloat16), (65536, torch.float32)]
+@pytest.mark.parametrize(  # clusters of five, three and two blocks on an SM
+    ("hidden_size", "residual_dtype"), [(20480, torch.bfloat16), (65536, torch.bfloat16), (65536, torch.float32)]
 )
 def test_clusters_with_a_residual_read_nothing_before_the_kernel_before_has_written(hidden_size, residual_dtype):
     x, w = inputs(3, hidden_size, dtype=torch.bfloat16, device="cuda")

@@ -113,19 +113,28 @@ constexpr int blocks_per_cluster(int count, int max_of_block) {
   return blocks;
 }
 
-// `row_bytes` is that of the wider of input and residual, and `row_read_bytes` that of both. The registers of a block
-// hold 128 KiB of a row, and at most 32 elements a thread, as the compiler keeps floats; a gate after the norm is more
-// of these. A row with a gate before the norm is not staged, as its product needs registers in any case. While the
-// blocks of a cluster wait for each other, a second block on their SMs works; but rows of up to 224 KiB with their
-// residual are faster in clusters of two large blocks.
-constexpr LongRow long_row(int hidden_size, int row_bytes, int row_read_bytes, bool has_residual, Gating gating) {
-  if (gating == Gating::kNone && row_read_bytes > 128 * 1024) {
-    const bool share_sm = !has_residual || row_read_bytes > 224 * 1024;
-    const int blocks = blocks_per_cluster(row_read_bytes, (share_sm ? 64 : 128) * 1024);
-    const int vectors = (row_bytes / 16 + blocks - 1) / blocks;  // of a block
-    const int per_thread = share_sm ? (vectors + 511) / 512 : max(4, (vectors + 1023) / 1024);
-    return {blocks, round_up((vectors + per_thread - 1) / per_thread, 32), false, share_sm ? 2 : 0};
+// A row in the registers of the eight blocks of a cluster. `row_bytes` is that of the wider of input and residual, and
+// `row_read_bytes` that of both. Small blocks, of which several share an SM, keep loads in flight while others wait for
+// their cluster, and leave little to do when the last of a grid run.
+constexpr LongRow cluster_row(int row_bytes, int row_read_bytes) {
+  const int vectors = (row_bytes / 16 + 7) / 8;  // of a block
+  if (row_read_bytes > 256 * 1024) {
+    const int per_thread = (vectors + 511) / 512;
+    return {8, round_up((vectors + per_thread - 1) / per_thread, 32), false, 2};
   }
+  const bool is_short = row_read_bytes <= 128 * 1024;
+  const int per_thread = max(1, (is_short ? 4 : 8) * row_bytes / row_read_bytes);
+  const int threads = round_up((vectors + per_thread - 1) / per_thread, 32);
+  return {8, threads, false, min(6, (is_short ? 1280 : 768) / threads)};
+}
+
+// The registers of a block hold 128 KiB of a row, and at most 32 elements a thread, as the compiler keeps floats; a
+// gate after the norm is more of these. So long rows of 16-bit elements without a residual are staged. A row with a
+// gate before the norm is not, as its product needs registers in any case.
+constexpr LongRow long_row(int hidden_size, int row_bytes, int row_read_bytes, bool adds_residual, Gating gating) {
+  if (gating == Gating::kNone && (adds_residual || row_bytes > 2 * hidden_size))
+    return cluster_row(row_bytes, row_read_bytes);
+  if (gating == Gating::kNone && row_bytes <= 64 * 1024) return {8, round_up((row_bytes / 16 + 31) / 32, 32), true};
   const int blocks = max(blocks_per_cluster(row_read_bytes, 128 * 1024), blocks_per_cluster(hidden_size, 32 * 1024));
   const bool fits_registers = blocks == 1 && gating != Gating::kAfterNorm;
   if (gating != Gating::kBeforeNorm && !fits_registers && row_read_bytes <= kMaxStagedBytes) return {1, 1024, true};
@@ -170,13 +179,20 @@ struct DefaultSchedule {
   static constexpr bool kHasWholeVectors = kAccessBytes == 16;
   static constexpr bool kIsEven = kHasWholeVectors && kRowBytes % (16 * kWarpSize) == 0;
   static constexpr bool kIsLayerNorm = Policy::kSubtractsMean && kHasWholeVectors && kHiddenSize > 256;
-  static constexpr int kMaxRowKiB = !kHasWholeVectors ? 32 : kIsLayerNorm ? 20 : Policy::kHasResidual ? 48 : 64;
-  static constexpr bool kIsLong = kHasClusters && kRowBytes > kMaxRowKiB * 1024;
+  static constexpr bool kAddsResidual = Policy::kHasResidual && Policy::kGating == Gating::kNone;
+  // A row of 64 KiB of 16-bit elements would take most registers of an SM. Residual rows are long by what they read.
+  static constexpr int kMaxRowKiB = !kHasWholeVectors      ? 32
+                                    : kIsLayerNorm         ? 20
+                                    : Policy::kHasResidual ? 48
+                                    : Bytes::kInput == 2   ? 60
+                                                           : 64;
+  static constexpr bool kIsLong =
+      kHasClusters && (kHasWholeVectors && kAddsResidual ? kRowReadBytes > 72 * 1024 : kRowBytes > kMaxRowKiB * 1024);
   static constexpr LongRow kLongRow =
       !kIsLong            ? LongRow{1, 0, false}
       : !kHasWholeVectors ? long_narrow_row(kRowBytes, Policy::kHasResidual)
       : kIsLayerNorm      ? long_layernorm_row(kRowReadBytes)
-                          : long_row(kHiddenSize, kRowBytes, kRowReadBytes, Policy::kHasResidual, Policy::kGating);
+                          : long_row(kHiddenSize, kRowBytes, kRowReadBytes, kAddsResidual, Policy::kGating);
   static constexpr int kThreads = kHiddenSize <= 256     ? warp_threads_per_row(kRowBytes)
                                   : kIsLong              ? kLongRow.threads
                                   : Policy::kHasResidual ? residual_threads_per_row(kRowBytes, kHasWholeVectors)
