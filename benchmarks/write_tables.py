@@ -170,6 +170,25 @@ def _engine_rows(measure: str, models: tuple[str, ...] = (), batches: tuple[int,
     return lines
 
 
+def transformers_h200() -> list[str]:
+    """Return the times of layers in transformers, unpatched and with each patch."""
+    columns = {
+        "transformers": "transformers",
+        "liger": "Liger",
+        "jitnorm": "jitnorm",
+        "fused_projections": "`fuse_projections`",
+        "timed_gemms": "`time_gemms` too",
+    }
+    lines = _header(["mode", "layers", "sequences", "new tokens of each", *columns.values(), "jitnorm / Liger"])
+    for row in _read("transformers_h200").rows:
+        us = {line: result.seconds * 1e6 for line, result in row.results().items()}
+        times = [_us(us[line], us[line] == min(us.values())) for line in columns]
+        names = ("mode", "layers", "batch", "length")
+        ratio = f"{us['jitnorm'] / us['liger']:.2f}"
+        lines.append(_row([*(str(row.point[name]) for name in names), *times, ratio]))
+    return lines
+
+
 def servers_h200() -> list[str]:
     """Return the times that clients of `vllm serve` measure, with the shortest and the longest sample."""
     lines = [_row(["model", "requests", "time", "stock, ms", "plugin, ms", "plugin / stock"])]
@@ -366,6 +385,7 @@ TABLES: dict[str, Callable[[], list[str]]] = {
         few_rows_h200,
         gated_linear_h200,
         engines_h200,
+        transformers_h200,
         engine_graphs_h200,
         engine_steps_h200,
         servers_h200,

@@ -151,7 +151,7 @@ struct DecodeAttentionKernel : DefaultVariantOnly {
         load_index(p.block_table, sequence * p.table_stride + quotient(token, p.block_divisor), false));
   }
 
-  static __device__ __forceinline__ int place_in_page(const DecodeAttentionParams& p, int token) {
+  static __device__ __forceinline__ int offset_in_page(const DecodeAttentionParams& p, int token) {
     return kIsMasked ? token : token - int(quotient(token, p.block_divisor) * p.block_size);
   }
 
@@ -170,7 +170,7 @@ struct DecodeAttentionKernel : DefaultVariantOnly {
     uint4 q[kHeadTiles][kKLoads];  // of the heads group and group + 8
     uint4 k[2][kKLoads];           // of the tokens group and group + 8
     uint4 v[4][kVLoads];           // of the tokens 2 quad, 2 quad + 1 and these plus 8
-    bool is_seen[4];               // the same tokens; only if masked
+    bool is_visible[4];            // the same tokens; only if masked
 
     // Of a split's first step.
     __device__ __forceinline__ void load(const DecodeAttentionParams& p, const Split& split) {
@@ -200,7 +200,7 @@ struct DecodeAttentionKernel : DefaultVariantOnly {
 
     __device__ __forceinline__ void load_k(const DecodeAttentionParams& p, const Split& split) {
       const int lane = threadIdx.x % 32;
-      const int in_page = place_in_page(p, split.token);
+      const int in_page = offset_in_page(p, split.token);
       const char* from = p.k_cache + split.head * p.k_head_stride + split.page * p.k_block_stride + lane % 4 * 16;
 #pragma unroll
       for (int t = 0; t < 2; t++) {
@@ -214,13 +214,13 @@ struct DecodeAttentionKernel : DefaultVariantOnly {
       if constexpr (kIsMasked) {
         const unsigned char* from = p.mask + split.sequence * p.mask_stride;
 #pragma unroll
-        for (int i = 0; i < 4; i++) is_seen[i] = from[clamp(token_of(split.token, i), split)] != 0;
+        for (int i = 0; i < 4; i++) is_visible[i] = from[clamp(token_of(split.token, i), split)] != 0;
       }
     }
 
     __device__ __forceinline__ void load_v(const DecodeAttentionParams& p, const Split& split) {
       const int lane = threadIdx.x % 32;
-      const int in_page = place_in_page(p, split.token);
+      const int in_page = offset_in_page(p, split.token);
       const char* from = p.v_cache + split.head * p.v_head_stride + split.page * p.v_block_stride + lane / 4 * 16;
 #pragma unroll
       for (int t = 0; t < 4; t++) {
@@ -268,9 +268,9 @@ struct DecodeAttentionKernel : DefaultVariantOnly {
         }
       }
       const int token = split.token;
-      bool is_seen[4];
+      bool is_visible[4];
 #pragma unroll
-      for (int i = 0; i < 4; i++) is_seen[i] = !kIsMasked || operands.is_seen[i];
+      for (int i = 0; i < 4; i++) is_visible[i] = !kIsMasked || operands.is_visible[i];
       split.token += kTokensPerRound;
       split.page = later_page;
       const bool is_last_step = !split.has_tokens();
@@ -288,7 +288,7 @@ struct DecodeAttentionKernel : DefaultVariantOnly {
 #pragma unroll
         for (int i = 0; i < 4; i++) {
           const int of_logit = token_of(token, i);
-          x[i] = of_logit < split.first || of_logit >= split.end || !is_seen[i]
+          x[i] = of_logit < split.first || of_logit >= split.end || !is_visible[i]
                      ? __int_as_float(0xff800000)
                      : logits[i / 2][2 * h + i % 2] * p.scale;
           highest = fmaxf(highest, x[i]);

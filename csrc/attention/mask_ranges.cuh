@@ -1,4 +1,4 @@
-// The range of tokens that the mask of each sequence shows, on CUDA. Attention reads no keys and values outside it. A
+// The range of visible tokens of each sequence, by its mask, on CUDA. Attention reads no keys and values outside it. A
 // thread block has a sequence. Included by generated sources (jitnorm/jit/spec.py).
 #pragma once
 #include "attention/mask_ranges.h"

@@ -1,4 +1,4 @@
-// The range of tokens that the mask of each sequence shows: the parameter struct of the kernel class and, for the host
+// The range of visible tokens of each sequence, by its mask: the parameter struct of the kernel class and, for the host
 // compiler, the bindings function that fills it in. Included by mask_ranges.cuh.
 #pragma once
 #include "jitnorm/kernel_info.h"
@@ -6,9 +6,9 @@
 namespace jitnorm {
 
 struct MaskRangesParams {
-  const unsigned char* mask;  // [sequences, tokens], not 0 for a token that is shown
-  int* ranges;                // [sequences, 2]: the first of them, and the one after the last; 0 and 0 if there is none
-  unsigned* counters;         // of masked_decode_attention; they become 0
+  const unsigned char* mask;  // [sequences, tokens], not 0 for a visible token
+  int* ranges;         // [sequences, 2]: the first visible token, and the one after the last; 0 and 0 if there is none
+  unsigned* counters;  // of masked_decode_attention; they become 0
   index_t mask_stride;
   index_t num_counters;
   unsigned num_sequences;
@@ -47,7 +47,7 @@ Outcome mask_ranges(const Kernel& kernel, const TVMFFIAny* args, int num_args) {
   if (!is_mask(mask, device) || !is_integers(ranges, 32, 2, device) || !is_integers(counters, 32, 1, device))
     return Outcome::kRefused;
   const index_t sequences = mask->shape[0], tokens = mask->shape[1];
-  if (sequences < 1 || sequences > 0x7fffffff || tokens > 0x7fffffff || ranges->shape[0] != sequences ||
+  if (sequences < 1 || sequences > 0x7fffffff || tokens > 1 << 30 || ranges->shape[0] != sequences ||
       ranges->shape[1] != 2 || (sequences > 1 && ranges->strides[0] != 2) ||
       share_memory(as_one_row(*ranges), as_one_row(*mask)) || share_memory(as_one_row(*counters), as_one_row(*mask)) ||
       share_memory(as_one_row(*counters), as_one_row(*ranges)))

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from helpers import relative_error, same_bits
+from torch.overrides import BaseTorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import jitnorm
@@ -313,7 +314,7 @@ def test_decode_steps_that_keep_the_attention_of_transformers(decode_kernel, mon
     assert decode_kernel.calls == 2 * LAYERS
 
 
-def test_a_mask_that_the_kernel_does_not_take(decode_kernel):
+def test_a_mask_that_the_kernel_does_not_take(decode_kernel, monkeypatch):
     module = attentions(make("Qwen3"))[0]
     query, key = torch.randn(3, 2, 1, 64), torch.randn(3, 1, 9, 64)
     mask = torch.rand(3, 1, 1, 9) < 0.7
@@ -337,17 +338,38 @@ def test_a_mask_that_the_kernel_does_not_take(decode_kernel):
         {"query": query.expand(3, 2, 2, 64)},
         {"query": query.double()},
         {"value": key.double()},
+        {"query": query.clone().requires_grad_()},
         {"key": key.clone().requires_grad_()},
         {"attention": lambda *arguments: None},
         {"softcap": 30.0},
         {"is_causal": True},
         {"output_attentions": True},
-        {"position_bias": SimpleNamespace()},
+        {"softcap": 0.0},
+        {"position_bias": torch.zeros(1, 2, 1, 9)},
         {"cache": SimpleNamespace()},
     ):
         assert attend(**change) is None, change
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.nn.functional, "scaled_dot_product_attention", lambda *arguments: None)
+        assert attend() is None
+    with BaseTorchFunctionMode():
+        assert attend() is None
     decode_kernel.find_visible = lambda mask: None
     assert attend() is None
+
+
+@torch.no_grad()
+def test_a_mask_that_changes_is_read_again(decode_kernel):
+    """Position embeddings, which have what is known of a mask, may be used in several steps."""
+    masks, key = transformers_decode_attention.MasksOfForward(), torch.randn(3, 1, 9, 64)
+    mask = torch.ones(3, 1, 1, 9, dtype=torch.bool)
+    first = masks.find(decode_kernel, mask, key)
+    assert masks.find(decode_kernel, mask, key) is first
+    mask[..., 4] = False
+    assert masks.find(decode_kernel, mask, key) is not first and len(decode_kernel.masks) == 2
+    with torch.inference_mode():
+        other = torch.ones(3, 1, 1, 9, dtype=torch.bool)  # which has no version
+        assert masks.find(decode_kernel, other, key) is masks.find(decode_kernel, other, key)
 
 
 def test_there_is_no_decode_kernel_for_a_cpu():

@@ -115,7 +115,7 @@ constexpr int blocks_per_cluster(int count, int max_of_block) {
 
 // A row in the registers of the eight blocks of a cluster. `row_bytes` is that of the wider of input and residual, and
 // `row_read_bytes` that of both. Small blocks, of which several share an SM, keep loads in flight while others wait for
-// their cluster, and leave little to do when the last of a grid run.
+// their cluster, and shorten the tail of the grid.
 constexpr LongRow cluster_row(int row_bytes, int row_read_bytes) {
   const int vectors = (row_bytes / 16 + 7) / 8;  // of a block
   if (row_read_bytes > 256 * 1024) {
@@ -129,10 +129,10 @@ constexpr LongRow cluster_row(int row_bytes, int row_read_bytes) {
 }
 
 // The registers of a block hold 128 KiB of a row, and at most 32 elements a thread, as the compiler keeps floats; a
-// gate after the norm is more of these. So long rows of 16-bit elements without a residual are staged. A row with a
-// gate before the norm is not, as its product needs registers in any case.
-constexpr LongRow long_row(int hidden_size, int row_bytes, int row_read_bytes, bool adds_residual, Gating gating) {
-  if (gating == Gating::kNone && (adds_residual || row_bytes > 2 * hidden_size))
+// gate after the norm is more of these. Therefore long rows of 16-bit elements without a residual are staged. A row
+// with a gate before the norm is not, as its product needs registers in any case.
+constexpr LongRow long_row(int hidden_size, int row_bytes, int row_read_bytes, bool has_residual_add, Gating gating) {
+  if (gating == Gating::kNone && (has_residual_add || row_bytes > 2 * hidden_size))
     return cluster_row(row_bytes, row_read_bytes);
   if (gating == Gating::kNone && row_bytes <= 64 * 1024) return {8, round_up((row_bytes / 16 + 31) / 32, 32), true};
   const int blocks = max(blocks_per_cluster(row_read_bytes, 128 * 1024), blocks_per_cluster(hidden_size, 32 * 1024));
@@ -179,7 +179,7 @@ struct DefaultSchedule {
   static constexpr bool kHasWholeVectors = kAccessBytes == 16;
   static constexpr bool kIsEven = kHasWholeVectors && kRowBytes % (16 * kWarpSize) == 0;
   static constexpr bool kIsLayerNorm = Policy::kSubtractsMean && kHasWholeVectors && kHiddenSize > 256;
-  static constexpr bool kAddsResidual = Policy::kHasResidual && Policy::kGating == Gating::kNone;
+  static constexpr bool kHasResidualAdd = Policy::kHasResidual && Policy::kGating == Gating::kNone;
   // A row of 64 KiB of 16-bit elements would take most registers of an SM. Residual rows are long by what they read.
   static constexpr int kMaxRowKiB = !kHasWholeVectors      ? 32
                                     : kIsLayerNorm         ? 20
@@ -187,12 +187,12 @@ struct DefaultSchedule {
                                     : Bytes::kInput == 2   ? 60
                                                            : 64;
   static constexpr bool kIsLong =
-      kHasClusters && (kHasWholeVectors && kAddsResidual ? kRowReadBytes > 72 * 1024 : kRowBytes > kMaxRowKiB * 1024);
+      kHasClusters && (kHasWholeVectors && kHasResidualAdd ? kRowReadBytes > 72 * 1024 : kRowBytes > kMaxRowKiB * 1024);
   static constexpr LongRow kLongRow =
       !kIsLong            ? LongRow{1, 0, false}
       : !kHasWholeVectors ? long_narrow_row(kRowBytes, Policy::kHasResidual)
       : kIsLayerNorm      ? long_layernorm_row(kRowReadBytes)
-                          : long_row(kHiddenSize, kRowBytes, kRowReadBytes, kAddsResidual, Policy::kGating);
+                          : long_row(kHiddenSize, kRowBytes, kRowReadBytes, kHasResidualAdd, Policy::kGating);
   static constexpr int kThreads = kHiddenSize <= 256     ? warp_threads_per_row(kRowBytes)
                                   : kIsLong              ? kLongRow.threads
                                   : Policy::kHasResidual ? residual_threads_per_row(kRowBytes, kHasWholeVectors)

@@ -201,7 +201,7 @@ class VisibleTokens(NamedTuple):
 
     Attributes:
         mask: bool `[sequences, tokens]`.
-        ranges: int32 `[sequences, 2]`: the first token that the mask shows, and the one after the last.
+        ranges: int32 `[sequences, 2]`: the first visible token, and the one after the last.
         counters: int32 `[sequences * kv_heads]`.
     """
 
@@ -211,7 +211,7 @@ class VisibleTokens(NamedTuple):
 
 
 class MaskedDecodeAttention:
-    """The attention of layers of one shape, on one device, to keys and values that a mask shows.
+    """The attention of layers of one shape, on one device, to keys and values with a mask.
 
     Args:
         num_heads: of q; num_kv_heads, or up to MAX_GROUP_SIZE times as many.
@@ -239,7 +239,7 @@ class MaskedDecodeAttention:
         self._num_sms = torch.cuda.get_device_properties(device).multi_processor_count
 
     def find_visible(self, mask: torch.Tensor) -> VisibleTokens | None:
-        """Return what a mask shows, or None if the kernel does not take it.
+        """Return the visible tokens of a mask, or None if the kernel does not take it.
 
         Args:
             mask: bool `[sequences, tokens]` on the device: whether the query of a sequence sees a token. The last

@@ -170,7 +170,10 @@ def patch_transformers(
     - Attention: one launch normalises and rotates q and k, in float32, and rounds once, where transformers rounds up to
       five times. The rotary embedding prepares the cosines and sines once in a forward of the model. The original
       forward of a layer runs where the position embeddings do not come from the model's patched rotary embedding, as
-      when accelerate spreads the layers over several devices.
+      when accelerate spreads the layers over several devices. In decode steps with a boolean mask, as those with a
+      static cache, a kernel computes attention instead of PyTorch's, for heads of 64 or 128 elements in bfloat16 or
+      float16 on a GPU: not under torch.compile, with "hf" rounding or in the batch-invariant mode. Its bits depend on
+      the number of sequences and of places in the cache.
     - Layers: one launch adds the residual and normalises the sum, with the roundings of transformers: of the sum, and
       of the norm as above. An addition is left to PyTorch where anything else may see a tensor that the kernel
       overwrites, such as a hook, and in the first layer.

@@ -12,6 +12,7 @@ import sys
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 from jitnorm.batch_invariant.mode import is_batch_invariant_mode_enabled
 from jitnorm.core.targets import cuda_target
@@ -24,27 +25,33 @@ from jitnorm.integrations.decode_attention import (
 )
 from jitnorm.jit.log import warn_once
 
+_SDPA = F.scaled_dot_product_attention  # which libraries replace by attention of their own
 # Arguments of transformers' function that change what it computes or returns, or that it refuses. It ignores others.
 _OPTIONS = ("softcap", "position_bias", "cache", "is_causal", "output_attentions")
 
 
 class MasksOfForward:
-    """The masks that the layers of a model had in one forward, with what each shows.
+    """The masks that the layers of a model had in one forward, with the tokens that are visible in each.
 
     Most layers have the same one, so that it is read once.
     """
 
     def __init__(self) -> None:
-        self._found: list[tuple[torch.Tensor, VisibleTokens | None]] = []
+        self._found: list[tuple[torch.Tensor, tuple[int, bool], VisibleTokens | None]] = []
 
     def find(self, kernel: MaskedDecodeAttention, mask: torch.Tensor, key: torch.Tensor) -> VisibleTokens | None:
-        """Return what a mask `[sequences or 1, 1, 1, tokens]` shows, or None if the kernel does not take it."""
+        """Return the visible tokens of a mask `[sequences or 1, 1, 1, tokens]`, or None if the kernel does not take it.
+
+        A mask that was changed in place is read again, and so is one in each capture of a CUDA graph: position
+        embeddings that a caller keeps outlive a forward.
+        """
         sequences, kv_heads = key.shape[:2]
-        for seen, visible in self._found:
-            if seen is mask and (visible is None or visible.counters.shape[0] >= sequences * kv_heads):
+        state = (0 if mask.is_inference() else mask._version, mask.is_cuda and torch.cuda.is_current_stream_capturing())
+        for found, at, visible in self._found:
+            if found is mask and at == state and (visible is None or visible.counters.shape[0] >= sequences * kv_heads):
                 return visible
         visible = kernel.find_visible(mask[:, 0, 0].expand(sequences, -1))
-        self._found.append((mask, visible))
+        self._found.append((mask, state, visible))
         return visible
 
 
@@ -73,11 +80,11 @@ def attend(
     Returns:
         `[sequences, 1, heads, head_dim]`, as `attention` returns it.
     """
-    if not _can_attend(attention, query, key, value, mask, options):
+    if not _can_attend(attention, query, key, value, mask, options) or needs_dispatcher(query, key, value, mask):
         return None
     sequences, heads, _, head_dim = query.shape
     kernel = _kernel(heads, key.shape[1], head_dim, query.dtype, query.device)
-    if kernel is None or needs_dispatcher(query, key, value, mask):
+    if kernel is None:
         return None
     visible = masks.find(kernel, mask, key)
     out = torch.empty(sequences, 1, heads, head_dim, dtype=query.dtype, device=query.device)
@@ -95,18 +102,22 @@ def _can_attend(
         and mask.dtype == torch.bool
         and query.device == key.device == value.device == mask.device
         and query.dtype == key.dtype == value.dtype
-        and not (key.requires_grad or value.requires_grad)
+        and not (query.requires_grad or key.requires_grad or value.requires_grad)
         and mask.shape in ((query.shape[0], 1, 1, key.shape[2]), (1, 1, 1, key.shape[2]))
         and _is_sdpa(attention)
-        and not any(options.get(name) for name in _OPTIONS)
+        and all(options.get(name) is None or options.get(name) is False for name in _OPTIONS)
         and not is_batch_invariant_mode_enabled()
     )
 
 
 def _is_sdpa(attention: Any) -> bool:
-    """Return whether it is transformers' function for PyTorch's attention, not one registered under its name."""
+    """Return whether it is transformers' function, which calls PyTorch's attention, and neither has been replaced."""
     module = sys.modules.get("transformers.integrations.sdpa_attention")
-    return attention is getattr(module, "sdpa_attention_forward", None)
+    return (
+        attention is getattr(module, "sdpa_attention_forward", None)
+        and F.scaled_dot_product_attention is _SDPA
+        and torch._C._len_torch_function_stack() == 0
+    )
 
 
 @functools.cache
@@ -118,9 +129,9 @@ def _kernel(
         return None
     if reason_without_kernel(heads, kv_heads, head_dim, dtype) is not None:
         return None
-    if float(cuda_target(device.index).arch.rstrip("af")) < MIN_ARCH:
-        return None
     try:
+        if float(cuda_target(device.index).arch.rstrip("af")) < MIN_ARCH:
+            return None
         return MaskedDecodeAttention(heads, kv_heads, head_dim, dtype, device)
     except (RuntimeError, OSError) as error:
         warn_once(f"PyTorch computes the attention of decode steps: {error}")
