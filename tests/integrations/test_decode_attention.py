@@ -94,6 +94,13 @@ def test_compiles(arch, heads, kv_heads, head_dim, dtype, is_masked):
     assert f"{'masked_' * is_masked}decode_attention_{head_dim}x{heads // kv_heads}".encode() in entry.verify()
 
 
+def test_what_builds_the_kernels_ahead_of_time():
+    target = Target.cuda("9.0a")
+    for kernel in (spec(8, 2, 64, BF16, target, is_masked=True), ranges_spec(target)):
+        assert kernel.warmup_command.startswith("run a decode step with a mask")
+    assert spec(8, 2, 64, BF16, target).warmup_command.startswith("load the model")
+
+
 @pytest.mark.nvcc
 def test_ranges_compile():
     assert b"mask_ranges" in build(ranges_spec(Target.cuda("9.0a"))).verify()

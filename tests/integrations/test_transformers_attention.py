@@ -328,7 +328,7 @@ def test_a_mask_that_the_kernel_does_not_take(decode_kernel, monkeypatch):
     expected = sdpa(module, query, key, key, mask, scaling=0.1)[0]
     assert relative_error(attend(), expected.double()) < 1e-6
     assert relative_error(attend(sliding_window=4, is_causal=None, position_ids=None), expected.double()) < 1e-6
-    assert attend(mask=mask[:1]) is not None
+    assert attend(mask=mask[:1]) is not None and decode_kernel.masks[-1].shape == (3, 9)  # one mask of all sequences
     for change in (
         {"mask": None},
         {"mask": mask.float()},

@@ -30,13 +30,23 @@ _SPLITS_OF_ALL_HEADS = 128
 _SPLITS_OF_ALL_SEQUENCES = 8192  # bounds the memory of partial results
 
 
+class MaskedKernelSpec(EngineKernelSpec):
+    """A kernel of decode steps with a mask, which a patched model loads in the first of them."""
+
+    @property
+    def warmup_command(self) -> str:
+        """Return what builds it ahead of time."""
+        return "run a decode step with a mask once where there is a compiler"
+
+
 def spec(
     num_heads: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype, target: Target, is_masked: bool = False
 ) -> KernelSpec:
     """Return the kernel for layers of this shape. Layers with the same num_heads / num_kv_heads share one."""
     group_size, name = num_heads // num_kv_heads, DTYPE_NAMES[dtype]
     family = "masked_decode_attention" if is_masked else "decode_attention"
-    return EngineKernelSpec(
+    cls = MaskedKernelSpec if is_masked else EngineKernelSpec
+    return cls(
         op=family,
         family="decode_attention",
         folder="attention",
@@ -51,7 +61,7 @@ def spec(
 def ranges_spec(target: Target) -> KernelSpec:
     """Return the kernel of `MaskedDecodeAttention.find_visible`."""
     family = "mask_ranges"
-    return EngineKernelSpec(
+    return MaskedKernelSpec(
         op=family,
         family=family,
         folder="attention",
