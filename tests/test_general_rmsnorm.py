@@ -15,8 +15,8 @@ from jitnorm.jit.build import build
 from jitnorm.jit.spec import Target
 
 # By vector width in 16 bits: 1 (one element, odd sizes), 2, 4 and 8 elements; sizes of both kernel classes; and, on
-# CUDA, rows in shared memory, of one block and of a cluster, and in the registers of clusters of 2 and 8 blocks, of
-# sizes that divide among the threads and that do not; and 3001, whose accesses of 2 bytes have a schedule of their own.
+# CUDA, rows in the registers of clusters of 2 and 8 blocks, of sizes that divide among the threads and that do not; and
+# 3001, whose accesses of 2 bytes have a schedule of their own.
 SIZES = [1, 3, 100, 250, 257, 300, 576, 1001, 2880, 5000, 12288]
 LONG_SIZES = [3001, 16384, 20480, 20481, 31000, 32768, 36000, 40004, 40008, 53248, 65535, 65536]
 PAIRS = [(torch.bfloat16, torch.bfloat16), (torch.float16, torch.float32), (torch.float32, torch.bfloat16)]
@@ -159,8 +159,7 @@ def test_a_weight_for_each_head(device):
         general_rmsnorm(heads_first, w)
 
 
-# Whole vectors of 16 bytes, and one element in each; and, on CUDA, rows that wait in shared memory, and that fill the
-# registers of a block.
+# Whole vectors of 16 bytes, and one element in each; and, on CUDA, rows of a cluster, of both widths.
 @pytest.mark.parametrize(
     ("hidden_size", "dtype"),
     [
@@ -198,19 +197,33 @@ def test_the_same_bits_in_any_batch(device, hidden_size, dtype):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("residual_dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("hidden_size", [300, 601, 602, 1001])  # accesses of 8, 2, 4 and 2 bytes
-def test_large_grids_of_rows_without_whole_vectors(hidden_size, residual_dtype):
+@pytest.mark.parametrize(
+    ("hidden_size", "num_rows", "dtype", "residual_dtype"),
+    [
+        *(
+            (size, num_rows, torch.bfloat16, residual_dtype)
+            for size, num_rows in (
+                *((300, 60001), (601, 60001), (602, 60001), (1001, 60001)),  # accesses of 8, 2, 4 and 2 bytes
+                (24584, 1031),  # of clusters, whose blocks prefetch parts of unequal size
+                (40012, 701),  # without whole vectors, where a float32 residual has them
+            )
+            for residual_dtype in (torch.bfloat16, torch.float32)
+        ),
+        (16412, 1031, torch.float32, torch.float32),
+    ],
+)
+def test_large_grids(hidden_size, num_rows, dtype, residual_dtype):
     """Expect rows of grids large enough for prefetches to have the bits that they have in small grids."""
-    num_rows, stride = 60001, hidden_size + 4  # rows are as aligned as contiguous ones, and the last ends the memory
-    memory = torch.randn((num_rows - 1) * stride + hidden_size, device="cuda").bfloat16()
-    w = torch.randn(hidden_size, device="cuda").bfloat16()
+    stride = hidden_size + 16 // dtype.itemsize  # rows are as aligned as contiguous ones; the last ends the memory
+    memory = torch.randn((num_rows - 1) * stride + hidden_size, device="cuda").to(dtype)
+    w = torch.randn(hidden_size, device="cuda").to(dtype)
     x, added = (m.as_strided((num_rows, hidden_size), (stride, 1)) for m in (memory, memory.clone()))
     residual = torch.randn(num_rows, hidden_size, device="cuda").to(residual_dtype)
     out, sums = general_rmsnorm(x, w, out=poisoned(x)), residual.clone()
     general_fused_add_rmsnorm(added, sums, w)
-    assert relative_error(out, reference(x, w)[0]) <= TOLERANCE[torch.bfloat16]
-    for rows in (slice(0, 5), slice(29999, 30004), slice(59996, 60001)):
+    assert relative_error(out, reference(x, w)[0]) <= TOLERANCE[dtype]
+    assert relative_error(added, reference(x.double() + residual.double(), w)[0]) <= TOLERANCE[dtype]
+    for rows in (slice(0, 5), slice(num_rows // 2, num_rows // 2 + 5), slice(num_rows - 5, num_rows)):
         assert same_bits(general_rmsnorm(x[rows], w), out[rows])
         expected, total = x[rows].clone(), residual[rows].clone()
         general_fused_add_rmsnorm(expected, total, w)
@@ -424,7 +437,7 @@ def test_warm_up_builds_what_calls_load(cache_dir, monkeypatch):
 
 
 @pytest.mark.gpu
-# The last three are rows in shared memory, of a cluster and of one block, and in the registers of a cluster.
+# The last three are rows of clusters, with and without a prefetch in large grids.
 @pytest.mark.parametrize(
     ("hidden_size", "dtype"),
     [

@@ -109,7 +109,8 @@ class VllmServer:
             except (urllib.error.URLError, ConnectionError, TimeoutError):
                 pass  # it is not listening yet
             if self.process.poll() is not None:
-                raise RuntimeError(f"vllm serve ended with status {self.process.returncode}")
+                lines = self.log.read_text(errors="replace").strip().splitlines()
+                raise RuntimeError(f"vllm serve ended with status {self.process.returncode}: {' | '.join(lines[-3:])}")
             time.sleep(0.1)
 
     def _print_log(self) -> None:

@@ -52,12 +52,21 @@ __device__ __forceinline__ void rmsnorm_block(const typename Kernel::params_t& p
   fragment.read_factors(weight, bias);
   const float static_scale = kQuantisation == Quantisation::kStatic ? load(p.scale) : 1;
   if (kVariant != GridVariant::kSmallGrid) launch_dependents();
-  // Not of the last block, which may have fewer rows.
-  if (kVariant == GridVariant::kLargeGrid && Kernel::kHasPrefetch && fragment.lane == 0 &&
-      blockIdx.x + Kernel::kBlocksAhead < gridDim.x - 1) {
-    constexpr index_t kRowsAhead = index_t(Kernel::kBlocksAhead) * Kernel::kRowsPerBlock;
-    prefetch<Kernel::kRowBytes>(input + kRowsAhead * p.input_stride);
-    if constexpr (kHasResidual) prefetch<Kernel::kResidualRowBytes>(residual + kRowsAhead * p.residual_stride);
+  if constexpr (kVariant == GridVariant::kLargeGrid && Kernel::kHasPrefetch) {
+    constexpr index_t kRowsAhead = index_t(Kernel::kBlocksAhead / kBlocksPerCluster) * Kernel::kRowsPerBlock;
+    const T* input_ahead = input + kRowsAhead * p.input_stride;
+    const R* residual_ahead = residual + kRowsAhead * p.residual_stride;
+    if constexpr (kBlocksPerCluster > 1) {
+      if (threadIdx.x == 0 && blockIdx.x + Kernel::kBlocksAhead < gridDim.x) {
+        const int part = blockIdx.x % kBlocksPerCluster;
+        prefetch_part<Kernel::kHiddenSize, kBlocksPerCluster>(input_ahead, part);
+        if constexpr (kHasResidual) prefetch_part<Kernel::kHiddenSize, kBlocksPerCluster>(residual_ahead, part);
+      }
+    } else if (fragment.lane == 0 && blockIdx.x + Kernel::kBlocksAhead < gridDim.x - 1) {
+      // Not of the last block, which may have fewer rows.
+      prefetch<Kernel::kRowBytes>(input_ahead);
+      if constexpr (kHasResidual) prefetch<Kernel::kResidualRowBytes>(residual_ahead);
+    }
   }
   fragment.wait_for_row();
   if constexpr (kGating == Gating::kBeforeNorm) {

@@ -86,9 +86,9 @@ constexpr int residual_threads_per_row(int row_bytes, bool has_whole_vectors) {
   return round_up((vectors + per_thread - 1) / per_thread, 32);
 }
 
-// Long rows do not fit the registers of one block beside weight and bias. Where they fit without those, weight and bias
-// are read late. Longer ones are shared by the blocks of a cluster, or wait in the block's shared memory: they are
-// staged. Before sm_90 there is neither; registers spill.
+// Long rows do not fit the registers of one block beside weight and bias, or leave no room for a second block. The
+// blocks of a cluster share them, or they wait in a block's shared memory: they are staged. Before sm_90 there is
+// neither; registers spill.
 struct LongRow {
   int blocks, threads;  // blocks of the cluster, and threads of a block
   bool is_staged;
@@ -128,16 +128,18 @@ constexpr LongRow cluster_row(int row_bytes, int row_read_bytes) {
   return {8, threads, false, min(6, (is_short ? 1280 : 768) / threads)};
 }
 
-// The registers of a block hold 128 KiB of a row, and at most 32 elements a thread, as the compiler keeps floats; a
-// gate after the norm is more of these. Therefore long rows of 16-bit elements without a residual are staged. A row
-// with a gate before the norm is not, as its product needs registers in any case.
-constexpr LongRow long_row(int hidden_size, int row_bytes, int row_read_bytes, bool has_residual_add, Gating gating) {
-  if (gating == Gating::kNone && (has_residual_add || row_bytes > 2 * hidden_size))
-    return cluster_row(row_bytes, row_read_bytes);
-  if (gating == Gating::kNone && row_bytes <= 64 * 1024) return {8, round_up((row_bytes / 16 + 31) / 32, 32), true};
+constexpr LongRow long_row(int hidden_size, int row_bytes, int row_read_bytes, bool has_residual_add) {
+  // Of 16-bit elements without a residual, up to eight vectors a thread.
+  if (!has_residual_add && row_bytes <= 2 * hidden_size) return {8, 128, false, 8};
+  return cluster_row(row_bytes, row_read_bytes);
+}
+
+// A row with a gate. The registers of a block hold 128 KiB of it, and at most 32 elements a thread, as the compiler
+// keeps floats; a gate after the norm is more of these, and such a row is staged. One with a gate before the norm is
+// not, as its product needs registers in any case.
+constexpr LongRow long_gated_row(int hidden_size, int row_read_bytes, bool has_gate_after_norm) {
   const int blocks = max(blocks_per_cluster(row_read_bytes, 128 * 1024), blocks_per_cluster(hidden_size, 32 * 1024));
-  const bool fits_registers = blocks == 1 && gating != Gating::kAfterNorm;
-  if (gating != Gating::kBeforeNorm && !fits_registers && row_read_bytes <= kMaxStagedBytes) return {1, 1024, true};
+  if (has_gate_after_norm && row_read_bytes <= kMaxStagedBytes) return {1, 1024, true};
   return {blocks, 1024, false};
 }
 
@@ -180,11 +182,12 @@ struct DefaultSchedule {
   static constexpr bool kIsEven = kHasWholeVectors && kRowBytes % (16 * kWarpSize) == 0;
   static constexpr bool kIsLayerNorm = Policy::kSubtractsMean && kHasWholeVectors && kHiddenSize > 256;
   static constexpr bool kHasResidualAdd = Policy::kHasResidual && Policy::kGating == Gating::kNone;
-  // A row of 64 KiB of 16-bit elements would take most registers of an SM. Residual rows are long by what they read.
+  // Of longer rows of 16-bit elements, one block each keeps too few in flight. Residual rows are long by what they
+  // read.
   static constexpr int kMaxRowKiB = !kHasWholeVectors      ? 32
                                     : kIsLayerNorm         ? 20
                                     : Policy::kHasResidual ? 48
-                                    : Bytes::kInput == 2   ? 60
+                                    : Bytes::kInput == 2   ? 44
                                                            : 64;
   static constexpr bool kIsLong =
       kHasClusters && (kHasWholeVectors && kHasResidualAdd ? kRowReadBytes > 72 * 1024 : kRowBytes > kMaxRowKiB * 1024);
@@ -192,7 +195,9 @@ struct DefaultSchedule {
       !kIsLong            ? LongRow{1, 0, false}
       : !kHasWholeVectors ? long_narrow_row(kRowBytes, Policy::kHasResidual)
       : kIsLayerNorm      ? long_layernorm_row(kRowReadBytes)
-                          : long_row(kHiddenSize, kRowBytes, kRowReadBytes, kHasResidualAdd, Policy::kGating);
+      : Policy::kGating != Gating::kNone
+          ? long_gated_row(kHiddenSize, kRowReadBytes, Policy::kGating == Gating::kAfterNorm)
+          : long_row(kHiddenSize, kRowBytes, kRowReadBytes, kHasResidualAdd);
   static constexpr int kThreads = kHiddenSize <= 256     ? warp_threads_per_row(kRowBytes)
                                   : kIsLong              ? kLongRow.threads
                                   : Policy::kHasResidual ? residual_threads_per_row(kRowBytes, kHasWholeVectors)
@@ -260,6 +265,9 @@ struct RMSNormKernelBase : S {
   // LayerNorm does so in a large grid: in another one its latency would suffer.
   static constexpr bool kReadsFactorsLate =
       Policy::kSubtractsMean || kSharesSM || kFillsRegisters || S::kBlocksPerSM > 1;
+  // The compiler would keep 16-bit elements as floats, in twice the registers, until they are written.
+  static constexpr bool kConvertsTwice =
+      kReadsFactorsLate && !Policy::kSubtractsMean && !Policy::kHasResidual && !S::kStagesRow && Bytes::kInput == 2;
   // 64 KiB of rows in flight on an SM keep memory busy; clusters of large blocks need too many registers for it. Where
   // blocks are large, kMinBlocksPerSM limits registers for that, as far as a thread's vectors of row, residual and
   // weight allow. Small blocks fit an SM in any case.
@@ -269,8 +277,11 @@ struct RMSNormKernelBase : S {
   static constexpr int kMaxBlocksPerSM =
       min(kRegistersPerSM / (kRegistersPerThread * kThreads), kThreadsOnAnySM / kThreads);
   static constexpr int kBytesInFlight = (S::kBlocksPerCluster == 1 ? 64 : 48) * 1024;
+  // A bias and narrow accesses need more registers than a schedule may leave.
+  static constexpr int kBlocksPerSMOfForm =
+      Policy::kHasBias || kAlignment < 16 ? (3 * S::kBlocksPerSM + 3) / 4 : S::kBlocksPerSM;
   static constexpr int kWantedBlocksPerSM =
-      S::kBlocksPerSM > 0 ? S::kBlocksPerSM
+      S::kBlocksPerSM > 0 ? kBlocksPerSMOfForm
       : S::kStagesRow     ? max(1, min(kSharedBytesPerSM / kSharedBytes, kThreadsOnAnySM / kThreads))
       : kBlockReadBytes < 8192 || !kHasWholeVectors
           ? 1
@@ -281,12 +292,16 @@ struct RMSNormKernelBase : S {
   // with an index kBlocksAhead larger: without that, memory is idle for 2 to 4% of the time. In a smaller grid, the
   // prefetch would delay the block's own rows.
   static constexpr int kLargeGridBytes = (Policy::kHasResidual ? 16 : 48) << 20;
-  static constexpr int kBytesAhead = (Policy::kHasResidual ? 4 : 2) << 20;
-  // Rows without a residual that are read by accesses of 4 or 8 bytes have no gain from it, and long rows a loss.
+  static constexpr int kBytesAhead = (Policy::kHasResidual || S::kBlocksPerCluster > 1 ? 4 : 2) << 20;
+  // Rows without a residual that are read by accesses of 4 or 8 bytes have no gain from it. Rows that fill registers or
+  // wait in shared memory, and the longest ones of 16-bit elements, have a loss.
   static constexpr bool kHasPrefetch =
-      kRowBytes >= 256 && (kRowBytes % 16 == 0 || Policy::kHasResidual || kAlignment == 2) &&
-      S::kBlocksPerCluster == 1 && !S::kStagesRow && !kFillsRegisters && !Policy::kIsGeneral;
-  static constexpr unsigned kBlocksAhead = max(128, kBytesAhead / kBlockReadBytes);
+      kRowBytes >= 256 && !S::kStagesRow && !kFillsRegisters && !Policy::kIsGeneral &&
+      (S::kBlocksPerCluster > 1 ? kRowBytes % 16 == 0 && !(kConvertsTwice && kVectorsPerThread > 7)
+                                : kRowBytes % 16 == 0 || Policy::kHasResidual || kAlignment == 2);
+  static constexpr unsigned kBlocksAhead = S::kBlocksPerCluster > 1
+                                               ? kBytesAhead / (kRowBytes + kResidualRowBytes) * S::kBlocksPerCluster
+                                               : max(128, kBytesAhead / kBlockReadBytes);
   // In a large grid LayerNorm reads weight and bias late: from 1,025 blocks on, or 129 where rows are staged, which
   // fill an SM in smaller numbers.
   static constexpr unsigned kMinLargeGrid = Policy::kSubtractsMean ? (S::kStagesRow ? 129 : 1025)
@@ -417,6 +432,10 @@ struct RowFragment {
   // or be read before grid_dependency_wait.
   __device__ __forceinline__ void allow_late_reads() {
     if constexpr (kIsLate) forget_value(weight_row), forget_value(bias_row);
+    if constexpr (Kernel::kConvertsTwice) {
+#pragma unroll
+      for (int i = 0; i < kVectorsPerThread; i++) forget_value(x[i]);
+    }
   }
   template <int kSize>
   __device__ __forceinline__ WeightVector factor(const WeightVector (&early)[kSize], const W* late, int i) const {

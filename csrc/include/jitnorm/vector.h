@@ -177,10 +177,22 @@ __device__ __forceinline__ void wait_for_async_copies() {
 #endif
 }
 
-// Makes the compiler forget what it knows of a pointer's value.
+// Makes the compiler forget what it knows of a value, so that it neither reads through a pointer nor converts elements
+// earlier than the program does.
 template <typename T>
 __device__ __forceinline__ void forget_value(const T*& pointer) {
   asm volatile("" : "+l"(pointer)::"memory");
+}
+__device__ __forceinline__ void forget_value(uint4& v) {
+  asm volatile("" : "+r"(v.x), "+r"(v.y), "+r"(v.z), "+r"(v.w));
+}
+__device__ __forceinline__ void forget_value(uint2& v) { asm volatile("" : "+r"(v.x), "+r"(v.y)); }
+__device__ __forceinline__ void forget_value(unsigned& v) { asm volatile("" : "+r"(v)); }
+__device__ __forceinline__ void forget_value(unsigned short& v) { asm volatile("" : "+h"(v)); }
+template <typename T, int N>
+__device__ __forceinline__ void forget_value(Vector<T, N>& v) {
+#pragma unroll
+  for (int i = 0; i < v.kAccesses; i++) forget_value(v.words[i]);
 }
 
 // int32 or int64 indices.
@@ -257,6 +269,13 @@ __device__ __forceinline__ void prefetch(const void* src, unsigned bytes) {
 #if __CUDA_ARCH__ >= 900
   asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(src), "r"(bytes));
 #endif
+}
+// Likewise, one of kParts parts of an aligned row of kSize elements, of which no part is empty.
+template <int kSize, int kParts, typename T>
+__device__ __forceinline__ void prefetch_part(const T* row, int part) {
+  constexpr int kElements = 16 / sizeof(T), kPartSize = (kSize / kElements + kParts - 1) / kParts * kElements;
+  static_assert(kSize % kElements == 0 && kPartSize * (kParts - 1) < kSize, "accesses have 16 bytes");
+  prefetch(row + part * kPartSize, (part < kParts - 1 ? kPartSize : kSize - (kParts - 1) * kPartSize) * sizeof(T));
 }
 
 // Two 16-bit elements of a word, the first in its low half, to two floats.
