@@ -37,7 +37,9 @@ PEERS = {
 GPU_COLUMNS = {COPY: COPY, "jitnorm": "jitnorm"} | PEERS
 OPERATORS = (
     *("rmsnorm", "fused_add_rmsnorm", "general_rmsnorm", "general_gemma_rmsnorm", "general_rmsnorm_fp16"),
-    *("general_rmsnorm_fp32", "general_fused_add_rmsnorm", "general_fused_add_rmsnorm_round_sum", "gated_rmsnorm"),
+    *("general_rmsnorm_fp32", "general_fused_add_rmsnorm", "general_fused_add_rmsnorm_round_sum"),
+    *("general_rmsnorm_long", "general_gemma_rmsnorm_long", "general_rmsnorm_fp16_long", "general_rmsnorm_fp32_long"),
+    *("general_fused_add_rmsnorm_long", "gated_rmsnorm"),
     *("layernorm", "dual_rmsnorm", "qknorm", "qknorm_rope_store", "activation", "store_cache", "quant_fp8"),
 )
 # The files of engines, and the modes that the tables have from each.
@@ -238,6 +240,7 @@ def operators_h200() -> list[str]:
             present = {line for row in part.rows for line in row.results()} - {*COPIES, summary.subject}
             peers = ", ".join(title for line, title in PEERS.items() if line in present)
             title = f"general_{op}" if name.startswith("general_") else op
+            title += ", long rows" if name.endswith("_long") else ""
             dtype = report.settings["dtype"]
             cells = (
                 title if dtype == "bfloat16" else f"{title}, {dtype}",

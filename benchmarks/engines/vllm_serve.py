@@ -100,7 +100,7 @@ class VllmServer:
             self._print_log()
 
     def _wait(self) -> None:
-        """Return when the server answers; raise RuntimeError if it ends before."""
+        """Return when the server answers; raise RuntimeError with its last line of output if it ends before."""
         while True:
             try:
                 with urllib.request.urlopen(f"{self.url}/health", timeout=5) as response:
@@ -109,8 +109,8 @@ class VllmServer:
             except (urllib.error.URLError, ConnectionError, TimeoutError):
                 pass  # it is not listening yet
             if self.process.poll() is not None:
-                lines = self.log.read_text(errors="replace").strip().splitlines()
-                raise RuntimeError(f"vllm serve ended with status {self.process.returncode}: {' | '.join(lines[-3:])}")
+                last = self.log.read_text(errors="replace").strip().rpartition("\n")[2]
+                raise RuntimeError(f"vllm serve ended with status {self.process.returncode}: {last}")
             time.sleep(0.1)
 
     def _print_log(self) -> None:
