@@ -159,7 +159,7 @@ def test_a_weight_for_each_head(device):
         general_rmsnorm(heads_first, w)
 
 
-# Whole vectors of 16 bytes, and one element in each; and, on CUDA, rows of a cluster, of both widths.
+# Whole vectors of 16 bytes, and one element in each; and, on CUDA, rows of a cluster, of 16-bit and 32-bit elements.
 @pytest.mark.parametrize(
     ("hidden_size", "dtype"),
     [
@@ -204,16 +204,20 @@ def test_the_same_bits_in_any_batch(device, hidden_size, dtype):
             (size, num_rows, torch.bfloat16, residual_dtype)
             for size, num_rows in (
                 *((300, 60001), (601, 60001), (602, 60001), (1001, 60001)),  # accesses of 8, 2, 4 and 2 bytes
-                (24584, 1031),  # of clusters, whose blocks prefetch parts of unequal size
-                (40012, 701),  # without whole vectors, where a float32 residual has them
+                (24584, 2063),  # of clusters, whose blocks prefetch parts of unequal size
+                (40012, 701),  # not prefetched: rows of the input are no whole vectors, those of a float32 residual are
             )
             for residual_dtype in (torch.bfloat16, torch.float32)
         ),
+        (40968, 1031, torch.float16, torch.float16),
         (16412, 1031, torch.float32, torch.float32),
     ],
 )
 def test_large_grids(hidden_size, num_rows, dtype, residual_dtype):
-    """Expect rows of grids large enough for prefetches to have the bits that they have in small grids."""
+    """Expect rows of grids large enough for prefetches to have the bits that they have in small grids.
+
+    Under compute-sanitizer this checks the addresses of the prefetches too, if PyTorch caches no memory.
+    """
     stride = hidden_size + 16 // dtype.itemsize  # rows are as aligned as contiguous ones; the last ends the memory
     memory = torch.randn((num_rows - 1) * stride + hidden_size, device="cuda").to(dtype)
     w = torch.randn(hidden_size, device="cuda").to(dtype)
@@ -437,7 +441,7 @@ def test_warm_up_builds_what_calls_load(cache_dir, monkeypatch):
 
 
 @pytest.mark.gpu
-# The last three are rows of clusters, with and without a prefetch in large grids.
+# The last three are rows of clusters, with four or eight vectors a thread.
 @pytest.mark.parametrize(
     ("hidden_size", "dtype"),
     [
@@ -467,7 +471,7 @@ def test_reads_nothing_before_the_kernel_before_it_has_written(hidden_size, dtyp
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(  # clusters of five, three and two blocks on an SM
+@pytest.mark.parametrize(  # clusters of six, three and two blocks on an SM
     ("hidden_size", "residual_dtype"), [(20480, torch.bfloat16), (65536, torch.bfloat16), (65536, torch.float32)]
 )
 def test_clusters_with_a_residual_read_nothing_before_the_kernel_before_has_written(hidden_size, residual_dtype):
@@ -492,16 +496,32 @@ def test_clusters_with_a_residual_read_nothing_before_the_kernel_before_has_writ
 
 @pytest.mark.slow
 @pytest.mark.nvcc
-@pytest.mark.parametrize("arch", ["10.0a", "12.0a"])
-@pytest.mark.parametrize("op", ["general_rmsnorm", "general_fused_add_rmsnorm_fp32_residual"])
-def test_clusters_compile_for(arch, op):
-    dtype = torch.float32 if op == "general_rmsnorm" else torch.bfloat16
-    build(OPERATORS[op].warmup_spec(65536, dtype, dtype, Target.cuda(arch))).verify()
+@pytest.mark.parametrize(
+    ("arch", "op", "hidden_size", "dtype"),
+    [
+        *(
+            (arch, op, 65536, dtype)
+            for arch in ("10.0a", "12.0a")
+            for op, dtype in (
+                *(("general_rmsnorm", torch.float32), ("general_rmsnorm", torch.bfloat16)),
+                ("general_fused_add_rmsnorm_fp32_residual", torch.bfloat16),
+            )
+        ),
+        # Without clusters; accesses of 16, 2, 4 and 8 bytes.
+        *(("7.5", "general_rmsnorm", size, torch.float16) for size in (65536, 65535, 32770, 65532)),
+    ],
+)
+def test_long_rows_compile_for(arch, op, hidden_size, dtype):
+    build(OPERATORS[op].warmup_spec(hidden_size, dtype, dtype, Target.cuda(arch))).verify()
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize(  # whose kernels read the weight when they write the row
-    ("hidden_size", "dtype"), [(20480, torch.bfloat16), (20480, torch.float32), (65536, torch.float32)]
+    ("hidden_size", "dtype"),
+    [
+        *((20480, torch.bfloat16), (24576, torch.bfloat16), (65536, torch.bfloat16)),
+        *((20480, torch.float32), (65536, torch.float32)),
+    ],
 )
 def test_reads_no_weight_before_the_kernel_before_it_has_written(hidden_size, dtype):
     x, first_weight = inputs(300, hidden_size, dtype=dtype, device="cuda")

@@ -56,14 +56,15 @@ __device__ __forceinline__ void rmsnorm_block(const typename Kernel::params_t& p
     constexpr index_t kRowsAhead = index_t(Kernel::kBlocksAhead / kBlocksPerCluster) * Kernel::kRowsPerBlock;
     const T* input_ahead = input + kRowsAhead * p.input_stride;
     const R* residual_ahead = residual + kRowsAhead * p.residual_stride;
+    // A cluster has one row. Without clusters, the last block may have fewer rows than others: none prefetches for it.
     if constexpr (kBlocksPerCluster > 1) {
+      static_assert(Kernel::kBlocksAhead % kBlocksPerCluster == 0, "a block has the same part of each row");
       if (threadIdx.x == 0 && blockIdx.x + Kernel::kBlocksAhead < gridDim.x) {
         const int part = blockIdx.x % kBlocksPerCluster;
         prefetch_part<Kernel::kHiddenSize, kBlocksPerCluster>(input_ahead, part);
         if constexpr (kHasResidual) prefetch_part<Kernel::kHiddenSize, kBlocksPerCluster>(residual_ahead, part);
       }
     } else if (fragment.lane == 0 && blockIdx.x + Kernel::kBlocksAhead < gridDim.x - 1) {
-      // Not of the last block, which may have fewer rows.
       prefetch<Kernel::kRowBytes>(input_ahead);
       if constexpr (kHasResidual) prefetch<Kernel::kResidualRowBytes>(residual_ahead);
     }

@@ -86,9 +86,9 @@ constexpr int residual_threads_per_row(int row_bytes, bool has_whole_vectors) {
   return round_up((vectors + per_thread - 1) / per_thread, 32);
 }
 
-// Long rows do not fit the registers of one block beside weight and bias, or leave no room for a second block. The
-// blocks of a cluster share them, or they wait in a block's shared memory: they are staged. Before sm_90 there is
-// neither; registers spill.
+// Long rows do not fit the registers of one block beside weight and bias, or leave no room for a second block on its
+// SM. The blocks of a cluster share such a row, or it is staged: it waits in shared memory. LayerNorm's are both.
+// Before sm_90 neither is used, and registers may spill.
 struct LongRow {
   int blocks, threads;  // blocks of the cluster, and threads of a block
   bool is_staged;
@@ -134,13 +134,12 @@ constexpr LongRow long_row(int hidden_size, int row_bytes, int row_read_bytes, b
   return cluster_row(row_bytes, row_read_bytes);
 }
 
-// A row with a gate. The registers of a block hold 128 KiB of it, and at most 32 elements a thread, as the compiler
-// keeps floats; a gate after the norm is more of these, and such a row is staged. One with a gate before the norm is
-// not, as its product needs registers in any case.
-constexpr LongRow long_gated_row(int hidden_size, int row_read_bytes, bool has_gate_after_norm) {
-  const int blocks = max(blocks_per_cluster(row_read_bytes, 128 * 1024), blocks_per_cluster(hidden_size, 32 * 1024));
+// The registers of a block hold 128 KiB of a row and its gate. The compiler keeps both as floats if the gate comes
+// after the norm, so that such a row is staged. One with a gate before the norm is not, as its product needs registers
+// in any case.
+constexpr LongRow long_gated_row(int row_read_bytes, bool has_gate_after_norm) {
   if (has_gate_after_norm && row_read_bytes <= kMaxStagedBytes) return {1, 1024, true};
-  return {blocks, 1024, false};
+  return {blocks_per_cluster(row_read_bytes, 128 * 1024), 1024, false};
 }
 
 // LayerNorm mostly waits for weight and bias, which are longer than the row. Several blocks on an SM hide that.
@@ -191,13 +190,12 @@ struct DefaultSchedule {
                                                            : 64;
   static constexpr bool kIsLong =
       kHasClusters && (kHasWholeVectors && kHasResidualAdd ? kRowReadBytes > 72 * 1024 : kRowBytes > kMaxRowKiB * 1024);
-  static constexpr LongRow kLongRow =
-      !kIsLong            ? LongRow{1, 0, false}
-      : !kHasWholeVectors ? long_narrow_row(kRowBytes, Policy::kHasResidual)
-      : kIsLayerNorm      ? long_layernorm_row(kRowReadBytes)
-      : Policy::kGating != Gating::kNone
-          ? long_gated_row(kHiddenSize, kRowReadBytes, Policy::kGating == Gating::kAfterNorm)
-          : long_row(kHiddenSize, kRowBytes, kRowReadBytes, kHasResidualAdd);
+  static constexpr LongRow kLongRow = !kIsLong            ? LongRow{1, 0, false}
+                                      : !kHasWholeVectors ? long_narrow_row(kRowBytes, Policy::kHasResidual)
+                                      : kIsLayerNorm      ? long_layernorm_row(kRowReadBytes)
+                                      : Policy::kGating != Gating::kNone
+                                          ? long_gated_row(kRowReadBytes, Policy::kGating == Gating::kAfterNorm)
+                                          : long_row(kHiddenSize, kRowBytes, kRowReadBytes, kHasResidualAdd);
   static constexpr int kThreads = kHiddenSize <= 256     ? warp_threads_per_row(kRowBytes)
                                   : kIsLong              ? kLongRow.threads
                                   : Policy::kHasResidual ? residual_threads_per_row(kRowBytes, kHasWholeVectors)
@@ -268,20 +266,20 @@ struct RMSNormKernelBase : S {
   // The compiler would keep 16-bit elements as floats, in twice the registers, until they are written.
   static constexpr bool kConvertsTwice =
       kReadsFactorsLate && !Policy::kSubtractsMean && !Policy::kHasResidual && !S::kStagesRow && Bytes::kInput == 2;
-  // 64 KiB of rows in flight on an SM keep memory busy; clusters of large blocks need too many registers for it. Where
-  // blocks are large, kMinBlocksPerSM limits registers for that, as far as a thread's vectors of row, residual and
-  // weight allow. Small blocks fit an SM in any case.
+  // 64 KiB of rows in flight on an SM keep memory busy. Where blocks are large, kMinBlocksPerSM limits registers for
+  // that, as far as a thread's vectors of row, residual and weight allow. Small blocks fit an SM in any case.
   static constexpr int kRegistersPerThread = (4 * kVectorsPerThread + 12) * kElementsPerVector *
                                              (Bytes::kInput + Bytes::kResidual + (kReadsFactorsLate ? 0 : sizeof(W))) /
                                              16;
   static constexpr int kMaxBlocksPerSM =
       min(kRegistersPerSM / (kRegistersPerThread * kThreads), kThreadsOnAnySM / kThreads);
-  static constexpr int kBytesInFlight = (S::kBlocksPerCluster == 1 ? 64 : 48) * 1024;
-  // A bias and narrow accesses need more registers than a schedule may leave.
-  static constexpr int kBlocksPerSMOfForm =
+  static constexpr int kBytesInFlight = 64 * 1024;
+  // With a bias, or with accesses of less than 16 bytes, a thread needs more registers than a schedule with many blocks
+  // leaves: three quarters of these then, rounded up.
+  static constexpr int kReducedBlocksPerSM =
       Policy::kHasBias || kAlignment < 16 ? (3 * S::kBlocksPerSM + 3) / 4 : S::kBlocksPerSM;
   static constexpr int kWantedBlocksPerSM =
-      S::kBlocksPerSM > 0 ? kBlocksPerSMOfForm
+      S::kBlocksPerSM > 0 ? kReducedBlocksPerSM
       : S::kStagesRow     ? max(1, min(kSharedBytesPerSM / kSharedBytes, kThreadsOnAnySM / kThreads))
       : kBlockReadBytes < 8192 || !kHasWholeVectors
           ? 1
@@ -289,12 +287,13 @@ struct RMSNormKernelBase : S {
   static constexpr int kMinBlocksPerSM = Policy::kSubtractsMean ? 1 : kWantedBlocksPerSM;
   static constexpr int kMinBlocksPerSMOfLargeGrid = kWantedBlocksPerSM;
   // In a large grid, which reads about as much as L2 holds or more, a block prefetches into L2 the rows of the block
-  // with an index kBlocksAhead larger: without that, memory is idle for 2 to 4% of the time. In a smaller grid, the
-  // prefetch would delay the block's own rows.
+  // with an index kBlocksAhead larger, or its part of that cluster's row: without that, memory is idle for 1 to 5% of
+  // the time. In a smaller grid, the prefetch would delay the block's own rows.
   static constexpr int kLargeGridBytes = (Policy::kHasResidual ? 16 : 48) << 20;
   static constexpr int kBytesAhead = (Policy::kHasResidual || S::kBlocksPerCluster > 1 ? 4 : 2) << 20;
-  // Rows without a residual that are read by accesses of 4 or 8 bytes have no gain from it. Rows that fill registers or
-  // wait in shared memory, and the longest ones of 16-bit elements, have a loss.
+  // Rows without a residual that are read by accesses of 4 or 8 bytes have no gain from it. Those of 16-bit elements in
+  // clusters have a loss with eight vectors a thread, which are enough in flight. Rows that are staged or fill
+  // registers, as some do before sm_90, had a loss.
   static constexpr bool kHasPrefetch =
       kRowBytes >= 256 && !S::kStagesRow && !kFillsRegisters && !Policy::kIsGeneral &&
       (S::kBlocksPerCluster > 1 ? kRowBytes % 16 == 0 && !(kConvertsTwice && kVectorsPerThread > 7)
@@ -431,10 +430,10 @@ struct RowFragment {
   // To be called when the sums are known. Before, the compiler must not read late factors: they would take registers,
   // or be read before grid_dependency_wait.
   __device__ __forceinline__ void allow_late_reads() {
-    if constexpr (kIsLate) forget_value(weight_row), forget_value(bias_row);
+    if constexpr (kIsLate) optimization_barrier(weight_row), optimization_barrier(bias_row);
     if constexpr (Kernel::kConvertsTwice) {
 #pragma unroll
-      for (int i = 0; i < kVectorsPerThread; i++) forget_value(x[i]);
+      for (int i = 0; i < kVectorsPerThread; i++) optimization_barrier(x[i]);
     }
   }
   template <int kSize>

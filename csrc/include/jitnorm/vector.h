@@ -57,8 +57,8 @@ __device__ __forceinline__ void load_access(unsigned short& dst, const unsigned 
   asm volatile("ld.global.u16 %0, [%1];" : "=h"(dst) : "l"(src) : "memory");
 }
 
-// Loads of what nothing writes after grid_dependency_wait, at an address that is not known before (forget_value). The
-// compiler may move them.
+// Loads of what nothing writes after grid_dependency_wait, at an address that is not known before
+// (optimization_barrier). The compiler may move them.
 __device__ __forceinline__ void load_constant_access(uint4& dst, const uint4* src) {
   asm("ld.global.nc.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(dst.x), "=r"(dst.y), "=r"(dst.z), "=r"(dst.w) : "l"(src));
 }
@@ -177,22 +177,22 @@ __device__ __forceinline__ void wait_for_async_copies() {
 #endif
 }
 
-// Makes the compiler forget what it knows of a value, so that it neither reads through a pointer nor converts elements
-// earlier than the program does.
+// The compiler must assume that the value has changed here, so that it neither reads through a pointer nor converts
+// elements earlier than the program does.
 template <typename T>
-__device__ __forceinline__ void forget_value(const T*& pointer) {
+__device__ __forceinline__ void optimization_barrier(const T*& pointer) {
   asm volatile("" : "+l"(pointer)::"memory");
 }
-__device__ __forceinline__ void forget_value(uint4& v) {
+__device__ __forceinline__ void optimization_barrier(uint4& v) {
   asm volatile("" : "+r"(v.x), "+r"(v.y), "+r"(v.z), "+r"(v.w));
 }
-__device__ __forceinline__ void forget_value(uint2& v) { asm volatile("" : "+r"(v.x), "+r"(v.y)); }
-__device__ __forceinline__ void forget_value(unsigned& v) { asm volatile("" : "+r"(v)); }
-__device__ __forceinline__ void forget_value(unsigned short& v) { asm volatile("" : "+h"(v)); }
+__device__ __forceinline__ void optimization_barrier(uint2& v) { asm volatile("" : "+r"(v.x), "+r"(v.y)); }
+__device__ __forceinline__ void optimization_barrier(unsigned& v) { asm volatile("" : "+r"(v)); }
+__device__ __forceinline__ void optimization_barrier(unsigned short& v) { asm volatile("" : "+h"(v)); }
 template <typename T, int N>
-__device__ __forceinline__ void forget_value(Vector<T, N>& v) {
+__device__ __forceinline__ void optimization_barrier(Vector<T, N>& v) {
 #pragma unroll
-  for (int i = 0; i < v.kAccesses; i++) forget_value(v.words[i]);
+  for (int i = 0; i < v.kAccesses; i++) optimization_barrier(v.words[i]);
 }
 
 // int32 or int64 indices.
@@ -270,11 +270,12 @@ __device__ __forceinline__ void prefetch(const void* src, unsigned bytes) {
   asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(src), "r"(bytes));
 #endif
 }
-// Likewise, one of kParts parts of an aligned row of kSize elements, of which no part is empty.
+// Prefetches one of kParts parts of a row of kSize elements, which is aligned to 16 bytes.
 template <int kSize, int kParts, typename T>
 __device__ __forceinline__ void prefetch_part(const T* row, int part) {
   constexpr int kElements = 16 / sizeof(T), kPartSize = (kSize / kElements + kParts - 1) / kParts * kElements;
-  static_assert(kSize % kElements == 0 && kPartSize * (kParts - 1) < kSize, "accesses have 16 bytes");
+  static_assert(kSize % kElements == 0, "a row is whole 16-byte vectors");
+  static_assert(kPartSize * (kParts - 1) < kSize, "no part is empty");
   prefetch(row + part * kPartSize, (part < kParts - 1 ? kPartSize : kSize - (kParts - 1) * kPartSize) * sizeof(T));
 }
 
