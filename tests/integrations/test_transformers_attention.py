@@ -352,7 +352,11 @@ def test_a_mask_that_the_kernel_does_not_take(decode_kernel, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(torch.nn.functional, "scaled_dot_product_attention", lambda *arguments: None)
         assert attend() is None
-    with BaseTorchFunctionMode():
+    with torch.device("cpu"):
+        assert attend() is not None
+        with BaseTorchFunctionMode():
+            assert attend() is None
+    with BaseTorchFunctionMode(), torch.device("cpu"):
         assert attend() is None
     decode_kernel.find_visible = lambda mask: None
     assert attend() is None

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch.utils._device import DeviceContext
 
 from jitnorm.batch_invariant.mode import is_batch_invariant_mode_enabled
 from jitnorm.core.targets import cuda_target
@@ -116,8 +117,14 @@ def _is_sdpa(attention: Any) -> bool:
     return (
         attention is getattr(module, "sdpa_attention_forward", None)
         and F.scaled_dot_product_attention is _SDPA
-        and torch._C._len_torch_function_stack() == 0
+        and not _is_observed()
     )
+
+
+def _is_observed() -> bool:
+    """Return whether a TorchFunctionMode sees calls of PyTorch, other than that of a default device."""
+    count = torch._C._len_torch_function_stack()
+    return any(not isinstance(torch._C._get_function_stack_at(i), DeviceContext) for i in range(count))
 
 
 @functools.cache
