@@ -19,7 +19,7 @@ constexpr int threads_of_norm() {
 template <int kHiddenSize, typename T, int kBlockThreads>
 struct ScheduleOfDual {
   using Alone = typename DefaultSchedule<kHiddenSize, T, Plain>::type;
-  static_assert(Alone::kBlocksPerCluster == 1 && !Alone::kStagesRow, "a row is in the registers of one block");
+  static_assert(Alone::kBlocksPerCluster == 1 && !Alone::kRowInSharedMemory, "a row is in the registers of one block");
   using type = Schedule<Alone::kThreadsPerRow, kBlockThreads / Alone::kThreadsPerRow>;
 };
 
@@ -46,29 +46,17 @@ struct NormOfDual : RMSNormKernelBase<kHiddenSize, T, W, Plain, S> {
     // eps >= 0 is always true. The condition makes the compiler load the parameters before griddepcontrol.wait.
     if (has_row && p.eps >= 0) prefetch_before_wait(input, weight, out, block);
     grid_dependency_wait();
-    if (has_row) fragment.read(fragment.x, input);
-    fragment.read(fragment.weight, weight);
+    if (has_row) fragment.load(fragment.x, input);
+    fragment.load(fragment.weight, weight);
     if (kVariant != GridVariant::kSmallGrid) launch_dependents();
     if constexpr (kVariant == GridVariant::kLargeGrid && Norm::kHasPrefetch)
-      if (has_row && fragment.lane == 0 && block + Norm::kBlocksAhead < num_blocks - 1)
+      if (has_row && fragment.thread_in_row == 0 && block + Norm::kBlocksAhead < num_blocks - 1)
         prefetch<Norm::kRowBytes>(input + index_t(Norm::kBlocksAhead) * S::kRowsPerBlock * p.input_stride);
-    const float squares = row_sum(has_row ? fragment.sum_of_squares() : 0.f);
+    const float squares =
+        row_sum<S::kThreadsPerRow, S::kRowsPerBlock + kHasIdleThreads>(has_row ? fragment.sum_of_squares() : 0.f);
     if (kVariant == GridVariant::kSmallGrid) launch_dependents();
     const float rstd = rstd_of<T>(mean_plus_eps<Norm>(squares, p.eps));
     if (has_row) fragment.write(out, rstd);
-  }
-
- private:
-  // Over the threads of a row.
-  static __device__ __forceinline__ float row_sum(float value) {
-    if constexpr (S::kThreadsPerRow <= kWarpSize) {
-      return warp_sum<S::kThreadsPerRow>(value);
-    } else {
-      constexpr int kWarps = S::kThreadsPerRow / kWarpSize;
-      __shared__ alignas(16) float partial[S::kRowsPerBlock + kHasIdleThreads][kWarps];
-      const int warp = threadIdx.x / kWarpSize;
-      return block_sum<kWarps>(value, partial[warp / kWarps], warp % kWarps);
-    }
   }
 };
 
@@ -90,7 +78,7 @@ struct DualRMSNormKernel : NoClusters {
   // What the norm with more registers asks for, as far as the threads of this block leave it registers.
   static constexpr int kRegistersPerThread = max(First::kRegistersPerThread, Second::kRegistersPerThread);
   static constexpr int kMaxBlocksPerSM =
-      min(kRegistersPerSM / (kRegistersPerThread * kThreads), kThreadsOnAnySM / kThreads);
+      min(kRegistersPerSM / (kRegistersPerThread * kThreads), kMinResidentThreadsPerSM / kThreads);
   static constexpr int kMinBlocksPerSM =
       max(1, min(min(First::kMinBlocksPerSM, Second::kMinBlocksPerSM), kMaxBlocksPerSM));
   static constexpr unsigned kMaxSmallGrid = max(First::kMaxSmallGrid, Second::kMaxSmallGrid);

@@ -26,28 +26,16 @@ struct QKNormKernel : RMSNormKernelBase<kHeadDim, T, W, Plain, S> {
     // eps >= 0 is always true. The condition makes the compiler load the parameters before griddepcontrol.wait.
     if (has_row && p.eps >= 0) prefetch_before_wait(x, p.q_weight, p.k_weight);
     grid_dependency_wait();
-    if (has_row) fragment.read(fragment.x, x);
-    fragment.read(fragment.weight, weight);
+    if (has_row) fragment.load(fragment.x, x);
+    fragment.load(fragment.weight, weight);
     if (kVariant != GridVariant::kSmallGrid) launch_dependents();
-    if (kVariant == GridVariant::kLargeGrid && fragment.lane == 0 && blockIdx.x + Base::kBlocksAhead < gridDim.x - 1)
+    if (kVariant == GridVariant::kLargeGrid && fragment.thread_in_row == 0 &&
+        blockIdx.x + Base::kBlocksAhead < gridDim.x - 1)
       prefetch<Base::kRowBytes>(head_of<T, W>(p, row + Base::kBlocksAhead * S::kRowsPerBlock).row);
-    const float squares = row_sum(has_row ? fragment.sum_of_squares() : 0.f);
+    const float squares = row_sum<S::kThreadsPerRow, S::kRowsPerBlock>(has_row ? fragment.sum_of_squares() : 0.f);
     if (kVariant == GridVariant::kSmallGrid) launch_dependents();
     const float rstd = rstd_of<T>(mean_plus_eps<QKNormKernel>(squares, p.eps));
     if (has_row) fragment.write(x, rstd);
-  }
-
- private:
-  // Over the threads of a row.
-  static __device__ __forceinline__ float row_sum(float value) {
-    if constexpr (S::kThreadsPerRow <= kWarpSize) {
-      return warp_sum<S::kThreadsPerRow>(value);
-    } else {
-      constexpr int kWarps = S::kThreadsPerRow / kWarpSize;
-      __shared__ alignas(16) float partial[S::kRowsPerBlock][kWarps];
-      const int warp = threadIdx.x / kWarpSize;
-      return block_sum<kWarps>(value, partial[warp / kWarps], warp % kWarps);
-    }
   }
 };
 

@@ -8,7 +8,7 @@
 namespace jitnorm {
 
 // The work of a block, for both kernel classes. `row_sum` and `row_max` reduce one float over the threads of a row;
-// `row_sum` also takes how many sums came before.
+// `row_sum` also takes the number of the reduction: 0, or 1 for the second one of a kernel, which needs other memory.
 template <typename Kernel, GridVariant kVariant, typename RowSum, typename RowMax>
 __device__ __forceinline__ void rmsnorm_block(const typename Kernel::params_t& p, RowSum row_sum, RowMax row_max) {
   using T = typename Kernel::input_t;
@@ -19,11 +19,13 @@ __device__ __forceinline__ void rmsnorm_block(const typename Kernel::params_t& p
   constexpr Gating kGating = Kernel::policy_t::kGating;
   constexpr Quantisation kQuantisation = Kernel::policy_t::kQuantisation;
   constexpr int kBlocksPerCluster = Kernel::kBlocksPerCluster;
-  constexpr int kThreadsOfBlock = Kernel::kThreadsPerRow / kBlocksPerCluster;  // those that share a row
-  constexpr bool kIsLate = Kernel::kReadsFactorsLate && (!kSubtractsMean || kVariant == GridVariant::kLargeGrid);
-  RowFragment<Kernel, kIsLate> fragment(threadIdx.x % kThreadsOfBlock +
-                                        blockIdx.x % kBlocksPerCluster * kThreadsOfBlock);
-  const index_t row = index_t(blockIdx.x / kBlocksPerCluster) * Kernel::kRowsPerBlock + threadIdx.x / kThreadsOfBlock;
+  constexpr int kThreadsPerRowInBlock = Kernel::kThreadsPerRow / kBlocksPerCluster;
+  constexpr bool kLoadsWeightAfterReduction =
+      Kernel::kLoadsWeightAfterReduction && (!kSubtractsMean || kVariant == GridVariant::kLargeGrid);
+  RowFragment<Kernel, kLoadsWeightAfterReduction> fragment(threadIdx.x % kThreadsPerRowInBlock +
+                                                           blockIdx.x % kBlocksPerCluster * kThreadsPerRowInBlock);
+  const index_t row =
+      index_t(blockIdx.x / kBlocksPerCluster) * Kernel::kRowsPerBlock + threadIdx.x / kThreadsPerRowInBlock;
   const T* input = static_cast<const T*>(p.input);
   R* residual = static_cast<R*>(p.residual);
   const W* weight = static_cast<const W*>(p.weight);
@@ -47,9 +49,10 @@ __device__ __forceinline__ void rmsnorm_block(const typename Kernel::params_t& p
   // eps >= 0 is always true. The condition makes the compiler load the parameters before griddepcontrol.wait.
   if (has_row && p.eps >= 0) prefetch_before_wait(input, weight, kHasResidual ? static_cast<void*>(residual) : out);
   grid_dependency_wait();
-  if (has_row) fragment.read_input(input);
-  if (kHasResidual && has_row) fragment.read_residual(residual);
-  fragment.read_factors(weight, bias);
+  if (has_row) fragment.load_input(input);
+  if constexpr (kHasResidual)
+    if (has_row) fragment.load_residual(residual);
+  fragment.load_weight_and_bias(weight, bias);
   const float static_scale = kQuantisation == Quantisation::kStatic ? load(p.scale) : 1;
   if (kVariant != GridVariant::kSmallGrid) launch_dependents();
   if constexpr (kVariant == GridVariant::kLargeGrid && Kernel::kHasPrefetch) {
@@ -64,7 +67,7 @@ __device__ __forceinline__ void rmsnorm_block(const typename Kernel::params_t& p
         prefetch_part<Kernel::kHiddenSize, kBlocksPerCluster>(input_ahead, part);
         if constexpr (kHasResidual) prefetch_part<Kernel::kHiddenSize, kBlocksPerCluster>(residual_ahead, part);
       }
-    } else if (fragment.lane == 0 && blockIdx.x + Kernel::kBlocksAhead < gridDim.x - 1) {
+    } else if (fragment.thread_in_row == 0 && blockIdx.x + Kernel::kBlocksAhead < gridDim.x - 1) {
       prefetch<Kernel::kRowBytes>(input_ahead);
       if constexpr (kHasResidual) prefetch<Kernel::kResidualRowBytes>(residual_ahead);
     }
@@ -72,18 +75,18 @@ __device__ __forceinline__ void rmsnorm_block(const typename Kernel::params_t& p
   fragment.wait_for_row();
   if constexpr (kGating == Gating::kBeforeNorm) {
     if (has_row) fragment.multiply_input_by_gate();
-  } else if constexpr (kGating == Gating::kNone) {
-    if (kHasResidual && has_row) fragment.add_residual(residual);
+  } else if constexpr (kHasResidual && kGating == Gating::kNone) {
+    if (has_row) fragment.add_residual(residual);
   }
   if constexpr (kSubtractsMean) fragment.mean = mean_plus_eps<Kernel>(row_sum(has_row ? fragment.sum() : 0.f, 0), 0.f);
-  const float squares = row_sum(has_row ? fragment.sum_of_squares() : 0.f, kSubtractsMean);
+  const float squares = row_sum(has_row ? fragment.sum_of_squares() : 0.f, kSubtractsMean ? 1 : 0);
   if (kVariant == GridVariant::kSmallGrid) launch_dependents();
-  fragment.allow_late_reads();
+  fragment.block_early_loads();
   const float rstd = rstd_of<T>(mean_plus_eps<Kernel>(squares, p.eps));
-  if constexpr (Kernel::policy_t::kIsGeneral)
-    if (has_row && p.rstd && fragment.lane == 0) p.rstd[row] = rstd;
-  if constexpr (kSubtractsMean)
-    if (has_row && p.mean && fragment.lane == 0) p.mean[row] = fragment.mean;
+  if constexpr (Kernel::policy_t::kIsGeneral) {
+    if (has_row && p.rstd && fragment.thread_in_row == 0) p.rstd[row] = rstd;
+    if (kSubtractsMean && has_row && p.mean && fragment.thread_in_row == 0) p.mean[row] = fragment.mean;
+  }
   if constexpr (kQuantisation == Quantisation::kNone) {
     if (has_row) fragment.write(out, rstd);
   } else if constexpr (kQuantisation == Quantisation::kStatic) {
@@ -91,7 +94,7 @@ __device__ __forceinline__ void rmsnorm_block(const typename Kernel::params_t& p
   } else {
     const float scale = dynamic_scale(row_max(has_row ? fragment.amax(rstd) : 0.f), kMinTokenScale);
     if (has_row) fragment.write(out, rstd, ScaleDivider(scale));
-    if (has_row && fragment.lane == 0) p.scale[row] = scale;
+    if (has_row && fragment.thread_in_row == 0) p.scale[row] = scale;
   }
 }
 
@@ -129,12 +132,12 @@ struct RMSNormKernel : RMSNormKernelBase<kHiddenSize, T, W, Policy, S> {
     __shared__ alignas(16) float partial_max[S::kRowsPerBlock][kWarps];
     rmsnorm_block<RMSNormKernel, kVariant>(
         params,
-        [&](float value, int sums_before) {
+        [&](float value, int reduction) {
           const int warp = threadIdx.x / kWarpSize;
-          const float sum = block_sum<kWarps>(value, partial_sums[sums_before][warp / kWarps], warp % kWarps);
+          const float sum = block_sum<kWarps>(value, partial_sums[reduction][warp / kWarps], warp % kWarps);
           if constexpr (kBlocks == 1) return sum;
-          if (sums_before == 0) cluster_wait();
-          return cluster_sums[sums_before].sum(sum, blockIdx.x % kBlocks);
+          if (reduction == 0) cluster_wait();
+          return cluster_sums[reduction].sum(sum, blockIdx.x % kBlocks);
         },
         [&](float value) {
           const int warp = threadIdx.x / kWarpSize;

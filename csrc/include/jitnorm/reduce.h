@@ -37,7 +37,21 @@ __device__ __forceinline__ float block_sum(float value, float (&partial)[kWarps]
   return (sums[0] + sums[1]) + (sums[2] + sums[3]);
 }
 
-// Likewise. `partial` must not be the one of an earlier block_sum, which other threads may still read.
+// Over the kThreadsPerRow threads of a row, of which a block has up to kRows. Every thread of the block must call it,
+// once.
+template <int kThreadsPerRow, int kRows>
+__device__ __forceinline__ float row_sum(float value) {
+  if constexpr (kThreadsPerRow <= kWarpSize) {
+    return warp_sum<kThreadsPerRow>(value);
+  } else {
+    constexpr int kWarps = kThreadsPerRow / kWarpSize;
+    __shared__ alignas(16) float partial[kRows][kWarps];
+    const int warp = threadIdx.x / kWarpSize;
+    return block_sum<kWarps>(value, partial[warp / kWarps], warp % kWarps);
+  }
+}
+
+// As block_sum. `partial` must not be the one of an earlier block_sum, which other threads may still read.
 template <int kWarps>
 __device__ __forceinline__ float block_max(float value, float (&partial)[kWarps], int warp) {
   value = warp_max<kWarpSize>(value);

@@ -21,7 +21,7 @@ struct Plain {
   template <typename T>
   using residual_t = T;
   static constexpr Quantisation kQuantisation = Quantisation::kNone;
-  static constexpr bool kHasResidual = false;
+  static constexpr bool kHasResidual = false;  // or a gate, which is read as a residual is
   static constexpr bool kRoundSum = false;     // whether to normalise the sum as stored, and not before its rounding
   static constexpr float kWeightOffset = 0.f;  // added to the weight
   // Whether the normalised number is rounded to the input's type before the weight multiplies it.

@@ -2,8 +2,8 @@
 // part of a row that a thread holds between one read and one write, in registers or in shared memory. Included by
 // elementwise/rmsnorm.cuh, elementwise/qknorm.cuh and elementwise/dual_rmsnorm.cuh.
 //
-// Hidden size and dtype fix the schedule, never the number of rows: a row's bits are the same in any batch.
-// benchmarks/tune_rmsnorm.py compares schedules on a GPU; docs/contributing/decisions.md has its results.
+// Hidden size, dtypes, operator and architecture fix the schedule, never the number of rows: a row's bits are the same
+// in any batch. benchmarks/tune_rmsnorm.py compares schedules on a GPU; docs/contributing/decisions.md has its results.
 #pragma once
 #include "jitnorm/cuda_kernel.h"
 #include "jitnorm/device_math.h"
@@ -13,17 +13,27 @@
 
 namespace jitnorm {
 
-// kThreadsPerRow counts the threads of all blocks of a cluster, which then has one row. kStagesRow says whether a row
-// waits in shared memory between its read and its write, and not in registers. kBlocksPerSM says for how many blocks on
-// an SM a thread's registers are limited; 0 lets RMSNormKernelBase choose.
-template <int kThreadsPerRow_, int kRowsPerBlock_, int kBlocksPerCluster_ = 1, bool kStagesRow_ = false,
-          int kBlocksPerSM_ = 0>
+// How rows are divided among threads. kThreadsPerRow counts the threads of all blocks of a cluster, which then has one
+// row. With kRowInSharedMemory a row waits there between its read and its write, and not in registers.
+// kScheduledBlocksPerSM is the number of blocks on an SM for which __launch_bounds__ limits registers; with 0,
+// RMSNormKernelBase computes one.
+template <int kThreadsPerRow_, int kRowsPerBlock_, int kBlocksPerCluster_ = 1, bool kRowInSharedMemory_ = false,
+          int kScheduledBlocksPerSM_ = 0>
 struct Schedule {
   static constexpr int kThreadsPerRow = kThreadsPerRow_;
   static constexpr int kRowsPerBlock = kRowsPerBlock_;
   static constexpr int kBlocksPerCluster = kBlocksPerCluster_;
-  static constexpr bool kStagesRow = kStagesRow_;
-  static constexpr int kBlocksPerSM = kBlocksPerSM_;
+  static constexpr bool kRowInSharedMemory = kRowInSharedMemory_;
+  static constexpr int kScheduledBlocksPerSM = kScheduledBlocksPerSM_;
+};
+
+// A schedule as a value.
+struct RowSchedule {
+  int threads;  // of a row, in one block
+  int rows_per_block = 1;
+  int blocks_per_cluster = 1;
+  bool in_shared_memory = false;
+  int blocks_per_sm = 0;
 };
 
 constexpr int round_up(int n, int multiple) { return (n + multiple - 1) / multiple * multiple; }
@@ -43,17 +53,17 @@ constexpr int warp_threads_per_row(int row_bytes) {
   return threads;
 }
 
-// Longer rows: two vectors per thread with up to 256 threads, then up to five, evenly if the size allows it. More
-// threads reduce the latency of a single row, but keep fewer rows in flight. `access_bytes` is the widest access to the
-// row's wider elements.
-constexpr int block_threads_per_row(int row_bytes, int access_bytes) {
+// Longer rows: about two vectors per thread with up to 256 threads, then up to five, evenly if the size allows it. More
+// threads reduce the latency of a single row, but keep fewer rows in flight. `vector_bytes` is less than 16 where a row
+// is not whole vectors of 16 bytes.
+constexpr int block_threads_per_row(int row_bytes, int vector_bytes) {
   const int vectors = row_bytes / 16;
   if (vectors <= 128) return vectors <= 80 ? 32 : 64;  // of 64, at most 16 would have a second vector
   // Accesses of 2 bytes are so many that a third vector's bytes do not delay the row, and more rows are in flight.
-  if (access_bytes == 2 && vectors > 256 && vectors <= 512) return round_up((vectors + 2) / 3, 32);
+  if (vector_bytes == 2 && vectors > 256 && vectors <= 512) return round_up((vectors + 2) / 3, 32);
   // Unevenly, as an SM has four schedulers for the warps, and 224 threads are seven warps.
-  if (access_bytes == 16 && vectors == 448) return 256;
-  // Whole warps that vectors cannot be divided among evenly: as few as can hold them, for more rows in flight.
+  if (vector_bytes == 16 && vectors == 448) return 256;
+  // Where vectors cannot be divided evenly among whole warps, as few warps as can hold them, for more rows in flight.
   if (vectors <= 256) return vectors % 32 == 0 ? 128 : round_up((vectors + 1) / 2, 32);
   const int max_vectors = vectors <= 512 ? 2 : 5, max_threads = vectors <= 1280 ? 256 : 512;
   for (int threads = 128; threads <= max_threads; threads += 32)
@@ -87,73 +97,61 @@ constexpr int residual_threads_per_row(int row_bytes, bool has_whole_vectors) {
 }
 
 // Long rows do not fit the registers of one block beside weight and bias, or leave no room for a second block on its
-// SM. The blocks of a cluster share such a row, or it is staged: it waits in shared memory. LayerNorm's are both.
-// Before sm_90 neither is used, and registers may spill.
-struct LongRow {
-  int blocks, threads;  // blocks of the cluster, and threads of a block
-  bool is_staged;
-  int blocks_per_sm = 0;  // as kBlocksPerSM of Schedule
-};
-
+// SM. The blocks of a cluster share such a row, or it waits in shared memory, or both. Before sm_90 one block holds any
+// row in registers, which may spill.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
-constexpr bool kHasClusters = false;
+constexpr bool kSplitsLongRows = false;
 #else
-constexpr bool kHasClusters = true;
+constexpr bool kSplitsLongRows = true;
 #endif
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1200
-constexpr int kMaxStagedBytes = 96 * 1024;  // of a block's 99 KiB
+constexpr int kMaxRowBytesInShared = 96 * 1024;  // of a block's 99 KiB
 #else
-constexpr int kMaxStagedBytes = 192 * 1024;  // of a block's 227 KiB
+constexpr int kMaxRowBytesInShared = 192 * 1024;  // of a block's 227 KiB
 #endif
 
-// The blocks that share `count` bytes or elements of a row.
-constexpr int blocks_per_cluster(int count, int max_of_block) {
+// The blocks that share a row, up to the number that any GPU with clusters allows.
+constexpr int blocks_per_cluster(int row_bytes, int max_bytes_of_block) {
   int blocks = 1;
-  while (blocks < 8 && count > blocks * max_of_block) blocks *= 2;
+  while (blocks < 8 && row_bytes > blocks * max_bytes_of_block) blocks *= 2;
   return blocks;
 }
 
 // A row in the registers of the eight blocks of a cluster. `row_bytes` is that of the wider of input and residual, and
 // `row_read_bytes` that of both. Small blocks, of which several share an SM, keep loads in flight while others wait for
 // their cluster, and shorten the tail of the grid.
-constexpr LongRow cluster_row(int row_bytes, int row_read_bytes) {
+constexpr RowSchedule cluster_row(int row_bytes, int row_read_bytes) {
   const int vectors = (row_bytes / 16 + 7) / 8;  // of a block
   if (row_read_bytes > 256 * 1024) {
     const int per_thread = (vectors + 511) / 512;
-    return {8, round_up((vectors + per_thread - 1) / per_thread, 32), false, 2};
+    return {round_up((vectors + per_thread - 1) / per_thread, 32), 1, 8, false, 2};
   }
   const bool is_short = row_read_bytes <= 128 * 1024;
-  const int per_thread = max(1, (is_short ? 4 : 8) * row_bytes / row_read_bytes);
+  const int per_thread = (is_short ? 4 : 8) * row_bytes / row_read_bytes;
   const int threads = round_up((vectors + per_thread - 1) / per_thread, 32);
-  return {8, threads, false, min(6, (is_short ? 1280 : 768) / threads)};
+  return {threads, 1, 8, false, min(6, (is_short ? 1280 : 768) / threads)};
 }
 
-constexpr LongRow long_row(int hidden_size, int row_bytes, int row_read_bytes, bool has_residual_add) {
-  // Of 16-bit elements without a residual, up to eight vectors a thread.
-  if (!has_residual_add && row_bytes <= 2 * hidden_size) return {8, 128, false, 8};
-  return cluster_row(row_bytes, row_read_bytes);
-}
-
-// The registers of a block hold 128 KiB of a row and its gate. The compiler keeps both as floats if the gate comes
-// after the norm, so that such a row is staged. One with a gate before the norm is not, as its product needs registers
-// in any case.
-constexpr LongRow long_gated_row(int row_read_bytes, bool has_gate_after_norm) {
-  if (has_gate_after_norm && row_read_bytes <= kMaxStagedBytes) return {1, 1024, true};
-  return {blocks_per_cluster(row_read_bytes, 128 * 1024), 1024, false};
+// The registers of a block hold 128 KiB of a row and its gate. A gate after the norm needs more, as the compiler keeps
+// both as floats, and such a row waits in shared memory. One with a gate before the norm does not, as its product needs
+// registers in any case.
+constexpr RowSchedule long_gated_row(int row_read_bytes, bool has_gate_after_norm) {
+  if (has_gate_after_norm && row_read_bytes <= kMaxRowBytesInShared) return {1024, 1, 1, true};
+  return {1024, 1, blocks_per_cluster(row_read_bytes, 128 * 1024)};
 }
 
 // LayerNorm mostly waits for weight and bias, which are longer than the row. Several blocks on an SM hide that.
-constexpr LongRow long_layernorm_row(int row_bytes) {
-  if (row_bytes <= 64 * 1024) return {1, row_bytes <= 32 * 1024 ? 384 : 512, true};
-  return {blocks_per_cluster(row_bytes, 32 * 1024), 256, true};
+constexpr RowSchedule long_layernorm_row(int row_bytes) {
+  if (row_bytes <= 64 * 1024) return {row_bytes <= 32 * 1024 ? 384 : 512, 1, 1, true};
+  return {256, 1, blocks_per_cluster(row_bytes, 32 * 1024), true};
 }
 
-// Rows of no whole vectors of 16 bytes, which are not staged. `row_bytes` is that of the wider of input and residual.
-constexpr LongRow long_narrow_row(int row_bytes, bool has_residual) {
+// Rows of no whole vectors of 16 bytes. `row_bytes` is that of the wider of input and residual.
+constexpr RowSchedule long_narrow_row(int row_bytes, bool has_residual) {
   const int blocks = row_bytes <= 64 * 1024 ? 2 : 8, block_row_bytes = round_up(row_bytes / blocks, 16);
   const int threads =
       has_residual ? residual_threads_per_row(block_row_bytes, false) : round_up((block_row_bytes / 16 + 3) / 4, 32);
-  return {blocks, threads, false};
+  return {threads, 1, blocks};
 }
 
 // The elements of a vector: those of 16 bytes, or so many fewer that a row is whole vectors.
@@ -171,52 +169,66 @@ struct ElementBytes {
   static constexpr int kWider = max(kInput, kResidual);  // vectors have 16 bytes of these
 };
 
+// The schedule of a row. Some, as threads of a block and their vectors of 16 bytes of each tensor, from sm_90 on:
+//
+//   hidden size   bf16                  float32               bf16 with a residual
+//   4096          256 x 2               256 x 4               256 x 2
+//   8192          256 x 4               512 x 4               512 x 2
+//   16384         512 x 4               896 x 5               512 x 4
+//   32768         8 blocks of 128 x 4   8 blocks of 256 x 4   8 blocks of 256 x 2
+//   65536         8 blocks of 128 x 8   8 blocks of 256 x 8   8 blocks of 256 x 4
+template <int kHiddenSize, typename T, typename Policy>
+constexpr RowSchedule default_schedule() {
+  using Bytes = ElementBytes<T, Policy>;
+  const int row_bytes = round_up(kHiddenSize * Bytes::kWider, 16);
+  const int row_read_bytes = kHiddenSize * (Bytes::kInput + Bytes::kResidual);
+  const int vector_bytes = elements_per_vector(kHiddenSize, Bytes::kWider) * Bytes::kWider;
+  int threads = 0;
+  bool is_even = vector_bytes == 16 && row_bytes % (16 * kWarpSize) == 0;
+  if (kHiddenSize <= 256) {
+    threads = warp_threads_per_row(row_bytes);
+    is_even = true;
+  } else if (vector_bytes < 16) {
+    if (kSplitsLongRows && row_bytes > 32 * 1024) return long_narrow_row(row_bytes, Policy::kHasResidual);
+    threads = Policy::kHasResidual ? residual_threads_per_row(row_bytes, false)
+                                   : block_threads_per_row(row_bytes, vector_bytes);
+  } else if (Policy::kSubtractsMean) {
+    if (kSplitsLongRows && row_bytes > 20 * 1024) return long_layernorm_row(row_bytes);
+    threads = layernorm_threads_per_row(row_bytes);
+    return {threads, layernorm_rows_per_block(row_bytes, threads)};
+  } else if (Policy::kGating != Gating::kNone) {
+    if (kSplitsLongRows && row_bytes > 48 * 1024)
+      return long_gated_row(row_read_bytes, Policy::kGating == Gating::kAfterNorm);
+    threads = residual_threads_per_row(row_bytes, true);
+  } else if (Policy::kHasResidual) {
+    if (kSplitsLongRows && row_read_bytes > 72 * 1024) return cluster_row(row_bytes, row_read_bytes);
+    threads = residual_threads_per_row(row_bytes, true);
+  } else if (Bytes::kInput == 2) {
+    // Of longer rows, one block each keeps too few in flight. A thread of the cluster has up to eight vectors.
+    if (kSplitsLongRows && row_bytes > 44 * 1024) return {128, 1, 8, false, 8};
+    threads = block_threads_per_row(row_bytes, 16);
+  } else {
+    if (kSplitsLongRows && row_bytes > 64 * 1024) return cluster_row(row_bytes, row_read_bytes);
+    threads = block_threads_per_row(row_bytes, 16);
+  }
+  return {threads, rows_per_block(row_read_bytes, threads, is_even)};
+}
+
 template <int kHiddenSize, typename T, typename Policy>
 struct DefaultSchedule {
-  using Bytes = ElementBytes<T, Policy>;
-  static constexpr int kRowBytes = round_up(kHiddenSize * Bytes::kWider, 16);
-  static constexpr int kRowReadBytes = kHiddenSize * (Bytes::kInput + Bytes::kResidual);
-  static constexpr int kAccessBytes = elements_per_vector(kHiddenSize, Bytes::kWider) * Bytes::kWider;
-  static constexpr bool kHasWholeVectors = kAccessBytes == 16;
-  static constexpr bool kIsEven = kHasWholeVectors && kRowBytes % (16 * kWarpSize) == 0;
-  static constexpr bool kIsLayerNorm = Policy::kSubtractsMean && kHasWholeVectors && kHiddenSize > 256;
-  static constexpr bool kHasResidualAdd = Policy::kHasResidual && Policy::kGating == Gating::kNone;
-  // Of longer rows of 16-bit elements, one block each keeps too few in flight. Residual rows are long by what they
-  // read.
-  static constexpr int kMaxRowKiB = !kHasWholeVectors      ? 32
-                                    : kIsLayerNorm         ? 20
-                                    : Policy::kHasResidual ? 48
-                                    : Bytes::kInput == 2   ? 44
-                                                           : 64;
-  static constexpr bool kIsLong =
-      kHasClusters && (kHasWholeVectors && kHasResidualAdd ? kRowReadBytes > 72 * 1024 : kRowBytes > kMaxRowKiB * 1024);
-  static constexpr LongRow kLongRow = !kIsLong            ? LongRow{1, 0, false}
-                                      : !kHasWholeVectors ? long_narrow_row(kRowBytes, Policy::kHasResidual)
-                                      : kIsLayerNorm      ? long_layernorm_row(kRowReadBytes)
-                                      : Policy::kGating != Gating::kNone
-                                          ? long_gated_row(kRowReadBytes, Policy::kGating == Gating::kAfterNorm)
-                                          : long_row(kHiddenSize, kRowBytes, kRowReadBytes, kHasResidualAdd);
-  static constexpr int kThreads = kHiddenSize <= 256     ? warp_threads_per_row(kRowBytes)
-                                  : kIsLong              ? kLongRow.threads
-                                  : Policy::kHasResidual ? residual_threads_per_row(kRowBytes, kHasWholeVectors)
-                                  : kIsLayerNorm         ? layernorm_threads_per_row(kRowBytes)
-                                                         : block_threads_per_row(kRowBytes, kAccessBytes);
-  static constexpr int kRowsPerBlock = kIsLong ? 1
-                                       : kIsLayerNorm
-                                           ? layernorm_rows_per_block(kRowBytes, kThreads)
-                                           : rows_per_block(kRowReadBytes, kThreads, kHiddenSize <= 256 || kIsEven);
-  using type =
-      Schedule<kThreads * kLongRow.blocks, kRowsPerBlock, kLongRow.blocks, kLongRow.is_staged, kLongRow.blocks_per_sm>;
+  static constexpr RowSchedule kRow = default_schedule<kHiddenSize, T, Policy>();
+  using type = Schedule<kRow.threads * kRow.blocks_per_cluster, kRow.rows_per_block, kRow.blocks_per_cluster,
+                        kRow.in_shared_memory, kRow.blocks_per_sm>;
 };
 
 constexpr int kRegistersPerSM = 65536;
-constexpr int kSharedBytesPerSM = kMaxStagedBytes + 4 * 1024;  // that staged rows may fill
-// The smallest kMaxThreadsPerSM of the architectures before sm_80, and of those from sm_80 on. A larger number would
-// leave each thread fewer registers.
+constexpr int kSharedBytesPerSM = kMaxRowBytesInShared + 4 * 1024;  // that rows may fill
+// The resident threads that every SM before sm_80 allows, and every one from sm_80 on. An SM may allow more, but more
+// blocks would leave each thread fewer registers.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
-constexpr int kThreadsOnAnySM = 1024;
+constexpr int kMinResidentThreadsPerSM = 1024;
 #else
-constexpr int kThreadsOnAnySM = 1536;
+constexpr int kMinResidentThreadsPerSM = 1536;
 #endif
 
 // The constants of kernel classes that normalise rows, for device code and for the launch.
@@ -236,7 +248,7 @@ struct RMSNormKernelBase : S {
   // The widest access to rows of E, in bytes.
   template <typename E>
   static constexpr int kAccessBytesOf = Policy::kAccessBytes == 0 ? sizeof(E) : Policy::kAccessBytes;
-  // Of rows of the input, in bytes, and of the others.
+  // What rows of E must be aligned to, in bytes.
   template <typename E>
   static constexpr int kAlignmentOf =
       min(kAccessBytesOf<E>, kHiddenSize * sizeof(E) % 16 == 0 ? 16 : kElementsPerVector * int(sizeof(E)));
@@ -252,71 +264,77 @@ struct RMSNormKernelBase : S {
   static constexpr int kVectorsPerThread = (kVectorsPerRow + S::kThreadsPerRow - 1) / S::kThreadsPerRow;
   // The dynamic shared memory of a block.
   static constexpr int kSharedBytes =
-      S::kStagesRow ? kVectorsPerThread * kThreads * kElementsPerVector * (Bytes::kInput + Bytes::kResidual) : 0;
-  // A row of 32 to 64 KiB leaves half of an SM's registers to another block.
-  static constexpr bool kSharesSM = !S::kStagesRow && !Policy::kHasResidual && kBlockReadBytes > 32 * 1024 &&
-                                    kBlockReadBytes < 64 * 1024 && kThreads <= 512;
-  // Of a long row that is not staged. Shorter rows have up to 64 KiB, or with a residual 96 KiB and up to 512 threads.
+      S::kRowInSharedMemory ? kVectorsPerThread * kThreads * kElementsPerVector * (Bytes::kInput + Bytes::kResidual)
+                            : 0;
+  static_assert(!S::kRowInSharedMemory || Policy::kSubtractsMean || Policy::kGating == Gating::kAfterNorm,
+                "other rows wait in registers");
+  // A block with more than 32 KiB of a row and up to 512 threads leaves half of an SM's registers to another block.
+  static constexpr bool kSharesSM =
+      !Policy::kHasResidual && kBlockReadBytes > 32 * 1024 && kBlockReadBytes < 64 * 1024 && kThreads <= 512;
+  // Whether a block takes most of the registers of an SM: for more than 64 KiB, or 96 KiB of two tensors and up to 512
+  // threads.
   static constexpr bool kFillsRegisters =
-      !S::kStagesRow && kBlockReadBytes > (Policy::kHasResidual && kThreads <= 512 ? 96 : 64) * 1024;
-  // Where weight and bias would take registers that rows in flight need, they are read when the row is written.
-  // LayerNorm does so in a large grid: in another one its latency would suffer.
-  static constexpr bool kReadsFactorsLate =
-      Policy::kSubtractsMean || kSharesSM || kFillsRegisters || S::kBlocksPerSM > 1;
+      !S::kRowInSharedMemory && kBlockReadBytes > (Policy::kHasResidual && kThreads <= 512 ? 96 : 64) * 1024;
+  // Where weight and bias would take registers that rows in flight need, they are loaded after the reduction. LayerNorm
+  // does so in a large grid: in another one its latency would suffer.
+  static constexpr bool kLoadsWeightAfterReduction =
+      Policy::kSubtractsMean || kSharesSM || kFillsRegisters || S::kScheduledBlocksPerSM > 0;
   // The compiler would keep 16-bit elements as floats, in twice the registers, until they are written.
   static constexpr bool kConvertsTwice =
-      kReadsFactorsLate && !Policy::kSubtractsMean && !Policy::kHasResidual && !S::kStagesRow && Bytes::kInput == 2;
+      kLoadsWeightAfterReduction && !Policy::kSubtractsMean && !Policy::kHasResidual && Bytes::kInput == 2;
   // 64 KiB of rows in flight on an SM keep memory busy. Where blocks are large, kMinBlocksPerSM limits registers for
   // that, as far as a thread's vectors of row, residual and weight allow. Small blocks fit an SM in any case.
-  static constexpr int kRegistersPerThread = (4 * kVectorsPerThread + 12) * kElementsPerVector *
-                                             (Bytes::kInput + Bytes::kResidual + (kReadsFactorsLate ? 0 : sizeof(W))) /
-                                             16;
+  // An estimate.
+  static constexpr int kRegistersPerThread =
+      (4 * kVectorsPerThread + 12) * kElementsPerVector *
+      (Bytes::kInput + Bytes::kResidual + (kLoadsWeightAfterReduction ? 0 : sizeof(W))) / 16;
   static constexpr int kMaxBlocksPerSM =
-      min(kRegistersPerSM / (kRegistersPerThread * kThreads), kThreadsOnAnySM / kThreads);
+      min(kRegistersPerSM / (kRegistersPerThread * kThreads), kMinResidentThreadsPerSM / kThreads);
   static constexpr int kBytesInFlight = 64 * 1024;
   // With a bias, or with accesses of less than 16 bytes, a thread needs more registers than a schedule with many blocks
   // leaves: three quarters of these then, rounded up.
   static constexpr int kReducedBlocksPerSM =
-      Policy::kHasBias || kAlignment < 16 ? (3 * S::kBlocksPerSM + 3) / 4 : S::kBlocksPerSM;
-  static constexpr int kWantedBlocksPerSM =
-      S::kBlocksPerSM > 0 ? kReducedBlocksPerSM
-      : S::kStagesRow     ? max(1, min(kSharedBytesPerSM / kSharedBytes, kThreadsOnAnySM / kThreads))
+      Policy::kHasBias || kAlignment < 16 ? (3 * S::kScheduledBlocksPerSM + 3) / 4 : S::kScheduledBlocksPerSM;
+  static constexpr int kTargetBlocksPerSM =
+      S::kScheduledBlocksPerSM > 0 ? kReducedBlocksPerSM
+      : S::kRowInSharedMemory      ? max(1, min(kSharedBytesPerSM / kSharedBytes, kMinResidentThreadsPerSM / kThreads))
       : kBlockReadBytes < 8192 || !kHasWholeVectors
           ? 1
           : max(1, min(kSharesSM ? 2 : kBytesInFlight / kBlockReadBytes, kMaxBlocksPerSM));
-  static constexpr int kMinBlocksPerSM = Policy::kSubtractsMean ? 1 : kWantedBlocksPerSM;
-  static constexpr int kMinBlocksPerSMOfLargeGrid = kWantedBlocksPerSM;
+  static constexpr int kMinBlocksPerSM = Policy::kSubtractsMean ? 1 : kTargetBlocksPerSM;
+  static constexpr int kMinBlocksPerSMOfLargeGrid = kTargetBlocksPerSM;
   // In a large grid, which reads about as much as L2 holds or more, a block prefetches into L2 the rows of the block
   // with an index kBlocksAhead larger, or its part of that cluster's row: without that, memory is idle for 1 to 5% of
   // the time. In a smaller grid, the prefetch would delay the block's own rows.
   static constexpr int kLargeGridBytes = (Policy::kHasResidual ? 16 : 48) << 20;
   static constexpr int kBytesAhead = (Policy::kHasResidual || S::kBlocksPerCluster > 1 ? 4 : 2) << 20;
   // Rows without a residual that are read by accesses of 4 or 8 bytes have no gain from it. Those of 16-bit elements in
-  // clusters have a loss with eight vectors a thread, which are enough in flight. Rows that are staged or fill
-  // registers, as some do before sm_90, had a loss.
+  // clusters have a loss with eight vectors a thread, which are enough in flight. So had rows that fill registers, as
+  // some do before sm_90.
   static constexpr bool kHasPrefetch =
-      kRowBytes >= 256 && !S::kStagesRow && !kFillsRegisters && !Policy::kIsGeneral &&
+      kRowBytes >= 256 && !kFillsRegisters && !Policy::kIsGeneral &&
       (S::kBlocksPerCluster > 1 ? kRowBytes % 16 == 0 && !(kConvertsTwice && kVectorsPerThread > 7)
                                 : kRowBytes % 16 == 0 || Policy::kHasResidual || kAlignment == 2);
   static constexpr unsigned kBlocksAhead = S::kBlocksPerCluster > 1
                                                ? kBytesAhead / (kRowBytes + kResidualRowBytes) * S::kBlocksPerCluster
                                                : max(128, kBytesAhead / kBlockReadBytes);
-  // In a large grid LayerNorm reads weight and bias late: from 1,025 blocks on, or 129 where rows are staged, which
-  // fill an SM in smaller numbers.
-  static constexpr unsigned kMinLargeGrid = Policy::kSubtractsMean ? (S::kStagesRow ? 129 : 1025)
+  // The blocks of the smallest large grid; a row of a cluster has several. LayerNorm, whose weight and bias are loaded
+  // after the reduction there, has one from 1,025 blocks on, or 129 where rows wait in shared memory, as fewer fill an
+  // SM.
+  static constexpr unsigned kMinLargeGrid = Policy::kSubtractsMean ? (S::kRowInSharedMemory ? 129 : 1025)
                                             : !kHasPrefetch        ? kNoLargeGrid
                                             : Policy::kHasResidual ? max(1024, kLargeGridBytes / kBlockReadBytes)
                                                                    : kLargeGridBytes / kBlockReadBytes;
-  // In a small grid, a block launches its dependents late if threads have much to compute after their loads: the next
-  // kernel's blocks would slow that down.
+  // The blocks of the largest small grid. There a block launches its dependents late if threads have much to compute
+  // after their loads: the next kernel's blocks would slow that down.
   static constexpr unsigned kMaxSmallGrid =
       kVectorsPerThread > 3 && !Policy::kHasResidual && !Policy::kSubtractsMean ? 16 : kNoSmallGrid;
 };
 
-// The vectors of a row that one thread holds: every kThreadsPerRow-th, beginning with number `lane`, the thread's index
-// within its row. Beside a float residual, a vector of 16-bit inputs has 8 bytes: then the warp's accesses to either
-// have no gaps, and its stores fill whole sectors.
-template <typename Kernel, bool kIsLate = false>
+// The vectors of a row that one thread holds: every kThreadsPerRow-th, beginning with number `thread_in_row`, the
+// thread's index among those of its row, in all blocks of a cluster. Beside a float residual, a vector of 16-bit inputs
+// has 8 bytes: then the warp's accesses to either have no gaps, and its stores fill whole sectors.
+template <typename Kernel, bool kLoadsWeightAfterReduction = false>
 struct RowFragment {
   using T = typename Kernel::input_t;
   using R = typename Kernel::residual_t;
@@ -332,116 +350,110 @@ struct RowFragment {
   // Where a stored sum that is normalised is kept: in the registers of x or, if it is wider, of the residual.
   static constexpr bool kSumReplacesX = Policy::kRoundSum && sizeof(R) == sizeof(T);
   static constexpr bool kHasProduct = Policy::kGating == Gating::kBeforeNorm;
+  static_assert(!Policy::kSubtractsMean || !Policy::kHasResidual, "LayerNorm has no residual");
 
-  const int lane;
+  const int thread_in_row;
   float mean;  // subtracted by `value`; of policies with kSubtractsMean alone
-  InputVector x[Kernel::kStagesRow ? 1 : kVectorsPerThread];
-  ResidualVector residual[Policy::kHasResidual && !Kernel::kStagesRow ? kVectorsPerThread : 1];
-  const W *weight_row, *bias_row;  // of factors that are read late
-  WeightVector weight[Policy::kHasWeight && !kIsLate ? kVectorsPerThread : 1];
-  WeightVector bias[Policy::kHasBias && !kIsLate ? kVectorsPerThread : 1];
+  InputVector x[Kernel::kRowInSharedMemory ? 1 : kVectorsPerThread];
+  ResidualVector residual[Policy::kHasResidual && !Kernel::kRowInSharedMemory ? kVectorsPerThread : 1];
+  const W *weight_row, *bias_row;  // if they are loaded after the reduction
+  WeightVector weight[Policy::kHasWeight && !kLoadsWeightAfterReduction ? kVectorsPerThread : 1];
+  WeightVector bias[Policy::kHasBias && !kLoadsWeightAfterReduction ? kVectorsPerThread : 1];
   // Of a gate before the norm. It takes the registers of x and residual, which hold the gate.
   Vector<float, kElementsPerVector> product[kHasProduct ? kVectorsPerThread : 1];
 
-  explicit __device__ RowFragment(int lane) : lane(lane) {}
+  explicit __device__ RowFragment(int thread_in_row) : thread_in_row(thread_in_row) {}
 
   // Whether the thread has an i-th vector: a row's vectors may not divide evenly among its threads.
   __device__ __forceinline__ bool has(int i) const {
-    return kVectorsPerRow % kThreadsPerRow == 0 || lane + i * kThreadsPerRow < kVectorsPerRow;
+    return kVectorsPerRow % kThreadsPerRow == 0 || thread_in_row + i * kThreadsPerRow < kVectorsPerRow;
   }
-  __device__ __forceinline__ int offset(int i) const { return (lane + i * kThreadsPerRow) * kElementsPerVector; }
+  __device__ __forceinline__ int offset(int i) const {
+    return (thread_in_row + i * kThreadsPerRow) * kElementsPerVector;
+  }
 
   template <typename E, int kSize>
-  __device__ __forceinline__ void read(Vector<E, kElementsPerVector> (&dst)[kSize], const E* src) {
+  __device__ __forceinline__ void load(Vector<E, kElementsPerVector> (&dst)[kSize], const E* src) {
 #pragma unroll
     for (int i = 0; i < kSize; i++)
       if (has(i)) dst[i] = load_aligned_to<Kernel::template kAccessBytesOf<E>, E, kElementsPerVector>(src + offset(i));
   }
 
-  // Reads the vectors of the row: to registers or to shared memory, without waiting where accesses are wide.
-  __device__ __forceinline__ void read_input(const T* src) {
-    if constexpr (Kernel::kStagesRow) {
+  // Loads the vectors of the row: to registers or to shared memory, without waiting where accesses are wide.
+  __device__ __forceinline__ void load_input(const T* src) {
+    if constexpr (Kernel::kRowInSharedMemory) {
 #pragma unroll
       for (int i = 0; i < kVectorsPerThread; i++)
-        if (has(i)) stage(staged_input(i), src + offset(i));
+        if (has(i)) copy_to_shared(shared_input(i), src + offset(i));
     } else {
-      read(x, src);
+      load(x, src);
     }
   }
-  __device__ __forceinline__ void read_residual(const R* src) {
-    if constexpr (Kernel::kStagesRow) {
+  __device__ __forceinline__ void load_residual(const R* src) {
+    if constexpr (Kernel::kRowInSharedMemory) {
 #pragma unroll
       for (int i = 0; i < kVectorsPerThread; i++)
-        if (has(i)) stage(staged_residual(i), src + offset(i));
+        if (has(i)) copy_to_shared(shared_residual(i), src + offset(i));
     } else {
-      read(residual, src);
+      load(residual, src);
     }
   }
   template <typename E>
-  static __device__ __forceinline__ void stage(Vector<E, kElementsPerVector>* dst, const E* src) {
+  static __device__ __forceinline__ void copy_to_shared(Vector<E, kElementsPerVector>* dst, const E* src) {
     constexpr int kBytes = Kernel::template kAccessBytesOf<E>;
     if constexpr (kBytes == 16) copy_async(dst, src);
     else *dst = load_aligned_to<kBytes, E, kElementsPerVector>(src);
   }
   // To be called before the row is used.
   __device__ __forceinline__ void wait_for_row() const {
-    if constexpr (Kernel::kStagesRow) wait_for_async_copies();
+    if constexpr (Kernel::kRowInSharedMemory) wait_for_async_copies();
   }
 
-  // Where the thread keeps its i-th vectors of a row that is staged. No other thread reads them.
-  static __device__ __forceinline__ InputVector* staged_input(int i) {
-    extern __shared__ uint4 staged_rows[];
-    return reinterpret_cast<InputVector*>(staged_rows) + i * Kernel::kThreads + threadIdx.x;
+  // Where the thread keeps its i-th vectors of a row in shared memory. No other thread reads them.
+  static __device__ __forceinline__ InputVector* shared_input(int i) {
+    extern __shared__ uint4 shared_rows[];
+    return reinterpret_cast<InputVector*>(shared_rows) + i * Kernel::kThreads + threadIdx.x;
   }
-  static __device__ __forceinline__ ResidualVector* staged_residual(int i) {
-    extern __shared__ uint4 staged_rows[];
-    return reinterpret_cast<ResidualVector*>(reinterpret_cast<InputVector*>(staged_rows) +
+  static __device__ __forceinline__ ResidualVector* shared_residual(int i) {
+    extern __shared__ uint4 shared_rows[];
+    return reinterpret_cast<ResidualVector*>(reinterpret_cast<InputVector*>(shared_rows) +
                                              kVectorsPerThread * Kernel::kThreads) +
            i * Kernel::kThreads + threadIdx.x;
   }
 
   __device__ __forceinline__ const InputVector& input_vector(int i) const {
-    if constexpr (Kernel::kStagesRow) return *staged_input(i);
+    if constexpr (Kernel::kRowInSharedMemory) return *shared_input(i);
     else return x[i];
   }
   __device__ __forceinline__ const ResidualVector& residual_vector(int i) const {
-    if constexpr (Kernel::kStagesRow) return *staged_residual(i);
+    if constexpr (Kernel::kRowInSharedMemory) return *shared_residual(i);
     else return residual[i];
   }
-  __device__ __forceinline__ void set_input_vector(int i, const InputVector& v) {
-    if constexpr (Kernel::kStagesRow) *staged_input(i) = v;
-    else x[i] = v;
-  }
-  __device__ __forceinline__ void set_residual_vector(int i, const ResidualVector& v) {
-    if constexpr (Kernel::kStagesRow) *staged_residual(i) = v;
-    else residual[i] = v;
-  }
-
-  // Reads the vectors of weight and bias, now or when they are used.
-  __device__ __forceinline__ void read_factors(const W* of_weight, const W* of_bias) {
-    if constexpr (kIsLate) {
+  // Loads the vectors of weight and bias, now or when they are used.
+  __device__ __forceinline__ void load_weight_and_bias(const W* of_weight, const W* of_bias) {
+    if constexpr (kLoadsWeightAfterReduction) {
       weight_row = of_weight;
       bias_row = of_bias;
     } else {
-      if constexpr (Policy::kHasWeight) read(weight, of_weight);
-      if constexpr (Policy::kHasBias) read(bias, of_bias);
+      if constexpr (Policy::kHasWeight) load(weight, of_weight);
+      if constexpr (Policy::kHasBias) load(bias, of_bias);
     }
   }
-  // To be called when the sums are known. Before, the compiler must not read late factors: they would take registers,
-  // or be read before grid_dependency_wait.
-  __device__ __forceinline__ void allow_late_reads() {
-    if constexpr (kIsLate) optimization_barrier(weight_row), optimization_barrier(bias_row);
+  // To be called after the reduction. The compiler must not move loads of weight and bias above it: they would take
+  // registers, or precede grid_dependency_wait.
+  __device__ __forceinline__ void block_early_loads() {
+    if constexpr (kLoadsWeightAfterReduction) optimization_barrier(weight_row), optimization_barrier(bias_row);
     if constexpr (Kernel::kConvertsTwice) {
 #pragma unroll
       for (int i = 0; i < kVectorsPerThread; i++) optimization_barrier(x[i]);
     }
   }
+  // The i-th vector of weight or bias: of those that are loaded, or of the row in memory.
   template <int kSize>
-  __device__ __forceinline__ WeightVector factor(const WeightVector (&early)[kSize], const W* late, int i) const {
-    if constexpr (!kIsLate) return early[i];
+  __device__ __forceinline__ WeightVector factor(const WeightVector (&loaded)[kSize], const W* row, int i) const {
+    if constexpr (!kLoadsWeightAfterReduction) return loaded[i];
     else
-      return load_aligned_to<Kernel::template kAccessBytesOf<W>, W, kElementsPerVector, ConstantLoads>(late +
-                                                                                                       offset(i));
+      return load_aligned_to<Kernel::template kAccessBytesOf<W>, W, kElementsPerVector, ConstantLoads>(row + offset(i));
   }
 
   // Adds the input to the residual, and stores the sum to `dst`.
@@ -457,8 +469,8 @@ struct RowFragment {
       ResidualVector sum;
       from_float(f, sum);
       store_aligned_to<Kernel::template kAccessBytesOf<R>>(dst + offset(i), sum);
-      if constexpr (kSumReplacesX) set_input_vector(i, sum);
-      else if constexpr (Policy::kRoundSum) set_residual_vector(i, sum);
+      if constexpr (kSumReplacesX) x[i] = sum;
+      else if constexpr (Policy::kRoundSum) residual[i] = sum;
     }
   }
 
@@ -486,19 +498,22 @@ struct RowFragment {
   // The i-th vector of what is normalised. An unrounded sum is computed again at each use: registers to keep it would
   // cost more.
   __device__ __forceinline__ void value(int i, float (&f)[kElementsPerVector]) const {
-    if constexpr (kHasProduct) return to_float(product[i], f);
-    if constexpr (Policy::kRoundSum && !kSumReplacesX) return to_float(residual_vector(i), f);
-    to_float(input_vector(i), f);
-    if constexpr (Policy::kSubtractsMean) {
-      static_assert(!Policy::kHasResidual, "LayerNorm has no residual");
+    if constexpr (kHasProduct) {
+      to_float(product[i], f);
+    } else if constexpr (Policy::kRoundSum && !kSumReplacesX) {
+      to_float(residual_vector(i), f);
+    } else {
+      to_float(input_vector(i), f);
+      if constexpr (Policy::kSubtractsMean) {
 #pragma unroll
-      for (int j = 0; j < kElementsPerVector; j++) f[j] -= mean;
+        for (int j = 0; j < kElementsPerVector; j++) f[j] -= mean;
+      } else if constexpr (Policy::kHasResidual && !Policy::kRoundSum && Policy::kGating == Gating::kNone) {
+        float r[kElementsPerVector];
+        to_float(residual_vector(i), r);
+#pragma unroll
+        for (int j = 0; j < kElementsPerVector; j++) f[j] += r[j];
+      }
     }
-    if (!Policy::kHasResidual || Policy::kRoundSum || Policy::kGating != Gating::kNone) return;
-    float r[kElementsPerVector];
-    to_float(residual_vector(i), r);
-#pragma unroll
-    for (int j = 0; j < kElementsPerVector; j++) f[j] += r[j];
   }
 
   // Of the input, for the mean.
