@@ -1,21 +1,20 @@
-// Attention of one new token of each sequence to its keys and values, on CUDA. Paged: they are in blocks of a cache,
-// which a table names, and a query sees all tokens of its sequence or the last ones. Masked: those of each sequence are
-// in one tensor, and a mask says which tokens a query sees. The query heads that share a head of k and v are the rows
-// of the instruction that multiplies q and k, and the columns of the one that multiplies weights and v. The tokens of a
-// sequence are divided into splits. A thread block computes one split after another; its warps take 16 tokens at a
-// time. A thread loads k and v straight into the registers that its instructions read: k of the next tokens while it
-// computes the current ones. The block that finishes the last split of a sequence combines all, in their order.
-// Included by generated sources (jitnorm/jit/spec.py).
+// Attention of one query token of each sequence, as in decode steps, with split KV, on CUDA. Paged: k and v are in
+// blocks of a cache, which a block table lists, and a query sees all tokens of its sequence or the last ones. Masked: k
+// and v are [sequences, kv_heads, tokens, head_dim], and a bool mask says which tokens a query sees. The query heads
+// that share a head of k and v are the rows of the instruction that multiplies q and k, and the columns of the one that
+// multiplies weights and v. The tokens of a sequence are divided into splits. A thread block computes one split after
+// another; its warps take 16 tokens at a time. A thread loads k and v straight into the registers that its instructions
+// read: k of the next tokens while it computes the current ones. The block that finishes the last split of a sequence
+// combines all, in their order. Included by generated sources (jitnorm/jit/spec.py).
 #pragma once
 #include "attention/decode_attention.h"
 #include "jitnorm/cuda_kernel.h"
-#include "jitnorm/grid.h"
 #include "jitnorm/tensor_core.h"
 #include "jitnorm/vector.h"
 
 namespace jitnorm {
 
-template <int kHeadDim_, int kGroupSize_, typename T, bool kIsMasked = false>
+template <int kHeadDim_, int kGroupSize_, typename T, bool kIsMasked>
 struct DecodeAttentionKernel : DefaultVariantOnly {
   using input_t = T;
   using params_t = DecodeAttentionParams;
@@ -27,27 +26,30 @@ struct DecodeAttentionKernel : DefaultVariantOnly {
   static constexpr int kKLoads = kHeadDim / 32;            // of 16 bytes, by a thread, for a token: four share a head
   static constexpr int kVLoads = kHeadDim / 64;            // of 16 bytes, by a thread, for a token: eight share a head
   static constexpr int kMinBlocksPerSM = kHeadDim == 64 ? (kHeadTiles == 1 ? 5 : 4) : (kHeadTiles == 1 ? 3 : 2);
-  static constexpr float kLowest = -3.402823466e38f;  // the lowest float: the maximum of no logits
-  static_assert(kHeadDim % 64 == 0 && kHeadDim <= 128 && kHeadTiles <= 2, "registers suffice");
+  // The first maximum: the lowest float, as -inf - -inf would be NaN in the factor of a rescale.
+  static constexpr float kLowest = -3.402823466e38f;
+  static_assert(kHeadDim % 64 == 0 && kHeadDim <= 128 && kHeadTiles <= 2,
+                "head_dim is 64 or 128, and a head of k and v has up to 16 query heads");
 
   template <GridVariant>
   static __device__ __forceinline__ void run(const DecodeAttentionParams& p) {
     grid_dependency_wait();
     launch_dependents();
-    const Sequences sequences(p);
-    const unsigned total = sequences.total * p.num_kv_heads;
-    for (unsigned i = blockIdx.x; i < total; i += gridDim.x) attend(p, sequences.find(p, i));
+    const SplitScheduler scheduler(p);
+    const unsigned work_items = scheduler.num_splits * p.num_kv_heads;
+    for (unsigned i = blockIdx.x; i < work_items; i += gridDim.x) attend(p, scheduler.split_of(p, i));
   }
 
  private:
   static constexpr int kVectors = kHeadDim / 4;                    // of four elements, in a head
   static constexpr int kTokensPerRound = kWarps * kTokensPerStep;  // of a block
 
-  // Split `index` of the `count` splits of a sequence, for a head of k and v: the tokens from begin to end. `first` is
-  // the first that the query sees. `token` is the first of this warp's next step, and `page` where it is.
+  // Split `index` of the `count` splits of a sequence, for a head of k and v. `first` is the first token that the query
+  // sees, and the split's tokens end at `end`. `token` and `page` are where this warp is: the first token of its step,
+  // and the block of the cache that has it or, if masked, the sequence.
   struct Split {
     unsigned sequence, head, index, count;
-    int first, begin, end, token, page;
+    int first, end, token, page;
 
     __device__ __forceinline__ bool has_tokens() const { return token < end; }
   };
@@ -57,12 +59,15 @@ struct DecodeAttentionKernel : DefaultVariantOnly {
     int first, end;
   };
 
+  static __device__ __forceinline__ int load_int32(const int* from, index_t i) {
+    return static_cast<int>(load_index(from, i, false));
+  }
+
   static __device__ __forceinline__ Range range_of(const DecodeAttentionParams& p, unsigned sequence) {
     if constexpr (kIsMasked) {
-      return {static_cast<int>(load_index(p.ranges, 2 * sequence, false)),
-              static_cast<int>(load_index(p.ranges, 2 * sequence + 1, false))};
+      return {load_int32(p.ranges, 2 * sequence), load_int32(p.ranges, 2 * sequence + 1)};
     } else {
-      const int length = static_cast<int>(load_index(p.seq_lens, sequence, false));
+      const int length = load_int32(p.seq_lens, sequence);
       const int tokens = length < 0 ? 0 : length > p.max_tokens ? p.max_tokens : length;
       return {p.window && tokens > p.window ? tokens - p.window : 0, tokens};
     }
@@ -85,30 +90,31 @@ struct DecodeAttentionKernel : DefaultVariantOnly {
     return value;
   }
 
-  // Finds the sequence of a split. The sequences are divided over the lanes of a warp, in order.
-  struct Sequences {
-    unsigned per_lane, before, total;  // `before`: the splits of the sequences of the lanes before
+  // Finds the split of a work item. Item i is split i / num_kv_heads, counted over all sequences, of head
+  // i % num_kv_heads of k and v. The sequences are divided over the lanes of a warp, in order.
+  struct SplitScheduler {
+    unsigned sequences_per_lane, splits_before, num_splits;  // those before are of the sequences of the lanes before
 
-    __device__ __forceinline__ explicit Sequences(const DecodeAttentionParams& p) {
-      per_lane = (p.num_sequences + 31) / 32;
-      const unsigned first = threadIdx.x % 32 * per_lane;
+    __device__ __forceinline__ explicit SplitScheduler(const DecodeAttentionParams& p) {
+      sequences_per_lane = (p.num_sequences + 31) / 32;
+      const unsigned first = threadIdx.x % 32 * sequences_per_lane;
       unsigned splits = 0;
 #pragma unroll 4
-      for (unsigned i = 0; i < per_lane; i++)
+      for (unsigned i = 0; i < sequences_per_lane; i++)
         if (first + i < p.num_sequences) splits += count_splits(p, range_of(p, first + i));
       const unsigned sum = inclusive_sum(splits);
-      before = sum - splits;
-      total = __shfl_sync(~0u, sum, 31);
+      splits_before = sum - splits;
+      num_splits = __shfl_sync(~0u, sum, 31);
     }
 
-    // A lane without sequences has before == total, above every split.
-    __device__ __forceinline__ Split find(const DecodeAttentionParams& p, unsigned item) const {
-      const unsigned split = quotient(item, p.head_divisor);
-      const unsigned owner = 31 - __clz(__ballot_sync(~0u, before <= split));
-      unsigned rest = split - __shfl_sync(~0u, before, owner), sequence = owner * per_lane;
+    // A lane without sequences has splits_before == num_splits, above every split.
+    __device__ __forceinline__ Split split_of(const DecodeAttentionParams& p, unsigned work_item) const {
+      const unsigned split = quotient(work_item, p.head_divisor);
+      const unsigned owner = 31 - __clz(__ballot_sync(~0u, splits_before <= split));
+      unsigned rest = split - __shfl_sync(~0u, splits_before, owner), sequence = owner * sequences_per_lane;
       for (;; sequence += 32) {  // 32 of the owner's sequences at a time
         const unsigned candidate = sequence + threadIdx.x % 32;
-        const bool is_owners = candidate < (owner + 1) * per_lane && candidate < p.num_sequences;
+        const bool is_owners = candidate < (owner + 1) * sequences_per_lane && candidate < p.num_sequences;
         const unsigned splits = is_owners ? count_splits(p, range_of(p, candidate)) : 0;
         const unsigned sum = inclusive_sum(splits);
         const unsigned after = __ballot_sync(~0u, sum > rest);
@@ -123,16 +129,16 @@ struct DecodeAttentionKernel : DefaultVariantOnly {
       const Range range = range_of(p, sequence);
       Split result;
       result.sequence = sequence;
-      result.head = item - split * p.num_kv_heads;
+      result.head = work_item - split * p.num_kv_heads;
       result.index = rest;
       result.count = count_splits(p, range);
       result.first = range.first;
       const int start = result.first / kTokensPerStep * kTokensPerStep;
       const int steps = (range.end - start + kTokensPerStep - 1) / kTokensPerStep;
       const int tokens_per_split = (steps + result.count - 1) / result.count * kTokensPerStep;
-      result.begin = start + int(rest) * tokens_per_split;
-      result.end = result.begin + tokens_per_split < range.end ? result.begin + tokens_per_split : range.end;
-      result.token = result.begin + threadIdx.x / 32 * kTokensPerStep;
+      const int begin = start + int(rest) * tokens_per_split;
+      result.end = begin + tokens_per_split < range.end ? begin + tokens_per_split : range.end;
+      result.token = begin + threadIdx.x / 32 * kTokensPerStep;
       result.page = result.has_tokens() ? page_of(p, sequence, result.token) : 0;
       return result;
     }
@@ -147,8 +153,7 @@ struct DecodeAttentionKernel : DefaultVariantOnly {
 
   static __device__ __forceinline__ int page_of(const DecodeAttentionParams& p, unsigned sequence, int token) {
     if constexpr (kIsMasked) return static_cast<int>(sequence);
-    return static_cast<int>(
-        load_index(p.block_table, sequence * p.table_stride + quotient(token, p.block_divisor), false));
+    return load_int32(p.block_table, sequence * p.table_stride + quotient(token, p.block_divisor));
   }
 
   static __device__ __forceinline__ int offset_in_page(const DecodeAttentionParams& p, int token) {
@@ -167,9 +172,9 @@ struct DecodeAttentionKernel : DefaultVariantOnly {
 
   // What a thread has of q, and of k and v for a step.
   struct Operands {
-    uint4 q[kHeadTiles][kKLoads];  // of the heads group and group + 8
-    uint4 k[2][kKLoads];           // of the tokens group and group + 8
-    uint4 v[4][kVLoads];           // of the tokens 2 quad, 2 quad + 1 and these plus 8
+    uint4 q[kHeadTiles][kKLoads];  // of the heads group_id and group_id + 8
+    uint4 k[2][kKLoads];           // of the tokens group_id and group_id + 8
+    uint4 v[4][kVLoads];           // of the tokens 2 thread_in_group, 2 thread_in_group + 1 and these plus 8
     bool is_visible[4];            // the same tokens; only if masked
 
     // Of a split's first step.
@@ -231,29 +236,29 @@ struct DecodeAttentionKernel : DefaultVariantOnly {
     }
   };
 
-  static __device__ __forceinline__ float exp2(float x) {
+  static __device__ __forceinline__ float exp2_approx(float x) {
     float y;
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
     return y;
   }
 
   // Computes a split. A partial result, of a warp, a block or a split, is for each query head: the sum of the values
-  // weighted by exp2(logit - maximum), the maximum, and the sum of these exponentials.
+  // weighted by exp2(score - row_max), row_max, and the sum of these exponentials, row_sum.
   static __device__ __forceinline__ void attend(const DecodeAttentionParams& p, Split split) {
     __shared__ float4 sums[kWarps][kGroupSize][kVectors];
     __shared__ float2 stats[kWarps][kGroupSize];
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, group = lane / 4, quad = lane % 4;
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, group_id = lane / 4, thread_in_group = lane % 4;
 
-    float sum[kVLoads][4][kHeadTiles][4] = {};  // of the elements 64 i + 8 group + 2 j and + 1, of two heads each
-    float maximum[kHeadTiles], exponentials[kHeadTiles];
+    float acc_o[kVLoads][4][kHeadTiles][4] = {};  // of the elements 64 i + 8 group_id + 2 j and + 1, of two heads each
+    float row_max[kHeadTiles], row_sum[kHeadTiles];
 #pragma unroll
-    for (int t = 0; t < kHeadTiles; t++) maximum[t] = kLowest, exponentials[t] = 0.f;
+    for (int t = 0; t < kHeadTiles; t++) row_max[t] = kLowest, row_sum[t] = 0.f;
 
     Operands operands;
     if (split.has_tokens()) operands.load(p, split);
-    int later_page = 0;  // of the step after the next
+    int next_page = 0;  // of the next step, before its k is loaded
     if (split.token + kTokensPerRound < split.end)
-      later_page = page_of(p, split.sequence, split.token + kTokensPerRound);
+      next_page = page_of(p, split.sequence, split.token + kTokensPerRound);
     while (split.has_tokens()) {
       float logits[2][4] = {};
 #pragma unroll
@@ -272,51 +277,52 @@ struct DecodeAttentionKernel : DefaultVariantOnly {
 #pragma unroll
       for (int i = 0; i < 4; i++) is_visible[i] = !kIsMasked || operands.is_visible[i];
       split.token += kTokensPerRound;
-      split.page = later_page;
+      split.page = next_page;
       const bool is_last_step = !split.has_tokens();
       if (!is_last_step) {
         operands.load_k(p, split);
         operands.load_mask(p, split);
         if (split.token + kTokensPerRound < split.end)
-          later_page = page_of(p, split.sequence, split.token + kTokensPerRound);
+          next_page = page_of(p, split.sequence, split.token + kTokensPerRound);
       }
-      // Of the two tiles of 8 tokens, this thread has the logits of the tokens 2 quad and 2 quad + 1.
-      unsigned weights[kHeadTiles][2];
+      // Of each of the two tiles of 8 tokens, this thread has the logits of token 2 thread_in_group and of the next.
+      unsigned probs[kHeadTiles][2];
 #pragma unroll
       for (int h = 0; h < kHeadTiles; h++) {
-        float x[4], highest = kLowest;
+        float scores[4], tile_max = kLowest;
 #pragma unroll
         for (int i = 0; i < 4; i++) {
           const int of_logit = token_of(token, i);
-          x[i] = of_logit < split.first || of_logit >= split.end || !is_visible[i]
-                     ? __int_as_float(0xff800000)
-                     : logits[i / 2][2 * h + i % 2] * p.scale;
-          highest = fmaxf(highest, x[i]);
+          scores[i] = of_logit < split.first || of_logit >= split.end || !is_visible[i]
+                          ? __int_as_float(0xff800000)  // -inf
+                          : logits[i / 2][2 * h + i % 2] * p.scale;
+          tile_max = fmaxf(tile_max, scores[i]);
         }
-        highest = fmaxf(highest, __shfl_xor_sync(~0u, highest, 1));
-        highest = fmaxf(highest, __shfl_xor_sync(~0u, highest, 2));
-        const bool rises = highest > maximum[h];
+        tile_max = fmaxf(tile_max, __shfl_xor_sync(~0u, tile_max, 1));
+        tile_max = fmaxf(tile_max, __shfl_xor_sync(~0u, tile_max, 2));
+        const bool rises = tile_max > row_max[h];
         if (__any_sync(~0u, rises)) {
-          const float before = maximum[h];
-          if (rises) maximum[h] = highest;
-          const float factor = exp2(before - maximum[h]);
-          exponentials[h] *= factor;
-          const float low = __shfl_sync(~0u, factor, 8 * quad), high = __shfl_sync(~0u, factor, 8 * quad + 4);
+          const float before = row_max[h];
+          if (rises) row_max[h] = tile_max;
+          const float factor = exp2_approx(before - row_max[h]);
+          row_sum[h] *= factor;
+          const float low = __shfl_sync(~0u, factor, 8 * thread_in_group),
+                      high = __shfl_sync(~0u, factor, 8 * thread_in_group + 4);
 #pragma unroll
           for (int i = 0; i < kVLoads; i++)
 #pragma unroll
             for (int j = 0; j < 4; j++) {
-              sum[i][j][h][0] *= low, sum[i][j][h][2] *= low;
-              sum[i][j][h][1] *= high, sum[i][j][h][3] *= high;
+              acc_o[i][j][h][0] *= low, acc_o[i][j][h][2] *= low;
+              acc_o[i][j][h][1] *= high, acc_o[i][j][h][3] *= high;
             }
         }
 #pragma unroll
         for (int i = 0; i < 4; i++) {
-          x[i] = exp2(x[i] - maximum[h]);
-          exponentials[h] += x[i];
+          scores[i] = exp2_approx(scores[i] - row_max[h]);
+          row_sum[h] += scores[i];
         }
-        weights[h][0] = pack(x, T{});
-        weights[h][1] = pack(x + 2, T{});
+        probs[h][0] = pack(scores, T{});
+        probs[h][1] = pack(scores + 2, T{});
       }
 #pragma unroll
       for (int i = 0; i < kVLoads; i++)
@@ -328,27 +334,28 @@ struct DecodeAttentionKernel : DefaultVariantOnly {
           const unsigned odd[2] = {__byte_perm(v[0], v[1], 0x7632), __byte_perm(v[2], v[3], 0x7632)};
 #pragma unroll
           for (int h = 0; h < kHeadTiles; h++)
-            mma_m16n8k16<T>(sum[i][j][h], even[0], odd[0], even[1], odd[1], weights[h][0], weights[h][1]);
+            mma_m16n8k16<T>(acc_o[i][j][h], even[0], odd[0], even[1], odd[1], probs[h][0], probs[h][1]);
         }
       if (!is_last_step) operands.load_v(p, split);
     }
 
 #pragma unroll
     for (int h = 0; h < kHeadTiles; h++) {
-      exponentials[h] += __shfl_xor_sync(~0u, exponentials[h], 1);
-      exponentials[h] += __shfl_xor_sync(~0u, exponentials[h], 2);
-      if (quad == 0 && group + 8 * h < kGroupSize)
-        stats[warp][group + 8 * h] = make_float2(maximum[h], exponentials[h]);
+      row_sum[h] += __shfl_xor_sync(~0u, row_sum[h], 1);
+      row_sum[h] += __shfl_xor_sync(~0u, row_sum[h], 2);
+      if (thread_in_group == 0 && group_id + 8 * h < kGroupSize)
+        stats[warp][group_id + 8 * h] = make_float2(row_max[h], row_sum[h]);
 #pragma unroll
       for (int c = 0; c < 2; c++) {
-        const int query_head = 2 * quad + c + 8 * h;
+        const int query_head = 2 * thread_in_group + c + 8 * h;
         if (query_head < kGroupSize)
 #pragma unroll
           for (int i = 0; i < kVLoads; i++)
 #pragma unroll
             for (int j = 0; j < 2; j++)
-              sums[warp][query_head][i * 16 + group * 2 + j] = make_float4(
-                  sum[i][2 * j][h][c], sum[i][2 * j][h][c + 2], sum[i][2 * j + 1][h][c], sum[i][2 * j + 1][h][c + 2]);
+              sums[warp][query_head][i * 16 + group_id * 2 + j] =
+                  make_float4(acc_o[i][2 * j][h][c], acc_o[i][2 * j][h][c + 2], acc_o[i][2 * j + 1][h][c],
+                              acc_o[i][2 * j + 1][h][c + 2]);
       }
     }
     __syncthreads();
@@ -364,17 +371,17 @@ struct DecodeAttentionKernel : DefaultVariantOnly {
     const Partials partials(p, split);
     for (int i = threadIdx.x; i < kGroupSize * kVectors; i += kThreads) {
       const int query_head = i / kVectors, at = i % kVectors;
-      Total total;
+      SoftmaxMerge merge;
 #pragma unroll
-      for (int w = 0; w < kWarps; w++) total.add_maximum(stats[w][query_head]);
+      for (int w = 0; w < kWarps; w++) merge.add_maximum(stats[w][query_head]);
 #pragma unroll
-      for (int w = 0; w < kWarps; w++) total.add(stats[w][query_head], sums[w][query_head][at]);
+      for (int w = 0; w < kWarps; w++) merge.add(stats[w][query_head], sums[w][query_head][at]);
       if (split.count == 1) {
-        total.store(p, split, query_head, at);
+        merge.store(p, split, query_head, at);
       } else {
         const int row = split.index * kGroupSize + query_head;
-        __stcg(partials.sums + row * kVectors + at, total.sum);
-        if (at == 0) __stcg(partials.stats + row, make_float2(total.maximum, total.exponentials));
+        __stcg(partials.sums + row * kVectors + at, merge.acc_o);
+        if (at == 0) __stcg(partials.stats + row, make_float2(merge.row_max, merge.row_sum));
       }
     }
   }
@@ -398,16 +405,16 @@ struct DecodeAttentionKernel : DefaultVariantOnly {
     const Partials partials(p, split);
     for (int i = threadIdx.x; i < kGroupSize * kVectors; i += kThreads) {
       const int query_head = i / kVectors, at = i % kVectors;
-      Total total;
+      SoftmaxMerge merge;
 #pragma unroll 4
       for (unsigned j = 0; j < split.count; j++)
-        total.add_maximum(__ldcg(partials.stats + j * kGroupSize + query_head));
+        merge.add_maximum(__ldcg(partials.stats + j * kGroupSize + query_head));
 #pragma unroll 4
       for (unsigned j = 0; j < split.count; j++) {
         const int row = j * kGroupSize + query_head;
-        total.add(__ldcg(partials.stats + row), __ldcg(partials.sums + row * kVectors + at));
+        merge.add(__ldcg(partials.stats + row), __ldcg(partials.sums + row * kVectors + at));
       }
-      total.store(p, split, query_head, at);
+      merge.store(p, split, query_head, at);
     }
   }
 
@@ -424,26 +431,26 @@ struct DecodeAttentionKernel : DefaultVariantOnly {
   };
 
   // Four elements of a head, from those of warps or splits: first all maxima are added, then all sums.
-  struct Total {
-    float maximum = kLowest, exponentials = 0.f;
-    float4 sum = make_float4(0.f, 0.f, 0.f, 0.f);
+  struct SoftmaxMerge {
+    float row_max = kLowest, row_sum = 0.f;
+    float4 acc_o = make_float4(0.f, 0.f, 0.f, 0.f);
 
-    __device__ __forceinline__ void add_maximum(float2 stats) { maximum = fmaxf(maximum, stats.x); }
+    __device__ __forceinline__ void add_maximum(float2 stats) { row_max = fmaxf(row_max, stats.x); }
 
     __device__ __forceinline__ void add(float2 stats, float4 other) {
-      const float factor = exp2(stats.x - maximum);
-      exponentials += factor * stats.y;
-      sum.x += factor * other.x;
-      sum.y += factor * other.y;
-      sum.z += factor * other.z;
-      sum.w += factor * other.w;
+      const float factor = exp2_approx(stats.x - row_max);
+      row_sum += factor * stats.y;
+      acc_o.x += factor * other.x;
+      acc_o.y += factor * other.y;
+      acc_o.z += factor * other.z;
+      acc_o.w += factor * other.w;
     }
 
     // Writes them for one of the query heads that share a head of k and v.
     __device__ __forceinline__ void store(const DecodeAttentionParams& p, const Split& split, int query_head,
                                           int at) const {
-      const float scale = exponentials == 0.f ? 0.f : 1.f / exponentials;
-      const float result[4] = {sum.x * scale, sum.y * scale, sum.z * scale, sum.w * scale};
+      const float scale = row_sum == 0.f ? 0.f : 1.f / row_sum;
+      const float result[4] = {acc_o.x * scale, acc_o.y * scale, acc_o.z * scale, acc_o.w * scale};
       Vector<T, 4> y;
       from_float(result, y);
       char* to =

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
 import pickle
 from collections import Counter
 from types import SimpleNamespace
@@ -323,7 +324,7 @@ def test_a_mask_that_the_kernel_does_not_take(decode_kernel, monkeypatch):
 
     def attend(query=query, key=key, value=key, mask=mask, attention=sdpa, **options):
         masks = transformers_decode_attention.MasksOfForward()
-        return transformers_decode_attention.attend(masks, attention, query, key, value, mask, 0.1, options)
+        return transformers_decode_attention.attend(masks, module, attention, query, key, value, mask, 0.1, options)
 
     expected = sdpa(module, query, key, key, mask, scaling=0.1)[0]
     assert relative_error(attend(), expected.double()) < 1e-6
@@ -367,13 +368,30 @@ def test_a_mask_that_changes_is_read_again(decode_kernel):
     """Position embeddings, which have what is known of a mask, may be used in several steps."""
     masks, key = transformers_decode_attention.MasksOfForward(), torch.randn(3, 1, 9, 64)
     mask = torch.ones(3, 1, 1, 9, dtype=torch.bool)
-    first = masks.find(decode_kernel, mask, key)
-    assert masks.find(decode_kernel, mask, key) is first
+    layers = [object(), object(), object()]
+    first = masks.find(decode_kernel, mask, key, layers[0])
+    assert masks.find(decode_kernel, mask, key, layers[1]) is first
     mask[..., 4] = False
-    assert masks.find(decode_kernel, mask, key) is not first and len(decode_kernel.masks) == 2
+    assert masks.find(decode_kernel, mask, key, layers[2]) is not first and len(decode_kernel.masks) == 2
     with torch.inference_mode():
         other = torch.ones(3, 1, 1, 9, dtype=torch.bool)  # which has no version
-        assert masks.find(decode_kernel, other, key) is masks.find(decode_kernel, other, key)
+        for step in range(3):
+            other[..., step] = False
+            found = [masks.find(decode_kernel, other, key, layer) for layer in layers]
+            assert found[0] is found[1] is found[2]
+            assert len(decode_kernel.masks) == 3 + step and not decode_kernel.masks[-1][..., step].any()
+    assert len(masks._found) == 1  # nothing is kept of earlier steps
+
+
+def test_a_replacement_of_pytorchs_attention_before_the_import(monkeypatch):
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", lambda *arguments: None)
+    spec = importlib.util.find_spec("jitnorm.integrations.transformers_decode_attention")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    sdpa = transformers.integrations.sdpa_attention.sdpa_attention_forward
+    assert not module._is_sdpa(sdpa)
+    monkeypatch.undo()
+    assert module._is_sdpa(sdpa)
 
 
 def test_there_is_no_decode_kernel_for_a_cpu():

@@ -44,14 +44,14 @@ def spec(
 ) -> KernelSpec:
     """Return the kernel for layers of this shape. Layers with the same num_heads / num_kv_heads share one."""
     group_size, name = num_heads // num_kv_heads, DTYPE_NAMES[dtype]
-    family = "masked_decode_attention" if is_masked else "decode_attention"
+    op = "masked_decode_attention" if is_masked else "decode_attention"
     cls = MaskedKernelSpec if is_masked else EngineKernelSpec
     return cls(
-        op=family,
+        op=op,
         family="decode_attention",
         folder="attention",
-        binding=family,
-        name=f"{family}_{head_dim}x{group_size}_{name}",
+        binding=op,
+        name=f"{op}_{head_dim}x{group_size}_{name}",
         kernel=f"DecodeAttentionKernel<{head_dim}, {group_size}, {name}_t, {str(is_masked).lower()}>",
         target=target,
         warmup="",
@@ -59,14 +59,14 @@ def spec(
 
 
 def ranges_spec(target: Target) -> KernelSpec:
-    """Return the kernel of `MaskedDecodeAttention.find_visible`."""
-    family = "mask_ranges"
+    """Return the kernel that finds the range of visible tokens in each row of a mask, and zeroes counters of splits."""
+    op = "mask_ranges"
     return MaskedKernelSpec(
-        op=family,
-        family=family,
+        op=op,
+        family=op,
         folder="attention",
-        binding=family,
-        name=family,
+        binding=op,
+        name=op,
         kernel="MaskRangesKernel",
         target=target,
         warmup="",
@@ -275,9 +275,9 @@ class MaskedDecodeAttention:
     ) -> bool:
         """Write the attention of q to the visible tokens of each sequence, or nothing.
 
-        The result of a sequence depends on the number of sequences and of tokens, masked ones included, but not on what
-        the others are, nor on its place among them. One without visible tokens has zeros. Keys and values between
-        visible tokens are read, and must be finite.
+        The result of a sequence depends on the number of sequences and on which tokens are visible, but not on the
+        other sequences, its place among them, or the length of the cache. One without visible tokens has zeros. Keys
+        and values between visible tokens are read, and must be finite.
 
         Args:
             q: `[sequences, heads, head_dim]`: of the last token of each sequence.

@@ -126,7 +126,7 @@ class PatchedAttention(torch.nn.Module):
             if position_embeddings.masks is None:
                 position_embeddings.masks = MasksOfForward()
             masks = position_embeddings.masks
-            output = attend(masks, attention, query, key, value, attention_mask, self.scaling, kwargs)
+            output = attend(masks, self, attention, query, key, value, attention_mask, self.scaling, kwargs)
         if output is None:
             output, weights = attention(
                 self, query, key, value, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs

@@ -26,7 +26,7 @@ from jitnorm.integrations.decode_attention import (
 )
 from jitnorm.jit.log import warn_once
 
-_SDPA = F.scaled_dot_product_attention  # which libraries replace by attention of their own
+_SDPA = torch._C._nn.scaled_dot_product_attention  # PyTorch's own, where a library has replaced that of F
 # Arguments of transformers' function that change what it computes or returns, or that it refuses. It ignores others.
 _OPTIONS = ("softcap", "position_bias", "cache", "is_causal", "output_attentions")
 
@@ -34,18 +34,26 @@ _OPTIONS = ("softcap", "position_bias", "cache", "is_causal", "output_attentions
 class MasksOfForward:
     """The masks that the layers of a model had in one forward, with the tokens that are visible in each.
 
-    Most layers have the same one, so that it is read once.
+    Most layers have the same one, so that it is read once. Position embeddings that a caller keeps outlive a forward:
+    the second call of a layer begins another one, in which all masks are read again.
     """
 
     def __init__(self) -> None:
         self._found: list[tuple[torch.Tensor, tuple[int, bool], VisibleTokens | None]] = []
+        self._layers: set[int] = set()  # the ids of those that have called
 
-    def find(self, kernel: MaskedDecodeAttention, mask: torch.Tensor, key: torch.Tensor) -> VisibleTokens | None:
+    def find(
+        self, kernel: MaskedDecodeAttention, mask: torch.Tensor, key: torch.Tensor, layer: object
+    ) -> VisibleTokens | None:
         """Return the visible tokens of a mask `[sequences or 1, 1, 1, tokens]`, or None if the kernel does not take it.
 
-        A mask that was changed in place is read again, and so is one in each capture of a CUDA graph: position
-        embeddings that a caller keeps outlive a forward.
+        A mask that was changed in place between two layers is read again, and so is one if a capture of a CUDA graph
+        began there.
         """
+        if id(layer) in self._layers:
+            self._found.clear()
+            self._layers.clear()
+        self._layers.add(id(layer))
         sequences, kv_heads = key.shape[:2]
         state = (0 if mask.is_inference() else mask._version, mask.is_cuda and torch.cuda.is_current_stream_capturing())
         for found, at, visible in self._found:
@@ -58,6 +66,7 @@ class MasksOfForward:
 
 def attend(
     masks: MasksOfForward,
+    layer: torch.nn.Module,
     attention: Any,
     query: torch.Tensor,
     key: torch.Tensor,
@@ -70,6 +79,7 @@ def attend(
 
     Args:
         masks: of this forward of the model.
+        layer: the attention module.
         attention: transformers' function.
         query: `[sequences, heads, length, head_dim]`.
         key: `[sequences, kv_heads, tokens, head_dim]`.
@@ -87,7 +97,7 @@ def attend(
     kernel = _kernel(heads, key.shape[1], head_dim, query.dtype, query.device)
     if kernel is None:
         return None
-    visible = masks.find(kernel, mask, key)
+    visible = masks.find(kernel, mask, key, layer)
     out = torch.empty(sequences, 1, heads, head_dim, dtype=query.dtype, device=query.device)
     if visible is None or not kernel(query[:, :, 0], key, value, visible, out[:, 0], scale):
         return None
