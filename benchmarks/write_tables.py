@@ -150,7 +150,9 @@ def engine_steps_h200() -> list[str]:
 
 
 def _engine_rows(measure: str, models: tuple[str, ...] = (), batches: tuple[int, ...] = ()) -> list[str]:
-    heads = ["engine and mode", "model", "batch", "stock, us", "plugin, us", "plugin / stock", "plugin / default stock"]
+    # A file's own time of the default mode, in the README, and its ratio elsewhere: runs differ by the host.
+    last = "default stock, same run, us" if models else "plugin / default stock"
+    heads = ["engine and mode", "model", "batch", "stock, us", "plugin, us", "plugin / stock", last]
     lines = [_row(heads), _row(["---", "---", *["---:"] * 5])]
     for name, modes in ENGINES.items():
         report = _read(f"{name}_h200")
@@ -165,6 +167,8 @@ def _engine_rows(measure: str, models: tuple[str, ...] = (), batches: tuple[int,
                 f"{results['plugin'].seconds / results[reference].seconds:.2f}" if reference in results else "-"
                 for reference in ("stock", "default stock")
             ]
+            if models and "default stock" in results:
+                ratios[1] = _us(results["default stock"].seconds * 1e6)
             with_range = measure == "decode step" and not models
             times = [_with_range(results[line], with_range) for line in ("stock", "plugin")]
             mode, model, batch = row.point["mode"].replace("_", "-"), row.point["model"], str(row.point["batch"])
