@@ -1104,6 +1104,9 @@ def test_compiled_graphs_of_the_plugin_have_a_key_of_their_own(config):
     report = Report("Model", {"layers.0": "RMSNorm"})
     REPORTS.append(report)
     one = config.compute_hash()
+    REPORTS.append(Report("Model", {"layers.0": "RMSNorm"}))
+    assert config.compute_hash() == one, "a model that is loaded again has the same graph"
+    del REPORTS[-1]
     report.replaced.clear()
     assert len({plugged, one, config.compute_hash()}) == 3, "a module that is left changes the graph"
     REPORTS.remove(report)
@@ -1285,6 +1288,42 @@ def test_vllm_registers_the_reductions_as_aten_operators(before):
         "bmm torch.bfloat16 True",
         "['aten_softmax', 'aten_softmax', 'aten_softmax', 'aten_mean']",
     ], done.stdout + done.stderr
+
+
+def test_the_import_hook_waits_for_an_import_that_succeeds(tmp_path, monkeypatch):
+    from jitnorm.integrations.vllm_plugin.installation import _ImportHook
+
+    name, found = "jitnorm_test_loader", []
+    (tmp_path / f"{name}.py").write_text("import sys\nif sys.jitnorm_fails:\n    raise OSError\nvalue = 3\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    hook = _ImportHook(name, lambda module: found.append(module.value))
+    sys.meta_path.insert(0, hook)
+    try:
+        assert importlib.util.find_spec(name).name == name
+        monkeypatch.setattr(sys, "jitnorm_fails", True, raising=False)
+        with pytest.raises(OSError):
+            importlib.import_module(name)
+        monkeypatch.setattr(sys, "jitnorm_fails", False)
+        assert not found and hook in sys.meta_path
+        importlib.import_module(name)
+        assert found == [3] and hook not in sys.meta_path
+    finally:
+        hook.remove()
+        sys.modules.pop(name, None)
+
+
+def test_modules_of_any_kind_have_a_name_of_their_forward():
+    linear = torch.nn.Linear(2, 2)
+    assert compatibility.name_of_forward(linear) == "torch.nn.modules.linear:Linear.forward"
+    assert compatibility.name_of_forward(torch.jit.trace(linear, torch.zeros(1, 2))) == ":"
+
+
+def test_a_module_of_vllm_that_raises_is_a_change(tmp_path, monkeypatch):
+    (tmp_path / "jitnorm_test_backend.py").write_text("raise RuntimeError('no driver')\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setitem(compatibility.FINGERPRINTS, "test", {"jitnorm_test_backend:forward": ""})
+    expected = "vLLM's jitnorm_test_backend:forward cannot be imported: RuntimeError: no driver"
+    assert compatibility.changed("test") == expected
 
 
 @needs_vllm

@@ -10,6 +10,7 @@ import functools
 import pkgutil
 import re
 from importlib import metadata
+from typing import Any
 
 from jitnorm.integrations.engine_plugins import source_hash
 
@@ -211,6 +212,12 @@ def version_problem() -> str | None:
     return f"its version is {version}, and the plugin was tested with {TESTED}"
 
 
+def name_of_forward(module: Any) -> str:
+    """Return "module:qualname" of the forward of a module's class; of a TorchScript module, ":", as it has none."""
+    forward = getattr(type(module), "forward", None)
+    return f"{getattr(forward, '__module__', '')}:{getattr(forward, '__qualname__', '')}"
+
+
 @functools.cache
 def changed(part: str) -> str | None:
     """Return which function of a part has another source than in the tested version, or None."""
@@ -219,6 +226,8 @@ def changed(part: str) -> str | None:
             found = source_hash(pkgutil.resolve_name(name))
         except (ImportError, AttributeError, OSError, TypeError):
             return f"vLLM has no {name}, which was in {TESTED}"
+        except Exception as error:  # a module of vLLM may raise anything when it is imported
+            return f"vLLM's {name} cannot be imported: {type(error).__name__}: {error}"
         if found != expected:
             return f"the source of {name} is not that of vLLM {TESTED}"
     return None

@@ -61,8 +61,7 @@ def has_attention(module: Any) -> bool:
 
 def part_of(module: Any) -> str | None:
     """Return the part that a module's forward belongs to, or None if it is no attention layer that is known."""
-    forward = type(module).forward
-    return FORWARDS.get(f"{forward.__module__}:{forward.__qualname__}")
+    return FORWARDS.get(compatibility.name_of_forward(module))
 
 
 def norms_of(module: Any) -> tuple[Any, Any] | None:

@@ -12,6 +12,7 @@ import importlib.abc
 import importlib.machinery
 import importlib.util
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any
@@ -96,8 +97,9 @@ def _change_configuration() -> None:
     @functools.wraps(compute_hash)
     def compute_hash_with_plugin(self: Any) -> str:
         # vLLM asks when it is about to compile a model, which is loaded then. What was replaced may depend on the
-        # machine: a module is left if its kernel cannot be built.
-        factors = f"{compute_hash(self)} jitnorm {__version__} {[report.replaced for report in REPORTS]}"
+        # machine: a module is left if its kernel cannot be built. A model that is loaded again adds nothing.
+        replaced = list(dict.fromkeys(str(report.replaced) for report in REPORTS))
+        factors = f"{compute_hash(self)} jitnorm {__version__} {replaced}"
         return hashlib.sha256(factors.encode()).hexdigest()[:10]
 
     set_attribute(CompilationConfig, "set_splitting_ops_for_v1", set_splitting_ops_for_v1)
@@ -152,20 +154,25 @@ class _ImportHook(importlib.abc.MetaPathFinder):
 
     def __init__(self, name: str, function: Callable[[ModuleType], None]) -> None:
         self.name, self.function = name, function
+        self._search = threading.local()  # whether this thread asks the other finders
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
         """Find the module as the other finders do, with a loader that calls the function afterwards."""
-        if fullname != self.name:
+        if fullname != self.name or getattr(self._search, "is_under_way", False):
             return None
-        self.remove()
-        spec = importlib.util.find_spec(fullname)
+        self._search.is_under_way = True
+        try:
+            spec = importlib.util.find_spec(fullname)
+        finally:
+            self._search.is_under_way = False
         if spec is not None and spec.loader is not None:
             execute = spec.loader.exec_module
 
             def exec_module(module: ModuleType) -> None:
-                execute(module)
+                execute(module)  # may raise, and be tried again
+                self.remove()
                 self.function(module)
 
             spec.loader.exec_module = exec_module  # type: ignore[method-assign]

@@ -5,7 +5,7 @@ take longer than the kernels here, so the norms override `forward_native` too: a
 whatever `custom_ops` says. Its activations are about as fast, so the activations override `forward_cuda` alone, which
 vLLM calls where the operator is enabled: in eager mode, or by `custom_ops`. mlps.py replaces them together with GEMMs.
 
-A subclass computes what its base does until `activate` has found that a kernel supports the module.
+A subclass computes what its base does until `replace_operators` in models.py has found a kernel for the module.
 
 Norms with a residual write in place, as vLLM's RMSNorm does: its callers do not read the arguments afterwards, except
 for auxiliary hidden states of speculative decoding, with which Gemma's norms stay vLLM's. A compiled graph needs no

@@ -56,8 +56,7 @@ def find(
     found: list[GatedMLP] = []
     problems: dict[str, None] = {}  # in order, and each once
     for name, module in model.named_modules():
-        forward = type(module).forward
-        part = _FORWARDS.get(f"{forward.__module__}:{forward.__qualname__}")
+        part = _FORWARDS.get(compatibility.name_of_forward(module))
         if part is None:
             continue
         projection: Any = module.gate_up_proj

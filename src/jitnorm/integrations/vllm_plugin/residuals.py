@@ -44,9 +44,9 @@ def norms_of_float32_residuals(model: torch.nn.Module, config: Any) -> set[int]:
     found: set[int] = set()
     module: Any
     for module in model.modules():
-        if _name_of_forward(module) not in _FORWARDS or getattr(module, "aux_hidden_state_layers", None):
+        if compatibility.name_of_forward(module) not in _FORWARDS or getattr(module, "aux_hidden_state_layers", None):
             continue
-        names = [_LAYERS.get(_name_of_forward(layer)) for layer in module.layers]
+        names = [_LAYERS.get(compatibility.name_of_forward(layer)) for layer in module.layers]
         if None in names:
             continue
         norms = [getattr(layer, name) for layer, own in zip(module.layers, names, strict=True) for name in own or ()]
@@ -54,8 +54,3 @@ def norms_of_float32_residuals(model: torch.nn.Module, config: Any) -> set[int]:
         if all(isinstance(norm, layers.NORM_CLASSES) for norm in norms):
             found |= {id(norm) for norm in norms}
     return found
-
-
-def _name_of_forward(module: Any) -> str:
-    forward = type(module).forward
-    return f"{forward.__module__}:{forward.__qualname__}"
