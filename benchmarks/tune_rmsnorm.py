@@ -58,7 +58,7 @@ def schedules(hidden_size: int, element_size: int) -> Iterator[Schedule]:
 def long_row_schedules(hidden_size: int, element_size: int) -> Iterator[Schedule]:
     """Yield schedules of one row for a block or a cluster, with as many blocks on an SM as registers allow.
 
-    A thread has 4 registers for each vector, and 24 to 40 others: fewer would spill, and more are not needed.
+    A thread has 4 registers for each vector of 16 bytes, and about 24 to 40 others.
     """
     found = set()
     for blocks, per_thread, others in itertools.product((1, 2, 4, 8), (2, 3, 4, 5, 6, 8, 10), (24, 32, 40)):

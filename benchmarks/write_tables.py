@@ -163,17 +163,18 @@ def _engine_rows(measure: str, models: tuple[str, ...] = (), batches: tuple[int,
             if models and (row.point["model"] not in models or row.point["batch"] not in batches):
                 continue
             results = row.results()
-            ratios = [
-                f"{results['plugin'].seconds / results[reference].seconds:.2f}" if reference in results else "-"
-                for reference in ("stock", "default stock")
-            ]
-            if models and "default stock" in results:
-                ratios[1] = _us(results["default stock"].seconds * 1e6)
+            plugin, stock = results["plugin"], results["stock"]
+            default = results.get("default stock")
+            last_cell = "-" if default is None else _us(default.seconds * 1e6) if models else _ratio(plugin, default)
             with_range = measure == "decode step" and not models
-            times = [_with_range(results[line], with_range) for line in ("stock", "plugin")]
+            times = [_with_range(result, with_range) for result in (stock, plugin)]
             mode, model, batch = row.point["mode"].replace("_", "-"), row.point["model"], str(row.point["batch"])
-            lines.append(_row([f"{engine} {mode}", model, batch, *times, *ratios]))
+            lines.append(_row([f"{engine} {mode}", model, batch, *times, _ratio(plugin, stock), last_cell]))
     return lines
+
+
+def _ratio(result: BenchResult, reference: BenchResult) -> str:
+    return f"{result.seconds / reference.seconds:.2f}"
 
 
 def transformers_h200() -> list[str]:
@@ -203,7 +204,7 @@ def servers_h200() -> list[str]:
         for row in _read(f"{name}_h200").rows:
             results, point = row.results(), row.point
             times = [_milliseconds(results[line]) for line in ("stock", "plugin")]
-            ratio = f"{results['plugin'].seconds / results['stock'].seconds:.2f}"
+            ratio = _ratio(results["plugin"], results["stock"])
             lines.append(_row([point["model"], str(point["batch"]), _SERVER_TIMES[point["measure"]], *times, ratio]))
     return lines
 

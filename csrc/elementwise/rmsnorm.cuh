@@ -57,19 +57,19 @@ __device__ __forceinline__ void rmsnorm_block(const typename Kernel::params_t& p
   if (kVariant != GridVariant::kSmallGrid) launch_dependents();
   if constexpr (kVariant == GridVariant::kLargeGrid && Kernel::kHasPrefetch) {
     constexpr index_t kRowsAhead = index_t(Kernel::kBlocksAhead / kBlocksPerCluster) * Kernel::kRowsPerBlock;
-    const T* input_ahead = input + kRowsAhead * p.input_stride;
-    const R* residual_ahead = residual + kRowsAhead * p.residual_stride;
     // A cluster has one row. Without clusters, the last block may have fewer rows than others: none prefetches for it.
     if constexpr (kBlocksPerCluster > 1) {
       static_assert(Kernel::kBlocksAhead % kBlocksPerCluster == 0, "a block has the same part of each row");
+      const T* input_ahead = input + kRowsAhead * p.input_stride;
+      const R* residual_ahead = residual + kRowsAhead * p.residual_stride;
       if (threadIdx.x == 0 && blockIdx.x + Kernel::kBlocksAhead < gridDim.x) {
         const int part = blockIdx.x % kBlocksPerCluster;
         prefetch_part<Kernel::kHiddenSize, kBlocksPerCluster>(input_ahead, part);
         if constexpr (kHasResidual) prefetch_part<Kernel::kHiddenSize, kBlocksPerCluster>(residual_ahead, part);
       }
     } else if (fragment.thread_in_row == 0 && blockIdx.x + Kernel::kBlocksAhead < gridDim.x - 1) {
-      prefetch<Kernel::kRowBytes>(input_ahead);
-      if constexpr (kHasResidual) prefetch<Kernel::kResidualRowBytes>(residual_ahead);
+      prefetch<Kernel::kRowBytes>(input + kRowsAhead * p.input_stride);
+      if constexpr (kHasResidual) prefetch<Kernel::kResidualRowBytes>(residual + kRowsAhead * p.residual_stride);
     }
   }
   fragment.wait_for_row();

@@ -283,14 +283,15 @@ struct RMSNormKernelBase : S {
   static constexpr bool kConvertsTwice =
       kLoadsWeightAfterReduction && !Policy::kSubtractsMean && !Policy::kHasResidual && Bytes::kInput == 2;
   // 64 KiB of rows in flight on an SM keep memory busy. Where blocks are large, kMinBlocksPerSM limits registers for
-  // that, as far as a thread's vectors of row, residual and weight allow. Small blocks fit an SM in any case.
-  // An estimate.
+  // that, as far as a thread's vectors of row, residual and weight allow, by an estimate. Small blocks fit an SM in any
+  // case.
   static constexpr int kRegistersPerThread =
       (4 * kVectorsPerThread + 12) * kElementsPerVector *
       (Bytes::kInput + Bytes::kResidual + (kLoadsWeightAfterReduction ? 0 : sizeof(W))) / 16;
   static constexpr int kMaxBlocksPerSM =
       min(kRegistersPerSM / (kRegistersPerThread * kThreads), kMinResidentThreadsPerSM / kThreads);
-  static constexpr int kBytesInFlight = 64 * 1024;
+  // 48 KiB are those of LayerNorm's long rows of 16-bit elements that a float weight divides into vectors of 8 bytes.
+  static constexpr int kBytesInFlight = (S::kBlocksPerCluster == 1 ? 64 : 48) * 1024;
   // With a bias, or with accesses of less than 16 bytes, a thread needs more registers than a schedule with many blocks
   // leaves: three quarters of these then, rounded up.
   static constexpr int kReducedBlocksPerSM =

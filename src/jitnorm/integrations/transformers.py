@@ -173,7 +173,7 @@ def patch_transformers(
       when accelerate spreads the layers over several devices. In decode steps with a boolean mask, as those with a
       static cache, a kernel computes attention instead of PyTorch's, for heads of 64 or 128 elements in bfloat16 or
       float16 on a GPU: not under torch.compile, with "hf" rounding or in the batch-invariant mode. Its bits depend on
-      the number of sequences and of places in the cache.
+      the number of sequences.
     - Layers: one launch adds the residual and normalises the sum, with the roundings of transformers: of the sum, and
       of the norm as above. An addition is left to PyTorch where anything else may see a tensor that the kernel
       overwrites, such as a hook, and in the first layer.

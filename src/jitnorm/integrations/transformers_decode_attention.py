@@ -127,12 +127,12 @@ def _is_sdpa(attention: Any) -> bool:
     return (
         attention is getattr(module, "sdpa_attention_forward", None)
         and F.scaled_dot_product_attention is _SDPA
-        and not _is_observed()
+        and not _has_function_mode()
     )
 
 
-def _is_observed() -> bool:
-    """Return whether a TorchFunctionMode sees calls of PyTorch, other than that of a default device."""
+def _has_function_mode() -> bool:
+    """Return whether a TorchFunctionMode is active, other than that of a default device."""
     count = torch._C._len_torch_function_stack()
     return any(not isinstance(torch._C._get_function_stack_at(i), DeviceContext) for i in range(count))
 
